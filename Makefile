@@ -1,0 +1,40 @@
+# Two commands set everything up: `make demo` and `make test`. Both make a virtual environment in .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# torch's CUDA build is several GB: take it only where there is an NVIDIA GPU. Override with TORCH=torch==X.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
+# On a machine without a GPU the kernels run in Triton's interpreter; CUDA builds of torch bring their own Triton.
+EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "dev" || echo "dev,interpreter")
+
+.PHONY: demo test quality style env clean
+
+# Set up anew when the project's requirements change.
+$(VENV)/.ready: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+env: $(VENV)/.ready
+
+demo: env
+	$(BIN)/python -m demo.app $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+quality: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

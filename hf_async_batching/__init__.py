@@ -1,0 +1,43 @@
+"""Asynchronous continuous batching for Hugging Face `generate`.
+
+>>> outputs = model.generate(**inputs, custom_generate=hf_async_batching.generate)  # doctest: +SKIP
+"""
+
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.drop_in import generate
+from hf_async_batching.errors import (
+    EngineClosedError,
+    EngineFailedError,
+    HfAsyncBatchingError,
+    QueueFullError,
+    RequestTooLongError,
+    UnsupportedArgumentError,
+    UnsupportedModelError,
+)
+from hf_async_batching.handle import GenerationHandle, GenerationResult, RequestMetrics
+from hf_async_batching.manager import GenerationManager
+from hf_async_batching.registry import get_manager
+from hf_async_batching.stats import Stats
+from hf_async_batching.timeline import StepRecord, Timeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchingConfig",
+    "EngineClosedError",
+    "EngineFailedError",
+    "GenerationHandle",
+    "GenerationManager",
+    "GenerationResult",
+    "HfAsyncBatchingError",
+    "QueueFullError",
+    "RequestMetrics",
+    "RequestTooLongError",
+    "Stats",
+    "StepRecord",
+    "Timeline",
+    "UnsupportedArgumentError",
+    "UnsupportedModelError",
+    "generate",
+    "get_manager",
+]

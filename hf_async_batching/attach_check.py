@@ -1,0 +1,93 @@
+"""Two short prompts, packed, chunked and joined late, against the model's plain forward.
+
+Wrong answers from batching engines come from silent mismatches between what a model does and what the engine takes it
+to do; this finds them before the first request is served.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.device_state import DeviceState
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.model_view import make_view
+from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
+from hf_async_batching.request import Request
+from hf_async_batching.staging import Sections, encode
+
+# Relative error of the logits that rounding alone explains: sums in another order, not another result.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+_FIRST_LENGTH, _SPLIT, _SECOND_LENGTH = 11, 4, 7
+
+
+def attach_check(
+    model: PreTrainedModel, forward: ModelForward, state: DeviceState, *, page_size: int, tile_size: int
+) -> None:
+    """Compare paged logits with plain ones, and leave the tables as they were.
+
+    Args:
+        model: The user's model, of which a second view is made for the plain forward.
+        forward: The paged forward.
+        state: The row tables; rows 1 and 2 and pages 1 and 2 are used, and reset.
+        page_size: Tokens per page; at least 16, so that each prompt fits one page.
+        tile_size: Query tokens per tile of prefill attention.
+
+    Raises:
+        UnsupportedModelError: The logits differ by more than rounding.
+    """
+    vocab = forward.vocab_size
+    first = [(7 * i + 3) % vocab for i in range(_FIRST_LENGTH)]
+    second = [(11 * i + 5) % vocab for i in range(_SECOND_LENGTH)]
+    requests = [Request(str(row), tuple(tokens), 1) for row, tokens in enumerate((first, second))]
+    # The second prompt joins late: beside the rest of the first, and in the order of positions that mixes both.
+    plans = [
+        Plan(0, (), (Chunk(1, tuple(first[:_SPLIT]), True),), (NewRow(1, requests[0]),), (NewPage(1, 0, 1),)),
+        Plan(
+            1,
+            (),
+            (Chunk(1, tuple(first[_SPLIT:-1]), True), Chunk(2, tuple(second[:-1]), True)),
+            (NewRow(2, requests[1]),),
+            (NewPage(2, 0, 2),),
+        ),
+        Plan(2, (1, 2)),
+    ]
+    paged: list[torch.Tensor] = []
+    forced = [first[_SPLIT], first[-1], second[-1]]  # the tokens that follow each sampled position, as if sampled
+    for plan in plans:
+        staged, sections = _stage(plan, forward.device, tile_size)
+        state.apply_updates(staged, sections)
+        inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(2)
+        logits = forward(inputs)
+        paged += logits.float().unbind(0)
+        tokens = [forced.pop(0) for _ in range(plan.num_sampled)] if forced else [0] * plan.num_sampled
+        state.commit(inputs, torch.tensor(tokens, dtype=torch.int32, device=forward.device), None)
+    plain_view = make_view(model, None)
+    plain: list[torch.Tensor] = []
+    for tokens in (first, second):
+        out = plain_view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
+        plain.append(out.logits[0].float())
+    expected = [plain[0][_SPLIT - 1], plain[0][-2], plain[1][-2], plain[0][-1], plain[1][-1]]
+    # Rows and pages start at zero for the first requests, as they would without the check.
+    state.lengths.zero_()
+    state.last_token.zero_()
+    state.page_table.zero_()
+    what = ("a chunk of a prompt", "the rest of a prompt", "a prompt that joined late", "a decode", "a late decode")
+    dtype = forward.layers[0].dtype
+    for label, got, want in zip(what, paged, expected, strict=True):
+        error = ((got - want).norm() / want.norm().clamp(min=1e-6)).item()
+        if not error <= _TOLERANCE.get(dtype, 1e-1):
+            raise UnsupportedModelError(
+                f"{forward.name} is not served: its logits for {label} differ from the plain forward's by "
+                f"{error:.2g} (relative norm, {dtype}). Use plain `model.generate` for this model, and please "
+                "report it with its config."
+            )
+
+
+def _stage(plan: Plan, device: torch.device, tile_size: int) -> tuple[torch.Tensor, Sections]:
+    limits = Sections.largest(max_rows=2, max_batch_tokens=_FIRST_LENGTH + _SECOND_LENGTH, num_pages=2)
+    host = torch.zeros(limits.total, dtype=torch.int32)
+    sections = encode(plan, host.numpy(), bucket=2, send_decode_rows=True, tile_size=tile_size)
+    return host.to(device), sections

@@ -1,0 +1,51 @@
+"""Keys and values in pages, one pair of tensors per attention layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class LayerShape(NamedTuple):
+    """Keys and values of one attention layer, as the probe saw them."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token's keys and values in this layer, in bytes."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class PagedCache:
+    """The KV cache.
+
+    Args:
+        layers: Shape of each attention layer, in order of layer index.
+        num_pages: Pages that requests can own; there is one more, page 0, for padding.
+        page_size: Tokens per page.
+        device: Where the pages live.
+
+    Attributes:
+        keys: Per layer [pages, page_size, num_kv_heads, key_dim].
+        values: Per layer [pages, page_size, num_kv_heads, value_dim].
+    """
+
+    def __init__(self, layers: list[LayerShape], *, num_pages: int, page_size: int, device: torch.device) -> None:
+        def pages(layer: LayerShape, dim: int) -> torch.Tensor:
+            return torch.zeros(
+                num_pages + 1, page_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device
+            )
+
+        self.page_size = page_size
+        self.keys = [pages(layer, layer.key_dim) for layer in layers]
+        self.values = [pages(layer, layer.value_dim) for layer in layers]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all pages, in bytes."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

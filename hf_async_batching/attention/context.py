@@ -1,0 +1,48 @@
+"""What the attention function needs to know about a step, beside queries, keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from hf_async_batching.attention.backend import AttentionBackend
+    from hf_async_batching.attention.cache import PagedCache
+
+
+@dataclass(slots=True)
+class AttentionContext:
+    """Rows, positions and pages of the packed query tokens of one step.
+
+    In a decode step every query token belongs to another row; in a mixed step the queries are described by tiles:
+    runs of consecutive tokens of one row.
+
+    Attributes:
+        page_table: int32 [rows, max_pages_per_row].
+        rows: int32 [tokens], row of each query token.
+        positions: int32 [tokens], position of each query token in its row.
+        decode: Whether this is a decode step.
+        context_lengths: int32 [tokens], keys visible to each query, itself included (decode steps).
+        tile_rows: int32 [tiles] (mixed steps).
+        tile_queries: int32 [tiles], index of the tile's first query token.
+        tile_lengths: int32 [tiles], query tokens in the tile.
+        tile_positions: int32 [tiles], position of the tile's first query token.
+        cache: Keys and values; set by the runner.
+        backend: The kernels; set by the runner.
+        host_lists: A scratch place where a backend keeps what it read back from the tensors, once per step.
+    """
+
+    page_table: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    decode: bool
+    context_lengths: torch.Tensor | None = None
+    tile_rows: torch.Tensor | None = None
+    tile_queries: torch.Tensor | None = None
+    tile_lengths: torch.Tensor | None = None
+    tile_positions: torch.Tensor | None = None
+    cache: PagedCache | None = None
+    backend: AttentionBackend | None = None
+    host_lists: dict[str, object] = field(default_factory=dict)

@@ -1,0 +1,137 @@
+"""Learns how a model's modules call attention, from one forward over two tokens, before any memory is committed.
+
+The probe runs on the view under an attention implementation of its own. Its mask function, registered through
+`AttentionMaskInterface`, returns a mask that remembers which sliding window the model asked for; the engine's own
+implementation registers no mask function, so that transformers builds no mask at all in a step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from hf_async_batching.attention.cache import LayerShape
+from hf_async_batching.attention.interface import PagedLayer
+from hf_async_batching.errors import UnsupportedModelError
+
+NAME = "hf_async_batching_probe"
+PROBE_TOKENS = 2
+
+# Arguments that change the result of attention and that the kernels do not know.
+_UNSERVED = ("s_aux", "position_bias", "head_mask", "block_mask", "cu_seq_lens_q")
+_WINDOW = "_hf_async_batching_window"
+
+
+class Findings(NamedTuple):
+    """What the probe learned.
+
+    Attributes:
+        layers: By identity of the attention module.
+        shapes: Keys and values per layer, by layer index.
+        passes_context: Whether every layer passes the `paged` keyword argument on to attention.
+    """
+
+    layers: dict[int, PagedLayer]
+    shapes: list[LayerShape]
+    passes_context: bool
+
+
+class _Recorder(threading.local):
+    def __init__(self) -> None:
+        self.layers: dict[int, PagedLayer] = {}
+        self.shapes: list[LayerShape] = []
+        self.contexts: list[bool] = []
+
+
+_recorder = _Recorder()
+_CONTEXT = object()
+
+
+def probe(model_name: str, forward: Callable[..., Any]) -> Findings:
+    """Run `forward(paged=...)`, a forward of the view over `PROBE_TOKENS` tokens, and report its attention calls.
+
+    Args:
+        model_name: For messages.
+        forward: Runs the model; gets the keyword argument to pass on.
+
+    Raises:
+        UnsupportedModelError: Attention does not go through transformers' interface, or asks for what is not served.
+    """
+    _recorder.__init__()  # type: ignore[misc]
+    try:
+        try:
+            forward(paged=_CONTEXT)
+        except TypeError as error:
+            if "paged" not in str(error):
+                raise
+            # The outermost forward takes no further keyword arguments.
+            _recorder.__init__()  # type: ignore[misc]
+            forward()
+        layers, shapes, contexts = _recorder.layers, _recorder.shapes, _recorder.contexts
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{model_name} is not served: {error}") from error
+    finally:
+        _recorder.__init__()  # type: ignore[misc]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{model_name} is not served: its attention does not go through transformers' `AttentionInterface`. "
+            "Use plain `model.generate` for this model."
+        )
+    return Findings(layers, shapes, all(contexts))
+
+
+def _probe_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    device: torch.device,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    if use_vmap:
+        raise UnsupportedModelError("it uses a custom attention mask")
+    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
+    setattr(mask, _WINDOW, local_size)
+    return mask
+
+
+def _probe_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    paged: object = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    name = type(module).__name__
+    if id(module) in _recorder.layers:
+        raise UnsupportedModelError(f"{name} calls attention more than once per forward")
+    for argument in _UNSERVED:
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(f"{name} passes `{argument}` to attention")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{name} attends in both directions")
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2] == PROBE_TOKENS:
+        raise UnsupportedModelError(f"{name} attends over something else than the tokens of its input")
+    if attention_mask is not None:
+        if not hasattr(attention_mask, _WINDOW):
+            raise UnsupportedModelError(f"{name} builds its own attention mask")
+        # The mask decides: some families name a window in the call that their mask does not use, and the reverse.
+        sliding_window = getattr(attention_mask, _WINDOW)
+    _recorder.layers[id(module)] = PagedLayer(len(_recorder.layers), sliding_window)
+    _recorder.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+    _recorder.contexts.append(paged is _CONTEXT)
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(NAME, _probe_attention)
+AttentionMaskInterface.register(NAME, _probe_mask)

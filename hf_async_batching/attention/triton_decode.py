@@ -1,0 +1,233 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""Device side of paged attention: the online softmax over pages, and the decode kernels built on it.
+
+The parameters of a kernel have no Python types (they are pointers, run-time scalars or compile-time constants), so
+this file is not checked as typed code. `triton_kernels` is the typed door to it.
+
+Names used here and in `triton_prefill`, all compile-time constants: HEAD_DIM and VALUE_DIM are the real head sizes,
+BLOCK_D and BLOCK_DV the same rounded up to powers of two; GROUP is the number of query heads that share a key-value
+head; BLOCK_M and BLOCK_N are the query rows and the cached tokens that one matrix product takes; WINDOW is 0 when
+there is no sliding window. Scores are kept in base 2 (the host folds log2(e) into `score_scale` and `cap`), since the
+hardware has exp2 and not exp.
+
+The online softmax is Milakov and Gimelshein's (2018) as used by FlashAttention (Dao et al., 2022); dividing one query
+over many programs along its context is Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); pages are PagedAttention's
+(Kwon et al., 2023).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+
+
+class BlockSizes(NamedTuple):
+    """What one program of an attention kernel takes on: query rows, cached tokens, warps, loads in flight."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+def decode_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch.dtype) -> BlockSizes:
+    """The block sizes of `decode_attention`, by rule.
+
+    Decoding is bound by memory: small blocks on few warps leave room for many programs on each multiprocessor, and
+    the loads in flight of all of them together fill the memory bus. Measured on an H100 for head size 128 in
+    bfloat16: 32 tokens, 2 warps, 3 stages reads at 2.93 TB/s. Larger heads and float32 keep the bytes per stage.
+    """
+    m = power_of_two(min(group, 64), at_least=16)
+    bytes_per_token = (power_of_two(head_dim) + power_of_two(head_dim_v)) * dtype.itemsize
+    if dtype == torch.float32:
+        # Full precision has no tensor cores: the products are plain multiply-adds and want more threads.
+        return BlockSizes(min(m, 16), 32 if bytes_per_token <= 1024 else 16, 4, 3)
+    warps = 2 if m == 16 and bytes_per_token <= 512 else 4
+    return BlockSizes(m, 32, warps, 3)
+
+
+def power_of_two(number: int, at_least: int = 16) -> int:
+    """The next power of two; a matrix product takes no side below 16."""
+    return max(at_least, 1 << (number - 1).bit_length())
+
+
+@triton.jit
+def attend_blocks(
+    accumulator,
+    row_maximum,
+    row_sum,
+    query,
+    key_cache,
+    value_cache,
+    pages,
+    kv_head,
+    first_block,
+    last_block,
+    readable_from,
+    readable_to,
+    visible_from,
+    visible_to,
+    score_scale,
+    cap,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds the blocks first_block .. last_block - 1 of one row's context to a running softmax of BLOCK_M queries.
+
+    `visible_from` and `visible_to` bound what each query may see, `readable_from` and `readable_to` what any may.
+    Without MASKED every query sees every token of every block.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+    for block in range(first_block, last_block):
+        positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        readable = (positions >= readable_from) & (positions < readable_to)
+        key_mask = (dims < HEAD_DIM)[:, None]
+        value_mask = (value_dims < VALUE_DIM)[None, :]
+        if MASKED:
+            # Hidden tokens are not even read: their pages may belong to others by now and hold NaN, and in the
+            # second product 0 * NaN is NaN.
+            key_mask = key_mask & readable[None, :]
+            value_mask = value_mask & readable[:, None]
+        # One load for each page and a select, not one load for each token: the ids are wanted early, and by all lanes.
+        first_page = block * BLOCK_N // PAGE_SIZE
+        page = tl.load(pages + first_page)
+        for index in tl.static_range(1, BLOCK_N // PAGE_SIZE):
+            exists = (first_page + index) * PAGE_SIZE < readable_to
+            following = tl.load(pages + first_page + index, mask=exists, other=0)
+            page = tl.where(tl.arange(0, BLOCK_N) < index * PAGE_SIZE, page, following)
+        slots = (page.to(tl.int64) * PAGE_SIZE + positions % PAGE_SIZE) * KV_HEADS + kv_head
+
+        key = tl.load(key_cache + slots[None, :] * HEAD_DIM + dims[:, None], mask=key_mask, other=0.0)
+        value = tl.load(value_cache + slots[:, None] * VALUE_DIM + value_dims[None, :], mask=value_mask, other=0.0)
+        scores = tl.dot(query, key, input_precision="ieee") * score_scale
+        if HAS_CAP:
+            # tanh(x) by exp2: `score_scale` already holds 2 * log2(e) / softcap. Both ends saturate without NaN.
+            scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+        if MASKED:
+            visible = (positions[None, :] >= visible_from[:, None]) & (positions[None, :] < visible_to[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+
+        maximum = tl.maximum(row_maximum, tl.max(scores, 1))
+        # A query that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
+        offset = tl.where(maximum == float("-inf"), 0.0, maximum)
+        probabilities = tl.exp2(scores - offset[:, None])
+        decay = tl.exp2(row_maximum - offset)
+        row_sum = row_sum * decay + tl.sum(probabilities, 1)
+        accumulator = accumulator * decay[:, None]
+        accumulator = tl.dot(probabilities.to(value.dtype), value, accumulator, input_precision="ieee")
+        row_maximum = maximum
+    return accumulator, row_maximum, row_sum
+
+
+@triton.jit
+def decode_kernel(
+    query,
+    key_cache,
+    value_cache,
+    page_table,
+    rows,
+    context_lengths,
+    output,
+    partial_output,
+    partial_log_sum,
+    max_pages,
+    query_stride_entry,
+    query_stride_head,
+    score_scale,
+    cap,
+    NUM_SPLITS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program: the query heads of one group, one entry of the batch, one split of its context.
+
+    The heads are the fastest grid axis: programs that run side by side then read neighbouring memory.
+    """
+    GROUP_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+    kv_head = tl.program_id(0) // GROUP_BLOCKS
+    group_heads = tl.program_id(0) % GROUP_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    entry = tl.program_id(2).to(tl.int64)
+    heads = kv_head * GROUP + group_heads
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+
+    # The length of a padding row may have grown past its table, whose end must not be overrun.
+    context = tl.minimum(tl.load(context_lengths + entry), max_pages * PAGE_SIZE)
+    pages = page_table + tl.load(rows + entry).to(tl.int64) * max_pages
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(context - WINDOW, 0)
+    # Split here and not on the host: a captured graph must stay right, and balanced, while contexts grow.
+    window_block = begin // BLOCK_N
+    end_block = tl.cdiv(context, BLOCK_N)
+    blocks_per_split = tl.cdiv(end_block - window_block, NUM_SPLITS)
+    first_block = window_block + split * blocks_per_split
+    last_block = tl.minimum(first_block + blocks_per_split, end_block)
+
+    query_at = query + entry * query_stride_entry + heads[:, None] * query_stride_head + dims[None, :]
+    queries = tl.load(query_at, mask=(group_heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    same = tl.zeros([BLOCK_M], tl.int32)
+    accumulator, row_maximum, row_sum = attend_blocks(
+        accumulator, row_maximum, row_sum, queries, key_cache, value_cache, pages, kv_head, first_block, last_block,
+        begin, context, same + begin, same + context, score_scale, cap, KV_HEADS, HEAD_DIM, VALUE_DIM, PAGE_SIZE,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HAS_CAP, True,
+    )  # fmt: skip
+
+    # An empty split gives zeros with a log-sum of -inf, which is weight zero in the combination.
+    result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    result_mask = (group_heads < GROUP)[:, None] & (value_dims < VALUE_DIM)[None, :]
+    flat_heads = entry * (KV_HEADS * GROUP) + heads
+    if NUM_SPLITS == 1:
+        result_at = output + flat_heads[:, None] * VALUE_DIM + value_dims[None, :]
+        tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
+    else:
+        partial = flat_heads * NUM_SPLITS + split
+        tl.store(partial_output + partial[:, None] * VALUE_DIM + value_dims[None, :], result, mask=result_mask)
+        tl.store(partial_log_sum + partial, row_maximum + tl.log2(row_sum), mask=group_heads < GROUP)
+
+
+@triton.jit
+def combine_kernel(
+    partial_output,
+    partial_log_sum,
+    output,
+    NUM_SPLITS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program: the weighted sum of the splits of one query head of one entry."""
+    head = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, BLOCK_S)
+    value_dims = tl.arange(0, BLOCK_DV)
+    mask = (splits < NUM_SPLITS)[:, None] & (value_dims < VALUE_DIM)[None, :]
+    partial = head * NUM_SPLITS + splits
+    log_sums = tl.load(partial_log_sum + partial, mask=splits < NUM_SPLITS, other=float("-inf"))
+    values = tl.load(partial_output + partial[:, None] * VALUE_DIM + value_dims[None, :], mask=mask, other=0.0)
+    maximum = tl.max(log_sums, 0)
+    weights = tl.exp2(log_sums - tl.where(maximum == float("-inf"), 0.0, maximum))
+    total = tl.sum(weights, 0)
+    result = tl.sum(values * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(output + head * VALUE_DIM + value_dims, result.to(output.dtype.element_ty), mask=value_dims < VALUE_DIM)

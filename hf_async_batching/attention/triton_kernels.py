@@ -1,0 +1,303 @@
+"""Paged attention in Triton: write keys and values to pages, decode, and prefill packed prompts.
+
+This is the only door to the kernels, and importing it imports triton: import it on demand. All functions work on the
+current stream of their tensors' device, allocate only through torch (so they can be captured in a CUDA graph) and
+never wait for the device.
+
+The cache of one layer is `key_cache` [num_pages, page_size, num_kv_heads, head_dim] and `value_cache`
+[num_pages, page_size, num_kv_heads, head_dim_v], contiguous. Token `p` of row `r` is in page
+`page_table[r, p // page_size]`, slot `p % page_size`. Page 0 is scratch: what padding writes lands there.
+"""
+
+import functools
+import math
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+
+from hf_async_batching.attention.triton_decode import combine_kernel, decode_block_sizes, decode_kernel, power_of_two
+from hf_async_batching.attention.triton_prefill import (
+    PREFILL_TILE,
+    prefill_block_sizes,
+    prefill_kernel,
+    write_kv_kernel,
+)
+
+__all__ = [
+    "MAX_SPLITS",
+    "PREFILL_TILE",
+    "decode_attention",
+    "default_num_splits",
+    "prefill_attention",
+    "write_kv",
+]
+
+MAX_SPLITS = 64
+"""The most parts into which `decode_attention` divides a context; one program combines them all."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LOG2_E = math.log2(math.e)
+
+
+def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str) -> int:
+    """Into how many parts `decode_attention` divides each context when it is not told.
+
+    It looks only at what is fixed for a captured graph (the batch and the device), never at a context. Four programs
+    for each multiprocessor fit at once and keep the memory busy; more splits than that only add partial results.
+
+    Args:
+        batch: entries of the batch, padding included.
+        num_kv_heads: key-value heads.
+        device: where it will run. On a CPU (the interpreter) the answer is 1.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return 1
+    return max(1, min(MAX_SPLITS, 4 * _multiprocessors(device) // max(1, batch * num_kv_heads)))
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Writes the keys and values of T tokens to their pages, with one kernel.
+
+    Args:
+        key: [T, num_kv_heads, head_dim], any strides but 1 for the last dimension.
+        value: [T, num_kv_heads, head_dim_v], likewise.
+        key_cache: [num_pages, page_size, num_kv_heads, head_dim], the dtype of `key`.
+        value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the dtype of `value`.
+        page_table: [num_rows, max_pages_per_row], int32.
+        rows: [T], int32: the row of each token.
+        positions: [T], int32, not negative: its position in the row. One beyond the row's page table goes to page 0.
+
+    Raises:
+        ValueError: a shape, stride or dtype is not as above; the message names the argument.
+    """
+    kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
+    tokens = _check_index("rows", rows)
+    _check_index("positions", positions, tokens)
+    _check_heads("key", key, (tokens, kv_heads, head_dim), key_cache.dtype)
+    _check_heads("value", value, (tokens, kv_heads, head_dim_v), value_cache.dtype)
+    if tokens == 0:
+        return
+    block_d, block_dv = power_of_two(head_dim), power_of_two(head_dim_v)
+    block_h = min(power_of_two(kv_heads, at_least=1), max(1, 2048 // max(block_d, block_dv)))
+    with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+        write_kv_kernel[(tokens, triton.cdiv(kv_heads, block_h))](
+            key, value, key_cache, value_cache, page_table, rows, positions, page_table.shape[1],
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            KV_HEADS=kv_heads, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v, PAGE_SIZE=page_size,
+            BLOCK_H=block_h, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=4,
+        )  # fmt: skip
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    context_lengths: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """Attention of one query token for each entry of the batch over its row's pages.
+
+    Split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): `num_splits` programs share a context, and a second
+    kernel combines them. Nothing of the launch depends on a context, so a captured graph serves growing ones.
+
+    Args:
+        query: [B, num_heads, head_dim], float16, bfloat16 or float32, any strides but 1 for the last dimension;
+            num_heads is a multiple of num_kv_heads and query head h uses key-value head h // (num_heads // num_kv_heads).
+        key_cache: [num_pages, page_size, num_kv_heads, head_dim], the dtype of `query`.
+        value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the same dtype.
+        page_table: [num_rows, max_pages_per_row], int32.
+        rows: [B], int32.
+        context_lengths: [B], int32: cached tokens, the current one (whose key is already written) included. 0 gives
+            zeros. More than the row's page table holds is cut to what it holds.
+        scaling: multiplies the scores.
+        sliding_window: how many of the last tokens are visible, the current one included; None for all.
+        softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
+        num_splits: 1 to MAX_SPLITS; None asks `default_num_splits`.
+
+    Returns:
+        [B, num_heads, head_dim_v], contiguous, the dtype of `query`.
+
+    Raises:
+        ValueError: a shape, stride, dtype or option is not as above; the message names the argument.
+    """
+    kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
+    batch = _check_index("rows", rows)
+    _check_index("context_lengths", context_lengths, batch)
+    group = _check_query(query, batch, kv_heads, head_dim, key_cache, value_cache)
+    window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
+    splits = default_num_splits(batch, kv_heads, query.device) if num_splits is None else num_splits
+    if not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must be from 1 to {MAX_SPLITS}, got {splits}")
+    heads = kv_heads * group
+    output = query.new_empty((batch, heads, head_dim_v))
+    if batch == 0:
+        return output
+    # With one split the kernel writes the output itself and the partial results are never touched.
+    partial = output if splits == 1 else query.new_empty((batch, heads, splits, head_dim_v), dtype=torch.float32)
+    log_sum = output if splits == 1 else query.new_empty((batch, heads, splits), dtype=torch.float32)
+    sizes = decode_block_sizes(head_dim, head_dim_v, group, query.dtype)
+    block_dv = power_of_two(head_dim_v)
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        decode_kernel[(kv_heads * triton.cdiv(group, sizes.m), splits, batch)](
+            query, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
+            page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
+            NUM_SPLITS=splits, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
+            PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m, BLOCK_N=sizes.n,
+            BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=sizes.warps, num_stages=sizes.stages,
+        )  # fmt: skip
+        if splits > 1:
+            block_s = power_of_two(splits, at_least=2)
+            combine_kernel[(batch * heads,)](
+                partial, log_sum, output, NUM_SPLITS=splits, VALUE_DIM=head_dim_v, BLOCK_S=block_s,
+                BLOCK_DV=block_dv, num_warps=1 if block_s * block_dv <= 1024 else 4,
+            )  # fmt: skip
+    return output
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    tile_rows: torch.Tensor,
+    tile_query_starts: torch.Tensor,
+    tile_query_lengths: torch.Tensor,
+    tile_first_positions: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of packed ragged queries over their rows' pages, one tile of at most PREFILL_TILE tokens each.
+
+    The method is FlashAttention-2's (Dao, 2023), read through a page table. Keys and values of the queried tokens
+    must have been written before. A tile of one token is a decoding row of a mixed step.
+
+    Args:
+        query: [T, num_heads, head_dim], as in `decode_attention`, the tokens of all tiles packed.
+        key_cache: [num_pages, page_size, num_kv_heads, head_dim], the dtype of `query`.
+        value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the same dtype.
+        page_table: [num_rows, max_pages_per_row], int32.
+        tile_rows: [N], int32: the row of each tile.
+        tile_query_starts: [N], int32: its first token in `query`.
+        tile_query_lengths: [N], int32: its tokens, 0 to PREFILL_TILE; a tile of 0 is padding.
+        tile_first_positions: [N], int32: the position of its first token in the row.
+        scaling: multiplies the scores.
+        sliding_window: as in `decode_attention`.
+        softcap: as in `decode_attention`.
+
+    Returns:
+        [T, num_heads, head_dim_v], contiguous, the dtype of `query`; zeros for tokens of no tile.
+
+    Raises:
+        ValueError: a shape, stride, dtype or option is not as above; the message names the argument.
+    """
+    kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
+    tiles = _check_index("tile_rows", tile_rows)
+    _check_index("tile_query_starts", tile_query_starts, tiles)
+    _check_index("tile_query_lengths", tile_query_lengths, tiles)
+    _check_index("tile_first_positions", tile_first_positions, tiles)
+    group = _check_query(query, query.shape[0], kv_heads, head_dim, key_cache, value_cache)
+    window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
+    # Zeros, since the NaN that empty memory may hold would spread from padding tokens through the layers to page 0.
+    output = query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
+    if tiles == 0:
+        return output
+    sizes = prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        prefill_kernel[(tiles * kv_heads * triton.cdiv(PREFILL_TILE * group, sizes.m),)](
+            query, key_cache, value_cache, page_table,
+            tile_rows, tile_query_starts, tile_query_lengths, tile_first_positions, output,
+            page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
+            TILE=PREFILL_TILE, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
+            PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m,
+            SMALL_M=min(16, sizes.m), BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
+            BLOCK_DV=power_of_two(head_dim_v), num_warps=sizes.warps, num_stages=sizes.stages,
+        )  # fmt: skip
+    return output
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_cache(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, page_table: torch.Tensor
+) -> tuple[int, int, int, int]:
+    """Returns num_kv_heads, head_dim, head_dim_v and page_size."""
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dim() != 4 or not cache.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous [num_pages, page_size, num_kv_heads, size], got {cache.shape}"
+            )
+        if cache.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {cache.dtype}")
+        if not 16 <= cache.shape[3] <= 256:
+            raise ValueError(f"{name} must have a head size from 16 to 256, got {cache.shape[3]}")
+    if key_cache.shape[:3] != value_cache.shape[:3]:
+        raise ValueError(
+            f"value_cache {value_cache.shape} must match key_cache {key_cache.shape} but for the head size"
+        )
+    page_size = key_cache.shape[1]
+    if not 16 <= page_size <= 256 or page_size & (page_size - 1):
+        raise ValueError(f"key_cache must have a page size of 16, 32, 64, 128 or 256, got {page_size}")
+    if page_table.dim() != 2 or page_table.dtype != torch.int32 or not page_table.is_contiguous():
+        raise ValueError(
+            f"page_table must be contiguous int32 [num_rows, max_pages], got {page_table.dtype} {page_table.shape}"
+        )
+    return key_cache.shape[2], key_cache.shape[3], value_cache.shape[3], page_size
+
+
+def _check_index(name: str, index: torch.Tensor, length: int | None = None) -> int:
+    expected = index.numel() if length is None else length
+    if index.dim() != 1 or index.dtype != torch.int32 or index.shape[0] != expected or not index.is_contiguous():
+        size = "N" if length is None else length
+        raise ValueError(f"{name} must be contiguous int32 [{size}], got {index.dtype} {tuple(index.shape)}")
+    return expected
+
+
+def _check_heads(name: str, tensor: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.stride(2) != 1:
+        raise ValueError(
+            f"{name} must be {dtype} {shape} with a last stride of 1, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+
+
+def _check_query(
+    query: torch.Tensor, tokens: int, kv_heads: int, head_dim: int, key_cache: torch.Tensor, value_cache: torch.Tensor
+) -> int:
+    """Returns how many query heads share a key-value head."""
+    if query.dim() != 3 or query.shape[1] == 0 or query.shape[1] % kv_heads:
+        raise ValueError(f"query must be [tokens, a multiple of {kv_heads} heads, {head_dim}], got {query.shape}")
+    _check_heads("query", query, (tokens, query.shape[1], head_dim), key_cache.dtype)
+    if value_cache.dtype != key_cache.dtype:
+        raise ValueError(f"value_cache must have the dtype of key_cache {key_cache.dtype}, got {value_cache.dtype}")
+    return query.shape[1] // kv_heads
+
+
+def _check_options(scaling: float, sliding_window: int | None, softcap: float | None) -> tuple[int, float, float]:
+    """Returns the window (0 for none) and the two factors of the scores, in base 2, as the kernels take them."""
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is None:
+        return sliding_window or 0, scaling * _LOG2_E, 0.0
+    return sliding_window or 0, 2 * _LOG2_E * scaling / softcap, softcap * _LOG2_E

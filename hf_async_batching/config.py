@@ -1,0 +1,177 @@
+"""The engine's settings."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from hf_async_batching.attention.backend import BackendName
+from hf_async_batching.attention.cache import LayerShape
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingConfig:
+    """Settings of a `GenerationManager`. Fields that are None are chosen for the model and the device.
+
+    Attributes:
+        depth: Steps in flight at once. 1 is synchronous batching; 2 plans a step while the one before it runs; more
+            helps where the host is slower than a step. Default: 2 on CUDA, 1 on the CPU, which runs a step while it
+            is being launched. Outputs do not depend on it.
+        page_size: Tokens per KV page, a power of two from 16 to 256. Default: 16 on CUDA, 256 on the CPU.
+        max_rows: Requests that are computed at the same time. Default: 256 on CUDA, 32 on the CPU.
+        max_batch_tokens: Query tokens per step, decoding rows and prompt pieces together. Default: 2048 on CUDA, 256
+            on the CPU; never below `max_rows`.
+        max_sequence_length: Tokens that one request may reach, prompt and completion. Default: the model's context
+            length.
+        num_pages: KV pages. Default: as many as `memory_fraction` allows, but no more than `max_rows` requests of
+            `max_sequence_length` tokens can fill.
+        memory_fraction: Share of the memory that is free when the engine starts which the KV cache may take. Default:
+            0.85 on CUDA, 0.25 on the CPU.
+        max_waiting: Requests that may wait for a row; one more raises `QueueFullError`.
+        idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
+            it again. None: never.
+        attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.
+        cuda_graphs: Capture decode steps as CUDA graphs.
+        attach_check: Compare two short prompts with the plain forward before the first request is served.
+        timeline_steps: Steps whose event times are kept for `timeline()` and `stats()`.
+        debug: Check the scheduler's bookkeeping after every step.
+
+    Raises:
+        ValueError: A field is out of its range; the message names it.
+    """
+
+    depth: int | None = None
+    page_size: int | None = None
+    max_rows: int | None = None
+    max_batch_tokens: int | None = None
+    max_sequence_length: int | None = None
+    num_pages: int | None = None
+    memory_fraction: float | None = None
+    max_waiting: int = 4096
+    idle_timeout: float | None = 60.0
+    attention_backend: BackendName = "auto"
+    cuda_graphs: bool = True
+    attach_check: bool = True
+    timeline_steps: int = 512
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "max_rows", "max_batch_tokens", "max_sequence_length", "num_pages", "max_waiting"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.page_size is not None and self.page_size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"`page_size` must be 16, 32, 64, 128 or 256, got {self.page_size}")
+        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"`memory_fraction` must be in (0, 1], got {self.memory_fraction}")
+        if self.idle_timeout is not None and self.idle_timeout <= 0:
+            raise ValueError(f"`idle_timeout` must be above 0 seconds, or None for never, got {self.idle_timeout}")
+        if self.attention_backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"`attention_backend` must be 'auto', 'torch' or 'triton', got {self.attention_backend!r}")
+        if self.timeline_steps < 1:
+            raise ValueError(f"`timeline_steps` must be at least 1, got {self.timeline_steps}")
+        if self.max_rows and self.max_batch_tokens and self.max_batch_tokens < self.max_rows:
+            raise ValueError(
+                f"`max_batch_tokens` ({self.max_batch_tokens}) must be at least `max_rows` ({self.max_rows}): "
+                "every decoding row takes one token of the budget"
+            )
+
+    def resolve(
+        self, layers: list[LayerShape], context_length: int | None, device: torch.device, free_bytes: int
+    ) -> ResolvedConfig:
+        """Fill the automatic fields once, and log each choice with its reason.
+
+        Args:
+            layers: Keys and values of the model's attention layers.
+            context_length: Tokens the model was built for; None where unknown.
+            device: Where the model runs.
+            free_bytes: Memory that is free there.
+
+        Raises:
+            ValueError: The KV cache would not hold a single page in what is free.
+        """
+        cuda = device.type == "cuda"
+        why: dict[str, str] = {}
+
+        def choose(name: str, value: int | float, reason: str) -> int | float:
+            given: int | float | None = getattr(self, name)
+            if given is not None:
+                return given
+            why[name] = f"{value} ({reason})"
+            return value
+
+        kind = "CUDA" if cuda else "CPU"
+        depth = int(choose("depth", 2 if cuda else 1, f"default on {kind}"))
+        page_size = int(choose("page_size", 16 if cuda else 256, f"default on {kind}"))
+        default_rows = 256 if cuda else 32
+        if self.max_batch_tokens is not None:
+            default_rows = min(default_rows, self.max_batch_tokens)
+        max_rows = int(choose("max_rows", default_rows, f"default on {kind}"))
+        budget = int(choose("max_batch_tokens", max(max_rows, 2048 if cuda else 256), f"default on {kind}"))
+        longest = int(
+            choose("max_sequence_length", context_length or 4096, "context length" if context_length else "unknown")
+        )
+        fraction = float(choose("memory_fraction", 0.85 if cuda else 0.25, f"default on {kind}"))
+        page_bytes = page_size * sum(layer.bytes_per_token for layer in layers)
+        pages_per_row = -(-longest // page_size)
+        affordable = int(free_bytes * fraction) // page_bytes - 1
+        useful = pages_per_row * max_rows
+        num_pages = int(
+            choose(
+                "num_pages",
+                min(affordable, useful),
+                f"{fraction:.0%} of {free_bytes / GIB:.1f} GiB free at {page_bytes / 1024:.0f} KiB a page"
+                if affordable < useful
+                else f"{max_rows} rows of {longest} tokens",
+            )
+        )
+        if num_pages < 1:
+            raise ValueError(
+                f"the KV cache needs at least one page of {page_bytes / GIB:.3f} GiB, and {fraction:.0%} of "
+                f"{free_bytes / GIB:.2f} GiB free memory does not hold it; free memory or raise `memory_fraction`"
+            )
+        for name, choice in why.items():
+            logger.info("%s = %s", name, choice)
+        chosen = replace(
+            self,
+            depth=depth,
+            page_size=page_size,
+            max_rows=max_rows,
+            max_batch_tokens=budget,
+            max_sequence_length=longest,
+            num_pages=num_pages,
+            memory_fraction=fraction,
+        )
+        return ResolvedConfig(
+            depth, page_size, max_rows, budget, min(longest, num_pages * page_size), num_pages, pages_per_row, chosen
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """A `BatchingConfig` whose automatic fields are filled.
+
+    Attributes:
+        max_sequence_length: Tokens that one request may reach: bounded by the setting and by the whole cache.
+        pages_per_row: Width of the page table.
+        settings: The configuration with its fields filled.
+    """
+
+    depth: int
+    page_size: int
+    max_rows: int
+    max_batch_tokens: int
+    max_sequence_length: int
+    num_pages: int
+    pages_per_row: int
+    settings: BatchingConfig
+
+    def __str__(self) -> str:
+        shown = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())

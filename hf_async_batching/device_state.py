@@ -1,0 +1,144 @@
+"""The tables that live on the device for a row's whole life, and the carry-over that reads them.
+
+Every table is indexed by row. Row 0 is the padding row: whatever lands there is never read for a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.staging import PARAMS, Sections
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What the model's forward needs for one step.
+
+    Attributes:
+        token_ids: int64 [tokens].
+        position_ids: int64 [tokens].
+        sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
+        context: Rows, pages and lengths for the attention.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sample_index: torch.Tensor | None
+    context: AttentionContext
+
+
+class DeviceState:
+    """The row tables. All methods enqueue device work and must run inside a pipeline kernel.
+
+    Args:
+        max_rows: Rows that requests can own; the tables have one more.
+        max_pages_per_row: Width of the page table.
+        device: Where the tables live.
+
+    Attributes:
+        last_token: int32 [rows], the token that was sampled last for the row.
+        lengths: int32 [rows], tokens whose keys and values are in the cache.
+        page_table: int32 [rows, max_pages_per_row].
+        params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
+        decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
+        out_tokens: int32 [max_rows], tokens of the step that ran last, in plan order.
+        out_logprobs: float32 [max_rows], their log-probabilities where asked for.
+    """
+
+    def __init__(self, *, max_rows: int, max_pages_per_row: int, device: torch.device) -> None:
+        def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.last_token = table(max_rows + 1)
+        self.lengths = table(max_rows + 1)
+        self.page_table = table(max_rows + 1, max_pages_per_row)
+        self.params = table(max_rows + 1, PARAMS)
+        self.decode_rows = table(max_rows)
+        self.out_tokens = table(max_rows)
+        self.out_logprobs = table(max_rows, dtype=torch.float32)
+
+    def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
+        """Start new rows and enter new pages; `staged` is the step's array as `staging.encode` wrote it."""
+        size = sections.new_rows * (1 + PARAMS)
+        if sections.new_rows:
+            records = staged[:size].view(sections.new_rows, 1 + PARAMS)
+            rows = records[:, 0]
+            self.params[rows] = records[:, 1:]
+            self.lengths[rows] = 0
+        if sections.new_pages:
+            row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
+            self.page_table[row, index] = page
+        if sections.decode:
+            start = size + 3 * sections.new_pages
+            self.decode_rows[: sections.decode] = staged[start : start + sections.decode]
+
+    def decode_inputs(self, size: int) -> StepInputs:
+        """Carry-over for a step in which the first `size` entries of `decode_rows` decode one token each."""
+        rows = self.decode_rows[:size]
+        positions = self.lengths[rows]
+        context = AttentionContext(
+            page_table=self.page_table,
+            rows=rows,
+            positions=positions,
+            decode=True,
+            context_lengths=positions + 1,
+        )
+        return StepInputs(self.last_token[rows].long(), positions.long(), None, context)
+
+    def mixed_inputs(self, staged: torch.Tensor, sections: Sections) -> StepInputs:
+        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last."""
+        start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
+        token_end = start + 3 * sections.tokens
+        sample_end = token_end + sections.samples
+        given, rows, offsets = staged[start:token_end].view(3, -1).unbind(0)
+        samples = staged[token_end:sample_end].long()
+        tile_rows, tile_queries, tile_lengths, tile_offsets = staged[sample_end : sections.total].view(4, -1).unbind(0)
+        positions = self.lengths[rows] + offsets
+        token_ids = torch.where(given < 0, self.last_token[rows], given)
+        context = AttentionContext(
+            page_table=self.page_table,
+            rows=rows,
+            positions=positions,
+            decode=False,
+            tile_rows=tile_rows,
+            tile_queries=tile_queries,
+            tile_lengths=tile_lengths,
+            tile_positions=self.lengths[tile_rows] + tile_offsets,
+        )
+        return StepInputs(token_ids.long(), positions.long(), samples, context)
+
+    def commit(self, inputs: StepInputs, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+        """Advance the rows of a step and keep what was sampled.
+
+        Args:
+            inputs: The step.
+            tokens: int32 [sampled].
+            logprobs: float32 [sampled], or None.
+        """
+        context = inputs.context
+        if context.decode:
+            sampled_rows = context.rows
+            self.lengths[context.rows] = context.context_lengths
+            self.lengths[:1] = 0  # the padding row must not grow
+        else:
+            assert inputs.sample_index is not None and context.tile_rows is not None
+            assert context.tile_lengths is not None
+            sampled_rows = context.rows[inputs.sample_index]
+            self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
+        self.last_token[sampled_rows] = tokens
+        self.out_tokens[: tokens.shape[0]] = tokens
+        if logprobs is not None:
+            self.out_logprobs[: tokens.shape[0]] = logprobs
+
+    def sampled_rows(self, inputs: StepInputs) -> torch.Tensor:
+        """int32 [sampled], the row of each sampled position."""
+        rows = inputs.context.rows
+        return rows if inputs.sample_index is None else rows[inputs.sample_index]
+
+    def next_positions(self, inputs: StepInputs) -> torch.Tensor:
+        """int64 [sampled], the position that each sampled token will take."""
+        positions = inputs.position_ids
+        return (positions if inputs.sample_index is None else positions[inputs.sample_index]) + 1

@@ -1,0 +1,27 @@
+"""One device protocol, three devices: CUDA, the CPU, and a simulation with an adversarial order of execution."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_async_batching.devices.base import Device, Graph, Guard, Stream
+from hf_async_batching.devices.cpu import CpuDevice
+
+__all__ = ["CpuDevice", "Device", "Graph", "Guard", "Stream", "make_device"]
+
+
+def make_device(device: torch.device) -> Device:
+    """The device that serves a model whose weights lie on `device`.
+
+    Raises:
+        NotImplementedError: Neither a CUDA device nor the CPU.
+    """
+    if device.type == "cpu":
+        return CpuDevice()
+    if device.type == "cuda":
+        from hf_async_batching.devices.cuda import CudaDevice
+
+        return CudaDevice(device)
+    raise NotImplementedError(
+        f"models on {device.type!r} devices are not served; move the model to a CUDA device or to the CPU"
+    )

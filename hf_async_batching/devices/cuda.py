@@ -1,0 +1,88 @@
+"""CUDA: three streams, blocking events, pinned host memory, graphs in one memory pool.
+
+Beside `pipeline.py`, which decides the order, this is the only module that touches torch's streams, events and graphs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hf_async_batching.devices.base import Graph, Guard, Kernel, Stream
+
+
+class CudaDevice:
+    """One CUDA device.
+
+    Args:
+        device: The device of the model's weights. Everything that this thread has enqueued on its current stream so
+            far runs before anything enqueued here.
+    """
+
+    supports_graphs = True
+    runs_inline = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+        with torch.cuda.device(device):
+            self._streams = {stream: torch.cuda.Stream(device) for stream in Stream if stream is not Stream.CALLER}
+            self._pool: object | None = None
+            self._graph_bytes = 0
+            # Event times are relative to one event whose host time is known.
+            torch.cuda.synchronize(device)
+            self._origin = torch.cuda.Event(enable_timing=True)
+            self._origin.record(self._streams[Stream.COMPUTE])
+            self._origin.synchronize()
+            self._origin_time = time.perf_counter()
+
+    def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, pin_memory=True)
+
+    def copy(self, stream: Stream, destination: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self._streams[stream]):
+            destination.copy_(source, non_blocking=True)
+
+    def launch(self, stream: Stream, kernel: Kernel) -> None:
+        with torch.cuda.stream(self._streams[stream]):
+            kernel()
+
+    def record(self, stream: Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(torch.cuda.current_stream(self.torch_device) if stream is Stream.CALLER else self._streams[stream])
+        return event
+
+    def wait(self, stream: Stream, event: torch.cuda.Event | None, guard: Guard) -> None:
+        if event is not None:
+            self._streams[stream].wait_event(event)
+
+    def synchronize(self, event: torch.cuda.Event | None, guard: Guard) -> None:
+        if event is not None:
+            event.synchronize()
+
+    def time_of(self, event: torch.cuda.Event) -> float:
+        return self._origin_time + self._origin.elapsed_time(event) * 1e-3
+
+    def capture(self, work: Kernel) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_reserved(self.torch_device)
+        # Thread-local error mode: the user's own threads may allocate memory on this card during the capture.
+        with torch.cuda.graph(
+            graph,
+            pool=self._pool,  # type: ignore[arg-type]
+            stream=self._streams[Stream.COMPUTE],
+            capture_error_mode="thread_local",
+        ):
+            work()
+        self._graph_bytes += max(0, torch.cuda.memory_reserved(self.torch_device) - before)
+        return graph
+
+    def graph_bytes(self) -> int:
+        return self._graph_bytes
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+        self._pool = None

@@ -1,0 +1,217 @@
+"""`generate`: the callable for `model.generate(..., custom_generate=...)`, and the same called directly.
+
+transformers prepares everything (padding, lengths, special tokens, processors) and calls the function once; rows of
+the batch become requests of the model's shared manager, where they meet the rows of every other call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.manager import GenerationManager
+from hf_async_batching.prepared_checks import check_criteria, check_model_inputs, check_processors
+from hf_async_batching.registry import get_manager
+from hf_async_batching.requests_from_config import build_request, seed_of_row
+
+GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None = None,
+    *,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: BaseStreamer | None = None,
+    seed: int | list[int] | None = None,
+    manager: GenerationManager | None = None,
+    batching_config: BatchingConfig | None = None,
+    bound_streamer: BaseStreamer | None = None,
+    bound_tokenizer: Any = None,
+    bound_seed: int | list[int] | None = None,
+    **kwargs: Any,
+) -> GenerateOutput:
+    """Like `model.generate`, served by the asynchronous engine together with all other calls on the model.
+
+    Use it in place, `model.generate(**inputs, custom_generate=hf_async_batching.generate)`, or directly,
+    `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
+
+    Args:
+        model: A causal language model; not changed.
+        input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so.
+        logits_processor: As for `generate`; custom ones are not served yet.
+        stopping_criteria: As for `generate`; custom ones are not served yet.
+        generation_config: As for `generate`.
+        streamer: As for `generate`, for a single prompt; its methods run in the calling thread.
+        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence.
+        manager: The manager to use; the model's shared one where None.
+        batching_config: Settings for the model's shared manager, where this call is the one that makes it.
+        bound_streamer: Set by `GenerationManager.bind`.
+        bound_tokenizer: Set by `GenerationManager.bind`.
+        bound_seed: Set by `GenerationManager.bind`.
+        kwargs: Everything else that `generate` takes.
+
+    Returns:
+        What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
+        token, on the device of the prompts; or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate=True`.
+
+    Raises:
+        UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.
+        ValueError: An argument is out of range.
+        RequestTooLongError: Prompt and new tokens exceed the context or the cache.
+    """
+    streamer = streamer if streamer is not None else bound_streamer
+    seed = seed if seed is not None else bound_seed
+    if logits_processor is None or stopping_criteria is None or not hasattr(generation_config, "_eos_token_tensor"):
+        return _through_transformers(
+            model,
+            {
+                "input_ids": input_ids,
+                "generation_config": generation_config,
+                "logits_processor": logits_processor,
+                "stopping_criteria": stopping_criteria,
+                "streamer": streamer,
+                **kwargs,
+            },
+            {
+                "seed": seed,
+                "manager": manager,
+                "batching_config": batching_config,
+            },
+        )
+    assert input_ids is not None and generation_config is not None
+    caller = _arguments_lost_on_the_way()
+    if caller.get("assistant_model") is not None:
+        raise UnsupportedArgumentError("`assistant_model` is not served; use plain `model.generate` for this call")
+    if caller.get("synced_gpus"):
+        raise UnsupportedArgumentError("`synced_gpus` is not served; use plain `model.generate` for this call")
+    given = caller.get("streamer")
+    if given is not None and streamer is not None and given is not streamer:
+        raise ValueError("two different streamers: one is bound, the other was given to `generate`; pass only one")
+    # transformers has shown the prompt to a streamer that went through its own argument.
+    prompt_shown = given is not None
+    streamer = given if given is not None else streamer
+    if streamer is not None and input_ids.shape[0] != 1:
+        raise ValueError(f"`streamer` takes a single sequence, got {input_ids.shape[0]}; call generate once per prompt")
+    ended = False
+    try:
+        if streamer is not None and not prompt_shown:
+            streamer.put(input_ids.cpu())
+        manager = manager if manager is not None else get_manager(model, batching_config)
+        handles = _submit(
+            manager, input_ids, generation_config, logits_processor, stopping_criteria, seed, kwargs
+        )
+        try:
+            if streamer is not None:
+                for token in handles[0]:
+                    streamer.put(torch.tensor([token]))
+                streamer.end()
+                ended = True
+            completions = [handle.result().token_ids for handle in handles]
+        finally:
+            # Also on Ctrl-C, and where one of the rows failed: nobody is left to read the others.
+            for handle in handles:
+                handle.cancel()
+    finally:
+        # A reader in another thread waits for the end, whatever went wrong.
+        if streamer is not None and not ended:
+            streamer.end()
+    sequences = _assemble(input_ids, completions, generation_config)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+    return sequences
+
+
+def _through_transformers(model: PreTrainedModel, arguments: dict[str, Any], own: dict[str, Any]) -> GenerateOutput:
+    """Have `model.generate` prepare the call, as it does for any `custom_generate`."""
+    if arguments.pop("custom_generate", None) not in (None, generate):
+        raise ValueError("`custom_generate` makes no sense here: this function is the custom generate")
+    if arguments.get("inputs") is not None:
+        if arguments["input_ids"] is not None:
+            raise ValueError("pass either `inputs` or `input_ids`, not both")
+        del arguments["input_ids"]
+    given = {name: value for name, value in {**arguments, **own}.items() if value is not None}
+    out: GenerateOutput = model.generate(custom_generate=generate, **given)  # type: ignore[operator,assignment]
+    return out
+
+
+def _arguments_lost_on_the_way() -> dict[str, Any]:
+    """Arguments of `GenerationMixin.generate` that it does not hand to a callable, read from its frame.
+
+    Without this a streamer would hang its reader: transformers shows it the prompt and never its end.
+    """
+    body = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    try:
+        # This function, `generate` above, then whoever called it: a partial or a bound method adds no frame.
+        caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+        if caller is None or caller.f_code is not body:
+            return {}
+        names = ("streamer", "assistant_model", "synced_gpus")
+        return {name: caller.f_locals.get(name) for name in names}
+    finally:
+        del frame
+
+
+def _submit(
+    manager: GenerationManager,
+    input_ids: torch.Tensor,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    seed: int | list[int] | None,
+    model_kwargs: dict[str, Any],
+) -> list[GenerationHandle]:
+    """One request per row of the batch; all of them, or none where one is refused."""
+    width = input_ids.shape[1]
+    min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
+    check_processors(processors, config, prompt_length=width)
+    check_criteria(criteria, config)
+    mask = check_model_inputs(model_kwargs, input_ids)
+    if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
+        raise ValueError(f"`seed` has {len(seed)} entries for {input_ids.shape[0]} sequences")
+    rows = input_ids.tolist()
+    if mask is not None:
+        rows = [
+            [token for token, real in zip(row, keep, strict=True) if real]
+            for row, keep in zip(rows, mask.tolist(), strict=True)
+        ]
+    requests = [
+        build_request(
+            row,
+            config,
+            max_new_tokens=config.max_length - width,
+            min_new_tokens=max(0, min_new_tokens),
+            seed=seed[i] if isinstance(seed, (list, tuple)) else seed_of_row(seed, i),
+        )
+        for i, row in enumerate(rows)
+    ]
+    handles: list[GenerationHandle] = []
+    try:
+        for request in requests:
+            handles.append(manager.submit_request(request))
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+    return handles
+
+
+def _assemble(input_ids: torch.Tensor, completions: list[list[int]], config: GenerationConfig) -> torch.Tensor:
+    longest = max(len(tokens) for tokens in completions)
+    pad = config._pad_token_tensor
+    # Without a pad token there is no end-of-sequence token either, and all rows have the same length.
+    fill = int(pad) if pad is not None else 0
+    new = torch.tensor([tokens + [fill] * (longest - len(tokens)) for tokens in completions], dtype=input_ids.dtype)
+    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)

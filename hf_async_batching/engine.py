@@ -1,0 +1,111 @@
+"""Scheduler and pipeline, step by step. No threads: whoever owns an engine calls `step` until it has no work."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from hf_async_batching.devices import Device
+from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.plan import Launch
+from hf_async_batching.request import Request
+from hf_async_batching.scheduler import Emission, Scheduler
+from hf_async_batching.timeline import Span, StepRecord
+
+
+class Engine:
+    """Keeps `depth` steps in flight.
+
+    Args:
+        scheduler: Plans.
+        pipeline: Runs plans.
+        device: Whose events are timed.
+        depth: Steps in flight at once.
+        timeline_steps: Records to keep.
+        debug: Check the scheduler's bookkeeping after every step.
+
+    Attributes:
+        records: The last steps, oldest first.
+        started: Ids of the requests whose prompts began with the last call of `step`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        device: Device,
+        *,
+        depth: int,
+        timeline_steps: int = 512,
+        debug: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.pipeline = pipeline
+        self.device = device
+        self.depth = depth
+        self.records: deque[StepRecord] = deque(maxlen=timeline_steps)
+        self.started: list[str] = []
+        self._in_flight: deque[Launch] = deque()
+        self._debug = debug
+
+    def add(self, request: Request) -> None:
+        """Queue a request; see `Scheduler.add`."""
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str) -> Emission | None:
+        """End a request; see `Scheduler.cancel`."""
+        return self.scheduler.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is in flight or a request is live."""
+        return bool(self._in_flight) or self.scheduler.has_live
+
+    def step(self) -> list[Emission]:
+        """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
+        started = time.perf_counter()
+        plan = self.scheduler.plan()
+        self.started = [new_row.request.request_id for new_row in plan.new_rows] if plan is not None else []
+        if plan is not None:
+            self._in_flight.append(self.pipeline.launch(plan, started))
+        elif not self._in_flight and self.scheduler.has_live:
+            raise RuntimeError("the scheduler has live requests, nothing in flight, and no plan")
+        emissions: list[Emission] = []
+        if self._in_flight and (plan is None or len(self._in_flight) >= self.depth):
+            emissions = self._collect(self._in_flight.popleft())
+        if self._debug:
+            self.scheduler.check_invariants()
+        return emissions
+
+    def _collect(self, launch: Launch) -> list[Emission]:
+        result = self.pipeline.collect(launch)
+        arrived = time.perf_counter()
+        emissions = self.scheduler.complete(result)
+        compute = self._span(launch, "compute_start", "compute_done")
+        assert compute is not None
+        plan = launch.plan
+        self.records.append(
+            StepRecord(
+                step=plan.step,
+                decode_rows=len(plan.decode_rows),
+                prompt_tokens=plan.num_tokens - len(plan.decode_rows),
+                tokens=plan.num_sampled,
+                # Where work runs while it is being launched, that part is not the host's.
+                plan=(launch.planned_at, compute[0] if self.device.runs_inline else launch.launched_at),
+                settle=(arrived, time.perf_counter()),
+                compute=compute,
+                h2d=self._span(launch, "h2d_start", "h2d_done"),
+                d2h=self._span(launch, "d2h_start", "d2h_done"),
+            )
+        )
+        return emissions
+
+    def _span(self, launch: Launch, start: str, end: str) -> Span | None:
+        if end not in launch.events:
+            return None
+        return self.device.time_of(launch.events[start]), self.device.time_of(launch.events[end])
+
+    def close(self) -> None:
+        """Wait for all device work."""
+        self._in_flight.clear()
+        self.pipeline.close()

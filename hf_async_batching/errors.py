@@ -1,0 +1,31 @@
+"""Errors that callers can see. Each message names the argument at fault and the remedy."""
+
+from __future__ import annotations
+
+
+class HfAsyncBatchingError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class QueueFullError(HfAsyncBatchingError, RuntimeError):
+    """The inbox holds `BatchingConfig.max_waiting` requests already; try again later or raise the bound."""
+
+
+class RequestTooLongError(HfAsyncBatchingError, ValueError):
+    """Prompt and new tokens do not fit the model's context or the whole KV cache."""
+
+
+class EngineClosedError(HfAsyncBatchingError, RuntimeError):
+    """The manager was closed, before the call or while the request was being served."""
+
+
+class EngineFailedError(HfAsyncBatchingError, RuntimeError):
+    """The engine's own step failed; `__cause__` holds the reason. The next call starts a fresh engine."""
+
+
+class UnsupportedModelError(HfAsyncBatchingError, NotImplementedError):
+    """The model's attention cannot be routed to the paged cache, or its outputs would not be right."""
+
+
+class UnsupportedArgumentError(HfAsyncBatchingError, NotImplementedError):
+    """A `generate` argument that the engine does not serve."""

@@ -1,0 +1,211 @@
+"""What a caller holds while a request is served."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+FinishReason = Literal["eos", "length", "stop", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """How a request was served.
+
+    Attributes:
+        queue_seconds: From `submit` to the first step that computes its prompt; None if it never got there.
+        time_to_first_token: From `submit` to the first token, in seconds; None without tokens.
+        tokens_per_second: New tokens over the time since the first one; None with fewer than two.
+        total_seconds: From `submit` to the end.
+    """
+
+    queue_seconds: float | None
+    time_to_first_token: float | None
+    tokens_per_second: float | None
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished request.
+
+    Attributes:
+        request_id: As in the handle.
+        token_ids: The new tokens, an end-of-sequence token included.
+        finish_reason: "eos", "length", "stop" or "cancelled".
+        logprobs: Log-probabilities of the tokens, where asked for.
+        metrics: How it was served.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float] | None
+    metrics: RequestMetrics
+
+
+class GenerationHandle:
+    """A request in the engine. Iterate over it (`for` or `async for`) to get tokens as they are made.
+
+    Args:
+        request_id: Unique in its manager.
+        cancel: Called with the id to cancel the request.
+        logprobs: Whether log-probabilities were asked for.
+    """
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None], *, logprobs: bool = False) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+        self._tokens: list[int] = []
+        self._logprobs: list[float] | None = [] if logprobs else None
+        self._reason: str | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._changed = threading.Condition()
+        self._watchers = 0
+        self._async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._submitted = time.perf_counter()
+        self._started: float | None = None
+        self._first: float | None = None
+        self._last: float | None = None
+
+    # -- for callers ----------------------------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Wait for the end.
+
+        Args:
+            timeout: Seconds to wait; None waits for ever.
+
+        Raises:
+            TimeoutError: Not finished in time; the request goes on.
+            HfAsyncBatchingError: What went wrong. Tokens made before are in `token_ids`.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(
+                f"request {self.request_id} has not finished after {timeout} s; it goes on: "
+                "call result() again, or cancel()"
+            )
+        if self._error is not None:
+            raise self._error
+        return GenerationResult(
+            self.request_id,
+            list(self._tokens),
+            cast(FinishReason, self._reason),
+            None if self._logprobs is None else list(self._logprobs),
+            self._metrics(),
+        )
+
+    def cancel(self) -> None:
+        """End the request now; its row and pages are freed. Without effect on one that has ended."""
+        if not self._done.is_set():
+            self._cancel(self.request_id)
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self._done.is_set()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens so far."""
+        return list(self._tokens)
+
+    def __iter__(self) -> Iterator[int]:
+        """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
+        position = 0
+        while True:
+            with self._changed:
+                # Announced before looking: a token that is appended after the look finds a watcher to wake.
+                self._watchers += 1
+                try:
+                    while position == len(self._tokens) and not self._done.is_set():
+                        self._changed.wait()
+                finally:
+                    self._watchers -= 1
+            while position < len(self._tokens):
+                yield self._tokens[position]
+                position += 1
+            if self._done.is_set() and position == len(self._tokens):
+                if self._error is not None:
+                    raise self._error
+                return
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """Like `__iter__`, without blocking the event loop."""
+        wake = asyncio.Event()
+        watcher = (asyncio.get_running_loop(), wake)
+        self._async_watchers.append(watcher)
+        position = 0
+        try:
+            while True:
+                wake.clear()
+                done = self._done.is_set()  # looked at before the tokens: all of them are there once it is set
+                while position < len(self._tokens):
+                    yield self._tokens[position]
+                    position += 1
+                if done:
+                    if self._error is not None:
+                        raise self._error
+                    return
+                await wake.wait()
+        finally:
+            self._async_watchers.remove(watcher)
+
+    def __repr__(self) -> str:
+        state = self._reason or ("failed" if self._error is not None else "live")
+        return f"GenerationHandle({self.request_id!r}, {state}, {len(self._tokens)} tokens)"
+
+    # -- for the engine's thread ----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def _push(self, token: int, logprob: float | None) -> None:
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.append(logprob)
+        self._tokens.append(token)
+        self._last = time.perf_counter()
+        if self._first is None:
+            self._first = self._last
+        self._wake()
+
+    def _finish(self, reason: str) -> None:
+        self._reason = reason
+        self._end()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._done.is_set():
+            self._error = error
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = time.perf_counter()
+        self._done.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._watchers:
+            with self._changed:
+                self._changed.notify_all()
+        for loop, event in list(self._async_watchers):
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:
+                pass  # the loop is closed: nobody is left to wake
+
+    def _metrics(self) -> RequestMetrics:
+        rate = None
+        if self._first is not None and self._last is not None and len(self._tokens) > 1 and self._last > self._first:
+            rate = (len(self._tokens) - 1) / (self._last - self._first)
+        return RequestMetrics(
+            queue_seconds=None if self._started is None else self._started - self._submitted,
+            time_to_first_token=None if self._first is None else self._first - self._submitted,
+            tokens_per_second=rate,
+            total_seconds=self._ended - self._submitted,
+        )

@@ -1,0 +1,347 @@
+"""`GenerationManager`: the engine's lifecycle, and the way in for requests."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.errors import (
+    EngineClosedError,
+    RequestTooLongError,
+    UnsupportedArgumentError,
+    UnsupportedModelError,
+)
+from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.request import Request
+from hf_async_batching.requests_from_config import build_request, seed_of_row
+from hf_async_batching.stats import Stats, read_stats
+from hf_async_batching.timeline import Timeline
+from hf_async_batching.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+_EXIT_TIMEOUT = 5.0
+
+_open_managers: weakref.WeakSet[GenerationManager] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What tells whether the weights an engine was built on are still the model's."""
+
+    tensors: tuple[tuple[int, int, torch.dtype], ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Weights:
+        return cls(tuple((id(p), p.data_ptr(), p.dtype) for p in model.parameters()))
+
+
+class GenerationManager:
+    """Serves a model to any number of callers in any threads, in one batch.
+
+    The engine starts with the first request (or `warmup()`), in the caller's thread, and stops on its own after
+    `BatchingConfig.idle_timeout` seconds without work; the next request starts it again. The model object is never
+    changed and its weights are shared, not copied.
+
+    Args:
+        model: A causal language model.
+        config: Settings; the defaults suit most cases.
+
+    Raises:
+        UnsupportedModelError: The model's attention cannot be routed to the paged cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: BatchingConfig | None = None) -> None:
+        self._setup(lambda: model, config, model)
+
+    @classmethod
+    def for_registry(cls, model: PreTrainedModel, config: BatchingConfig | None) -> GenerationManager:
+        """A manager that does not keep the model alive; used by `get_manager`."""
+        manager = cls.__new__(cls)
+        manager._setup(weakref.ref(model), config, model)
+        return manager
+
+    def _setup(
+        self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig | None, model: PreTrainedModel
+    ) -> None:
+        if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
+            raise UnsupportedModelError(
+                f"`model` must be a transformers PreTrainedModel that can generate, got {type(model).__name__}"
+            )
+        # Refused here, before any memory is taken; the engine makes its own view when it starts.
+        ModelForward(model)
+        self.config = config or BatchingConfig()
+        self._get_model = get_model
+        self._lock = threading.RLock()
+        self._worker: Worker | None = None
+        self._draining: list[Worker] = []
+        self._weights: _Weights | None = None
+        self._closed = False
+        _open_managers.add(self)
+
+    # -- serving --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        input_ids: list[int] | torch.Tensor,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        logprobs: bool = False,
+        request_id: str | None = None,
+        **generate_arguments: Any,
+    ) -> GenerationHandle:
+        """Queue one prompt; from any thread, or from an event loop after `warmup()`.
+
+        Args:
+            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor.
+            generation_config: As for `model.generate`; the model's own where None.
+            seed: Makes a sampled request reproducible, whatever else is in the batch.
+            logprobs: Also return the log-probabilities of the chosen tokens.
+            request_id: Unique among the live requests; made up where None.
+            generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
+
+        Raises:
+            ValueError: An argument is out of range, or the prompt is empty.
+            TypeError: An argument that `GenerationConfig` does not have.
+            RequestTooLongError: Prompt and new tokens exceed the context or the cache.
+            UnsupportedArgumentError: An argument that is not served.
+            QueueFullError: `max_waiting` requests wait already.
+            EngineClosedError: The manager was closed.
+        """
+        model = self._require_model()
+        prompt = _prompt_list(input_ids)
+        config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
+        if unknown:
+            raise TypeError(
+                f"submit() got arguments that GenerationConfig does not have: {sorted(unknown)}; "
+                "for a padded batch or model inputs other than token ids call hf_async_batching.generate"
+            )
+        if (config.num_return_sequences or 1) != 1:
+            raise UnsupportedArgumentError("submit() makes one sequence; call it `num_return_sequences` times")
+        has_default_length = (
+            generate_arguments.get("max_length") is None
+            and (generation_config is None or generation_config.max_length is None)
+            and model.generation_config.max_length is None
+        )
+        if config.max_new_tokens is not None:
+            max_new_tokens = config.max_new_tokens
+        elif has_default_length:
+            max_new_tokens = config.max_length
+        else:
+            max_new_tokens = config.max_length - len(prompt)
+        min_new_tokens = config.min_new_tokens or max(0, (config.min_length or 0) - len(prompt))
+        request = build_request(
+            prompt,
+            config,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            seed=seed_of_row(seed, 0),
+            logprobs=logprobs,
+            request_id=request_id,
+        )
+        return self.submit_request(request)
+
+    def submit_request(self, request: Request) -> GenerationHandle:
+        """Queue a request that was made by hand; see `submit` for what it raises."""
+        _refuse_autocast()
+        while True:
+            worker = self._require_worker()
+            assembly = worker.assembly
+            if assembly is None:
+                continue  # it stopped on its own just now
+            _check_limits(request, assembly)
+            handle = GenerationHandle(request.request_id, worker.cancel, logprobs=request.sampling.logprobs)
+            if worker.put(request, handle):
+                return handle
+
+    def bind(
+        self, *, streamer: BaseStreamer | None = None, tokenizer: Any = None, seed: int | list[int] | None = None
+    ) -> Callable[..., Any]:
+        """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
+
+        Args:
+            streamer: Gets the tokens. (transformers does not hand its own `streamer` argument on.)
+            tokenizer: Reserved for stop strings, which are not served yet.
+            seed: As in `hf_async_batching.generate`.
+        """
+        from hf_async_batching.drop_in import generate
+
+        return partial(generate, manager=self, bound_streamer=streamer, bound_tokenizer=tokenizer, bound_seed=seed)
+
+    def warmup(self) -> None:
+        """Start the engine, and run and capture its common decode steps, before the first request.
+
+        Raises:
+            UnsupportedModelError: The model's outputs would not be right.
+        """
+        worker = self._require_worker()
+        assembly = worker.assembly
+        if assembly is None:
+            return
+        config = assembly.config
+        length = max(1, min(8, config.max_sequence_length - 4))
+        vocab = assembly.forward.vocab_size
+        prompt = tuple((7 * i + 3) % vocab for i in range(length))
+        for rows in assembly.runner.buckets or [1]:
+            handles = [
+                self.submit_request(Request(f"warmup-{rows}-{row}-{id(self)}", prompt, 3)) for row in range(rows)
+            ]
+            for handle in handles:
+                handle.result()
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """What the engine is doing now; zeros where it is not running."""
+        worker = self._worker
+        return read_stats(worker.assembly if worker is not None else None, worker.num_inbox if worker else 0)
+
+    def timeline(self) -> Timeline:
+        """The last `BatchingConfig.timeline_steps` steps."""
+        worker = self._worker
+        assembly = worker.assembly if worker is not None else None
+        if assembly is None:
+            return Timeline(())
+        name = "CUDA" if assembly.forward.device.type == "cuda" else "CPU"
+        return Timeline(tuple(assembly.engine.records.copy()), name)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._closed
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """The running engine and its parts, for benchmarks; None where it is not running."""
+        return self._worker.assembly if self._worker is not None else None
+
+    # -- ending ---------------------------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop the engine and return all its memory. Live requests fail with `EngineClosedError`.
+
+        Args:
+            timeout: Seconds to wait for the step that is running; None waits for it.
+        """
+        with self._lock:
+            self._closed = True
+            workers = [*self._draining, *([self._worker] if self._worker is not None else [])]
+        for worker in workers:
+            worker.stop(timeout)
+        _open_managers.discard(self)
+
+    def __enter__(self) -> GenerationManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _require_model(self) -> PreTrainedModel:
+        model = self._get_model()
+        if self._closed or model is None:
+            raise EngineClosedError("the manager is closed; make a new GenerationManager for the model")
+        return model
+
+    def _require_worker(self) -> Worker:
+        with self._lock:
+            model = self._require_model()
+            weights = _Weights.of(model)
+            if self._worker is not None and weights != self._weights:
+                # The model got other tensors (a new dtype or device, an assigned state dict): the view is stale.
+                self._worker.drain()
+                self._draining.append(self._worker)
+                self._worker = None
+            if self._worker is None:
+                assembly = assemble(model, self.config)
+                self._weights = weights
+                forget = weakref.WeakMethod(self._forget)
+                self._worker = Worker(
+                    assembly,
+                    max_waiting=self.config.max_waiting,
+                    idle_timeout=self.config.idle_timeout,
+                    on_stop=lambda worker: _call_if_alive(forget, worker),
+                )
+            return self._worker
+
+    def _forget(self, worker: Worker) -> None:
+        with self._lock:
+            if self._worker is worker:
+                self._worker = None
+            if worker in self._draining:
+                self._draining.remove(worker)
+
+
+def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
+    function = method()
+    if function is not None:
+        function(worker)
+
+
+def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
+    if isinstance(input_ids, torch.Tensor):
+        if input_ids.dim() != 1 or input_ids.is_floating_point():
+            raise ValueError(
+                f"`input_ids` must be a 1-D integer tensor or a list of ints, got shape {tuple(input_ids.shape)} and "
+                f"dtype {input_ids.dtype}; submit the rows of a batch one by one, without their padding"
+            )
+        tokens: list[int] = input_ids.tolist()
+        return tokens
+    if isinstance(input_ids, Iterable) and not isinstance(input_ids, (str, bytes)):
+        prompt = list(input_ids)
+        if all(isinstance(token, int) for token in prompt):
+            return prompt
+    raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
+
+
+def _check_limits(request: Request, assembly: Assembly) -> None:
+    vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
+    for token in request.prompt:
+        if not 0 <= token < vocab:
+            raise ValueError(f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens")
+    length = len(request.prompt)
+    if length + request.max_new_tokens > limit:
+        settings = assembly.config.settings
+        by_context = limit == settings.max_sequence_length
+        bound = f"the limit of {limit} tokens per request" if by_context else f"the whole KV cache of {limit} tokens"
+        remedy = "shorten the prompt or " if length >= limit else "lower `max_new_tokens` or "
+        remedy += "raise BatchingConfig(max_sequence_length=...)" if by_context else "raise BatchingConfig(num_pages=...)"
+        raise RequestTooLongError(
+            f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
+        )
+
+
+def _refuse_autocast() -> None:
+    for device_type in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device_type):
+            raise UnsupportedArgumentError(
+                f"called under torch.autocast({device_type!r}), which is not served yet; leave the autocast block, "
+                "or load the model in the lower precision"
+            )
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    for manager in list(_open_managers):
+        try:
+            manager.close(_EXIT_TIMEOUT)
+        except Exception:
+            logger.exception("closing a manager at exit")

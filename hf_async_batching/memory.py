@@ -1,0 +1,20 @@
+"""How much memory is free where a model runs."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on `device` now, torch's own cached blocks included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def return_memory(device: torch.device) -> None:
+    """Give torch's cached blocks back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

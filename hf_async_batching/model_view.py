@@ -1,0 +1,112 @@
+"""A copy of the module tree that shares every weight with the user's model, and whose config is its own.
+
+The user's object is read once, here, and never written: their config, attention implementation, mode, hooks and
+outputs stay as they are, and they can go on training or generating with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTrainedModel:
+    """A shared-weight copy of `model` in eval mode.
+
+    Args:
+        model: The user's model; not changed.
+        attn_implementation: Name of the attention for the copy's config; None keeps the model's own.
+
+    Raises:
+        UnsupportedModelError: The model is spread by accelerate over several devices, or lies on the meta device.
+    """
+    name = type(model).__name__
+    dispatched = [module_name for module_name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if dispatched:
+        raise UnsupportedModelError(
+            f"{name} is not served: accelerate moves its weights or inputs between devices (device_map). "
+            "Load the model onto one device, for example device_map={'': 0}."
+        )
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        raise UnsupportedModelError(
+            f"{name} is not served: its weights lie on {sorted(map(str, devices))}; move the model to one device."
+        )
+    # Forward hooks belong to the user's own forwards, and would see packed tokens here.
+    hooked = [n or name for n, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    if hooked and attn_implementation is not None:
+        logger.warning(
+            "forward hooks on %s do not run inside the engine of hf_async_batching; use plain `model.generate` "
+            "where they must",
+            ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else ""),
+        )
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    for module in model.modules():
+        for attribute in _HOOKS:
+            hooks = module.__dict__.get(attribute)
+            if hooks:
+                memo[id(hooks)] = type(hooks)()
+        # A forward set on the instance (torch.compile, a decorator) is bound to the original: leave it there.
+        forward = module.__dict__.get("forward")
+        if forward is not None:
+            memo[id(forward)] = None
+        for attribute in ("_compiled_call_impl", "_compiled_call"):
+            compiled = module.__dict__.get(attribute)
+            if compiled is not None:
+                memo[id(compiled)] = None
+    view = copy.deepcopy(model, memo)
+    for module in view.modules():
+        if module.__dict__.get("forward", module) is None:
+            del module.__dict__["forward"]
+        module.training = False
+    if attn_implementation is not None:
+        set_attention(view, attn_implementation)
+    return view
+
+
+def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
+    """Make every config in the view name `attn_implementation`."""
+    for module in view.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = attn_implementation
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens the model was built for (`max_position_embeddings`); None where its config does not say.
+
+    Models whose rotary frequencies depend on the longest sequence of the batch (dynamic NTK, LongRoPE) count up to
+    their original length only: beyond it, one row would change the others.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if batch_dependent_rope(model):
+        length = rope.get("original_max_position_embeddings") or length
+    return int(length) if length is not None else None
+
+
+def batch_dependent_rope(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies depend on the longest sequence in the batch."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind = str(rope.get("rope_type", "default"))
+    return "dynamic" in kind or kind == "longrope"

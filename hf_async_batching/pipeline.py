@@ -1,0 +1,146 @@
+"""The order of copies, kernels and host reads; every wait between the streams is here, and has a name (`Guard`).
+
+One step, and the next one while it runs::
+
+    host     plan n+1 | stage n+1 |            sleep             | read n | plan n+2 ...
+    h2d                 [copy n+1]
+    compute  [....... step n .......][updates n+1][carry-over, forward, sample, publish n+1]
+    d2h                               [tokens n]
+
+A step's number modulo `SLOTS` picks its staging buffers (one pinned, one on the device) and its output buffer on the
+device; modulo the depth, its result buffer in host memory, which the host reads before it launches the step that
+takes the buffer over. See docs/architecture.md for who writes which buffer after which event.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from hf_async_batching.device_state import DeviceState
+from hf_async_batching.devices import Device, Guard, Stream
+from hf_async_batching.plan import Launch, Plan, Result
+from hf_async_batching.runner import Runner
+from hf_async_batching.staging import Sections, encode
+
+SLOTS = 2
+
+
+class Pipeline:
+    """Enqueues plans and collects results, in order.
+
+    Args:
+        device: Where the streams are.
+        state: The row tables.
+        runner: The device part of a step.
+        depth: Steps that may be in flight at once.
+        limits: Sizes that no step exceeds.
+        tile_size: Query tokens per tile of prefill attention.
+    """
+
+    def __init__(
+        self, device: Device, state: DeviceState, runner: Runner, *, depth: int, limits: Sections, tile_size: int
+    ) -> None:
+        max_rows = limits.samples
+        self._device = device
+        self._state = state
+        self._runner = runner
+        self._depth = depth
+        self._tile_size = tile_size
+        on_device = device.torch_device
+        self._host_input = [device.host_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
+        self._host_input_arrays = [buffer.numpy() for buffer in self._host_input]
+        self._staging = [torch.zeros(limits.total, dtype=torch.int32, device=on_device) for _ in range(SLOTS)]
+        self._output = [torch.zeros(max_rows, dtype=torch.int32, device=on_device) for _ in range(SLOTS)]
+        self._output_logprobs = [torch.zeros(max_rows, device=on_device) for _ in range(SLOTS)]
+        self._result = [device.host_buffer(max_rows, torch.int32) for _ in range(depth)]
+        self._result_logprobs = [device.host_buffer(max_rows, torch.float32) for _ in range(depth)]
+        # The last event of each kind per slot: None until a step has used the slot.
+        self._h2d_done: list[Any] = [None] * SLOTS
+        self._staging_read: list[Any] = [None] * SLOTS
+        self._d2h_done: list[Any] = [None] * SLOTS
+        self._resident_rows: tuple[int, ...] | None = None
+        self._caller_work: deque[Any] = deque()
+        # The tables and buffers above were zeroed on this thread's own stream.
+        self.order_after_caller()
+
+    def order_after_caller(self) -> None:
+        """Make every later step run after all that the calling thread has enqueued on its stream. Thread-safe."""
+        self._caller_work.append(self._device.record(Stream.CALLER))
+
+    def launch(self, plan: Plan, planned_at: float) -> Launch:
+        """Enqueue a step; returns as soon as that is done. `planned_at` is when its planning began."""
+        device, slot = self._device, plan.step % SLOTS
+        events: dict[str, Any] = {}
+        sections = self._send(plan, slot, events)
+        while self._caller_work:
+            device.wait(Stream.COMPUTE, self._caller_work.popleft(), Guard.CALLER_WORK)
+        device.wait(Stream.COMPUTE, self._d2h_done[slot], Guard.OUTPUT_FREE)
+        events["compute_start"] = device.record(Stream.COMPUTE)
+        staged = self._staging[slot]
+        device.launch(Stream.COMPUTE, lambda: self._runner.run(plan, staged, sections))
+        device.launch(Stream.COMPUTE, lambda: self._publish(plan, slot))
+        compute_done = events["compute_done"] = device.record(Stream.COMPUTE)
+        if sections.total:
+            self._staging_read[slot] = compute_done
+        if plan.num_sampled:
+            device.wait(Stream.D2H, compute_done, Guard.OUTPUT_READY)
+            events["d2h_start"] = device.record(Stream.D2H)
+            ring = plan.step % self._depth
+            device.copy(Stream.D2H, self._result[ring][: plan.num_sampled], self._output[slot][: plan.num_sampled])
+            if plan.features.logprobs:
+                device.copy(
+                    Stream.D2H,
+                    self._result_logprobs[ring][: plan.num_sampled],
+                    self._output_logprobs[slot][: plan.num_sampled],
+                )
+            self._d2h_done[slot] = events["d2h_done"] = device.record(Stream.D2H)
+        return Launch(plan, events, planned_at, time.perf_counter())
+
+    def collect(self, launch: Launch) -> Result:
+        """Sleep until a step's tokens have arrived, and read them."""
+        plan, ring = launch.plan, launch.plan.step % self._depth
+        # A step that samples nothing sends nothing back; it is over when its compute is.
+        done = launch.events.get("d2h_done", launch.events["compute_done"])
+        self._device.synchronize(done, Guard.RESULT_READY)
+        tokens = self._result[ring][: plan.num_sampled].tolist()
+        logprobs = self._result_logprobs[ring][: plan.num_sampled].tolist() if plan.features.logprobs else None
+        return Result(plan.step, tokens, logprobs)
+
+    def close(self) -> None:
+        """Wait for everything that is enqueued."""
+        self._device.close()
+
+    def _send(self, plan: Plan, slot: int, events: dict[str, Any]) -> Sections:
+        """Stage what changed and enqueue its copy; in steady decode there is nothing to send."""
+        send_rows = not plan.chunks and plan.decode_rows is not self._resident_rows
+        if not (send_rows or plan.chunks or plan.new_rows or plan.new_pages):
+            return Sections()
+        device = self._device
+        device.synchronize(self._h2d_done[slot], Guard.HOST_INPUT_FREE)
+        sections = encode(
+            plan,
+            self._host_input_arrays[slot],
+            bucket=self._runner.bucket_for(len(plan.decode_rows)),
+            send_decode_rows=send_rows,
+            tile_size=self._tile_size,
+        )
+        if send_rows:
+            self._resident_rows = plan.decode_rows
+        device.wait(Stream.H2D, self._staging_read[slot], Guard.STAGING_FREE)
+        events["h2d_start"] = device.record(Stream.H2D)
+        device.copy(Stream.H2D, self._staging[slot][: sections.total], self._host_input[slot][: sections.total])
+        self._h2d_done[slot] = events["h2d_done"] = device.record(Stream.H2D)
+        device.wait(Stream.COMPUTE, events["h2d_done"], Guard.INPUT_READY)
+        return sections
+
+    def _publish(self, plan: Plan, slot: int) -> None:
+        """Copy the step's tokens out of the tables, which the next step writes, to the slot's own buffer."""
+        count = plan.num_sampled
+        if count:
+            self._output[slot][:count].copy_(self._state.out_tokens[:count])
+            if plan.features.logprobs:
+                self._output_logprobs[slot][:count].copy_(self._state.out_logprobs[:count])

@@ -1,0 +1,111 @@
+"""Checks of what transformers has prepared for a `custom_generate` callable: nothing in it may be silently ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from hf_async_batching.errors import UnsupportedArgumentError
+
+_PLAIN = "use plain `model.generate` for this call"
+
+# What the engine does itself, by name of transformers' class: the attributes that must agree with the config.
+_PROCESSORS = {
+    "TemperatureLogitsWarper": ("temperature",),
+    "TopKLogitsWarper": ("top_k",),
+    "TopPLogitsWarper": ("top_p",),
+    "MinPLogitsWarper": ("min_p",),
+    "MinLengthLogitsProcessor": ("min_length",),
+    "MinNewTokensLengthLogitsProcessor": ("min_new_tokens",),
+    "LogitNormalization": (),
+}
+_CRITERIA = {"MaxLengthCriteria": ("max_length",), "EosTokenCriteria": ()}
+
+# Inputs of the model's forward that leave the outputs as they are.
+_NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
+
+
+def check_processors(processors: LogitsProcessorList, config: GenerationConfig, *, prompt_length: int) -> None:
+    """Refuse processors beyond those that the config's own fields ask for.
+
+    Raises:
+        UnsupportedArgumentError: Names the class.
+    """
+    for processor in processors:
+        name = type(processor).__name__
+        own = type(processor).__module__.startswith("transformers.")
+        if not own or name not in _PROCESSORS:
+            raise UnsupportedArgumentError(f"`logits_processor`: {name} is not served yet; {_PLAIN}")
+        for attribute in _PROCESSORS[name]:
+            if getattr(processor, attribute) != getattr(config, attribute):
+                raise UnsupportedArgumentError(
+                    f"`logits_processor`: {name} has {attribute}={getattr(processor, attribute)}, the generation "
+                    f"config says {getattr(config, attribute)}; pass `{attribute}` to generate instead"
+                )
+
+
+def check_criteria(criteria: StoppingCriteriaList, config: GenerationConfig) -> None:
+    """Refuse stopping criteria beyond those that the config's own fields ask for.
+
+    Raises:
+        UnsupportedArgumentError: Names the class.
+    """
+    for criterion in criteria:
+        name = type(criterion).__name__
+        own = type(criterion).__module__.startswith("transformers.")
+        if not own or name not in _CRITERIA:
+            raise UnsupportedArgumentError(
+                f"`stopping_criteria`: {name} is not served yet; submit to a GenerationManager and cancel the request "
+                f"when your criterion holds, or {_PLAIN}"
+            )
+        for attribute in _CRITERIA[name]:
+            if getattr(criterion, attribute) != getattr(config, attribute):
+                raise UnsupportedArgumentError(
+                    f"`stopping_criteria`: {name} has {attribute}={getattr(criterion, attribute)}, the generation "
+                    f"config says {getattr(config, attribute)}; pass `{attribute}` to generate instead"
+                )
+        if name == "EosTokenCriteria" and set(criterion.eos_token_id.tolist()) != set(config._eos_token_tensor.tolist()):
+            raise UnsupportedArgumentError(
+                "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`; pass `eos_token_id` instead"
+            )
+
+
+def check_model_inputs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor | None:
+    """Refuse inputs of the forward beyond token ids and their mask; returns the mask [batch, length] or None.
+
+    Raises:
+        UnsupportedArgumentError: Names the input.
+    """
+    mask: torch.Tensor | None = model_kwargs.get("attention_mask")
+    if mask is not None and mask.shape != input_ids.shape:
+        raise UnsupportedArgumentError(
+            f"`attention_mask` of shape {tuple(mask.shape)} for `input_ids` of shape {tuple(input_ids.shape)} is not "
+            f"served; {_PLAIN}"
+        )
+    for name, value in model_kwargs.items():
+        if value is None or name == "attention_mask" or name in _NEUTRAL_INPUTS:
+            continue
+        if name == "position_ids":
+            if value.shape[-1] == input_ids.shape[1] and bool((value == _default_positions(mask, input_ids)).all()):
+                continue
+            raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
+        if name in ("past_key_values", "cache_params") and _is_empty(value):
+            continue
+        raise UnsupportedArgumentError(f"`{name}` is not served; leave it out, or {_PLAIN}")
+    return mask
+
+
+def _default_positions(mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
+    """What `generate` makes where it is given none: counting the tokens that the mask keeps."""
+    if mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
+    positions = mask.long().cumsum(-1) - 1
+    return positions.masked_fill(mask == 0, 0)
+
+
+def _is_empty(cache: Any) -> bool:
+    length = getattr(cache, "get_seq_length", None)
+    return length is not None and int(length()) == 0

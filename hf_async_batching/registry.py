@@ -1,0 +1,41 @@
+"""One shared manager per model, for calls that name none."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+from transformers import PreTrainedModel
+
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.manager import GenerationManager
+
+_lock = threading.Lock()
+_managers: weakref.WeakKeyDictionary[PreTrainedModel, GenerationManager] = weakref.WeakKeyDictionary()
+
+
+def get_manager(model: PreTrainedModel, config: BatchingConfig | None = None) -> GenerationManager:
+    """The manager in which all `generate` calls on `model` meet, from any thread; made with the first call.
+
+    It lives as long as the model, stops when idle, and is replaced by a new one after `close()`.
+
+    Args:
+        model: A causal language model.
+        config: Settings for the first call; None takes whatever is there.
+
+    Raises:
+        ValueError: The model has a manager with other settings.
+        UnsupportedModelError: The model cannot be served.
+    """
+    with _lock:
+        manager = _managers.get(model)
+        if manager is None or manager.closed:
+            manager = GenerationManager.for_registry(model, config)
+            _managers[model] = manager
+            weakref.finalize(model, manager.close)
+        elif config is not None and config != manager.config:
+            raise ValueError(
+                "this model's shared manager runs with another BatchingConfig; call "
+                "hf_async_batching.get_manager(model).close() first, or make a GenerationManager of your own"
+            )
+        return manager

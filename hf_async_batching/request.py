@@ -1,0 +1,103 @@
+"""What a caller asked for, in the caller's terms. Nothing here knows rows, pages or tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+MAX_SEED = 2**63
+
+# Few sizes, because each is a CUDA graph of its own.
+CANDIDATE_SIZES = (64, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn from the logits of one request.
+
+    The filters apply in the order of transformers' own warpers: temperature, top-k, top-p, min-p.
+
+    Attributes:
+        do_sample: Draw at random; otherwise take the arg-max and ignore the other fields but `logprobs`.
+        temperature: Divides the logits; finite and > 0.
+        top_k: Keep the k most probable tokens (ties with the k-th are kept); 0 switches it off.
+        top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in (0, 1]; 1 switches it off.
+        min_p: Drop tokens less probable than `min_p` times the most probable one, in [0, 1]; 0 switches it off.
+        seed: Non-negative integer below 2**63. Tokens of a request depend on its seed and on nothing else in the batch.
+        logprobs: Also return the log-probability of each chosen token under the unfiltered distribution.
+
+    Raises:
+        ValueError: A field is out of its range; the message names it.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature) or self.temperature <= 0:
+            raise ValueError(
+                f"`temperature` must be a finite number above 0, got {self.temperature}; "
+                "for the most probable token pass do_sample=False instead"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` must be 0 (off) or a positive integer, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"`min_p` must be in [0, 1], got {self.min_p}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed}")
+
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits decide the filters: 0 for none, -1 for the whole vocabulary."""
+        if 0 < self.top_k <= CANDIDATE_SIZES[-1]:
+            return next(size for size in CANDIDATE_SIZES if self.top_k <= size)
+        if self.top_k or self.top_p < 1:
+            return -1
+        return CANDIDATE_SIZES[0] if self.min_p else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and the rules by which its completion is made and ends.
+
+    Attributes:
+        request_id: Unique among the requests of one manager.
+        prompt: Token ids, at least one.
+        max_new_tokens: Stop after so many new tokens ("length"); at least 1.
+        min_new_tokens: No end-of-sequence token before so many new tokens.
+        eos_token_ids: Any of these ends the request ("eos"); the token itself is part of the output.
+        sampling: How tokens are drawn.
+
+    Raises:
+        ValueError: The prompt is empty, or the lengths contradict each other.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("`input_ids` is empty: a prompt needs at least one token (for example the BOS token)")
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}; when it comes from `max_length`, "
+                f"raise `max_length` above the prompt's {len(self.prompt)} tokens"
+            )
+        if self.min_new_tokens < 0:
+            raise ValueError(f"`min_new_tokens` must not be negative, got {self.min_new_tokens}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"`min_new_tokens` ({self.min_new_tokens}) is larger than the number of tokens that may be generated "
+                f"({self.max_new_tokens}); lower it, or raise `max_new_tokens` or `max_length`"
+            )

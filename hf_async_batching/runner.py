@@ -1,0 +1,98 @@
+"""What happens on the device in one step: carry-over, forward, sampling, update of the row tables.
+
+Decode steps come in buckets, so that each can be captured once as a CUDA graph. A bucket is run as it is the first
+time it is needed (which also compiles its kernels) and captured the second time.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable
+
+import torch
+
+from hf_async_batching.device_state import DeviceState, StepInputs
+from hf_async_batching.devices import Device, Graph
+from hf_async_batching.plan import Features, Plan
+from hf_async_batching.sampler import Sampler
+from hf_async_batching.staging import Sections
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[StepInputs], torch.Tensor]
+
+
+def decode_buckets(max_rows: int) -> list[int]:
+    """Sizes of decode steps that get a graph: 1, 2, 4, 8, then steps of 8 to 64, 16 to 128, 32 above."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 32, 32)]
+    return [*[size for size in sizes if size < max_rows], max_rows]
+
+
+class Runner:
+    """Runs the device part of a step.
+
+    Args:
+        forward: Inputs to logits [sampled, vocab].
+        state: The row tables.
+        device: Where graphs are captured.
+        max_rows: The largest decode step.
+        graphs: Whether decode steps are captured.
+
+    Attributes:
+        buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
+        captured: Graphs by bucket and features.
+    """
+
+    def __init__(self, forward: Forward, state: DeviceState, device: Device, *, max_rows: int, graphs: bool) -> None:
+        self._forward = forward
+        self._sampler = Sampler()
+        self._state = state
+        self._device = device
+        self.buckets = decode_buckets(max_rows) if graphs else []
+        self._seen: set[tuple[int, Features]] = set()
+        self.captured: dict[tuple[int, Features], Graph] = {}
+
+    def bucket_for(self, num_rows: int) -> int:
+        """Entries that a decode step of `num_rows` rows is padded to."""
+        if not self.buckets:
+            return num_rows
+        return self.buckets[bisect.bisect_left(self.buckets, num_rows)]
+
+    @torch.inference_mode()
+    def run(self, plan: Plan, staged: torch.Tensor, sections: Sections) -> None:
+        """Enqueue a step's work on the current stream.
+
+        Args:
+            plan: The step.
+            staged: Its inputs, on the device.
+            sections: Where they lie in `staged`.
+        """
+        self._state.apply_updates(staged, sections)
+        if plan.chunks:
+            self._step(self._state.mixed_inputs(staged, sections), plan.features)
+        elif plan.decode_rows:
+            self._decode(self.bucket_for(len(plan.decode_rows)), plan.features)
+
+    def _decode(self, bucket: int, features: Features) -> None:
+        key = (bucket, features)
+        graph = self.captured.get(key)
+        if graph is None and self.buckets and key in self._seen:
+            graph = self._device.capture(lambda: self._step(self._state.decode_inputs(bucket), features))
+            self.captured[key] = graph
+            logger.info("captured decode step of %d rows, %s", bucket, features)
+        if graph is not None:
+            graph.replay()
+            return
+        self._seen.add(key)
+        self._step(self._state.decode_inputs(bucket), features)
+
+    def _step(self, inputs: StepInputs, features: Features) -> None:
+        logits = self._forward(inputs)
+        if not logits.shape[0]:
+            self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
+            return
+        state = self._state
+        params = state.params[state.sampled_rows(inputs)]
+        tokens, logprobs = self._sampler(logits, params, state.next_positions(inputs), features)
+        state.commit(inputs, tokens, logprobs)

@@ -1,0 +1,327 @@
+"""Turns sequences into the next plan: admission, chunked prefill, preemption. No torch, no threads.
+
+The policy is first come, first served, and every choice follows from it:
+
+- Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of arrival.
+- A sequence is admitted when a row is free and pages for all its known tokens are; nobody overtakes the head of the
+  queue, so nobody starves.
+- When pages run out, the youngest sequence gives up its pages and is computed again later (preemption by
+  recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
+
+Ids are retired, not freed: pages and rows return to their pools when the last step that could touch them completed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from hf_async_batching.pages import IdPool, PageAllocator
+from hf_async_batching.plan import Chunk, Features, NewPage, NewRow, Plan, Result
+from hf_async_batching.request import Request
+from hf_async_batching.sequence import Sequence, State
+
+
+class Emission(NamedTuple):
+    """News for one caller: a token (None for a bare ending) and, if the request ended with it, why."""
+
+    request_id: str
+    token: int | None
+    logprob: float | None = None
+    finish_reason: str | None = None
+
+
+class _Retired(NamedTuple):
+    last_step: int
+    row: int
+    pages: list[int]
+
+
+class Scheduler:
+    """Owns the sequences, the pages and the rows.
+
+    Args:
+        num_pages: KV pages that requests can own.
+        page_size: Tokens per page.
+        max_rows: Sequences that can hold pages at the same time.
+        max_batch_tokens: Query tokens per step; at least `max_rows`.
+    """
+
+    def __init__(self, *, num_pages: int, page_size: int, max_rows: int, max_batch_tokens: int) -> None:
+        if max_batch_tokens < max_rows:
+            raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
+        self.pages = PageAllocator(num_pages, page_size)
+        self.rows = IdPool(max_rows, "row")
+        self.max_batch_tokens = max_batch_tokens
+        self.preemptions = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # by arrival
+        self._live: dict[str, Sequence] = {}
+        self._retired: list[_Retired] = []
+        self._sampled: dict[int, list[Sequence]] = {}  # step in flight -> whose tokens it brings, in plan order
+        self._step = 0
+        self._completed = -1
+        self._arrivals = 0
+        self._decode_rows: tuple[int, ...] = ()
+
+    # -- what callers do ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue.
+
+        Raises:
+            ValueError: A live request has the same id, or the request would not fit the whole cache alone.
+        """
+        if request.request_id in self._live:
+            raise ValueError(f"request_id {request.request_id!r} is in use by a live request")
+        needed = self.pages.pages_for(len(request.prompt) + request.max_new_tokens)
+        if needed > self.pages.size:
+            raise ValueError(f"the request needs {needed} pages, the cache has {self.pages.size}")
+        sequence = Sequence(request, self._arrivals)
+        self._arrivals += 1
+        self._live[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> Emission | None:
+        """End a request now. Its tokens in flight are dropped. Returns None where the request has ended already."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return None
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        return self._finish(sequence, None, None, "cancelled")
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def has_live(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._live)
+
+    def state_of(self, request_id: str) -> State:
+        """The state of a request; FINISHED for one that the scheduler no longer knows."""
+        sequence = self._live.get(request_id)
+        return State.FINISHED if sequence is None else sequence.state
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan | None:
+        """The next step, or None where no sequence can move before a step in flight completes."""
+        new_rows: list[NewRow] = []
+        new_pages: list[NewPage] = []
+        decoding, short_of_pages = self._plan_decodes(new_pages)
+        budget = self.max_batch_tokens - len(decoding)
+        chunks, prefilled = self._plan_prefills(budget)
+        budget -= sum(len(chunk.tokens) for chunk in chunks)
+        if not short_of_pages:
+            admitted, joined = self._admit(budget, new_rows, new_pages)
+            chunks += admitted
+            prefilled += joined
+        if not decoding and not chunks:
+            return None
+
+        rows = tuple([sequence.row for sequence in decoding])
+        if rows != self._decode_rows:
+            self._decode_rows = rows
+        sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
+        features = _features(sampled)
+        for sequence in sampled:
+            sequence.placeholders += 1
+        for sequence in decoding:
+            sequence.last_step = self._step
+        for sequence in prefilled:
+            sequence.last_step = self._step
+        self._sampled[self._step] = sampled
+        plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features)
+        self._step += 1
+        return plan
+
+    def complete(self, result: Result) -> list[Emission]:
+        """Settle the tokens of a step, end the requests that stop with them, and free what nothing can touch."""
+        emissions: list[Emission] = []
+        finished = False
+        sampled = self._sampled.pop(result.step)
+        for i, (sequence, token) in enumerate(zip(sampled, result.tokens, strict=True)):
+            sequence.placeholders -= 1
+            if sequence.state is State.FINISHED:
+                continue  # a surplus token: the request ended while this step was in flight
+            sequence.tokens.append(token)
+            logprob = result.logprobs[i] if result.logprobs is not None else None
+            if token in sequence.request.eos_token_ids:
+                reason = "eos"
+            elif sequence.num_output == sequence.request.max_new_tokens:
+                reason = "length"
+            else:
+                emissions.append(Emission(sequence.request.request_id, token, logprob))
+                continue
+            if sequence.state is State.WAITING:
+                self._waiting.remove(sequence)  # preempted, and its last token was in flight
+            emissions.append(self._finish(sequence, token, logprob, reason))
+            finished = True
+        if finished:
+            self._running = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
+        self._completed = result.step
+        if self._retired:
+            self._release_retired()
+        return emissions
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    def _plan_decodes(self, new_pages: list[NewPage]) -> tuple[list[Sequence], bool]:
+        """The sequences that decode one token each, oldest first, and whether anyone goes without for want of pages."""
+        decoding: list[Sequence] = []
+        short = 0
+        page_size = self.pages.page_size
+        for sequence in list(self._running):
+            if sequence.state is not State.DECODING or not sequence.wants_more:
+                continue
+            if sequence.computed == len(sequence.pages) * page_size:
+                if not self._make_room(sequence, short):
+                    short += 1
+                    continue
+                page = self.pages.take(1)
+                assert page is not None
+                new_pages.append(NewPage(sequence.row, len(sequence.pages), page[0]))
+                sequence.pages += page
+            sequence.computed += 1
+            decoding.append(sequence)
+        return decoding, short > 0
+
+    def _make_room(self, sequence: Sequence, short: int) -> bool:
+        """Whether a page can be taken now. Preempts the youngest where the pages on their way back are not enough.
+
+        `short` pages are spoken for by older sequences that go without in this step.
+        """
+        while not self.pages.available:
+            on_their_way = sum(len(retired.pages) for retired in self._retired)
+            if on_their_way > short:
+                return False
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self._running.remove(sequence)
+        self._retire(sequence)
+        sequence.state = State.WAITING
+        sequence.computed = 0
+        # Everyone in the queue is younger: running sequences are always older than waiting ones.
+        self._waiting.appendleft(sequence)
+
+    def _plan_prefills(self, budget: int) -> tuple[list[Chunk], list[Sequence]]:
+        chunks: list[Chunk] = []
+        prefilled: list[Sequence] = []
+        for sequence in self._running:
+            if budget == 0:
+                break
+            if sequence.state is State.PREFILLING:
+                chunk = self._next_chunk(sequence, budget)
+                budget -= len(chunk.tokens)
+                chunks.append(chunk)
+                prefilled.append(sequence)
+        return chunks, prefilled
+
+    def _admit(
+        self, budget: int, new_rows: list[NewRow], new_pages: list[NewPage]
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        chunks: list[Chunk] = []
+        prefilled: list[Sequence] = []
+        while self._waiting and budget > 0 and self.rows.available:
+            sequence = self._waiting[0]
+            if sequence.placeholders:
+                break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
+            # One page beyond the known tokens, so that it is not preempted again by its own first token.
+            needed = self.pages.pages_for(len(sequence.tokens) + 1)
+            if needed > self.pages.available:
+                break
+            self._waiting.popleft()
+            row = self.rows.take(1)
+            pages = self.pages.take(self.pages.pages_for(len(sequence.tokens)))
+            assert row is not None and pages is not None
+            sequence.row = row[0]
+            sequence.pages = pages
+            sequence.state = State.PREFILLING
+            self._running.append(sequence)
+            new_rows.append(NewRow(sequence.row, sequence.request))
+            new_pages += [NewPage(sequence.row, index, page) for index, page in enumerate(pages)]
+            chunk = self._next_chunk(sequence, budget)
+            budget -= len(chunk.tokens)
+            chunks.append(chunk)
+            prefilled.append(sequence)
+        return chunks, prefilled
+
+    def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        start = sequence.computed
+        end = min(start + budget, len(sequence.tokens))
+        sequence.computed = end
+        samples = end == len(sequence.tokens)
+        if samples:
+            sequence.state = State.DECODING
+        return Chunk(sequence.row, tuple(sequence.tokens[start:end]), samples)
+
+    # -- endings --------------------------------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, token: int | None, logprob: float | None, reason: str) -> Emission:
+        self._retire(sequence)
+        sequence.state = State.FINISHED
+        del self._live[sequence.request.request_id]
+        return Emission(sequence.request.request_id, token, logprob, reason)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Take row and pages from the sequence; they return to their pools once its last step has completed."""
+        if sequence.row:
+            self._retired.append(_Retired(sequence.last_step, sequence.row, sequence.pages))
+            sequence.row = 0
+            sequence.pages = []
+            self._release_retired()
+
+    def _release_retired(self) -> None:
+        keep: list[_Retired] = []
+        for retired in self._retired:
+            if retired.last_step <= self._completed:
+                self.pages.release(retired.pages)
+                self.rows.release([retired.row])
+            else:
+                keep.append(retired)
+        self._retired = keep
+
+    def check_invariants(self) -> None:
+        """Pages in = pages out, rows in = rows out, and the order of the queues.
+
+        Raises:
+            AssertionError: The bookkeeping is broken.
+        """
+        held_pages = [page for sequence in self._running for page in sequence.pages]
+        held_pages += [page for retired in self._retired for page in retired.pages]
+        held_rows = [sequence.row for sequence in self._running] + [retired.row for retired in self._retired]
+        assert len(held_pages) == len(set(held_pages)) == self.pages.in_use, "pages in != pages out"
+        assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
+        assert 0 not in held_pages and 0 not in held_rows, "the padding page or row was handed out"
+        arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
+        assert arrivals == sorted(arrivals), "somebody overtook the queue"
+        assert all(
+            sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running
+        ), "a token without a page"
+
+
+def _features(sampled: list[Sequence]) -> Features:
+    candidates = [s.request.sampling.candidates for s in sampled if s.request.sampling.do_sample]
+    return Features(
+        sampling=bool(candidates),
+        candidates=-1 if -1 in candidates else max(candidates, default=0),
+        min_length=any([s.num_output + s.placeholders < s.request.min_new_tokens for s in sampled]),
+        logprobs=any([s.request.sampling.logprobs for s in sampled]),
+    )

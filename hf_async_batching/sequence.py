@@ -1,0 +1,64 @@
+"""A request while it is being served: CPU bookkeeping, no tensors."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from hf_async_batching.request import Request
+
+
+class State(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request, its row and pages, and how far it has come.
+
+    `planned_length` counts the tokens whose values are known plus the placeholders: tokens that a step in flight is
+    about to sample, whose values only the device knows.
+
+    Attributes:
+        request: What was asked.
+        arrival: Order of arrival; smaller is older.
+        tokens: Prompt and settled output tokens.
+        placeholders: Output tokens that steps in flight will deliver.
+        computed: Leading tokens whose keys and values some planned step writes.
+        row: The row on the device; 0 while the sequence has none.
+        pages: KV pages in order of position.
+        last_step: Number of the last planned step that touches the row or the pages; -1 for none.
+    """
+
+    request: Request
+    arrival: int
+    tokens: list[int] = field(init=False)
+    state: State = State.WAITING
+    placeholders: int = 0
+    computed: int = 0
+    row: int = 0
+    pages: list[int] = field(default_factory=list)
+    last_step: int = -1
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def planned_length(self) -> int:
+        """Known tokens plus placeholders."""
+        return len(self.tokens) + self.placeholders
+
+    @property
+    def num_output(self) -> int:
+        """Settled output tokens."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another step must be planned: a stop by length is known before its last token is."""
+        return self.num_output + self.placeholders < self.request.max_new_tokens

@@ -1,0 +1,141 @@
+"""One step's inputs as one int32 array: what the host writes, what a single copy sends, what the device reads.
+
+Layout of the array, section after section (sizes in `Sections`)::
+
+    new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters
+    new pages   [new_pages, 3]           row, index, page
+    decode      [decode]                 row of each decoding entry, padded with row 0 up to the bucket
+    tokens      [3, tokens]              token id (-1: carry-over), row, offset within the row's piece
+    samples     [samples]                index into tokens of each sampled position
+    tiles       [4, tiles]               row, first query, number of queries, offset within the row's piece
+
+Either the decode section is used (every row decodes one token) or the last three are (prompts are in the step).
+Floats travel as their bit patterns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_async_batching.plan import NewRow, Plan
+
+IntArray = npt.NDArray[np.int32]
+
+MAX_EOS = 16
+
+# Columns of a row's record of parameters.
+TEMPERATURE, TOP_K, TOP_P, MIN_P, DO_SAMPLE, SEED_LOW, SEED_HIGH, MIN_LENGTH, FIRST_EOS = range(9)
+PARAMS = FIRST_EOS + MAX_EOS
+
+CARRY_OVER = -1
+
+
+class Sections(NamedTuple):
+    """Sizes of the sections, in entries."""
+
+    new_rows: int = 0
+    new_pages: int = 0
+    decode: int = 0
+    tokens: int = 0
+    samples: int = 0
+    tiles: int = 0
+
+    @property
+    def total(self) -> int:
+        """Length of the array."""
+        return (
+            self.new_rows * (1 + PARAMS)
+            + self.new_pages * 3
+            + self.decode
+            + self.tokens * 3
+            + self.samples
+            + self.tiles * 4
+        )
+
+    @classmethod
+    def largest(cls, *, max_rows: int, max_batch_tokens: int, num_pages: int) -> Sections:
+        """Sizes that no step exceeds."""
+        return cls(max_rows, num_pages, max_rows, max_batch_tokens, max_rows, max_batch_tokens + max_rows)
+
+
+def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, tile_size: int) -> Sections:
+    """Write a step's inputs to `out`.
+
+    Args:
+        plan: The step.
+        out: At least as long as the result's `total`.
+        bucket: Entries of the decode section, at least `len(plan.decode_rows)`.
+        send_decode_rows: Whether the decode section is written in a step without prompts.
+        tile_size: Query tokens per tile of prefill attention.
+
+    Returns:
+        The sizes that were written.
+    """
+    cursor = 0
+
+    def section(size: int) -> IntArray:
+        nonlocal cursor
+        view = out[cursor : cursor + size]
+        cursor += size
+        return view
+
+    new_rows, new_pages = len(plan.new_rows), len(plan.new_pages)
+    if new_rows:
+        section(new_rows * (1 + PARAMS)).reshape(new_rows, -1)[:] = [_record(new_row) for new_row in plan.new_rows]
+    if new_pages:
+        section(new_pages * 3).reshape(new_pages, 3)[:] = plan.new_pages
+    if not plan.chunks:
+        if not send_decode_rows:
+            return Sections(new_rows, new_pages)
+        decode = section(bucket)
+        decode[: len(plan.decode_rows)] = plan.decode_rows
+        decode[len(plan.decode_rows) :] = 0
+        return Sections(new_rows, new_pages, decode=bucket)
+
+    num_decodes, num_tokens = len(plan.decode_rows), plan.num_tokens
+    tokens = section(3 * num_tokens).reshape(3, num_tokens)
+    tokens[0, :num_decodes] = CARRY_OVER
+    tokens[1, :num_decodes] = plan.decode_rows
+    tokens[2, :num_decodes] = 0
+    samples = list(range(num_decodes))
+    tiles = [(row, query, 1, 0) for query, row in enumerate(plan.decode_rows)]
+    query = num_decodes
+    for chunk in plan.chunks:
+        length = len(chunk.tokens)
+        tokens[0, query : query + length] = chunk.tokens
+        tokens[1, query : query + length] = chunk.row
+        tokens[2, query : query + length] = np.arange(length)
+        tiles += [
+            (chunk.row, query + offset, min(tile_size, length - offset), offset)
+            for offset in range(0, length, tile_size)
+        ]
+        query += length
+        if chunk.samples:
+            samples.append(query - 1)
+    section(len(samples))[:] = samples
+    section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
+    return Sections(new_rows, new_pages, tokens=num_tokens, samples=len(samples), tiles=len(tiles))
+
+
+def _record(new_row: NewRow) -> list[int]:
+    request = new_row.request
+    sampling = request.sampling
+    floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32).view(np.int32).tolist()
+    seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
+    # Only a minimum length needs the end-of-sequence tokens on the device: stopping is the host's business.
+    eos = list(request.eos_token_ids) if request.min_new_tokens else []
+    return [
+        new_row.row,
+        floats[0],
+        sampling.top_k,
+        floats[1],
+        floats[2],
+        int(sampling.do_sample),
+        *seed,
+        len(request.prompt) + request.min_new_tokens,
+        *eos,
+        *[-1] * (MAX_EOS - len(eos)),
+    ]

@@ -1,0 +1,185 @@
+"""The thread that owns an engine, its inbox, and the way of tokens and errors back to their callers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from hf_async_batching.assembly import Assembly
+from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
+from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.memory import return_memory
+from hf_async_batching.request import Request
+from hf_async_batching.scheduler import Emission
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Runs an engine in a thread of its own until it is stopped, idle for too long, or fails.
+
+    Args:
+        assembly: The engine; from now on only the thread touches it.
+        max_waiting: Requests that may wait for a row.
+        idle_timeout: Seconds without work after which the thread ends; None for never.
+        on_stop: Called, from the thread, when it has ended and its memory is free.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        *,
+        max_waiting: int,
+        idle_timeout: float | None,
+        on_stop: Callable[[Worker], None],
+    ) -> None:
+        self._assembly: Assembly | None = assembly
+        self._device = assembly.forward.device
+        self._max_waiting = max_waiting
+        self._idle_timeout = idle_timeout
+        self._on_stop = on_stop
+        self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
+        self._cancels: deque[str] = deque()
+        self._handles: dict[str, GenerationHandle] = {}
+        self._changed = threading.Condition()
+        self._accepting = True
+        self._stopping = False
+        # A daemon, so that a process can always end; `GenerationManager` stops it at exit.
+        self._thread = threading.Thread(target=self._run, name="hf_async_batching", daemon=True)
+        self._thread.start()
+
+    # -- from any thread ------------------------------------------------------------------------------------------
+
+    def put(self, request: Request, handle: GenerationHandle) -> bool:
+        """Hand a request over. Returns False when the worker takes no more (it has stopped or is about to).
+
+        Raises:
+            QueueFullError: `max_waiting` requests wait already.
+        """
+        with self._changed:
+            assembly = self._assembly
+            if not self._accepting or assembly is None:
+                return False
+            assembly.engine.pipeline.order_after_caller()
+            waiting = len(self._inbox) + assembly.engine.scheduler.num_waiting
+            if waiting >= self._max_waiting:
+                raise QueueFullError(
+                    f"{waiting} requests wait already (max_waiting={self._max_waiting}); "
+                    "try again later, or raise BatchingConfig(max_waiting=...)"
+                )
+            self._inbox.append((request, handle))
+            self._changed.notify()
+            return True
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; nothing happens where it has ended already."""
+        with self._changed:
+            self._cancels.append(request_id)
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Take no more requests, and stop once the live ones have ended."""
+        with self._changed:
+            self._accepting = False
+            self._changed.notify()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stop at the next step; live requests fail with `EngineClosedError`. Returns when memory is free."""
+        with self._changed:
+            self._accepting = False
+            self._stopping = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """The engine; None once the worker has stopped."""
+        return self._assembly
+
+    @property
+    def num_inbox(self) -> int:
+        """Requests that the scheduler has not seen yet."""
+        return len(self._inbox)
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: Exception | None = None
+        try:
+            # A new thread inherits neither no_grad nor inference mode nor the current device.
+            with torch.inference_mode():
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)
+                self._serve()
+        except Exception as caught:
+            logger.exception("the engine failed; requests in it fail, the next call starts a fresh one")
+            # The frames of the traceback hold the engine's tensors, and callers may keep the error for long.
+            traceback.clear_frames(caught.__traceback__)
+            error = caught
+        with self._changed:
+            self._accepting = False
+            assembly, self._assembly = self._assembly, None
+        self._fail_everyone(error)
+        try:
+            if assembly is not None:
+                assembly.engine.close()
+        except Exception:
+            logger.exception("the engine did not close cleanly")
+        del assembly
+        return_memory(self._device)
+        self._on_stop(self)
+
+    def _serve(self) -> None:
+        assert self._assembly is not None
+        engine = self._assembly.engine
+        while True:
+            with self._changed:
+                while not (self._inbox or self._cancels or self._stopping or engine.has_work):
+                    woken = self._accepting and self._changed.wait(self._idle_timeout)
+                    if not woken and not (self._inbox or self._cancels):
+                        self._accepting = False
+                        return
+                if self._stopping:
+                    return
+                arrived, cancelled = list(self._inbox), list(self._cancels)
+                self._inbox.clear()
+                self._cancels.clear()
+            for request, handle in arrived:
+                self._handles[request.request_id] = handle
+                engine.add(request)
+            for request_id in cancelled:
+                emission = engine.cancel(request_id)
+                if emission is not None:
+                    self._deliver([emission])
+            emissions = engine.step()
+            for request_id in engine.started:
+                if request_id in self._handles:
+                    self._handles[request_id]._start()
+            self._deliver(emissions)
+
+    def _deliver(self, emissions: list[Emission]) -> None:
+        for emission in emissions:
+            handle = self._handles[emission.request_id]
+            if emission.token is not None:
+                handle._push(emission.token, emission.logprob)
+            if emission.finish_reason is not None:
+                del self._handles[emission.request_id]
+                handle._finish(emission.finish_reason)
+
+    def _fail_everyone(self, cause: Exception | None) -> None:
+        left = [*self._handles.values(), *[handle for _, handle in self._inbox]]
+        self._handles.clear()
+        self._inbox.clear()
+        for handle in left:
+            if cause is None:
+                handle._fail(EngineClosedError(f"the manager was closed while request {handle.request_id} was live"))
+            else:
+                failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {cause!r}")
+                failure.__cause__ = cause
+                handle._fail(failure)
