@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.prepared_checks import check_criteria, check_model_inputs, check_processors
@@ -82,12 +83,10 @@ def generate(
                 "logits_processor": logits_processor,
                 "stopping_criteria": stopping_criteria,
                 "streamer": streamer,
-                **kwargs,
-            },
-            {
                 "seed": seed,
                 "manager": manager,
                 "batching_config": batching_config,
+                **kwargs,
             },
         )
     assert input_ids is not None and generation_config is not None
@@ -133,15 +132,15 @@ def generate(
     return sequences
 
 
-def _through_transformers(model: PreTrainedModel, arguments: dict[str, Any], own: dict[str, Any]) -> GenerateOutput:
+def _through_transformers(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerateOutput:
     """Have `model.generate` prepare the call, as it does for any `custom_generate`."""
     if arguments.pop("custom_generate", None) not in (None, generate):
         raise ValueError("`custom_generate` makes no sense here: this function is the custom generate")
-    if arguments.get("inputs") is not None:
-        if arguments["input_ids"] is not None:
-            raise ValueError("pass either `inputs` or `input_ids`, not both")
-        del arguments["input_ids"]
-    given = {name: value for name, value in {**arguments, **own}.items() if value is not None}
+    # None means "not given" for named parameters only: as a field (eos_token_id=None) it is a value of its own.
+    named = {*inspect.signature(generate).parameters, *inspect.signature(GenerationMixin.generate).parameters}
+    given = {name: value for name, value in arguments.items() if value is not None or name not in named}
+    if "inputs" in given and "input_ids" in given:
+        raise ValueError("pass either `inputs` or `input_ids`, not both")
     out: GenerateOutput = model.generate(custom_generate=generate, **given)  # type: ignore[operator,assignment]
     return out
 
@@ -175,6 +174,7 @@ def _submit(
 ) -> list[GenerationHandle]:
     """One request per row of the batch; all of them, or none where one is refused."""
     width = input_ids.shape[1]
+    check_fields(config)
     min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
     check_processors(processors, config, prompt_length=width)
     check_criteria(criteria, config)

@@ -24,6 +24,7 @@ from hf_async_batching.errors import (
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
+from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.request import Request
@@ -131,6 +132,7 @@ class GenerationManager:
                 f"submit() got arguments that GenerationConfig does not have: {sorted(unknown)}; "
                 "for a padded batch or model inputs other than token ids call hf_async_batching.generate"
             )
+        check_fields(config)
         if (config.num_return_sequences or 1) != 1:
             raise UnsupportedArgumentError("submit() makes one sequence; call it `num_return_sequences` times")
         has_default_length = (

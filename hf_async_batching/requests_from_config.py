@@ -11,7 +11,6 @@ import torch
 from transformers import GenerationConfig
 
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.request import MAX_SEED, Request, SamplingParams
 from hf_async_batching.staging import MAX_EOS
 
@@ -47,7 +46,7 @@ def build_request(
 
     Args:
         prompt: Token ids.
-        config: Prepared: defaults are filled in.
+        config: Prepared (defaults are filled in) and checked by `check_fields`.
         max_new_tokens: Resolved from `max_new_tokens` and `max_length`.
         min_new_tokens: Resolved from `min_new_tokens` and `min_length`.
         seed: Of this request.
@@ -55,10 +54,9 @@ def build_request(
         request_id: Given by the caller, or made here.
 
     Raises:
-        UnsupportedArgumentError: A field asks for what is not served.
+        UnsupportedArgumentError: Too many end-of-sequence tokens.
         ValueError: A field is out of its range.
     """
-    check_fields(config)
     eos = eos_token_ids(config)
     min_new_tokens = min_new_tokens if eos else 0
     if min_new_tokens and len(eos) > MAX_EOS:

@@ -36,15 +36,14 @@ def decode_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch.
 
     Decoding is bound by memory: small blocks on few warps leave room for many programs on each multiprocessor, and
     the loads in flight of all of them together fill the memory bus. Measured on an H100 for head size 128 in
-    bfloat16: 32 tokens, 2 warps, 3 stages reads at 2.93 TB/s. Larger heads and float32 keep the bytes per stage.
+    bfloat16: 32 tokens, 2 warps, 3 stages read at 2.93 TB/s. Of three stages, one belongs to the page id.
     """
-    m = power_of_two(min(group, 64), at_least=16)
     bytes_per_token = (power_of_two(head_dim) + power_of_two(head_dim_v)) * dtype.itemsize
     if dtype == torch.float32:
         # Full precision has no tensor cores: the products are plain multiply-adds and want more threads.
-        return BlockSizes(min(m, 16), 32 if bytes_per_token <= 1024 else 16, 4, 3)
-    warps = 2 if m == 16 and bytes_per_token <= 512 else 4
-    return BlockSizes(m, 32, warps, 3)
+        return BlockSizes(16, 32 if bytes_per_token <= 1024 else 16, 4, 3)
+    m = power_of_two(min(group, 32))
+    return BlockSizes(m, 32, 2 if m == 16 and bytes_per_token <= 512 else 4, 3)
 
 
 def power_of_two(number: int, at_least: int = 16) -> int:
@@ -196,7 +195,8 @@ def decode_kernel(
     )  # fmt: skip
 
     # An empty split gives zeros with a log-sum of -inf, which is weight zero in the combination.
-    result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    result = accumulator / row_sum[:, None]
     result_mask = (group_heads < GROUP)[:, None] & (value_dims < VALUE_DIM)[None, :]
     flat_heads = entry * (KV_HEADS * GROUP) + heads
     if NUM_SPLITS == 1:

@@ -23,14 +23,7 @@ from hf_async_batching.attention.triton_prefill import (
     write_kv_kernel,
 )
 
-__all__ = [
-    "MAX_SPLITS",
-    "PREFILL_TILE",
-    "decode_attention",
-    "default_num_splits",
-    "prefill_attention",
-    "write_kv",
-]
+__all__ = ["MAX_SPLITS", "PREFILL_TILE", "decode_attention", "default_num_splits", "prefill_attention", "write_kv"]
 
 MAX_SPLITS = 64
 """The most parts into which `decode_attention` divides a context; one program combines them all."""
@@ -117,7 +110,7 @@ def decode_attention(
 
     Args:
         query: [B, num_heads, head_dim], float16, bfloat16 or float32, any strides but 1 for the last dimension;
-            num_heads is a multiple of num_kv_heads and query head h uses key-value head h // (num_heads // num_kv_heads).
+            num_heads is a multiple of num_kv_heads, and neighbouring query heads share a key-value head.
         key_cache: [num_pages, page_size, num_kv_heads, head_dim], the dtype of `query`.
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the same dtype.
         page_table: [num_rows, max_pages_per_row], int32.

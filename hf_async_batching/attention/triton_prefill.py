@@ -17,15 +17,15 @@ PREFILL_TILE = 64
 
 
 def prefill_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch.dtype) -> BlockSizes:
-    """The block sizes of `prefill_attention`, by rule: as many query rows as the registers hold, within 96 KB shared."""
-    rows = power_of_two(PREFILL_TILE * group, at_least=16)
+    """The block sizes of `prefill_attention`, by rule: what fits the registers and 96 KB of shared memory."""
+    rows = power_of_two(PREFILL_TILE * group)
     widest = power_of_two(max(head_dim, head_dim_v))
     if dtype == torch.float32:
-        return BlockSizes(min(rows, 32), 32 if widest <= 128 else 16, 4, 1)
+        return BlockSizes(min(rows, 32), 32 if widest <= 64 else 16, 8, 1)
     if widest <= 128:
         m = min(rows, 128)
         return BlockSizes(m, 64, 8 if m == 128 else 4, 2)
-    return BlockSizes(min(rows, 64), 32, 4, 2)
+    return BlockSizes(min(rows, 64), 32, 8, 2)
 
 
 @triton.jit

@@ -1,0 +1,451 @@
+"""The Triton kernels against a naive oracle in float64: on the GPU where there is one, else in Triton's interpreter.
+
+Every cache is full of NaN but for the tokens that a query may see, and page tables point to NaN beyond them: a kernel
+that lets one hidden token touch the result fails.
+"""
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so it comes before the kernels
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton.language as tl
+
+if not torch.cuda.is_available() and "Interpreted" not in type(tl.sum).__name__:
+    pytest.skip("triton was imported before TRITON_INTERPRET=1 was set: set it in conftest", allow_module_level=True)
+
+from hf_async_batching.attention import triton_kernels as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = kernels.PREFILL_TILE
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+SCALING = 0.17
+POISON_PAGE = 1
+
+# Triton 3.9 announces a change of a compiler default that makes no difference here.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as the integers of its bits, and its tl.dot multiplies those: widen them."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << np.uint32(16)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_dot
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: original(self, widen(a), widen(b), *rest))
+
+
+def int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+class Cache:
+    """The pages of rows 1, 2, … that hold `lengths` tokens each, in shuffled order; row 0 is the padding row."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        kv_heads: int = 1,
+        head_dim: int = 64,
+        head_dim_v: int | None = None,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        torch.manual_seed(seed)
+        self.page_size, self.kv_heads, self.dtype = page_size, kv_heads, dtype
+        per_row = [-(-length // page_size) for length in lengths]
+        ids = (2 + torch.randperm(sum(per_row))).tolist()
+        head_dim_v = head_dim_v or head_dim
+        pages = len(ids) + 2
+        self.key = torch.full((pages, page_size, kv_heads, head_dim), math.nan, dtype=dtype)
+        self.value = torch.full((pages, page_size, kv_heads, head_dim_v), math.nan, dtype=dtype)
+        self.table = torch.full((len(lengths) + 1, max(per_row) + 2), POISON_PAGE, dtype=torch.int32)
+        self.table[0] = 0
+        self.keys, self.values = [torch.zeros(0, kv_heads, head_dim)], [torch.zeros(0, kv_heads, head_dim_v)]
+        for row, (length, count) in enumerate(zip(lengths, per_row, strict=True), start=1):
+            self.table[row, :count] = torch.tensor([ids.pop() for _ in range(count)], dtype=torch.int32)
+            self.keys.append(torch.randn(length, kv_heads, head_dim).to(dtype))
+            self.values.append((torch.randn(length, kv_heads, head_dim_v) + 0.5).to(dtype))
+            position = torch.arange(length)
+            page = self.table[row].long()[position // page_size]
+            self.key[page, position % page_size] = self.keys[row]
+            self.value[page, position % page_size] = self.values[row]
+        self.key, self.value, self.table = self.key.to(DEVICE), self.value.to(DEVICE), self.table.to(DEVICE)
+
+    def release(self, row: int, visible_from: int) -> None:
+        """Hides all tokens before the window: whole pages go to the poison page, the rest becomes NaN."""
+        whole = visible_from // self.page_size
+        page, slots = self.table[row, whole].item(), visible_from % self.page_size
+        self.table[row, :whole] = POISON_PAGE
+        self.key[page, :slots] = math.nan
+        self.value[page, :slots] = math.nan
+
+    def attend(
+        self, query: torch.Tensor, row: int, position: int, window: int | None, softcap: float | None
+    ) -> torch.Tensor:
+        """The oracle: one query [num_heads, head_dim] at one position."""
+        begin = 0 if window is None else max(0, position - window + 1)
+        group = query.shape[0] // self.kv_heads
+        keys = self.keys[row][begin : position + 1].double().repeat_interleave(group, 1)
+        values = self.values[row][begin : position + 1].double().repeat_interleave(group, 1)
+        scores = torch.einsum("hd,jhd->hj", query.cpu().double(), keys) * SCALING
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        return torch.einsum("hj,jhd->hd", scores.softmax(-1), values)
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Each head of each query by itself, so that a wrong one can't hide in the norm of the others."""
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    actual = actual.cpu().double()
+    assert actual.isfinite().all()
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    assert error.max() < TOLERANCE[dtype], f"relative error {error.max():.2e}"
+
+
+def check_decode(
+    cache: Cache,
+    contexts: list[int],
+    group: int,
+    *,
+    splits: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    spread: float = 1.0,
+) -> None:
+    """Decodes rows 1, 2, … in reverse order behind a padding entry; `spread` makes the scores larger."""
+    rows = [0, *range(len(contexts), 0, -1)]
+    lengths = [0, *reversed(contexts)]
+    heads, size = group * cache.kv_heads, cache.key.shape[3]
+    query = (torch.randn(len(rows), heads, size + 8) * spread).to(cache.dtype)[..., :size].to(DEVICE)
+    expected = torch.zeros(len(rows), heads, cache.value.shape[3], dtype=torch.float64)
+    for entry, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if length:
+            expected[entry] = cache.attend(query[entry], row, length - 1, window, softcap)
+            cache.release(row, 0 if window is None else max(0, length - window))
+    actual = kernels.decode_attention(
+        query, cache.key, cache.value, cache.table, int32(rows), int32(lengths),
+        scaling=SCALING, sliding_window=window, softcap=softcap, num_splits=splits,
+    )  # fmt: skip
+    assert (actual[0] == 0).all()
+    check(actual, expected, cache.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "group", "kv_heads", "page_size"),
+    [
+        (64, 64, 1, 2, 16),
+        (64, 80, 3, 1, 32),
+        (80, 80, 4, 1, 256),
+        (96, 96, 8, 1, 16),
+        (128, 128, 4, 2, 16),
+        (192, 128, 1, 1, 64),
+        (256, 256, 3, 1, 256),
+        (24, 24, 40, 2, 16),
+    ],
+)
+def test_decode_shapes(
+    head_dim: int, head_dim_v: int, group: int, kv_heads: int, page_size: int, dtype: torch.dtype
+) -> None:
+    contexts = [1, page_size, page_size + 1, 3 * page_size - 1 if page_size < 256 else 300]
+    cache = Cache(
+        contexts, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size, dtype=dtype
+    )
+    check_decode(cache, contexts, group, splits=1 if group == 3 else 2)
+
+
+def test_decode_float16() -> None:
+    check_decode(Cache([40, 7], dtype=torch.float16), [40, 7], 4, splits=2)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 64])
+@pytest.mark.parametrize("window", [None, 1, 20, 33])
+def test_decode_splits_and_windows(splits: int, window: int | None) -> None:
+    contexts = [1, 2, 16, 33, 129, 200]
+    check_decode(Cache(contexts, head_dim=16, page_size=16), contexts, 2, splits=splits, window=window)
+
+
+@pytest.mark.parametrize(("softcap", "spread"), [(2.0, 1.0), (30.0, 100.0)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode_softcap(softcap: float, spread: float, window: int | None) -> None:
+    """A large spread saturates the cap: no overflow on the way."""
+    contexts = [5, 70]
+    check_decode(Cache(contexts, head_dim=32), contexts, 2, splits=2, window=window, softcap=softcap, spread=spread)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_large_scores(splits: int) -> None:
+    """Scores of several hundred overflow an exponential that is not shifted by its maximum."""
+    contexts = [70, 100]
+    cache = Cache(contexts, head_dim=64)
+    rows, query = int32([1, 2]), torch.randn(2, 2, 64, device=DEVICE)
+    for sign in (100.0, -100.0):  # either the first block or a later one dominates
+        cache.keys[1][0], cache.keys[1][69] = sign * query[0, 0].cpu(), -sign * query[0, 0].cpu()
+        for position in (0, 69):
+            cache.key[cache.table[1, position // 16], position % 16] = cache.keys[1][position].to(DEVICE)
+        actual = kernels.decode_attention(
+            query, cache.key, cache.value, cache.table, rows, int32(contexts), scaling=SCALING, num_splits=splits
+        )
+        expected = [cache.attend(query[i], i + 1, contexts[i] - 1, None, None) for i in range(2)]
+        check(actual, torch.stack(expected), torch.float32)
+
+
+def test_decode_context_beyond_the_table() -> None:
+    """A padding row's length grows without end: it is cut where its table ends, and no other row's pages are read."""
+    cache = Cache([32, 40], head_dim=16)
+    table = cache.table[:, :2].contiguous()
+    query = torch.randn(1, 2, 16, device=DEVICE)
+    actual = kernels.decode_attention(
+        query, cache.key, cache.value, table, int32([1]), int32([1000]), scaling=SCALING, num_splits=2
+    )
+    check(actual, cache.attend(query[0], 1, 31, None, None)[None], torch.float32)
+
+
+def test_decode_picks_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def three(batch: int, num_kv_heads: int, device: torch.device) -> int:
+        asked.append((batch, num_kv_heads, device.type))
+        return 3
+
+    monkeypatch.setattr(kernels, "default_num_splits", three)
+    check_decode(Cache([70], head_dim=16, kv_heads=2), [70], 1)
+    assert asked == [(2, 2, DEVICE)]
+
+
+def test_default_num_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
+    assert kernels.default_num_splits(1, 8, "cpu") == 1
+    assert kernels.default_num_splits(32, 8, torch.device("cuda")) == 2
+    assert kernels.default_num_splits(256, 8, "cuda") == 1
+    assert kernels.default_num_splits(1, 1, "cuda") == kernels.MAX_SPLITS
+    assert kernels.default_num_splits(0, 8, "cuda") == kernels.MAX_SPLITS
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a CUDA graph is captured")
+def test_a_captured_graph_stays_right_as_contexts_grow() -> None:
+    cache = Cache([600, 600], head_dim=128, kv_heads=2, dtype=torch.bfloat16)
+    query = torch.randn(2, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    rows, lengths = int32([1, 2]), int32([1, 2])
+
+    def decode() -> torch.Tensor:
+        return kernels.decode_attention(
+            query, cache.key, cache.value, cache.table, rows, lengths, scaling=SCALING, num_splits=4
+        )
+
+    decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = decode()
+    for contexts in ([1, 40], [600, 333]):
+        lengths.copy_(int32(contexts))
+        graph.replay()
+        expected = [cache.attend(query[i], i + 1, contexts[i] - 1, None, None) for i in range(2)]
+        check(output, torch.stack(expected), torch.bfloat16)
+
+
+def check_prefill(
+    cache: Cache,
+    chunks: list[tuple[int, int, int]],
+    group: int,
+    *,
+    tile: int = TILE,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Prefills chunks (row, first position, tokens) as tiles, with padding tiles and uncovered tokens between."""
+    heads, size = group * cache.kv_heads, cache.key.shape[3]
+    total = sum(count + 1 for _, _, count in chunks)
+    query = torch.randn(total, heads + 1, size).to(cache.dtype)[:, :heads].to(DEVICE)
+    expected = torch.zeros(total, heads, cache.value.shape[3], dtype=torch.float64)
+    tiles, start = [], 0
+    for row, first, count in chunks:
+        for index in range(count):
+            expected[start + index] = cache.attend(query[start + index], row, first + index, window, softcap)
+        for offset in range(0, count, tile):
+            tiles.append((row, start + offset, min(tile, count - offset), first + offset))
+        tiles.append((0, 0, 0, 0))
+        cache.release(row, 0 if window is None else max(0, first - window + 1))
+        start += count + 1
+    actual = kernels.prefill_attention(
+        query, cache.key, cache.value, cache.table, *(int32(list(column)) for column in zip(*tiles, strict=True)),
+        scaling=SCALING, sliding_window=window, softcap=softcap,
+    )  # fmt: skip
+    check(actual, expected, cache.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "group", "kv_heads", "page_size"),
+    [
+        (64, 64, 1, 2, 16),
+        (64, 80, 3, 1, 32),
+        (80, 80, 4, 1, 256),
+        (96, 96, 8, 1, 16),
+        (128, 128, 4, 1, 16),
+        (256, 256, 3, 1, 256),
+    ],
+)
+def test_prefill_shapes(
+    head_dim: int, head_dim_v: int, group: int, kv_heads: int, page_size: int, dtype: torch.dtype
+) -> None:
+    """A whole prompt, a chunk behind a prior context, and a decoding row in one launch."""
+    cache = Cache(
+        [TILE + 3, 70, 35], kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size,
+        dtype=dtype,
+    )  # fmt: skip
+    check_prefill(cache, [(1, 0, TILE + 3), (2, 33, 37), (3, 34, 1)], group)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("window", [1, 7, 40])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_prefill_windows_and_softcap(group: int, window: int, softcap: float | None) -> None:
+    cache = Cache([100, 90, 20], head_dim=16)
+    chunks = [(1, 51, 49), (2, 89, 1), (3, 0, 20)]
+    check_prefill(cache, chunks, group, window=window, softcap=softcap)
+
+
+def test_prefill_softcap_without_window() -> None:
+    check_prefill(Cache([90, 20], head_dim=16), [(1, 40, 50), (2, 19, 1)], 2, softcap=1.5)
+
+
+def test_prefill_tiles_may_be_short() -> None:
+    check_prefill(Cache([50], head_dim=16), [(1, 3, 47)], 2, tile=5)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "kv_heads", "page_size"), [(80, 24, 3, 16), (128, 128, 1, 256), (256, 96, 9, 32)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_kv(head_dim: int, head_dim_v: int, kv_heads: int, page_size: int, dtype: torch.dtype) -> None:
+    """Strided inputs go to their slots, a position beyond the table to page 0, and nothing else changes."""
+    cache = Cache([page_size + 2, 5], kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size)
+    key_cache, value_cache = cache.key.to(dtype), cache.value.to(dtype)
+    table = cache.table[:, :2].contiguous()
+    rows = [1, 2, 1, 0, 1, 0]
+    positions = [0, 4, page_size + 1, 7, page_size - 1, 5 * page_size + 3]
+    key = torch.randn(len(rows), kv_heads + 2, head_dim).to(dtype).to(DEVICE)[:, 1:-1]
+    value = torch.randn(kv_heads, len(rows), head_dim_v + 3).to(dtype).to(DEVICE)[..., :head_dim_v].transpose(0, 1)
+    assert not key.is_contiguous()
+    assert not value.is_contiguous()
+    expected_key, expected_value = key_cache.clone(), value_cache.clone()
+    for token, (row, position) in enumerate(zip(rows, positions, strict=True)):
+        index = position // page_size
+        page = int(table[row, index]) if index < table.shape[1] else 0
+        expected_key[page, position % page_size] = key[token]
+        expected_value[page, position % page_size] = value[token]
+    kernels.write_kv(key, value, key_cache, value_cache, table, int32(rows), int32(positions))
+    torch.testing.assert_close(key_cache, expected_key, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(value_cache, expected_value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Caches of more than 2^31 elements. Of their memory only the pages in use are ever touched."""
+    pages = 2**31 // (256 * 256) + 2
+    key_cache = torch.empty(pages, 256, 1, 256, dtype=torch.bfloat16, device=DEVICE)
+    value_cache = torch.empty(pages, 256, 1, 256, dtype=torch.bfloat16, device=DEVICE)
+    table = int32([pages - 1])[:, None]
+    key = torch.randn(3, 1, 256).to(torch.bfloat16).to(DEVICE)
+    value = torch.randn(3, 1, 256).to(torch.bfloat16).to(DEVICE)
+    query = torch.randn(1, 1, 256).to(torch.bfloat16).to(DEVICE)
+    kernels.write_kv(key, value, key_cache, value_cache, table, int32([0, 0, 0]), int32([0, 1, 2]))
+    scores = torch.einsum("hd,jhd->hj", query[0].double(), key.double()) * SCALING
+    expected = torch.einsum("hj,jhd->hd", scores.softmax(-1), value.double())[None].cpu()
+    actual = kernels.decode_attention(query, key_cache, value_cache, table, int32([0]), int32([3]), scaling=SCALING)
+    check(actual, expected, torch.bfloat16)
+    actual = kernels.prefill_attention(
+        query, key_cache, value_cache, table, int32([0]), int32([0]), int32([1]), int32([2]), scaling=SCALING
+    )
+    check(actual, expected, torch.bfloat16)
+
+
+def test_nothing_to_do() -> None:
+    cache, none = Cache([3], head_dim=16), int32([])
+    query = torch.empty(0, 2, 16, device=DEVICE)
+    kernels.write_kv(query[:, :1], query[:, :1], cache.key, cache.value, cache.table, none, none)
+    arguments = (cache.key, cache.value, cache.table, none)
+    assert kernels.decode_attention(query, *arguments, none, scaling=1.0).shape == (0, 2, 16)
+    assert kernels.prefill_attention(query, *arguments, none, none, none, scaling=1.0).shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("named", "changes"),
+    [
+        ("query", {"query": torch.zeros(2, 3, 32)}),
+        ("query", {"query": torch.zeros(2, 4, 16)}),
+        ("query", {"query": torch.zeros(1, 4, 32)}),
+        ("query", {"query": torch.zeros(2, 4, 32, dtype=torch.float16)}),
+        ("query", {"query": torch.zeros(2, 4, 64)[..., ::2]}),
+        ("key_cache", {"key_cache": torch.zeros(4, 16, 2, 64)[..., ::2]}),
+        ("key_cache", {"key_cache": torch.zeros(4, 16, 2, 512)}),
+        ("key_cache", {"key_cache": torch.zeros(4, 24, 2, 32), "value_cache": torch.zeros(4, 24, 2, 32)}),
+        ("key_cache", {"key_cache": torch.zeros(4, 512, 2, 32), "value_cache": torch.zeros(4, 512, 2, 32)}),
+        ("key_cache", {"key_cache": torch.zeros(4, 16, 2, 32, dtype=torch.int32)}),
+        ("value_cache", {"value_cache": torch.zeros(5, 16, 2, 32)}),
+        ("value_cache", {"value_cache": torch.zeros(4, 16, 2, 32, dtype=torch.float16)}),
+        ("page_table", {"page_table": torch.zeros(3, 4, dtype=torch.int64)}),
+        ("page_table", {"page_table": torch.zeros(3, 8, dtype=torch.int32)[:, ::2]}),
+        ("rows", {"rows": torch.zeros(2, dtype=torch.int64)}),
+        ("context_lengths", {"context_lengths": torch.zeros(3, dtype=torch.int32)}),
+        ("sliding_window", {"sliding_window": 0}),
+        ("softcap", {"softcap": 0.0}),
+        ("num_splits", {"num_splits": 0}),
+        ("num_splits", {"num_splits": kernels.MAX_SPLITS + 1}),
+    ],
+)
+def test_decode_refuses(named: str, changes: dict[str, object]) -> None:
+    arguments: dict[str, object] = {
+        "query": torch.zeros(2, 4, 32),
+        "key_cache": torch.zeros(4, 16, 2, 32),
+        "value_cache": torch.zeros(4, 16, 2, 32),
+        "page_table": torch.zeros(3, 4, dtype=torch.int32),
+        "rows": torch.zeros(2, dtype=torch.int32),
+        "context_lengths": torch.zeros(2, dtype=torch.int32),
+        "scaling": 1.0,
+    }
+    with pytest.raises(ValueError, match=f"^{named} "):
+        kernels.decode_attention(**(arguments | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("named", ["tile_query_starts", "tile_query_lengths", "tile_first_positions"])
+def test_prefill_refuses(named: str) -> None:
+    cache, index = Cache([3], head_dim=16), int32([0])
+    tiles = {"tile_query_starts": index, "tile_query_lengths": index, "tile_first_positions": index}
+    tiles[named] = int32([0, 0])
+    with pytest.raises(ValueError, match=f"^{named} "):
+        kernels.prefill_attention(
+            torch.zeros(1, 1, 16, device=DEVICE), cache.key, cache.value, cache.table, index, scaling=1.0, **tiles
+        )
+
+
+@pytest.mark.parametrize("named", ["key", "value", "positions"])
+def test_write_refuses(named: str) -> None:
+    cache, index = Cache([3], head_dim=16), int32([1])
+    heads = torch.zeros(1, 1, 16, device=DEVICE)
+    arguments = {"key": heads, "value": heads, "positions": index}
+    arguments[named] = torch.zeros(1, 2, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=f"^{named} "):
+        kernels.write_kv(key_cache=cache.key, value_cache=cache.value, page_table=cache.table, rows=index, **arguments)

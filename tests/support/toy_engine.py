@@ -1,0 +1,176 @@
+"""A whole engine on the simulated device, around a toy model whose tokens depend on everything that it reads.
+
+The toy model writes every token into pages and predicts the next one from a hash over the row's pages, its length and
+a 'weight'. A stale table, a page with somebody else's tokens or an input that arrived too early changes the hash.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_async_batching.device_state import DeviceState, StepInputs
+from hf_async_batching.devices import Guard, Stream
+from hf_async_batching.devices.simulated import SimulatedDevice
+from hf_async_batching.engine import Engine
+from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.request import Request
+from hf_async_batching.runner import Runner
+from hf_async_batching.scheduler import Emission, Scheduler
+from hf_async_batching.staging import Sections
+
+VOCAB = 29
+EOS = 7
+WEIGHT = 12345
+_PRIME = 1_000_003
+
+
+def _mix(state: int, value: int) -> int:
+    return (state * 31 + value * 7919 + 17) % _PRIME
+
+
+def reference(request: Request) -> list[int]:
+    """The tokens of a request, by the definition of the toy model alone."""
+    tokens = list(request.prompt)
+    while len(tokens) - len(request.prompt) < request.max_new_tokens:
+        state = WEIGHT
+        for position, token in enumerate(tokens):
+            state = _mix(state, token * 1009 + position)
+        tokens.append(state % VOCAB)
+        if tokens[-1] in request.eos_token_ids:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class ToyForward:
+    """The model: one int64 per page slot."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.pages = torch.zeros(num_pages + 1, page_size, dtype=torch.int64)
+        self.weight = torch.zeros(1, dtype=torch.int64)
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        context = inputs.context
+        size = self.pages.shape[1]
+        table = context.page_table.tolist()
+        rows, positions = context.rows.tolist(), inputs.position_ids.tolist()
+        for row, position, token in zip(rows, positions, inputs.token_ids.tolist(), strict=True):
+            self.pages[table[row][position // size], position % size] = token * 1009 + position
+        memory = self.pages.tolist()
+        sampled = range(len(rows)) if inputs.sample_index is None else inputs.sample_index.tolist()
+        logits = torch.zeros(len(sampled), VOCAB)
+        for out, i in enumerate(sampled):
+            state = int(self.weight)
+            for position in range(positions[i] + 1):
+                state = _mix(state, memory[table[rows[i]][position // size]][position % size])
+            logits[out, state % VOCAB] = 1.0
+        return logits
+
+
+@dataclass
+class ToyEngine:
+    """An engine on a simulated device, its scheduler made by `scheduler_class`."""
+
+    depth: int
+    seed: int
+    without: Guard | None = None
+    num_pages: int = 12
+    page_size: int = 4
+    max_rows: int = 4
+    max_batch_tokens: int = 9
+    scheduler_class: type[Scheduler] = Scheduler
+    emitted: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed + 1)
+        self.device = SimulatedDevice(self.seed, self.without)
+        self.forward = ToyForward(self.num_pages, self.page_size)
+        self.state = DeviceState(
+            max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu")
+        )
+        runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=False)
+        limits = Sections.largest(
+            max_rows=self.max_rows, max_batch_tokens=self.max_batch_tokens, num_pages=self.num_pages
+        )
+        pipeline = Pipeline(self.device, self.state, runner, depth=self.depth, limits=limits, tile_size=3)
+        self.scheduler = self.scheduler_class(
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            max_rows=self.max_rows,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+        # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
+        self.scheduler.pages.on_release = self._scribble_pages
+        self.scheduler.rows.on_release = self._scribble_rows
+        self.engine = Engine(self.scheduler, pipeline, self.device, depth=self.depth, debug=True)
+        # The caller's stream is still writing the weights when the first request comes.
+        self.device.launch(Stream.CALLER, lambda: self.forward.weight.fill_(WEIGHT))
+        pipeline.order_after_caller()
+
+    def _scribble_pages(self, pages: list[int]) -> None:
+        for page in pages:
+            self.forward.pages[page] = self._random.randrange(_PRIME)
+
+    def _scribble_rows(self, rows: list[int]) -> None:
+        for row in rows:
+            self.state.last_token[row] = self._random.randrange(VOCAB)
+            self.state.lengths[row] = self._random.randrange(self.num_pages * self.page_size)
+            self.state.page_table[row] = self._random.randrange(1, self.num_pages + 1)
+
+    def step(self) -> None:
+        """One step; keeps what it emitted."""
+        self._keep(self.engine.step())
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request that may have ended."""
+        emission = self.engine.cancel(request_id)
+        if emission is not None:
+            self._keep([emission])
+
+    def _keep(self, emissions: list[Emission]) -> None:
+        for emission in emissions:
+            assert emission.request_id not in self.reasons, "a token or an end after the end"
+            if emission.token is not None:
+                self.emitted.setdefault(emission.request_id, []).append(emission.token)
+            if emission.finish_reason is not None:
+                self.reasons[emission.request_id] = emission.finish_reason
+
+
+def run_random_schedule(engine: ToyEngine, seed: int, num_requests: int = 7) -> dict[str, Request]:
+    """Drive an engine through arrivals, cancels, ends by EOS and by length, and shortage of pages."""
+    rng = random.Random(seed)
+    capacity = engine.num_pages * engine.page_size
+    requests: dict[str, Request] = {}
+    cancelled = rng.choice((0.0, 0.0, 0.05))
+    while len(requests) < num_requests or engine.engine.has_work:
+        while len(requests) < num_requests and rng.random() < 0.4:
+            length = rng.randint(1, 18)
+            request = Request(
+                request_id=str(len(requests)),
+                prompt=tuple(rng.randrange(VOCAB) for _ in range(length)),
+                max_new_tokens=rng.randint(1, min(14, capacity - length)),
+                eos_token_ids=(EOS,) if rng.random() < 0.7 else (),
+            )
+            requests[request.request_id] = request
+            engine.engine.add(request)
+        if requests and rng.random() < cancelled:
+            engine.cancel(rng.choice(list(requests)))
+        engine.step()
+    return requests
+
+
+def verify(engine: ToyEngine, requests: dict[str, Request]) -> None:
+    """Every token right, every request ended, every page and row back."""
+    for request_id, request in requests.items():
+        got, want = engine.emitted.get(request_id, []), reference(request)
+        if engine.reasons[request_id] == "cancelled":
+            assert got == want[: len(got)], f"request {request_id}: {got} is no prefix of {want}"
+        else:
+            assert got == want, f"request {request_id}: {got} != {want}"
+            expected = "eos" if want[-1] in request.eos_token_ids else "length"
+            assert engine.reasons[request_id] == expected
+    assert engine.scheduler.pages.in_use == 0
+    assert engine.scheduler.rows.in_use == 0
