@@ -51,8 +51,10 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     """
     forward = ModelForward(model)
     device = make_device(forward.device)
-    resolved = config.resolve(forward.layers, context_length(model), forward.device, free_memory(forward.device))
     backend = make_backend(config.attention_backend, forward.device)
+    if config.attach_check:
+        attach_check(model, forward, backend)
+    resolved = config.resolve(forward.layers, context_length(model), forward.device, free_memory(forward.device))
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
@@ -69,9 +71,6 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         max_rows=resolved.max_rows, max_batch_tokens=resolved.max_batch_tokens, num_pages=resolved.num_pages
     )
     pipeline = Pipeline(device, state, runner, depth=resolved.depth, limits=limits, tile_size=backend.tile_size)
-    if config.attach_check:
-        attach_check(model, forward, state, page_size=resolved.page_size, tile_size=backend.tile_size)
-        pipeline.order_after_caller()
     scheduler = Scheduler(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,

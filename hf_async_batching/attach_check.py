@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from hf_async_batching.attention.backend import AttentionBackend
+from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
@@ -20,24 +22,26 @@ from hf_async_batching.staging import Sections, encode
 # Relative error of the logits that rounding alone explains: sums in another order, not another result.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
+# Each prompt fits one page.
+_PAGE_SIZE = 16
 _FIRST_LENGTH, _SPLIT, _SECOND_LENGTH = 11, 4, 7
 
 
-def attach_check(
-    model: PreTrainedModel, forward: ModelForward, state: DeviceState, *, page_size: int, tile_size: int
-) -> None:
-    """Compare paged logits with plain ones, and leave the tables as they were.
+@torch.inference_mode()
+def attach_check(model: PreTrainedModel, forward: ModelForward, backend: AttentionBackend) -> None:
+    """Compare paged logits with plain ones, on tables and pages of its own.
 
     Args:
         model: The user's model, of which a second view is made for the plain forward.
-        forward: The paged forward.
-        state: The row tables; rows 1 and 2 and pages 1 and 2 are used, and reset.
-        page_size: Tokens per page; at least 16, so that each prompt fits one page.
-        tile_size: Query tokens per tile of prefill attention.
+        forward: The paged forward; left bound to the check's pages.
+        backend: The attention kernels.
 
     Raises:
         UnsupportedModelError: The logits differ by more than rounding.
     """
+    cache = PagedCache(forward.layers, num_pages=2, page_size=_PAGE_SIZE, device=forward.device)
+    state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
+    forward.bind(cache, backend)
     vocab = forward.vocab_size
     first = [(7 * i + 3) % vocab for i in range(_FIRST_LENGTH)]
     second = [(11 * i + 5) % vocab for i in range(_SECOND_LENGTH)]
@@ -57,7 +61,7 @@ def attach_check(
     paged: list[torch.Tensor] = []
     forced = [first[_SPLIT], first[-1], second[-1]]  # the tokens that follow each sampled position, as if sampled
     for plan in plans:
-        staged, sections = _stage(plan, forward.device, tile_size)
+        staged, sections = _stage(plan, forward.device, backend.tile_size)
         state.apply_updates(staged, sections)
         inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(2)
         logits = forward(inputs)
@@ -70,10 +74,6 @@ def attach_check(
         out = plain_view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
         plain.append(out.logits[0].float())
     expected = [plain[0][_SPLIT - 1], plain[0][-2], plain[1][-2], plain[0][-1], plain[1][-1]]
-    # Rows and pages start at zero for the first requests, as they would without the check.
-    state.lengths.zero_()
-    state.last_token.zero_()
-    state.page_table.zero_()
     what = ("a chunk of a prompt", "the rest of a prompt", "a prompt that joined late", "a decode", "a late decode")
     dtype = forward.layers[0].dtype
     for label, got, want in zip(what, paged, expected, strict=True):

@@ -26,9 +26,15 @@ def new_request_id() -> str:
 
 
 def seed_of_row(seed: int | None, row: int) -> int:
-    """The seed of the `row`-th sequence of a call; drawn from the system's entropy where `seed` is None."""
+    """The seed of the `row`-th sequence of a call; drawn from the system's entropy where `seed` is None.
+
+    Raises:
+        ValueError: `seed` is out of range.
+    """
     if seed is None:
         return secrets.randbelow(MAX_SEED)
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}")
     return (seed + row * _SEED_STRIDE) % MAX_SEED
 
 

@@ -46,6 +46,7 @@ class Worker:
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[str] = deque()
         self._handles: dict[str, GenerationHandle] = {}
+        self._live: set[str] = set()
         self._changed = threading.Condition()
         self._accepting = True
         self._stopping = False
@@ -60,6 +61,7 @@ class Worker:
 
         Raises:
             QueueFullError: `max_waiting` requests wait already.
+            ValueError: A live request has the same id.
         """
         with self._changed:
             assembly = self._assembly
@@ -72,6 +74,9 @@ class Worker:
                     f"{waiting} requests wait already (max_waiting={self._max_waiting}); "
                     "try again later, or raise BatchingConfig(max_waiting=...)"
                 )
+            if request.request_id in self._live:
+                raise ValueError(f"`request_id` {request.request_id!r} is in use by a live request; choose another")
+            self._live.add(request.request_id)
             self._inbox.append((request, handle))
             self._changed.notify()
             return True
@@ -170,6 +175,7 @@ class Worker:
                 handle._push(emission.token, emission.logprob)
             if emission.finish_reason is not None:
                 del self._handles[emission.request_id]
+                self._live.discard(emission.request_id)
                 handle._finish(emission.finish_reason)
 
     def _fail_everyone(self, cause: Exception | None) -> None:

@@ -53,6 +53,13 @@ def bfloat16_products_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: original(self, widen(a), widen(b), *rest))
 
 
+def queries(tokens: int, heads: int, size: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
+    """Random queries [tokens, heads, size] with NaN between the heads and after the last one."""
+    padded = torch.full((tokens, heads + 1, 2 * size), math.nan, dtype=dtype, device=DEVICE)
+    padded[:, :heads, :size] = (torch.randn(tokens, heads, size) * spread).to(dtype)
+    return padded[:, :heads, :size]
+
+
 def int32(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
@@ -138,7 +145,7 @@ def check_decode(
     rows = [0, *range(len(contexts), 0, -1)]
     lengths = [0, *reversed(contexts)]
     heads, size = group * cache.kv_heads, cache.key.shape[3]
-    query = (torch.randn(len(rows), heads, size + 8) * spread).to(cache.dtype)[..., :size].to(DEVICE)
+    query = queries(len(rows), heads, size, cache.dtype, spread)
     expected = torch.zeros(len(rows), heads, cache.value.shape[3], dtype=torch.float64)
     for entry, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if length:
@@ -212,6 +219,22 @@ def test_decode_large_scores(splits: int) -> None:
         check(actual, torch.stack(expected), torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("splits", [1, 5])
+def test_decode_nan_stays_in_its_entry(splits: int) -> None:
+    contexts = [40, 30, 170]
+    cache = Cache(contexts, head_dim=16)
+    query = queries(3, 2, 16, torch.float32)
+    query[1] = math.nan
+    actual = kernels.decode_attention(
+        query, cache.key, cache.value, cache.table, int32([1, 2, 3]), int32(contexts), scaling=SCALING,
+        num_splits=splits,
+    )  # fmt: skip
+    assert actual[1].isnan().all()
+    expected = [cache.attend(query[i], i + 1, contexts[i] - 1, None, None) for i in (0, 2)]
+    check(actual[[0, 2]], torch.stack(expected), torch.float32)
+
+
 def test_decode_context_beyond_the_table() -> None:
     """A padding row's length grows without end: it is cut where its table ends, and no other row's pages are read."""
     cache = Cache([32, 40], head_dim=16)
@@ -278,7 +301,7 @@ def check_prefill(
     """Prefills chunks (row, first position, tokens) as tiles, with padding tiles and uncovered tokens between."""
     heads, size = group * cache.kv_heads, cache.key.shape[3]
     total = sum(count + 1 for _, _, count in chunks)
-    query = torch.randn(total, heads + 1, size).to(cache.dtype)[:, :heads].to(DEVICE)
+    query = queries(total, heads, size, cache.dtype)
     expected = torch.zeros(total, heads, cache.value.shape[3], dtype=torch.float64)
     tiles, start = [], 0
     for row, first, count in chunks:
@@ -334,6 +357,38 @@ def test_prefill_softcap_without_window() -> None:
 
 def test_prefill_tiles_may_be_short() -> None:
     check_prefill(Cache([50], head_dim=16), [(1, 3, 47)], 2, tile=5)
+
+
+@pytest.fixture
+def products(bfloat16_products_of_the_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one for each matrix product that the interpreter computes."""
+    from triton.runtime import interpreter
+
+    counted: list[None] = []
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_dot
+    monkeypatch.setattr(builder, "create_dot", lambda *arguments: counted.append(None) or original(*arguments))
+    return counted
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: it counts the blocks that are read")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("splits", [1, 3, 5])
+def test_decode_reads_each_visible_block_once(splits: int, window: int | None, products: list[None]) -> None:
+    cache = Cache([200], head_dim=16)
+    check_decode(cache, [200], 1, splits=splits, window=window)
+    size = kernels.decode_block_sizes(16, 16, 1, torch.float32).n
+    first = 0 if window is None else (200 - window) // size
+    assert len(products) == 2 * (-(-200 // size) - first)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: it counts the blocks that are read")
+@pytest.mark.parametrize("window", [None, 7])
+def test_prefill_reads_each_visible_block_once(window: int | None, products: list[None]) -> None:
+    check_prefill(Cache([120], head_dim=16), [(1, 90, 10)], 1, window=window)
+    size = kernels.prefill_block_sizes(16, 16, 1, torch.float32).n
+    first = 0 if window is None else (90 - window + 1) // size
+    assert len(products) == 2 * (-(-100 // size) - first)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,249 @@
+"""One GPU: correctness first, then the table of depths; prints everything and writes JSON.
+
+    python -m benchmarks.gpu_verify tiny                      # families in float32, token for token, captured or not
+    python -m benchmarks.gpu_verify smollm2 --model DIR       # real text in bfloat16, contract 2
+    python -m benchmarks.gpu_verify llama8b                   # random Llama-3.1-8B shape: depth 1, 2, 3
+    python -m benchmarks.gpu_verify syncs                     # synchronising calls in the loop, by the profiler
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from benchmarks.measure import HEADER, copy_bandwidth, run_engine, teacher_forced
+from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.request import Request
+
+LLAMA_8B: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(fields: dict[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=dtype).eval()
+
+
+def random_requests(count: int, prompt: int, new: int, vocab: int) -> list[Request]:
+    rng = random.Random(0)
+    return [Request(str(i), tuple(rng.randrange(3, vocab) for _ in range(prompt)), new) for i in range(count)]
+
+
+def tiny(device: torch.device) -> dict[str, Any]:
+    import sys
+
+    sys.path.insert(0, "tests")
+    from support.tiny_models import FAMILIES, greedy_alone, ragged_prompts, tiny_model
+
+    out: dict[str, Any] = {}
+    for family in FAMILIES:
+        model = tiny_model(family).to(device)
+        prompts = ragged_prompts(8, 60)
+        want = [_generate_alone(model, prompt, 12 + i) for i, prompt in enumerate(prompts)]
+        for depth in (1, 2, 3):
+            for graphs in (True, False):
+                config = BatchingConfig(
+                    depth=depth, page_size=16, max_rows=6, max_batch_tokens=32, cuda_graphs=graphs, num_pages=60,
+                    debug=True,
+                )
+                with GenerationManager(model, config) as manager:
+                    handles = [manager.submit(p, max_new_tokens=12 + i, do_sample=False) for i, p in enumerate(prompts)]
+                    got = [handle.result(120).token_ids for handle in handles]
+                    captured = manager.stats().graphs
+                same = sum(a == b for a, b in zip(got, want, strict=True))
+                out[f"{family} depth {depth} graphs {graphs}"] = same
+                print(f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal", flush=True)
+    del greedy_alone
+    return out
+
+
+def _generate_alone(model: PreTrainedModel, prompt: list[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    return model.generate(ids, max_new_tokens=new, do_sample=False)[0, len(prompt) :].tolist()
+
+
+def smollm2(device: torch.device, path: str) -> dict[str, Any]:
+    import sys
+
+    sys.path.insert(0, "tests")
+    from support.smollm2 import chat_token_ids
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().to(device)
+    prompts = chat_token_ids(AutoTokenizer.from_pretrained(path))
+    eos = model.generation_config.eos_token_id
+    requests = [
+        Request(str(i), tuple(prompt), 64, eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos))
+        for i, prompt in enumerate(prompts)
+    ]
+    out: dict[str, Any] = {}
+    first: dict[str, list[int]] | None = None
+    print(HEADER)
+    bandwidth = copy_bandwidth(device)
+    for depth in (1, 2, 3):
+        run, tokens = run_engine(model, requests, BatchingConfig(depth=depth, timeline_steps=4096), bandwidth)
+        print(run.row(), flush=True)
+        out[f"depth {depth}"] = run.as_dict()
+        first = first or tokens
+        out[f"depth {depth} equals depth 1"] = sum(tokens[i] == first[i] for i in tokens)
+        print(f"  {out[f'depth {depth} equals depth 1']} of {len(tokens)} requests equal to depth 1")
+    assert first is not None
+    accuracy = teacher_forced(model, requests, first)
+    print("contract 2, bfloat16:", accuracy)
+    alone = [_generate_alone(model, list(r.prompt), 64) for r in requests[:24]]
+    same = sum(a == first[r.request_id] for a, r in zip(alone, requests, strict=False))
+    print(f"{same} of {len(alone)} completions equal plain generate alone in bfloat16")
+    out["accuracy"] = str(accuracy)
+    exact = model.float()
+    runs, tokens = run_engine(exact, requests[:24], BatchingConfig(depth=2), None)
+    alone = [_generate_alone(exact, list(r.prompt), 64) for r in requests[:24]]
+    same = sum(a == tokens[r.request_id] for a, r in zip(alone, requests, strict=False))
+    print(f"float32: {same} of {len(alone)} completions equal plain generate alone")
+    out["float32 equal"] = same
+    return out
+
+
+def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int) -> dict[str, Any]:
+    fields = {**LLAMA_8B, "num_hidden_layers": layers}
+    if device.type == "cpu":
+        fields.update(hidden_size=256, intermediate_size=512, vocab_size=1000)
+    started = time.perf_counter()
+    model = random_model(fields, device, torch.bfloat16)
+    print(f"model of {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
+    bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
+    if bandwidth:
+        print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    requests = random_requests(rows, prompt, new, fields["vocab_size"])
+    out: dict[str, Any] = {"copy_bandwidth": bandwidth, "rows": rows, "prompt": prompt, "new": new}
+    print(f"{rows} requests, prompt {prompt}, {new} new tokens, greedy, bfloat16\n{HEADER}")
+    first: dict[str, list[int]] | None = None
+    for depth, graphs in ((1, True), (2, True), (3, True), (1, False), (2, False)):
+        config = BatchingConfig(depth=depth, cuda_graphs=graphs, timeline_steps=8192, max_sequence_length=prompt + new + 16)
+        run, tokens = run_engine(model, requests, config, bandwidth)
+        print(run.row(), flush=True)
+        out[f"depth {depth} graphs {graphs}"] = run.as_dict()
+        first = first or tokens
+        same = sum(tokens[i] == first[i] for i in tokens)
+        out[f"depth {depth} graphs {graphs} equal"] = same
+        print(f"  {same} of {rows} completions equal to depth 1; {run.graph_count} graphs, {run.graph_mib:.0f} MiB")
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    assert first is not None
+    accuracy = teacher_forced(model, requests[:4], first)
+    print("contract 2, bfloat16, random weights:", accuracy)
+    out["accuracy"] = str(accuracy)
+    return out
+
+
+def syncs(device: torch.device) -> dict[str, Any]:
+    """Counts CUDA calls that make the host wait, in a run whose kernels and graphs are warm."""
+    fields = {**LLAMA_8B, "num_hidden_layers": 4}
+    model = random_model(fields, device, torch.bfloat16)
+    requests = random_requests(32, 64, 64, fields["vocab_size"])
+    from hf_async_batching.assembly import assemble
+
+    engine = assemble(model, BatchingConfig(depth=2, max_sequence_length=256)).engine
+
+    def serve() -> int:
+        for request in requests:
+            engine.add(request)
+        steps = 0
+        with torch.inference_mode():
+            while engine.has_work:
+                engine.step()
+                steps += 1
+        return steps
+
+    serve()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        serve()
+    torch.cuda.set_sync_debug_mode("default")
+    warned = [str(w.message).splitlines()[0] for w in caught if "synchroniz" in str(w.message)]
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        steps = serve()
+    waits: Counter[str] = Counter()
+    busy = 0.0
+    spans = []
+    for event in profile.events():
+        if "ynchronize" in event.name or event.name in ("cudaMemcpy", "cudaStreamWaitEvent"):
+            waits[event.name] += 1
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end))
+    spans.sort()
+    end = spans[0][0]
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    share = busy / (end - spans[0][0])
+    print(f"{steps} steps; warnings of set_sync_debug_mode: {warned or 'none'}; calls: {dict(waits)}")
+    print(f"kernels and copies cover {100 * share:.1f} % of the time by the profiler (4 layers, so launch-bound parts show)")
+    engine.close()
+    return {"steps": steps, "sync_debug_warnings": warned, "calls": dict(waits), "profiler_busy": share}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["tiny", "smollm2", "llama8b", "syncs"])
+    parser.add_argument("--model", help="folder of SmolLM2 for `smollm2`")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{card}; torch {torch.__version__}, transformers {transformers.__version__}")
+    for what in arguments.what:
+        print(f"\n== {what}", flush=True)
+        if what == "tiny":
+            result = tiny(device)
+        elif what == "smollm2":
+            result = smollm2(device, arguments.model)
+        elif what == "llama8b":
+            result = llama8b(device, arguments.layers, arguments.prompt, arguments.new, arguments.rows)
+        else:
+            result = syncs(device)
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / f"{what}.json").write_text(json.dumps({"card": card, **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""The manager: threads, event loops, streams, bad input, limits, endings."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
+
+from hf_async_batching import (
+    BatchingConfig,
+    EngineClosedError,
+    EngineFailedError,
+    GenerationManager,
+    QueueFullError,
+    RequestTooLongError,
+    UnsupportedArgumentError,
+    UnsupportedModelError,
+)
+
+PROMPTS = ragged_prompts(8, 30, seed=5)
+GREEDY = {"do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("Llama")
+
+
+def make(model: Any, **settings: Any) -> GenerationManager:
+    return GenerationManager(
+        model, BatchingConfig(**{"page_size": 16, "max_batch_tokens": 64, "max_rows": 8, "debug": True, **settings})
+    )
+
+
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+def test_results_metrics_and_logprobs(model: Any) -> None:
+    with make(model) as manager:
+        result = manager.submit(torch.tensor(PROMPTS[1]), max_new_tokens=6, logprobs=True, **GREEDY).result(60)
+        plain = manager.submit(PROMPTS[1], max_new_tokens=6, **GREEDY).result(60)
+    assert result.token_ids == plain.token_ids == greedy_alone(model, PROMPTS[1], 6, eos_token_id=None)
+    assert result.finish_reason == "length"
+    assert plain.logprobs is None
+    ids = torch.tensor([PROMPTS[1] + result.token_ids])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, len(PROMPTS[1]) - 1 : -1].log_softmax(-1)
+    expected = [row[token].item() for row, token in zip(logprobs, result.token_ids, strict=True)]
+    assert result.logprobs == pytest.approx(expected, abs=1e-4)
+    metrics = result.metrics
+    assert metrics.queue_seconds is not None
+    assert metrics.time_to_first_token is not None
+    assert 0 <= metrics.queue_seconds <= metrics.time_to_first_token <= metrics.total_seconds
+    assert metrics.tokens_per_second is not None
+    assert metrics.tokens_per_second > 0
+
+
+def test_eos_is_part_of_the_output_and_ends_it(model: Any) -> None:
+    full = greedy_alone(model, PROMPTS[2], 20, eos_token_id=None)
+    stop = full[5]
+    with make(model, depth=3) as manager:
+        result = manager.submit(PROMPTS[2], max_new_tokens=20, do_sample=False, eos_token_id=stop).result(60)
+    assert result.finish_reason == "eos"
+    assert result.token_ids == full[: full.index(stop) + 1]
+
+
+def test_lengths_follow_generate(model: Any) -> None:
+    with make(model) as manager:
+        assert len(manager.submit(PROMPTS[1], **GREEDY).result(60).token_ids) == 20, "generate's default"
+        by_total = manager.submit(PROMPTS[1], max_length=len(PROMPTS[1]) + 3, **GREEDY)
+        assert len(by_total.result(60).token_ids) == 3
+        with pytest.raises(ValueError, match="max_length"):
+            manager.submit(PROMPTS[1], max_length=len(PROMPTS[1]), **GREEDY)
+
+
+def test_iteration_yields_tokens_as_they_come(model: Any) -> None:
+    with make(model) as manager:
+        handle = manager.submit(PROMPTS[3], max_new_tokens=200, **GREEDY)
+        iterator = iter(handle)
+        first = [next(iterator) for _ in range(3)]
+        assert not handle.done, "tokens must arrive before the end"
+        rest = list(iterator)
+        assert first + rest == handle.result().token_ids == list(handle)
+
+
+def test_async_iteration_and_many_at_once(model: Any) -> None:
+    async def collect(handle: Any) -> list[int]:
+        return [token async for token in handle]
+
+    async def main(manager: GenerationManager) -> list[list[int]]:
+        handles = [manager.submit(prompt, max_new_tokens=9, **GREEDY) for prompt in PROMPTS]
+        return await asyncio.gather(*[collect(handle) for handle in handles])
+
+    with make(model) as manager:
+        manager.warmup()
+        got = asyncio.run(main(manager))
+    assert got == [greedy_alone(model, prompt, 9, eos_token_id=None) for prompt in PROMPTS]
+
+
+def test_cancel_returns_what_there_is_and_frees_everything(model: Any) -> None:
+    with make(model, depth=2) as manager:
+        handle = manager.submit(PROMPTS[3], max_new_tokens=400, **GREEDY)
+        other = manager.submit(PROMPTS[4], max_new_tokens=30, **GREEDY)
+        for count, _ in enumerate(handle):
+            if count == 4:
+                handle.cancel()
+        result = handle.result(20)
+        assert result.finish_reason == "cancelled"
+        assert 5 <= len(result.token_ids) < 400
+        full = greedy_alone(model, PROMPTS[3], len(result.token_ids), eos_token_id=None)
+        assert result.token_ids == full
+        assert other.result(60).token_ids == greedy_alone(model, PROMPTS[4], 30, eos_token_id=None)
+        handle.cancel()
+        wait_until(lambda: manager.stats().pages_in_use == manager.stats().rows_in_use == 0)
+
+
+def test_cancel_while_waiting(model: Any) -> None:
+    with make(model, max_rows=1) as manager:
+        running = manager.submit(PROMPTS[3], max_new_tokens=100, **GREEDY)
+        waiting = manager.submit(PROMPTS[4], max_new_tokens=100, **GREEDY)
+        waiting.cancel()
+        assert waiting.result(20).finish_reason == "cancelled"
+        assert waiting.result().token_ids == []
+        assert waiting.result().metrics.time_to_first_token is None
+        running.cancel()
+
+
+BAD = [
+    ({"input_ids": []}, ValueError, "empty"),
+    ({"input_ids": [5, VOCAB]}, ValueError, f"token id {VOCAB}"),
+    ({"input_ids": [-1]}, ValueError, "token id -1"),
+    ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, "1-D"),
+    ({"input_ids": "text"}, ValueError, "tokenize"),
+    ({"input_ids": [1.5]}, ValueError, "ints"),
+    ({"input_ids": [5] * 600}, RequestTooLongError, "shorten the prompt"),
+    ({"input_ids": [5] * 300, "max_new_tokens": 300}, RequestTooLongError, "max_new_tokens"),
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+    ({"max_new_tokens": 4, "min_new_tokens": 5}, ValueError, "min_new_tokens"),
+    ({"temperature": math.nan, "do_sample": True}, ValueError, "temperature"),
+    ({"temperature": -1.0, "do_sample": True}, ValueError, "temperature"),
+    ({"top_p": 1.5, "do_sample": True}, ValueError, "top_p"),
+    ({"seed": -3, "do_sample": True}, ValueError, "seed"),
+    ({"num_beams": 3}, UnsupportedArgumentError, "num_beams"),
+    ({"num_return_sequences": 2, "do_sample": True}, UnsupportedArgumentError, "num_return_sequences"),
+    ({"stop_strings": ["x"]}, UnsupportedArgumentError, "stop_strings"),
+    ({"attention_mask": torch.ones(1, 3)}, TypeError, "attention_mask"),
+    ({"no_such_field": 1}, TypeError, "no_such_field"),
+]
+
+
+def test_bad_input_reaches_its_caller_alone(model: Any) -> None:
+    with make(model, depth=2) as manager:
+        good = [manager.submit(prompt, max_new_tokens=60, **GREEDY) for prompt in PROMPTS]
+        for arguments, error, match in BAD:
+            with pytest.raises(error, match=match):
+                manager.submit(**{"input_ids": [5, 6], "max_new_tokens": 3, **arguments})
+        twin = manager.submit([5, 6], max_new_tokens=100, request_id="twin", **GREEDY)
+        with pytest.raises(ValueError, match="'twin' is in use"):
+            manager.submit([5, 6], max_new_tokens=3, request_id="twin", **GREEDY)
+        doomed = manager.submit([5, 6], max_new_tokens=300, **GREEDY)
+        doomed.cancel()
+        assert doomed.result(20).finish_reason == "cancelled"
+        assert [handle.result(60).token_ids for handle in good] == [
+            greedy_alone(model, prompt, 60, eos_token_id=None) for prompt in PROMPTS
+        ]
+        assert len(twin.result(60).token_ids) == 100
+    for closed_call in (lambda: manager.submit([5], max_new_tokens=1), manager.warmup):
+        with pytest.raises(EngineClosedError, match="closed"):
+            closed_call()
+
+
+def test_longer_than_the_whole_cache(model: Any) -> None:
+    with make(model, num_pages=3) as manager:
+        with pytest.raises(RequestTooLongError, match="whole KV cache of 48 tokens"):
+            manager.submit([5] * 40, max_new_tokens=9, **GREEDY)
+        assert len(manager.submit([5] * 40, max_new_tokens=8, **GREEDY).result(60).token_ids) == 8
+
+
+def test_shortage_of_pages_changes_no_token(model: Any) -> None:
+    with make(model, num_pages=8, depth=2) as manager:
+        handles = [manager.submit(prompt, max_new_tokens=50, **GREEDY) for prompt in PROMPTS]
+        got = [handle.result(120).token_ids for handle in handles]
+        assert manager.stats().preemptions > 0
+    assert got == [greedy_alone(model, prompt, 50, eos_token_id=None) for prompt in PROMPTS]
+
+
+def test_full_inbox(model: Any) -> None:
+    with make(model, max_rows=1, max_waiting=2) as manager:
+        handles = [manager.submit([5], max_new_tokens=300, **GREEDY)]
+        wait_until(lambda: manager.stats().running == 1)
+        handles += [manager.submit([5], max_new_tokens=2, **GREEDY) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="max_waiting=2"):
+            manager.submit([5], max_new_tokens=2, **GREEDY)
+        handles[0].cancel()
+        assert all(len(handle.result(60).token_ids) == 2 for handle in handles[1:])
+
+
+def test_result_timeout(model: Any) -> None:
+    with make(model) as manager:
+        handle = manager.submit([5], max_new_tokens=400, **GREEDY)
+        with pytest.raises(TimeoutError, match="goes on"):
+            handle.result(timeout=0.001)
+        handle.cancel()
+
+
+def test_close_fails_the_live_with_their_tokens_kept(model: Any) -> None:
+    manager = make(model)
+    handle = manager.submit(PROMPTS[3], max_new_tokens=400, **GREEDY)
+    wait_until(lambda: len(handle.token_ids) > 3)
+    manager.close()
+    with pytest.raises(EngineClosedError, match="closed while"):
+        handle.result(5)
+    with pytest.raises(EngineClosedError):
+        list(handle)
+    kept = handle.token_ids
+    assert kept == greedy_alone(model, PROMPTS[3], len(kept), eos_token_id=None)
+    manager.close()
+
+
+def test_engine_failure_reaches_everyone_and_the_next_call_starts_afresh(model: Any, caplog: Any) -> None:
+    with make(model) as manager:
+        handles = [manager.submit(prompt, max_new_tokens=300, **GREEDY) for prompt in PROMPTS[:3]]
+        wait_until(lambda: all(handle.token_ids for handle in handles))
+        assembly = manager.assembly
+        assert assembly is not None
+        assembly.forward.bind(None, None)  # type: ignore[arg-type]
+        for handle in handles:
+            with pytest.raises(EngineFailedError, match="the engine failed") as caught:
+                handle.result(20)
+            assert caught.value.__cause__ is not None
+            assert handle.token_ids
+        cache = weakref.ref(assembly.cache)
+        del assembly, caught
+        got = manager.submit(PROMPTS[1], max_new_tokens=5, **GREEDY).result(60).token_ids
+        assert got == greedy_alone(model, PROMPTS[1], 5, eos_token_id=None)
+        gc.collect()
+        assert cache() is None, "the failed engine's pages are still held"
+
+
+def test_idle_engine_stops_and_starts_again(model: Any) -> None:
+    with make(model, idle_timeout=0.2) as manager:
+        first = manager.submit(PROMPTS[1], max_new_tokens=5, **GREEDY).result(60).token_ids
+        assembly = manager.assembly
+        cache = weakref.ref(assembly.cache) if assembly is not None else None
+        del assembly
+        wait_until(lambda: manager.assembly is None)
+        gc.collect()
+        assert cache is None or cache() is None, "an idle engine must return its memory"
+        assert manager.submit(PROMPTS[1], max_new_tokens=5, **GREEDY).result(60).token_ids == first
+
+
+def test_a_collected_model_takes_its_shared_manager_along() -> None:
+    import hf_async_batching
+
+    model = tiny_model("Llama")
+    hf_async_batching.generate(model, torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
+    manager = hf_async_batching.get_manager(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None, "the shared manager keeps the model alive"
+    wait_until(lambda: manager.assembly is None)
+
+
+def test_new_weights_tensors_are_noticed(model: Any) -> None:
+    changed = tiny_model("Llama")
+    with make(changed) as manager:
+        manager.submit(PROMPTS[1], max_new_tokens=3, **GREEDY).result(60)
+        changed.to(torch.float64)
+        got = manager.submit(PROMPTS[1], max_new_tokens=8, **GREEDY).result(60).token_ids
+        assert got == greedy_alone(changed, PROMPTS[1], 8, eos_token_id=None)
+        with torch.no_grad():
+            changed.lm_head.weight.copy_(changed.lm_head.weight.flip(0))
+        got = manager.submit(PROMPTS[1], max_new_tokens=8, **GREEDY).result(60).token_ids
+        assert got == greedy_alone(changed, PROMPTS[1], 8, eos_token_id=None)
+
+
+def test_timeline_and_trace(model: Any, tmp_path: Path) -> None:
+    with make(model, timeline_steps=16) as manager:
+        assert manager.timeline().steps == ()
+        manager.submit(PROMPTS[1], max_new_tokens=40, **GREEDY).result(60)
+        timeline = manager.timeline()
+        stats = manager.stats()
+    assert len(timeline.steps) == 16
+    assert stats.steps >= 40
+    assert 0 < timeline.busy_fraction <= 1
+    assert 0 < timeline.host_ms_per_step < timeline.ms_per_step
+    timeline.save(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {
+        "host",
+        "h2d",
+        "compute",
+        "d2h",
+    }
+
+
+def test_unserved_models_are_refused_by_name() -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    config._attn_implementation = "eager"
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
+        GenerationManager(mamba)
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration"):
+        GenerationManager(t5)
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        GenerationManager(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_interpreter_exit_never_hangs() -> None:
+    code = textwrap.dedent(
+        """
+        import torch
+        from support.tiny_models import tiny_model
+        from hf_async_batching import GenerationManager, generate
+        model = tiny_model("Llama")
+        generate(model, torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
+        manager = GenerationManager(model)
+        handle = manager.submit([5], max_new_tokens=400, do_sample=False, eos_token_id=None)
+        next(iter(handle))
+        print("leaving")
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "leaving\n"
+
+
+def test_concurrent_submitters_start_one_engine(model: Any) -> None:
+    with make(model) as manager:
+        results: list[Any] = []
+
+        def call(prompt: list[int]) -> None:
+            results.append((prompt, manager.submit(prompt, max_new_tokens=10, **GREEDY).result(60).token_ids))
+
+        threads = [threading.Thread(target=call, args=(prompt,)) for prompt in PROMPTS * 3]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 24
+    for prompt, tokens in results[:8]:
+        assert tokens == greedy_alone(model, prompt, 10, eos_token_id=None)
+    assert sum(thread.name == "hf_async_batching" and thread.is_alive() for thread in threading.enumerate()) == 0
+
+
+def test_config_eos_of_the_model_is_used(model: Any) -> None:
+    assert model.generation_config.eos_token_id == EOS
+    with make(model) as manager:
+        handle = manager.submit(PROMPTS[1], max_new_tokens=5, do_sample=False)
+        assert handle.result(60).token_ids == greedy_alone(model, PROMPTS[1], 5)
