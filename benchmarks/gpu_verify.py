@@ -58,14 +58,14 @@ def random_requests(count: int, prompt: int, new: int, vocab: int) -> list[Reque
     return [Request(str(i), tuple(rng.randrange(3, vocab) for _ in range(prompt)), new) for i in range(count)]
 
 
-def tiny(device: torch.device) -> dict[str, Any]:
+def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
     import sys
 
     sys.path.insert(0, "tests")
-    from support.tiny_models import FAMILIES, greedy_alone, ragged_prompts, tiny_model
+    from support.tiny_models import FAMILIES, ragged_prompts, tiny_model
 
     out: dict[str, Any] = {}
-    for family in FAMILIES:
+    for family in only or FAMILIES:
         model = tiny_model(family).to(device)
         prompts = ragged_prompts(8, 60)
         want = [_generate_alone(model, prompt, 12 + i) for i, prompt in enumerate(prompts)]
@@ -82,7 +82,6 @@ def tiny(device: torch.device) -> dict[str, Any]:
                 same = sum(a == b for a, b in zip(got, want, strict=True))
                 out[f"{family} depth {depth} graphs {graphs}"] = same
                 print(f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal", flush=True)
-    del greedy_alone
     return out
 
 
@@ -220,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["tiny", "smollm2", "llama8b", "syncs"])
     parser.add_argument("--model", help="folder of SmolLM2 for `smollm2`")
+    parser.add_argument("--families", nargs="*", default=[], help="for `tiny`; all of them by default")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=512)
@@ -233,7 +233,7 @@ def main() -> None:
     for what in arguments.what:
         print(f"\n== {what}", flush=True)
         if what == "tiny":
-            result = tiny(device)
+            result = tiny(device, arguments.families)
         elif what == "smollm2":
             result = smollm2(device, arguments.model)
         elif what == "llama8b":

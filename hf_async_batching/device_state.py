@@ -67,7 +67,8 @@ class DeviceState:
             records = staged[:size].view(sections.new_rows, 1 + PARAMS)
             rows = records[:, 0]
             self.params[rows] = records[:, 1:]
-            self.lengths[rows] = 0
+            # Not `= 0`: torch would copy that scalar from pageable host memory, and wait for the copy.
+            self.lengths[rows] = torch.zeros_like(rows)
         if sections.new_pages:
             row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
             self.page_table[row, index] = page

@@ -328,7 +328,9 @@ def test_ties_with_the_kth_are_kept_by_top_k() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logprobs_are_those_of_the_unfiltered_logits(dtype: torch.dtype) -> None:
-    rows = [drawn(seed=i, temperature=0.5, top_k=5, top_p=0.7, min_p=0.1) if i % 2 else SamplingParams() for i in range(50)]
+    rows = [
+        drawn(seed=i, temperature=0.5, top_k=5, top_p=0.7, min_p=0.1) if i % 2 else SamplingParams() for i in range(50)
+    ]
     requests = [request(row, min_new=3, eos=tuple(range(8))) for row in rows]
     logits = (2 * torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(4))).to(dtype)
     logits[:, 0] = 8.0  # what the minimum length masks takes part in the normalization

@@ -145,19 +145,6 @@ def test_admission_keeps_a_page_for_the_first_token() -> None:
     assert started(planned(other)) == ["a"]
 
 
-def test_no_admission_while_a_decoding_row_is_short_of_pages() -> None:
-    scheduler = make(num_pages=4, page_size=4, max_rows=2, max_batch_tokens=16)
-    scheduler.add(request("a", prompt=8, new=8))
-    scheduler.add(request("b", prompt=8, new=8, eos_token_ids=(EOS,)))
-    first = planned(scheduler)
-    assert len(first.chunks) == 1, "the second prompt would leave no page for its first token"
-    settle(scheduler, first)
-    # `a` takes the third page; `b` needs three.
-    second, _ = step(scheduler)
-    assert second.new_pages == ((1, 2, 3),)
-    assert started(second) == []
-
-
 # -- decoding, ends, and what is in flight ------------------------------------------------------------------------
 
 
@@ -173,7 +160,9 @@ def test_a_stop_by_length_is_planned_exactly_once(depth: int) -> None:
     assert not scheduler.has_live
 
 
-def run(scheduler: Scheduler, depth: int, tokens: dict[int, list[int]] | None = None) -> tuple[list[Emission], list[Plan]]:
+def run(
+    scheduler: Scheduler, depth: int, tokens: dict[int, list[int]] | None = None
+) -> tuple[list[Emission], list[Plan]]:
     """Until nothing is left, with `depth` steps in flight; `tokens` by step."""
     emitted: list[Emission] = []
     plans: list[Plan] = []
@@ -362,7 +351,7 @@ def test_pages_on_their_way_back_spare_a_victim() -> None:
     """Where a retired request's pages return with the next step, nobody is thrown out for them."""
     scheduler = make(num_pages=3, page_size=4, max_batch_tokens=16)
     scheduler.add(request("a", prompt=3, new=6))
-    scheduler.add(request("b", prompt=2, new=9))
+    scheduler.add(request("b", prompt=1, new=9))
     scheduler.add(request("c", prompt=1, new=9, eos_token_ids=(EOS,)))
     first, second = planned(scheduler), planned(scheduler)
     assert scheduler.pages.available == 0
@@ -373,6 +362,24 @@ def test_pages_on_their_way_back_spare_a_victim() -> None:
     settle(scheduler, second)
     assert planned(scheduler).decode_rows == (1, 2)
     assert scheduler.preemptions == 0
+
+
+def test_a_page_on_its_way_back_is_promised_once() -> None:
+    """Two rows want a page and one is on its way: for the other one the youngest makes room."""
+    scheduler = make(num_pages=4, page_size=4, max_batch_tokens=16)
+    for name, prompt in (("a", 3), ("b", 3), ("c", 1), ("d", 1)):
+        scheduler.add(request(name, prompt=prompt, new=9, eos_token_ids=(EOS,)))
+    first, second = planned(scheduler), planned(scheduler)
+    settle(scheduler, first, 50, 60, EOS, 80)
+    assert scheduler.plan() is None, "the pages of `c` and `d` are still in use by step 1"
+    scheduler.check_invariants()
+    assert scheduler.preemptions == 1
+    assert scheduler.state_of("d") is State.WAITING
+    settle(scheduler, second)
+    third = planned(scheduler)
+    assert third.decode_rows == (1, 2)
+    assert len(third.new_pages) == 2
+    assert scheduler.preemptions == 1
 
 
 # -- requests that come and go ------------------------------------------------------------------------------------
@@ -435,8 +442,8 @@ def test_cancel_in_every_state(state: str) -> None:
     else:
         scheduler.add(request("x", prompt=5, new=8))
         scheduler.add(request("a", prompt=3, new=8))
-        for _ in range(5):
-            flying.append(planned(scheduler))
+        flying += [planned(scheduler) for _ in range(4)]
+        assert scheduler.plan() is None, "the pages of `a` are still in use"
         assert scheduler.preemptions == 1
         assert scheduler.state_of("a") is State.WAITING
     assert scheduler.cancel("a") == Emission("a", None, None, "cancelled")

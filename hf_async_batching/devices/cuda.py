@@ -57,7 +57,7 @@ class CudaDevice:
             self._streams[stream].wait_event(event)
 
     def synchronize(self, event: torch.cuda.Event | None, guard: Guard) -> None:
-        if event is not None:
+        if event is not None and not event.query():
             event.synchronize()
 
     def time_of(self, event: torch.cuda.Event) -> float:
@@ -67,6 +67,7 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # the capture begins with it, and its effect must not count against the graph
         before = torch.cuda.memory_reserved(self.torch_device)
         # Thread-local error mode: the user's own threads may allocate memory on this card during the capture.
         with torch.cuda.graph(

@@ -1,0 +1,157 @@
+"""Settings: what is refused, and what the automatic ones become."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from hf_async_batching.attention.cache import LayerShape
+from hf_async_batching.config import GIB, BatchingConfig, ResolvedConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# 2 layers of 2 heads of 8 + 8 numbers of 4 bytes: 256 bytes per token.
+LAYERS = [LayerShape(2, 8, 8, torch.float32)] * 2
+TOKEN_BYTES = 256
+
+
+def resolve(
+    device: torch.device = CPU, *, context: int | None = 1000, free: int = 64 * GIB, **fields: Any
+) -> ResolvedConfig:
+    return BatchingConfig(**fields).resolve(LAYERS, context, device, free)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "good"),
+    [
+        ("depth", (0, -1), (1, 5)),
+        ("page_size", (0, 8, 24, 512), (16, 32, 64, 128, 256)),
+        ("max_rows", (0, -3), (1,)),
+        ("max_batch_tokens", (0,), (1,)),
+        ("max_sequence_length", (0,), (1,)),
+        ("num_pages", (0,), (1,)),
+        ("memory_fraction", (0.0, -0.5, 1.01, float("nan")), (1e-3, 1.0)),
+        ("max_waiting", (0,), (1,)),
+        ("idle_timeout", (0, -1.0), (0.1, None)),
+        ("attention_backend", ("flash", "", None), ("auto", "torch", "triton")),
+        ("timeline_steps", (0,), (1,)),
+    ],
+)
+def test_ranges(field: str, bad: tuple[Any, ...], good: tuple[Any, ...]) -> None:
+    for value in bad:
+        with pytest.raises(ValueError, match=f"`{field}` must be"):
+            BatchingConfig(**{field: value})
+    for value in good:
+        assert getattr(BatchingConfig(**{field: value}), field) == value
+
+
+def test_the_budget_holds_every_row() -> None:
+    with pytest.raises(ValueError, match=r"`max_batch_tokens` \(3\) must be at least `max_rows` \(4\)"):
+        BatchingConfig(max_rows=4, max_batch_tokens=3)
+    assert BatchingConfig(max_rows=4, max_batch_tokens=4).max_rows == 4
+
+
+def test_settings_are_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BatchingConfig().depth = 3  # type: ignore[misc]
+
+
+def test_choices_on_the_cpu() -> None:
+    chosen = resolve(CPU)
+    assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (1, 256, 32, 256)
+    assert chosen.max_sequence_length == 1000
+    assert chosen.pages_per_row == 4
+    assert chosen.num_pages == 4 * 32, "more could never be filled"
+    assert chosen.settings.memory_fraction == 0.25
+
+
+def test_choices_on_cuda() -> None:
+    chosen = resolve(CUDA)
+    assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (2, 16, 256, 2048)
+    assert chosen.pages_per_row == 63
+    assert chosen.num_pages == 63 * 256
+    assert chosen.settings.memory_fraction == 0.85
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_what_is_given_stays(device: torch.device) -> None:
+    given = {
+        "depth": 3,
+        "page_size": 32,
+        "max_rows": 5,
+        "max_batch_tokens": 7,
+        "max_sequence_length": 90,
+        "num_pages": 11,
+        "memory_fraction": 0.5,
+    }
+    config = BatchingConfig(**given)  # type: ignore[arg-type]
+    chosen = config.resolve(LAYERS, 1000, device, 64 * GIB)
+    assert chosen.settings == config
+    for name, value in given.items():
+        assert getattr(chosen.settings, name) == value
+        if name != "memory_fraction":
+            assert getattr(chosen, name) == value
+    assert chosen.pages_per_row == 3
+
+
+def test_the_budget_and_the_rows_follow_each_other() -> None:
+    assert resolve(CUDA, max_rows=4000).max_batch_tokens == 4000
+    assert resolve(CUDA, max_rows=3).max_batch_tokens == 2048
+    assert resolve(CUDA, max_batch_tokens=20).max_rows == 20
+    assert resolve(CUDA, max_batch_tokens=9000).max_rows == 256
+
+
+def test_pages_that_memory_allows() -> None:
+    page = 256 * TOKEN_BYTES
+    # A quarter of what is free; one page more is needed for padding.
+    assert resolve(free=4 * 21 * page).num_pages == 20
+    assert resolve(free=4 * 21 * page - 1).num_pages == 19
+    assert resolve(free=20 * page, memory_fraction=0.5).num_pages == 9
+
+
+def test_one_request_cannot_outgrow_the_cache() -> None:
+    chosen = resolve(free=4 * 3 * 256 * TOKEN_BYTES)
+    assert chosen.num_pages == 2
+    assert chosen.max_sequence_length == 512
+    assert chosen.settings.max_sequence_length == 1000
+    assert resolve(num_pages=1, page_size=16).max_sequence_length == 16
+
+
+def test_memory_for_less_than_a_page_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs at least one page of .* GiB, and 25% of .* `memory_fraction`"):
+        resolve(free=4 * 2 * 256 * TOKEN_BYTES - 1)
+    assert resolve(free=4 * 2 * 256 * TOKEN_BYTES).num_pages == 1
+
+
+def test_an_unknown_context_length() -> None:
+    assert resolve(context=None).max_sequence_length == 4096
+
+
+def test_choices_are_logged_with_their_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hf_async_batching")
+    resolve(CPU, depth=2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert "page_size = 256 (default on CPU)" in lines
+    assert "max_sequence_length = 1000 (context length)" in lines
+    assert "num_pages = 128 (32 rows of 1000 tokens)" in lines
+    assert not any(line.startswith("depth") for line in lines), "it was given"
+    caplog.clear()
+    resolve(CPU, context=None, free=GIB // 512)
+    lines = [record.getMessage() for record in caplog.records]
+    assert "max_sequence_length = 4096 (unknown)" in lines
+    assert any(line.startswith("num_pages = 7 (25% of 0.0 GiB free at 64 KiB a page") for line in lines)
+
+
+def test_a_resolved_config_reads_well() -> None:
+    text = str(resolve())
+    assert "depth=1, page_size=256" in text
+    assert "settings" not in text
+
+
+def test_every_field_is_documented() -> None:
+    assert BatchingConfig.__doc__ is not None
+    for field in dataclasses.fields(BatchingConfig):
+        assert f"\n        {field.name}: " in BatchingConfig.__doc__
