@@ -100,7 +100,10 @@ def main() -> None:
             outputs[name] = run()
             seconds.append(time.perf_counter() - started)
         same = sum(a == b for a, b in zip(outputs[name], outputs["hf_async_batching"], strict=True))
-        print(f"{name:34s} {min(seconds):7.2f} s  {new / min(seconds):7.1f} tok/s  same tokens as ours: {same}", flush=True)
+        print(
+            f"{name:34s} {min(seconds):7.2f} s  {new / min(seconds):7.1f} tok/s  same tokens as ours: {same}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

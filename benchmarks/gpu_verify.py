@@ -1,9 +1,9 @@
 """One GPU: correctness first, then the table of depths; prints everything and writes JSON.
 
-    python -m benchmarks.gpu_verify tiny                      # families in float32, token for token, captured or not
-    python -m benchmarks.gpu_verify smollm2 --model DIR       # real text in bfloat16, contract 2
-    python -m benchmarks.gpu_verify llama8b                   # random Llama-3.1-8B shape: depth 1, 2, 3
-    python -m benchmarks.gpu_verify syncs                     # synchronising calls in the loop, by the profiler
+python -m benchmarks.gpu_verify tiny                      # families in float32, token for token, captured or not
+python -m benchmarks.gpu_verify smollm2 --model DIR       # real text in bfloat16, contract 2
+python -m benchmarks.gpu_verify llama8b                   # random Llama-3.1-8B shape: depth 1, 2, 3
+python -m benchmarks.gpu_verify syncs                     # synchronising calls in the loop, by the profiler
 """
 
 from __future__ import annotations
@@ -72,16 +72,26 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
         for depth in (1, 2, 3):
             for graphs in (True, False):
                 config = BatchingConfig(
-                    depth=depth, page_size=16, max_rows=6, max_batch_tokens=32, cuda_graphs=graphs, num_pages=60,
+                    depth=depth,
+                    page_size=16,
+                    max_rows=6,
+                    max_batch_tokens=32,
+                    cuda_graphs=graphs,
+                    num_pages=60,
                     debug=True,
                 )
                 with GenerationManager(model, config) as manager:
-                    handles = [manager.submit(p, max_new_tokens=12 + i, do_sample=False) for i, p in enumerate(prompts)]
+                    handles = [
+                        manager.submit(p, max_new_tokens=12 + i, do_sample=False) for i, p in enumerate(prompts)
+                    ]
                     got = [handle.result(120).token_ids for handle in handles]
                     captured = manager.stats().graphs
                 same = sum(a == b for a, b in zip(got, want, strict=True))
                 out[f"{family} depth {depth} graphs {graphs}"] = same
-                print(f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal", flush=True)
+                print(
+                    f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal",
+                    flush=True,
+                )
     return out
 
 
@@ -123,7 +133,7 @@ def smollm2(device: torch.device, path: str) -> dict[str, Any]:
     print(f"{same} of {len(alone)} completions equal plain generate alone in bfloat16")
     out["accuracy"] = str(accuracy)
     exact = model.float()
-    runs, tokens = run_engine(exact, requests[:24], BatchingConfig(depth=2), None)
+    _, tokens = run_engine(exact, requests[:24], BatchingConfig(depth=2), None)
     alone = [_generate_alone(exact, list(r.prompt), 64) for r in requests[:24]]
     same = sum(a == tokens[r.request_id] for a, r in zip(alone, requests, strict=False))
     print(f"float32: {same} of {len(alone)} completions equal plain generate alone")
@@ -137,7 +147,10 @@ def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int)
         fields.update(hidden_size=256, intermediate_size=512, vocab_size=1000)
     started = time.perf_counter()
     model = random_model(fields, device, torch.bfloat16)
-    print(f"model of {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters made in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
     if bandwidth:
         print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
@@ -146,7 +159,9 @@ def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int)
     print(f"{rows} requests, prompt {prompt}, {new} new tokens, greedy, bfloat16\n{HEADER}")
     first: dict[str, list[int]] | None = None
     for depth, graphs in ((1, True), (2, True), (3, True), (1, False), (2, False)):
-        config = BatchingConfig(depth=depth, cuda_graphs=graphs, timeline_steps=8192, max_sequence_length=prompt + new + 16)
+        config = BatchingConfig(
+            depth=depth, cuda_graphs=graphs, timeline_steps=8192, max_sequence_length=prompt + new + 16
+        )
         run, tokens = run_engine(model, requests, config, bandwidth)
         print(run.row(), flush=True)
         out[f"depth {depth} graphs {graphs}"] = run.as_dict()
@@ -210,7 +225,10 @@ def syncs(device: torch.device) -> dict[str, Any]:
         end = max(end, stop)
     share = busy / (end - spans[0][0])
     print(f"{steps} steps; warnings of set_sync_debug_mode: {warned or 'none'}; calls: {dict(waits)}")
-    print(f"kernels and copies cover {100 * share:.1f} % of the time by the profiler (4 layers, so launch-bound parts show)")
+    print(
+        f"kernels and copies cover {100 * share:.1f} % of the time by the profiler "
+        "(4 layers only, and the prefill step is not captured: launch gaps show)"
+    )
     engine.close()
     return {"steps": steps, "sync_debug_warnings": warned, "calls": dict(waits), "profiler_busy": share}
 

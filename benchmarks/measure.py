@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import asdict, dataclass
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_async_batching import BatchingConfig
 from hf_async_batching.assembly import assemble
 from hf_async_batching.request import Request
+from hf_async_batching.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,9 @@ def run_engine(
                         tokens[emission.request_id].append(emission.token)
         seconds = time.perf_counter() - started
         del attempt
-    from hf_async_batching.timeline import Timeline
-
     timeline = Timeline(tuple(engine.records))
     decodes = [r for r in timeline.steps if not r.prompt_tokens]
-    gaps = [b.compute[1] - a.compute[1] for a, b in zip(decodes, decodes[1:]) if b.step == a.step + 1]
+    gaps = [b.compute[1] - a.compute[1] for a, b in itertools.pairwise(decodes) if b.step == a.step + 1]
     decode_ms = 1e3 * sum(gaps) / max(1, len(gaps))
     per_token = sum(layer.bytes_per_token for layer in assembly.forward.layers)
     live = sum(len(r.prompt) + r.max_new_tokens / 2 for r in requests)

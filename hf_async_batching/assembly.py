@@ -59,9 +59,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
     forward.bind(cache, backend)
-    state = DeviceState(
-        max_rows=resolved.max_rows, max_pages_per_row=resolved.pages_per_row, device=forward.device
-    )
+    state = DeviceState(max_rows=resolved.max_rows, max_pages_per_row=resolved.pages_per_row, device=forward.device)
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
         config.cuda_graphs and device.supports_graphs and not backend.reads_back and not batch_dependent_rope(model)

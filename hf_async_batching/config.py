@@ -73,7 +73,9 @@ class BatchingConfig:
         if self.idle_timeout is not None and self.idle_timeout <= 0:
             raise ValueError(f"`idle_timeout` must be above 0 seconds, or None for never, got {self.idle_timeout}")
         if self.attention_backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"`attention_backend` must be 'auto', 'torch' or 'triton', got {self.attention_backend!r}")
+            raise ValueError(
+                f"`attention_backend` must be 'auto', 'torch' or 'triton', got {self.attention_backend!r}"
+            )
         if self.timeline_steps < 1:
             raise ValueError(f"`timeline_steps` must be at least 1, got {self.timeline_steps}")
         if self.max_rows and self.max_batch_tokens and self.max_batch_tokens < self.max_rows:

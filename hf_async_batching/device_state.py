@@ -121,15 +121,13 @@ class DeviceState:
         """
         context = inputs.context
         if context.decode:
-            sampled_rows = context.rows
+            assert context.context_lengths is not None
             self.lengths[context.rows] = context.context_lengths
             self.lengths[:1] = 0  # the padding row must not grow
         else:
-            assert inputs.sample_index is not None and context.tile_rows is not None
-            assert context.tile_lengths is not None
-            sampled_rows = context.rows[inputs.sample_index]
+            assert context.tile_rows is not None and context.tile_lengths is not None
             self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
-        self.last_token[sampled_rows] = tokens
+        self.last_token[self.sampled_rows(inputs)] = tokens
         self.out_tokens[: tokens.shape[0]] = tokens
         if logprobs is not None:
             self.out_logprobs[: tokens.shape[0]] = logprobs

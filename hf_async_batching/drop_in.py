@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -39,7 +40,6 @@ def generate(
     manager: GenerationManager | None = None,
     batching_config: BatchingConfig | None = None,
     bound_streamer: BaseStreamer | None = None,
-    bound_tokenizer: Any = None,
     bound_seed: int | list[int] | None = None,
     **kwargs: Any,
 ) -> GenerateOutput:
@@ -59,7 +59,6 @@ def generate(
         manager: The manager to use; the model's shared one where None.
         batching_config: Settings for the model's shared manager, where this call is the one that makes it.
         bound_streamer: Set by `GenerationManager.bind`.
-        bound_tokenizer: Set by `GenerationManager.bind`.
         bound_seed: Set by `GenerationManager.bind`.
         kwargs: Everything else that `generate` takes.
 
@@ -102,20 +101,20 @@ def generate(
     prompt_shown = given is not None
     streamer = given if given is not None else streamer
     if streamer is not None and input_ids.shape[0] != 1:
-        raise ValueError(f"`streamer` takes a single sequence, got {input_ids.shape[0]}; call generate once per prompt")
+        raise ValueError(
+            f"`streamer` takes a single sequence, got {input_ids.shape[0]}; call generate once per prompt"
+        )
     ended = False
     try:
         if streamer is not None and not prompt_shown:
             streamer.put(input_ids.cpu())
         manager = manager if manager is not None else get_manager(model, batching_config)
-        handles = _submit(
-            manager, input_ids, generation_config, logits_processor, stopping_criteria, seed, kwargs
-        )
+        handles = _submit(manager, input_ids, generation_config, logits_processor, stopping_criteria, seed, kwargs)
         try:
             if streamer is not None:
                 for token in handles[0]:
-                    streamer.put(torch.tensor([token]))
-                streamer.end()
+                    streamer.put(torch.tensor([token]))  # type: ignore[no-untyped-call]
+                streamer.end()  # type: ignore[no-untyped-call]
                 ended = True
             completions = [handle.result().token_ids for handle in handles]
         finally:
@@ -125,7 +124,7 @@ def generate(
     finally:
         # A reader in another thread waits for the end, whatever went wrong.
         if streamer is not None and not ended:
-            streamer.end()
+            streamer.end()  # type: ignore[no-untyped-call]
     sequences = _assemble(input_ids, completions, generation_config)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
@@ -141,7 +140,7 @@ def _through_transformers(model: PreTrainedModel, arguments: dict[str, Any]) -> 
     given = {name: value for name, value in arguments.items() if value is not None or name not in named}
     if "inputs" in given and "input_ids" in given:
         raise ValueError("pass either `inputs` or `input_ids`, not both")
-    out: GenerateOutput = model.generate(custom_generate=generate, **given)  # type: ignore[operator,assignment]
+    out: GenerateOutput = model.generate(custom_generate=generate, **given)  # type: ignore[operator]
     return out
 
 
@@ -153,12 +152,11 @@ def _arguments_lost_on_the_way() -> dict[str, Any]:
     body = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     try:
-        # This function, `generate` above, then whoever called it: a partial or a bound method adds no frame.
-        caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
-        if caller is None or caller.f_code is not body:
-            return {}
+        # The nearest one is the one that called: wrappers of the user's may stand between.
+        while frame is not None and frame.f_code is not body:
+            frame = frame.f_back
         names = ("streamer", "assistant_model", "synced_gpus")
-        return {name: caller.f_locals.get(name) for name in names}
+        return {name: frame.f_locals.get(name) for name in names} if frame is not None else {}
     finally:
         del frame
 
@@ -172,11 +170,11 @@ def _submit(
     seed: int | list[int] | None,
     model_kwargs: dict[str, Any],
 ) -> list[GenerationHandle]:
-    """One request per row of the batch; all of them, or none where one is refused."""
+    """One request per row of the batch."""
     width = input_ids.shape[1]
     check_fields(config)
     min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
-    check_processors(processors, config, prompt_length=width)
+    check_processors(processors, config)
     check_criteria(criteria, config)
     mask = check_model_inputs(model_kwargs, input_ids)
     if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
@@ -197,15 +195,7 @@ def _submit(
         )
         for i, row in enumerate(rows)
     ]
-    handles: list[GenerationHandle] = []
-    try:
-        for request in requests:
-            handles.append(manager.submit_request(request))
-    except BaseException:
-        for handle in handles:
-            handle.cancel()
-        raise
-    return handles
+    return manager.submit_requests(requests)
 
 
 def _assemble(input_ids: torch.Tensor, completions: list[list[int]], config: GenerationConfig) -> torch.Tensor:

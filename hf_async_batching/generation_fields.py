@@ -119,6 +119,9 @@ REFUSED: dict[str, Refusal] = {
     "dola_layers": Refusal((None,), _PLAIN),
 }
 
+# Every field that the installed transformers knows; entries that a checkpoint adds on its own are nobody's arguments.
+FIELDS = tuple(name for name in vars(GenerationConfig()) if not name.startswith("_"))  # type: ignore[no-untyped-call]
+
 KNOWN: Collection[str] = HONOURED | WITHOUT_EFFECT | REFUSED.keys()
 
 
@@ -130,9 +133,9 @@ def check_fields(config: GenerationConfig) -> None:
     """
     # transformers looks at these only where it returns a dictionary.
     unread = () if config.return_dict_in_generate else ("output_scores", "output_logits")
-    for name in vars(GenerationConfig()):
+    for name in FIELDS:
         value = getattr(config, name, None)
-        if name.startswith("_") or name in HONOURED or name in WITHOUT_EFFECT or name in unread:
+        if name in HONOURED or name in WITHOUT_EFFECT or name in unread:
             continue
         refusal = REFUSED.get(name, Refusal((None,), _PLAIN))
         if not any(value is neutral or (value == neutral and neutral is not None) for neutral in refusal.neutral):

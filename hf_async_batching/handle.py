@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -194,10 +195,9 @@ class GenerationHandle:
             with self._changed:
                 self._changed.notify_all()
         for loop, event in list(self._async_watchers):
-            try:
+            # A closed loop has nobody left to wake.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(event.set)
-            except RuntimeError:
-                pass  # the loop is closed: nobody is left to wake
 
     def _metrics(self) -> RequestMetrics:
         rate = None

@@ -28,7 +28,7 @@ from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.request import Request
-from hf_async_batching.requests_from_config import build_request, seed_of_row
+from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.timeline import Timeline
 from hf_async_batching.worker import Worker
@@ -124,7 +124,7 @@ class GenerationManager:
             QueueFullError: `max_waiting` requests wait already.
             EngineClosedError: The manager was closed.
         """
-        model = self._require_model()
+        model: Any = self._require_model()
         prompt = _prompt_list(input_ids)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
         if unknown:
@@ -160,30 +160,42 @@ class GenerationManager:
 
     def submit_request(self, request: Request) -> GenerationHandle:
         """Queue a request that was made by hand; see `submit` for what it raises."""
+        return self.submit_requests([request])[0]
+
+    def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
+        """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
         _refuse_autocast()
         while True:
             worker = self._require_worker()
             assembly = worker.assembly
             if assembly is None:
                 continue  # it stopped on its own just now
-            _check_limits(request, assembly)
-            handle = GenerationHandle(request.request_id, worker.cancel, logprobs=request.sampling.logprobs)
-            if worker.put(request, handle):
-                return handle
+            for request in requests:
+                _check_limits(request, assembly)
+            handles = [
+                GenerationHandle(request.request_id, worker.cancel, logprobs=request.sampling.logprobs)
+                for request in requests
+            ]
+            if worker.put(requests, handles):
+                return handles
 
     def bind(
-        self, *, streamer: BaseStreamer | None = None, tokenizer: Any = None, seed: int | list[int] | None = None
+        self,
+        *,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,  # noqa: ARG002
+        seed: int | list[int] | None = None,
     ) -> Callable[..., Any]:
         """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
 
         Args:
             streamer: Gets the tokens. (transformers does not hand its own `streamer` argument on.)
-            tokenizer: Reserved for stop strings, which are not served yet.
+            tokenizer: For stop strings; these are not served yet, so that it has no effect.
             seed: As in `hf_async_batching.generate`.
         """
         from hf_async_batching.drop_in import generate
 
-        return partial(generate, manager=self, bound_streamer=streamer, bound_tokenizer=tokenizer, bound_seed=seed)
+        return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
 
     def warmup(self) -> None:
         """Start the engine, and run and capture its common decode steps, before the first request.
@@ -196,14 +208,12 @@ class GenerationManager:
         if assembly is None:
             return
         config = assembly.config
-        length = max(1, min(8, config.max_sequence_length - 4))
+        # Short enough that all rows are prefilled in one step; then one step runs a bucket, the next captures it.
+        length = max(1, min(8, config.max_sequence_length - 3, config.max_batch_tokens // config.max_rows))
         vocab = assembly.forward.vocab_size
         prompt = tuple((7 * i + 3) % vocab for i in range(length))
         for rows in assembly.runner.buckets or [1]:
-            handles = [
-                self.submit_request(Request(f"warmup-{rows}-{row}-{id(self)}", prompt, 3)) for row in range(rows)
-            ]
-            for handle in handles:
+            for handle in self.submit_requests([Request(new_request_id(), prompt, 3) for _ in range(rows)]):
                 handle.result()
 
     # -- looking --------------------------------------------------------------------------------------------------
@@ -318,14 +328,18 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
     vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
     for token in request.prompt:
         if not 0 <= token < vocab:
-            raise ValueError(f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens")
+            raise ValueError(
+                f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens"
+            )
     length = len(request.prompt)
     if length + request.max_new_tokens > limit:
         settings = assembly.config.settings
         by_context = limit == settings.max_sequence_length
         bound = f"the limit of {limit} tokens per request" if by_context else f"the whole KV cache of {limit} tokens"
         remedy = "shorten the prompt or " if length >= limit else "lower `max_new_tokens` or "
-        remedy += "raise BatchingConfig(max_sequence_length=...)" if by_context else "raise BatchingConfig(num_pages=...)"
+        remedy += (
+            "raise BatchingConfig(max_sequence_length=...)" if by_context else "raise BatchingConfig(num_pages=...)"
+        )
         raise RequestTooLongError(
             f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
         )

@@ -46,7 +46,8 @@ class ModelForward:
         parameters = inspect.signature(self.view.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
-        self.vocab_size: int = self.view.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,assignment]
+        embedding: Any = self.view.get_input_embeddings()
+        self.vocab_size: int = embedding.weight.shape[0]
         findings = self._probe()
         self.layers: list[LayerShape] = findings.shapes
         self._paged_layers = findings.layers
@@ -95,8 +96,8 @@ class ModelForward:
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads: all parameters but an embedding that is only looked up."""
         seen: dict[int, int] = {id(p): p.nbytes for p in self.view.parameters()}
-        embedding = self.view.get_input_embeddings().weight  # type: ignore[union-attr]
-        output = self.view.get_output_embeddings()
-        if output is not None and getattr(output, "weight", None) is not embedding:
-            seen.pop(id(embedding), None)
+        view: Any = self.view
+        embedding, output = view.get_input_embeddings(), view.get_output_embeddings()
+        if output is not None and getattr(output, "weight", None) is not embedding.weight:
+            seen.pop(id(embedding.weight), None)
         return sum(seen.values())

@@ -10,7 +10,6 @@ import copy
 import logging
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError

@@ -27,14 +27,15 @@ class NewRow(NamedTuple):
 
 
 class NewPage(NamedTuple):
-    """Page `page` becomes the `index`-th page of `row`."""
+    """Page `page` becomes the `ordinal`-th page of `row`."""
 
     row: int
-    index: int
+    ordinal: int
     page: int
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Features:
     """What the sampler has to do beyond the arg-max; each combination is its own CUDA graph.
 
     `candidates` is how many of the largest logits decide every row's filters: 0 for none, -1 for all.

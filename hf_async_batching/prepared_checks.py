@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from hf_async_batching.errors import UnsupportedArgumentError
 
@@ -28,7 +29,7 @@ _CRITERIA = {"MaxLengthCriteria": ("max_length",), "EosTokenCriteria": ()}
 _NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
 
 
-def check_processors(processors: LogitsProcessorList, config: GenerationConfig, *, prompt_length: int) -> None:
+def check_processors(processors: LogitsProcessorList, config: GenerationConfig) -> None:
     """Refuse processors beyond those that the config's own fields ask for.
 
     Raises:
@@ -67,9 +68,11 @@ def check_criteria(criteria: StoppingCriteriaList, config: GenerationConfig) -> 
                     f"`stopping_criteria`: {name} has {attribute}={getattr(criterion, attribute)}, the generation "
                     f"config says {getattr(config, attribute)}; pass `{attribute}` to generate instead"
                 )
-        if name == "EosTokenCriteria" and set(criterion.eos_token_id.tolist()) != set(config._eos_token_tensor.tolist()):
+        tokens: Any = getattr(criterion, "eos_token_id", None)
+        if tokens is not None and set(tokens.tolist()) != set(_as_list(config._eos_token_tensor)):
             raise UnsupportedArgumentError(
-                "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`; pass `eos_token_id` instead"
+                "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`; "
+                "pass `eos_token_id` to generate instead"
             )
 
 
@@ -104,6 +107,10 @@ def _default_positions(mask: torch.Tensor | None, input_ids: torch.Tensor) -> to
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
     positions = mask.long().cumsum(-1) - 1
     return positions.masked_fill(mask == 0, 0)
+
+
+def _as_list(tokens: torch.Tensor | None) -> list[int]:
+    return [] if tokens is None else tokens.tolist()
 
 
 def _is_empty(cache: Any) -> bool:

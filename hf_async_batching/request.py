@@ -23,7 +23,7 @@ class SamplingParams:
         top_k: Keep the k most probable tokens (ties with the k-th are kept); 0 switches it off.
         top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in (0, 1]; 1 switches it off.
         min_p: Drop tokens less probable than `min_p` times the most probable one, in [0, 1]; 0 switches it off.
-        seed: Non-negative integer below 2**63. Tokens of a request depend on its seed and on nothing else in the batch.
+        seed: Integer from 0 up to 2**63 - 1. Draws depend on it, and on nothing else that is in the batch.
         logprobs: Also return the log-probability of each chosen token under the unfiltered distribution.
 
     Raises:

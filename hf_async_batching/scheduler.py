@@ -178,7 +178,7 @@ class Scheduler:
     # -- planning -------------------------------------------------------------------------------------------------
 
     def _plan_decodes(self, new_pages: list[NewPage]) -> tuple[list[Sequence], bool]:
-        """The sequences that decode one token each, oldest first, and whether anyone goes without for want of pages."""
+        """The sequences that decode one token each, oldest first, and whether any lacks a page."""
         decoding: list[Sequence] = []
         short = 0
         page_size = self.pages.page_size
@@ -312,9 +312,9 @@ class Scheduler:
         assert 0 not in held_pages and 0 not in held_rows, "the padding page or row was handed out"
         arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
         assert arrivals == sorted(arrivals), "somebody overtook the queue"
-        assert all(
-            sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running
-        ), "a token without a page"
+        assert all(sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running), (
+            "a token without a page"
+        )
 
 
 def _features(sampled: list[Sequence]) -> Features:

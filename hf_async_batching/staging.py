@@ -86,7 +86,7 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
     if new_rows:
         section(new_rows * (1 + PARAMS)).reshape(new_rows, -1)[:] = [_record(new_row) for new_row in plan.new_rows]
     if new_pages:
-        section(new_pages * 3).reshape(new_pages, 3)[:] = plan.new_pages
+        section(new_pages * 3).reshape(new_pages, 3)[:] = np.array(plan.new_pages, np.int32)
     if not plan.chunks:
         if not send_decode_rows:
             return Sections(new_rows, new_pages)

@@ -56,12 +56,15 @@ class Worker:
 
     # -- from any thread ------------------------------------------------------------------------------------------
 
-    def put(self, request: Request, handle: GenerationHandle) -> bool:
-        """Hand a request over. Returns False when the worker takes no more (it has stopped or is about to).
+    def put(self, requests: list[Request], handles: list[GenerationHandle]) -> bool:
+        """Hand requests over, which then arrive together.
+
+        Returns:
+            False when the worker takes no more: it has stopped or is about to.
 
         Raises:
-            QueueFullError: `max_waiting` requests wait already.
-            ValueError: A live request has the same id.
+            QueueFullError: There is no room for all of them; none is taken.
+            ValueError: A live request has the same id as one of them; none is taken.
         """
         with self._changed:
             assembly = self._assembly
@@ -69,15 +72,18 @@ class Worker:
                 return False
             assembly.engine.pipeline.order_after_caller()
             waiting = len(self._inbox) + assembly.engine.scheduler.num_waiting
-            if waiting >= self._max_waiting:
+            if waiting + len(requests) > self._max_waiting:
                 raise QueueFullError(
-                    f"{waiting} requests wait already (max_waiting={self._max_waiting}); "
-                    "try again later, or raise BatchingConfig(max_waiting=...)"
+                    f"no room for {len(requests)} more: {waiting} requests wait already "
+                    f"(max_waiting={self._max_waiting}); try again later, or raise BatchingConfig(max_waiting=...)"
                 )
-            if request.request_id in self._live:
-                raise ValueError(f"`request_id` {request.request_id!r} is in use by a live request; choose another")
-            self._live.add(request.request_id)
-            self._inbox.append((request, handle))
+            for request in requests:
+                if request.request_id in self._live:
+                    raise ValueError(
+                        f"`request_id` {request.request_id!r} is in use by a live request; choose another"
+                    )
+            self._live.update(request.request_id for request in requests)
+            self._inbox.extend(zip(requests, handles, strict=True))
             self._changed.notify()
             return True
 

@@ -251,7 +251,7 @@ def test_a_page_is_taken_when_the_last_one_is_full() -> None:
     scheduler = make(page_size=4)
     scheduler.add(request("a", prompt=3, new=8))
     plans = [step(scheduler)[0] for _ in range(8)]
-    pages = [[page.index for page in plan.new_pages] for plan in plans]
+    pages = [[page.ordinal for page in plan.new_pages] for plan in plans]
     assert pages == [[0], [], [1], [], [], [], [2], []]
 
 

@@ -37,9 +37,7 @@ class PagedCache:
 
     def __init__(self, layers: list[LayerShape], *, num_pages: int, page_size: int, device: torch.device) -> None:
         def pages(layer: LayerShape, dim: int) -> torch.Tensor:
-            return torch.zeros(
-                num_pages + 1, page_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device
-            )
+            return torch.zeros(num_pages + 1, page_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device)
 
         self.page_size = page_size
         self.keys = [pages(layer, layer.key_dim) for layer in layers]

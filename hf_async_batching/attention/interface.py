@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -21,7 +22,8 @@ from hf_async_batching.errors import UnsupportedModelError
 NAME = "hf_async_batching_paged"
 
 
-class PagedLayer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PagedLayer:
     """What the probe learned of one attention module."""
 
     index: int
@@ -46,7 +48,7 @@ def active(call: PagedCall) -> Iterator[None]:
 
 
 class PagedCall:
-    """What `paged` carries through a forward: the step's context and the model's layers by identity of their module."""
+    """What `paged` carries through a forward: the step's context, and the model's layers by identity of module."""
 
     def __init__(self, context: AttentionContext, layers: dict[int, PagedLayer]) -> None:
         self.context = context
@@ -60,10 +62,9 @@ def paged_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     softcap: float | None = None,
     paged: PagedCall | None = None,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' modules on packed tokens.
 
@@ -74,10 +75,8 @@ def paged_attention_forward(
         value: [1, num_kv_heads, tokens, value_dim].
         attention_mask: Must be None: who sees whom follows from the context.
         scaling: Factor on the scores; `key_dim ** -0.5` where None.
-        dropout: Ignored; the view is in eval mode.
         softcap: See `AttentionOptions`.
         paged: The step, where the family passes keyword arguments on.
-        kwargs: Anything else a family passes; a sliding window is known from the probe.
 
     Returns:
         [1, tokens, num_heads, value_dim], and None for the weights.

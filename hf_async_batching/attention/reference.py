@@ -96,7 +96,7 @@ def _pairs(rows: torch.Tensor, positions: torch.Tensor) -> list[tuple[int, int]]
 
 
 def _gather(cache: torch.Tensor, pages: list[int], begin: int, end: int) -> torch.Tensor:
-    """Keys or values at positions [begin, end): [end - begin, num_kv_heads, dim]. A view where pages are neighbours."""
+    """Keys or values at positions [begin, end): [end - begin, num_kv_heads, dim]; a view of neighbouring pages."""
     page_size = cache.shape[1]
     first_page = begin // page_size
     pages = pages[first_page:]

@@ -26,12 +26,15 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         with torch.cuda.device(device):
-            self._streams = {stream: torch.cuda.Stream(device) for stream in Stream if stream is not Stream.CALLER}
+            self._streams: dict[Stream, torch.cuda.Stream] = {
+                stream: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H)
+            }
             self._pool: object | None = None
             self._graph_bytes = 0
             # Event times are relative to one event whose host time is known.
             torch.cuda.synchronize(device)
-            self._origin = torch.cuda.Event(enable_timing=True)
+            self._origin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._origin.record(self._streams[Stream.COMPUTE])
             self._origin.synchronize()
             self._origin_time = time.perf_counter()
@@ -48,8 +51,10 @@ class CudaDevice:
             kernel()
 
     def record(self, stream: Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True, blocking=True)
-        event.record(torch.cuda.current_stream(self.torch_device) if stream is Stream.CALLER else self._streams[stream])
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        event.record(
+            torch.cuda.current_stream(self.torch_device) if stream is Stream.CALLER else self._streams[stream]
+        )
         return event
 
     def wait(self, stream: Stream, event: torch.cuda.Event | None, guard: Guard) -> None:
@@ -57,11 +62,11 @@ class CudaDevice:
             self._streams[stream].wait_event(event)
 
     def synchronize(self, event: torch.cuda.Event | None, guard: Guard) -> None:
-        if event is not None and not event.query():
+        if event is not None and not event.query():  # type: ignore[no-untyped-call]
             event.synchronize()
 
     def time_of(self, event: torch.cuda.Event) -> float:
-        return self._origin_time + self._origin.elapsed_time(event) * 1e-3
+        return float(self._origin_time + self._origin.elapsed_time(event) * 1e-3)
 
     def capture(self, work: Kernel) -> Graph:
         graph = torch.cuda.CUDAGraph()

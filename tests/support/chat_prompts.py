@@ -49,8 +49,8 @@ _PASSAGES = (
     "with its lifts and its screens, the clock was hung in the entrance hall, and it still runs seven minutes late.",
     "Soil is made slowly. Rock is broken by frost and roots, leaves fall and rot, worms carry the one into the other, "
     "and after a few hundred years there is a layer as thick as a hand is wide. A single storm can wash it away where "
-    "nothing grows to hold it. That is why the people of the valley plant hedges along the slope, leave the stubble in "
-    "the field over winter, and never plough straight downhill.",
+    "nothing grows to hold it. That is why the people of the valley plant hedges along the slope, leave the stubble "
+    "in the field over winter, and never plough straight downhill.",
     "The recipe asks for flour, water, salt and patience. Mix the first three in the evening until no dry flour is "
     "left, cover the bowl, and go to bed. In the morning the dough has doubled and smells faintly of apples. Fold it "
     "four times, once from each side, let it rest for an hour, and bake it in a pot with a lid, as hot as the oven "

@@ -88,9 +88,7 @@ class ToyEngine:
         self._random = random.Random(self.seed + 1)
         self.device = SimulatedDevice(self.seed, self.without)
         self.forward = ToyForward(self.num_pages, self.page_size)
-        self.state = DeviceState(
-            max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu")
-        )
+        self.state = DeviceState(max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"))
         runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=False)
         limits = Sections.largest(
             max_rows=self.max_rows, max_batch_tokens=self.max_batch_tokens, num_pages=self.num_pages

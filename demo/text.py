@@ -1,0 +1,117 @@
+"""Text in and out of the model: incremental detokenising, safe display, prompts that users cannot forge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"
+# A UTF-8 character has at most four bytes, so at most four tokens: more than that is no half character but rubbish.
+_MOST_BYTE_TOKENS = 4
+_WINDOW = 24
+_CONTEXT = 6
+
+# Fenced code (an open fence runs to the end while the answer is being written) and code spans stay as they are.
+_CODE = re.compile(
+    r"""
+    ^[ \t]*(?P<fence>`{3,}|~{3,}).*?(?:^[ \t]*(?P=fence)|\Z)
+    | (?P<tick>`+)(?!`)[^\n]+?(?<!`)(?P=tick)(?!`)
+    """,
+    re.VERBOSE | re.DOTALL | re.MULTILINE,
+)
+_TAG = re.compile(r"(\\*)<(?=[A-Za-z/!?])")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+
+
+class Detokenizer:
+    """Turns a stream of token ids into a stream of text, never breaking a character in two.
+
+    Only a short window of the last tokens is decoded again for each new one, so a token costs the same however long
+    the answer already is. The window begins with tokens that were shown before: tokenizers that treat the first
+    token of a text specially (a dropped leading space) treat it alike before and after, and the difference is right.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._shown = ""
+        self._held = 0
+
+    def push(self, token: int) -> str:
+        """Take one more token; return the text that it completes (empty while a character is incomplete)."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith(_INCOMPLETE) and self._held < _MOST_BYTE_TOKENS:
+            self._held += 1
+            return ""
+        self._held = 0
+        new = text[len(self._shown) :]
+        self._shown = text
+        if len(self._window) >= _WINDOW:
+            self._window = self._window[-_CONTEXT:]
+            self._shown = self._decode(self._window)
+        return new
+
+    def flush(self) -> str:
+        """Return what is still held back, without the half character that the answer may have ended on."""
+        text = self._decode(self._window)
+        new = text[len(self._shown) :].rstrip(_INCOMPLETE)
+        self._window, self._shown, self._held = [], "", 0
+        return new
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text if isinstance(text, str) else "".join(text)
+
+
+def display_markdown(text: str) -> str:
+    """Return Markdown that shows HTML tags in `text` as they were typed, instead of losing them to the sanitizer.
+
+    Code is left alone: Markdown shows tags in it as they are, and would show an escape as well.
+    """
+    parts: list[str] = []
+    end = 0
+    for code in _CODE.finditer(text):
+        parts += [_escape(text[end : code.start()]), code.group()]
+        end = code.end()
+    parts.append(_escape(text[end:]))
+    return "".join(parts)
+
+
+def _escape(text: str) -> str:
+    def tag(match: re.Match[str]) -> str:
+        backslashes = match.group(1)
+        return match.group() if len(backslashes) % 2 else backslashes + "\\<"
+
+    return _TAG.sub(tag, _ENTITY.sub("&amp;", text))
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], system: str = ""
+) -> list[int]:
+    """Return the token ids of a chat up to the point where the assistant's answer begins."""
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    chat = [{"role": message["role"], "content": _disarm(message["content"], control)} for message in messages]
+    system = _disarm(system.strip(), control)
+    if not system:
+        return _apply_template(tokenizer, chat)
+    try:
+        return _apply_template(tokenizer, [{"role": "system", "content": system}, *chat])
+    except Exception:  # some templates (Gemma's) know no system role and raise whatever Jinja raises
+        first = {"role": "user", "content": f"{system}\n\n{chat[0]['content']}"}
+        return _apply_template(tokenizer, [first, *chat[1:]])
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:
+    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return [int(token) for token in ids]
+
+
+def _disarm(text: str, control: Sequence[str]) -> str:
+    """Break up control tokens that a user typed, so that the text cannot end its own turn or open another one."""
+    for token in control:
+        text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
+    return text

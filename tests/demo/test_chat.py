@@ -1,0 +1,170 @@
+"""Questions and answers, with a stand-in for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from demo.chat import ChatService, Message, Reply, Settings, sendable
+from hf_async_batching.errors import EngineClosedError, HfAsyncBatchingError, QueueFullError, RequestTooLongError
+
+DEFAULT = Settings()
+QUESTION: list[Message] = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def make_service(byte_tokenizer: Any) -> Callable[[Any], ChatService]:
+    return lambda manager: ChatService(manager, SimpleNamespace(tokenizer=byte_tokenizer))  # type: ignore[arg-type]
+
+
+async def collect(service: ChatService, settings: Settings = DEFAULT) -> list[Reply]:
+    return [reply async for reply in service.reply("visitor", QUESTION, settings)]
+
+
+def test_an_answer_streams_and_ends_with_a_note(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
+    manager = make_manager(byte_tokenizer("Hällo 👩").input_ids, delay=0.06)
+    service = make_service(manager)
+    replies = asyncio.run(collect(service))
+    texts = [reply.text for reply in replies]
+    assert texts[-1] == "Hällo 👩"
+    assert len(texts) > 3
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert [reply.note for reply in replies[:-1]] == [None] * (len(replies) - 1)
+    assert replies[-1].note == "11 tokens · first after 0.25 s · 20.0 tokens/s"
+    assert not service.busy("visitor")
+
+
+def test_fast_tokens_are_drawn_together(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
+    service = make_service(make_manager(byte_tokenizer("x" * 2000).input_ids))
+    assert len(asyncio.run(collect(service))) < 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        (Settings(max_new_tokens=5, greedy=True), {"max_new_tokens": 5, "do_sample": False}),
+        (
+            Settings(max_new_tokens=5, temperature=0.5, top_p=0.8),
+            {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.8},
+        ),
+    ],
+)
+def test_settings_reach_the_engine(
+    make_manager: Any, make_service: Any, settings: Settings, arguments: dict[str, Any]
+) -> None:
+    manager = make_manager()
+    asyncio.run(collect(make_service(manager), settings))
+    assert manager.calls == [arguments]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (QueueFullError("64 requests wait"), "queue is full"),
+        (RequestTooLongError("9000 tokens, but 8192 fit"), "9000 tokens, but 8192 fit"),
+        (EngineClosedError("closed"), "shut down"),
+        (HfAsyncBatchingError("the GPU fell over"), "the GPU fell over"),
+        (RuntimeError("secret path"), "Something went wrong"),
+    ],
+)
+@pytest.mark.parametrize("when", ["submit", "stream"])
+def test_failures_are_answers(
+    byte_tokenizer: Any, make_manager: Any, make_service: Any, error: Exception, words: str, when: str
+) -> None:
+    manager = make_manager(byte_tokenizer("So far").input_ids, error=error if when == "stream" else None)
+    manager.refuse = error if when == "submit" else None
+    service = make_service(manager)
+    last = asyncio.run(collect(service))[-1]
+    assert last.failed
+    assert words in last.text
+    assert "secret" not in last.text
+    assert last.text.startswith("So far") == (when == "stream")
+    assert not service.busy("visitor")
+
+
+def test_stop_keeps_what_was_written(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
+    service = make_service(make_manager(byte_tokenizer("word " * 100).input_ids, delay=0.01))
+
+    async def run() -> Reply:
+        last = Reply("")
+        async for last in service.reply("visitor", QUESTION, Settings()):
+            if len(last.text) > 10:
+                service.stop("visitor")
+        return last
+
+    last = asyncio.run(run())
+    assert last.text.startswith("word word")
+    assert len(last.text) < 200
+    assert last.note is not None
+    assert last.note.endswith("stopped")
+    assert not last.failed
+
+
+def test_stop_before_the_request_is_submitted_cancels_it(make_manager: Any, make_service: Any) -> None:
+    manager = make_manager([1] * 1000, delay=0.01)
+    service, entered, release = make_service(manager), threading.Event(), threading.Event()
+    submit = manager.submit
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        entered.set()
+        release.wait(5)
+        return submit(*arguments, **named)
+
+    manager.submit = slow
+
+    async def run() -> list[Reply]:
+        task = asyncio.create_task(collect(service))
+        await asyncio.to_thread(entered.wait, 5)
+        service.stop("visitor")
+        release.set()
+        return await task
+
+    (reply,) = asyncio.run(run())
+    assert reply.failed
+    assert "Stopped before" in reply.text
+    assert manager.handles[0].given == []
+
+
+def test_a_closed_tab_frees_its_request(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
+    manager = make_manager(byte_tokenizer("word " * 100).input_ids, delay=0.01)
+    service = make_service(manager)
+
+    async def run() -> None:
+        replies = service.reply("visitor", QUESTION, Settings())
+        await anext(replies)
+        await replies.aclose()
+
+    asyncio.run(run())
+    assert manager.handles[0].cancelled
+    assert not service.busy("visitor")
+
+
+def test_settle_waits_for_the_end_of_the_answer(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
+    service = make_service(make_manager(byte_tokenizer("word " * 100).input_ids, delay=0.01))
+
+    async def run() -> Reply:
+        task = asyncio.create_task(collect(service))
+        await asyncio.sleep(0.1)
+        assert service.busy("visitor")
+        await service.settle("visitor")
+        assert not service.busy("visitor")
+        return (await task)[-1]
+
+    assert asyncio.run(run()).note is not None
+
+
+def test_failed_turns_are_not_sent_to_the_model() -> None:
+    messages: list[Message] = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "The queue is full", "failed": True},
+        {"role": "user", "content": "3"},
+    ]
+    assert [message["content"] for message in sendable(messages)] == ["1", "one", "3"]
