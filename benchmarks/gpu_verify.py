@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import random
+import threading
 import time
 import warnings
 from collections import Counter
@@ -69,29 +70,31 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
         model = tiny_model(family).to(device)
         prompts = ragged_prompts(8, 60)
         want = [_generate_alone(model, prompt, 12 + i) for i, prompt in enumerate(prompts)]
-        for depth in (1, 2, 3):
-            for graphs in (True, False):
-                config = BatchingConfig(
-                    depth=depth,
-                    page_size=16,
-                    max_rows=6,
-                    max_batch_tokens=32,
-                    cuda_graphs=graphs,
-                    num_pages=60,
-                    debug=True,
-                )
+        for depth, graphs in ((1, False), (2, True), (3, True)):
+            config = BatchingConfig(
+                depth=depth,
+                page_size=16,
+                max_rows=6,
+                max_batch_tokens=32,
+                cuda_graphs=graphs,
+                num_pages=60,
+                debug=True,
+            )
+            try:
                 with GenerationManager(model, config) as manager:
                     handles = [
                         manager.submit(p, max_new_tokens=12 + i, do_sample=False) for i, p in enumerate(prompts)
                     ]
                     got = [handle.result(120).token_ids for handle in handles]
                     captured = manager.stats().graphs
-                same = sum(a == b for a, b in zip(got, want, strict=True))
-                out[f"{family} depth {depth} graphs {graphs}"] = same
-                print(
-                    f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal",
-                    flush=True,
-                )
+            except Exception as error:
+                print(f"{family:12s} depth {depth} graphs {graphs!s:5s}: {error!r} {error.__cause__!r}", flush=True)
+                continue
+            same = sum(a == b for a, b in zip(got, want, strict=True))
+            out[f"{family} depth {depth} graphs {graphs}"] = same
+            print(
+                f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal", flush=True
+            )
     return out
 
 
@@ -132,13 +135,66 @@ def smollm2(device: torch.device, path: str) -> dict[str, Any]:
     same = sum(a == first[r.request_id] for a, r in zip(alone, requests, strict=False))
     print(f"{same} of {len(alone)} completions equal plain generate alone in bfloat16")
     out["accuracy"] = str(accuracy)
+    out["same length"] = _same_at_every_depth(model, requests, bandwidth)
     exact = model.float()
     _, tokens = run_engine(exact, requests[:24], BatchingConfig(depth=2), None)
     alone = [_generate_alone(exact, list(r.prompt), 64) for r in requests[:24]]
     same = sum(a == tokens[r.request_id] for a, r in zip(alone, requests, strict=False))
     print(f"float32: {same} of {len(alone)} completions equal plain generate alone")
     out["float32 equal"] = same
+    out |= _threads(exact, prompts, device)
     return out
+
+
+def _same_at_every_depth(model: PreTrainedModel, requests: list[Request], bandwidth: float) -> dict[str, Any]:
+    """Without an end-of-sequence token the batches are the same at every depth, and so are the tokens."""
+    fixed = [Request(r.request_id, r.prompt, 512) for r in requests[:32]]
+    first: dict[str, list[int]] | None = None
+    out: dict[str, Any] = {}
+    print(f"32 real prompts, 512 new tokens each, no end of sequence\n{HEADER}")
+    for depth in (1, 2, 3):
+        run, tokens = run_engine(model, fixed, BatchingConfig(depth=depth, timeline_steps=4096), bandwidth)
+        first = first or tokens
+        same = sum(tokens[i] == first[i] for i in tokens)
+        print(f"{run.row()}\n  {same} of 32 completions equal to depth 1", flush=True)
+        out[f"depth {depth}"] = {**run.as_dict(), "equal to depth 1": same}
+    return out
+
+
+def _threads(model: PreTrainedModel, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
+    """64 threads through the drop-in while their owner generates with the same model; then the memory comes back."""
+    expected = [_generate_alone(model, prompt, 8 + i % 17) for i, prompt in enumerate(prompts)]
+    got: list[list[int]] = [[] for _ in prompts]
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    with GenerationManager(model, BatchingConfig(depth=2)) as manager:
+        started = time.perf_counter()
+        manager.warmup()
+        warm = time.perf_counter() - started
+        print(f"warmup {warm:.1f} s, {manager.stats().graphs} graphs, {manager.stats().graph_bytes >> 20} MiB")
+
+        def call(i: int) -> None:
+            ids = torch.tensor([prompts[i]], device=device)
+            out = model.generate(ids, max_new_tokens=8 + i % 17, do_sample=False, custom_generate=manager.bind())
+            got[i] = out[0, len(prompts[i]) :].tolist()
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        own = [_generate_alone(model, prompt, 8 + i % 17) for i, prompt in enumerate(prompts[:12])]
+        for thread in threads:
+            thread.join()
+        held = torch.cuda.memory_reserved(device) - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    after = torch.cuda.memory_reserved(device)
+    same = sum(a == b for a, b in zip(got, expected, strict=True))
+    undisturbed = sum(a == b for a, b in zip(own, expected, strict=False))
+    print(f"float32, 64 threads: {same} of {len(prompts)} equal to generate alone")
+    print(f"the owner's own generate meanwhile: {undisturbed} of {len(own)} right")
+    print(f"memory: {held / 2**30:.1f} GiB held while open, {(after - before) / 2**20:.0f} MiB after close")
+    return {"threads equal": same, "owner equal": undisturbed, "held": held, "left": after - before, "warmup": warm}
 
 
 def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int) -> dict[str, Any]:
