@@ -35,6 +35,7 @@ def check_processors(processors: LogitsProcessorList, config: GenerationConfig) 
     Raises:
         UnsupportedArgumentError: Names the class.
     """
+    seen: set[str] = set()
     for processor in processors:
         name = type(processor).__name__
         own = type(processor).__module__.startswith("transformers.")
@@ -46,6 +47,20 @@ def check_processors(processors: LogitsProcessorList, config: GenerationConfig) 
                     f"`logits_processor`: {name} has {attribute}={getattr(processor, attribute)}, the generation "
                     f"config says {getattr(config, attribute)}; pass `{attribute}` to generate instead"
                 )
+        tokens: Any = getattr(processor, "eos_token_id", None)
+        skipped: Any = getattr(processor, "prompt_length_to_skip", None)
+        if (
+            name in seen  # a warper of the caller's, and behind it the config's own: it would apply twice
+            or (tokens is not None and set(tokens.tolist()) != set(_as_list(config._eos_token_tensor)))
+            or (skipped is not None and skipped + processor.min_new_tokens != config.min_length)
+            or getattr(processor, "min_tokens_to_keep", 1) != 1
+            or getattr(processor, "filter_value", float("-inf")) != float("-inf")
+        ):
+            raise UnsupportedArgumentError(
+                f"`logits_processor`: {name} differs from what the generation config makes; pass the fields of the "
+                f"config to generate instead, or {_PLAIN}"
+            )
+        seen.add(name)
 
 
 def check_criteria(criteria: StoppingCriteriaList, config: GenerationConfig) -> None:

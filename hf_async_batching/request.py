@@ -21,7 +21,8 @@ class SamplingParams:
         do_sample: Draw at random; otherwise take the arg-max and ignore the other fields but `logprobs`.
         temperature: Divides the logits; finite and > 0.
         top_k: Keep the k most probable tokens (ties with the k-th are kept); 0 switches it off.
-        top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in (0, 1]; 1 switches it off.
+        top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in (0, 1], and tokens as probable as
+            its last; 1 switches it off.
         min_p: Drop tokens less probable than `min_p` times the most probable one, in [0, 1]; 0 switches it off.
         seed: Integer from 0 up to 2**63 - 1. Draws depend on it, and on nothing else that is in the batch.
         logprobs: Also return the log-probability of each chosen token under the unfiltered distribution.

@@ -78,14 +78,25 @@ class Runner:
         key = (bucket, features)
         graph = self.captured.get(key)
         if graph is None and self.buckets and key in self._seen:
-            graph = self._device.capture(lambda: self._step(self._state.decode_inputs(bucket), features))
-            self.captured[key] = graph
-            logger.info("captured decode step of %d rows, %s", bucket, features)
+            graph = self._capture(key)
         if graph is not None:
             graph.replay()
             return
         self._seen.add(key)
         self._step(self._state.decode_inputs(bucket), features)
+
+    def _capture(self, key: tuple[int, Features]) -> Graph | None:
+        bucket, features = key
+        try:
+            graph = self._device.capture(lambda: self._step(self._state.decode_inputs(bucket), features))
+        except RuntimeError:
+            # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
+            logger.warning("the decode step cannot be captured as a CUDA graph and runs without", exc_info=True)
+            self.buckets = []
+            return None
+        self.captured[key] = graph
+        logger.info("captured decode step of %d rows, %s", bucket, features)
+        return graph
 
     def _step(self, inputs: StepInputs, features: Features) -> None:
         logits = self._forward(inputs)

@@ -53,10 +53,10 @@ class Sampler:
 
 def _without_early_eos(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     eos = params[:, staging.FIRST_EOS :].long()
-    early = (positions < params[:, staging.MIN_LENGTH])[:, None] & (eos >= 0)
+    early = (positions < params[:, staging.MIN_LENGTH])[:, None] & (eos >= 0) & (eos < logits.shape[1])
     # Entries that must stay untouched add 0 at token 0: a scatter that assigned would race with a real entry there.
     penalty = torch.zeros_like(eos, dtype=logits.dtype).masked_fill_(early, _NEGATIVE_INFINITY)
-    return logits.scatter_add(1, eos.clamp(min=0), penalty)
+    return logits.scatter_add(1, eos.clamp(0, logits.shape[1] - 1), penalty)
 
 
 def _draw(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor, candidates: int) -> torch.Tensor:
@@ -82,10 +82,10 @@ def _threshold(scaled: torch.Tensor, params: torch.Tensor, candidates: int) -> t
     # transformers sums from the smallest up and drops while the sum is at most 1 - top_p; one token always stays.
     tail = surviving.softmax(-1).flip(-1).cumsum(-1).flip(-1)
     top_p = params[:, staging.TOP_P].contiguous().view(torch.float32)[:, None]
-    dropped = (tail <= 1 - top_p) & (top_p < 1)
+    dropped = tail <= 1 - top_p
     dropped[:, 0] = False
     kept = surviving.masked_fill(dropped, float("inf")).amin(-1, keepdim=True)
-    kept = torch.where(torch.isinf(kept), kth, kept)
+    kept = torch.where(top_p < 1, kept, kth)
     min_p = params[:, staging.MIN_P].contiguous().view(torch.float32)[:, None]
     relative = top[:, :1] + min_p.log()
     return torch.maximum(torch.maximum(kth, kept), relative)[:, 0]
@@ -99,8 +99,9 @@ def _exponential(params: torch.Tensor, positions: torch.Tensor, vocab: int) -> t
     second_key = _hash(key + 0x1E3779B9)
     token = torch.arange(vocab, dtype=torch.int32, device=params.device)
     bits = _hash(_hash(token[None] ^ key[:, None]) + second_key[:, None])
-    # 31 bits to (0, 1]: small values, which decide the draw, keep their full precision.
-    uniform = ((bits & 0x7FFFFFFF).float() + 0.5).mul_(2.0**-31)
+    # 31 bits to (0, 1): small values, which decide the draw, keep their full precision. Rounding must not reach 1:
+    # a token with an infinite variate could not be drawn even where it is the only one left.
+    uniform = ((bits & 0x7FFFFFFF).float() + 0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()
 
 

@@ -51,7 +51,7 @@ class Prepared:
 
     def check(self) -> torch.Tensor | None:
         """All three checks, as the drop-in makes them."""
-        check_processors(self.processors, self.config, prompt_length=self.input_ids.shape[1])
+        check_processors(self.processors, self.config)
         check_criteria(self.criteria, self.config)
         return check_model_inputs(self.kwargs, self.input_ids)
 

@@ -41,6 +41,7 @@ class Case:
     options: AttentionOptions = PLAIN
     decode: bool = False
     tile_size: int = 1 << 30
+    first_pages: tuple[int, ...] = ()
 
 
 def oracle(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: Case) -> torch.Tensor:
@@ -76,6 +77,7 @@ def check(case: Case, runs: list[Run], backend: ReferenceBackend | None = None) 
         # Even pages, then odd ones, in no order: no two of a row are neighbours.
         rng.shuffle(free)
         free.sort(key=lambda page: page % 2)
+    free = [*case.first_pages, *(page for page in free if page not in case.first_pages)]
     rows = rng.sample(range(1, len(runs) + 3), len(runs))
     table = torch.zeros(len(runs) + 3, 40, dtype=torch.int32)
     histories: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
@@ -159,6 +161,12 @@ def test_groups_of_heads(heads: int, kv_heads: int, softcap: float | None, decod
 def test_values_of_another_size(key_dim: int, value_dim: int, softcap: float | None, decode: bool) -> None:
     options = AttentionOptions(SCALING, None, softcap)
     check(Case(key_dim=key_dim, value_dim=value_dim, options=options, decode=decode), DECODE if decode else MIXED)
+
+
+@pytest.mark.parametrize("pages", [(1, 9, 3), (5, 4, 3), (2, 3, 5), (7, 8, 9)])
+def test_pages_that_look_like_neighbours(pages: tuple[int, ...]) -> None:
+    for decode, runs in ((True, [Run(40, 1)]), (False, [Run(35, 6)])):
+        check(Case(shuffled=False, first_pages=pages, decode=decode), runs)
 
 
 @pytest.mark.parametrize("window", [None, 7])

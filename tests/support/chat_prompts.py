@@ -69,7 +69,7 @@ def chat_prompts() -> list[str]:
     """64 different user messages, from a few words to several paragraphs."""
     long = []
     for i in range(64 - len(_QUESTIONS)):
-        count = 1 + i % 2 if i % 8 != 7 else 7 if i == 31 else 3
+        count = 1 + i % 2 if i % 8 != 7 else 6 if i == 31 else 3
         passages = [_PASSAGES[(i + j) % len(_PASSAGES)] for j in range(count)]
         long.append(" ".join(passages) + f" {_TASKS[i // 4 % len(_TASKS)]} Question number {i}.")
     return [*_QUESTIONS, *long]
