@@ -1,0 +1,64 @@
+"""The README's code, run as it stands there, on the real chat model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from support.smollm2 import load_smollm2
+
+import hf_async_batching
+from demo.embedded import embedded_model_dir
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+IN_PLACE, ENGINE, DATASET, COMPLETE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    model, tokenizer = load_smollm2()
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    return {"model": model, "tokenizer": tokenizer, "inputs": inputs, "input_ids": inputs["input_ids"][0]}
+
+
+def test_in_place(names: dict[str, Any]) -> None:
+    code = IN_PLACE.replace("max_new_tokens=200", "max_new_tokens=5, do_sample=False")
+    assert code != IN_PLACE
+    space = dict(names)
+    exec(code, space)
+    hf_async_batching.get_manager(names["model"]).close()
+    expected = names["model"].generate(**names["inputs"], max_new_tokens=5, do_sample=False)
+    assert torch.equal(space["outputs"], expected)
+
+
+def test_engine(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    exec(ENGINE.replace("max_new_tokens=200", "max_new_tokens=12"), dict(names))
+    assert len(capsys.readouterr().out) > 12
+
+
+def test_dataset(names: dict[str, Any]) -> None:
+    prompts = ["The sun rises in the", "One, two, three,", "Water freezes at"]
+    space = {**names, "dataset": Dataset.from_dict({"prompt": prompts})}
+    exec(DATASET.replace("max_new_tokens=40", "max_new_tokens=6, do_sample=False"), space)
+    assert space["dataset"].column_names == ["prompt", "completion"]
+    for prompt, completion in zip(prompts, space["dataset"]["completion"], strict=True):
+        ids = names["tokenizer"](prompt, return_tensors="pt")
+        out = names["model"].generate(**ids, max_new_tokens=6, do_sample=False)
+        expected = names["tokenizer"].decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert completion == expected
+
+
+def test_complete_example(capsys: pytest.CaptureFixture[str]) -> None:
+    code = COMPLETE.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(embedded_model_dir())))
+    assert code != COMPLETE
+    space: dict[str, Any] = {}
+    exec(code, space)
+    hf_async_batching.get_manager(space["model"]).close()
+    out = capsys.readouterr().out
+    assert "Bananas" in out
+    assert "blue" in out
+    assert "17" in out
