@@ -98,21 +98,22 @@ def check_model_inputs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) ->
         UnsupportedArgumentError: Names the input.
     """
     mask: torch.Tensor | None = model_kwargs.get("attention_mask")
-    if mask is not None and mask.shape != input_ids.shape:
-        raise UnsupportedArgumentError(
-            f"`attention_mask` of shape {tuple(mask.shape)} for `input_ids` of shape {tuple(input_ids.shape)} is not "
-            f"served; {_PLAIN}"
-        )
-    for name, value in model_kwargs.items():
+    # Embeddings first: where they take the place of token ids, nothing else has its usual shape.
+    for name, value in sorted(model_kwargs.items(), key=lambda item: item[0] != "inputs_embeds"):
         if value is None or name == "attention_mask" or name in _NEUTRAL_INPUTS:
             continue
-        if name == "position_ids":
+        if name == "position_ids" and (mask is None or mask.shape == input_ids.shape):
             if value.shape[-1] == input_ids.shape[1] and bool((value == _default_positions(mask, input_ids)).all()):
                 continue
             raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
         if name in ("past_key_values", "cache_params") and _is_empty(value):
             continue
         raise UnsupportedArgumentError(f"`{name}` is not served; leave it out, or {_PLAIN}")
+    if mask is not None and mask.shape != input_ids.shape:
+        raise UnsupportedArgumentError(
+            f"`attention_mask` of shape {tuple(mask.shape)} for `input_ids` of shape {tuple(input_ids.shape)} is not "
+            f"served; {_PLAIN}"
+        )
     return mask
 
 

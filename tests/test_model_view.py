@@ -182,6 +182,24 @@ def test_wrong_logits_refuse_the_model_by_name(monkeypatch: pytest.MonkeyPatch) 
         manager.submit(PROMPTS[1], max_new_tokens=2).result(60)
 
 
+def test_a_soft_cap_that_the_plain_forward_drops_is_seen() -> None:
+    """The check is fine enough for small differences: here two per mille of the logits' norm."""
+    model = tiny_model("Gemma2")
+    with GenerationManager(model, CONFIG) as manager:
+        manager.warmup()
+    model.config._attn_implementation = "sdpa_without_soft_cap"
+
+    def sdpa_without_soft_cap(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
+        return AttentionInterface._global_mapping["sdpa"](*args, **kwargs)
+
+    AttentionInterface.register("sdpa_without_soft_cap", sdpa_without_soft_cap)
+    try:
+        with GenerationManager(model, CONFIG) as manager, pytest.raises(UnsupportedModelError, match="eager"):
+            manager.warmup()
+    finally:
+        del AttentionInterface._global_mapping["sdpa_without_soft_cap"]
+
+
 @pytest.mark.parametrize("break_it", ["hook", "meta"])
 def test_models_that_cannot_be_viewed_are_refused(break_it: str) -> None:
     model = tiny_model("Llama")

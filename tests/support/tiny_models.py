@@ -52,7 +52,9 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     fields = {**_COMMON, **FAMILIES[family], **changes}
     config = config_class(**{name: value for name, value in fields.items() if value is not None})
     torch.manual_seed(sum(map(ord, family)))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Some releases of transformers drop Gemma-2's soft cap under sdpa, their default.
+    attention = {"attn_implementation": "eager"} if family == "Gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
