@@ -54,7 +54,14 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     backend = make_backend(config.attention_backend, forward.device)
     if config.attach_check:
         attach_check(model, forward, backend)
-    resolved = config.resolve(forward.layers, context_length(model), forward.device, free_memory(forward.device))
+    context = context_length(model)
+    bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)
+    if bounded and context is not None and (config.max_sequence_length or 0) > context:
+        raise ValueError(
+            f"`max_sequence_length` ({config.max_sequence_length}) is beyond the {context} tokens that "
+            f"{forward.name}'s positions reach; lower it"
+        )
+    resolved = config.resolve(forward.layers, context, forward.device, free_memory(forward.device))
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )

@@ -65,7 +65,10 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
         staged, sections = _stage(plan, forward.device, backend.tile_size)
         state.apply_updates(staged, sections)
         inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(2)
-        logits = forward(inputs)
+        try:
+            logits = forward(inputs)
+        except ValueError as refused:
+            raise UnsupportedModelError(f"{forward.name} is not served: {refused}") from refused
         paged += logits.float().unbind(0)
         tokens = [forced.pop(0) for _ in range(plan.num_sampled)] if forced else [0] * plan.num_sampled
         state.commit(inputs, torch.tensor(tokens, dtype=torch.int32, device=forward.device), None)
@@ -93,6 +96,6 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
 
 def _stage(plan: Plan, device: torch.device, tile_size: int) -> tuple[torch.Tensor, Sections]:
     limits = Sections.largest(max_rows=2, max_batch_tokens=_FIRST_LENGTH + _SECOND_LENGTH, num_pages=2)
-    host = torch.zeros(limits.total, dtype=torch.int32)
+    host = torch.zeros(limits.total, dtype=torch.int32, device="cpu")
     sections = encode(plan, host.numpy(), bucket=2, send_decode_rows=True, tile_size=tile_size)
     return host.to(device), sections

@@ -113,7 +113,7 @@ def generate(
         try:
             if streamer is not None:
                 for token in handles[0]:
-                    streamer.put(torch.tensor([token]))  # type: ignore[no-untyped-call]
+                    streamer.put(torch.tensor([token], device="cpu"))  # type: ignore[no-untyped-call]
                 streamer.end()  # type: ignore[no-untyped-call]
                 ended = True
             completions = [handle.result().token_ids for handle in handles]

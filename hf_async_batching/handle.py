@@ -54,11 +54,11 @@ class GenerationHandle:
 
     Args:
         request_id: Unique in its manager.
-        cancel: Called with the id to cancel the request.
+        cancel: Called with the handle to cancel the request.
         logprobs: Whether log-probabilities were asked for.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None], *, logprobs: bool = False) -> None:
+    def __init__(self, request_id: str, cancel: Callable[[GenerationHandle], None], *, logprobs: bool = False) -> None:
         self.request_id = request_id
         self._cancel = cancel
         self._tokens: list[int] = []
@@ -104,7 +104,7 @@ class GenerationHandle:
     def cancel(self) -> None:
         """End the request now; its row and pages are freed. Without effect on one that has ended."""
         if not self._done.is_set():
-            self._cancel(self.request_id)
+            self._cancel(self)
 
     @property
     def done(self) -> bool:

@@ -27,6 +27,7 @@ from hf_async_batching.errors import (
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.model_view import batch_dependent_rope
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
 from hf_async_batching.stats import Stats, read_stats
@@ -42,13 +43,24 @@ _open_managers: weakref.WeakSet[GenerationManager] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """What tells whether the weights an engine was built on are still the model's."""
+    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags."""
 
-    tensors: tuple[tuple[int, int, torch.dtype], ...]
+    tensors: dict[int, tuple[int, torch.dtype]]
+    adapters: tuple[Any, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Weights:
-        return cls(tuple((id(p), p.data_ptr(), p.dtype) for p in model.parameters()))
+        # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
+        buffers = () if batch_dependent_rope(model) else model.buffers()
+        return cls(
+            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *buffers)},
+            tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "merged_adapters")),
+        )
+
+    def moved_from(self, before: _Weights | None) -> bool:
+        """Whether tensors that the view shares have other memory than before (`model.to`, an assigned `.data`)."""
+        old = before.tensors if before is not None else {}
+        return any(key in old and old[key] != place for key, place in self.tensors.items())
 
 
 class GenerationManager:
@@ -89,7 +101,7 @@ class GenerationManager:
         self._get_model = get_model
         self._lock = threading.RLock()
         self._worker: Worker | None = None
-        self._draining: list[Worker] = []
+        self._finalizer: weakref.finalize[..., GenerationManager] | None = None
         self._weights: _Weights | None = None
         self._closed = False
         _open_managers.add(self)
@@ -169,7 +181,7 @@ class GenerationManager:
             worker = self._require_worker()
             assembly = worker.assembly
             if assembly is None:
-                continue  # it stopped on its own just now
+                continue  # it stopped on its own just now; `_require_worker` waits for the end of that
             for request in requests:
                 _check_limits(request, assembly)
             handles = [
@@ -203,6 +215,7 @@ class GenerationManager:
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
         """
+        _refuse_autocast()
         worker = self._require_worker()
         assembly = worker.assembly
         if assembly is None:
@@ -213,7 +226,8 @@ class GenerationManager:
         vocab = assembly.forward.vocab_size
         prompt = tuple((7 * i + 3) % vocab for i in range(length))
         for rows in assembly.runner.buckets or [1]:
-            for handle in self.submit_requests([Request(new_request_id(), prompt, 3) for _ in range(rows)]):
+            count = min(rows, self.config.max_waiting)
+            for handle in self.submit_requests([Request(new_request_id(), prompt, 3) for _ in range(count)]):
                 handle.result()
 
     # -- looking --------------------------------------------------------------------------------------------------
@@ -252,8 +266,8 @@ class GenerationManager:
         """
         with self._lock:
             self._closed = True
-            workers = [*self._draining, *([self._worker] if self._worker is not None else [])]
-        for worker in workers:
+            worker = self._worker
+        if worker is not None:
             worker.stop(timeout)
         _open_managers.discard(self)
 
@@ -277,10 +291,16 @@ class GenerationManager:
         with self._lock:
             model = self._require_model()
             weights = _Weights.of(model)
-            if self._worker is not None and weights != self._weights:
-                # The model got other tensors (a new dtype or device, an assigned state dict): the view is stale.
-                self._worker.drain()
-                self._draining.append(self._worker)
+            worker = self._worker
+            if worker is not None and weights != self._weights:
+                # The view is stale. Live requests finish on what they began with, unless its memory is gone.
+                if weights.moved_from(self._weights):
+                    worker.stop(reason="the model's weights were moved")
+                else:
+                    worker.drain()
+            if worker is not None and not worker.accepting:
+                # The new cache is sized by what is free once the old one is not there.
+                worker.memory_free.wait()
                 self._worker = None
             if self._worker is None:
                 assembly = assemble(model, self.config)
@@ -290,16 +310,23 @@ class GenerationManager:
                     assembly,
                     max_waiting=self.config.max_waiting,
                     idle_timeout=self.config.idle_timeout,
-                    on_stop=lambda worker: _call_if_alive(forget, worker),
+                    on_stop=lambda stopped: _call_if_alive(forget, stopped),
                 )
+                if self._finalizer is not None:
+                    self._finalizer.detach()
+                # A manager that nobody holds finishes what it has, and goes.
+                self._finalizer = weakref.finalize(self, self._worker.drain)
+                self._finalizer.atexit = False
             return self._worker
 
     def _forget(self, worker: Worker) -> None:
         with self._lock:
             if self._worker is worker:
                 self._worker = None
-            if worker in self._draining:
-                self._draining.remove(worker)
+
+
+def _adapter_state(module: Any) -> tuple[Any, ...]:
+    return id(module), module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
 
 
 def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:

@@ -27,6 +27,11 @@ _HOOKS = (
 )
 
 
+# Set on the instance (torch.compile, a decorator, transformers' own batching), these are bound to the original, and
+# stay there.
+_OWN_CALLS = ("forward", "_compiled_call_impl", "_compiled_call", "_cached_continuous_batching_manager")
+
+
 def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTrainedModel:
     """A shared-weight copy of `model` in eval mode.
 
@@ -64,19 +69,20 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             hooks = module.__dict__.get(attribute)
             if hooks:
                 memo[id(hooks)] = type(hooks)()
-        # A forward set on the instance (torch.compile, a decorator) is bound to the original: leave it there.
-        forward = module.__dict__.get("forward")
-        if forward is not None:
-            memo[id(forward)] = None
-        for attribute in ("_compiled_call_impl", "_compiled_call"):
-            compiled = module.__dict__.get(attribute)
-            if compiled is not None:
-                memo[id(compiled)] = None
-    view = copy.deepcopy(model, memo)
-    for module in view.modules():
-        if module.__dict__.get("forward", module) is None:
-            del module.__dict__["forward"]
-        module.training = False
+        for attribute in _OWN_CALLS:
+            if module.__dict__.get(attribute) is not None:
+                memo[id(module.__dict__[attribute])] = None
+    try:
+        view = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{name} is not served: its modules cannot be copied ({error}); remove what was attached to them"
+        ) from error
+    for original, copied in zip(model.modules(), view.modules(), strict=True):
+        for attribute in _OWN_CALLS:
+            if original.__dict__.get(attribute) is not None:
+                copied.__dict__.pop(attribute, None)
+        copied.training = False
     if attn_implementation is not None:
         set_attention(view, attn_implementation)
     return view

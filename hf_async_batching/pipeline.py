@@ -50,12 +50,11 @@ class Pipeline:
         self._runner = runner
         self._depth = depth
         self._tile_size = tile_size
-        on_device = device.torch_device
         self._host_input = [device.host_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
         self._host_input_arrays = [buffer.numpy() for buffer in self._host_input]
-        self._staging = [torch.zeros(limits.total, dtype=torch.int32, device=on_device) for _ in range(SLOTS)]
-        self._output = [torch.zeros(max_rows, dtype=torch.int32, device=on_device) for _ in range(SLOTS)]
-        self._output_logprobs = [torch.zeros(max_rows, device=on_device) for _ in range(SLOTS)]
+        self._staging = [device.device_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
+        self._output = [device.device_buffer(max_rows, torch.int32) for _ in range(SLOTS)]
+        self._output_logprobs = [device.device_buffer(max_rows, torch.float32) for _ in range(SLOTS)]
         self._result = [device.host_buffer(max_rows, torch.int32) for _ in range(depth)]
         self._result_logprobs = [device.host_buffer(max_rows, torch.float32) for _ in range(depth)]
         # The last event of each kind per slot: None until a step has used the slot.
@@ -64,8 +63,10 @@ class Pipeline:
         self._d2h_done: list[Any] = [None] * SLOTS
         self._resident_rows: tuple[int, ...] | None = None
         self._caller_work: deque[Any] = deque()
-        # The tables and buffers above were zeroed on this thread's own stream.
-        self.order_after_caller()
+        # The tables and buffers were zeroed on this thread's own stream.
+        zeroed = device.record(Stream.CALLER)
+        device.wait(Stream.H2D, zeroed, Guard.BUFFERS_READY)
+        self._caller_work.append(zeroed)
 
     def order_after_caller(self) -> None:
         """Make every later step run after all that the calling thread has enqueued on its stream. Thread-safe."""

@@ -10,7 +10,12 @@ from transformers import PreTrainedModel
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.manager import GenerationManager
 
+_CLOSE_TIMEOUT = 5.0
+
 _lock = threading.Lock()
+_finalizers: weakref.WeakKeyDictionary[PreTrainedModel, weakref.finalize[..., PreTrainedModel]] = (
+    weakref.WeakKeyDictionary()
+)
 _managers: weakref.WeakKeyDictionary[PreTrainedModel, GenerationManager] = weakref.WeakKeyDictionary()
 
 
@@ -30,9 +35,13 @@ def get_manager(model: PreTrainedModel, config: BatchingConfig | None = None) ->
     with _lock:
         manager = _managers.get(model)
         if manager is None or manager.closed:
+            if model in _finalizers:
+                _finalizers[model].detach()
             manager = GenerationManager.for_registry(model, config)
             _managers[model] = manager
-            weakref.finalize(model, manager.close)
+            # Not for ever: the collector may run this in any thread. At exit the managers close themselves.
+            _finalizers[model] = weakref.finalize(model, manager.close, _CLOSE_TIMEOUT)
+            _finalizers[model].atexit = False
         elif config is not None and config != manager.config:
             raise ValueError(
                 "this model's shared manager runs with another BatchingConfig; call "

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 MAX_SEED = 2**63
+MAX_INT32 = 2**31 - 1
 
 # Few sizes, because each is a CUDA graph of its own.
 CANDIDATE_SIZES = (64, 1024)
@@ -45,8 +46,8 @@ class SamplingParams:
                 f"`temperature` must be a finite number above 0, got {self.temperature}; "
                 "for the most probable token pass do_sample=False instead"
             )
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` must be 0 (off) or a positive integer, got {self.top_k}")
+        if not 0 <= self.top_k <= MAX_INT32:
+            raise ValueError(f"`top_k` must be 0 (off) or a positive 32-bit integer, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
         if not 0.0 <= self.min_p <= 1.0:
@@ -90,6 +91,9 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("`input_ids` is empty: a prompt needs at least one token (for example the BOS token)")
+        for name in ("max_new_tokens", "min_new_tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)!r}")
         if self.max_new_tokens < 1:
             raise ValueError(
                 f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}; when it comes from `max_length`, "

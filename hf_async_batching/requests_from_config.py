@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import secrets
 from collections.abc import Sequence as AbstractSequence
@@ -11,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.request import MAX_SEED, Request, SamplingParams
+from hf_async_batching.request import MAX_INT32, MAX_SEED, Request, SamplingParams
 from hf_async_batching.staging import MAX_EOS
 
 # Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
@@ -75,7 +76,7 @@ def build_request(
         sampling = SamplingParams(
             do_sample=True,
             temperature=1.0 if config.temperature is None else float(config.temperature),
-            top_k=int(config.top_k or 0),
+            top_k=min(int(config.top_k or 0), MAX_INT32),
             top_p=1.0 if config.top_p is None else float(config.top_p),
             min_p=float(config.min_p or 0.0),
             seed=seed,
@@ -84,8 +85,9 @@ def build_request(
     return Request(
         request_id=request_id or new_request_id(),
         prompt=tuple(prompt),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
+        # `generate` takes fractions, and stops at the first length that is not below them.
+        max_new_tokens=math.ceil(max_new_tokens),
+        min_new_tokens=math.ceil(min_new_tokens),
         eos_token_ids=eos,
         sampling=sampling,
     )

@@ -20,6 +20,9 @@ from hf_async_batching.staging import Sections
 
 logger = logging.getLogger(__name__)
 
+# A capture can fail for a passing reason: another thread synchronized the device, or memory was short.
+MAX_FAILED_CAPTURES = 3
+
 Forward = Callable[[StepInputs], torch.Tensor]
 
 
@@ -51,6 +54,7 @@ class Runner:
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
         self._seen: set[tuple[int, Features]] = set()
+        self._failed_captures = 0
         self.captured: dict[tuple[int, Features], Graph] = {}
 
     def bucket_for(self, num_rows: int) -> int:
@@ -91,8 +95,10 @@ class Runner:
             graph = self._device.capture(lambda: self._step(self._state.decode_inputs(bucket), features))
         except RuntimeError:
             # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
-            logger.warning("the decode step cannot be captured as a CUDA graph and runs without", exc_info=True)
-            self.buckets = []
+            self._failed_captures += 1
+            if self._failed_captures == MAX_FAILED_CAPTURES:
+                logger.warning("decode steps cannot be captured as CUDA graphs and run without", exc_info=True)
+                self.buckets = []
             return None
         self.captured[key] = graph
         logger.info("captured decode step of %d rows, %s", bucket, features)

@@ -60,7 +60,10 @@ def _without_early_eos(logits: torch.Tensor, params: torch.Tensor, positions: to
 
 
 def _draw(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor, candidates: int) -> torch.Tensor:
-    scaled = logits / params[:, staging.TEMPERATURE].contiguous().view(torch.float32)[:, None]
+    # Differences from the largest: dividing these by a tiny temperature loses no maximum to infinity.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / params[:, staging.TEMPERATURE].contiguous().view(
+        torch.float32
+    )[:, None]
     if candidates:
         threshold = _threshold(scaled, params, candidates)
         scaled = scaled.masked_fill(scaled < threshold[:, None], _NEGATIVE_INFINITY)

@@ -157,7 +157,7 @@ class Scheduler:
                 continue  # a surplus token: the request ended while this step was in flight
             sequence.tokens.append(token)
             logprob = result.logprobs[i] if result.logprobs is not None else None
-            if token in sequence.request.eos_token_ids:
+            if token in sequence.eos:
                 reason = "eos"
             elif sequence.num_output == sequence.request.max_new_tokens:
                 reason = "length"

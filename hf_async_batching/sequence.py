@@ -28,6 +28,7 @@ class Sequence:
         request: What was asked.
         arrival: Order of arrival; smaller is older.
         tokens: Prompt and settled output tokens.
+        eos: The request's end-of-sequence tokens.
         placeholders: Output tokens that steps in flight will deliver.
         computed: Leading tokens whose keys and values some planned step writes.
         row: The row on the device; 0 while the sequence has none.
@@ -38,6 +39,7 @@ class Sequence:
     request: Request
     arrival: int
     tokens: list[int] = field(init=False)
+    eos: frozenset[int] = field(init=False)
     state: State = State.WAITING
     placeholders: int = 0
     computed: int = 0
@@ -47,6 +49,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.eos = frozenset(self.request.eos_token_ids)
 
     @property
     def planned_length(self) -> int:

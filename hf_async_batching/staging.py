@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_async_batching.plan import NewRow, Plan
+from hf_async_batching.request import MAX_INT32
 
 IntArray = npt.NDArray[np.int32]
 
@@ -126,7 +127,8 @@ def _record(new_row: NewRow) -> list[int]:
     floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32).view(np.int32).tolist()
     seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
     # Only a minimum length needs the end-of-sequence tokens on the device: stopping is the host's business.
-    eos = list(request.eos_token_ids) if request.min_new_tokens else []
+    # An id that no vocabulary has cannot be sampled.
+    eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32] if request.min_new_tokens else []
     return [
         new_row.row,
         floats[0],

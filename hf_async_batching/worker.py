@@ -28,6 +28,9 @@ class Worker:
         max_waiting: Requests that may wait for a row.
         idle_timeout: Seconds without work after which the thread ends; None for never.
         on_stop: Called, from the thread, when it has ended and its memory is free.
+
+    Attributes:
+        memory_free: Set when the engine is gone and its memory was returned.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class Worker:
         self._idle_timeout = idle_timeout
         self._on_stop = on_stop
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
-        self._cancels: deque[str] = deque()
+        self._cancels: deque[GenerationHandle] = deque()
         self._handles: dict[str, GenerationHandle] = {}
         self._live: set[str] = set()
         self._changed = threading.Condition()
         self._accepting = True
         self._stopping = False
+        self._reason = ""
+        self.memory_free = threading.Event()
         # A daemon, so that a process can always end; `GenerationManager` stops it at exit.
         self._thread = threading.Thread(target=self._run, name="hf_async_batching", daemon=True)
         self._thread.start()
@@ -77,20 +82,21 @@ class Worker:
                     f"no room for {len(requests)} more: {waiting} requests wait already "
                     f"(max_waiting={self._max_waiting}); try again later, or raise BatchingConfig(max_waiting=...)"
                 )
-            for request in requests:
-                if request.request_id in self._live:
-                    raise ValueError(
-                        f"`request_id` {request.request_id!r} is in use by a live request; choose another"
-                    )
-            self._live.update(request.request_id for request in requests)
+            ids = [request.request_id for request in requests]
+            if len(set(ids)) != len(ids):
+                raise ValueError("`request_id`s of requests that arrive together must differ")
+            for request_id in ids:
+                if request_id in self._live:
+                    raise ValueError(f"`request_id` {request_id!r} is in use by a live request; choose another")
+            self._live.update(ids)
             self._inbox.extend(zip(requests, handles, strict=True))
             self._changed.notify()
             return True
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, handle: GenerationHandle) -> None:
         """End a request; nothing happens where it has ended already."""
         with self._changed:
-            self._cancels.append(request_id)
+            self._cancels.append(handle)
             self._changed.notify()
 
     def drain(self) -> None:
@@ -99,19 +105,25 @@ class Worker:
             self._accepting = False
             self._changed.notify()
 
-    def stop(self, timeout: float | None = None) -> None:
+    def stop(self, timeout: float | None = None, reason: str = "the manager was closed") -> None:
         """Stop at the next step; live requests fail with `EngineClosedError`. Returns when memory is free."""
         with self._changed:
             self._accepting = False
             self._stopping = True
+            self._reason = reason
             self._changed.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+            self.memory_free.wait(timeout)
 
     @property
     def assembly(self) -> Assembly | None:
         """The engine; None once the worker has stopped."""
         return self._assembly
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken; once false, it stays so."""
+        return self._accepting
 
     @property
     def num_inbox(self) -> int:
@@ -121,17 +133,16 @@ class Worker:
     # -- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             # A new thread inherits neither no_grad nor inference mode nor the current device.
             with torch.inference_mode():
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
                 self._serve()
-        except Exception as caught:
+        except BaseException as caught:  # whatever it is, callers wait for an answer
             logger.exception("the engine failed; requests in it fail, the next call starts a fresh one")
-            # The frames of the traceback hold the engine's tensors, and callers may keep the error for long.
-            traceback.clear_frames(caught.__traceback__)
+            _clear_frames(caught)
             error = caught
         with self._changed:
             self._accepting = False
@@ -144,6 +155,7 @@ class Worker:
             logger.exception("the engine did not close cleanly")
         del assembly
         return_memory(self._device)
+        self.memory_free.set()
         self._on_stop(self)
 
     def _serve(self) -> None:
@@ -161,13 +173,19 @@ class Worker:
                 arrived, cancelled = list(self._inbox), list(self._cancels)
                 self._inbox.clear()
                 self._cancels.clear()
+            self._handles.update((request.request_id, handle) for request, handle in arrived)
             for request, handle in arrived:
-                self._handles[request.request_id] = handle
-                engine.add(request)
-            for request_id in cancelled:
-                emission = engine.cancel(request_id)
-                if emission is not None:
-                    self._deliver([emission])
+                try:
+                    engine.add(request)
+                except Exception as error:  # a request made by hand can hold anything
+                    self._forget(request.request_id)
+                    handle._fail(error)
+            for handle in cancelled:
+                # By identity: the id may belong to another request by now.
+                if self._handles.get(handle.request_id) is handle:
+                    emission = engine.cancel(handle.request_id)
+                    if emission is not None:
+                        self._deliver([emission])
             emissions = engine.step()
             for request_id in engine.started:
                 if request_id in self._handles:
@@ -180,18 +198,28 @@ class Worker:
             if emission.token is not None:
                 handle._push(emission.token, emission.logprob)
             if emission.finish_reason is not None:
-                del self._handles[emission.request_id]
-                self._live.discard(emission.request_id)
+                self._forget(emission.request_id)
                 handle._finish(emission.finish_reason)
 
-    def _fail_everyone(self, cause: Exception | None) -> None:
+    def _forget(self, request_id: str) -> None:
+        del self._handles[request_id]
+        self._live.discard(request_id)
+
+    def _fail_everyone(self, cause: BaseException | None) -> None:
         left = [*self._handles.values(), *[handle for _, handle in self._inbox]]
         self._handles.clear()
         self._inbox.clear()
         for handle in left:
             if cause is None:
-                handle._fail(EngineClosedError(f"the manager was closed while request {handle.request_id} was live"))
+                handle._fail(EngineClosedError(f"{self._reason} while request {handle.request_id} was live"))
             else:
                 failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {cause!r}")
                 failure.__cause__ = cause
                 handle._fail(failure)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the locals of an error's frames: they hold the engine's tensors, and callers may keep the error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -91,15 +91,36 @@ def _probe_mask(
     q_length: int,
     kv_length: int,
     device: torch.device,
+    mask_function: Callable[..., Any],
     use_vmap: bool = False,
     local_size: int | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    if use_vmap:
-        raise UnsupportedModelError("it uses a custom attention mask")
+    if use_vmap or not _is_causal_window(mask_function, local_size):
+        raise UnsupportedModelError("its attention mask is neither causal nor a causal sliding window")
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
     setattr(mask, _WINDOW, local_size)
     return mask
+
+
+def _is_causal_window(mask_function: Callable[..., Any], window: int | None) -> bool:
+    """Whether a mask lets a query see exactly the last `window` keys (all where None), looked at around the edges.
+
+    transformers reports the chunks of chunked attention as a window, too; at a chunk's edge they differ.
+    """
+    width = window if window is not None else 1000
+    for query in (0, 1, width - 1, width, width + 1, 2 * width - 1, 2 * width):
+        for key in {0, 1, query - width, query - width + 1, query, query + 1}:
+            if query < 0 or key < 0:
+                continue
+            expected = key <= query and (window is None or key > query - window)
+            try:
+                seen = bool(mask_function(0, 0, *(torch.tensor(i, device="cpu") for i in (query, key))))
+            except (IndexError, RuntimeError):
+                return False  # it looks things up per token
+            if seen != expected:
+                return False
+    return True
 
 
 def _probe_attention(

@@ -33,6 +33,7 @@ class Guard(enum.Enum):
     OUTPUT_FREE = "compute waits for d2h_done[slot]: the device output buffer is still being copied out"
     OUTPUT_READY = "d2h waits for compute_done[n]: the tokens have not been sampled"
     RESULT_READY = "host waits for d2h_done[n]: the tokens have not arrived in host memory"
+    BUFFERS_READY = "h2d waits for the caller's stream: the staging buffers are still being zeroed"
     CALLER_WORK = "compute waits for the caller's stream: weights or tables are still being written"
 
 
@@ -62,6 +63,9 @@ class Device(Protocol):
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeroed host memory of `size` elements that copies can run from and to asynchronously (pinned on CUDA)."""
+
+    def device_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed device memory of `size` elements; the zeroing is enqueued on the caller's stream."""
 
     def copy(self, stream: Stream, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy between host and device memory."""

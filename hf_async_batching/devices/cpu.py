@@ -19,7 +19,10 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype)
+        return torch.zeros(size, dtype=dtype, device="cpu")
+
+    def device_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device="cpu")
 
     def copy(self, stream: Stream, destination: torch.Tensor, source: torch.Tensor) -> None:
         destination.copy_(source)

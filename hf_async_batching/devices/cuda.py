@@ -5,11 +5,24 @@ Beside `pipeline.py`, which decides the order, this is the only module that touc
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 
 import torch
 
 from hf_async_batching.devices.base import Graph, Guard, Kernel, Stream
+
+# A device must not be synchronized while one of its streams is being captured; captures of several engines, and the
+# start of another engine, take turns.
+_exclusive = threading.Lock()
+
+# torch hands streams out of a small ring: engines that come and go must not take new ones each time, or one day two
+# of them, or an engine and the user, would share a stream.
+_spare_streams: dict[torch.device, list[dict[Stream, torch.cuda.Stream]]] = {}
+
+# Event times are float32 milliseconds since an origin: it moves along, so that they stay precise.
+_ORIGIN_MILLISECONDS = 60_000.0
 
 
 class CudaDevice:
@@ -25,11 +38,16 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
-        with torch.cuda.device(device):
-            self._streams: dict[Stream, torch.cuda.Stream] = {
-                stream: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H)
-            }
+        with _exclusive, torch.cuda.device(device):
+            spare = _spare_streams.setdefault(device, [])
+            self._streams: dict[Stream, torch.cuda.Stream] = (
+                spare.pop()
+                if spare
+                else {
+                    stream: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H)
+                }
+            )
             self._pool: object | None = None
             self._graph_bytes = 0
             # Event times are relative to one event whose host time is known.
@@ -40,7 +58,10 @@ class CudaDevice:
             self._origin_time = time.perf_counter()
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype, pin_memory=True)
+        return torch.zeros(size, dtype=dtype, device="cpu", pin_memory=True)
+
+    def device_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=self.torch_device)
 
     def copy(self, stream: Stream, destination: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._streams[stream]):
@@ -66,22 +87,34 @@ class CudaDevice:
             event.synchronize()
 
     def time_of(self, event: torch.cuda.Event) -> float:
-        return float(self._origin_time + self._origin.elapsed_time(event) * 1e-3)
+        elapsed = self._origin.elapsed_time(event)
+        happened = float(self._origin_time + elapsed * 1e-3)
+        if elapsed > _ORIGIN_MILLISECONDS:
+            self._origin, self._origin_time = event, happened
+        return happened
 
     def capture(self, work: Kernel) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # the capture begins with it, and its effect must not count against the graph
-        before = torch.cuda.memory_reserved(self.torch_device)
-        # Thread-local error mode: the user's own threads may allocate memory on this card during the capture.
-        with torch.cuda.graph(
-            graph,
-            pool=self._pool,  # type: ignore[arg-type]
-            stream=self._streams[Stream.COMPUTE],
-            capture_error_mode="thread_local",
-        ):
-            work()
+        collecting = gc.isenabled()
+        with _exclusive:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()  # the capture begins with it, and its effect must not count against the graph
+            before = torch.cuda.memory_reserved(self.torch_device)
+            # A collection on this thread could free device memory, which a capture does not survive.
+            gc.disable()
+            try:
+                # Thread-local error mode: the user's own threads may allocate memory on this card during the capture.
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._pool,  # type: ignore[arg-type]
+                    stream=self._streams[Stream.COMPUTE],
+                    capture_error_mode="thread_local",
+                ):
+                    work()
+            finally:
+                if collecting:
+                    gc.enable()
         self._graph_bytes += max(0, torch.cuda.memory_reserved(self.torch_device) - before)
         return graph
 
@@ -92,3 +125,5 @@ class CudaDevice:
         for stream in self._streams.values():
             stream.synchronize()
         self._pool = None
+        with _exclusive:
+            _spare_streams[self.torch_device].append(self._streams)

@@ -56,7 +56,12 @@ class SimulatedDevice:
         self._eagerness = self._random.choice((0.0, 0.3, 0.8))
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype)
+        return torch.zeros(size, dtype=dtype, device="cpu")
+
+    def device_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        buffer = torch.full((size,), self._random.randrange(100), dtype=dtype, device="cpu")
+        self._enqueue(Stream.CALLER, buffer.zero_)
+        return buffer
 
     def copy(self, stream: Stream, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._enqueue(stream, lambda: destination.copy_(source))
