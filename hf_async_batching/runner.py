@@ -93,12 +93,13 @@ class Runner:
         bucket, features = key
         try:
             graph = self._device.capture(lambda: self._step(self._state.decode_inputs(bucket), features))
-        except RuntimeError:
+        except RuntimeError as error:
             # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
             self._failed_captures += 1
             if self._failed_captures == MAX_FAILED_CAPTURES:
-                logger.warning("decode steps cannot be captured as CUDA graphs and run without", exc_info=True)
+                logger.warning("decode steps cannot be captured as CUDA graphs and run without: %s", error)
                 self.buckets = []
+            logger.debug("a capture failed", exc_info=True)
             return None
         self.captured[key] = graph
         logger.info("captured decode step of %d rows, %s", bucket, features)

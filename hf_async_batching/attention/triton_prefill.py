@@ -28,7 +28,8 @@ def prefill_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch
     return BlockSizes(min(rows, 64), 32, 8, 2)
 
 
-@triton.jit
+# Slices of a step's staged inputs begin anywhere: without this each alignment would compile a kernel of its own.
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def write_kv_kernel(
     key,
     value,
@@ -144,7 +145,9 @@ def _prefill_block(
     tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["tile_rows", "tile_query_starts", "tile_query_lengths", "tile_first_positions"]
+)
 def prefill_kernel(
     query,
     key_cache,
