@@ -64,7 +64,8 @@ def generate(
 
     Returns:
         What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
-        token, on the device of the prompts; or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate=True`.
+        token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
+        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared).
 
     Raises:
         UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.

@@ -103,7 +103,7 @@ def check_model_inputs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) ->
         if value is None or name == "attention_mask" or name in _NEUTRAL_INPUTS:
             continue
         if name == "position_ids" and (mask is None or mask.shape == input_ids.shape):
-            if value.shape[-1] == input_ids.shape[1] and bool((value == _default_positions(mask, input_ids)).all()):
+            if value.shape[-1] == input_ids.shape[1] and _are_default_positions(value, mask, input_ids):
                 continue
             raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
         if name in ("past_key_values", "cache_params") and _is_empty(value):
@@ -117,12 +117,14 @@ def check_model_inputs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) ->
     return mask
 
 
-def _default_positions(mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
-    """What `generate` makes where it is given none: counting the tokens that the mask keeps."""
+def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, input_ids: torch.Tensor) -> bool:
+    """Whether positions are what `generate` makes itself: they count the tokens that the mask keeps.
+
+    Positions of padding do not matter.
+    """
     if mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
-    positions = mask.long().cumsum(-1) - 1
-    return positions.masked_fill(mask == 0, 0)
+        return bool((positions == torch.arange(input_ids.shape[1], device=positions.device)).all())
+    return bool(((positions == mask.long().cumsum(-1) - 1) | (mask == 0)).all())
 
 
 def _as_list(tokens: torch.Tensor | None) -> list[int]:

@@ -284,6 +284,17 @@ def test_what_is_not_served_is_refused_by_name(model: Any, plug: Any, arguments:
         model.generate(**ids, **arguments, max_new_tokens=3, custom_generate=plug)
 
 
+def test_positions_that_differ_only_under_padding_are_taken(model: Any, plug: Any) -> None:
+    inputs = padded(PROMPTS, "left")
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    out = model.generate(**inputs, position_ids=positions, max_new_tokens=4, do_sample=False, custom_generate=plug)
+    assert torch.equal(out, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+    shifted = positions + mask
+    with pytest.raises(UnsupportedArgumentError, match="position_ids"):
+        model.generate(**inputs, position_ids=shifted, max_new_tokens=4, custom_generate=plug)
+
+
 def test_assistant_model_is_refused(model: Any, plug: Any) -> None:
     with pytest.raises(UnsupportedArgumentError, match="assistant_model"):
         model.generate(torch.tensor([[5, 6]]), assistant_model=model, max_new_tokens=3, custom_generate=plug)
