@@ -201,6 +201,21 @@ def test_shortage_of_pages_changes_no_token(model: Any) -> None:
     assert got == [greedy_alone(model, prompt, 50, eos_token_id=None) for prompt in PROMPTS]
 
 
+def test_steps_run_after_what_the_caller_has_enqueued(model: Any) -> None:
+    with make(model) as manager:
+        manager.warmup()
+        assembly = manager.assembly
+        assert assembly is not None
+        calls: list[str] = []
+        ordered = assembly.engine.pipeline.order_after_caller
+        assembly.engine.pipeline.order_after_caller = lambda: (  # type: ignore[method-assign]
+            calls.append(threading.current_thread().name),
+            ordered(),
+        )
+        manager.submit([5], max_new_tokens=1, **GREEDY).result(30)
+        assert calls == [threading.current_thread().name], "each submission marks its caller's stream, in its thread"
+
+
 def test_full_inbox(model: Any) -> None:
     with make(model, max_rows=1, max_waiting=2) as manager:
         handles = [manager.submit([5], max_new_tokens=300, **GREEDY)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -81,19 +82,21 @@ class ToyEngine:
     max_rows: int = 4
     max_batch_tokens: int = 9
     scheduler_class: type[Scheduler] = Scheduler
+    device: Any = None
     emitted: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
-        self.device = SimulatedDevice(self.seed, self.without)
+        self.device = self.device or SimulatedDevice(self.seed, self.without)
         self.forward = ToyForward(self.num_pages, self.page_size)
         self.state = DeviceState(max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"))
-        runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=False)
+        graphs = self.device.supports_graphs
+        self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
         limits = Sections.largest(
             max_rows=self.max_rows, max_batch_tokens=self.max_batch_tokens, num_pages=self.num_pages
         )
-        pipeline = Pipeline(self.device, self.state, runner, depth=self.depth, limits=limits, tile_size=3)
+        pipeline = Pipeline(self.device, self.state, self.runner, depth=self.depth, limits=limits, tile_size=3)
         self.scheduler = self.scheduler_class(
             num_pages=self.num_pages,
             page_size=self.page_size,

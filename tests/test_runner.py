@@ -1,0 +1,87 @@
+"""Buckets, capture at the second use, replay, and failing captures; on a device that fakes graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny_models import tiny_model
+from support.toy_engine import ToyEngine, run_random_schedule, verify
+
+from hf_async_batching.devices import CpuDevice
+from hf_async_batching.devices.base import Graph, Kernel
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
+
+
+class FakeGraph:
+    def __init__(self, work: Kernel, device: FakeGraphDevice) -> None:
+        self.work, self.device = work, device
+
+    def replay(self) -> None:
+        self.device.replays += 1
+        self.work()
+
+
+class FakeGraphDevice(CpuDevice):
+    """The CPU, with graphs that call what they captured; the first `failures` captures fail."""
+
+    supports_graphs = True
+
+    def __init__(self, failures: int = 0) -> None:
+        super().__init__()
+        self.failures, self.captures, self.replays = failures, 0, 0
+
+    def capture(self, work: Kernel) -> Graph:
+        self.captures += 1
+        if self.captures <= self.failures:
+            raise RuntimeError("cannot be captured")
+        return FakeGraph(work, self)
+
+
+def test_buckets_grow_to_the_largest_step() -> None:
+    assert decode_buckets(1) == [1]
+    assert decode_buckets(6) == [1, 2, 4, 6]
+    assert decode_buckets(40) == [1, 2, 4, 8, 16, 24, 32, 40]
+    for largest in (1, 5, 64, 100, 256):
+        buckets = decode_buckets(largest)
+        assert buckets == sorted(set(buckets))
+        assert buckets[-1] == largest
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("failures", [0, 1, 100])
+def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
+    replays = captures = 0
+    for seed in range(40):
+        device = FakeGraphDevice(failures)
+        engine = ToyEngine(depth, seed, device=device, max_rows=7, num_pages=24, max_batch_tokens=16)
+        verify(engine, run_random_schedule(engine, seed, num_requests=10))
+        assert int(engine.state.lengths[0]) == 0, "the padding row grew"
+        replays += device.replays
+        captures += device.captures
+        if failures == 100:
+            assert device.captures <= MAX_FAILED_CAPTURES
+            assert engine.runner.buckets == [] or device.captures < MAX_FAILED_CAPTURES
+        else:
+            assert device.captures == len(engine.runner.captured) + min(failures, device.captures)
+    assert captures > 40
+    assert (replays > 200) == (failures < 100)
+
+
+def test_a_bucket_runs_once_before_it_is_captured() -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(1, 0, device=device)
+    run_random_schedule(engine, 0, num_requests=1)
+    steps = [record for record in engine.engine.records if record.decode_rows]
+    assert device.replays == max(0, len(steps) - 1)
+    assert device.captures == min(1, max(0, len(steps) - 1))
+
+
+def test_weight_bytes_count_what_a_decode_step_reads() -> None:
+    untied = tiny_model("Llama")
+    total = sum(parameter.nbytes for parameter in untied.parameters())
+    embedding = untied.get_input_embeddings().weight.nbytes
+    assert ModelForward(untied).weight_bytes == total - embedding
+    tied = tiny_model("Llama", tie_word_embeddings=True)
+    assert ModelForward(tied).weight_bytes == sum({id(p): p.nbytes for p in tied.parameters()}.values())
+    assert isinstance(ModelForward(tied).device, torch.device)
