@@ -137,9 +137,7 @@ class Scheduler:
         features = _features(sampled)
         for sequence in sampled:
             sequence.placeholders += 1
-        for sequence in decoding:
-            sequence.last_step = self._step
-        for sequence in prefilled:
+        for sequence in (*decoding, *prefilled):
             sequence.last_step = self._step
         self._sampled[self._step] = sampled
         plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features)

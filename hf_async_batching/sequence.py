@@ -21,8 +21,8 @@ class State(enum.Enum):
 class Sequence:
     """A request, its row and pages, and how far it has come.
 
-    `planned_length` counts the tokens whose values are known plus the placeholders: tokens that a step in flight is
-    about to sample, whose values only the device knows.
+    Beside its known tokens it has placeholders: tokens that a step in flight is about to sample, whose values only the
+    device knows.
 
     Attributes:
         request: What was asked.
@@ -50,11 +50,6 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.eos = frozenset(self.request.eos_token_ids)
-
-    @property
-    def planned_length(self) -> int:
-        """Known tokens plus placeholders."""
-        return len(self.tokens) + self.placeholders
 
     @property
     def num_output(self) -> int:

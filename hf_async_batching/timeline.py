@@ -76,10 +76,6 @@ class Timeline:
         """Sampled tokens over `seconds`."""
         return sum(record.tokens for record in self.steps) / self.seconds if self.seconds else 0.0
 
-    def since(self, time: float) -> Timeline:
-        """The steps whose compute began at or after `time`."""
-        return Timeline(tuple(record for record in self.steps if record.compute[0] >= time), self.device_name)
-
     def to_chrome_trace(self) -> dict[str, Any]:
         """The steps in the Trace Event Format, which Perfetto and chrome://tracing open."""
         lanes = ("host", "h2d", "compute", "d2h")

@@ -55,13 +55,6 @@ def test_a_step_without_duration() -> None:
     assert Timeline((record(0, 5.0, 5.0),)).tokens_per_second == 0
 
 
-def test_since() -> None:
-    timeline = Timeline(STEPS, "CUDA").since(10.3)
-    assert [step.step for step in timeline.steps] == [5, 6]
-    assert timeline.device_name == "CUDA"
-    assert timeline.busy_fraction == pytest.approx(1.0)
-
-
 def trace_of(timeline: Timeline) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads(json.dumps(timeline.to_chrome_trace(), allow_nan=False))
     return parsed

@@ -69,7 +69,8 @@ def _tiles(context: AttentionContext, page_size: int) -> list[_Tile]:
     tiles = context.host_lists.get("tiles")
     if not isinstance(tiles, list):
         if context.decode:
-            runs = [(row, i, 1, position) for i, (row, position) in enumerate(_pairs(context.rows, context.positions))]
+            rows, positions = context.rows.tolist(), context.positions.tolist()
+            runs = list(zip(rows, range(len(rows)), [1] * len(rows), positions, strict=True))
         else:
             assert context.tile_rows is not None and context.tile_queries is not None
             assert context.tile_lengths is not None and context.tile_positions is not None
@@ -89,10 +90,6 @@ def _tiles(context: AttentionContext, page_size: int) -> list[_Tile]:
         ]
         context.host_lists["tiles"] = tiles
     return tiles
-
-
-def _pairs(rows: torch.Tensor, positions: torch.Tensor) -> list[tuple[int, int]]:
-    return list(zip(rows.tolist(), positions.tolist(), strict=True))
 
 
 def _gather(cache: torch.Tensor, pages: list[int], begin: int, end: int) -> torch.Tensor:
