@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
+import weakref
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attach_check import attach_check
-from hf_async_batching.attention.backend import make_backend
+from hf_async_batching.attach_check import attach_check, compile_checked
+from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.config import BatchingConfig, ResolvedConfig
 from hf_async_batching.device_state import DeviceState
@@ -26,7 +28,7 @@ from hf_async_batching.staging import Sections
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Assembly:
     """An engine and what its manager wants to know of it."""
 
@@ -35,6 +37,7 @@ class Assembly:
     forward: ModelForward
     runner: Runner
     cache: PagedCache
+    backend: AttentionBackend
 
 
 @torch.inference_mode()
@@ -49,11 +52,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
         ValueError: The KV cache does not fit in memory.
     """
-    forward = ModelForward(model)
+    forward, backend = _checked_forward(model, config)
     device = make_device(forward.device)
-    backend = make_backend(config.attention_backend, forward.device)
-    if config.attach_check:
-        attach_check(model, forward, backend)
     context = context_length(model)
     bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)
     if bounded and context is not None and (config.max_sequence_length or 0) > context:
@@ -91,4 +91,55 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    return Assembly(engine, resolved, forward, runner, cache)
+    return Assembly(engine, resolved, forward, runner, cache, backend)
+
+
+def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
+    """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
+    forward = ModelForward(model)
+    backend = make_backend(config.attention_backend, forward.device)
+    if config.fuses_weights(forward.device):
+        fused = ModelForward(model, fused=True)
+        try:
+            attach_check(model, fused, backend)
+        except Exception as error:
+            logger.warning("%s runs without fused weights: %s", forward.name, error)
+        else:
+            return fused, backend
+    if config.attach_check:
+        attach_check(model, forward, backend)
+    return forward, backend
+
+
+def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool:
+    """Compile a second forward for an engine that serves already, and hand it over.
+
+    Needs nothing of the engine until it is done, and does not keep it alive.
+
+    Args:
+        model: The model of the engine.
+        assembly: The engine, if it still runs.
+
+    Returns:
+        Whether the engine got a compiled forward.
+    """
+    running = assembly()
+    if running is None:
+        return False
+    fused, backend = running.forward.packed_groups is not None, running.backend
+    del running
+    began = time.perf_counter()
+    try:
+        forward = ModelForward(model, fused=fused)
+        compile_checked(forward, backend)
+    except Exception as error:  # compilers fail in many ways, and the engine serves without
+        logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
+        logger.debug("compiling failed", exc_info=True)
+        return False
+    running = assembly()
+    if running is None:
+        return False
+    forward.bind(running.cache, backend)
+    running.runner.offer(forward)
+    logger.info("compiled %s in %.1f s", forward.name, time.perf_counter() - began)
+    return True

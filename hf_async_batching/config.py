@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
+CUDA_RESERVE = 3 * GIB // 2
+"""Left free on a small card for activations, logits and captured graphs, in bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
@@ -32,12 +35,17 @@ class BatchingConfig:
         num_pages: KV pages. Default: as many as `memory_fraction` allows, but no more than `max_rows` requests of
             `max_sequence_length` tokens can fill.
         memory_fraction: Share of the memory that is free when the engine starts which the KV cache may take. Default:
-            0.85 on CUDA, 0.25 on the CPU.
+            0.92 on CUDA, where at least 1.5 GiB are left for the steps themselves; 0.25 on the CPU.
         max_waiting: Requests that may wait for a row; one more raises `QueueFullError`.
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
         attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.
         cuda_graphs: Capture decode steps as CUDA graphs.
+        compile: Compile the model's layers with torch.compile. Serving starts uncompiled; a thread compiles beside it,
+            and the engine changes over when that is done and its logits agree. Default: on CUDA.
+        fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights are moved into
+            one tensor, of which the model's own parameters become views; values, `state_dict` and in-place updates
+            stay as they are. Also serves few rows by our own kernel. Default: on CUDA.
         attach_check: Compare two short prompts with the plain forward before the first request is served.
         timeline_steps: Steps whose event times are kept for `timeline()` and `stats()`.
         debug: Check the scheduler's bookkeeping after every step.
@@ -57,6 +65,8 @@ class BatchingConfig:
     idle_timeout: float | None = 60.0
     attention_backend: BackendName = "auto"
     cuda_graphs: bool = True
+    compile: bool | None = None
+    fuse_weights: bool | None = None
     attach_check: bool = True
     timeline_steps: int = 512
     debug: bool = False
@@ -83,6 +93,10 @@ class BatchingConfig:
                 f"`max_batch_tokens` ({self.max_batch_tokens}) must be at least `max_rows` ({self.max_rows}): "
                 "every decoding row takes one token of the budget"
             )
+
+    def fuses_weights(self, device: torch.device) -> bool:
+        """`fuse_weights` with its default filled in."""
+        return device.type == "cuda" if self.fuse_weights is None else self.fuse_weights
 
     def resolve(
         self, layers: list[LayerShape], context_length: int | None, device: torch.device, free_bytes: int
@@ -119,10 +133,13 @@ class BatchingConfig:
         longest = int(
             choose("max_sequence_length", context_length or 4096, "context length" if context_length else "unknown")
         )
-        fraction = float(choose("memory_fraction", 0.85 if cuda else 0.25, f"default on {kind}"))
+        fraction = float(choose("memory_fraction", 0.92 if cuda else 0.25, f"default on {kind}"))
         page_bytes = page_size * sum(layer.bytes_per_token for layer in layers)
         pages_per_row = -(-longest // page_size)
-        affordable = int(free_bytes * fraction) // page_bytes - 1
+        usable = int(free_bytes * fraction)
+        if cuda and self.memory_fraction is None:
+            usable = min(usable, free_bytes - CUDA_RESERVE)
+        affordable = usable // page_bytes - 1
         useful = pages_per_row * max_rows
         num_pages = int(
             choose(
@@ -149,6 +166,8 @@ class BatchingConfig:
             max_sequence_length=longest,
             num_pages=num_pages,
             memory_fraction=fraction,
+            compile=cuda if self.compile is None else self.compile,
+            fuse_weights=self.fuses_weights(device),
         )
         return ResolvedConfig(
             depth, page_size, max_rows, budget, min(longest, num_pages * page_size), num_pages, pages_per_row, chosen

@@ -28,6 +28,8 @@ from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope
+from hf_async_batching.plan import Features
+from hf_async_batching.preparation import Preparation
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
 from hf_async_batching.stats import Stats, read_stats
@@ -103,6 +105,7 @@ class GenerationManager:
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
         self._weights: _Weights | None = None
+        self._preparation: Preparation | None = None
         self._closed = False
         _open_managers.add(self)
 
@@ -210,7 +213,9 @@ class GenerationManager:
         return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
 
     def warmup(self) -> None:
-        """Start the engine, and run and capture its common decode steps, before the first request.
+        """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
+
+        Steps are captured for greedy decoding and, where the model's own generation config samples, for that.
 
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
@@ -221,14 +226,16 @@ class GenerationManager:
         if assembly is None:
             return
         config = assembly.config
-        # Short enough that all rows are prefilled in one step; then one step runs a bucket, the next captures it.
-        length = max(1, min(8, config.max_sequence_length - 3, config.max_batch_tokens // config.max_rows))
+        if self._preparation is not None:
+            self._preparation.done.wait()
+        # A compiled forward is adopted by the step of a request, which also readies what no graph holds.
         vocab = assembly.forward.vocab_size
+        length = max(1, min(8, config.max_sequence_length - 3, config.max_batch_tokens))
         prompt = tuple((7 * i + 3) % vocab for i in range(length))
-        for rows in assembly.runner.buckets or [1]:
-            count = min(rows, self.config.max_waiting)
-            for handle in self.submit_requests([Request(new_request_id(), prompt, 3) for _ in range(count)]):
-                handle.result()
+        self.submit_requests([Request(new_request_id(), prompt, min(2, config.max_sequence_length - length))])[
+            0
+        ].result()
+        worker.warm(self._usual_features())
 
     # -- looking --------------------------------------------------------------------------------------------------
 
@@ -281,6 +288,17 @@ class GenerationManager:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _usual_features(self) -> list[Features]:
+        features = [Features()]
+        model: Any = self._require_model()
+        config, _ = model._prepare_generation_config(None)
+        if config.do_sample:
+            sampling = build_request(
+                [0], config, max_new_tokens=1, min_new_tokens=0, seed=0, logprobs=False, request_id=None
+            ).sampling
+            features.append(Features(sampling=True, candidates=sampling.candidates))
+        return features
+
     def _require_model(self) -> PreTrainedModel:
         model = self._get_model()
         if self._closed or model is None:
@@ -304,7 +322,9 @@ class GenerationManager:
                 self._worker = None
             if self._worker is None:
                 assembly = assemble(model, self.config)
-                self._weights = weights
+                # Taken again: the parameters may have become views of packed weights.
+                self._weights = _Weights.of(model)
+                self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
                     assembly,

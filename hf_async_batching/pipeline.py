@@ -22,7 +22,7 @@ import torch
 
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import Device, Guard, Stream
-from hf_async_batching.plan import Launch, Plan, Result
+from hf_async_batching.plan import Features, Launch, Plan, Result
 from hf_async_batching.runner import Runner
 from hf_async_batching.staging import Sections, encode
 
@@ -107,9 +107,17 @@ class Pipeline:
         # A step that samples nothing sends nothing back; it is over when its compute is.
         done = launch.events.get("d2h_done", launch.events["compute_done"])
         self._device.synchronize(done, Guard.RESULT_READY)
+        self._runner.completed(plan.step)
         tokens = self._result[ring][: plan.num_sampled].tolist()
         logprobs = self._result_logprobs[ring][: plan.num_sampled].tolist() if plan.features.logprobs else None
         return Result(plan.step, tokens, logprobs)
+
+    def warm(self, features: Features) -> None:
+        """Run and capture every decode bucket between two steps, on the padding row."""
+        while self._caller_work:
+            self._device.wait(Stream.COMPUTE, self._caller_work.popleft(), Guard.CALLER_WORK)
+        self._device.launch(Stream.COMPUTE, lambda: self._runner.warm(features))
+        self._resident_rows = None
 
     def close(self) -> None:
         """Wait for everything that is enqueued."""

@@ -56,12 +56,33 @@ class Runner:
         self._seen: set[tuple[int, Features]] = set()
         self._failed_captures = 0
         self.captured: dict[tuple[int, Features], Graph] = {}
+        self._offered: Forward | None = None
+        # Graphs that were replaced, and the last step that may have replayed them.
+        self._replaced: list[tuple[int, list[Graph]]] = []
 
     def bucket_for(self, num_rows: int) -> int:
         """Entries that a decode step of `num_rows` rows is padded to."""
         if not self.buckets:
             return num_rows
         return self.buckets[bisect.bisect_left(self.buckets, num_rows)]
+
+    def offer(self, forward: Forward) -> None:
+        """Use another forward from the next step on, and capture anew. From any thread."""
+        self._offered = forward
+
+    def completed(self, step: int) -> None:
+        """Let go of what no step after `step` can touch."""
+        if self._replaced:
+            self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
+
+    @torch.inference_mode()
+    def warm(self, features: Features) -> None:
+        """Run and capture every bucket on the padding row; `decode_rows` is empty afterwards."""
+        self._state.decode_rows.zero_()
+        # The largest first: the smaller ones then fit into the memory that it has taken.
+        for bucket in reversed(self.buckets):
+            self._decode(bucket, features)
+            self._decode(bucket, features)
 
     @torch.inference_mode()
     def run(self, plan: Plan, staged: torch.Tensor, sections: Sections) -> None:
@@ -72,6 +93,11 @@ class Runner:
             staged: Its inputs, on the device.
             sections: Where they lie in `staged`.
         """
+        if self._offered is not None:
+            self._replaced.append((plan.step, list(self.captured.values())))
+            self._forward, self._offered = self._offered, None
+            self.captured = {}
+            self._seen.clear()
         self._state.apply_updates(staged, sections)
         if plan.chunks:
             self._step(self._state.mixed_inputs(staged, sections), plan.features)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 
 from hf_async_batching.assembly import Assembly
+from hf_async_batching.engine import Engine
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.memory import return_memory
+from hf_async_batching.plan import Features
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Emission
 
@@ -48,6 +50,7 @@ class Worker:
         self._on_stop = on_stop
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[GenerationHandle] = deque()
+        self._warmings: deque[_Warming] = deque()
         self._handles: dict[str, GenerationHandle] = {}
         self._live: set[str] = set()
         self._changed = threading.Condition()
@@ -98,6 +101,19 @@ class Worker:
         with self._changed:
             self._cancels.append(handle)
             self._changed.notify()
+
+    def warm(self, features: list[Features]) -> None:
+        """Run and capture every decode bucket for each of `features`, between two steps; returns when that is done."""
+        warming = _Warming(features)
+        with self._changed:
+            if not self._accepting:
+                return
+            self._warmings.append(warming)
+            self._changed.notify()
+        while not warming.done.wait(0.1) and not self.memory_free.is_set():
+            pass
+        if warming.error is not None:
+            raise warming.error
 
     def drain(self) -> None:
         """Take no more requests, and stop once the live ones have ended."""
@@ -163,9 +179,9 @@ class Worker:
         engine = self._assembly.engine
         while True:
             with self._changed:
-                while not (self._inbox or self._cancels or self._stopping or engine.has_work):
+                while not (self._inbox or self._cancels or self._warmings or self._stopping or engine.has_work):
                     woken = self._accepting and self._changed.wait(self._idle_timeout)
-                    if not woken and not (self._inbox or self._cancels):
+                    if not woken and not (self._inbox or self._cancels or self._warmings):
                         self._accepting = False
                         return
                 if self._stopping:
@@ -173,6 +189,8 @@ class Worker:
                 arrived, cancelled = list(self._inbox), list(self._cancels)
                 self._inbox.clear()
                 self._cancels.clear()
+            while self._warmings:
+                self._warmings.popleft().run(engine)
             self._handles.update((request.request_id, handle) for request, handle in arrived)
             for request, handle in arrived:
                 try:
@@ -186,6 +204,8 @@ class Worker:
                     emission = engine.cancel(handle.request_id)
                     if emission is not None:
                         self._deliver([emission])
+            if not engine.has_work:
+                continue
             emissions = engine.step()
             for request_id in engine.started:
                 if request_id in self._handles:
@@ -216,6 +236,22 @@ class Worker:
                 failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {cause!r}")
                 failure.__cause__ = cause
                 handle._fail(failure)
+
+
+class _Warming:
+    def __init__(self, features: list[Features]) -> None:
+        self._features = features
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+    def run(self, engine: Engine) -> None:
+        try:
+            for features in self._features:
+                engine.pipeline.warm(features)
+        except Exception as error:
+            self.error = error
+        finally:
+            self.done.set()
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -1,0 +1,119 @@
+"""The linear layers of a view: few rows go to our kernel, parallel projections share one product.
+
+A view's `nn.Linear` modules become `EngineLinear`s in place: they keep their parameters, and everything else that
+model code may ask them for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+MAX_STRIPS = 8192
+"""Length of the kernel's counters: strips of outputs that one product may have."""
+
+_library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor counters) -> Tensor")
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda:
+        from hf_async_batching.linear.skinny import serves, skinny_linear
+
+        if serves(x, weight):
+            return skinny_linear(x, weight, bias, counters)
+    return nn.functional.linear(x, weight, bias)
+
+
+def _linear_shape(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,  # noqa: ARG001
+    counters: torch.Tensor,  # noqa: ARG001
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# One operator for every row count: compiled code that calls it stays right, and fast, for all of them.
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::linear", _linear_shape, lib=_library)
+
+
+@dataclass(slots=True, eq=False)
+class Bundle:
+    """Projections of one input whose weights lie one after the other: one product serves all.
+
+    Attributes:
+        weight: [sum of outputs, inputs].
+        bias: [sum of outputs], or None.
+        source: The input whose product `output` is; None between two uses.
+        output: [..., sum of outputs].
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    source: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+
+class EngineLinear(nn.Linear):
+    """A linear layer of a view.
+
+    Attributes:
+        counters: Scratch of the kernel.
+        bundle: The projections that it shares a product with; None where it stands alone.
+        begin: Its first output in the bundle's.
+        end: One beyond its last.
+        closes: Whether it is the last of the bundle to be called.
+    """
+
+    counters: torch.Tensor
+    bundle: Bundle | None
+    begin: int
+    end: int
+    closes: bool
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear`: [..., in_features] to [..., out_features], here perhaps a view of the bundle's product."""
+        bundle = self.bundle
+        if bundle is None:
+            return _product(input, self.weight, self.bias, self.counters)
+        if bundle.source is not input:
+            bundle.output = _product(input, bundle.weight, bundle.bias, self.counters)
+            bundle.source = input
+        output = bundle.output
+        assert output is not None
+        if self.closes:
+            bundle.source = bundle.output = None
+        return output[..., self.begin : self.end]
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        result: torch.Tensor = torch.ops.hf_async_batching.linear(x, weight, bias, counters)
+        return result
+    return _linear(x, weight, bias, counters)
+
+
+def convert(module: nn.Linear, counters: torch.Tensor) -> None:
+    """Make a linear layer of a view an `EngineLinear` that stands alone."""
+    module.__class__ = EngineLinear
+    linear = cast(EngineLinear, module)
+    linear.counters = counters
+    linear.bundle = None
+    linear.begin, linear.end, linear.closes = 0, linear.out_features, True
+
+
+def bundle_together(modules: list[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Let `EngineLinear`s, in the order in which they are called, share one product."""
+    bundle = Bundle(weight, bias)
+    begin = 0
+    for module in modules:
+        assert isinstance(module, EngineLinear)
+        module.bundle = bundle
+        module.begin, module.end = begin, begin + module.out_features
+        module.closes = module is modules[-1]
+        begin = module.end
