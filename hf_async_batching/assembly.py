@@ -96,16 +96,16 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
 
 def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
     """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
-    forward = ModelForward(model)
-    backend = make_backend(config.attention_backend, forward.device)
-    if config.fuses_weights(forward.device):
-        fused = ModelForward(model, fused=True)
+    device = next(model.parameters()).device
+    backend = make_backend(config.attention_backend, device)
+    if config.fuses_weights(device):
         try:
-            attach_check(model, fused, backend)
+            forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
+            attach_check(model, forward, backend)
+            return forward, backend
         except Exception as error:
-            logger.warning("%s runs without fused weights: %s", forward.name, error)
-        else:
-            return fused, backend
+            logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
+    forward = ModelForward(model)
     if config.attach_check:
         attach_check(model, forward, backend)
     return forward, backend

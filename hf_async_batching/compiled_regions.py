@@ -146,11 +146,4 @@ def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
 def inductor_options() -> dict[str, Any]:
     """Settings of Inductor for small kernels in a captured graph."""
     # Measuring variants would synchronize the device, which a capture in the engine's thread does not survive.
-    options: dict[str, Any] = {"triton.autotune_pointwise": False}
-    if hasattr(torch._inductor.config.triton, "enable_pdl") and _launches_early():
-        options["triton.enable_pdl"] = True
-    return options
-
-
-def _launches_early() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return {"triton.autotune_pointwise": False}

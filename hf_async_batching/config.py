@@ -94,6 +94,10 @@ class BatchingConfig:
                 "every decoding row takes one token of the budget"
             )
 
+    def compiles(self, device: torch.device) -> bool:
+        """`compile` with its default filled in."""
+        return device.type == "cuda" if self.compile is None else self.compile
+
     def fuses_weights(self, device: torch.device) -> bool:
         """`fuse_weights` with its default filled in."""
         return device.type == "cuda" if self.fuse_weights is None else self.fuse_weights
@@ -166,7 +170,7 @@ class BatchingConfig:
             max_sequence_length=longest,
             num_pages=num_pages,
             memory_fraction=fraction,
-            compile=cuda if self.compile is None else self.compile,
+            compile=self.compiles(device),
             fuse_weights=self.fuses_weights(device),
         )
         return ResolvedConfig(

@@ -18,7 +18,7 @@ from hf_async_batching.attention.interface import PagedCall, attach_tags
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
@@ -28,8 +28,8 @@ class ModelForward:
 
     Args:
         model: The user's model; a shared-weight view of it is made.
-        fused: Whether projections of one input share a product (their weights are packed, see `linear.packing`), and
-            few rows go to our own kernel.
+        fused: Whether projections of one input share a product; their weights are packed, see `linear.packing`.
+        skinny: Whether uncompiled code, too, sends few rows to our own kernel; only with `fused`.
 
     Attributes:
         name: Class of the model, for messages.
@@ -42,7 +42,7 @@ class ModelForward:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
     """
 
-    def __init__(self, model: PreTrainedModel, *, fused: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
         self.name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise UnsupportedModelError(
@@ -61,7 +61,7 @@ class ModelForward:
         self._passes_context = findings.passes_context
         self._layer_at: dict[int, int] = {}
         self._compiled = False
-        self.packed_groups: int | None = self._fuse(seen) if fused else None
+        self.packed_groups: int | None = self._fuse(seen, skinny) if fused else None
         set_attention(self.view, interface.NAME)
         self._cache: PagedCache | None = None
         self._backend: AttentionBackend | None = None
@@ -76,12 +76,12 @@ class ModelForward:
         with torch.inference_mode(), watch_linears(self.view) as seen:
             return attention_probe.probe(self.name, forward), seen
 
-    def _fuse(self, seen: LinearCalls) -> int:
+    def _fuse(self, seen: LinearCalls, skinny: bool) -> int:
         groups = parallel_projections(self.view, seen)
         counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
         for module in self.view.modules():
             if type(module) is torch.nn.Linear:
-                convert(module, counters)
+                convert(module, counters, skinny=skinny)
         return pack(groups)
 
     def compile(self, run_example: Callable[[], Any], backend: str = "inductor") -> None:
@@ -98,6 +98,7 @@ class ModelForward:
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
         compile_regions(self.view, set(self._paged_layers), run_example, backend)
+        ready_products(self.view, (16, 32, 64))
 
     def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:
         """Set the pages and kernels that steps use from now on."""

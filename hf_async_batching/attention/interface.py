@@ -149,7 +149,8 @@ def paged_attention_forward(
     Raises:
         UnsupportedModelError: The family asks for something that the kernels do not do.
     """
-    if torch.compiler.is_compiling():
+    # Not `is_compiling()`: that is true in every thread while one of them compiles.
+    if torch.compiler.is_dynamo_compiling():
         return _traced(module, query, key, value, scaling, softcap), None
     call = paged if paged is not None else _active.call
     if call is None:

@@ -68,6 +68,8 @@ class EngineLinear(nn.Linear):
         begin: Its first output in the bundle's.
         end: One beyond its last.
         closes: Whether it is the last of the bundle to be called.
+        skinny: Whether few rows go to our kernel in uncompiled code, too. Not where serving starts uncompiled: the
+            first request would wait for the kernel's own compilation.
     """
 
     counters: torch.Tensor
@@ -75,14 +77,15 @@ class EngineLinear(nn.Linear):
     begin: int
     end: int
     closes: bool
+    skinny: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`: [..., in_features] to [..., out_features], here perhaps a view of the bundle's product."""
         bundle = self.bundle
         if bundle is None:
-            return _product(input, self.weight, self.bias, self.counters)
+            return self._product(input, self.weight, self.bias)
         if bundle.source is not input:
-            bundle.output = _product(input, bundle.weight, bundle.bias, self.counters)
+            bundle.output = self._product(input, bundle.weight, bundle.bias)
             bundle.source = input
         output = bundle.output
         assert output is not None
@@ -90,20 +93,22 @@ class EngineLinear(nn.Linear):
             bundle.source = bundle.output = None
         return output[..., self.begin : self.end]
 
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            result: torch.Tensor = torch.ops.hf_async_batching.linear(x, weight, bias, self.counters)
+            return result
+        if self.skinny:
+            return _linear(x, weight, bias, self.counters)
+        return nn.functional.linear(x, weight, bias)
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():
-        result: torch.Tensor = torch.ops.hf_async_batching.linear(x, weight, bias, counters)
-        return result
-    return _linear(x, weight, bias, counters)
 
-
-def convert(module: nn.Linear, counters: torch.Tensor) -> None:
+def convert(module: nn.Linear, counters: torch.Tensor, *, skinny: bool) -> None:
     """Make a linear layer of a view an `EngineLinear` that stands alone."""
     module.__class__ = EngineLinear
     linear = cast(EngineLinear, module)
     linear.counters = counters
     linear.bundle = None
+    linear.skinny = skinny
     linear.begin, linear.end, linear.closes = 0, linear.out_features, True
 
 
@@ -117,3 +122,17 @@ def bundle_together(modules: list[nn.Linear], weight: torch.Tensor, bias: torch.
         module.begin, module.end = begin, begin + module.out_features
         module.closes = module is modules[-1]
         begin = module.end
+
+
+@torch.inference_mode()
+def ready_products(view: nn.Module, rows: tuple[int, ...]) -> None:
+    """Run every shape of product in a view once for each row count, which compiles the kernels behind it."""
+    seen = set()
+    for module in view.modules():
+        if isinstance(module, EngineLinear):
+            weight = module.weight if module.bundle is None else module.bundle.weight
+            bias = module.bias if module.bundle is None else module.bundle.bias
+            if (tuple(weight.shape), bias is None) not in seen:
+                seen.add((tuple(weight.shape), bias is None))
+                for count in rows:
+                    _linear(weight.new_zeros(count, weight.shape[1]), weight, bias, module.counters)

@@ -6,7 +6,7 @@ Importing it imports triton: import it on demand.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
@@ -51,7 +51,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def default_setting(rows: int, n: int, k: int, capability: tuple[int, int], memory: int) -> SkinnySetting:
+def default_setting(rows: int, n: int, k: int, memory: int) -> SkinnySetting:
     """The setting by rule.
 
     Narrow strips for small weights, so that every multiprocessor gets one; wide strips for large ones, which read the
@@ -61,10 +61,8 @@ def default_setting(rows: int, n: int, k: int, capability: tuple[int, int], memo
         rows: Rows of activations.
         n: Outputs.
         k: Inner dimension.
-        capability: Compute capability of the card.
         memory: Shared memory that a block may take, in bytes.
     """
-    del capability
     setting = SkinnySetting(128, 128, 1, 4, 4) if n >= 16384 else SkinnySetting(64, 128, 1, 4, 5)
     strips = -(-n // setting.block_n)
     while strips * setting.splits < 96 and k // setting.block_k >= 8 * setting.splits and setting.splits < 4:
@@ -121,8 +119,8 @@ def skinny_linear(
     flat = x.reshape(-1, k)
     rows = flat.shape[0]
     if setting is None:
-        capability, memory = device_limits(x.device)
-        setting = default_setting(rows, n, k, capability, memory)
+        memory = shared_memory_limit(x.device)
+        setting = default_setting(rows, n, k, memory)
     output = x.new_empty((*x.shape[:-1], n))
     partial = x.new_empty((setting.splits, rows, n), dtype=torch.float32) if setting.splits > 1 else output
     blocks = -(-k // setting.block_k)
@@ -140,13 +138,12 @@ def skinny_linear(
 
 
 @functools.cache
-def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability, and bytes of shared memory that one block may take."""
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may take on a card; on a CPU, what the smallest card served has."""
     if device.type != "cuda":
-        return (8, 0), 99 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    memory: int = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return (properties.major, properties.minor), memory
+        return 99 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @functools.cache
