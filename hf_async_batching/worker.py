@@ -48,6 +48,7 @@ class Worker:
         self._on_stop = on_stop
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[GenerationHandle] = deque()
+        self._weights_changed = False
         self._handles: dict[str, GenerationHandle] = {}
         self._live: set[str] = set()
         self._changed = threading.Condition()
@@ -97,6 +98,15 @@ class Worker:
         """End a request; nothing happens where it has ended already."""
         with self._changed:
             self._cancels.append(handle)
+            self._changed.notify()
+
+    def weights_updated(self) -> None:
+        """Requests that are put from now on find nothing that was computed before."""
+        with self._changed:
+            if self._assembly is not None:
+                # Whoever's requests come next, they are computed after what this thread has enqueued.
+                self._assembly.engine.pipeline.order_after_caller()
+            self._weights_changed = True
             self._changed.notify()
 
     def drain(self) -> None:
@@ -163,9 +173,9 @@ class Worker:
         engine = self._assembly.engine
         while True:
             with self._changed:
-                while not (self._inbox or self._cancels or self._stopping or engine.has_work):
+                while not (self._inbox or self._cancels or self._weights_changed or self._stopping or engine.has_work):
                     woken = self._accepting and self._changed.wait(self._idle_timeout)
-                    if not woken and not (self._inbox or self._cancels):
+                    if not woken and not (self._inbox or self._cancels or self._weights_changed):
                         self._accepting = False
                         return
                 if self._stopping:
@@ -173,6 +183,9 @@ class Worker:
                 arrived, cancelled = list(self._inbox), list(self._cancels)
                 self._inbox.clear()
                 self._cancels.clear()
+                weights_changed, self._weights_changed = self._weights_changed, False
+            if weights_changed:
+                engine.weights_updated()  # before the requests that came after it are added
             self._handles.update((request.request_id, handle) for request, handle in arrived)
             for request, handle in arrived:
                 try:
@@ -187,9 +200,9 @@ class Worker:
                     if emission is not None:
                         self._deliver([emission])
             emissions = engine.step()
-            for request_id in engine.started:
-                if request_id in self._handles:
-                    self._handles[request_id]._start()
+            for new_row in engine.started:
+                if new_row.request.request_id in self._handles:
+                    self._handles[new_row.request.request_id]._start(new_row.start)
             self._deliver(emissions)
 
     def _deliver(self, emissions: list[Emission]) -> None:
