@@ -261,6 +261,9 @@ class Scheduler:
             needed = self.pages.pages_for(len(sequence.tokens) + 1) - self.pages.num_held(shared)
             if needed > self.pages.available:
                 break
+            # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
+            if len(new_pages) + self.pages.pages_for(len(sequence.tokens)) > self.pages.size:
+                break
             self._waiting.popleft()
             self._start(sequence, shared)
             new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed))
