@@ -2,8 +2,8 @@
 
 The toy model writes every token into pages and predicts the next one from a hash over the row's pages, its length and
 a 'weight', which is also part of what it writes. A stale table, a page with somebody else's tokens or of an older
-weight, or an input that arrived too early changes the hash. Of the tokens that a step computes, a row reads its own only: what
-other rows of the step write stands there for later steps, as in a model whose rows run in any order.
+weight, or an input that arrived too early changes the hash. Of the tokens that a step computes, a row reads its own
+only: what other rows of the step write stands there for later steps, as in a model whose rows run in any order.
 """
 
 from __future__ import annotations
