@@ -81,6 +81,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         page_size=resolved.page_size,
         max_rows=resolved.max_rows,
         max_batch_tokens=resolved.max_batch_tokens,
+        prefix_cache=config.prefix_cache,
     )
     engine = Engine(
         scheduler,

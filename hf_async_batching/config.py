@@ -36,6 +36,9 @@ class BatchingConfig:
             `max_sequence_length` tokens can fill.
         memory_fraction: Share of the memory that is free when the engine starts which the KV cache may take. Default:
             0.92 on CUDA, where at least 1.5 GiB are left for the steps themselves; 0.25 on the CPU.
+        prefix_cache: Keep full pages of finished and live requests, and let a prompt that begins with the same tokens
+            start after them. Outputs do not depend on it. Weights that change in place in a way that torch does not
+            count need `GenerationManager.weights_updated()`.
         max_waiting: Requests that may wait for a row; one more raises `QueueFullError`.
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
@@ -61,6 +64,7 @@ class BatchingConfig:
     max_sequence_length: int | None = None
     num_pages: int | None = None
     memory_fraction: float | None = None
+    prefix_cache: bool = True
     max_waiting: int = 4096
     idle_timeout: float | None = 60.0
     attention_backend: BackendName = "auto"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.staging import PARAMS, Sections
+from hf_async_batching.staging import PARAMS, START, Sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ class DeviceState:
             records = staged[:size].view(sections.new_rows, 1 + PARAMS)
             rows = records[:, 0]
             self.params[rows] = records[:, 1:]
-            # Not `= 0`: torch would copy that scalar from pageable host memory, and wait for the copy.
-            self.lengths[rows] = torch.zeros_like(rows)
+            # From the record, also where it is 0: torch would copy a Python scalar from pageable host memory, and wait
+            # for the copy.
+            self.lengths[rows] = records[:, 1 + START]
         if sections.new_pages:
             row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
             self.page_table[row, index] = page

@@ -22,12 +22,14 @@ class RequestMetrics:
         time_to_first_token: From `submit` to the first token, in seconds; None without tokens.
         tokens_per_second: New tokens over the time since the first one; None with fewer than two.
         total_seconds: From `submit` to the end.
+        cached_prompt_tokens: Leading prompt tokens that were found in the prefix cache, and not computed.
     """
 
     queue_seconds: float | None
     time_to_first_token: float | None
     tokens_per_second: float | None
     total_seconds: float
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class GenerationHandle:
         self._async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._submitted = time.perf_counter()
         self._started: float | None = None
+        self._cached = 0
         self._first: float | None = None
         self._last: float | None = None
 
@@ -163,8 +166,9 @@ class GenerationHandle:
 
     # -- for the engine's thread ----------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self, cached: int) -> None:
         if self._started is None:
+            self._cached = cached
             self._started = time.perf_counter()
 
     def _push(self, token: int, logprob: float | None) -> None:
@@ -208,4 +212,5 @@ class GenerationHandle:
             time_to_first_token=None if self._first is None else self._first - self._submitted,
             tokens_per_second=rate,
             total_seconds=self._ended - self._submitted,
+            cached_prompt_tokens=self._cached,
         )

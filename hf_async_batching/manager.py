@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -45,18 +45,25 @@ _open_managers: weakref.WeakSet[GenerationManager] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags."""
+    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags.
+
+    `changes` tells whether the same tensors hold other values: how often torch has seen them changed in place, by an
+    optimizer or `load_state_dict`. It is blind to writes through `.data` and to tensors made in inference mode.
+    """
 
     tensors: dict[int, tuple[int, torch.dtype]]
     adapters: tuple[Any, ...]
+    changes: int = field(compare=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Weights:
         # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
         buffers = () if batch_dependent_rope(model) else model.buffers()
+        tensors = [*model.parameters(), *buffers]
         return cls(
-            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *buffers)},
+            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in tensors},
             tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "merged_adapters")),
+            _count_changes(tensors),
         )
 
     def moved_from(self, before: _Weights | None) -> bool:
@@ -237,6 +244,18 @@ class GenerationManager:
         ].result()
         worker.warm(self._usual_features())
 
+    def weights_updated(self) -> None:
+        """Say that the weights have changed in place: requests from now on find no keys and values computed before.
+
+        Live requests go on with the pages that they have. Changes that torch counts (optimizers, `load_state_dict`)
+        are noticed without this call when the next request comes; writes through `.data`, by another library's
+        kernels or in replayed graphs, and all writes to tensors made in inference mode, are not. From any thread.
+        """
+        with self._lock:
+            worker = self._worker
+        if worker is not None:
+            worker.weights_updated()
+
     # -- looking --------------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
@@ -316,6 +335,9 @@ class GenerationManager:
                     worker.stop(reason="the model's weights were moved")
                 else:
                     worker.drain()
+            elif worker is not None and self._weights is not None and weights.changes != self._weights.changes:
+                self._weights = weights
+                worker.weights_updated()
             if worker is not None and not worker.accepting:
                 # The new cache is sized by what is free once the old one is not there.
                 worker.memory_free.wait()
@@ -347,6 +369,13 @@ class GenerationManager:
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:
     return id(module), module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
+
+
+def _count_changes(tensors: list[torch.Tensor]) -> int:
+    try:
+        return sum([tensor._version for tensor in tensors])
+    except RuntimeError:  # tensors made in inference mode count nothing
+        return sum([tensor._version for tensor in tensors if not tensor.is_inference()])
 
 
 def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:

@@ -5,6 +5,7 @@ The policy is first come, first served, and every choice follows from it:
 - Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of arrival.
 - A sequence is admitted when a row is free and pages for all its known tokens are; nobody overtakes the head of the
   queue, so nobody starves.
+- A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens.
 - When pages run out, the youngest sequence gives up its pages and is computed again later (preemption by
   recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
 
@@ -45,12 +46,15 @@ class Scheduler:
         page_size: Tokens per page.
         max_rows: Sequences that can hold pages at the same time.
         max_batch_tokens: Query tokens per step; at least `max_rows`.
+        prefix_cache: Whether sequences share full pages of equal tokens.
     """
 
-    def __init__(self, *, num_pages: int, page_size: int, max_rows: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, *, num_pages: int, page_size: int, max_rows: int, max_batch_tokens: int, prefix_cache: bool = True
+    ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
-        self.pages = PageAllocator(num_pages, page_size)
+        self.pages = PageAllocator(num_pages, page_size, prefix_cache)
         self.rows = IdPool(max_rows, "row")
         self.max_batch_tokens = max_batch_tokens
         self.preemptions = 0
@@ -92,6 +96,10 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         return self._finish(sequence, None, None, "cancelled")
+
+    def weights_updated(self) -> None:
+        """Requests that start from now on find nothing that was computed before; live ones go on with their pages."""
+        self.pages.weights_updated()
 
     @property
     def num_running(self) -> int:
@@ -139,6 +147,10 @@ class Scheduler:
             sequence.placeholders += 1
         for sequence in (*decoding, *prefilled):
             sequence.last_step = self._step
+        # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
+        # it. That suffices, because steps run in the order of their plans on one stream.
+        for sequence in prefilled:
+            self._enter_pages(sequence)
         self._sampled[self._step] = sampled
         plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features)
         self._step += 1
@@ -184,6 +196,7 @@ class Scheduler:
             if sequence.state is not State.DECODING or not sequence.wants_more:
                 continue
             if sequence.computed == len(sequence.pages) * page_size:
+                self._enter_pages(sequence)
                 if not self._make_room(sequence, short):
                     short += 1
                     continue
@@ -201,7 +214,7 @@ class Scheduler:
         `short` pages are spoken for by older sequences that go without in this step.
         """
         while not self.pages.available:
-            on_their_way = sum(len(retired.pages) for retired in self._retired)
+            on_their_way = self.pages.num_coming_back(page for retired in self._retired for page in retired.pages)
             if on_their_way > short:
                 return False
             victim = self._running[-1]
@@ -241,25 +254,45 @@ class Scheduler:
             sequence = self._waiting[0]
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
+            # Where it waits on, the next look-up goes on from here.
+            sequence.prefix = self.pages.prefixes.find(sequence.prefix, sequence.tokens)
+            shared = sequence.prefix.path()
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
-            needed = self.pages.pages_for(len(sequence.tokens) + 1)
+            needed = self.pages.pages_for(len(sequence.tokens) + 1) - self.pages.num_held(shared)
             if needed > self.pages.available:
                 break
+            # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
+            if len(new_pages) + self.pages.pages_for(len(sequence.tokens)) > self.pages.size:
+                break
             self._waiting.popleft()
-            row = self.rows.take(1)
-            pages = self.pages.take(self.pages.pages_for(len(sequence.tokens)))
-            assert row is not None and pages is not None
-            sequence.row = row[0]
-            sequence.pages = pages
-            sequence.state = State.PREFILLING
-            self._running.append(sequence)
-            new_rows.append(NewRow(sequence.row, sequence.request))
-            new_pages += [NewPage(sequence.row, index, page) for index, page in enumerate(pages)]
+            self._start(sequence, shared)
+            new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed))
+            new_pages += [NewPage(sequence.row, index, page) for index, page in enumerate(sequence.pages)]
             chunk = self._next_chunk(sequence, budget)
             budget -= len(chunk.tokens)
             chunks.append(chunk)
             prefilled.append(sequence)
         return chunks, prefilled
+
+    def _start(self, sequence: Sequence, shared: list[int]) -> None:
+        row = self.rows.take(1)
+        # Held before others are taken, which may evict what nobody holds.
+        self.pages.share(shared)
+        own = self.pages.take(self.pages.pages_for(len(sequence.tokens)) - len(shared))
+        assert row is not None and own is not None
+        sequence.row = row[0]
+        sequence.pages = shared + own
+        sequence.computed = len(shared) * self.pages.page_size
+        sequence.state = State.PREFILLING
+        self._running.append(sequence)
+        if sequence.last_step < 0:  # one that was preempted has been counted
+            self.pages.prefixes.count(len(sequence.tokens), sequence.computed)
+
+    def _enter_pages(self, sequence: Sequence) -> None:
+        """Let others find the pages that are full of known tokens and written by steps planned before."""
+        assert sequence.prefix is not None
+        full = min(sequence.computed, len(sequence.tokens)) // self.pages.page_size
+        sequence.prefix = self.pages.prefixes.enter(sequence.prefix, sequence.tokens, sequence.pages, full)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.computed
@@ -281,6 +314,7 @@ class Scheduler:
     def _retire(self, sequence: Sequence) -> None:
         """Take row and pages from the sequence; they return to their pools once its last step has completed."""
         if sequence.row:
+            self._enter_pages(sequence)
             self._retired.append(_Retired(sequence.last_step, sequence.row, sequence.pages))
             sequence.row = 0
             sequence.pages = []
@@ -305,9 +339,12 @@ class Scheduler:
         held_pages = [page for sequence in self._running for page in sequence.pages]
         held_pages += [page for retired in self._retired for page in retired.pages]
         held_rows = [sequence.row for sequence in self._running] + [retired.row for retired in self._retired]
-        assert len(held_pages) == len(set(held_pages)) == self.pages.in_use, "pages in != pages out"
+        self.pages.check_invariants(held_pages)
         assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
-        assert 0 not in held_pages and 0 not in held_rows, "the padding page or row was handed out"
+        assert 0 not in held_rows, "the padding row was handed out"
+        for sequence in self._running:
+            to_write = sequence.pages[sequence.computed // self.pages.page_size :]
+            assert self.pages.are_own(to_write), "a page that is shared, or can be, will be written"
         arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
         assert arrivals == sorted(arrivals), "somebody overtook the queue"
         assert all(sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running), (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from hf_async_batching.prefix_cache import Node
 from hf_async_batching.request import Request
 
 
@@ -33,6 +34,7 @@ class Sequence:
         computed: Leading tokens whose keys and values some planned step writes.
         row: The row on the device; 0 while the sequence has none.
         pages: KV pages in order of position.
+        prefix: The last page of its chain in the prefix cache; None before the first look-up.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
     """
 
@@ -45,6 +47,7 @@ class Sequence:
     computed: int = 0
     row: int = 0
     pages: list[int] = field(default_factory=list)
+    prefix: Node | None = None
     last_step: int = -1
 
     def __post_init__(self) -> None:

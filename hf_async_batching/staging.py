@@ -2,7 +2,7 @@
 
 Layout of the array, section after section (sizes in `Sections`)::
 
-    new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters
+    new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters and where it starts
     new pages   [new_pages, 3]           row, index, page
     decode      [decode]                 row of each decoding entry, padded with row 0 up to the bucket
     tokens      [3, tokens]              token id (-1: carry-over), row, offset within the row's piece
@@ -28,7 +28,7 @@ IntArray = npt.NDArray[np.int32]
 MAX_EOS = 16
 
 # Columns of a row's record of parameters.
-TEMPERATURE, TOP_K, TOP_P, MIN_P, DO_SAMPLE, SEED_LOW, SEED_HIGH, MIN_LENGTH, FIRST_EOS = range(9)
+TEMPERATURE, TOP_K, TOP_P, MIN_P, DO_SAMPLE, SEED_LOW, SEED_HIGH, MIN_LENGTH, START, FIRST_EOS = range(10)
 PARAMS = FIRST_EOS + MAX_EOS
 
 CARRY_OVER = -1
@@ -138,6 +138,7 @@ def _record(new_row: NewRow) -> list[int]:
         int(sampling.do_sample),
         *seed,
         len(request.prompt) + request.min_new_tokens,
+        new_row.start,
         *eos,
         *[-1] * (MAX_EOS - len(eos)),
     ]

@@ -51,6 +51,7 @@ class Worker:
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[GenerationHandle] = deque()
         self._warmings: deque[_Warming] = deque()
+        self._weights_changed = False
         self._handles: dict[str, GenerationHandle] = {}
         self._live: set[str] = set()
         self._changed = threading.Condition()
@@ -114,6 +115,15 @@ class Worker:
             pass
         if warming.error is not None:
             raise warming.error
+
+    def weights_updated(self) -> None:
+        """Requests that are put from now on find nothing that was computed before."""
+        with self._changed:
+            if self._assembly is not None:
+                # Whoever's requests come next, they are computed after what this thread has enqueued.
+                self._assembly.engine.pipeline.order_after_caller()
+            self._weights_changed = True
+            self._changed.notify()
 
     def drain(self) -> None:
         """Take no more requests, and stop once the live ones have ended."""
@@ -179,9 +189,9 @@ class Worker:
         engine = self._assembly.engine
         while True:
             with self._changed:
-                while not (self._inbox or self._cancels or self._warmings or self._stopping or engine.has_work):
+                while not (self._has_orders() or self._stopping or engine.has_work):
                     woken = self._accepting and self._changed.wait(self._idle_timeout)
-                    if not woken and not (self._inbox or self._cancels or self._warmings):
+                    if not woken and not self._has_orders():
                         self._accepting = False
                         return
                 if self._stopping:
@@ -189,6 +199,9 @@ class Worker:
                 arrived, cancelled = list(self._inbox), list(self._cancels)
                 self._inbox.clear()
                 self._cancels.clear()
+                weights_changed, self._weights_changed = self._weights_changed, False
+            if weights_changed:
+                engine.weights_updated()  # before the requests that came after it are added
             while self._warmings:
                 self._warmings.popleft().run(engine)
             self._handles.update((request.request_id, handle) for request, handle in arrived)
@@ -207,10 +220,13 @@ class Worker:
             if not engine.has_work:
                 continue
             emissions = engine.step()
-            for request_id in engine.started:
-                if request_id in self._handles:
-                    self._handles[request_id]._start()
+            for new_row in engine.started:
+                if new_row.request.request_id in self._handles:
+                    self._handles[new_row.request.request_id]._start(new_row.start)
             self._deliver(emissions)
+
+    def _has_orders(self) -> bool:
+        return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)
 
     def _deliver(self, emissions: list[Emission]) -> None:
         for emission in emissions:

@@ -54,6 +54,11 @@ def test_the_budget_holds_every_row() -> None:
     assert BatchingConfig(max_rows=4, max_batch_tokens=4).max_rows == 4
 
 
+def test_pages_are_shared_by_default() -> None:
+    assert BatchingConfig().prefix_cache
+    assert not resolve(prefix_cache=False).settings.prefix_cache
+
+
 def test_settings_are_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         BatchingConfig().depth = 3  # type: ignore[misc]

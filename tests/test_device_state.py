@@ -49,11 +49,11 @@ def test_updates_touch_what_they_name(with_chunks: bool) -> None:
         0,
         (5, 1),
         (Chunk(2, (9,), True),) if with_chunks else (),
-        (NewRow(2, Request("a", (1,), 5, sampling=SamplingParams(top_k=3))), NewRow(4, Request("b", (1,), 5))),
+        (NewRow(2, Request("a", (1,), 5, sampling=SamplingParams(top_k=3))), NewRow(4, Request("b", (1,), 5), 32)),
         (NewPage(2, 0, 11), NewPage(2, 4, 12), NewPage(5, 1, 13)),
     )
     state.apply_updates(*stage(plan, bucket=4))
-    assert state.lengths.tolist() == [8, 8, 0, 8, 0, 8, 8]
+    assert state.lengths.tolist() == [8, 8, 0, 8, 32, 8, 8]
     assert state.params[2, staging.TOP_K] == 3
     assert state.params[4, staging.TOP_K] == 0
     assert (state.params[[0, 1, 3, 5, 6]] == 8).all()
@@ -132,6 +132,21 @@ def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
     ]
     assert state.sampled_rows(inputs).tolist() == [4, 3]
     assert state.next_positions(inputs).tolist() == [41, 2]
+
+
+def test_a_prompt_starts_after_the_tokens_in_its_pages() -> None:
+    state = make_state()
+    state.lengths.fill_(9)
+    pages = (NewPage(3, 0, 7), NewPage(3, 1, 8), NewPage(3, 2, 9))
+    plan = Plan(0, (), (Chunk(3, (80, 81, 82, 83), False),), (NewRow(3, Request("a", (1,), 5), 32),), pages)
+    staged, sections = stage(plan)
+    state.apply_updates(staged, sections)
+    inputs = state.mixed_inputs(staged, sections)
+    assert inputs.position_ids.tolist() == [32, 33, 34, 35]
+    assert inputs.context.tile_positions is not None
+    assert inputs.context.tile_positions.tolist() == [32, 35]
+    state.commit(inputs, torch.empty(0, dtype=torch.int32), None)
+    assert state.lengths.tolist() == [9, 9, 9, 36, 9, 9, 9]
 
 
 def test_commit_of_a_mixed_step() -> None:

@@ -307,6 +307,100 @@ def test_new_weights_tensors_are_noticed(model: Any) -> None:
         assert got == greedy_alone(changed, PROMPTS[1], 8, eos_token_id=None)
 
 
+# Two full pages and a bit.
+LONG = ragged_prompts(2, 40, seed=8)[-1]
+
+
+def optimizer_step(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+
+
+def load_others(model: Any) -> None:
+    generator = torch.Generator().manual_seed(4)
+    state = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+
+
+def rotary_buffers(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [optimizer_step, load_others, rotary_buffers])
+def test_pages_of_old_weights_are_not_found(change: Any) -> None:
+    changed = tiny_model("Llama")
+    with make(changed) as manager:
+        for cached in (0, 32):
+            old = manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+            assert old.metrics.cached_prompt_tokens == cached
+        assembly = manager.assembly
+        change(changed)
+        fresh = greedy_alone(changed, LONG, 8, eos_token_id=None)
+        assert fresh != old.token_ids
+        for cached in (0, 32):
+            new = manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+            assert (new.token_ids, new.metrics.cached_prompt_tokens) == (fresh, cached)
+        assert manager.assembly is assembly, "the engine goes on"
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_changes_that_torch_does_not_count_have_to_be_said(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        changed = tiny_model("Llama")
+    with make(changed) as manager:
+        manager.weights_updated()
+        assert manager.assembly is None, "nothing to tell, and nothing is started for it"
+        manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+        with torch.inference_mode(inference):
+            generator = torch.Generator().manual_seed(4)
+            for parameter in changed.parameters():
+                parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        fresh = greedy_alone(changed, LONG, 8, eos_token_id=None)
+        stale = manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+        assert stale.metrics.cached_prompt_tokens == 32
+        assert stale.token_ids != fresh
+        manager.weights_updated()
+        assert manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60).token_ids == fresh
+
+
+def test_live_requests_go_on_and_leave_nothing_of_old_weights_behind() -> None:
+    changed = tiny_model("Llama")
+    with make(changed) as manager:
+        live = manager.submit(LONG, max_new_tokens=400, **GREEDY)
+        wait_until(lambda: len(live.token_ids) > 20)
+        with torch.no_grad():
+            changed.model.layers[0].self_attn.v_proj.weight.mul_(-0.5)
+        manager.weights_updated()
+        wait_until(lambda: len(live.token_ids) > 60)
+        live.cancel()
+        tokens = live.result(20).token_ids
+        for prompt in (LONG, LONG + tokens[:50]):
+            got = manager.submit(prompt, max_new_tokens=8, **GREEDY).result(60).token_ids
+            assert got == greedy_alone(changed, prompt, 8, eos_token_id=None)
+
+
+def test_saying_it_frees_pages_at_once_and_orders_later_steps_after_the_change(model: Any) -> None:
+    with make(model) as manager:
+        manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+        assert manager.stats().prefix_pages == 2
+        assembly = manager.assembly
+        assert assembly is not None
+        calls: list[str] = []
+        ordered = assembly.engine.pipeline.order_after_caller
+        assembly.engine.pipeline.order_after_caller = lambda: (  # type: ignore[method-assign]
+            calls.append(threading.current_thread().name),
+            ordered(),
+        )
+        manager.weights_updated()
+        assert calls == [threading.current_thread().name]
+        wait_until(lambda: manager.stats().prefix_pages == 0)
+        assert manager.stats().prefix_query_tokens == len(LONG)
+
+
 def test_timeline_and_trace(model: Any, tmp_path: Path) -> None:
     with make(model, timeline_steps=16) as manager:
         assert manager.timeline().steps == ()
