@@ -114,6 +114,40 @@ def test_async_iteration_and_many_at_once(model: Any) -> None:
     assert got == [greedy_alone(model, prompt, 9, eos_token_id=None) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("consumer", ["thread", "event loop"])
+def test_a_stuck_consumer_holds_up_nobody(model: Any, consumer: str) -> None:
+    """Its own request ends behind its back, and another one's tokens flow from first to last."""
+    release, stuck = threading.Event(), threading.Event()
+    got: list[int] = []
+
+    def take(token: int) -> None:
+        got.append(token)
+        stuck.set()
+        assert release.wait(60)
+
+    def in_thread(handle: Any) -> None:
+        for token in handle:
+            take(token)
+
+    async def in_loop(handle: Any) -> None:
+        async for token in handle:
+            take(token)  # blocks the loop, as a handler that computes does
+
+    with make(model) as manager:
+        slow = manager.submit(PROMPTS[3], max_new_tokens=40, **GREEDY)
+        target = in_thread if consumer == "thread" else lambda handle: asyncio.run(in_loop(handle))
+        thread = threading.Thread(target=target, args=(slow,))
+        thread.start()
+        assert stuck.wait(60)
+        other = manager.submit(PROMPTS[4], max_new_tokens=60, **GREEDY)
+        assert list(other) == greedy_alone(model, PROMPTS[4], 60, eos_token_id=None)
+        assert len(slow.result(60).token_ids) == 40
+        assert len(got) == 1
+        release.set()
+        thread.join(60)
+        assert got == slow.token_ids
+
+
 def test_cancel_returns_what_there_is_and_frees_everything(model: Any) -> None:
     with make(model, depth=2) as manager:
         handle = manager.submit(PROMPTS[3], max_new_tokens=400, **GREEDY)
