@@ -29,6 +29,7 @@ from hf_async_batching import (
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
+from hf_async_batching.request import Request
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -218,6 +219,22 @@ def test_bad_input_reaches_its_caller_alone(model: Any) -> None:
     for closed_call in (lambda: manager.submit([5], max_new_tokens=1), manager.warmup):
         with pytest.raises(EngineClosedError, match="closed"):
             closed_call()
+
+
+def test_more_end_of_sequence_tokens_than_the_device_knows(model: Any) -> None:
+    """The host ends the request by any of them; a minimum length, which the device enforces, is refused."""
+    full = greedy_alone(model, PROMPTS[2], 20, eos_token_id=None)
+    stop = full[5]
+    eos = [*[token for token in range(VOCAB) if token not in full][:16], stop]
+    with make(model, depth=3) as manager:
+        result = manager.submit(PROMPTS[2], max_new_tokens=20, do_sample=False, eos_token_id=eos).result(60)
+        assert result.token_ids == full[: full.index(stop) + 1]
+        assert result.finish_reason == "eos"
+        by_hand = Request("by hand", tuple(PROMPTS[2]), 20, 3, tuple(eos))
+        with pytest.raises(UnsupportedArgumentError, match="more than 16 end-of-sequence tokens"):
+            manager.submit_request(by_hand)
+        with pytest.raises(UnsupportedArgumentError, match="more than 16 end-of-sequence tokens"):
+            manager.submit(PROMPTS[2], max_new_tokens=20, min_new_tokens=3, do_sample=False, eos_token_id=eos)
 
 
 def test_longer_than_the_whole_cache(model: Any) -> None:
