@@ -32,6 +32,7 @@ from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
+from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.timeline import Timeline
 from hf_async_batching.worker import Worker
@@ -407,6 +408,11 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
             raise ValueError(
                 f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens"
             )
+    if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
+        raise UnsupportedArgumentError(
+            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served "
+            f"(got {len(request.eos_token_ids)}); pass fewer `eos_token_id`s"
+        )
     length = len(request.prompt)
     if length + request.max_new_tokens > limit:
         settings = assembly.config.settings

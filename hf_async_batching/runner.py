@@ -137,6 +137,8 @@ class Runner:
             self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
             return
         state = self._state
-        params = state.params[state.sampled_rows(inputs)]
-        tokens, logprobs = self._sampler(logits, params, state.next_positions(inputs), features)
+        params = positions = None
+        if features.sampling or features.min_length:
+            params, positions = state.params[state.sampled_rows(inputs)], state.next_positions(inputs)
+        tokens, logprobs = self._sampler(logits, params, positions, features)
         state.commit(inputs, tokens, logprobs)

@@ -15,6 +15,7 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
 from hf_async_batching.pages import IdPool, PageAllocator
@@ -30,6 +31,10 @@ class Emission(NamedTuple):
     token: int | None
     logprob: float | None = None
     finish_reason: str | None = None
+
+
+# One per row and step: the named tuple's own constructor takes three times as long.
+_emission = partial(tuple.__new__, Emission)
 
 
 class _Retired(NamedTuple):
@@ -66,7 +71,15 @@ class Scheduler:
         self._step = 0
         self._completed = -1
         self._arrivals = 0
+        # What follows from the running sequences, kept from step to step until `_regroup` is due. The lists are
+        # replaced and never changed, so that a step in flight can hold one.
+        self._regroup_due = False
+        self._decoding: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._planned_decoding: list[Sequence] = []
         self._decode_rows: tuple[int, ...] = ()
+        self._planned_sampled: list[Sequence] = []
+        self._features = Features()
 
     # -- what callers do ------------------------------------------------------------------------------------------
 
@@ -93,6 +106,7 @@ class Scheduler:
             return None
         if sequence in self._running:
             self._running.remove(sequence)
+            self._regroup_due = True
         else:
             self._waiting.remove(sequence)
         return self._finish(sequence, None, None, "cancelled")
@@ -138,48 +152,57 @@ class Scheduler:
         if not decoding and not chunks:
             return None
 
-        rows = tuple([sequence.row for sequence in decoding])
-        if rows != self._decode_rows:
-            self._decode_rows = rows
-        sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
-        features = _features(sampled)
-        for sequence in sampled:
-            sequence.placeholders += 1
-        for sequence in (*decoding, *prefilled):
-            sequence.last_step = self._step
+        if decoding is not self._planned_decoding:
+            self._planned_decoding = decoding
+            rows = tuple([sequence.row for sequence in decoding])
+            if rows != self._decode_rows:
+                self._decode_rows = rows
+        step, sampled = self._step, decoding
+        for sequence in decoding:
+            sequence.computed += 1
+            sequence.planned += 1
+            sequence.last_step = step
+        for sequence, chunk in zip(prefilled, chunks, strict=True):
+            sequence.planned += chunk.samples
+            sequence.last_step = step
+        if any([chunk.samples for chunk in chunks]):
+            sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
+        # A minimum length wears off as tokens are planned; all else changes with the sequences only.
+        if sampled is not self._planned_sampled or self._features.min_length:
+            self._planned_sampled = sampled
+            self._features = _features(sampled)
         # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
         # it. That suffices, because steps run in the order of their plans on one stream.
         for sequence in prefilled:
             self._enter_pages(sequence)
-        self._sampled[self._step] = sampled
-        plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features)
+        self._sampled[step] = sampled
+        plan = Plan(step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), self._features)
         self._step += 1
         return plan
 
     def complete(self, result: Result) -> list[Emission]:
         """Settle the tokens of a step, end the requests that stop with them, and free what nothing can touch."""
         emissions: list[Emission] = []
-        finished = False
+        ended = False
         sampled = self._sampled.pop(result.step)
-        for i, (sequence, token) in enumerate(zip(sampled, result.tokens, strict=True)):
-            sequence.placeholders -= 1
-            if sequence.state is State.FINISHED:
+        logprobs = result.logprobs if result.logprobs is not None else [None] * len(sampled)
+        finished = State.FINISHED
+        for sequence, token, logprob in zip(sampled, result.tokens, logprobs, strict=True):
+            if sequence.state is finished:
                 continue  # a surplus token: the request ended while this step was in flight
-            sequence.tokens.append(token)
-            logprob = result.logprobs[i] if result.logprobs is not None else None
-            if token in sequence.eos:
-                reason = "eos"
-            elif sequence.num_output == sequence.request.max_new_tokens:
-                reason = "length"
-            else:
-                emissions.append(Emission(sequence.request.request_id, token, logprob))
+            tokens = sequence.tokens
+            tokens.append(token)
+            if token not in sequence.eos and len(tokens) < sequence.max_length:
+                emissions.append(_emission((sequence.request_id, token, logprob, None)))
                 continue
             if sequence.state is State.WAITING:
                 self._waiting.remove(sequence)  # preempted, and its last token was in flight
+            reason = "eos" if token in sequence.eos else "length"
             emissions.append(self._finish(sequence, token, logprob, reason))
-            finished = True
-        if finished:
-            self._running = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
+            ended = True
+        if ended:
+            self._running = [sequence for sequence in self._running if sequence.state is not finished]
+            self._regroup_due = True
         self._completed = result.step
         if self._retired:
             self._release_retired()
@@ -189,24 +212,37 @@ class Scheduler:
 
     def _plan_decodes(self, new_pages: list[NewPage]) -> tuple[list[Sequence], bool]:
         """The sequences that decode one token each, oldest first, and whether any lacks a page."""
-        decoding: list[Sequence] = []
+        if self._regroup_due:
+            self._regroup()
         short = 0
-        page_size = self.pages.page_size
-        for sequence in list(self._running):
-            if sequence.state is not State.DECODING or not sequence.wants_more:
+        for sequence in [sequence for sequence in self._decoding if sequence.computed == sequence.decide_at]:
+            if sequence.state is not State.DECODING:
+                continue  # it gave up its pages for an older one just now
+            if not sequence.wants_more:
+                self._regroup_due = True
                 continue
-            if sequence.computed == len(sequence.pages) * page_size:
-                self._enter_pages(sequence)
-                if not self._make_room(sequence, short):
-                    short += 1
-                    continue
-                page = self.pages.take(1)
-                assert page is not None
-                new_pages.append(NewPage(sequence.row, len(sequence.pages), page[0]))
-                sequence.pages += page
-            sequence.computed += 1
-            decoding.append(sequence)
+            self._enter_pages(sequence)
+            if not self._make_room(sequence, short):
+                short += 1
+                continue
+            page = self.pages.take(1)
+            assert page is not None
+            new_pages.append(NewPage(sequence.row, len(sequence.pages), page[0]))
+            sequence.pages += page
+            sequence.decide_later(self.pages.page_size)
+        if self._regroup_due:
+            self._regroup()
+        decoding = self._decoding
+        if short:
+            decoding = [sequence for sequence in decoding if sequence.computed < sequence.decide_at]
         return decoding, short > 0
+
+    def _regroup(self) -> None:
+        """Sort the running sequences, all by arrival, into those that decode and those whose prompts are computed."""
+        decoding, prefilling = State.DECODING, State.PREFILLING
+        self._decoding = [s for s in self._running if s.state is decoding and s.wants_more]
+        self._prefilling = [s for s in self._running if s.state is prefilling]
+        self._regroup_due = False
 
     def _make_room(self, sequence: Sequence, short: int) -> bool:
         """Whether a page can be taken now. Preempts the youngest where the pages on their way back are not enough.
@@ -226,6 +262,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self._running.remove(sequence)
+        self._regroup_due = True
         self._retire(sequence)
         sequence.state = State.WAITING
         sequence.computed = 0
@@ -235,14 +272,13 @@ class Scheduler:
     def _plan_prefills(self, budget: int) -> tuple[list[Chunk], list[Sequence]]:
         chunks: list[Chunk] = []
         prefilled: list[Sequence] = []
-        for sequence in self._running:
+        for sequence in self._prefilling:
             if budget == 0:
                 break
-            if sequence.state is State.PREFILLING:
-                chunk = self._next_chunk(sequence, budget)
-                budget -= len(chunk.tokens)
-                chunks.append(chunk)
-                prefilled.append(sequence)
+            chunk = self._next_chunk(sequence, budget)
+            budget -= len(chunk.tokens)
+            chunks.append(chunk)
+            prefilled.append(sequence)
         return chunks, prefilled
 
     def _admit(
@@ -301,6 +337,8 @@ class Scheduler:
         samples = end == len(sequence.tokens)
         if samples:
             sequence.state = State.DECODING
+            sequence.decide_later(self.pages.page_size)
+        self._regroup_due = True
         return Chunk(sequence.row, tuple(sequence.tokens[start:end]), samples)
 
     # -- endings --------------------------------------------------------------------------------------------------
@@ -350,13 +388,16 @@ class Scheduler:
         assert all(sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running), (
             "a token without a page"
         )
+        assert all(
+            sequence.computed + 1 == sequence.planned for sequence in self._running if sequence.state is State.DECODING
+        ), "a token that no step computes, or that two do"
 
 
 def _features(sampled: list[Sequence]) -> Features:
-    candidates = [s.request.sampling.candidates for s in sampled if s.request.sampling.do_sample]
+    candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
     return Features(
         sampling=bool(candidates),
         candidates=-1 if -1 in candidates else max(candidates, default=0),
-        min_length=any([s.num_output + s.placeholders < s.request.min_new_tokens for s in sampled]),
-        logprobs=any([s.request.sampling.logprobs for s in sampled]),
+        min_length=any([sequence.computed < sequence.min_length for sequence in sampled]),
+        logprobs=any([sequence.logprobs for sequence in sampled]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from hf_async_batching.assembly import Assembly
 from hf_async_batching.engine import Engine
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
-from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.memory import return_memory
 from hf_async_batching.plan import Features
 from hf_async_batching.request import Request
@@ -229,13 +230,17 @@ class Worker:
         return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)
 
     def _deliver(self, emissions: list[Emission]) -> None:
-        for emission in emissions:
-            handle = self._handles[emission.request_id]
-            if emission.token is not None:
-                handle._push(emission.token, emission.logprob)
-            if emission.finish_reason is not None:
-                self._forget(emission.request_id)
-                handle._finish(emission.finish_reason)
+        handles, now = self._handles, time.perf_counter()
+        watched: list[GenerationHandle] = []
+        for request_id, token, logprob, finish_reason in emissions:
+            handle = handles[request_id]
+            if token is not None and handle._push(token, logprob, now):
+                watched.append(handle)
+            if finish_reason is not None:
+                self._forget(request_id)
+                handle._finish(finish_reason)
+        if watched:
+            wake(watched)
 
     def _forget(self, request_id: str) -> None:
         del self._handles[request_id]

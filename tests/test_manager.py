@@ -29,6 +29,7 @@ from hf_async_batching import (
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
+from hf_async_batching.request import Request
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -114,6 +115,40 @@ def test_async_iteration_and_many_at_once(model: Any) -> None:
     assert got == [greedy_alone(model, prompt, 9, eos_token_id=None) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("consumer", ["thread", "event loop"])
+def test_a_stuck_consumer_holds_up_nobody(model: Any, consumer: str) -> None:
+    """Its own request ends behind its back, and another one's tokens flow from first to last."""
+    release, stuck = threading.Event(), threading.Event()
+    got: list[int] = []
+
+    def take(token: int) -> None:
+        got.append(token)
+        stuck.set()
+        assert release.wait(60)
+
+    def in_thread(handle: Any) -> None:
+        for token in handle:
+            take(token)
+
+    async def in_loop(handle: Any) -> None:
+        async for token in handle:
+            take(token)  # blocks the loop, as a handler that computes does
+
+    with make(model) as manager:
+        slow = manager.submit(PROMPTS[3], max_new_tokens=40, **GREEDY)
+        target = in_thread if consumer == "thread" else lambda handle: asyncio.run(in_loop(handle))
+        thread = threading.Thread(target=target, args=(slow,))
+        thread.start()
+        assert stuck.wait(60)
+        other = manager.submit(PROMPTS[4], max_new_tokens=60, **GREEDY)
+        assert list(other) == greedy_alone(model, PROMPTS[4], 60, eos_token_id=None)
+        assert len(slow.result(60).token_ids) == 40
+        assert len(got) == 1
+        release.set()
+        thread.join(60)
+        assert got == slow.token_ids
+
+
 def test_cancel_returns_what_there_is_and_frees_everything(model: Any) -> None:
     with make(model, depth=2) as manager:
         handle = manager.submit(PROMPTS[3], max_new_tokens=400, **GREEDY)
@@ -184,6 +219,22 @@ def test_bad_input_reaches_its_caller_alone(model: Any) -> None:
     for closed_call in (lambda: manager.submit([5], max_new_tokens=1), manager.warmup):
         with pytest.raises(EngineClosedError, match="closed"):
             closed_call()
+
+
+def test_more_end_of_sequence_tokens_than_the_device_knows(model: Any) -> None:
+    """The host ends the request by any of them; a minimum length, which the device enforces, is refused."""
+    full = greedy_alone(model, PROMPTS[2], 20, eos_token_id=None)
+    stop = full[5]
+    eos = [*[token for token in range(VOCAB) if token not in full][:16], stop]
+    with make(model, depth=3) as manager:
+        result = manager.submit(PROMPTS[2], max_new_tokens=20, do_sample=False, eos_token_id=eos).result(60)
+        assert result.token_ids == full[: full.index(stop) + 1]
+        assert result.finish_reason == "eos"
+        by_hand = Request("by hand", tuple(PROMPTS[2]), 20, 3, tuple(eos))
+        with pytest.raises(UnsupportedArgumentError, match="more than 16 end-of-sequence tokens"):
+            manager.submit_request(by_hand)
+        with pytest.raises(UnsupportedArgumentError, match="more than 16 end-of-sequence tokens"):
+            manager.submit(PROMPTS[2], max_new_tokens=20, min_new_tokens=3, do_sample=False, eos_token_id=eos)
 
 
 def test_longer_than_the_whole_cache(model: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from support.tiny_models import tiny_model
@@ -10,6 +12,7 @@ from support.toy_engine import ToyEngine, run_random_schedule, verify
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.plan import Features
 from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
 
 
@@ -66,6 +69,37 @@ def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
             assert device.captures == len(engine.runner.captured) + min(failures, device.captures)
     assert captures > 40
     assert (replays > 200) == (failures < 100)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_kernels_of_the_tables_give_the_same_tokens(depth: int) -> None:
+    surplus = 0
+    for seed in range(6):
+        engine = ToyEngine(depth, seed, device=FakeGraphDevice(), fused=True, max_rows=5, max_batch_tokens=12)
+        requests = run_random_schedule(engine, seed, num_requests=8)
+        verify(engine, requests)
+        assert not any(int(table[0]) for table in (engine.state.lengths, engine.state.finished))
+        surplus += sum(record.tokens for record in engine.engine.records) - sum(map(len, engine.emitted.values()))
+    assert surplus > 0, "no row was planned beyond its end"
+
+
+def test_an_arg_max_needs_no_records() -> None:
+    """A plain greedy step neither gathers the rows' parameters nor computes the positions of its tokens."""
+    engine = ToyEngine(1, 0, device=FakeGraphDevice())
+    asked: list[tuple[object, ...]] = []
+
+    def sampler(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, None]:
+        asked.append(rest)
+        return logits.argmax(-1).int(), None
+
+    engine.runner._sampler = sampler  # type: ignore[assignment]
+    every = (Features(), Features(logprobs=True), Features(sampling=True), Features(min_length=True))
+    for features in every:
+        engine.runner._step(engine.state.decode_inputs(2), features)
+    assert [params is not None for params, *_ in asked] == [False, False, True, True]
+    assert [positions is not None for _, positions, _ in asked] == [False, False, True, True]
 
 
 def test_a_bucket_runs_once_before_it_is_captured() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import hf_async_batching
+import hf_async_batching.scheduler as scheduler_module
 from hf_async_batching.plan import Features, Plan, Result
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.scheduler import Emission, Scheduler
@@ -253,6 +254,26 @@ def test_a_page_is_taken_when_the_last_one_is_full() -> None:
     plans = [step(scheduler)[0] for _ in range(8)]
     pages = [[page.ordinal for page in plan.new_pages] for plan in plans]
     assert pages == [[0], [], [1], [], [], [], [2], []]
+
+
+def test_a_steady_step_looks_at_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, features and groups are derived again when a sequence joins or leaves, and not for each token or page."""
+    derived: list[str] = []
+    features, regroup = scheduler_module._features, Scheduler._regroup
+    monkeypatch.setattr(scheduler_module, "_features", lambda s: derived.append("features") or features(s))
+    monkeypatch.setattr(Scheduler, "_regroup", lambda self: derived.append("groups") or regroup(self))
+    scheduler = make(num_pages=32)
+    scheduler.add(request("a", new=30))
+    scheduler.add(request("b", new=20))
+    step(scheduler)
+    step(scheduler)
+    derived.clear()
+    plans = [step(scheduler)[0] for _ in range(17)]
+    assert sum(len(plan.new_pages) for plan in plans) > 6
+    assert derived == []
+    step(scheduler)
+    step(scheduler)
+    assert "features" in derived and "groups" in derived, "`b` has ended"
 
 
 # -- preemption ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from hf_async_batching.devices import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine import Engine
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.plan import Plan
 from hf_async_batching.request import Request
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Emission, Scheduler
@@ -57,6 +58,8 @@ class ToyForward:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.pages = torch.zeros(num_pages + 1, page_size, dtype=torch.int64)
         self.weight = torch.zeros(1, dtype=torch.int64)
+        self.owners: dict[int, Request] = {}
+        self.written_after_the_end = 0
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         context = inputs.context
@@ -68,6 +71,8 @@ class ToyForward:
         for row, position, token in zip(rows, positions, inputs.token_ids.tolist(), strict=True):
             self.pages[table[row][position // size], position % size] = _slot(token, position, weight)
             first.setdefault(row, position)
+            if row and position >= len(self.owners[row].prompt) and token in self.owners[row].eos_token_ids:
+                self.written_after_the_end += 1
         after = self.pages.tolist()
         sampled = range(len(rows)) if inputs.sample_index is None else inputs.sample_index.tolist()
         logits = torch.zeros(len(sampled), VOCAB)
@@ -93,6 +98,7 @@ class ToyEngine:
     max_batch_tokens: int = 9
     scheduler_class: type[Scheduler] = Scheduler
     debug: bool = True
+    fused: bool = False
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -102,9 +108,18 @@ class ToyEngine:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         self.forward = ToyForward(self.num_pages, self.page_size)
-        self.state = DeviceState(max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"))
+        self.state = DeviceState(
+            max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"), fused=self.fused
+        )
         graphs = self.device.supports_graphs
         self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
+        run = self.runner.run
+
+        def run_for_owners(plan: Plan, *rest: Any) -> None:
+            self.forward.owners.update((new_row.row, new_row.request) for new_row in plan.new_rows)
+            run(plan, *rest)
+
+        self.runner.run = run_for_owners  # type: ignore[method-assign]
         limits = Sections.largest(
             max_rows=self.max_rows, max_batch_tokens=self.max_batch_tokens, num_pages=self.num_pages
         )
@@ -134,6 +149,7 @@ class ToyEngine:
     def _scribble_rows(self, rows: list[int]) -> None:
         for row in rows:
             self.state.last_token[row] = self._random.randrange(VOCAB)
+            self.state.finished[row] = self._random.randrange(2)
             self.state.lengths[row] = self._random.randrange(self.num_pages * self.page_size)
             self.state.page_table[row] = self._random.randrange(1, self.num_pages + 1)
 
@@ -215,5 +231,6 @@ def verify(engine: ToyEngine, requests: dict[str, Request], weight: int = WEIGHT
             assert got == want, f"request {request_id}: {got} != {want}"
             expected = "eos" if want[-1] in request.eos_token_ids else "length"
             assert engine.reasons[request_id] == expected
+    assert not engine.forward.written_after_the_end, "a surplus step wrote to the pages of a row that had ended"
     assert engine.scheduler.pages.in_use == 0
     assert engine.scheduler.rows.in_use == 0
