@@ -63,6 +63,7 @@ class Scheduler:
         self._completed = -1
         self._arrivals = 0
         self._decode_rows: tuple[int, ...] = ()
+        self._decode_context = 0
 
     # -- what callers do ------------------------------------------------------------------------------------------
 
@@ -133,6 +134,9 @@ class Scheduler:
         rows = tuple([sequence.row for sequence in decoding])
         if rows != self._decode_rows:
             self._decode_rows = rows
+            self._decode_context = sum([sequence.computed for sequence in decoding])
+        else:
+            self._decode_context += len(rows)  # the same sequences as in the step before, each one token longer
         sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
         features = _features(sampled)
         for sequence in sampled:
@@ -140,7 +144,8 @@ class Scheduler:
         for sequence in (*decoding, *prefilled):
             sequence.last_step = self._step
         self._sampled[self._step] = sampled
-        plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features)
+        context = self._decode_context + sum([sequence.computed for sequence in prefilled])
+        plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features, context)
         self._step += 1
         return plan
 
