@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.request import Request
 
 # Positions whose logits are in memory at once: 512 of a vocabulary of 128K take 0.25 GiB in float32.
@@ -65,7 +66,11 @@ class Accuracy:
 
 @torch.inference_mode()
 def teacher_forced(
-    model: PreTrainedModel, requests: Sequence[Request], tokens: Mapping[str, Sequence[int]], *, slice_size: int = _SLICE
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    tokens: Mapping[str, Sequence[int]],
+    *,
+    slice_size: int = _SLICE,
 ) -> Accuracy:
     """Run the plain model over prompts and generated tokens, and compare each token with its arg-max.
 
@@ -106,7 +111,7 @@ def teacher_forced(
 def equal_to_generate(
     model: PreTrainedModel, requests: Sequence[Request], tokens: Mapping[str, Sequence[int]]
 ) -> tuple[int, int]:
-    """How many completions equal plain `model.generate` for each prompt alone, up to 256 new tokens, and of how many."""
+    """Completions equal to plain `model.generate` alone, up to 256 new tokens each, and how many were compared."""
     same = 0
     for request in requests:
         count = min(request.max_new_tokens, _ALONE)
@@ -116,6 +121,19 @@ def equal_to_generate(
         )
         same += out[0, len(request.prompt) :].tolist() == list(tokens[request.request_id][:count])
     return same, len(requests)
+
+
+def sample(workload: Workload, tokens: Mapping[str, Sequence[int]], count: int) -> list[Request]:
+    """Up to `count` requests, spread over the workload; of a conversation its last turn, which holds the others."""
+    users = len(workload.first)
+    count = min(count, users)
+    chosen = []
+    for index in range(count):
+        request = workload.first[index * users // count]
+        while (following := workload.after(request, tokens[request.request_id])) is not None:
+            request = following
+        chosen.append(request)
+    return chosen
 
 
 def equal_fraction(one: Sequence[Mapping[str, Sequence[int]]], other: Sequence[Mapping[str, Sequence[int]]]) -> float:

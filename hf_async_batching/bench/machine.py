@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -46,10 +47,9 @@ def look_at(device: torch.device) -> Machine:
     import hf_async_batching
 
     cuda = device.type == "cuda"
-    try:
+    triton: str | None = None
+    with suppress(ImportError):
         triton = str(import_module("triton").__version__)
-    except ImportError:
-        triton = None  # type: ignore[assignment]
     versions = {
         "hf_async_batching": hf_async_batching.__version__,
         "torch": str(torch.__version__),
@@ -76,9 +76,13 @@ def copy_bandwidth(device: torch.device, gib: float | None = None) -> float:
     # Made after the tensors: what was enqueued before a device is made runs before what is enqueued on it.
     streams = make_device(device)
     events = []
+
+    def copy() -> None:
+        target.copy_(source)
+
     for _ in range(_UNCOUNTED_COPIES + _COPIES):
         start = streams.record(Stream.COMPUTE)
-        streams.launch(Stream.COMPUTE, lambda: target.copy_(source))
+        streams.launch(Stream.COMPUTE, copy)
         events.append((start, streams.record(Stream.COMPUTE)))
     streams.synchronize(events[-1][1], Guard.RESULT_READY)
     seconds = sorted(streams.time_of(end) - streams.time_of(start) for start, end in events[_UNCOUNTED_COPIES:])

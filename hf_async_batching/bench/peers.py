@@ -29,6 +29,9 @@ PEERS = ("generate_batch", "generate")
 _ON_CUDA = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 _ON_CPU = ("sdpa", "eager")
 
+# Tokens per block of its cache, by default.
+_CPU_BLOCK = 256
+
 
 @dataclass(slots=True)
 class PeerRun:
@@ -125,7 +128,7 @@ def run_peer(
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Nothing ends a completion inside; attention and generation config are set back outside."""
     attention, generation = model.config._attn_implementation, model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -168,6 +171,10 @@ def _generate_batch(
     for attention in _ON_CUDA if cuda else _ON_CPU:
         for wish in wishes if cuda else [{}]:
             settings = {**wish, "auto_switch_to_flash": False, "allow_block_sharing": prefix_cache}
+            if not cuda:
+                # Its share of the memory would be most of the machine's, and all of it is written first.
+                workload = make_workload(0)
+                settings["num_blocks"] = len(workload.first) * (2 + workload.longest // _CPU_BLOCK)
             try:
                 model.set_attn_implementation(attention)
                 return _batches(run, model, settings, make_workload, repeats, limit)
@@ -195,7 +202,8 @@ def _batches(
 ) -> list[_Pass]:
     # Not through `generate_batch` itself, which has one length for all, but through the manager that it makes.
     enter = model.continuous_batching_context_manager
-    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    fields: Any = GenerationConfig
+    generation = fields(do_sample=False, eos_token_id=-1, pad_token_id=0)
     arguments: dict[str, Any] = {"generation_config": generation, "block": True, "timeout": 30}
     settings: dict[str, Any] = {}
     config_class = getattr(transformers, "ContinuousBatchingConfig", None)
@@ -206,8 +214,14 @@ def _batches(
         arguments["workload_hints"] = _hints(make_workload(0))
     with enter(**arguments) as manager:
         run.attention, run.settings = model.config._attn_implementation, settings
-        _converse(manager, make_workload(-2).brief(), limit)
-        return [_converse(manager, make_workload(seed), limit) for seed in range(repeats)]
+        try:
+            _converse(manager, make_workload(-2).brief(), limit)
+            return [_converse(manager, make_workload(seed), limit) for seed in range(repeats)]
+        except BaseException:
+            # Leaving the context would let it finish what is live first.
+            if _takes(manager.stop, "hard_stop"):
+                manager.stop(block=True, timeout=60, hard_stop=True)
+            raise
 
 
 def _hints(workload: Workload) -> Any:
@@ -228,7 +242,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 def _converse(manager: Any, workload: Workload, limit: float) -> _Pass:
     done, live = _Pass(), {}
     stamps = {"record_timestamps": True} if _takes(manager.add_request, "record_timestamps") else {}
-    # Ids of its own, so that they never meet again in the same manager.
+    # The manager makes up ids: ours come again in every pass.
     own_ids: dict[str, str] = {}
 
     def add(request: Request) -> None:
@@ -249,7 +263,8 @@ def _converse(manager: Any, workload: Workload, limit: float) -> _Pass:
             raise TimeoutError(f"given up after {limit:.0f} s with {len(done.tokens)} requests done")
         if output is None:
             if not manager.is_running():
-                raise RuntimeError("the manager's thread ended before its requests did")
+                cause = getattr(getattr(manager, "background_thread_status", None), "fatal_error", None)
+                raise RuntimeError(f"the manager's thread ended before its requests did: {cause!r}")
             continue
         if not output.is_finished():
             continue

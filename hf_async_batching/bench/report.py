@@ -15,6 +15,9 @@ from hf_async_batching.bench.timeline_picture import SAVED_STEPS, Panel, steady_
 from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.timeline import StepRecord
 
+# What was not measured.
+_NONE = "-"
+
 _COLUMNS = (
     "system",
     "seconds",
@@ -54,7 +57,7 @@ def _our_row(measured: Measured, equal: float) -> tuple[str, ...]:
         f"{pace.host_ms_per_step:.3f}",
         f"{pace.mbu_decode_percent:.1f}",
         f"{pace.mbu_run_percent:.1f}",
-        f"{first.mean:.3f} ({first.p95:.3f})" if first else "–",
+        f"{first.mean:.3f} ({first.p95:.3f})" if first else _NONE,
         f"{run.start_seconds:.1f} + {run.warmup_seconds:.1f}",
         f"{100 * equal:.0f} % equal to the first row",
     )
@@ -62,7 +65,7 @@ def _our_row(measured: Measured, equal: float) -> tuple[str, ...]:
 
 def _peer_row(peer: PeerRun) -> tuple[str, ...]:
     name = f"{peer.name}, {peer.attention}" if peer.attention else peer.name
-    blank = ("–",) * (len(_COLUMNS) - 2)
+    blank = (_NONE,) * (len(_COLUMNS) - 2)
     if peer.error is not None or peer.seconds is None:
         return (name, *blank, _cell(f"failed: {peer.error}"))
     first = peer.first_token_seconds
@@ -71,10 +74,10 @@ def _peer_row(peer: PeerRun) -> tuple[str, ...]:
         f"{peer.seconds:.2f}",
         f"{peer.output_tokens_per_second:,.0f}",
         f"{peer.total_tokens_per_second:,.0f}",
-        *("–",) * 6,
-        f"{first.mean:.3f} ({first.p95:.3f})" if first else "–",
-        "–",
-        _cell("; ".join([*[f"{key}={value}" for key, value in peer.settings.items()], *peer.notes])) or "–",
+        *(_NONE,) * 6,
+        f"{first.mean:.3f} ({first.p95:.3f})" if first else _NONE,
+        _NONE,
+        _cell("; ".join([*[f"{key}={value}" for key, value in peer.settings.items()], *peer.notes])) or _NONE,
     )
 
 
@@ -123,7 +126,7 @@ def document(
 def write(path: Path, contents: dict[str, Any]) -> None:
     """Write JSON, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(contents, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def save_steps(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
@@ -138,8 +141,9 @@ def save_steps(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
 
 def load_steps(saved: Sequence[dict[str, Any]]) -> tuple[StepRecord, ...]:
     """The steps that `save_steps` made plain."""
+    plain: Any = StepRecord
     return tuple(
-        StepRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in step.items()})
+        plain(**{name: tuple(value) if isinstance(value, list) else value for name, value in step.items()})
         for step in saved
     )
 

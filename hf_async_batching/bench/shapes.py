@@ -153,5 +153,6 @@ def random_model(
     # `manual_seed` seeds every GPU, so the state of every GPU is kept.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), device:
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    made: PreTrainedModel = model.eval()
+    return made

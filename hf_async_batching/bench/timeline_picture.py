@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
@@ -116,7 +117,7 @@ def _window(records: Sequence[StepRecord], steps: int) -> _Window:
     first = (len(records) - 1 - steps) // 2
     shown = records[first : first + steps + 1]
     computes = [record.compute for record in shown]
-    idle = [(before[1], after[0]) for before, after in zip(computes, computes[1:]) if after[0] > before[1]]
+    idle = [(before[1], after[0]) for before, after in pairwise(computes) if after[0] > before[1]]
     return _Window(computes[0][0], computes[-1][0], steps, computes[:-1], idle)
 
 
@@ -164,7 +165,7 @@ def _bar(kind: str, name: str, span: Span, window: _Window, y: float, scale: flo
 def _axis(seconds: float, scale: float, height: float) -> list[str]:
     """A few round numbers of milliseconds, and what the contrasting colour means."""
     milliseconds = 1e3 * seconds
-    step = 10.0 ** -6
+    step = 10.0**-6
     for candidate in (factor * 10.0**power for power in range(-5, 7) for factor in (1, 2, 5)):
         step = candidate
         if milliseconds / candidate <= 6:

@@ -122,11 +122,7 @@ def make_workload(
         lengths = [(prompt or 64, new or 512)] * (rows or 256)
     elif name == "mix":
         r = random.Random(0)
-        longest = (prompt or 1024, new or 1024)
-        lengths = [
-            (r.randint(min(16, longest[0]), longest[0]), r.randint(min(16, longest[1]), longest[1]))
-            for _ in range(rows or 256)
-        ]
+        lengths = [(_draw(r, 16, prompt or 1024), _draw(r, 16, new or 1024)) for _ in range(rows or 256)]
     else:
         raise ValueError(f"there is no workload {name!r}; choose one of {', '.join(WORKLOADS)}")
     requests = [Request(str(i), _tokens(ids, vocab, length), count) for i, (length, count) in enumerate(lengths)]
@@ -140,7 +136,7 @@ def _chat(ids: random.Random, vocab: int, rows: int, system_length: int, longest
     r = random.Random(0)
 
     def answer() -> int:
-        return r.randint(min(64, longest), longest)
+        return _draw(r, 64, longest)
 
     def message() -> tuple[int, ...]:
         return _tokens(ids, vocab, r.randint(20, 200))
@@ -149,6 +145,11 @@ def _chat(ids: random.Random, vocab: int, rows: int, system_length: int, longest
     first = [Request(str(i), (*system, *message()), answer()) for i in range(rows)]
     later = [tuple((message(), answer()) for _ in range(turns - 1)) for _ in range(rows)]
     return Workload("chat", tuple(first), tuple(later))
+
+
+def _draw(r: random.Random, least: int, most: int) -> int:
+    """A length; of small work from a quarter of the most."""
+    return r.randint(max(1, min(least, most // 4)), most)
 
 
 def _tokens(ids: random.Random, vocab: int, count: int) -> tuple[int, ...]:
