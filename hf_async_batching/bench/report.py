@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_async_batching.bench.accuracy import Accuracy
 from hf_async_batching.bench.machine import Machine
-from hf_async_batching.bench.measure import Measured
+from hf_async_batching.bench.measure import Measured, Run
 from hf_async_batching.bench.peers import PeerRun
 from hf_async_batching.bench.timeline_picture import SAVED_STEPS, Panel, steady_window
 from hf_async_batching.bench.workloads import Workload
@@ -37,17 +37,25 @@ _COLUMNS = (
 
 def table(measured: Sequence[Measured], peers: Sequence[PeerRun], equal: Sequence[float]) -> str:
     """One row per run and peer, in markdown; a peer that failed says why. `equal` is `equal_fraction` per run."""
-    rows = [_our_row(one, share) for one, share in zip(measured, equal, strict=True)]
-    rows += [_peer_row(peer) for peer in peers]
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    rows = [run_row(one, share) for one, share in zip(measured, equal, strict=True)]
+    return "\n".join([header(), *rows, *map(_peer_row, peers)])
 
 
-def _our_row(measured: Measured, equal: float) -> tuple[str, ...]:
+def header() -> str:
+    """The first two lines of the table."""
+    return f"{_line(_COLUMNS)}\n{_line(('---',) * len(_COLUMNS))}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def run_row(measured: Measured, equal: float) -> str:
+    """The line of a run of ours; `equal` is the share of its completions that the first run made too."""
     run, pace = measured.run, measured.run.pace
     first = run.first_token_seconds
-    return (
-        f"hf_async_batching, depth {run.depth}" + (", engine alone" if run.driver == "engine" else ""),
+    cells = (
+        ", ".join([f"hf_async_batching, depth {run.depth}", *_variant(run)]),
         f"{run.seconds:.2f}",
         f"{run.output_tokens_per_second:,.0f}",
         f"{run.total_tokens_per_second:,.0f}",
@@ -61,15 +69,24 @@ def _our_row(measured: Measured, equal: float) -> tuple[str, ...]:
         f"{run.start_seconds:.1f} + {run.warmup_seconds:.1f}",
         f"{100 * equal:.0f} % equal to the first row",
     )
+    return _line(cells)
 
 
-def _peer_row(peer: PeerRun) -> tuple[str, ...]:
+def _variant(run: Run) -> list[str]:
+    """What is unusual about a run."""
+    off = [
+        name for name in ("compile", "fuse_weights", "cuda_graphs", "prefix_cache") if run.settings.get(name) is False
+    ]
+    return [*[f"no {name.replace('_', ' ')}" for name in off], *(["engine alone"] if run.driver == "engine" else [])]
+
+
+def _peer_row(peer: PeerRun) -> str:
     name = f"{peer.name}, {peer.attention}" if peer.attention else peer.name
     blank = (_NONE,) * (len(_COLUMNS) - 2)
     if peer.error is not None or peer.seconds is None:
-        return (name, *blank, _cell(f"failed: {peer.error}"))
+        return _line((name, *blank, _cell(f"failed: {peer.error}")))
     first = peer.first_token_seconds
-    return (
+    cells = (
         name,
         f"{peer.seconds:.2f}",
         f"{peer.output_tokens_per_second:,.0f}",
@@ -79,6 +96,7 @@ def _peer_row(peer: PeerRun) -> tuple[str, ...]:
         _NONE,
         _cell("; ".join([*[f"{key}={value}" for key, value in peer.settings.items()], *peer.notes])) or _NONE,
     )
+    return _line(cells)
 
 
 def _cell(text: str) -> str:

@@ -98,6 +98,7 @@ def draw(panels: Sequence[Panel], steps: int = SHOWN_STEPS) -> str:
     body = [f'<rect class="paper" width="{_WIDTH:.0f}" height="{height:.0f}"/>']
     for index, (panel, window) in enumerate(zip(panels, windows, strict=True)):
         body += _panel(panel, window, index * height_of_panel, scale)
+    body += _legend()
     body += _axis(max(window.end - window.start for window in windows), scale, height)
     summary = "; ".join(_caption(panel, window) for panel, window in zip(panels, windows, strict=True))
     return "\n".join(
@@ -155,7 +156,10 @@ def _bar(kind: str, name: str, span: Span, window: _Window, y: float, scale: flo
     # The thinnest of lines between two steps that follow each other without a gap.
     inset = 0.5 if kind == "compute" else 0.0
     x = _LEFT + (start - window.start) * scale
-    width = max(_NARROWEST, (end - start) * scale - inset)
+    width = (end - start) * scale - inset
+    # A gap must not look wider than it is.
+    if kind != "idle":
+        width = max(_NARROWEST, width)
     return [
         f'<rect class="{kind}" x="{x:.2f}" y="{y:.0f}" width="{width:.2f}" height="{_LANE:.0f}">'
         f"<title>{escape(name)}: {1e3 * (span[1] - span[0]):.3f} ms</title></rect>"
@@ -163,7 +167,7 @@ def _bar(kind: str, name: str, span: Span, window: _Window, y: float, scale: flo
 
 
 def _axis(seconds: float, scale: float, height: float) -> list[str]:
-    """A few round numbers of milliseconds, and what the contrasting colour means."""
+    """A few round numbers of milliseconds."""
     milliseconds = 1e3 * seconds
     step = 10.0**-6
     for candidate in (factor * 10.0**power for power in range(-5, 7) for factor in (1, 2, 5)):
@@ -174,6 +178,13 @@ def _axis(seconds: float, scale: float, height: float) -> list[str]:
     ticks = range(int(milliseconds / step) + 1)
     out = [f'<text x="{_LEFT + i * step / 1e3 * scale:.1f}" y="{y:.0f}">{i * step:g}</text>' for i in ticks]
     out.append(f'<text x="{_LEFT - 8:.0f}" y="{y:.0f}" text-anchor="end">ms</text>')
-    out.append(f'<rect class="idle" x="{_WIDTH - 76:.0f}" y="{y - 9:.0f}" width="10" height="10"/>')
-    out.append(f'<text x="{_WIDTH - _RIGHT:.0f}" y="{y:.0f}" text-anchor="end">idle</text>')
+    return out
+
+
+def _legend() -> list[str]:
+    out, x = [], _WIDTH - _RIGHT
+    for kind, name, width in (("idle", "idle", 22), ("settle", "read", 26), ("plan", "plan and launch", 82)):
+        out.append(f'<text x="{x:.0f}" y="18" text-anchor="end">{name}</text>')
+        out.append(f'<rect class="{kind}" x="{x - width - 12:.0f}" y="9" width="9" height="9"/>')
+        x -= width + 24
     return out
