@@ -144,8 +144,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BenchError("name either a --shape or a --model")
     if arguments.shape is not None and arguments.shape not in SHAPES:
         raise BenchError(f"there is no shape {arguments.shape!r}; choose one of {', '.join(SHAPES)}")
-    if arguments.turns is not None and arguments.workloads != ["chat"]:
-        raise BenchError("--turns belongs to the workload chat alone")
+    if arguments.turns is not None and "chat" not in arguments.workloads:
+        raise BenchError("--turns belongs to the workload chat")
     if arguments.accuracy < 0:
         raise BenchError(f"--accuracy must not be negative, got {arguments.accuracy}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -209,7 +209,9 @@ def _bench_workload(
     label = arguments.shape or Path(arguments.model).name
 
     def make(seed: int) -> Workload:
-        sizes = {"rows": arguments.rows, "prompt": arguments.prompt, "new": arguments.new, "turns": arguments.turns}
+        sizes = {"rows": arguments.rows, "prompt": arguments.prompt, "new": arguments.new}
+        if name == "chat":
+            sizes["turns"] = arguments.turns
         vocab: int = model.config.get_text_config().vocab_size
         return make_workload(name, vocab, seed=seed, **sizes)
 
@@ -252,6 +254,9 @@ def _bench_workload(
         )
         for peer in arguments.peer
     ]
+    for run in peers:
+        if run.error is None:
+            run.equal_to_first_run = equal_fraction([run.tokens], measured[0].tokens[:1])
     equal = [equal_fraction(one.tokens, measured[0].tokens) for one in measured]
     print(report.table(measured, peers, equal))
     print(f"\naccuracy: {accuracy or 'not checked'}", flush=True)

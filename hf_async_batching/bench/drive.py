@@ -152,10 +152,11 @@ class ThroughEngine:
         for request in workload.first:
             add(request)
         while engine.has_work:
+            planned = time.perf_counter()
             emissions = engine.step()
             now = time.perf_counter()
             for request_id in engine.started:
-                served.queue_seconds.append(now - arrived[request_id])
+                served.queue_seconds.append(planned - arrived[request_id])
             for emission in emissions:
                 tokens = served.tokens[emission.request_id]
                 if emission.token is not None:

@@ -49,6 +49,7 @@ class PeerRun:
         total_tokens_per_second: Prompt tokens included.
         first_token_seconds: From a request's arrival to its first token, where the peer tells.
         peak_bytes: Largest memory allocated, everything included; None on the CPU.
+        equal_to_first_run: Share of completions that our first run made too, token for token, once they were compared.
         tokens: New tokens by request id; not part of the JSON.
     """
 
@@ -63,6 +64,7 @@ class PeerRun:
     total_tokens_per_second: float | None = None
     first_token_seconds: Spread | None = None
     peak_bytes: int | None = None
+    equal_to_first_run: float | None = None
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

@@ -81,11 +81,15 @@ def _variant(run: Run) -> list[str]:
 
 
 def _peer_row(peer: PeerRun) -> str:
-    name = f"{peer.name}, {peer.attention}" if peer.attention else peer.name
+    name = _cell(f"{peer.name}, {peer.attention}" if peer.attention else peer.name)
     blank = (_NONE,) * (len(_COLUMNS) - 2)
     if peer.error is not None or peer.seconds is None:
         return _line((name, *blank, _cell(f"failed: {peer.error}")))
     first = peer.first_token_seconds
+    equal = (
+        [] if peer.equal_to_first_run is None else [f"{100 * peer.equal_to_first_run:.0f} % equal to the first row"]
+    )
+    remarks = [*equal, *[f"{key}={value}" for key, value in peer.settings.items()], *peer.notes]
     cells = (
         name,
         f"{peer.seconds:.2f}",
@@ -94,7 +98,7 @@ def _peer_row(peer: PeerRun) -> str:
         *(_NONE,) * 6,
         f"{first.mean:.3f} ({first.p95:.3f})" if first else _NONE,
         _NONE,
-        _cell("; ".join([*[f"{key}={value}" for key, value in peer.settings.items()], *peer.notes])) or _NONE,
+        _cell("; ".join(remarks)) or _NONE,
     )
     return _line(cells)
 
@@ -124,7 +128,8 @@ def document(
             "prompt_tokens": workload.prompt_tokens,
             "new_tokens": workload.new_tokens,
             "longest": workload.longest,
-            "lengths": workload.lengths() if len(set(workload.lengths())) > 1 else workload.lengths()[:1],
+            "prompt_lengths": _range([prompt for prompt, _ in workload.lengths()]),
+            "new_lengths": _range([new for _, new in workload.lengths()]),
         },
         "model": model,
         "machine": machine.as_dict(),
@@ -139,6 +144,10 @@ def document(
         "peers": [peer.as_dict() for peer in peers],
         "accuracy": accuracy.as_dict() if accuracy else None,
     }
+
+
+def _range(lengths: Sequence[int]) -> dict[str, float]:
+    return {"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)}
 
 
 def write(path: Path, contents: dict[str, Any]) -> None:

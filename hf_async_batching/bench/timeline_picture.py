@@ -9,9 +9,9 @@ from xml.sax.saxutils import escape
 
 from hf_async_batching.timeline import Span, StepRecord
 
-# Steps in a picture, and around it in a saved file.
+# Steps in a picture, and in a saved file, which also holds what runs beside the first and the last one shown.
 SHOWN_STEPS = 6
-SAVED_STEPS = 32
+SAVED_STEPS = 16
 
 _LANES = ("host", "h2d", "compute", "d2h")
 _WIDTH, _LEFT, _RIGHT = 960.0, 62.0, 12.0
