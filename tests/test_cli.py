@@ -17,7 +17,7 @@ import pytest
 from hf_async_batching import BatchingConfig, __version__
 from hf_async_batching.bench import command
 from hf_async_batching.bench.measure import Measured, Pace, Run, measure
-from hf_async_batching.bench.peers import PeerRun
+from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.workloads import WORKLOADS
 from hf_async_batching.cli import main
 

@@ -17,7 +17,8 @@ from hf_async_batching.bench import report
 from hf_async_batching.bench.accuracy import Accuracy, equal_fraction, equal_to_generate, sample, teacher_forced
 from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
-from hf_async_batching.bench.peers import PEERS, PeerRun, run_peer
+from hf_async_batching.bench.peer_run import PeerRun
+from hf_async_batching.bench.peers import PEERS, run_peer
 from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.timeline_picture import draw
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload

@@ -10,7 +10,7 @@ from typing import Any
 from hf_async_batching.bench.accuracy import Accuracy
 from hf_async_batching.bench.machine import Machine
 from hf_async_batching.bench.measure import Measured, Run
-from hf_async_batching.bench.peers import PeerRun
+from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.timeline_picture import SAVED_STEPS, Panel, steady_window
 from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.timeline import StepRecord

@@ -9,7 +9,7 @@ import torch
 from support.tiny_models import greedy_alone
 from transformers import PreTrainedModel
 
-from hf_async_batching.bench import peers
+from hf_async_batching.bench import peer_generate, peer_generate_batch
 from hf_async_batching.bench.peers import PEERS, run_peer
 from hf_async_batching.bench.shapes import random_model
 from hf_async_batching.bench.workloads import Workload, make_workload
@@ -91,7 +91,8 @@ def test_a_peer_that_fails_says_so(model: PreTrainedModel, name: str, monkeypatc
         raise RuntimeError("no kernel image\nfor this device")
 
     attention = model.config._attn_implementation
-    monkeypatch.setattr(peers, "_padded" if name == "generate" else "_converse", fail)
+    module, function = (peer_generate, "_padded") if name == "generate" else (peer_generate_batch, "_converse")
+    monkeypatch.setattr(module, function, fail)
     run = run_peer(name, model, mix)
     assert run.seconds is None
     assert run.error is not None and "no kernel image for this device" in run.error
@@ -107,7 +108,7 @@ def test_a_slow_peer_is_given_up(model: PreTrainedModel, name: str) -> None:
 
 
 def test_the_next_attention_is_tried(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_ON_CPU", ("flash_attention_2", "eager"))
+    monkeypatch.setattr(peer_generate_batch, "_ON_CPU", ("flash_attention_2", "eager"))
     run = run_peer("generate_batch", model, mix)
     assert run.error is None
     assert run.attention is not None and "eager" in run.attention
@@ -116,6 +117,8 @@ def test_the_next_attention_is_tried(model: PreTrainedModel, monkeypatch: pytest
 
 
 def test_missing_tokens_are_an_error(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_padded", lambda _model, requests, _deadline: {r.request_id: [1] for r in requests})
+    monkeypatch.setattr(
+        peer_generate, "_padded", lambda _model, requests, _deadline: {r.request_id: [1] for r in requests}
+    )
     run = run_peer("generate", model, mix)
     assert run.error is not None and "4 tokens of 4 requests came back" in run.error

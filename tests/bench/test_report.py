@@ -11,7 +11,7 @@ import torch
 from hf_async_batching import BatchingConfig
 from hf_async_batching.bench import report
 from hf_async_batching.bench.measure import Measured, measure
-from hf_async_batching.bench.peers import PeerRun
+from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.shapes import random_model
 from hf_async_batching.bench.workloads import make_workload
 
