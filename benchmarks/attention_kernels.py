@@ -54,12 +54,6 @@ def seconds_each(work: list[Callable[[], object]], replays: int = 10) -> float:
     return begin.elapsed_time(end) / 1000 / replays / len(work)
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by the copy of 1 GB."""
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * 2**30 / seconds_each([lambda: target.copy_(source)])
-
-
 def int32(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
@@ -100,11 +94,12 @@ def main() -> None:
         raise SystemExit("This benchmark needs a CUDA GPU.")
     from hf_async_batching.attention import triton_kernels as kernels
     from hf_async_batching.attention.triton_decode import BlockSizes
+    from hf_async_batching.bench.machine import copy_bandwidth
 
     torch.manual_seed(0)
     heads, batch, size = arguments.heads, arguments.batch, arguments.head_dim
     dtype, scaling = getattr(torch, arguments.dtype), arguments.head_dim**-0.5
-    copy = copy_bandwidth()
+    copy = copy_bandwidth(torch.device("cuda", torch.cuda.current_device()))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {kernels.triton.__version__}")
     print(f"{heads} heads, {arguments.kv_heads} kv heads, head size {size}, {arguments.dtype}, batch {batch}")
     print(f"copy bandwidth {copy / 1e9:.0f} GB/s\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import threading
 import time
 import warnings
@@ -21,42 +20,25 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.measure import HEADER, copy_bandwidth, run_engine, teacher_forced
 from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.bench.accuracy import equal_fraction, teacher_forced
+from hf_async_batching.bench.machine import copy_bandwidth
+from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
+from hf_async_batching.bench.report import header, run_row
+from hf_async_batching.bench.shapes import random_model
+from hf_async_batching.bench.workloads import Workload, make_workload
 from hf_async_batching.request import Request
 
-LLAMA_8B: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500_000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-}
 
-
-def random_model(fields: dict[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=dtype).eval()
-
-
-def random_requests(count: int, prompt: int, new: int, vocab: int) -> list[Request]:
-    rng = random.Random(0)
-    return [Request(str(i), tuple(rng.randrange(3, vocab) for _ in range(prompt)), new) for i in range(count)]
+def run_engine(
+    model: PreTrainedModel, requests: list[Request], config: BatchingConfig, bandwidth: float
+) -> tuple[Measured, dict[str, list[int]]]:
+    """Serve given requests, after a warm-up with them, and without a thread in between."""
+    given = Workload("given", tuple(requests))
+    measured = measure(model, lambda _: given, config, bandwidth, through_engine=True)
+    return measured, measured.tokens[0]
 
 
 def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
@@ -119,15 +101,14 @@ def smollm2(device: torch.device, path: str) -> dict[str, Any]:
     ]
     out: dict[str, Any] = {}
     first: dict[str, list[int]] | None = None
-    print(HEADER)
+    print(header())
     bandwidth = copy_bandwidth(device)
     for depth in (1, 2, 3):
-        run, tokens = run_engine(model, requests, BatchingConfig(depth=depth, timeline_steps=4096), bandwidth)
-        print(run.row(), flush=True)
-        out[f"depth {depth}"] = run.as_dict()
+        measured, tokens = run_engine(model, requests, BatchingConfig(depth=depth, timeline_steps=4096), bandwidth)
         first = first or tokens
+        print(run_row(measured, equal_fraction([tokens], [first])), flush=True)
+        out[f"depth {depth}"] = measured.run.as_dict()
         out[f"depth {depth} equals depth 1"] = sum(tokens[i] == first[i] for i in tokens)
-        print(f"  {out[f'depth {depth} equals depth 1']} of {len(tokens)} requests equal to depth 1")
     assert first is not None
     accuracy = teacher_forced(model, requests, first)
     print("contract 2, bfloat16:", accuracy)
@@ -137,7 +118,7 @@ def smollm2(device: torch.device, path: str) -> dict[str, Any]:
     out["accuracy"] = str(accuracy)
     out["same length"] = _same_at_every_depth(model, requests, bandwidth)
     exact = model.float()
-    _, tokens = run_engine(exact, requests[:24], BatchingConfig(depth=2), None)
+    _, tokens = run_engine(exact, requests[:24], BatchingConfig(depth=2), bandwidth)
     alone = [_generate_alone(exact, list(r.prompt), 64) for r in requests[:24]]
     same = sum(a == tokens[r.request_id] for a, r in zip(alone, requests, strict=False))
     print(f"float32: {same} of {len(alone)} completions equal plain generate alone")
@@ -151,13 +132,13 @@ def _same_at_every_depth(model: PreTrainedModel, requests: list[Request], bandwi
     fixed = [Request(r.request_id, r.prompt, 512) for r in requests[:32]]
     first: dict[str, list[int]] | None = None
     out: dict[str, Any] = {}
-    print(f"32 real prompts, 512 new tokens each, no end of sequence\n{HEADER}")
+    print(f"32 real prompts, 512 new tokens each, no end of sequence\n{header()}")
     for depth in (1, 2, 3):
-        run, tokens = run_engine(model, fixed, BatchingConfig(depth=depth, timeline_steps=4096), bandwidth)
+        measured, tokens = run_engine(model, fixed, BatchingConfig(depth=depth, timeline_steps=4096), bandwidth)
         first = first or tokens
         same = sum(tokens[i] == first[i] for i in tokens)
-        print(f"{run.row()}\n  {same} of 32 completions equal to depth 1", flush=True)
-        out[f"depth {depth}"] = {**run.as_dict(), "equal to depth 1": same}
+        print(run_row(measured, same / len(tokens)), flush=True)
+        out[f"depth {depth}"] = {**measured.run.as_dict(), "equal to depth 1": same}
     return out
 
 
@@ -198,38 +179,33 @@ def _threads(model: PreTrainedModel, prompts: list[list[int]], device: torch.dev
 
 
 def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int) -> dict[str, Any]:
-    fields = {**LLAMA_8B, "num_hidden_layers": layers}
-    if device.type == "cpu":
-        fields.update(hidden_size=256, intermediate_size=512, vocab_size=1000)
+    smaller = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000} if device.type == "cpu" else {}
     started = time.perf_counter()
-    model = random_model(fields, device, torch.bfloat16)
+    model = random_model("llama-3.1-8b", device, torch.bfloat16, num_hidden_layers=layers, **smaller)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters made in "
         f"{time.perf_counter() - started:.1f} s"
     )
-    bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
-    if bandwidth:
-        print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    requests = random_requests(rows, prompt, new, fields["vocab_size"])
+    bandwidth = copy_bandwidth(device)
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+
+    def workload(seed: int) -> Workload:
+        return make_workload("seed", model.config.vocab_size, seed=seed, rows=rows, prompt=prompt, new=new)
+
     out: dict[str, Any] = {"copy_bandwidth": bandwidth, "rows": rows, "prompt": prompt, "new": new}
-    print(f"{rows} requests, prompt {prompt}, {new} new tokens, greedy, bfloat16\n{HEADER}")
-    first: dict[str, list[int]] | None = None
+    print(f"{rows} requests, prompt {prompt}, {new} new tokens, greedy, bfloat16\n{header()}")
+    first: Measured | None = None
     for depth, graphs in ((1, True), (2, True), (3, True), (1, False), (2, False)):
         config = BatchingConfig(
-            depth=depth, cuda_graphs=graphs, timeline_steps=8192, max_sequence_length=prompt + new + 16
+            depth=depth, cuda_graphs=graphs, timeline_steps=KEPT_STEPS, max_sequence_length=prompt + new + 16
         )
-        run, tokens = run_engine(model, requests, config, bandwidth)
-        print(run.row(), flush=True)
-        out[f"depth {depth} graphs {graphs}"] = run.as_dict()
-        first = first or tokens
-        same = sum(tokens[i] == first[i] for i in tokens)
-        out[f"depth {depth} graphs {graphs} equal"] = same
-        print(f"  {same} of {rows} completions equal to depth 1; {run.graph_count} graphs, {run.graph_mib:.0f} MiB")
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        measured = measure(model, workload, config, bandwidth, through_engine=True)
+        first = first or measured
+        same = equal_fraction(measured.tokens, first.tokens)
+        print(run_row(measured, same), flush=True)
+        out[f"depth {depth} graphs {graphs}"] = {**measured.run.as_dict(), "equal to depth 1": same}
     assert first is not None
-    accuracy = teacher_forced(model, requests[:4], first)
+    accuracy = teacher_forced(model, workload(0).first[:4], first.tokens[0])
     print("contract 2, bfloat16, random weights:", accuracy)
     out["accuracy"] = str(accuracy)
     return out
@@ -237,9 +213,8 @@ def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int)
 
 def syncs(device: torch.device) -> dict[str, Any]:
     """Counts CUDA calls that make the host wait, in a run whose kernels and graphs are warm."""
-    fields = {**LLAMA_8B, "num_hidden_layers": 4}
-    model = random_model(fields, device, torch.bfloat16)
-    requests = random_requests(32, 64, 64, fields["vocab_size"])
+    model = random_model("llama-3.1-8b", device, torch.bfloat16, num_hidden_layers=4)
+    requests = make_workload("seed", model.config.vocab_size, rows=32, prompt=64, new=64).first
     from hf_async_batching.assembly import assemble
 
     engine = assemble(model, BatchingConfig(depth=2, max_sequence_length=256)).engine

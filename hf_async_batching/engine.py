@@ -94,6 +94,7 @@ class Engine:
                 decode_rows=len(plan.decode_rows),
                 prompt_tokens=plan.num_tokens - len(plan.decode_rows),
                 tokens=plan.num_sampled,
+                context_tokens=plan.context_tokens,
                 # Where work runs while it is being launched, that part is not the host's.
                 plan=(launch.planned_at, compute[0] if self.device.runs_inline else launch.launched_at),
                 settle=(arrived, time.perf_counter()),

@@ -64,6 +64,7 @@ class Plan:
         new_rows: Rows that start with this step.
         new_pages: Page-table entries that start with this step.
         features: What the sampler has to do.
+        context_tokens: Tokens whose keys and values the step reads, over all of its rows; for measurements only.
     """
 
     step: int
@@ -72,6 +73,7 @@ class Plan:
     new_rows: tuple[NewRow, ...] = ()
     new_pages: tuple[NewPage, ...] = ()
     features: Features = field(default_factory=Features)
+    context_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

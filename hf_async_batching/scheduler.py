@@ -80,6 +80,7 @@ class Scheduler:
         self._decode_rows: tuple[int, ...] = ()
         self._planned_sampled: list[Sequence] = []
         self._features = Features()
+        self._decode_context = 0
 
     # -- what callers do ------------------------------------------------------------------------------------------
 
@@ -152,8 +153,10 @@ class Scheduler:
         if not decoding and not chunks:
             return None
 
+        self._decode_context += len(decoding)  # where they are those of the step before: each is one token longer
         if decoding is not self._planned_decoding:
             self._planned_decoding = decoding
+            self._decode_context = sum([sequence.computed + 1 for sequence in decoding])
             rows = tuple([sequence.row for sequence in decoding])
             if rows != self._decode_rows:
                 self._decode_rows = rows
@@ -176,7 +179,8 @@ class Scheduler:
         for sequence in prefilled:
             self._enter_pages(sequence)
         self._sampled[step] = sampled
-        plan = Plan(step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), self._features)
+        context = self._decode_context + sum([sequence.computed for sequence in prefilled])
+        plan = Plan(step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), self._features, context)
         self._step += 1
         return plan
 

@@ -19,6 +19,7 @@ class StepRecord(NamedTuple):
         decode_rows: Rows that decoded a token.
         prompt_tokens: Prompt tokens computed.
         tokens: Tokens sampled.
+        context_tokens: Tokens whose keys and values the step's attention reads, those that it writes itself included.
         plan: Host: planning and launching.
         settle: Host: reading the result and handing tokens on.
         compute: Device: from the step's first kernel to its last.
@@ -30,6 +31,7 @@ class StepRecord(NamedTuple):
     decode_rows: int
     prompt_tokens: int
     tokens: int
+    context_tokens: int
     plan: Span
     settle: Span
     compute: Span

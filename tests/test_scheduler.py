@@ -726,6 +726,8 @@ class Device:
                 self.lengths[row] += 1
             if samples:
                 sampled.append(row)
+        read = sum(self.lengths[row] for row, *_ in [*pieces, *plan.chunks])
+        assert plan.context_tokens == read, "the context that a step is said to read"
         for row in sampled:
             content = [
                 self.slots[self.tables[row][i // self.page_size], i % self.page_size] for i in range(self.lengths[row])

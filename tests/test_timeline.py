@@ -18,6 +18,7 @@ def record(step: int, start: float, end: float, **changes: Any) -> StepRecord:
         "decode_rows": 3,
         "prompt_tokens": 0,
         "tokens": 3,
+        "context_tokens": 30,
         "plan": (start - 0.002, start - 0.001),
         "settle": (end + 0.001, end + 0.0015),
         "compute": (start, end),

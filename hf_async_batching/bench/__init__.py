@@ -1,0 +1,1 @@
+"""Measurements: workloads, our engine and its peers on them, accuracy, tables and pictures."""

@@ -1,0 +1,142 @@
+"""The gate beside every speed: are the tokens those of the plain model?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_async_batching.bench.workloads import Workload
+from hf_async_batching.request import Request
+
+# Positions whose logits are in memory at once: 512 of a vocabulary of 128K take 0.25 GiB in float32.
+_SLICE = 512
+
+# New tokens up to which completions are compared with plain generate.
+_ALONE = 256
+
+# A gap beyond this share of the largest logit is no rounding. Steps of another batch round otherwise, in every layer.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How generated tokens compare with a teacher-forced plain forward of the same model.
+
+    Attributes:
+        requests: Requests checked.
+        tokens: Tokens checked.
+        distinct: Different tokens among them; few of them check little.
+        argmax_percent: Tokens that are the plain forward's arg-max.
+        largest_gap: Largest distance of a token's logit to that of the arg-max.
+        tolerance: What the gap must not exceed: rounding of the model's dtype can explain that much.
+        generate_equal: Completions equal to `model.generate` alone, and how many were compared; only in float32.
+    """
+
+    requests: int
+    tokens: int
+    distinct: int
+    argmax_percent: float
+    largest_gap: float
+    tolerance: float
+    generate_equal: tuple[int, int] | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether every token is right as far as rounding lets one say."""
+        same, compared = self.generate_equal or (0, 0)
+        return self.largest_gap <= self.tolerance and same == compared
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "holds": self.holds}
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.argmax_percent:.2f} % of {self.tokens} tokens ({self.distinct} different ones) are the plain "
+            f"forward's arg-max; largest logit gap of the others {self.largest_gap:.3f}"
+        )
+        if self.generate_equal is not None:
+            text += f"; {self.generate_equal[0]} of {self.generate_equal[1]} completions equal plain generate alone"
+        return text if self.holds else f"{text}: WRONG, rounding explains a gap of {self.tolerance:.3f} at most"
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    tokens: Mapping[str, Sequence[int]],
+    *,
+    slice_size: int = _SLICE,
+) -> Accuracy:
+    """Run the plain model over prompts and generated tokens, and compare each token with its arg-max.
+
+    Args:
+        model: The model that the tokens came from, with its own attention.
+        requests: Whose tokens are checked.
+        tokens: New tokens by request id.
+        slice_size: Positions computed at once, over a cache of those before: bounds the memory of the logits.
+    """
+    same = total = 0
+    worst = largest = 0.0
+    seen: set[int] = set()
+    for request in requests:
+        new = tokens[request.request_id]
+        # The last token predicts nothing that was generated.
+        ids = torch.tensor([*request.prompt, *new], device=model.device)[None, :-1]
+        wanted = torch.tensor(new, device=model.device)
+        cache = DynamicCache(config=model.config)
+        for start in range(0, ids.shape[1], slice_size):
+            # The position that predicts new token j is len(prompt) - 1 + j.
+            first = start - (len(request.prompt) - 1)
+            logits = model(ids[:, start : start + slice_size], past_key_values=cache, use_cache=True).logits[0]
+            logits = logits[max(0, -first) :].float()
+            if not len(logits):
+                continue
+            chosen = wanted[max(0, first) :][: len(logits)]
+            best = logits.max(-1).values
+            gap = best - logits.gather(1, chosen[:, None])[:, 0]
+            same += int((gap == 0).sum())
+            worst = max(worst, float(gap.max()))
+            largest = max(largest, float(logits.abs().max()))
+        total += len(new)
+        seen.update(new)
+    tolerance = _TOLERANCE.get(model.dtype, 0.1) * largest
+    return Accuracy(len(requests), total, len(seen), 100 * same / max(1, total), worst, tolerance)
+
+
+def equal_to_generate(
+    model: PreTrainedModel, requests: Sequence[Request], tokens: Mapping[str, Sequence[int]]
+) -> tuple[int, int]:
+    """Completions equal to plain `model.generate` alone, up to 256 new tokens each, and how many were compared."""
+    same = 0
+    for request in requests:
+        count = min(request.max_new_tokens, _ALONE)
+        ids = torch.tensor([request.prompt], device=model.device)
+        out = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        same += out[0, len(request.prompt) :].tolist() == list(tokens[request.request_id][:count])
+    return same, len(requests)
+
+
+def sample(workload: Workload, tokens: Mapping[str, Sequence[int]], count: int) -> list[Request]:
+    """Up to `count` requests, spread over the workload; of a conversation its last turn, which holds the others."""
+    users = len(workload.first)
+    count = min(count, users)
+    chosen = []
+    for index in range(count):
+        request = workload.first[index * users // count]
+        while (following := workload.after(request, tokens[request.request_id])) is not None:
+            request = following
+        chosen.append(request)
+    return chosen
+
+
+def equal_fraction(one: Sequence[Mapping[str, Sequence[int]]], other: Sequence[Mapping[str, Sequence[int]]]) -> float:
+    """Share of completions, over all passes, that are the same token for token."""
+    pairs = [(left[name], right.get(name)) for left, right in zip(one, other, strict=True) for name in left]
+    return sum(left == right for left, right in pairs) / len(pairs)

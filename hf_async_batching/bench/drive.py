@@ -1,0 +1,195 @@
+"""Two ways to put a workload through our engine: as users do, and without a thread in between."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.bench.workloads import Workload
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.handle import GenerationHandle, GenerationResult
+from hf_async_batching.manager import GenerationManager
+from hf_async_batching.memory import return_memory
+from hf_async_batching.request import Request
+from hf_async_batching.timeline import StepRecord
+
+
+@dataclass(slots=True)
+class Served:
+    """One pass of a workload.
+
+    Attributes:
+        seconds: From the arrival of the first requests to the last token.
+        tokens: New tokens by request id.
+        queue_seconds: Per request, from its arrival to the first step that computes its prompt.
+        first_token_seconds: Per request, from its arrival to its first token.
+        records: The steps of this pass.
+    """
+
+    seconds: float = 0.0
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    queue_seconds: list[float] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
+    records: tuple[StepRecord, ...] = ()
+
+
+class Driver(Protocol):
+    """An engine that a measurement starts, warms up, uses and closes, in this order."""
+
+    def start(self, request: Request) -> None:
+        """Start the engine and return with the first token of `request`, which is the only one."""
+
+    def warmup(self) -> None:
+        """Do everything that is done once: kernels, graphs."""
+
+    def serve(self, workload: Workload) -> Served:
+        """Serve a workload to its end."""
+
+    @property
+    def assembly(self) -> Assembly:
+        """The engine and its parts."""
+
+    def close(self) -> None:
+        """Return all memory."""
+
+
+class ThroughManager:
+    """Requests go to a `GenerationManager`, and results come from its handles."""
+
+    def __init__(self, model: PreTrainedModel, config: BatchingConfig) -> None:
+        self._manager = GenerationManager(model, config)
+
+    def start(self, request: Request) -> None:
+        """Start the engine and return with the first token of `request`."""
+        (handle,) = self._manager.submit_requests([request])
+        next(iter(handle))
+        handle.result()
+
+    def warmup(self) -> None:
+        """`GenerationManager.warmup`."""
+        self._manager.warmup()
+
+    def serve(self, workload: Workload) -> Served:
+        """All first requests arrive together; each user waits for an answer and sends the next message at once."""
+        served, before = Served(), _last_step(self.assembly)
+        started = time.perf_counter()
+        handles = self._manager.submit_requests(list(workload.first))
+
+        def converse(request: Request, handle: GenerationHandle) -> list[GenerationResult]:
+            results = [handle.result()]
+            while (following := workload.after(request, results[-1].token_ids)) is not None:
+                request = following
+                results.append(self._manager.submit_requests([request])[0].result())
+            return results
+
+        if workload.messages:
+            with ThreadPoolExecutor(len(handles), "user") as users:
+                answers = list(users.map(converse, workload.first, handles))
+        else:
+            answers = [[handle.result()] for handle in handles]
+        served.seconds = time.perf_counter() - started
+        for result in (result for results in answers for result in results):
+            metrics = result.metrics
+            assert metrics.queue_seconds is not None and metrics.time_to_first_token is not None
+            served.tokens[result.request_id] = result.token_ids
+            served.queue_seconds.append(metrics.queue_seconds)
+            served.first_token_seconds.append(metrics.time_to_first_token)
+        served.records = _records_after(self.assembly, before)
+        return served
+
+    @property
+    def assembly(self) -> Assembly:
+        """The engine and its parts."""
+        assembly = self._manager.assembly
+        assert assembly is not None
+        return assembly
+
+    def close(self) -> None:
+        """Close the manager."""
+        self._manager.close()
+
+
+class ThroughEngine:
+    """The engine is stepped by the caller's thread, so that plans do not depend on timing."""
+
+    def __init__(self, model: PreTrainedModel, config: BatchingConfig) -> None:
+        self._model = model
+        self._config = config
+        self._assembly: Assembly | None = None
+
+    def start(self, request: Request) -> None:
+        """Start the engine and return with the first token of `request`."""
+        self._assembly = assemble(self._model, self._config)
+        self.serve(Workload("start", (request,)))
+
+    def warmup(self) -> None:
+        """Every decode step with a graph of its own runs twice, as in `GenerationManager.warmup`."""
+        for rows in self.assembly.runner.buckets or [1]:
+            self.serve(Workload("warm-up", tuple(Request(str(i), (3 + i % 7,) * 8, 3) for i in range(rows))))
+
+    @torch.inference_mode()
+    def serve(self, workload: Workload) -> Served:
+        """All first requests arrive together; each user sends the next message with the step after the answer."""
+        engine, served, before = self.assembly.engine, Served(), _last_step(self.assembly)
+        arrived: dict[str, float] = {}
+        live: dict[str, Request] = {}
+
+        def add(request: Request) -> None:
+            arrived[request.request_id] = time.perf_counter()
+            live[request.request_id] = request
+            served.tokens[request.request_id] = []
+            engine.add(request)
+
+        if self.assembly.forward.device.type == "cuda":
+            torch.cuda.synchronize(self.assembly.forward.device)
+        started = time.perf_counter()
+        for request in workload.first:
+            add(request)
+        while engine.has_work:
+            planned = time.perf_counter()
+            emissions = engine.step()
+            now = time.perf_counter()
+            for request_id in engine.started:
+                served.queue_seconds.append(planned - arrived[request_id])
+            for emission in emissions:
+                tokens = served.tokens[emission.request_id]
+                if emission.token is not None:
+                    if not tokens:
+                        served.first_token_seconds.append(now - arrived[emission.request_id])
+                    tokens.append(emission.token)
+                if emission.finish_reason is not None:
+                    following = workload.after(live.pop(emission.request_id), tokens)
+                    if following is not None:
+                        add(following)
+        served.seconds = time.perf_counter() - started
+        served.records = _records_after(self.assembly, before)
+        return served
+
+    @property
+    def assembly(self) -> Assembly:
+        """The engine and its parts."""
+        assert self._assembly is not None
+        return self._assembly
+
+    def close(self) -> None:
+        """Close the engine."""
+        if self._assembly is not None:
+            device = self._assembly.forward.device
+            self._assembly.engine.close()
+            self._assembly = None
+            return_memory(device)
+
+
+def _last_step(assembly: Assembly) -> int:
+    records = assembly.engine.records
+    return records[-1].step if records else -1
+
+
+def _records_after(assembly: Assembly, step: int) -> tuple[StepRecord, ...]:
+    return tuple(record for record in assembly.engine.records.copy() if record.step > step)

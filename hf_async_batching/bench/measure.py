@@ -1,0 +1,298 @@
+"""One measured run of our engine: what every figure is computed from, and how."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.assembly import Assembly
+from hf_async_batching.bench.drive import Driver, Served, ThroughEngine, ThroughManager
+from hf_async_batching.bench.workloads import Workload
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.memory import return_memory
+from hf_async_batching.stats import read_stats
+from hf_async_batching.timeline import StepRecord, Timeline
+
+# More than any workload takes: the records of a whole run are kept.
+KEPT_STEPS = 1 << 20
+
+# Seeds of the token ids of what is not counted: they share no prefix with the counted runs, whose seeds count from 0.
+_START_SEED = -1
+_WARM_SEED = -2
+
+MakeWorkload = Callable[[int], Workload]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a time per request is spread, in seconds. `p95` is the smallest that 95 % of the requests do not exceed."""
+
+    mean: float
+    median: float
+    p95: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """None without values."""
+        if not values:
+            return None
+        ordered = sorted(values)
+        return cls(statistics.mean(ordered), statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a step must read, in bytes: all weights once, and the live keys and values of its rows once.
+
+    What a step writes, and layers that look at a window of the context only, are not taken into account.
+    """
+
+    weight_bytes: int
+    bytes_per_context_token: int
+
+    @classmethod
+    def of(cls, assembly: Assembly) -> Traffic:
+        """The traffic of an engine's model."""
+        forward = assembly.forward
+        return cls(forward.weight_bytes, sum(layer.bytes_per_token for layer in forward.layers))
+
+    def of_steps(self, steps: Sequence[StepRecord]) -> int:
+        """Bytes that `steps` must read."""
+        context = sum(step.context_tokens for step in steps)
+        return len(steps) * self.weight_bytes + context * self.bytes_per_context_token
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Figures that follow from the times of steps.
+
+    Attributes:
+        steps: Steps of the run.
+        ms_per_step: Mean over all steps, idle gaps included.
+        decode_ms_per_step: Mean over steps that only decode and follow such a step: from the end of that one's compute
+            to the end of their own, so that gaps count.
+        median_decode_ms_per_step: Median over the same steps.
+        busy_percent: Share of the time from the first step's start to the last one's end in which one was computed.
+        host_ms_per_step: Planning, launching and settling; no waiting.
+        mbu_decode_percent: Memory bandwidth utilization (the term is Databricks'; the measure gpt-fast reports) over
+            the steps of `decode_ms_per_step`: `Traffic` over their time, over the copy bandwidth.
+        mbu_run_percent: The same over all steps and the whole time of the run, with everything in it.
+    """
+
+    steps: int
+    ms_per_step: float
+    decode_ms_per_step: float
+    median_decode_ms_per_step: float
+    busy_percent: float
+    host_ms_per_step: float
+    mbu_decode_percent: float
+    mbu_run_percent: float
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord], seconds: float, traffic: Traffic, bandwidth: float) -> Pace:
+        """Figures of the steps of a run.
+
+        Args:
+            records: The steps, oldest first.
+            seconds: What the run took, as its caller saw it.
+            traffic: What the steps must read.
+            bandwidth: Bytes per second that the device can copy, read plus written.
+        """
+        timeline = Timeline(tuple(records))
+        decodes = [
+            (after, after.compute[1] - before.compute[1])
+            for before, after in itertools.pairwise(records)
+            if not (before.prompt_tokens or after.prompt_tokens) and after.step == before.step + 1
+        ]
+        gaps = [gap for _, gap in decodes]
+        decode_bytes = traffic.of_steps([step for step, _ in decodes])
+        return cls(
+            steps=len(records),
+            ms_per_step=timeline.ms_per_step,
+            decode_ms_per_step=1e3 * statistics.mean(gaps) if gaps else 0.0,
+            median_decode_ms_per_step=1e3 * statistics.median(gaps) if gaps else 0.0,
+            busy_percent=100 * timeline.busy_fraction,
+            host_ms_per_step=timeline.host_ms_per_step,
+            mbu_decode_percent=100 * decode_bytes / sum(gaps) / bandwidth if gaps else 0.0,
+            mbu_run_percent=100 * traffic.of_steps(records) / seconds / bandwidth,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A workload at one depth; the pass with the median time of `all_seconds`.
+
+    Attributes:
+        depth: Steps in flight.
+        driver: "manager", as users see it, or "engine", without a thread in between.
+        settings: The engine's configuration, its automatic fields filled.
+        requests: Requests served.
+        prompt_tokens: Tokens of their prompts.
+        output_tokens: Tokens generated.
+        seconds: From the arrival of the first requests to the last token.
+        all_seconds: Of every counted pass.
+        output_tokens_per_second: Generated tokens over `seconds`.
+        total_tokens_per_second: Prompt and generated tokens over `seconds`.
+        pace: What follows from the times of the steps.
+        start_seconds: A fresh engine: from its making to the first token of its first request.
+        warmup_seconds: What `GenerationManager.warmup()` took after that.
+        full_speed_seconds: From the engine's making until the warm-up was over: nothing is compiled or captured later.
+        graphs_captured_late: Graphs that were captured after the warm-up all the same.
+        first_token_seconds: From a request's arrival to its first token.
+        queue_seconds: From a request's arrival to the first step that computes its prompt.
+        weight_bytes: All weights and buffers of the model.
+        cache_bytes: The KV cache.
+        peak_extra_bytes: Largest memory allocated, beyond weights and KV cache, from the engine's making to the end of
+            the run; None on the CPU.
+        peak_extra_reserved_bytes: The same of the memory that torch reserved.
+        graphs: Captured graphs.
+        graph_bytes: Memory that they hold.
+        preemptions: Requests that gave their pages up.
+        prefix_hit_tokens: Prompt tokens found in the prefix cache; None where there is no such cache.
+    """
+
+    depth: int
+    driver: str
+    settings: dict[str, Any]
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    all_seconds: tuple[float, ...]
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+    pace: Pace
+    start_seconds: float
+    warmup_seconds: float
+    full_speed_seconds: float
+    graphs_captured_late: int
+    first_token_seconds: Spread | None
+    queue_seconds: Spread | None
+    weight_bytes: int
+    cache_bytes: int
+    peak_extra_bytes: int | None
+    peak_extra_reserved_bytes: int | None
+    graphs: int
+    graph_bytes: int
+    preemptions: int
+    prefix_hit_tokens: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A run and what it made: tokens by request id, per counted pass, and the steps of the pass of `run`."""
+
+    run: Run
+    tokens: list[dict[str, list[int]]]
+    records: tuple[StepRecord, ...]
+
+
+def measure(
+    model: PreTrainedModel,
+    make_workload: MakeWorkload,
+    config: BatchingConfig,
+    bandwidth: float,
+    *,
+    through_engine: bool = False,
+    repeats: int = 1,
+) -> Measured:
+    """Start an engine, warm it up, and serve a workload `repeats` times.
+
+    Args:
+        model: Served as it is; nothing of it changes.
+        make_workload: Makes the workload from a seed of its token ids.
+        config: Settings; `timeline_steps` must hold a whole run (`KEPT_STEPS` does).
+        bandwidth: Bytes per second of a copy, read plus written.
+        through_engine: Leave the manager and its thread out.
+        repeats: Counted passes, each with other token ids.
+    """
+    device = model.device
+    gc.collect()
+    return_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first = make_workload(_START_SEED).brief().first[0]
+    passes: list[tuple[Served, int, int | None]] = []
+    started = time.perf_counter()
+    driver: Driver = (ThroughEngine if through_engine else ThroughManager)(model, config)
+    try:
+        driver.start(first)
+        start_seconds = time.perf_counter() - started
+        driver.warmup()
+        full_speed_seconds = time.perf_counter() - started
+        driver.serve(make_workload(_WARM_SEED).brief())
+        assembly = driver.assembly
+        graphs_before = len(assembly.runner.captured)
+        for seed in range(repeats):
+            workload = make_workload(seed)
+            before = read_stats(assembly, 0)
+            served = driver.serve(workload)
+            after = read_stats(assembly, 0)
+            passes.append((served, after.preemptions - before.preemptions, _hits(after, before)))
+        peak = _peak(device)
+        taken = _weights(model) + after.cache_bytes
+        settings = {f.name: getattr(assembly.config.settings, f.name) for f in fields(assembly.config.settings)}
+        traffic = Traffic.of(assembly)
+        depth, late = assembly.config.depth, len(assembly.runner.captured) - graphs_before
+        del assembly
+    finally:
+        driver.close()
+    served, preemptions, hits = sorted(passes, key=lambda one: one[0].seconds)[(len(passes) - 1) // 2]
+    output_tokens = sum(map(len, served.tokens.values()))
+    run = Run(
+        depth=depth,
+        driver="engine" if through_engine else "manager",
+        settings=settings,
+        requests=workload.num_requests,
+        prompt_tokens=workload.prompt_tokens,
+        output_tokens=output_tokens,
+        seconds=served.seconds,
+        all_seconds=tuple(one.seconds for one, *_ in passes),
+        output_tokens_per_second=output_tokens / served.seconds,
+        total_tokens_per_second=(output_tokens + workload.prompt_tokens) / served.seconds,
+        pace=Pace.of(served.records, served.seconds, traffic, bandwidth),
+        start_seconds=start_seconds,
+        warmup_seconds=full_speed_seconds - start_seconds,
+        full_speed_seconds=full_speed_seconds,
+        graphs_captured_late=late,
+        first_token_seconds=Spread.of(served.first_token_seconds),
+        queue_seconds=Spread.of(served.queue_seconds),
+        weight_bytes=taken - after.cache_bytes,
+        cache_bytes=after.cache_bytes,
+        peak_extra_bytes=peak[0] - taken if peak is not None else None,
+        peak_extra_reserved_bytes=peak[1] - taken if peak is not None else None,
+        graphs=after.graphs,
+        graph_bytes=after.graph_bytes,
+        preemptions=preemptions,
+        prefix_hit_tokens=hits,
+    )
+    return Measured(run, [one.tokens for one, *_ in passes], served.records)
+
+
+def _hits(after: object, before: object) -> int | None:
+    hits: int | None = getattr(after, "prefix_hit_tokens", None)
+    return None if hits is None else hits - int(getattr(before, "prefix_hit_tokens", 0))
+
+
+def _peak(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+def _weights(model: PreTrainedModel) -> int:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())

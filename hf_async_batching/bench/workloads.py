@@ -1,0 +1,156 @@
+"""What is served in a measurement: random prompts, fixed numbers of new tokens, greedy, no end of sequence.
+
+The lengths of a workload are always the same; a seed only changes the token ids, so that repeated runs find nothing
+of each other in a prefix cache.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hf_async_batching.request import Request
+
+# Small ids are special tokens in most vocabularies.
+_FIRST_TOKEN = 3
+
+# New tokens per request of the runs that are not counted.
+_BRIEF = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests, some there at the start and some that follow from answers.
+
+    Attributes:
+        name: One of `WORKLOADS`.
+        first: Requests that arrive together at the start. Ids are "0", "1", ...
+        messages: Per first request, what its user says in later turns: token ids and the length of the answer. Empty
+            where every request stands alone.
+    """
+
+    name: str
+    first: tuple[Request, ...]
+    messages: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
+
+    def after(self, request: Request, answer: Sequence[int]) -> Request | None:
+        """The request that its user sends once `request` was answered with `answer`, or None at the end.
+
+        Its prompt is everything that was said so far and the new message; the second turn of "3" has the id "3.1".
+        """
+        conversation, _, turn = request.request_id.partition(".")
+        turns = self.messages[int(conversation)] if self.messages else ()
+        done = int(turn or 0)
+        if done == len(turns):
+            return None
+        message, new = turns[done]
+        return Request(f"{conversation}.{done + 1}", (*request.prompt, *answer, *message), new)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests, all turns counted."""
+        return len(self.first) + sum(map(len, self.messages))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts; in a conversation each prompt holds everything before it."""
+        return sum(prompt for prompt, _ in self.lengths())
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that are generated."""
+        return sum(new for _, new in self.lengths())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and completion."""
+        return max(prompt + new for prompt, new in self.lengths())
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """Prompt and new tokens of every request, in no order that means anything."""
+        found = []
+        for index, request in enumerate(self.first):
+            prompt, new = len(request.prompt), request.max_new_tokens
+            found.append((prompt, new))
+            for message, answer in self.messages[index] if self.messages else ():
+                prompt, new = prompt + new + len(message), answer
+                found.append((prompt, new))
+        return found
+
+    def brief(self) -> Workload:
+        """The first requests with answers of a few tokens: what runs before anything is counted."""
+        short = [replace(request, max_new_tokens=min(request.max_new_tokens, _BRIEF)) for request in self.first]
+        return Workload(self.name, tuple(short))
+
+
+def make_workload(
+    name: str,
+    vocab: int,
+    *,
+    seed: int = 0,
+    rows: int | None = None,
+    prompt: int | None = None,
+    new: int | None = None,
+    turns: int | None = None,
+) -> Workload:
+    """A workload by name.
+
+    Args:
+        name: "seed", "small", "mix" or "chat".
+        vocab: Token ids are below.
+        seed: Of the token ids.
+        rows: Requests; of "chat", conversations.
+        prompt: Tokens per prompt; of "mix", at most; of "chat", tokens of the system prompt that all share.
+        new: New tokens per request; of "mix" and "chat", at most.
+        turns: Of "chat": messages per conversation.
+
+    Raises:
+        ValueError: No such workload, or a size below 1.
+    """
+    for label, size in (("rows", rows), ("prompt", prompt), ("new", new), ("turns", turns)):
+        if size is not None and size < 1:
+            raise ValueError(f"`{label}` must be at least 1, got {size}")
+    ids = random.Random(f"{seed} {name}")
+    if name == "chat":
+        return _chat(ids, vocab, rows or 16, prompt or 500, new or 256, turns or 8)
+    if turns is not None:
+        raise ValueError(f"`turns` belongs to the workload 'chat'; {name!r} has no turns")
+    if name == "seed":
+        lengths = [(prompt or 32, new or 8192)] * (rows or 32)
+    elif name == "small":
+        lengths = [(prompt or 64, new or 512)] * (rows or 256)
+    elif name == "mix":
+        r = random.Random(0)
+        lengths = [(_draw(r, 16, prompt or 1024), _draw(r, 16, new or 1024)) for _ in range(rows or 256)]
+    else:
+        raise ValueError(f"there is no workload {name!r}; choose one of {', '.join(WORKLOADS)}")
+    requests = [Request(str(i), _tokens(ids, vocab, length), count) for i, (length, count) in enumerate(lengths)]
+    return Workload(name, tuple(requests))
+
+
+WORKLOADS = ("seed", "small", "mix", "chat")
+
+
+def _chat(ids: random.Random, vocab: int, rows: int, system_length: int, longest: int, turns: int) -> Workload:
+    r = random.Random(0)
+
+    def answer() -> int:
+        return _draw(r, 64, longest)
+
+    def message() -> tuple[int, ...]:
+        return _tokens(ids, vocab, r.randint(20, 200))
+
+    system = _tokens(ids, vocab, system_length)
+    first = [Request(str(i), (*system, *message()), answer()) for i in range(rows)]
+    later = [tuple((message(), answer()) for _ in range(turns - 1)) for _ in range(rows)]
+    return Workload("chat", tuple(first), tuple(later))
+
+
+def _draw(r: random.Random, least: int, most: int) -> int:
+    """A length; of small work from a quarter of the most."""
+    return r.randint(max(1, min(least, most // 4)), most)
+
+
+def _tokens(ids: random.Random, vocab: int, count: int) -> tuple[int, ...]:
+    return tuple(ids.randrange(_FIRST_TOKEN, vocab) for _ in range(count))

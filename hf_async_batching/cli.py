@@ -1,0 +1,32 @@
+"""The command line `hf-async-batching`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from hf_async_batching.bench import command as bench
+
+_EXAMPLES = """\
+examples:
+  hf-async-batching bench seed --shape llama-3.1-8b --depth 1 2 --out results
+  hf-async-batching bench mix --model path/or/hub-name --peer generate_batch
+
+`hf-async-batching COMMAND --help` has more of them.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; `argv` is what follows the program's name. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="hf-async-batching",
+        description="Asynchronous continuous batching for Hugging Face generate.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    bench.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    arguments.argv = None if argv is None else list(argv)
+    status: int = arguments.run(arguments)
+    return status
