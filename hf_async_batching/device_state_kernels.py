@@ -81,7 +81,7 @@ def commit_decode_kernel(
     is_eos = tl.max((eos == token[:, None]).to(tl.int32), axis=1)
     # The token that was sampled now is not among the cached ones, and counts.
     is_last = (length + 1 >= tl.load(record + MAX_LENGTH)).to(tl.int32)
-    owned = mask & (row != 0)
+    owned = row != 0  # neither padding nor beyond the end
     tl.store(lengths + row, length, mask=owned)
     tl.store(last_token + row, token, mask=owned)
     tl.store(finished + row, is_eos | is_last, mask=owned)

@@ -80,7 +80,7 @@ def test_freeing_too_early_is_seen(scheduler: type[Scheduler], depth: int) -> No
 def test_random_conversations(depth: int) -> None:
     """Prompts that share prefixes, in pools that are too small for all of them."""
     hits = evictions = preemptions = 0
-    for seed in range(SCHEDULES // 2):
+    for seed in range(SCHEDULES // 4):
         engine = ToyEngine(depth, seed, num_pages=8 + seed % 7)
         requests = run_random_schedule(engine, seed, num_requests=10, conversations=True)
         verify(engine, requests)

@@ -25,7 +25,7 @@ def wait_until(condition: Any, seconds: float = 20.0) -> None:
 
 def test_a_token_wakes_nobody_where_nobody_waits() -> None:
     handle = make()
-    waiting = threading.Thread(target=handle.result)
+    waiting = threading.Thread(target=handle.result, daemon=True)
     waiting.start()
     assert not handle._push(5, None, 1.0), "a caller blocked in result() waits for the end only"
     assert handle.token_ids == [5]
@@ -51,7 +51,7 @@ def test_a_waiting_iterator_is_woken_for_each_token_and_the_end() -> None:
     def consume() -> None:
         got.extend(handle)
 
-    thread = threading.Thread(target=consume)
+    thread = threading.Thread(target=consume, daemon=True)
     thread.start()
     for i in range(3):
         wait_until(lambda: handle._watchers == 1)

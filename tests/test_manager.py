@@ -137,7 +137,7 @@ def test_a_stuck_consumer_holds_up_nobody(model: Any, consumer: str) -> None:
     with make(model) as manager:
         slow = manager.submit(PROMPTS[3], max_new_tokens=40, **GREEDY)
         target = in_thread if consumer == "thread" else lambda handle: asyncio.run(in_loop(handle))
-        thread = threading.Thread(target=target, args=(slow,))
+        thread = threading.Thread(target=target, args=(slow,), daemon=True)
         thread.start()
         assert stuck.wait(60)
         other = manager.submit(PROMPTS[4], max_new_tokens=60, **GREEDY)

@@ -372,6 +372,20 @@ def test_a_preempted_sequence_can_end_with_a_token_in_flight(eos: bool) -> None:
     assert scheduler.state_of("b") is State.FINISHED
 
 
+def test_a_victim_takes_no_page_in_the_step_that_preempts_it() -> None:
+    """Both fill their last page at once; the older one takes the younger one's, which are free at once."""
+    scheduler = make(num_pages=4, page_size=4, max_batch_tokens=16)
+    scheduler.add(request("a", prompt=7, new=6))
+    scheduler.add(request("b", prompt=7, new=6))
+    step(scheduler)
+    assert step(scheduler)[0].decode_rows == (1, 2)
+    third = planned(scheduler)
+    assert scheduler.state_of("b") is State.WAITING
+    assert third.decode_rows == (1,)
+    assert [page.row for page in third.new_pages] == [1]
+    assert scheduler.pages.available == 1
+
+
 def test_pages_on_their_way_back_spare_a_victim() -> None:
     """Where a retired request's pages return with the next step, nobody is thrown out for them."""
     scheduler = make(num_pages=3, page_size=4, max_batch_tokens=16)
