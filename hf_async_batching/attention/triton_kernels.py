@@ -15,7 +15,13 @@ import math
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 
-from hf_async_batching.attention.triton_decode import combine_kernel, decode_block_sizes, decode_kernel, power_of_two
+from hf_async_batching.attention.triton_decode import (
+    BlockSizes,
+    combine_kernel,
+    decode_block_sizes,
+    decode_kernel,
+    power_of_two,
+)
 from hf_async_batching.attention.triton_prefill import (
     PREFILL_TILE,
     prefill_block_sizes,
@@ -102,6 +108,8 @@ def decode_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     num_splits: int | None = None,
+    sizes: BlockSizes | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token for each entry of the batch over its row's pages.
 
@@ -121,6 +129,8 @@ def decode_attention(
         sliding_window: how many of the last tokens are visible, the current one included; None for all.
         softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
         num_splits: 1 to MAX_SPLITS; None asks `default_num_splits`.
+        sizes: what one program takes on; None asks `decode_block_sizes`.
+        out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
         [B, num_heads, head_dim_v], contiguous, the dtype of `query`.
@@ -137,13 +147,13 @@ def decode_attention(
     if not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be from 1 to {MAX_SPLITS}, got {splits}")
     heads = kv_heads * group
-    output = query.new_empty((batch, heads, head_dim_v))
+    output = query.new_empty((batch, heads, head_dim_v)) if out is None else _check_out(out, query, head_dim_v)
     if batch == 0:
         return output
     # With one split the kernel writes the output itself and the partial results are never touched.
     partial = output if splits == 1 else query.new_empty((batch, heads, splits, head_dim_v), dtype=torch.float32)
     log_sum = output if splits == 1 else query.new_empty((batch, heads, splits), dtype=torch.float32)
-    sizes = decode_block_sizes(head_dim, head_dim_v, group, query.dtype)
+    sizes = sizes or decode_block_sizes(head_dim, head_dim_v, group, query.dtype)
     block_dv = power_of_two(head_dim_v)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         decode_kernel[(kv_heads * triton.cdiv(group, sizes.m), splits, batch)](
@@ -175,6 +185,8 @@ def prefill_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sizes: BlockSizes | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed ragged queries over their rows' pages, one tile of at most PREFILL_TILE tokens each.
 
@@ -193,9 +205,12 @@ def prefill_attention(
         scaling: multiplies the scores.
         sliding_window: as in `decode_attention`.
         softcap: as in `decode_attention`.
+        sizes: what one program takes on; None asks `prefill_block_sizes`.
+        out: [T, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
-        [T, num_heads, head_dim_v], contiguous, the dtype of `query`; zeros for tokens of no tile.
+        [T, num_heads, head_dim_v], contiguous, the dtype of `query`. Tokens of no tile are zeros in a new tensor and
+        left alone in `out`.
 
     Raises:
         ValueError: a shape, stride, dtype or option is not as above; the message names the argument.
@@ -208,10 +223,14 @@ def prefill_attention(
     group = _check_query(query, query.shape[0], kv_heads, head_dim, key_cache, value_cache)
     window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
     # Zeros, since the NaN that empty memory may hold would spread from padding tokens through the layers to page 0.
-    output = query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
+    output = (
+        query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
+        if out is None
+        else _check_out(out, query, head_dim_v)
+    )
     if tiles == 0:
         return output
-    sizes = prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
+    sizes = sizes or prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         prefill_kernel[(tiles * kv_heads * triton.cdiv(PREFILL_TILE * group, sizes.m),)](
             query, key_cache, value_cache, page_table,
@@ -283,6 +302,13 @@ def _check_query(
     if value_cache.dtype != key_cache.dtype:
         raise ValueError(f"value_cache must have the dtype of key_cache {key_cache.dtype}, got {value_cache.dtype}")
     return query.shape[1] // kv_heads
+
+
+def _check_out(out: torch.Tensor, query: torch.Tensor, head_dim_v: int) -> torch.Tensor:
+    shape = (*query.shape[:2], head_dim_v)
+    if out.shape != shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {query.dtype} {shape}, got {out.dtype} {tuple(out.shape)}")
+    return out
 
 
 def _check_options(scaling: float, sliding_window: int | None, softcap: float | None) -> tuple[int, float, float]:
