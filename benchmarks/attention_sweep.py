@@ -31,8 +31,8 @@ PREFILL_SIZES = [
     *((128, 32, 4, 3), (128, 32, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2)),
     (256, 64, 8, 2),
 ]
-# Cached tokens, warps, stages.
-DECODE_SIZES = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 2), (64, 2, 3), (128, 4, 3)]
+# Cached tokens, warps, stages (an even number of stages does what one less does).
+DECODE_SIZES = [(32, 2, 3), (32, 2, 5), (64, 4, 3), (64, 4, 5), (32, 2, 7), (32, 4, 5), (16, 1, 5), (128, 4, 3)]
 
 
 def parse() -> argparse.Namespace:
@@ -134,38 +134,41 @@ class DecodeCase:
         self.ids = torch.arange(1, self.rows + 1, dtype=torch.int32, device=device)
         self.lengths = torch.full_like(self.ids, self.context)
         self.output = torch.empty_like(self.query)
+        self.counters = torch.zeros(16384, dtype=torch.int32, device=device)
         self.work = self.pages.bytes_read
 
     def candidates(self) -> Iterable[Candidate]:
         from hf_async_batching.attention import triton_kernels as kernels
-        from hf_async_batching.attention.triton_decode import BlockSizes, decode_block_sizes
 
-        device, dtype = self.query.device, self.query.dtype
-        default = kernels.default_num_splits(self.rows, self.kv_heads, device)
-        rule = decode_block_sizes(self.size, self.size, self.heads // self.kv_heads, dtype)
+        device = self.query.device
+        group = self.heads // self.kv_heads
+        rule = kernels.default_decode_config(
+            self.rows, self.kv_heads, group, self.size, self.size, self.query.dtype, device
+        )
+        programs = self.rows * self.kv_heads
         if device.type == "cpu":
-            every = [(1, 32, 4, 2), (2, 32, 4, 2)]
+            every = [(1, 32, 4, 2), (2, 32, 4, 2), (3, 32, 4, 2, 1), (3, 32, 4, 2, 1, False)]
         else:
-            programs = self.rows * self.kv_heads
-            wanted = {1, 2, 3, 4, 6, 8} if programs >= 128 else {8, 16, 32, 64}
-            every = [
-                (splits, *sizes)
-                for splits in sorted(wanted)
-                if splits * programs <= 16384 and self.context // splits >= 64
-                for sizes in DECODE_SIZES
-            ]
-        yield Candidate("default", {}, (default > 1 and default, *rule))
-        for splits, tokens, warps, stages in every:
-            sizes = BlockSizes(rule.m, tokens, warps, stages)
-            label = f"splits {splits} tokens {tokens} warps {warps} stages {stages}"
-            yield Candidate(label, {"num_splits": splits, "sizes": sizes}, (splits, *sizes))
+            wanted = (1, 2, 3, 4, 6, 8) if programs >= 128 else (8, 16, 32, 64)
+            wanted = [splits for splits in wanted if splits * programs <= 8192 and self.context // splits >= 64]
+            every = [(splits, *sizes, 64) for splits in wanted for sizes in DECODE_SIZES]
+            few = [splits for splits in wanted if splits > 1][:3]
+            every += [(splits, *sizes, 64, False) for splits in few for sizes in DECODE_SIZES[:2]]
+            if torch.cuda.get_device_capability()[0] >= 9:
+                every += [(splits, *sizes, 64, True, True) for splits in wanted[:4] for sizes in DECODE_SIZES[:3]]
+        for label, config in [("default", rule), *(("", kernels.DecodeConfig(*values)) for values in every)]:
+            shown = label or " ".join(f"{name} {value}" for name, value in config._asdict().items())
+            # One split has no parts to combine, and how many splits there are is no matter to the compiler.
+            compiled = (config.splits > 1, config.splits > 1 and config.fused, config.pdl, *config[1:4])
+            yield Candidate(shown, {"config": config}, compiled)
 
     def launch(self, arguments: dict[str, Any], pair: int = 0, lengths: torch.Tensor | None = None) -> torch.Tensor:
         from hf_async_batching.attention import triton_kernels as kernels
 
         return kernels.decode_attention(
             self.query, *self.pages.pairs[pair], self.pages.table, self.ids,
-            self.lengths if lengths is None else lengths, scaling=self.size**-0.5, out=self.output, **arguments,
+            self.lengths if lengths is None else lengths, scaling=self.size**-0.5, out=self.output,
+            counters=self.counters, **arguments,
         )  # fmt: skip
 
     def error(self, arguments: dict[str, Any]) -> float:
@@ -181,7 +184,7 @@ class DecodeCase:
             query = self.query[entry].float().view(self.kv_heads, -1, self.size)
             weights = (query @ key.transpose(1, 2) * self.size**-0.5).softmax(-1)
             worst = max(worst, relative_error(actual[entry], (weights @ value).view(self.heads, self.size)))
-        return worst
+        return float("inf") if self.counters.any() else worst
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {}
@@ -225,7 +228,7 @@ class PrefillCase:
         yield Candidate("default", {}, rule)
         for sizes in every:
             label = f"rows {sizes.m} tokens {sizes.n} warps {sizes.warps} stages {sizes.stages}"
-            yield Candidate(label, {"sizes": sizes}, sizes)
+            yield Candidate(label, {"config": sizes}, sizes)
 
     def launch(self, arguments: dict[str, Any], pair: int = 0) -> torch.Tensor:
         from hf_async_batching.attention import triton_kernels as kernels
@@ -306,8 +309,8 @@ def make_cases(arguments: argparse.Namespace, device: str) -> list[Case]:
     return [case for case in cases if arguments.only in case.name]
 
 
-def compile_all(cases: list[Case]) -> float:
-    """Compiles every candidate, many at a time; a launch that fails now fails again when it is measured."""
+def compile_all(cases: list[Case], limit: float) -> None:
+    """Compiles the candidates, many at a time, within `limit` seconds; what fails now is reported when measured."""
     wanted: dict[object, Callable[[], object]] = {}
     for case in cases:
         for candidate in case.candidates():
@@ -315,18 +318,19 @@ def compile_all(cases: list[Case]) -> float:
             key = (*heads, candidate.compiled)
             wanted.setdefault(key, lambda case=case, candidate=candidate: case.launch(candidate.arguments))  # type: ignore[misc]
 
+    begin, failed = time.perf_counter(), []
+
     def attempt(launch: Callable[[], object]) -> None:
         try:
-            launch()
-        except Exception as error:
-            print(f"  does not launch: {type(error).__name__}: {str(error)[:120]}", flush=True)
+            if time.perf_counter() - begin < limit:
+                launch()
+        except Exception:
+            failed.append(launch)
 
-    begin = time.perf_counter()
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool:
         list(pool.map(attempt, wanted.values()))
     seconds = time.perf_counter() - begin
-    print(f"{len(wanted)} kernels compiled in {seconds:.1f} s", flush=True)
-    return seconds
+    print(f"{len(wanted)} kernels, {len(failed)} failed, compiled in {seconds:.1f} s", flush=True)
 
 
 def measure(case: Case, timer: Timer, copy: float, deadline: float) -> list[Row]:
@@ -351,7 +355,7 @@ def measure(case: Case, timer: Timer, copy: float, deadline: float) -> list[Row]
                 lambda pair=pair: case.launch(candidate.arguments, pair)  # type: ignore[misc] # noqa: B023
                 for pair in range(len(case.pages.pairs))
             ]
-            add(candidate.label, timer(pieces), error, candidate.compiled)
+            add(candidate.label, timer(pieces), error, candidate.arguments.get("config"))
         except Exception as failure:
             rows.append({"case": case.name, "config": candidate.label, "failed": str(failure)[:200]})
     if timer.cuda and time.perf_counter() < deadline:
@@ -400,7 +404,7 @@ def main() -> None:
     copy = copy_bandwidth(timer, device)
     cases = make_cases(arguments, device)
     if not arguments.quick:
-        compile_all(cases)
+        compile_all(cases, arguments.seconds / 2)
     rows: list[Row] = []
     for case in cases:
         rows += measure(case, timer, copy, begin + arguments.seconds)

@@ -17,6 +17,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.attention.triton_decode import (
     BlockSizes,
+    DecodeConfig,
     combine_kernel,
     decode_block_sizes,
     decode_kernel,
@@ -29,17 +30,28 @@ from hf_async_batching.attention.triton_prefill import (
     write_kv_kernel,
 )
 
-__all__ = ["MAX_SPLITS", "PREFILL_TILE", "decode_attention", "default_num_splits", "prefill_attention", "write_kv"]
+__all__ = [
+    "MAX_SPLITS",
+    "PREFILL_TILE",
+    "BlockSizes",
+    "DecodeConfig",
+    "decode_attention",
+    "decode_programs",
+    "default_decode_config",
+    "default_num_splits",
+    "prefill_attention",
+    "write_kv",
+]
 
 MAX_SPLITS = 64
-"""The most parts into which `decode_attention` divides a context; one program combines them all."""
+"""The most parts into which `decode_attention` divides a context."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 
 
 def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str) -> int:
-    """Into how many parts `decode_attention` divides each context when it is not told.
+    """Into how many parts at most `decode_attention` divides each context when it is not told.
 
     It looks only at what is fixed for a captured graph (the batch and the device), never at a context. Four programs
     for each multiprocessor fit at once and keep the memory busy; more splits than that only add partial results.
@@ -53,6 +65,31 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
     if device.type != "cuda":
         return 1
     return max(1, min(MAX_SPLITS, 4 * _multiprocessors(device) // max(1, batch * num_kv_heads)))
+
+
+def default_decode_config(
+    batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
+) -> DecodeConfig:
+    """How `decode_attention` divides its work when it is not told: by rule, from what is fixed for a captured graph.
+
+    Args:
+        batch: entries of the batch, padding included.
+        num_kv_heads: key-value heads.
+        group: query heads of each key-value head.
+        head_dim: size of a query's and a key's head.
+        head_dim_v: size of a value's head.
+        dtype: of query, keys and values.
+        device: where it will run.
+    """
+    sizes = decode_block_sizes(head_dim, head_dim_v, group, dtype)
+    return DecodeConfig(default_num_splits(batch, num_kv_heads, device), sizes.n, sizes.warps, sizes.stages)
+
+
+def decode_programs(
+    batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype
+) -> int:
+    """How many counters `decode_attention` needs: programs of one split. Arguments as in `default_decode_config`."""
+    return batch * num_kv_heads * triton.cdiv(group, decode_block_sizes(head_dim, head_dim_v, group, dtype).m)
 
 
 def write_kv(
@@ -107,14 +144,15 @@ def decode_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    num_splits: int | None = None,
-    sizes: BlockSizes | None = None,
+    config: DecodeConfig | None = None,
+    counters: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token for each entry of the batch over its row's pages.
 
-    Split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): `num_splits` programs share a context, and a second
-    kernel combines them. Nothing of the launch depends on a context, so a captured graph serves growing ones.
+    Split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): several programs share a context, and the last of
+    them to finish, as in Stream-K (Osama et al., 2023), or a second kernel combines what they found. Nothing of the
+    launch depends on a context, so a captured graph serves growing ones. The result is the same each time.
 
     Args:
         query: [B, num_heads, head_dim], float16, bfloat16 or float32, any strides but 1 for the last dimension;
@@ -128,8 +166,9 @@ def decode_attention(
         scaling: multiplies the scores.
         sliding_window: how many of the last tokens are visible, the current one included; None for all.
         softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
-        num_splits: 1 to MAX_SPLITS; None asks `default_num_splits`.
-        sizes: what one program takes on; None asks `decode_block_sizes`.
+        config: how the work is divided; None asks `default_decode_config`.
+        counters: [at least `decode_programs`], int32, zeros before the first call and after each. Calls that may run
+            at the same time need counters of their own. Without, or with too few, a second kernel combines.
         out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
@@ -143,30 +182,38 @@ def decode_attention(
     _check_index("context_lengths", context_lengths, batch)
     group = _check_query(query, batch, kv_heads, head_dim, key_cache, value_cache)
     window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
-    splits = default_num_splits(batch, kv_heads, query.device) if num_splits is None else num_splits
+    if config is None:
+        config = default_decode_config(batch, kv_heads, group, head_dim, head_dim_v, query.dtype, query.device)
+    splits = config.splits
     if not 1 <= splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits must be from 1 to {MAX_SPLITS}, got {splits}")
+        raise ValueError(f"config must have from 1 to {MAX_SPLITS} splits, got {splits}")
+    if counters is not None:
+        _check_index("counters", counters)
     heads = kv_heads * group
     output = query.new_empty((batch, heads, head_dim_v)) if out is None else _check_out(out, query, head_dim_v)
     if batch == 0:
         return output
+    m = decode_block_sizes(head_dim, head_dim_v, group, query.dtype).m
+    programs = kv_heads * triton.cdiv(group, m)
+    fused = splits > 1 and config.fused and counters is not None and counters.numel() >= batch * programs
     # With one split the kernel writes the output itself and the partial results are never touched.
     partial = output if splits == 1 else query.new_empty((batch, heads, splits, head_dim_v), dtype=torch.float32)
     log_sum = output if splits == 1 else query.new_empty((batch, heads, splits), dtype=torch.float32)
-    sizes = sizes or decode_block_sizes(head_dim, head_dim_v, group, query.dtype)
     block_dv = power_of_two(head_dim_v)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-        decode_kernel[(kv_heads * triton.cdiv(group, sizes.m), splits, batch)](
+        decode_kernel[(programs, splits, batch)](
             query, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
-            page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
-            NUM_SPLITS=splits, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
-            PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m, BLOCK_N=sizes.n,
-            BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=sizes.warps, num_stages=sizes.stages,
+            counters if fused else rows, page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
+            splits, max(1, config.tokens_per_split // config.n),
+            SPLIT=splits > 1, FUSED=fused, PDL=config.pdl, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
+            VALUE_DIM=head_dim_v, PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=m,
+            BLOCK_N=config.n, BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=config.warps,
+            num_stages=config.stages, **({"launch_pdl": True} if config.pdl else {}),
         )  # fmt: skip
-        if splits > 1:
+        if splits > 1 and not fused:
             block_s = power_of_two(splits, at_least=2)
             combine_kernel[(batch * heads,)](
-                partial, log_sum, output, NUM_SPLITS=splits, VALUE_DIM=head_dim_v, BLOCK_S=block_s,
+                partial, log_sum, output, splits, VALUE_DIM=head_dim_v, BLOCK_S=block_s,
                 BLOCK_DV=block_dv, num_warps=1 if block_s * block_dv <= 1024 else 4,
             )  # fmt: skip
     return output
@@ -185,7 +232,7 @@ def prefill_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sizes: BlockSizes | None = None,
+    config: BlockSizes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed ragged queries over their rows' pages, one tile of at most PREFILL_TILE tokens each.
@@ -205,7 +252,7 @@ def prefill_attention(
         scaling: multiplies the scores.
         sliding_window: as in `decode_attention`.
         softcap: as in `decode_attention`.
-        sizes: what one program takes on; None asks `prefill_block_sizes`.
+        config: what one program takes on; None asks `prefill_block_sizes`.
         out: [T, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
@@ -230,7 +277,7 @@ def prefill_attention(
     )
     if tiles == 0:
         return output
-    sizes = sizes or prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
+    sizes = config or prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         prefill_kernel[(tiles * kv_heads * triton.cdiv(PREFILL_TILE * group, sizes.m),)](
             query, key_cache, value_cache, page_table,
