@@ -25,11 +25,11 @@ import torch.nn.functional as F
 PAGE_SIZE = 16
 Row = dict[str, Any]
 
-# Query rows, cached tokens, warps, stages of a program.
+# Query rows, cached tokens, warps, stages of a program, and a bound on its registers.
 PREFILL_SIZES = [
-    *((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)),
-    *((128, 32, 4, 3), (128, 32, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2)),
-    (256, 64, 8, 2),
+    *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 5), (128, 64, 8, 3, 128), (128, 32, 8, 3, 128)),
+    *((128, 32, 8, 5, 128), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3, 168)),
+    *((64, 64, 4, 3, 128), (64, 64, 4, 5), (64, 32, 4, 3, 128), (64, 32, 4, 5, 128), (64, 128, 4, 3)),
 ]
 # Cached tokens, warps, stages (an even number of stages does what one less does).
 DECODE_SIZES = [(32, 2, 3), (32, 2, 5), (64, 4, 3), (64, 4, 5), (32, 2, 7), (32, 4, 5), (16, 1, 5), (128, 4, 3)]
@@ -227,7 +227,7 @@ class PrefillCase:
             every = [BlockSizes(*sizes) for sizes in PREFILL_SIZES if sizes[0] <= PREFILL_TILE * group]
         yield Candidate("default", {}, rule)
         for sizes in every:
-            label = f"rows {sizes.m} tokens {sizes.n} warps {sizes.warps} stages {sizes.stages}"
+            label = " ".join(f"{name} {value}" for name, value in sizes._asdict().items())
             yield Candidate(label, {"config": sizes}, sizes)
 
     def launch(self, arguments: dict[str, Any], pair: int = 0) -> torch.Tensor:

@@ -107,7 +107,7 @@ def mixed(state: DeviceState) -> StepInputs:
     )
     staged, sections = stage(plan)
     state.apply_updates(staged, sections)
-    return state.mixed_inputs(staged, sections)
+    return state.mixed_inputs(staged, sections, num_decodes=1)
 
 
 def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
@@ -130,6 +130,9 @@ def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
         [1, 3, 1, 2],
         [40, 20, 23, 0],
     ]
+    assert context.num_decodes == 1
+    assert context.context_lengths is not None
+    assert context.context_lengths.tolist() == [41], "of the rows that decode"
     assert state.sampled_rows(inputs).tolist() == [4, 3]
     assert state.next_positions(inputs).tolist() == [41, 2]
 

@@ -27,12 +27,21 @@ from triton.language.extra.cuda import (  # type: ignore[import-untyped,unused-i
 
 
 class BlockSizes(NamedTuple):
-    """What one program of an attention kernel takes on: query rows, cached tokens, warps, loads in flight."""
+    """What one program of an attention kernel takes on.
+
+    Attributes:
+        m: Query rows: (token, head) pairs of one key-value head.
+        n: Cached tokens of one step.
+        warps: Warps of a program.
+        stages: Steps in flight; page ids take every other one, as in `DecodeConfig`.
+        registers: The most that a thread may use, so that more programs fit on a multiprocessor; 0 for no bound.
+    """
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 class DecodeConfig(NamedTuple):
@@ -138,18 +147,20 @@ def attend_blocks(
 
         key = tl.load(key_cache + keys_at[None, :] + dims[:, None], mask=key_mask, other=0.0)
         value = tl.load(value_cache + values_at[:, None] + value_dims[None, :], mask=value_mask, other=0.0)
-        scores = tl.dot(query, key, input_precision="ieee") * score_scale
+        scores = tl.dot(query, key, input_precision="ieee")
         if HAS_CAP:
             # tanh(x) by exp2: `score_scale` already holds 2 * log2(e) / softcap. Both ends saturate without NaN.
-            scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+            scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
         if MASKED:
             visible = (positions[None, :] >= visible_from[:, None]) & (positions[None, :] < visible_to[:, None])
             scores = tl.where(visible, scores, float("-inf"))
 
-        maximum = tl.maximum(row_maximum, tl.max(scores, 1))
+        # The scale is positive: applied behind the maximum it costs one multiply-add with the subtraction.
+        scale = 1.0 if HAS_CAP else score_scale
+        maximum = tl.maximum(row_maximum, tl.max(scores, 1) * scale)
         # A query that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         offset = tl.where(maximum == float("-inf"), 0.0, maximum)
-        probabilities = tl.exp2(scores - offset[:, None])
+        probabilities = tl.exp2(scores * scale - offset[:, None])
         decay = tl.exp2(row_maximum - offset)
         row_sum = row_sum * decay + tl.sum(probabilities, 1)
         accumulator = accumulator * decay[:, None]
@@ -194,7 +205,10 @@ def _combine_splits(
     return accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
-@triton.jit(do_not_specialize=["max_splits", "blocks_per_split"])
+# In a mixed step the rows are a slice of the staged inputs, which begins anywhere.
+@triton.jit(
+    do_not_specialize=["max_splits", "blocks_per_split"], do_not_specialize_on_alignment=["rows", "context_lengths"]
+)
 def decode_kernel(
     query,
     key_cache,

@@ -89,7 +89,8 @@ def decode_programs(
     batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype
 ) -> int:
     """How many counters `decode_attention` needs: programs of one split. Arguments as in `default_decode_config`."""
-    return batch * num_kv_heads * triton.cdiv(group, decode_block_sizes(head_dim, head_dim_v, group, dtype).m)
+    m = decode_block_sizes(head_dim, head_dim_v, group, dtype).m
+    return batch * num_kv_heads * (-(-group // m))
 
 
 def write_kv(
@@ -163,7 +164,7 @@ def decode_attention(
         rows: [B], int32.
         context_lengths: [B], int32: cached tokens, the current one (whose key is already written) included. 0 gives
             zeros. More than the row's page table holds is cut to what it holds.
-        scaling: multiplies the scores.
+        scaling: multiplies the scores; positive.
         sliding_window: how many of the last tokens are visible, the current one included; None for all.
         softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
         config: how the work is divided; None asks `default_decode_config`.
@@ -238,7 +239,7 @@ def prefill_attention(
     """Causal attention of packed ragged queries over their rows' pages, one tile of at most PREFILL_TILE tokens each.
 
     The method is FlashAttention-2's (Dao, 2023), read through a page table. Keys and values of the queried tokens
-    must have been written before. A tile of one token is a decoding row of a mixed step.
+    must have been written before.
 
     Args:
         query: [T, num_heads, head_dim], as in `decode_attention`, the tokens of all tiles packed.
@@ -249,7 +250,7 @@ def prefill_attention(
         tile_query_starts: [N], int32: its first token in `query`.
         tile_query_lengths: [N], int32: its tokens, 0 to PREFILL_TILE; a tile of 0 is padding.
         tile_first_positions: [N], int32: the position of its first token in the row.
-        scaling: multiplies the scores.
+        scaling: multiplies the scores; positive.
         sliding_window: as in `decode_attention`.
         softcap: as in `decode_attention`.
         config: what one program takes on; None asks `prefill_block_sizes`.
@@ -285,8 +286,9 @@ def prefill_attention(
             page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
             TILE=PREFILL_TILE, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
             PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m,
-            SMALL_M=min(16, sizes.m), BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
+            BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
             BLOCK_DV=power_of_two(head_dim_v), num_warps=sizes.warps, num_stages=sizes.stages,
+            **({"maxnreg": sizes.registers} if sizes.registers else {}),
         )  # fmt: skip
     return output
 
@@ -360,6 +362,8 @@ def _check_out(out: torch.Tensor, query: torch.Tensor, head_dim_v: int) -> torch
 
 def _check_options(scaling: float, sliding_window: int | None, softcap: float | None) -> tuple[int, float, float]:
     """Returns the window (0 for none) and the two factors of the scores, in base 2, as the kernels take them."""
+    if scaling <= 0:
+        raise ValueError(f"scaling must be positive, got {scaling}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
     if softcap is not None and softcap <= 0:

@@ -569,6 +569,7 @@ def test_nothing_to_do() -> None:
         ("page_table", {"page_table": torch.zeros(3, 8, dtype=torch.int32)[:, ::2]}),
         ("rows", {"rows": torch.zeros(2, dtype=torch.int64)}),
         ("context_lengths", {"context_lengths": torch.zeros(3, dtype=torch.int32)}),
+        ("scaling", {"scaling": 0.0}),
         ("sliding_window", {"sliding_window": 0}),
         ("softcap", {"softcap": 0.0}),
         ("config", {"config": config(0)}),
