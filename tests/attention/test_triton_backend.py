@@ -93,7 +93,7 @@ def test_a_mixed_step(
 ) -> None:
     options = AttentionOptions(0.25, window, softcap)
     expected = Step(MIXED, num_decodes).attend(ReferenceBackend(), options)
-    step, backend = Step(MIXED, num_decodes), TritonBackend()
+    step, backend = Step(MIXED, num_decodes), TritonBackend(DEVICE)
     for actual, wanted in zip(step.attend(backend, options), expected, strict=True):
         torch.testing.assert_close(actual, wanted, atol=2e-5, rtol=2e-4)
     assert calls["decode"] == [(num_decodes, HEADS, SHAPE.key_dim)] * 2 * bool(num_decodes)
@@ -104,7 +104,9 @@ def test_a_mixed_step(
 def test_a_decode_step(calls: dict[str, list[tuple[int, ...]]]) -> None:
     runs, options = [(20, 1), (0, 1), (90, 1)], AttentionOptions(0.25)
     expected = Step(runs, 3, decode=True).attend(ReferenceBackend(), options)
-    for actual, wanted in zip(Step(runs, 3, decode=True).attend(TritonBackend(), options), expected, strict=True):
+    for actual, wanted in zip(
+        Step(runs, 3, decode=True).attend(TritonBackend(DEVICE), options), expected, strict=True
+    ):
         torch.testing.assert_close(actual, wanted, atol=2e-5, rtol=2e-4)
     assert calls == {"decode": [(3, HEADS, SHAPE.key_dim)] * 2, "prefill": []}
 
@@ -114,7 +116,7 @@ def test_tokens_of_no_tile_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(MIXED, 1)
     for name in ("tile_rows", "tile_queries", "tile_lengths", "tile_positions"):
         setattr(step.context, name, getattr(step.context, name)[:-1].contiguous())
-    out = step.attend(TritonBackend(), AttentionOptions(0.25))[0]
+    out = step.attend(TritonBackend(DEVICE), AttentionOptions(0.25))[0]
     assert (out[-1] == 0).all()
     assert not (out[:-1] == 0).all(-1).any()
 
@@ -129,7 +131,7 @@ def test_each_backend_has_counters_of_its_own_and_keeps_them(monkeypatch: pytest
         return original(*arguments, counters=counters, **options)
 
     monkeypatch.setattr(triton_backend, "decode_attention", keep)
-    backends = [TritonBackend(), TritonBackend()]
+    backends = [TritonBackend(DEVICE), TritonBackend(DEVICE)]
     for backend in backends:
         for decodes in (1, 3):
             Step(MIXED, decodes).attend(backend, AttentionOptions(0.25))
@@ -147,5 +149,5 @@ def test_nan_of_released_pages_stays_out_of_a_mixed_step() -> None:
         for row, (before, count) in enumerate(MIXED, start=1):
             for position in range(before + count, PAGES_PER_ROW * PAGE_SIZE):
                 tensor[step.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = math.nan
-    for out in step.attend(TritonBackend(), AttentionOptions(0.25)):
+    for out in step.attend(TritonBackend(DEVICE), AttentionOptions(0.25)):
         assert out.isfinite().all()
