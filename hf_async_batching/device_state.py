@@ -113,8 +113,11 @@ class DeviceState:
         )
         return StepInputs(token_ids, position_ids, None, context)
 
-    def mixed_inputs(self, staged: torch.Tensor, sections: Sections) -> StepInputs:
-        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last."""
+    def mixed_inputs(self, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
+        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last.
+
+        The first `num_decodes` tokens are known to be rows that decode, which attention can read faster.
+        """
         start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
         token_end = start + 3 * sections.tokens
         sample_end = token_end + sections.samples
@@ -130,6 +133,8 @@ class DeviceState:
             rows=rows,
             positions=positions,
             decode=False,
+            context_lengths=positions[:num_decodes] + 1,
+            num_decodes=num_decodes,
             tile_rows=tile_rows,
             tile_queries=tile_queries,
             tile_lengths=tile_lengths,

@@ -100,7 +100,7 @@ class Runner:
             self._seen.clear()
         self._state.apply_updates(staged, sections)
         if plan.chunks:
-            self._step(self._state.mixed_inputs(staged, sections), plan.features)
+            self._step(self._state.mixed_inputs(staged, sections, len(plan.decode_rows)), plan.features)
         elif plan.decode_rows:
             self._decode(self.bucket_for(len(plan.decode_rows)), plan.features)
 

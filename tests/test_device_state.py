@@ -228,7 +228,7 @@ def mixed(state: DeviceState) -> StepInputs:
     )
     staged, sections = stage(plan)
     state.apply_updates(staged, sections)
-    return state.mixed_inputs(staged, sections)
+    return state.mixed_inputs(staged, sections, num_decodes=2)
 
 
 def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
@@ -251,6 +251,9 @@ def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
         [1, 1, 3, 1, 2],
         [40, 50, 20, 23, 0],
     ]
+    assert context.num_decodes == 2
+    assert context.context_lengths is not None
+    assert context.context_lengths.tolist() == [41, 51], "of the rows that decode"
     assert state.sampled_rows(inputs).tolist() == [4, 5, 3]
     assert state.next_positions(inputs).tolist() == [41, 51, 2]
 
@@ -284,7 +287,7 @@ def test_a_prompt_starts_after_the_tokens_in_its_pages() -> None:
     assert inputs.context.tile_positions is not None
     assert inputs.context.tile_positions.tolist() == [32, 35]
     state.commit(inputs, torch.empty(0, dtype=torch.int32), None)
-    assert state.lengths.tolist() == [9, 9, 9, 36, 9, 9, 9]
+    assert state.lengths.tolist() == [0, 9, 9, 36, 9, 9, 9]
 
 
 def test_commit_of_a_mixed_step() -> None:

@@ -9,11 +9,13 @@ import torch
 from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
+from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Features
 from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
 
 class FakeGraph:
@@ -119,3 +121,21 @@ def test_weight_bytes_count_what_a_decode_step_reads() -> None:
     tied = tiny_model("Llama", tie_word_embeddings=True)
     assert ModelForward(tied).weight_bytes == sum({id(p): p.nbytes for p in tied.parameters()}.values())
     assert isinstance(ModelForward(tied).device, torch.device)
+
+
+def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    original = DeviceState.mixed_inputs
+
+    def mixed_inputs(self: DeviceState, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
+        inputs = original(self, staged, sections, num_decodes)
+        start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
+        carried = (staged[start : start + sections.tokens] == CARRY_OVER).tolist()
+        assert carried == [True] * num_decodes + [False] * (sections.tokens - num_decodes)
+        told.append(num_decodes)
+        return inputs
+
+    monkeypatch.setattr(DeviceState, "mixed_inputs", mixed_inputs)
+    engine = ToyEngine(2, 0, max_rows=7, num_pages=24, max_batch_tokens=16)
+    verify(engine, run_random_schedule(engine, 0, num_requests=10))
+    assert any(told)
