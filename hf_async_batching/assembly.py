@@ -37,7 +37,6 @@ class Assembly:
     forward: ModelForward
     runner: Runner
     cache: PagedCache
-    backend: AttentionBackend
 
 
 @torch.inference_mode()
@@ -92,7 +91,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    return Assembly(engine, resolved, forward, runner, cache, backend)
+    return Assembly(engine, resolved, forward, runner, cache)
 
 
 def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
@@ -127,11 +126,13 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running = assembly()
     if running is None:
         return False
-    fused, backend = running.forward.packed_groups is not None, running.backend
+    fused, settings = running.forward.packed_groups is not None, running.config.settings
     del running
     began = time.perf_counter()
     try:
         forward = ModelForward(model, fused=fused)
+        # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
+        backend = make_backend(settings.attention_backend, forward.device)
         compile_checked(forward, backend)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
