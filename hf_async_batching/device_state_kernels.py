@@ -53,7 +53,7 @@ def commit_decode_kernel(
     context_lengths,
     tokens,
     logprobs,
-    params,
+    records,
     lengths,
     last_token,
     finished,
@@ -76,7 +76,7 @@ def commit_decode_kernel(
         tl.store(out_logprobs + entries, tl.load(logprobs + entries, mask=mask, other=0.0), mask=mask)
     row = tl.load(rows + entries, mask=mask, other=0)
     length = tl.load(context_lengths + entries, mask=mask, other=0)
-    record = params + row.to(tl.int64) * PARAMS
+    record = records + row.to(tl.int64) * PARAMS
     eos = tl.load(record[:, None] + FIRST_EOS + tl.arange(0, MAX_EOS)[None, :])
     is_eos = tl.max((eos == token[:, None]).to(tl.int32), axis=1)
     # The token that was sampled now is not among the cached ones, and counts.

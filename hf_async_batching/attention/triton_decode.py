@@ -71,15 +71,15 @@ def decode_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch.
     """The block sizes of `decode_attention`, by rule.
 
     Decoding is bound by memory: small blocks on few warps leave room for many programs on each multiprocessor, and
-    the loads in flight of all of them together fill the memory bus. Measured on an H100 for head size 128 in
-    bfloat16: 32 tokens, 2 warps, 3 stages read at 2.93 TB/s. Of three stages, one belongs to the page id.
+    the loads in flight of all of them together fill the memory bus. Measured on an H200 for head size 128 in
+    bfloat16 (benchmarks/attention_sweep.py): 32 tokens, 2 warps, 5 stages are within 2 % of the best of all cases.
     """
     bytes_per_token = (power_of_two(head_dim) + power_of_two(head_dim_v)) * dtype.itemsize
     if dtype == torch.float32:
         # Full precision has no tensor cores: the products are plain multiply-adds and want more threads.
         return BlockSizes(16, 32 if bytes_per_token <= 1024 else 16, 4, 3)
     m = power_of_two(min(group, 32))
-    return BlockSizes(m, 32, 2 if m == 16 and bytes_per_token <= 512 else 4, 3)
+    return BlockSizes(m, 32, 2 if m == 16 and bytes_per_token <= 512 else 4, 5 if bytes_per_token <= 512 else 3)
 
 
 def power_of_two(number: int, at_least: int = 16) -> int:

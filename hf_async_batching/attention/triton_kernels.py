@@ -53,8 +53,9 @@ _LOG2_E = math.log2(math.e)
 def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str) -> int:
     """Into how many parts at most `decode_attention` divides each context when it is not told.
 
-    It looks only at what is fixed for a captured graph (the batch and the device), never at a context. Four programs
-    for each multiprocessor fit at once and keep the memory busy; more splits than that only add partial results.
+    It looks only at what is fixed for a captured graph (the batch and the device), never at a context. One program
+    for each context is best where that gives three for every two multiprocessors (measured on an H200: its loads in
+    flight suffice, and nothing is left to combine); else four for each multiprocessor keep the memory busy.
 
     Args:
         batch: entries of the batch, padding included.
@@ -64,7 +65,10 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
     device = torch.device(device)
     if device.type != "cuda":
         return 1
-    return max(1, min(MAX_SPLITS, 4 * _multiprocessors(device) // max(1, batch * num_kv_heads)))
+    programs, multiprocessors = max(1, batch * num_kv_heads), _multiprocessors(device)
+    if 2 * programs >= 3 * multiprocessors:
+        return 1
+    return max(1, min(32, 4 * multiprocessors // programs))
 
 
 def default_decode_config(
@@ -82,7 +86,14 @@ def default_decode_config(
         device: where it will run.
     """
     sizes = decode_block_sizes(head_dim, head_dim_v, group, dtype)
-    return DecodeConfig(default_num_splits(batch, num_kv_heads, device), sizes.n, sizes.warps, sizes.stages)
+    splits = default_num_splits(batch, num_kv_heads, device)
+    stages = sizes.stages
+    if splits == 1 and dtype != torch.float32 and device.type == "cuda":
+        # Few programs, each with a whole context: more of it on its way. Measured on an H200.
+        stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    # With hardly a program in each split's first wave, the last of them would combine all parts alone.
+    return DecodeConfig(splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=early)
 
 
 def decode_programs(

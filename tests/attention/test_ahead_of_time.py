@@ -47,6 +47,12 @@ def test_representative_kernels() -> None:
     check(compiled, kernels)
 
 
+def test_kernels_of_other_modules() -> None:
+    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables"])
+    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"}
+    check(compiled, kernels)
+
+
 def test_programmatic_dependent_launch() -> None:
     check(compile_kernels([90], ["float16"], ["decode pdl"]), {"decode_kernel"})
 
@@ -55,4 +61,5 @@ def test_programmatic_dependent_launch() -> None:
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 def test_every_kernel(capability: int) -> None:
     compiled = compile_kernels([capability], ["float16", "bfloat16"], [])
-    check(compiled, {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"})
+    attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
+    check(compiled, attention | {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"})

@@ -361,10 +361,11 @@ def test_decode_picks_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_num_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
     assert kernels.default_num_splits(1, 8, "cpu") == 1
-    assert kernels.default_num_splits(32, 8, torch.device("cuda")) == 2
+    assert kernels.default_num_splits(32, 8, torch.device("cuda")) == 1
     assert kernels.default_num_splits(256, 8, "cuda") == 1
-    assert kernels.default_num_splits(1, 1, "cuda") == kernels.MAX_SPLITS
-    assert kernels.default_num_splits(0, 8, "cuda") == kernels.MAX_SPLITS
+    assert kernels.default_num_splits(8, 8, "cuda") == 8
+    assert kernels.default_num_splits(1, 1, "cuda") == 32
+    assert kernels.default_num_splits(0, 8, "cuda") == 32
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a CUDA graph is captured")

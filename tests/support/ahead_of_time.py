@@ -135,6 +135,23 @@ def write(shape: Shape, dtype: torch.dtype) -> None:
     kernels.write_kv(key, value, *caches.values(), rows=index, positions=index)
 
 
+def skinny(dtype: torch.dtype) -> None:
+    from hf_async_batching.linear.skinny import candidates, default_setting, skinny_linear
+
+    counters, smallest_card = torch.zeros(8192, dtype=torch.int32), 99 * 1024
+    for rows, n, k in ((1, 576, 1536), (32, 4096, 4096), (64, 28672, 4096)):
+        x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+        for setting in {default_setting(rows, n, k, smallest_card), *candidates(rows, n, k, smallest_card)[:2]}:
+            skinny_linear(x, weight, torch.empty(n, dtype=dtype), counters, setting)
+
+
+def tables(dtype: torch.dtype) -> None:  # noqa: ARG001
+    from hf_async_batching.device_state import DeviceState
+
+    state = DeviceState(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
+    state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
+
+
 # Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {}
 for _name, _shape in SHAPES.items():
@@ -143,6 +160,8 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"decode apart {_name}"] = functools.partial(decode, _shape, splits=3, fused=False)
     LAUNCHES[f"prefill {_name}"] = functools.partial(prefill, _shape)
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
+LAUNCHES["skinny"] = skinny
+LAUNCHES["tables"] = tables
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
 
