@@ -94,8 +94,8 @@ def _grown_contexts(device: torch.device) -> dict[str, Any]:
         prompts = ragged_prompts(6, 8, seed=11)
         news = [600 - len(prompt) - 40 * i for i, prompt in enumerate(prompts)]
         want = [_generate_alone(model, p, new, eos_token_id=None) for p, new in zip(prompts, news, strict=True)]
-        # The first two end by a token that comes late in their own text, if their text has one that comes late.
-        eos = [_late_token(tokens) if i < 2 else None for i, tokens in enumerate(want)]
+        # Two of them end by a token that comes late in their own text, if there is one.
+        eos = [_late_token(tokens) if i in (1, 2) else None for i, tokens in enumerate(want)]
         want = [t[: t.index(e) + 1] if e is not None else t for t, e in zip(want, eos, strict=True)]
         for depth in (1, 2, 3):
             config = BatchingConfig(

@@ -150,6 +150,8 @@ def test_what_sharing_takes_from_what_is_available() -> None:
     assert pool.num_coming_back([*held, held[0]]) == 2
     fresh = pool.take(1)
     assert fresh is not None and pool.are_own(fresh)
+    pool.share(fresh)
+    assert not pool.are_own(fresh), "two hold it"
     pool.share(other)
     assert (pool.available, pool.in_use) == (1, 5)
 

@@ -303,6 +303,8 @@ def test_preemption_takes_the_youngest_and_computes_it_again(prefix_cache: bool)
     assert again is not None
     assert scheduler.preemptions == 1
     assert [len(tokens) for tokens in outputs.values()] == [10, 10]
+    prefixes = scheduler.pages.prefixes
+    assert (prefixes.query_tokens, prefixes.hit_tokens) == (8 * prefix_cache, 0), "one's own pages are no hits"
 
 
 def test_the_oldest_is_never_preempted_and_ends_first() -> None:
