@@ -291,7 +291,9 @@ class Scheduler:
     def _enter_pages(self, sequence: Sequence) -> None:
         """Let others find the pages that are full of known tokens and written by steps planned before."""
         assert sequence.prefix is not None
-        full = min(sequence.computed, len(sequence.tokens)) // self.pages.page_size
+        # The last known output may be an end, whose own keys and values no step need ever write.
+        known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
+        full = min(sequence.computed, known) // self.pages.page_size
         sequence.prefix = self.pages.prefixes.enter(sequence.prefix, sequence.tokens, sequence.pages, full)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
