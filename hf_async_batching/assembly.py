@@ -126,14 +126,16 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running = assembly()
     if running is None:
         return False
-    fused, settings = running.forward.packed_groups is not None, running.config.settings
+    fused, config = running.forward.packed_groups is not None, running.config
+    batches = [*running.runner.buckets]
     del running
     began = time.perf_counter()
     try:
         forward = ModelForward(model, fused=fused)
         # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
-        backend = make_backend(settings.attention_backend, forward.device)
+        backend = make_backend(config.settings.attention_backend, forward.device)
         compile_checked(forward, backend)
+        backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
         logger.debug("compiling failed", exc_info=True)

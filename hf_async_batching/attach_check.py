@@ -47,6 +47,7 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
     cache = PagedCache(forward.layers, num_pages=2, page_size=_PAGE_SIZE, device=forward.device)
     state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
     forward.bind(cache, backend)
+    backend.ready(forward.layers, page_size=_PAGE_SIZE, batches=(1, 2))
     vocab = forward.vocab_size
     first = [(7 * i + 3) % vocab for i in range(_FIRST_LENGTH)]
     second = [(11 * i + 5) % vocab for i in range(_SECOND_LENGTH)]

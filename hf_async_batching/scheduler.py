@@ -331,8 +331,8 @@ class Scheduler:
     def _enter_pages(self, sequence: Sequence) -> None:
         """Let others find the pages that are full of known tokens and written by steps planned before."""
         assert sequence.prefix is not None
-        # The device ends a row with its end-of-sequence token, whose keys and values no step writes.
-        known = len(sequence.tokens) - (sequence.tokens[-1] in sequence.eos)
+        # The last known output may be an end, whose own keys and values no step need ever write.
+        known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
         full = min(sequence.computed, known) // self.pages.page_size
         sequence.prefix = self.pages.prefixes.enter(sequence.prefix, sequence.tokens, sequence.pages, full)
 

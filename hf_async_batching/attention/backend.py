@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.context import AttentionContext
 
 BackendName = Literal["auto", "torch", "triton"]
@@ -61,6 +61,15 @@ class AttentionBackend(Protocol):
 
         Returns:
             [tokens, num_heads, value_dim] in the dtype of `query`.
+        """
+
+    def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
+        """Compile the kernels that steps will launch, side by side, so that no step waits for one after the other.
+
+        Args:
+            layers: The model's layers.
+            page_size: Tokens per page.
+            batches: Rows of the decode steps to come.
         """
 
     def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:

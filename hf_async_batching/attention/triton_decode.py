@@ -207,7 +207,8 @@ def _combine_splits(
 
 # In a mixed step the rows are a slice of the staged inputs, which begins anywhere.
 @triton.jit(
-    do_not_specialize=["max_splits", "blocks_per_split"], do_not_specialize_on_alignment=["rows", "context_lengths"]
+    do_not_specialize=["max_splits", "blocks_per_split", "max_pages"],
+    do_not_specialize_on_alignment=["rows", "context_lengths"],
 )
 def decode_kernel(
     query,

@@ -29,7 +29,7 @@ def prefill_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch
 
 
 # Slices of a step's staged inputs begin anywhere: without this each alignment would compile a kernel of its own.
-@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
+@triton.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=["rows", "positions"])
 def write_kv_kernel(
     key,
     value,
@@ -76,7 +76,8 @@ def write_kv_kernel(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["tile_rows", "tile_query_starts", "tile_query_lengths", "tile_first_positions"]
+    do_not_specialize=["max_pages"],
+    do_not_specialize_on_alignment=["tile_rows", "tile_query_starts", "tile_query_lengths", "tile_first_positions"],
 )
 def prefill_kernel(
     query,

@@ -54,7 +54,9 @@ def test_leading_dimensions_and_row_strides() -> None:
     x, weight, _ = problem(12, 64, 64, False)
     wide = torch.randn(12, 128, device=DEVICE, dtype=torch.float16)
     wide[:, :64] = x
-    out = skinny_linear(wide[:, :64].view(1, 12, 64), weight, None, torch.zeros(MAX_STRIPS, dtype=torch.int32))
+    out = skinny_linear(
+        wide[:, :64].view(1, 12, 64), weight, None, torch.zeros(MAX_STRIPS, dtype=torch.int32, device=DEVICE)
+    )
     assert out.shape == (1, 12, 64)
     assert close(out[0], expected(x, weight, None))
 

@@ -145,7 +145,7 @@ def skinny(dtype: torch.dtype) -> None:
             skinny_linear(x, weight, torch.empty(n, dtype=dtype), counters, setting)
 
 
-def tables(dtype: torch.dtype) -> None:  # noqa: ARG001
+def tables(dtype: torch.dtype) -> None:
     from hf_async_batching.device_state import DeviceState
 
     state = DeviceState(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
