@@ -60,7 +60,9 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
             f"`max_sequence_length` ({config.max_sequence_length}) is beyond the {context} tokens that "
             f"{forward.name}'s positions reach; lower it"
         )
-    resolved = config.resolve(forward.layers, context, forward.device, free_memory(forward.device))
+    resolved = config.resolve(
+        forward.layers, context, forward.device, free_memory(forward.device), forward.weight_bytes
+    )
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )

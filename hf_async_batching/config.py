@@ -28,8 +28,8 @@ class BatchingConfig:
             is being launched. Outputs do not depend on it.
         page_size: Tokens per KV page, a power of two from 16 to 256. Default: 16 on CUDA, 256 on the CPU.
         max_rows: Requests that are computed at the same time. Default: 256 on CUDA, 32 on the CPU.
-        max_batch_tokens: Query tokens per step, decoding rows and prompt pieces together. Default: 2048 on CUDA, 256
-            on the CPU; never below `max_rows`.
+        max_batch_tokens: Query tokens per step, decoding rows and prompt pieces together. Default: on CUDA 2048 for
+            weights of 8 GiB and more, 4096 from 3 GiB, 8192 below; 256 on the CPU; never below `max_rows`.
         max_sequence_length: Tokens that one request may reach, prompt and completion. Default: the model's context
             length.
         num_pages: KV pages. Default: as many as `memory_fraction` allows, but no more than `max_rows` requests of
@@ -107,7 +107,12 @@ class BatchingConfig:
         return device.type == "cuda" if self.fuse_weights is None else self.fuse_weights
 
     def resolve(
-        self, layers: list[LayerShape], context_length: int | None, device: torch.device, free_bytes: int
+        self,
+        layers: list[LayerShape],
+        context_length: int | None,
+        device: torch.device,
+        free_bytes: int,
+        weight_bytes: int = 0,
     ) -> ResolvedConfig:
         """Fill the automatic fields once, and log each choice with its reason.
 
@@ -116,6 +121,7 @@ class BatchingConfig:
             context_length: Tokens the model was built for; None where unknown.
             device: Where the model runs.
             free_bytes: Memory that is free there.
+            weight_bytes: Memory of the weights that a step reads.
 
         Raises:
             ValueError: The KV cache would not hold a single page in what is free.
@@ -137,7 +143,11 @@ class BatchingConfig:
         if self.max_batch_tokens is not None:
             default_rows = min(default_rows, self.max_batch_tokens)
         max_rows = int(choose("max_rows", default_rows, f"default on {kind}"))
-        budget = int(choose("max_batch_tokens", max(max_rows, 2048 if cuda else 256), f"default on {kind}"))
+        # Rows that decode wait while prompts are computed, for about as long with any model. On an H200, 2,048 tokens
+        # take an 8B model 50 ms, and four times as many gain 1 % of throughput.
+        tokens = (2048 if weight_bytes >= 8 * GIB else 4096 if weight_bytes >= 3 * GIB else 8192) if cuda else 256
+        reason = f"default on {kind} for {weight_bytes / GIB:.1f} GiB of weights"
+        budget = int(choose("max_batch_tokens", max(max_rows, tokens), reason))
         longest = int(
             choose("max_sequence_length", context_length or 4096, "context length" if context_length else "unknown")
         )

@@ -220,10 +220,14 @@ class GenerationManager:
 
         return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
 
-    def warmup(self) -> None:
+    def warmup(self, *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
 
         Steps are captured for greedy decoding and, where the model's own generation config samples, for that.
+
+        Args:
+            tune: First measure the settings of the kernels on this card (some minutes, once: what was measured is
+                remembered in the user's cache folder, and used from then on with or without `tune`).
 
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
@@ -243,7 +247,7 @@ class GenerationManager:
         self.submit_requests([Request(new_request_id(), prompt, min(2, config.max_sequence_length - length))])[
             0
         ].result()
-        worker.warm(self._usual_features())
+        worker.warm(self._usual_features(), tune)
 
     def weights_updated(self) -> None:
         """Say that the weights have changed in place: requests from now on find no keys and values computed before.

@@ -18,7 +18,7 @@ from hf_async_batching.attention.interface import PagedCall, attach_tags
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
@@ -99,6 +99,17 @@ class ModelForward:
         self._compiled = True
         compile_regions(self.view, set(self._paged_layers), run_example, backend)
         ready_products(self.view, (16, 32, 64))
+
+    def tune(self, batches: list[int]) -> None:
+        """Measure kernel settings on this device, unless that was done before; nothing else may run on it.
+
+        Args:
+            batches: Rows of decode steps.
+        """
+        assert self._backend is not None and self._cache is not None
+        # Typical of chats. Contexts grow while they are served, and no setting is far off for another length.
+        self._backend.tune(self._cache, batches=batches, context=1024, prompt=1024)
+        tune_products(self.view, tuple(batches))
 
     def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:
         """Set the pages and kernels that steps use from now on."""

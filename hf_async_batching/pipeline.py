@@ -129,6 +129,11 @@ class Pipeline:
         self._device.launch(Stream.COMPUTE, lambda: self._runner.warm(features))
         self._resident_rows = None
 
+    def drain(self) -> None:
+        """Wait until the device has nothing to do."""
+        for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H):
+            self._device.synchronize(self._device.record(stream), Guard.RESULT_READY)
+
     def close(self) -> None:
         """Wait for everything that is enqueued."""
         self._device.close()

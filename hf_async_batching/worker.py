@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 
 from hf_async_batching.assembly import Assembly
-from hf_async_batching.engine import Engine
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.memory import return_memory
@@ -104,9 +103,12 @@ class Worker:
             self._cancels.append(handle)
             self._changed.notify()
 
-    def warm(self, features: list[Features]) -> None:
-        """Run and capture every decode bucket for each of `features`, between two steps; returns when that is done."""
-        warming = _Warming(features)
+    def warm(self, features: list[Features], tune: bool = False) -> None:
+        """Run and capture every decode bucket for each of `features`, between two steps; returns when that is done.
+
+        With `tune`, kernel settings are measured first, which live requests wait for.
+        """
+        warming = _Warming(features, tune)
         with self._changed:
             if not self._accepting:
                 return
@@ -204,7 +206,7 @@ class Worker:
             if weights_changed:
                 engine.weights_updated()  # before the requests that came after it are added
             while self._warmings:
-                self._warmings.popleft().run(engine)
+                self._warmings.popleft().run(self._assembly)
             self._handles.update((request.request_id, handle) for request, handle in arrived)
             for request, handle in arrived:
                 try:
@@ -260,15 +262,19 @@ class Worker:
 
 
 class _Warming:
-    def __init__(self, features: list[Features]) -> None:
+    def __init__(self, features: list[Features], tune: bool) -> None:
         self._features = features
+        self._tune = tune
         self.done = threading.Event()
         self.error: Exception | None = None
 
-    def run(self, engine: Engine) -> None:
+    def run(self, assembly: Assembly) -> None:
         try:
+            if self._tune:
+                assembly.engine.pipeline.drain()
+                assembly.runner.tune()
             for features in self._features:
-                engine.pipeline.warm(features)
+                assembly.engine.pipeline.warm(features)
         except Exception as error:
             self.error = error
         finally:

@@ -13,7 +13,8 @@ from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.plan import Features
+from hf_async_batching.plan import Features, Plan
+from hf_async_batching.request import Request
 from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
@@ -139,3 +140,85 @@ def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.Mon
     engine = ToyEngine(2, 0, max_rows=7, num_pages=24, max_batch_tokens=16)
     verify(engine, run_random_schedule(engine, 0, num_requests=10))
     assert any(told)
+
+
+def test_warming_captures_every_bucket_and_disturbs_nobody() -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(2, 3, device=device, max_rows=7, num_pages=24, max_batch_tokens=16)
+    requests = {str(i): Request(str(i), (i + 1, 7, 9), 12) for i in range(4)}
+    for request in requests.values():
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+    for _ in range(4):
+        engine.step()
+    engine.engine.pipeline.warm(Features())
+    assert {bucket for bucket, features in engine.runner.captured if features == Features()} == {1, 2, 4, 7}
+    before = device.captures
+    while engine.engine.has_work:
+        engine.step()
+    verify(engine, requests)
+    assert device.captures == before
+    assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
+
+
+def test_another_forward_is_adopted_between_steps() -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(2, 3, device=device, max_rows=4, num_pages=24, max_batch_tokens=16)
+    requests = {str(i): Request(str(i), (i + 1, 7, 9), 20) for i in range(4)}
+    for request in requests.values():
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+    for _ in range(6):
+        engine.step()
+    first_graphs = list(engine.runner.captured.values())
+    assert first_graphs
+    calls = []
+
+    def other(inputs: StepInputs) -> torch.Tensor:
+        calls.append(inputs)
+        return engine.forward(inputs)
+
+    engine.runner.offer(other)
+    assert not calls
+    while engine.engine.has_work:
+        engine.step()
+    verify(engine, requests)
+    assert calls
+    assert not set(map(id, first_graphs)) & set(map(id, engine.runner.captured.values()))
+    assert engine.runner.captured, "captured anew"
+
+
+def test_replaced_graphs_live_until_no_step_can_replay_them() -> None:
+    engine = ToyEngine(1, 0, device=FakeGraphDevice(), max_rows=4)
+    runner = engine.runner
+    runner.warm(Features())
+    graphs = len(runner.captured)
+    runner.offer(engine.forward)
+    runner.run(Plan(7, ()), torch.zeros(0, dtype=torch.int32), Sections())
+    assert (len(runner.captured), [(step, len(held)) for step, held in runner._replaced]) == (0, [(7, graphs)])
+    runner.completed(6)
+    assert runner._replaced, "the step that was in flight when they were replaced may have replayed them"
+    runner.completed(7)
+    assert not runner._replaced
+
+
+def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
+    engine = ToyEngine(1, 0, device=FakeGraphDevice(), max_rows=7)
+    runner = engine.runner
+    runner.warm(Features())
+    runner.tune()
+    assert not runner.captured, "captured steps keep the settings that they were captured with"
+
+    class Forward:
+        tuned: list[int] | None = None
+
+        def __call__(self, inputs: StepInputs) -> torch.Tensor:
+            return engine.forward(inputs)
+
+        def tune(self, batches: list[int]) -> None:
+            self.tuned = batches
+
+    forward = Forward()
+    runner.offer(forward)
+    runner.tune()
+    assert forward.tuned == [1, 2, 4, 7]

@@ -20,12 +20,20 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor counters) 
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
-    if x.is_cuda:
-        from hf_async_batching.linear.skinny import serves, skinny_linear
+    few = _few_rows(x, weight, bias, counters) if x.is_cuda else None
+    return nn.functional.linear(x, weight, bias) if few is None else few
 
-        if serves(x, weight):
-            return skinny_linear(x, weight, bias, counters)
-    return nn.functional.linear(x, weight, bias)
+
+def _few_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor
+) -> torch.Tensor | None:
+    """The product by our kernel; None where the vendor's library is the better choice."""
+    from hf_async_batching.linear import skinny, skinny_settings
+
+    if not skinny.serves(x, weight):
+        return None
+    setting = skinny_settings.settings_for(x.device).choose(x.numel() // x.shape[-1], weight)
+    return None if setting == skinny.LIBRARY else skinny.skinny_linear(x, weight, bias, counters, setting)
 
 
 def _linear_shape(
@@ -124,15 +132,29 @@ def bundle_together(modules: list[nn.Linear], weight: torch.Tensor, bias: torch.
         begin = module.end
 
 
+def products(view: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Weight, bias and counters of each product that a view computes."""
+    found: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
+    for module in view.modules():
+        if isinstance(module, EngineLinear):
+            source = module if module.bundle is None else module.bundle
+            found.setdefault(id(source), (source.weight, source.bias, module.counters))
+    return list(found.values())
+
+
 @torch.inference_mode()
 def ready_products(view: nn.Module, rows: tuple[int, ...]) -> None:
     """Run every shape of product in a view once for each row count, which compiles the kernels behind it."""
-    seen = set()
-    for module in view.modules():
-        if isinstance(module, EngineLinear):
-            weight = module.weight if module.bundle is None else module.bundle.weight
-            bias = module.bias if module.bundle is None else module.bundle.bias
-            if (tuple(weight.shape), bias is None) not in seen:
-                seen.add((tuple(weight.shape), bias is None))
-                for count in rows:
-                    _linear(weight.new_zeros(count, weight.shape[1]), weight, bias, module.counters)
+    shapes = {(tuple(weight.shape), bias is None): (weight, bias, c) for weight, bias, c in products(view)}
+    for weight, bias, counters in shapes.values():
+        for count in rows:
+            _linear(weight.new_zeros(count, weight.shape[1]), weight, bias, counters)
+
+
+def tune_products(view: nn.Module, rows: tuple[int, ...]) -> None:
+    """Measure settings for the products of a view; the device must have nothing else to do."""
+    found = [(w, counters) for w, _, counters in products(view) if w.is_cuda and w.dtype.itemsize == 2]
+    if found:
+        from hf_async_batching.linear.skinny_settings import settings_for
+
+        settings_for(found[0][0].device).tune([weight for weight, _ in found], rows, found[0][1])

@@ -18,13 +18,20 @@ MAX_ROWS = 64
 
 
 class SkinnySetting(NamedTuple):
-    """Outputs and inner elements per block, shares of the inner dimension, warps, and loads in flight."""
+    """Outputs and inner elements per block, shares of the inner dimension, warps, and loads in flight.
+
+    Zeros stand for the vendor's library.
+    """
 
     block_n: int
     block_k: int
     splits: int
     warps: int
     stages: int
+
+
+LIBRARY = SkinnySetting(0, 0, 0, 0, 0)
+"""The vendor's library, where it was measured to be faster."""
 
 
 def block_m(rows: int) -> int:
