@@ -160,3 +160,28 @@ def test_compiling_can_be_switched_off() -> None:
         manager.warmup()
         assert manager._preparation is None
         assert not manager.assembly.runner._forward._compiled
+
+
+def test_warming_up_can_measure_kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    tuned: list[list[int]] = []
+    monkeypatch.setattr(ModelForward, "tune", lambda self, batches: tuned.append(list(batches)))
+    prompt = list(range(1, 9))
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, 8:].tolist()
+    with GenerationManager(model, BatchingConfig(max_rows=2, max_batch_tokens=16)) as manager:
+        manager.warmup()
+        assert not tuned
+        manager.warmup(tune=True)
+        assert len(tuned) == 1
+        assert manager.submit(prompt, max_new_tokens=4, do_sample=False).result(60).token_ids == want
+
+
+def test_an_error_of_a_warm_up_reaches_its_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ModelForward, batches: list[int]) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(ModelForward, "tune", fail)
+    with GenerationManager(tiny_model("Llama"), BatchingConfig(max_rows=2, max_batch_tokens=16)) as manager:
+        with pytest.raises(RuntimeError, match="no room"):
+            manager.warmup(tune=True)
+        assert len(manager.submit([1, 2, 3], max_new_tokens=2, do_sample=False).result(60).token_ids) == 2

@@ -138,6 +138,7 @@ class Run:
         depth: Steps in flight.
         driver: "manager", as users see it, or "engine", without a thread in between.
         settings: The engine's configuration, its automatic fields filled.
+        unusual: Settings that are off and would be on by default, by name.
         requests: Requests served.
         prompt_tokens: Tokens of their prompts.
         output_tokens: Tokens generated.
@@ -166,6 +167,7 @@ class Run:
     depth: int
     driver: str
     settings: dict[str, Any]
+    unusual: list[str]
     requests: int
     prompt_tokens: int
     output_tokens: int
@@ -259,6 +261,11 @@ def measure(
         depth=depth,
         driver="engine" if through_engine else "manager",
         settings=settings,
+        unusual=[
+            name
+            for name in ("compile", "fuse_weights", "cuda_graphs", "prefix_cache")
+            if settings[name] is False and getattr(config, name) is False
+        ],
         requests=workload.num_requests,
         prompt_tokens=workload.prompt_tokens,
         output_tokens=output_tokens,
