@@ -77,12 +77,61 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
             print(
                 f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal", flush=True
             )
+    return out | _grown_contexts(device)
+
+
+def _grown_contexts(device: torch.device) -> dict[str, Any]:
+    """Graphs captured at contexts of some 8 tokens, replayed up to 600: past page borders and every bound at capture.
+
+    In float32, token for token; a sliding window, a row that ends by an end-of-sequence token beside one that goes
+    on, and rows that join when the graphs are long captured.
+    """
+    from support.tiny_models import ragged_prompts, tiny_model
+
+    out: dict[str, Any] = {}
+    for family in ("Llama", "Mistral"):
+        model = tiny_model(family, max_position_embeddings=1024).to(device)
+        prompts = ragged_prompts(6, 8, seed=11)
+        news = [600 - len(prompt) - 40 * i for i, prompt in enumerate(prompts)]
+        want = [_generate_alone(model, p, new, eos_token_id=None) for p, new in zip(prompts, news, strict=True)]
+        # Two of them end by a token that comes late in their own text, if there is one.
+        eos = [_late_token(tokens) if i in (1, 2) else None for i, tokens in enumerate(want)]
+        want = [t[: t.index(e) + 1] if e is not None else t for t, e in zip(want, eos, strict=True)]
+        for depth in (1, 2, 3):
+            config = BatchingConfig(
+                depth=depth, page_size=16, max_rows=6, max_batch_tokens=64, num_pages=300, debug=True
+            )
+            with GenerationManager(model, config) as manager:
+                handles = [
+                    manager.submit(p, max_new_tokens=new, do_sample=False, eos_token_id=e)
+                    for p, new, e in zip(prompts[:4], news[:4], eos[:4], strict=True)
+                ]
+                handles[3].result(600)
+                handles += [
+                    manager.submit(p, max_new_tokens=new, do_sample=False, eos_token_id=e)
+                    for p, new, e in zip(prompts[4:], news[4:], eos[4:], strict=True)
+                ]
+                got = [handle.result(600).token_ids for handle in handles]
+                captured = manager.stats().graphs
+            same = sum(a == b for a, b in zip(got, want, strict=True))
+            out[f"{family} grown contexts depth {depth}"] = same
+            lengths = [len(tokens) for tokens in want]
+            print(
+                f"{family:12s} depth {depth} captured {captured}, grown to {lengths} new tokens: {same} of 6 equal",
+                flush=True,
+            )
     return out
 
 
-def _generate_alone(model: PreTrainedModel, prompt: list[int], new: int) -> list[int]:
+def _late_token(tokens: list[int]) -> int | None:
+    """A token that appears for the first time in the last two thirds of `tokens`, as early as possible there."""
+    start = len(tokens) // 3
+    return next((token for token in tokens[start:] if token not in tokens[:start]), None)
+
+
+def _generate_alone(model: PreTrainedModel, prompt: list[int], new: int, **arguments: Any) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
-    return model.generate(ids, max_new_tokens=new, do_sample=False)[0, len(prompt) :].tolist()
+    return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)[0, len(prompt) :].tolist()
 
 
 def smollm2(device: torch.device, path: str) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
+import weakref
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attach_check import attach_check
-from hf_async_batching.attention.backend import make_backend
+from hf_async_batching.attach_check import attach_check, compile_checked
+from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.config import BatchingConfig, ResolvedConfig
 from hf_async_batching.device_state import DeviceState
@@ -26,7 +28,7 @@ from hf_async_batching.staging import Sections
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Assembly:
     """An engine and what its manager wants to know of it."""
 
@@ -49,11 +51,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
         ValueError: The KV cache does not fit in memory.
     """
-    forward = ModelForward(model)
+    forward, backend = _checked_forward(model, config)
     device = make_device(forward.device)
-    backend = make_backend(config.attention_backend, forward.device)
-    if config.attach_check:
-        attach_check(model, forward, backend)
     context = context_length(model)
     bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)
     if bounded and context is not None and (config.max_sequence_length or 0) > context:
@@ -61,7 +60,9 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
             f"`max_sequence_length` ({config.max_sequence_length}) is beyond the {context} tokens that "
             f"{forward.name}'s positions reach; lower it"
         )
-    resolved = config.resolve(forward.layers, context, forward.device, free_memory(forward.device))
+    resolved = config.resolve(
+        forward.layers, context, forward.device, free_memory(forward.device), forward.weight_bytes
+    )
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
@@ -81,6 +82,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         page_size=resolved.page_size,
         max_rows=resolved.max_rows,
         max_batch_tokens=resolved.max_batch_tokens,
+        prefix_cache=config.prefix_cache,
     )
     engine = Engine(
         scheduler,
@@ -92,3 +94,58 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
     return Assembly(engine, resolved, forward, runner, cache)
+
+
+def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
+    """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
+    device = next(model.parameters()).device
+    backend = make_backend(config.attention_backend, device)
+    if config.fuses_weights(device):
+        try:
+            forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
+            attach_check(model, forward, backend)
+            return forward, backend
+        except Exception as error:
+            logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
+    forward = ModelForward(model)
+    if config.attach_check:
+        attach_check(model, forward, backend)
+    return forward, backend
+
+
+def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool:
+    """Compile a second forward for an engine that serves already, and hand it over.
+
+    Needs nothing of the engine until it is done, and does not keep it alive.
+
+    Args:
+        model: The model of the engine.
+        assembly: The engine, if it still runs.
+
+    Returns:
+        Whether the engine got a compiled forward.
+    """
+    running = assembly()
+    if running is None:
+        return False
+    fused, config = running.forward.packed_groups is not None, running.config
+    batches = [*running.runner.buckets]
+    del running
+    began = time.perf_counter()
+    try:
+        forward = ModelForward(model, fused=fused)
+        # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
+        backend = make_backend(config.settings.attention_backend, forward.device)
+        compile_checked(forward, backend)
+        backend.ready(forward.layers, page_size=config.page_size, batches=batches)
+    except Exception as error:  # compilers fail in many ways, and the engine serves without
+        logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
+        logger.debug("compiling failed", exc_info=True)
+        return False
+    running = assembly()
+    if running is None:
+        return False
+    forward.bind(running.cache, backend)
+    running.runner.offer(forward)
+    logger.info("compiled %s in %.1f s", forward.name, time.perf_counter() - began)
+    return True

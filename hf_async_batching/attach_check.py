@@ -6,12 +6,16 @@ to do; this finds them before the first request is served.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import PagedCache
-from hf_async_batching.device_state import DeviceState
+from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.compiled_regions import EXAMPLE_TOKENS
+from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
@@ -43,6 +47,7 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
     cache = PagedCache(forward.layers, num_pages=2, page_size=_PAGE_SIZE, device=forward.device)
     state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
     forward.bind(cache, backend)
+    backend.ready(forward.layers, page_size=_PAGE_SIZE, batches=(1, 2))
     vocab = forward.vocab_size
     first = [(7 * i + 3) % vocab for i in range(_FIRST_LENGTH)]
     second = [(11 * i + 5) % vocab for i in range(_SECOND_LENGTH)]
@@ -79,12 +84,9 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
         plain.append(out.logits[0].float())
     expected = [plain[0][_SPLIT - 1], plain[0][-2], plain[1][-2], plain[0][-1], plain[1][-1]]
     what = ("a chunk of a prompt", "the rest of a prompt", "a prompt that joined late", "a decode", "a late decode")
-    dtype = forward.layers[0].dtype
-    tolerance = _TOLERANCE.get(dtype, 1e-1)
-    if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        tolerance = _TF32_TOLERANCE
+    dtype, tolerance = forward.layers[0].dtype, _tolerance(forward)
     for label, got, want in zip(what, paged, expected, strict=True):
-        error = ((got - want).norm() / want.norm().clamp(min=1e-6)).item()
+        error = _error(got, want)
         if not error <= tolerance:
             raise UnsupportedModelError(
                 f"{forward.name} is not served: its logits for {label} differ from the plain forward's by "
@@ -94,8 +96,64 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
             )
 
 
+@torch.inference_mode()
+def compile_checked(forward: ModelForward, backend: AttentionBackend, compiler: str = "inductor") -> None:
+    """Compile a forward on an example, and compare its logits with those it had uncompiled.
+
+    Args:
+        forward: A forward that nobody else uses; left bound to the check's pages.
+        backend: The attention kernels.
+        compiler: Backend of `torch.compile`.
+
+    Raises:
+        RuntimeError: The logits differ by more than rounding.
+        Exception: Whatever the compiler raises.
+    """
+    pages = -(-(EXAMPLE_TOKENS + 1) // _PAGE_SIZE)
+    state = DeviceState(max_rows=2, max_pages_per_row=pages, device=forward.device)
+    forward.bind(PagedCache(forward.layers, num_pages=pages, page_size=_PAGE_SIZE, device=forward.device), backend)
+    prompt = tuple((7 * i + 3) % forward.vocab_size for i in range(EXAMPLE_TOKENS))
+    plan = Plan(
+        0,
+        (),
+        (Chunk(1, prompt, True),),
+        (NewRow(1, Request("example", prompt, 1)),),
+        tuple(NewPage(1, i, i + 1) for i in range(pages)),
+    )
+    staged, sections = _stage(plan, forward.device, backend.tile_size)
+    state.apply_updates(staged, sections)
+    prefill = replace(state.mixed_inputs(staged, sections), sample_index=None)
+    # Two tokens of one row at the same position: what they see does not depend on which was written last.
+    rows = torch.ones(2, dtype=torch.int32, device=forward.device)
+    context = AttentionContext(
+        page_table=state.page_table,
+        rows=rows,
+        positions=rows * EXAMPLE_TOKENS,
+        decode=True,
+        context_lengths=rows * (EXAMPLE_TOKENS + 1),
+    )
+    decode = StepInputs(rows.long(), context.positions.long(), None, context)
+    expected = [forward(step).float() for step in (prefill, decode)]
+    forward.compile(lambda: forward(prefill), compiler)
+    for step, want in zip((prefill, decode), expected, strict=True):
+        error = _error(forward(step).float(), want)
+        if not error <= _tolerance(forward):
+            raise RuntimeError(f"compiled logits of {forward.name} differ by {error:.2g} (relative norm)")
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm().clamp(min=1e-6))
+
+
+def _tolerance(forward: ModelForward) -> float:
+    dtype = forward.layers[0].dtype
+    if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return _TF32_TOLERANCE
+    return _TOLERANCE.get(dtype, 1e-1)
+
+
 def _stage(plan: Plan, device: torch.device, tile_size: int) -> tuple[torch.Tensor, Sections]:
-    limits = Sections.largest(max_rows=2, max_batch_tokens=_FIRST_LENGTH + _SECOND_LENGTH, num_pages=2)
+    limits = Sections.largest(max_rows=2, max_batch_tokens=plan.num_tokens, num_pages=len(plan.new_pages))
     host = torch.zeros(limits.total, dtype=torch.int32, device="cpu")
     sections = encode(plan, host.numpy(), bucket=2, send_decode_rows=True, tile_size=tile_size)
     return host.to(device), sections

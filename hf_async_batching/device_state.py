@@ -1,16 +1,21 @@
 """The tables that live on the device for a row's whole life, and the carry-over that reads them.
 
-Every table is indexed by row. Row 0 is the padding row: whatever lands there is never read for a request.
+Every table is indexed by row. Row 0 is the padding row: no request has it, and its entries in all tables stay 0.
+
+A row that has sampled an end-of-sequence token, or reached its length, is *finished*. The host learns that when the
+step's tokens arrive, and may have planned the row for more steps by then; there its entries are padding. The flag
+saves work and keeps the row's pages as they are: which token ends a request, the host decides.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.staging import PARAMS, Sections
+from hf_async_batching.staging import FIRST_EOS, MAX_LENGTH, PARAMS, START, Sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +42,12 @@ class DeviceState:
         max_rows: Rows that requests can own; the tables have one more.
         max_pages_per_row: Width of the page table.
         device: Where the tables live.
+        fused: Whether decode steps use the Triton kernels; None for CUDA with Triton.
 
     Attributes:
         last_token: int32 [rows], the token that was sampled last for the row.
         lengths: int32 [rows], tokens whose keys and values are in the cache.
+        finished: int32 [rows], 1 for a row whose request ends with `last_token`.
         page_table: int32 [rows, max_pages_per_row].
         params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
@@ -48,17 +55,23 @@ class DeviceState:
         out_logprobs: float32 [max_rows], their log-probabilities where asked for.
     """
 
-    def __init__(self, *, max_rows: int, max_pages_per_row: int, device: torch.device) -> None:
+    def __init__(
+        self, *, max_rows: int, max_pages_per_row: int, device: torch.device, fused: bool | None = None
+    ) -> None:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.last_token = table(max_rows + 1)
         self.lengths = table(max_rows + 1)
+        self.finished = table(max_rows + 1)
         self.page_table = table(max_rows + 1, max_pages_per_row)
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
         self.out_tokens = table(max_rows)
         self.out_logprobs = table(max_rows, dtype=torch.float32)
+        if fused is None:
+            fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        self._fused = fused
 
     def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
         """Start new rows and enter new pages; `staged` is the step's array as `staging.encode` wrote it."""
@@ -67,8 +80,10 @@ class DeviceState:
             records = staged[:size].view(sections.new_rows, 1 + PARAMS)
             rows = records[:, 0]
             self.params[rows] = records[:, 1:]
-            # Not `= 0`: torch would copy that scalar from pageable host memory, and wait for the copy.
-            self.lengths[rows] = torch.zeros_like(rows)
+            # From the record, also where it is 0: torch would copy a Python scalar from pageable host memory, and wait
+            # for the copy.
+            self.lengths[rows] = records[:, 1 + START]
+            self.finished[rows] = torch.zeros_like(rows)
         if sections.new_pages:
             row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
             self.page_table[row, index] = page
@@ -79,24 +94,38 @@ class DeviceState:
     def decode_inputs(self, size: int) -> StepInputs:
         """Carry-over for a step in which the first `size` entries of `decode_rows` decode one token each."""
         rows = self.decode_rows[:size]
-        positions = self.lengths[rows]
+        if self._fused:
+            from hf_async_batching.device_state_kernels import begin_decode
+
+            rows, token_ids, position_ids, positions, context_lengths = begin_decode(
+                rows, self.finished, self.lengths, self.last_token
+            )
+        else:
+            rows = self._padding_where_finished(rows)
+            positions = self.lengths[rows]
+            token_ids, position_ids, context_lengths = self.last_token[rows].long(), positions.long(), positions + 1
         context = AttentionContext(
             page_table=self.page_table,
             rows=rows,
             positions=positions,
             decode=True,
-            context_lengths=positions + 1,
+            context_lengths=context_lengths,
         )
-        return StepInputs(self.last_token[rows].long(), positions.long(), None, context)
+        return StepInputs(token_ids, position_ids, None, context)
 
-    def mixed_inputs(self, staged: torch.Tensor, sections: Sections) -> StepInputs:
-        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last."""
+    def mixed_inputs(self, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
+        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last.
+
+        The first `num_decodes` tokens are known to be rows that decode, which attention can read faster.
+        """
         start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
         token_end = start + 3 * sections.tokens
         sample_end = token_end + sections.samples
         given, rows, offsets = staged[start:token_end].view(3, -1).unbind(0)
         samples = staged[token_end:sample_end].long()
         tile_rows, tile_queries, tile_lengths, tile_offsets = staged[sample_end : sections.total].view(4, -1).unbind(0)
+        # The entry and the tile of a decoding row that has finished; a row with a prompt piece never has.
+        rows, tile_rows = self._padding_where_finished(rows), self._padding_where_finished(tile_rows)
         positions = self.lengths[rows] + offsets
         token_ids = torch.where(given < 0, self.last_token[rows], given)
         context = AttentionContext(
@@ -104,6 +133,8 @@ class DeviceState:
             rows=rows,
             positions=positions,
             decode=False,
+            context_lengths=positions[:num_decodes] + 1,
+            num_decodes=num_decodes,
             tile_rows=tile_rows,
             tile_queries=tile_queries,
             tile_lengths=tile_lengths,
@@ -120,17 +151,43 @@ class DeviceState:
             logprobs: float32 [sampled], or None.
         """
         context = inputs.context
+        if context.decode and self._fused:
+            from hf_async_batching.device_state_kernels import commit_decode
+
+            assert context.context_lengths is not None
+            commit_decode(
+                context.rows,
+                context.context_lengths,
+                tokens,
+                logprobs,
+                params=self.params,
+                lengths=self.lengths,
+                last_token=self.last_token,
+                finished=self.finished,
+                out_tokens=self.out_tokens,
+                out_logprobs=self.out_logprobs,
+            )
+            return
         if context.decode:
             assert context.context_lengths is not None
             self.lengths[context.rows] = context.context_lengths
-            self.lengths[:1] = 0  # the padding row must not grow
         else:
             assert context.tile_rows is not None and context.tile_lengths is not None
             self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
-        self.last_token[self.sampled_rows(inputs)] = tokens
+        rows = self.sampled_rows(inputs)
+        records = self.params[rows]
+        is_eos = (records[:, FIRST_EOS:] == tokens[:, None]).any(1)
+        is_last = self.next_positions(inputs) + 1 >= records[:, MAX_LENGTH]
+        self.finished[rows] = (is_eos | is_last).int()
+        self.last_token[rows] = tokens
+        for table in (self.lengths, self.finished, self.last_token):
+            table[:1] = 0  # the padding row, which stands for many entries at once
         self.out_tokens[: tokens.shape[0]] = tokens
         if logprobs is not None:
             self.out_logprobs[: tokens.shape[0]] = logprobs
+
+    def _padding_where_finished(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * (1 - self.finished[rows])
 
     def sampled_rows(self, inputs: StepInputs) -> torch.Tensor:
         """int32 [sampled], the row of each sampled position."""

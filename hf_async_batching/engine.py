@@ -7,7 +7,7 @@ from collections import deque
 
 from hf_async_batching.devices import Device
 from hf_async_batching.pipeline import Pipeline
-from hf_async_batching.plan import Launch
+from hf_async_batching.plan import Launch, NewRow
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Emission, Scheduler
 from hf_async_batching.timeline import Span, StepRecord
@@ -26,7 +26,7 @@ class Engine:
 
     Attributes:
         records: The last steps, oldest first.
-        started: Ids of the requests whose prompts began with the last call of `step`.
+        started: The rows of requests whose prompts began with the last call of `step`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Engine:
         self.device = device
         self.depth = depth
         self.records: deque[StepRecord] = deque(maxlen=timeline_steps)
-        self.started: list[str] = []
+        self.started: tuple[NewRow, ...] = ()
         self._in_flight: deque[Launch] = deque()
         self._debug = debug
 
@@ -56,6 +56,10 @@ class Engine:
         """End a request; see `Scheduler.cancel`."""
         return self.scheduler.cancel(request_id)
 
+    def weights_updated(self) -> None:
+        """Forget what was computed before; see `Scheduler.weights_updated`."""
+        self.scheduler.weights_updated()
+
     @property
     def has_work(self) -> bool:
         """Whether a step is in flight or a request is live."""
@@ -65,7 +69,7 @@ class Engine:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
         started = time.perf_counter()
         plan = self.scheduler.plan()
-        self.started = [new_row.request.request_id for new_row in plan.new_rows] if plan is not None else []
+        self.started = plan.new_rows if plan is not None else ()
         if plan is not None:
             self._in_flight.append(self.pipeline.launch(plan, started))
         elif not self._in_flight and self.scheduler.has_live:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -22,12 +22,14 @@ class RequestMetrics:
         time_to_first_token: From `submit` to the first token, in seconds; None without tokens.
         tokens_per_second: New tokens over the time since the first one; None with fewer than two.
         total_seconds: From `submit` to the end.
+        cached_prompt_tokens: Leading prompt tokens that were found in the prefix cache, and not computed.
     """
 
     queue_seconds: float | None
     time_to_first_token: float | None
     tokens_per_second: float | None
     total_seconds: float
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class GenerationHandle:
         self._async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._submitted = time.perf_counter()
         self._started: float | None = None
+        self._cached = 0
         self._first: float | None = None
         self._last: float | None = None
 
@@ -163,18 +166,20 @@ class GenerationHandle:
 
     # -- for the engine's thread ----------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self, cached: int) -> None:
         if self._started is None:
+            self._cached = cached
             self._started = time.perf_counter()
 
-    def _push(self, token: int, logprob: float | None) -> None:
-        if self._logprobs is not None and logprob is not None:
+    def _push(self, token: int, logprob: float | None, now: float) -> bool:
+        """Append a token that arrived at `now`, and say whether anybody must be woken for it."""
+        if logprob is not None and self._logprobs is not None:
             self._logprobs.append(logprob)
         self._tokens.append(token)
-        self._last = time.perf_counter()
+        self._last = now
         if self._first is None:
-            self._first = self._last
-        self._wake()
+            self._first = now
+        return self._watchers > 0 or bool(self._async_watchers)
 
     def _finish(self, reason: str) -> None:
         self._reason = reason
@@ -188,16 +193,7 @@ class GenerationHandle:
     def _end(self) -> None:
         self._ended = time.perf_counter()
         self._done.set()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._watchers:
-            with self._changed:
-                self._changed.notify_all()
-        for loop, event in list(self._async_watchers):
-            # A closed loop has nobody left to wake.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(event.set)
+        wake((self,))
 
     def _metrics(self) -> RequestMetrics:
         rate = None
@@ -208,4 +204,28 @@ class GenerationHandle:
             time_to_first_token=None if self._first is None else self._first - self._submitted,
             tokens_per_second=rate,
             total_seconds=self._ended - self._submitted,
+            cached_prompt_tokens=self._cached,
         )
+
+
+def wake(handles: Iterable[GenerationHandle]) -> None:
+    """Wake whoever waits for news of `handles`; an event loop once for all of them, since each call costs it a write.
+
+    Nothing of a caller's runs here: threads and loops go on in their own time.
+    """
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for handle in handles:
+        if handle._watchers:
+            with handle._changed:
+                handle._changed.notify_all()
+        for loop, event in list(handle._async_watchers):
+            loops.setdefault(loop, []).append(event)
+    for loop, events in loops.items():
+        # A closed loop has nobody left to wake.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -28,8 +28,11 @@ from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope
+from hf_async_batching.plan import Features
+from hf_async_batching.preparation import Preparation
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
+from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.timeline import Timeline
 from hf_async_batching.worker import Worker
@@ -43,18 +46,25 @@ _open_managers: weakref.WeakSet[GenerationManager] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags."""
+    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags.
+
+    `changes` tells whether the same tensors hold other values: how often torch has seen them changed in place, by an
+    optimizer or `load_state_dict`. It is blind to writes through `.data` and to tensors made in inference mode.
+    """
 
     tensors: dict[int, tuple[int, torch.dtype]]
     adapters: tuple[Any, ...]
+    changes: int = field(compare=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Weights:
         # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
         buffers = () if batch_dependent_rope(model) else model.buffers()
+        tensors = [*model.parameters(), *buffers]
         return cls(
-            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *buffers)},
+            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in tensors},
             tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "merged_adapters")),
+            _count_changes(tensors),
         )
 
     def moved_from(self, before: _Weights | None) -> bool:
@@ -103,6 +113,7 @@ class GenerationManager:
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
         self._weights: _Weights | None = None
+        self._preparation: Preparation | None = None
         self._closed = False
         _open_managers.add(self)
 
@@ -209,8 +220,14 @@ class GenerationManager:
 
         return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
 
-    def warmup(self) -> None:
-        """Start the engine, and run and capture its common decode steps, before the first request.
+    def warmup(self, *, tune: bool = False) -> None:
+        """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
+
+        Steps are captured for greedy decoding and, where the model's own generation config samples, for that.
+
+        Args:
+            tune: First measure the settings of the kernels on this card (some minutes, once: what was measured is
+                remembered in the user's cache folder, and used from then on with or without `tune`).
 
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
@@ -221,14 +238,28 @@ class GenerationManager:
         if assembly is None:
             return
         config = assembly.config
-        # Short enough that all rows are prefilled in one step; then one step runs a bucket, the next captures it.
-        length = max(1, min(8, config.max_sequence_length - 3, config.max_batch_tokens // config.max_rows))
+        if self._preparation is not None:
+            self._preparation.done.wait()
+        # A compiled forward is adopted by the step of a request, which also readies what no graph holds.
         vocab = assembly.forward.vocab_size
+        length = max(1, min(8, config.max_sequence_length - 3, config.max_batch_tokens))
         prompt = tuple((7 * i + 3) % vocab for i in range(length))
-        for rows in assembly.runner.buckets or [1]:
-            count = min(rows, self.config.max_waiting)
-            for handle in self.submit_requests([Request(new_request_id(), prompt, 3) for _ in range(count)]):
-                handle.result()
+        self.submit_requests([Request(new_request_id(), prompt, min(2, config.max_sequence_length - length))])[
+            0
+        ].result()
+        worker.warm(self._usual_features(), tune)
+
+    def weights_updated(self) -> None:
+        """Say that the weights have changed in place: requests from now on find no keys and values computed before.
+
+        Live requests go on with the pages that they have. Changes that torch counts (optimizers, `load_state_dict`)
+        are noticed without this call when the next request comes; writes through `.data`, by another library's
+        kernels or in replayed graphs, and all writes to tensors made in inference mode, are not. From any thread.
+        """
+        with self._lock:
+            worker = self._worker
+        if worker is not None:
+            worker.weights_updated()
 
     # -- looking --------------------------------------------------------------------------------------------------
 
@@ -281,6 +312,17 @@ class GenerationManager:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _usual_features(self) -> list[Features]:
+        features = [Features()]
+        model: Any = self._require_model()
+        config, _ = model._prepare_generation_config(None)
+        if config.do_sample:
+            sampling = build_request(
+                [0], config, max_new_tokens=1, min_new_tokens=0, seed=0, logprobs=False, request_id=None
+            ).sampling
+            features.append(Features(sampling=True, candidates=sampling.candidates))
+        return features
+
     def _require_model(self) -> PreTrainedModel:
         model = self._get_model()
         if self._closed or model is None:
@@ -298,13 +340,18 @@ class GenerationManager:
                     worker.stop(reason="the model's weights were moved")
                 else:
                     worker.drain()
+            elif worker is not None and self._weights is not None and weights.changes != self._weights.changes:
+                self._weights = weights
+                worker.weights_updated()
             if worker is not None and not worker.accepting:
                 # The new cache is sized by what is free once the old one is not there.
                 worker.memory_free.wait()
                 self._worker = None
             if self._worker is None:
                 assembly = assemble(model, self.config)
-                self._weights = weights
+                # Taken again: the parameters may have become views of packed weights.
+                self._weights = _Weights.of(model)
+                self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
                     assembly,
@@ -327,6 +374,13 @@ class GenerationManager:
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:
     return id(module), module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
+
+
+def _count_changes(tensors: list[torch.Tensor]) -> int:
+    try:
+        return sum([tensor._version for tensor in tensors])
+    except RuntimeError:  # tensors made in inference mode count nothing
+        return sum([tensor._version for tensor in tensors if not tensor.is_inference()])
 
 
 def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
@@ -358,6 +412,11 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
             raise ValueError(
                 f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens"
             )
+    if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
+        raise UnsupportedArgumentError(
+            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served "
+            f"(got {len(request.eos_token_ids)}); pass fewer `eos_token_id`s"
+        )
     length = len(request.prompt)
     if length + request.max_new_tokens > limit:
         settings = assembly.config.settings

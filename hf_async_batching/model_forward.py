@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,9 +14,12 @@ from hf_async_batching.attention import interface
 from hf_async_batching.attention import probe as attention_probe
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import LayerShape, PagedCache
-from hf_async_batching.attention.interface import PagedCall
+from hf_async_batching.attention.interface import PagedCall, attach_tags
+from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products, tune_products
+from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
 
@@ -24,18 +28,21 @@ class ModelForward:
 
     Args:
         model: The user's model; a shared-weight view of it is made.
+        fused: Whether projections of one input share a product; their weights are packed, see `linear.packing`.
+        skinny: Whether uncompiled code, too, sends few rows to our own kernel; only with `fused`.
 
     Attributes:
         name: Class of the model, for messages.
         layers: Keys and values of each attention layer, as the probe saw them.
         vocab_size: Rows of the input embedding: token ids must be below.
         device: Where the weights lie.
+        packed_groups: Groups of projections that share a product; None where weights are not fused.
 
     Raises:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
         self.name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise UnsupportedModelError(
@@ -48,22 +55,61 @@ class ModelForward:
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         embedding: Any = self.view.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
-        findings = self._probe()
+        findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
+        self._layer_at: dict[int, int] = {}
+        self._compiled = False
+        self.packed_groups: int | None = self._fuse(seen, skinny) if fused else None
         set_attention(self.view, interface.NAME)
         self._cache: PagedCache | None = None
         self._backend: AttentionBackend | None = None
 
-    def _probe(self) -> attention_probe.Findings:
+    def _probe(self) -> tuple[attention_probe.Findings, LinearCalls]:
         tokens = torch.arange(1, attention_probe.PROBE_TOKENS + 1, device=self.device) % self.vocab_size
 
         def forward(**context: Any) -> None:
+            seen.calls.clear()
             self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
 
-        with torch.inference_mode():
-            return attention_probe.probe(self.name, forward)
+        with torch.inference_mode(), watch_linears(self.view) as seen:
+            return attention_probe.probe(self.name, forward), seen
+
+    def _fuse(self, seen: LinearCalls, skinny: bool) -> int:
+        groups = parallel_projections(self.view, seen)
+        counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
+        for module in self.view.modules():
+            if type(module) is torch.nn.Linear:
+                convert(module, counters, skinny=skinny)
+        return pack(groups)
+
+    def compile(self, run_example: Callable[[], Any], backend: str = "inductor") -> None:
+        """Compile the layers of the view; see `compiled_regions`.
+
+        Args:
+            run_example: Calls this forward with `EXAMPLE_TOKENS` tokens, all of them sampled.
+            backend: Of `torch.compile`.
+
+        Raises:
+            Exception: Whatever the compiler raises; this forward is then of no use.
+        """
+        modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
+        self._layer_at = attach_tags(modules, self.device)
+        self._compiled = True
+        compile_regions(self.view, set(self._paged_layers), run_example, backend)
+        ready_products(self.view, (16, 32, 64))
+
+    def tune(self, batches: list[int]) -> None:
+        """Measure kernel settings on this device, unless that was done before; nothing else may run on it.
+
+        Args:
+            batches: Rows of decode steps.
+        """
+        assert self._backend is not None and self._cache is not None
+        # Typical of chats. Contexts grow while they are served, and no setting is far off for another length.
+        self._backend.tune(self._cache, batches=batches, context=1024, prompt=1024)
+        tune_products(self.view, tuple(batches))
 
     def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:
         """Set the pages and kernels that steps use from now on."""
@@ -73,9 +119,11 @@ class ModelForward:
         """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all where None)."""
         context = inputs.context
         context.cache, context.backend = self._cache, self._backend
-        call = PagedCall(context, self._paged_layers)
-        kwargs = {"paged": call} if self._passes_context else {}
-        with nullcontext() if self._passes_context else interface.active(call):
+        call = PagedCall(context, self._paged_layers, self._layer_at)
+        # Compiled code would look at every attribute of a keyword argument in each call.
+        passed = self._passes_context and not self._compiled
+        kwargs = {"paged": call} if passed else {}
+        with nullcontext() if passed else interface.active(call):
             logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs)
         if inputs.sample_index is not None and not self._takes_logits_to_keep:
             logits = logits[inputs.sample_index]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+
+from hf_async_batching.prefix_cache import PrefixCache
 
 
 class IdPool:
@@ -63,17 +66,98 @@ class IdPool:
 
 
 class PageAllocator(IdPool):
-    """The pages of the KV cache.
+    """The pages of the KV cache, which several sequences may hold at once.
+
+    A page that nobody holds any more is free, unless the prefix cache knows it: then it keeps its contents and counts
+    as available, and is taken when no free page is left. A sequence writes only to pages that it took; those that it
+    shares are full.
 
     Args:
         num_pages: Pages that requests can own (the padding page not counted).
         page_size: Tokens in a page.
+        prefix_cache: Whether full pages become known by their tokens.
+
+    Attributes:
+        prefixes: The known pages.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, prefix_cache: bool = True) -> None:
         super().__init__(num_pages, "page")
         self.page_size = page_size
+        self.prefixes = PrefixCache(page_size, prefix_cache)
+        self._holders = [0] * (num_pages + 1)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken now, those included that are known and held by nobody."""
+        return super().available + self.prefixes.num_unheld
+
+    @property
+    def in_use(self) -> int:
+        """Pages that somebody holds."""
+        return super().in_use - self.prefixes.num_unheld
+
+    def take(self, count: int) -> list[int] | None:
+        """Take `count` pages, or none at all: returns None where fewer are available."""
+        if count > self.available:
+            return None
+        while count > super().available:
+            super().release(self.prefixes.evict())
+        pages = super().take(count)
+        for page in pages or ():
+            self._holders[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Hold known pages, alone or together with others."""
+        for page in pages:
+            if not self._holders[page]:
+                self.prefixes.hold(page)
+            self._holders[page] += 1
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Give back the pages that one sequence held.
+
+        Raises:
+            RuntimeError: Nobody held a page: the bookkeeping of the caller is broken.
+        """
+        unheld: list[int] = []
+        for page in ids:
+            if not self._holders[page]:
+                raise RuntimeError(f"page {page} was released twice or never taken")
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                unheld.append(page)
+        super().release(self.prefixes.let_go(unheld))
+
+    def num_held(self, pages: Iterable[int]) -> int:
+        """How many of the pages somebody holds: sharing these takes nothing from what is available."""
+        return sum([self._holders[page] > 0 for page in pages])
+
+    def num_coming_back(self, pages: Iterable[int]) -> int:
+        """Pages that nobody would hold if `pages`, each listed once per holder who lets it go, were released."""
+        return sum([self._holders[page] == count for page, count in Counter(pages).items()])
+
+    def are_own(self, pages: Iterable[int]) -> bool:
+        """Whether each page has a single holder, and nobody else can find it."""
+        return all([self._holders[page] == 1 and page not in self.prefixes for page in pages])
+
+    def weights_updated(self) -> None:
+        """Forget what the pages hold; see `PrefixCache.weights_updated`."""
+        super().release(self.prefixes.weights_updated())
+
+    def check_invariants(self, held: Iterable[int]) -> None:
+        """Pages in = pages out, given every page that a sequence holds, once per holder.
+
+        Raises:
+            AssertionError: The bookkeeping is broken.
+        """
+        counts = Counter(held)
+        assert len(counts) == self.in_use, "pages in != pages out"
+        assert counts == Counter({page: n for page, n in enumerate(self._holders) if n}), "a page's holders are wrong"
+        assert 0 not in counts, "the padding page was handed out"
+        self.prefixes.check_invariants()

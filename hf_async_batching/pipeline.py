@@ -22,11 +22,23 @@ import torch
 
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import Device, Guard, Stream
-from hf_async_batching.plan import Launch, Plan, Result
+from hf_async_batching.plan import Features, Launch, Plan, Result
 from hf_async_batching.runner import Runner
 from hf_async_batching.staging import Sections, encode
 
 SLOTS = 2
+
+
+class _Prefix:
+    """The first elements of a buffer, as a view that is made anew only where their number has changed."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = self._view = buffer
+
+    def __call__(self, count: int) -> torch.Tensor:
+        if count != len(self._view):
+            self._view = self._buffer[:count]
+        return self._view
 
 
 class Pipeline:
@@ -53,10 +65,10 @@ class Pipeline:
         self._host_input = [device.host_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
         self._host_input_arrays = [buffer.numpy() for buffer in self._host_input]
         self._staging = [device.device_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
-        self._output = [device.device_buffer(max_rows, torch.int32) for _ in range(SLOTS)]
-        self._output_logprobs = [device.device_buffer(max_rows, torch.float32) for _ in range(SLOTS)]
-        self._result = [device.host_buffer(max_rows, torch.int32) for _ in range(depth)]
-        self._result_logprobs = [device.host_buffer(max_rows, torch.float32) for _ in range(depth)]
+        self._output = [_Prefix(device.device_buffer(max_rows, torch.int32)) for _ in range(SLOTS)]
+        self._output_logprobs = [_Prefix(device.device_buffer(max_rows, torch.float32)) for _ in range(SLOTS)]
+        self._result = [_Prefix(device.host_buffer(max_rows, torch.int32)) for _ in range(depth)]
+        self._result_logprobs = [_Prefix(device.host_buffer(max_rows, torch.float32)) for _ in range(depth)]
         # The last event of each kind per slot: None until a step has used the slot.
         self._h2d_done: list[Any] = [None] * SLOTS
         self._staging_read: list[Any] = [None] * SLOTS
@@ -87,17 +99,14 @@ class Pipeline:
         compute_done = events["compute_done"] = device.record(Stream.COMPUTE)
         if sections.total:
             self._staging_read[slot] = compute_done
-        if plan.num_sampled:
+        count = plan.num_sampled
+        if count:
             device.wait(Stream.D2H, compute_done, Guard.OUTPUT_READY)
             events["d2h_start"] = device.record(Stream.D2H)
             ring = plan.step % self._depth
-            device.copy(Stream.D2H, self._result[ring][: plan.num_sampled], self._output[slot][: plan.num_sampled])
+            device.copy(Stream.D2H, self._result[ring](count), self._output[slot](count))
             if plan.features.logprobs:
-                device.copy(
-                    Stream.D2H,
-                    self._result_logprobs[ring][: plan.num_sampled],
-                    self._output_logprobs[slot][: plan.num_sampled],
-                )
+                device.copy(Stream.D2H, self._result_logprobs[ring](count), self._output_logprobs[slot](count))
             self._d2h_done[slot] = events["d2h_done"] = device.record(Stream.D2H)
         return Launch(plan, events, planned_at, time.perf_counter())
 
@@ -107,9 +116,23 @@ class Pipeline:
         # A step that samples nothing sends nothing back; it is over when its compute is.
         done = launch.events.get("d2h_done", launch.events["compute_done"])
         self._device.synchronize(done, Guard.RESULT_READY)
-        tokens = self._result[ring][: plan.num_sampled].tolist()
-        logprobs = self._result_logprobs[ring][: plan.num_sampled].tolist() if plan.features.logprobs else None
+        self._runner.completed(plan.step)
+        count = plan.num_sampled
+        tokens = self._result[ring](count).tolist()
+        logprobs = self._result_logprobs[ring](count).tolist() if plan.features.logprobs else None
         return Result(plan.step, tokens, logprobs)
+
+    def warm(self, features: Features) -> None:
+        """Run and capture every decode bucket between two steps, on the padding row."""
+        while self._caller_work:
+            self._device.wait(Stream.COMPUTE, self._caller_work.popleft(), Guard.CALLER_WORK)
+        self._device.launch(Stream.COMPUTE, lambda: self._runner.warm(features))
+        self._resident_rows = None
+
+    def drain(self) -> None:
+        """Wait until the device has nothing to do."""
+        for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H):
+            self._device.synchronize(self._device.record(stream), Guard.RESULT_READY)
 
     def close(self) -> None:
         """Wait for everything that is enqueued."""
@@ -142,6 +165,6 @@ class Pipeline:
         """Copy the step's tokens out of the tables, which the next step writes, to the slot's own buffer."""
         count = plan.num_sampled
         if count:
-            self._output[slot][:count].copy_(self._state.out_tokens[:count])
+            self._output[slot](count).copy_(self._state.out_tokens[:count])
             if plan.features.logprobs:
-                self._output_logprobs[slot][:count].copy_(self._state.out_logprobs[:count])
+                self._output_logprobs[slot](count).copy_(self._state.out_logprobs[:count])

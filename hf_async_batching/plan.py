@@ -20,10 +20,14 @@ class Chunk(NamedTuple):
 
 
 class NewRow(NamedTuple):
-    """A row that a request takes over in this step; the device tables of the row are set from `request`."""
+    """A row that a request takes over in this step; the device tables of the row are set from `request`.
+
+    `start` is how many of its tokens stand in its pages already: the first piece of its prompt begins there.
+    """
 
     row: int
     request: Request
+    start: int = 0
 
 
 class NewPage(NamedTuple):

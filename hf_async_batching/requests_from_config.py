@@ -11,9 +11,7 @@ from collections.abc import Sequence as AbstractSequence
 import torch
 from transformers import GenerationConfig
 
-from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.request import MAX_INT32, MAX_SEED, Request, SamplingParams
-from hf_async_batching.staging import MAX_EOS
 
 # Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B
@@ -61,16 +59,10 @@ def build_request(
         request_id: Given by the caller, or made here.
 
     Raises:
-        UnsupportedArgumentError: Too many end-of-sequence tokens.
         ValueError: A field is out of its range.
     """
     eos = eos_token_ids(config)
     min_new_tokens = min_new_tokens if eos else 0
-    if min_new_tokens and len(eos) > MAX_EOS:
-        raise UnsupportedArgumentError(
-            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served (got {len(eos)}); "
-            "pass fewer `eos_token_id`s"
-        )
     sampling = SamplingParams(logprobs=logprobs)
     if config.do_sample:
         sampling = SamplingParams(

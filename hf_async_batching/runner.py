@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -30,6 +31,14 @@ def decode_buckets(max_rows: int) -> list[int]:
     """Sizes of decode steps that get a graph: 1, 2, 4, 8, then steps of 8 to 64, 16 to 128, 32 above."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 32, 32)]
     return [*[size for size in sizes if size < max_rows], max_rows]
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A forward whose kernels have settings to measure."""
+
+    def tune(self, batches: list[int]) -> None:
+        """Measure for decode steps of these sizes."""
 
 
 class Runner:
@@ -56,12 +65,43 @@ class Runner:
         self._seen: set[tuple[int, Features]] = set()
         self._failed_captures = 0
         self.captured: dict[tuple[int, Features], Graph] = {}
+        self._offered: Forward | None = None
+        self._step_number = -1
+        # Graphs that were replaced, and the last step that may have replayed them.
+        self._replaced: list[tuple[int, list[Graph]]] = []
 
     def bucket_for(self, num_rows: int) -> int:
         """Entries that a decode step of `num_rows` rows is padded to."""
         if not self.buckets:
             return num_rows
         return self.buckets[bisect.bisect_left(self.buckets, num_rows)]
+
+    def offer(self, forward: Forward) -> None:
+        """Use another forward from the next step on, and capture anew. From any thread."""
+        self._offered = forward
+
+    def completed(self, step: int) -> None:
+        """Let go of what no step after `step` can touch."""
+        if self._replaced:
+            self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
+
+    def tune(self) -> None:
+        """Measure kernel settings for the buckets; nothing may run on the device. Captured steps are captured anew."""
+        self._adopt()
+        if isinstance(self._forward, Tunable):
+            self._forward.tune(self.buckets)
+        self._replaced.append((self._step_number, list(self.captured.values())))
+        self.captured = {}
+
+    @torch.inference_mode()
+    def warm(self, features: Features) -> None:
+        """Run and capture every bucket on the padding row; `decode_rows` is empty afterwards."""
+        self._adopt()
+        self._state.decode_rows.zero_()
+        # The largest first: the smaller ones then fit into the memory that it has taken.
+        for bucket in reversed(self.buckets):
+            self._decode(bucket, features)
+            self._decode(bucket, features)
 
     @torch.inference_mode()
     def run(self, plan: Plan, staged: torch.Tensor, sections: Sections) -> None:
@@ -72,11 +112,21 @@ class Runner:
             staged: Its inputs, on the device.
             sections: Where they lie in `staged`.
         """
+        self._step_number = plan.step
+        self._adopt()
         self._state.apply_updates(staged, sections)
         if plan.chunks:
-            self._step(self._state.mixed_inputs(staged, sections), plan.features)
+            self._step(self._state.mixed_inputs(staged, sections, len(plan.decode_rows)), plan.features)
         elif plan.decode_rows:
             self._decode(self.bucket_for(len(plan.decode_rows)), plan.features)
+
+    def _adopt(self) -> None:
+        offered, self._offered = self._offered, None
+        if offered is not None:
+            self._replaced.append((self._step_number, list(self.captured.values())))
+            self._forward = offered
+            self.captured = {}
+            self._seen.clear()
 
     def _decode(self, bucket: int, features: Features) -> None:
         key = (bucket, features)
@@ -111,6 +161,8 @@ class Runner:
             self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
             return
         state = self._state
-        params = state.params[state.sampled_rows(inputs)]
-        tokens, logprobs = self._sampler(logits, params, state.next_positions(inputs), features)
+        params = positions = None
+        if features.sampling or features.min_length:
+            params, positions = state.params[state.sampled_rows(inputs)], state.next_positions(inputs)
+        tokens, logprobs = self._sampler(logits, params, positions, features)
         state.commit(inputs, tokens, logprobs)

@@ -23,14 +23,19 @@ class Sampler:
     """Draws the next tokens of a step."""
 
     def __call__(
-        self, logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor, features: Features
+        self,
+        logits: torch.Tensor,
+        params: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        features: Features,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sample one token per row.
 
         Args:
             logits: [rows, vocab], any float dtype; not changed.
-            params: int32 [rows, PARAMS], records as `staging` lays them out.
-            positions: int64 [rows], the position that the sampled token will take.
+            params: int32 [rows, PARAMS], records as `staging` lays them out; None where the features leave only the
+                arg-max.
+            positions: int64 [rows], the position that the sampled token will take; None likewise.
             features: What any row needs.
 
         Returns:
@@ -39,9 +44,11 @@ class Sampler:
         """
         raw = logits
         if features.min_length:
+            assert params is not None and positions is not None
             logits = _without_early_eos(logits.float(), params, positions)
         tokens = logits.argmax(-1)
         if features.sampling:
+            assert params is not None and positions is not None
             drawn = _draw(logits.float(), params, positions, features.candidates)
             tokens = torch.where(params[:, staging.DO_SAMPLE] > 0, drawn, tokens)
         logprobs = None

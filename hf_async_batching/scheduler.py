@@ -5,6 +5,7 @@ The policy is first come, first served, and every choice follows from it:
 - Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of arrival.
 - A sequence is admitted when a row is free and pages for all its known tokens are; nobody overtakes the head of the
   queue, so nobody starves.
+- A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens.
 - When pages run out, the youngest sequence gives up its pages and is computed again later (preemption by
   recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
 
@@ -14,6 +15,7 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
 from hf_async_batching.pages import IdPool, PageAllocator
@@ -31,6 +33,10 @@ class Emission(NamedTuple):
     finish_reason: str | None = None
 
 
+# One per row and step: the named tuple's own constructor takes three times as long.
+_emission = partial(tuple.__new__, Emission)
+
+
 class _Retired(NamedTuple):
     last_step: int
     row: int
@@ -45,12 +51,15 @@ class Scheduler:
         page_size: Tokens per page.
         max_rows: Sequences that can hold pages at the same time.
         max_batch_tokens: Query tokens per step; at least `max_rows`.
+        prefix_cache: Whether sequences share full pages of equal tokens.
     """
 
-    def __init__(self, *, num_pages: int, page_size: int, max_rows: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, *, num_pages: int, page_size: int, max_rows: int, max_batch_tokens: int, prefix_cache: bool = True
+    ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
-        self.pages = PageAllocator(num_pages, page_size)
+        self.pages = PageAllocator(num_pages, page_size, prefix_cache)
         self.rows = IdPool(max_rows, "row")
         self.max_batch_tokens = max_batch_tokens
         self.preemptions = 0
@@ -62,7 +71,15 @@ class Scheduler:
         self._step = 0
         self._completed = -1
         self._arrivals = 0
+        # What follows from the running sequences, kept from step to step until `_regroup` is due. The lists are
+        # replaced and never changed, so that a step in flight can hold one.
+        self._regroup_due = False
+        self._decoding: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._planned_decoding: list[Sequence] = []
         self._decode_rows: tuple[int, ...] = ()
+        self._planned_sampled: list[Sequence] = []
+        self._features = Features()
         self._decode_context = 0
 
     # -- what callers do ------------------------------------------------------------------------------------------
@@ -90,9 +107,14 @@ class Scheduler:
             return None
         if sequence in self._running:
             self._running.remove(sequence)
+            self._regroup_due = True
         else:
             self._waiting.remove(sequence)
         return self._finish(sequence, None, None, "cancelled")
+
+    def weights_updated(self) -> None:
+        """Requests that start from now on find nothing that was computed before; live ones go on with their pages."""
+        self.pages.weights_updated()
 
     @property
     def num_running(self) -> int:
@@ -131,48 +153,60 @@ class Scheduler:
         if not decoding and not chunks:
             return None
 
-        rows = tuple([sequence.row for sequence in decoding])
-        if rows != self._decode_rows:
-            self._decode_rows = rows
-            self._decode_context = sum([sequence.computed for sequence in decoding])
-        else:
-            self._decode_context += len(rows)  # the same sequences as in the step before, each one token longer
-        sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
-        features = _features(sampled)
-        for sequence in sampled:
-            sequence.placeholders += 1
-        for sequence in (*decoding, *prefilled):
-            sequence.last_step = self._step
-        self._sampled[self._step] = sampled
+        self._decode_context += len(decoding)  # where they are those of the step before: each is one token longer
+        if decoding is not self._planned_decoding:
+            self._planned_decoding = decoding
+            self._decode_context = sum([sequence.computed + 1 for sequence in decoding])
+            rows = tuple([sequence.row for sequence in decoding])
+            if rows != self._decode_rows:
+                self._decode_rows = rows
+        step, sampled = self._step, decoding
+        for sequence in decoding:
+            sequence.computed += 1
+            sequence.planned += 1
+            sequence.last_step = step
+        for sequence, chunk in zip(prefilled, chunks, strict=True):
+            sequence.planned += chunk.samples
+            sequence.last_step = step
+        if any([chunk.samples for chunk in chunks]):
+            sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
+        # A minimum length wears off as tokens are planned; all else changes with the sequences only.
+        if sampled is not self._planned_sampled or self._features.min_length:
+            self._planned_sampled = sampled
+            self._features = _features(sampled)
+        # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
+        # it. That suffices, because steps run in the order of their plans on one stream.
+        for sequence in prefilled:
+            self._enter_pages(sequence)
+        self._sampled[step] = sampled
         context = self._decode_context + sum([sequence.computed for sequence in prefilled])
-        plan = Plan(self._step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), features, context)
+        plan = Plan(step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), self._features, context)
         self._step += 1
         return plan
 
     def complete(self, result: Result) -> list[Emission]:
         """Settle the tokens of a step, end the requests that stop with them, and free what nothing can touch."""
         emissions: list[Emission] = []
-        finished = False
+        ended = False
         sampled = self._sampled.pop(result.step)
-        for i, (sequence, token) in enumerate(zip(sampled, result.tokens, strict=True)):
-            sequence.placeholders -= 1
-            if sequence.state is State.FINISHED:
+        logprobs = result.logprobs if result.logprobs is not None else [None] * len(sampled)
+        finished = State.FINISHED
+        for sequence, token, logprob in zip(sampled, result.tokens, logprobs, strict=True):
+            if sequence.state is finished:
                 continue  # a surplus token: the request ended while this step was in flight
-            sequence.tokens.append(token)
-            logprob = result.logprobs[i] if result.logprobs is not None else None
-            if token in sequence.eos:
-                reason = "eos"
-            elif sequence.num_output == sequence.request.max_new_tokens:
-                reason = "length"
-            else:
-                emissions.append(Emission(sequence.request.request_id, token, logprob))
+            tokens = sequence.tokens
+            tokens.append(token)
+            if token not in sequence.eos and len(tokens) < sequence.max_length:
+                emissions.append(_emission((sequence.request_id, token, logprob, None)))
                 continue
             if sequence.state is State.WAITING:
                 self._waiting.remove(sequence)  # preempted, and its last token was in flight
+            reason = "eos" if token in sequence.eos else "length"
             emissions.append(self._finish(sequence, token, logprob, reason))
-            finished = True
-        if finished:
-            self._running = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
+            ended = True
+        if ended:
+            self._running = [sequence for sequence in self._running if sequence.state is not finished]
+            self._regroup_due = True
         self._completed = result.step
         if self._retired:
             self._release_retired()
@@ -182,23 +216,37 @@ class Scheduler:
 
     def _plan_decodes(self, new_pages: list[NewPage]) -> tuple[list[Sequence], bool]:
         """The sequences that decode one token each, oldest first, and whether any lacks a page."""
-        decoding: list[Sequence] = []
+        if self._regroup_due:
+            self._regroup()
         short = 0
-        page_size = self.pages.page_size
-        for sequence in list(self._running):
-            if sequence.state is not State.DECODING or not sequence.wants_more:
+        for sequence in [sequence for sequence in self._decoding if sequence.computed == sequence.decide_at]:
+            if sequence.state is not State.DECODING:
+                continue  # it gave up its pages for an older one just now
+            if not sequence.wants_more:
+                self._regroup_due = True
                 continue
-            if sequence.computed == len(sequence.pages) * page_size:
-                if not self._make_room(sequence, short):
-                    short += 1
-                    continue
-                page = self.pages.take(1)
-                assert page is not None
-                new_pages.append(NewPage(sequence.row, len(sequence.pages), page[0]))
-                sequence.pages += page
-            sequence.computed += 1
-            decoding.append(sequence)
+            self._enter_pages(sequence)
+            if not self._make_room(sequence, short):
+                short += 1
+                continue
+            page = self.pages.take(1)
+            assert page is not None
+            new_pages.append(NewPage(sequence.row, len(sequence.pages), page[0]))
+            sequence.pages += page
+            sequence.decide_later(self.pages.page_size)
+        if self._regroup_due:
+            self._regroup()
+        decoding = self._decoding
+        if short:
+            decoding = [sequence for sequence in decoding if sequence.computed < sequence.decide_at]
         return decoding, short > 0
+
+    def _regroup(self) -> None:
+        """Sort the running sequences, all by arrival, into those that decode and those whose prompts are computed."""
+        decoding, prefilling = State.DECODING, State.PREFILLING
+        self._decoding = [s for s in self._running if s.state is decoding and s.wants_more]
+        self._prefilling = [s for s in self._running if s.state is prefilling]
+        self._regroup_due = False
 
     def _make_room(self, sequence: Sequence, short: int) -> bool:
         """Whether a page can be taken now. Preempts the youngest where the pages on their way back are not enough.
@@ -206,7 +254,7 @@ class Scheduler:
         `short` pages are spoken for by older sequences that go without in this step.
         """
         while not self.pages.available:
-            on_their_way = sum(len(retired.pages) for retired in self._retired)
+            on_their_way = self.pages.num_coming_back(page for retired in self._retired for page in retired.pages)
             if on_their_way > short:
                 return False
             victim = self._running[-1]
@@ -218,6 +266,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self._running.remove(sequence)
+        self._regroup_due = True
         self._retire(sequence)
         sequence.state = State.WAITING
         sequence.computed = 0
@@ -227,14 +276,13 @@ class Scheduler:
     def _plan_prefills(self, budget: int) -> tuple[list[Chunk], list[Sequence]]:
         chunks: list[Chunk] = []
         prefilled: list[Sequence] = []
-        for sequence in self._running:
+        for sequence in self._prefilling:
             if budget == 0:
                 break
-            if sequence.state is State.PREFILLING:
-                chunk = self._next_chunk(sequence, budget)
-                budget -= len(chunk.tokens)
-                chunks.append(chunk)
-                prefilled.append(sequence)
+            chunk = self._next_chunk(sequence, budget)
+            budget -= len(chunk.tokens)
+            chunks.append(chunk)
+            prefilled.append(sequence)
         return chunks, prefilled
 
     def _admit(
@@ -246,25 +294,47 @@ class Scheduler:
             sequence = self._waiting[0]
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
+            # Where it waits on, the next look-up goes on from here.
+            sequence.prefix = self.pages.prefixes.find(sequence.prefix, sequence.tokens)
+            shared = sequence.prefix.path()
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
-            needed = self.pages.pages_for(len(sequence.tokens) + 1)
+            needed = self.pages.pages_for(len(sequence.tokens) + 1) - self.pages.num_held(shared)
             if needed > self.pages.available:
                 break
+            # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
+            if len(new_pages) + self.pages.pages_for(len(sequence.tokens)) > self.pages.size:
+                break
             self._waiting.popleft()
-            row = self.rows.take(1)
-            pages = self.pages.take(self.pages.pages_for(len(sequence.tokens)))
-            assert row is not None and pages is not None
-            sequence.row = row[0]
-            sequence.pages = pages
-            sequence.state = State.PREFILLING
-            self._running.append(sequence)
-            new_rows.append(NewRow(sequence.row, sequence.request))
-            new_pages += [NewPage(sequence.row, index, page) for index, page in enumerate(pages)]
+            self._start(sequence, shared)
+            new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed))
+            new_pages += [NewPage(sequence.row, index, page) for index, page in enumerate(sequence.pages)]
             chunk = self._next_chunk(sequence, budget)
             budget -= len(chunk.tokens)
             chunks.append(chunk)
             prefilled.append(sequence)
         return chunks, prefilled
+
+    def _start(self, sequence: Sequence, shared: list[int]) -> None:
+        row = self.rows.take(1)
+        # Held before others are taken, which may evict what nobody holds.
+        self.pages.share(shared)
+        own = self.pages.take(self.pages.pages_for(len(sequence.tokens)) - len(shared))
+        assert row is not None and own is not None
+        sequence.row = row[0]
+        sequence.pages = shared + own
+        sequence.computed = len(shared) * self.pages.page_size
+        sequence.state = State.PREFILLING
+        self._running.append(sequence)
+        if sequence.last_step < 0:  # one that was preempted has been counted
+            self.pages.prefixes.count(len(sequence.tokens), sequence.computed)
+
+    def _enter_pages(self, sequence: Sequence) -> None:
+        """Let others find the pages that are full of known tokens and written by steps planned before."""
+        assert sequence.prefix is not None
+        # The last known output may be an end, whose own keys and values no step need ever write.
+        known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
+        full = min(sequence.computed, known) // self.pages.page_size
+        sequence.prefix = self.pages.prefixes.enter(sequence.prefix, sequence.tokens, sequence.pages, full)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.computed
@@ -273,6 +343,8 @@ class Scheduler:
         samples = end == len(sequence.tokens)
         if samples:
             sequence.state = State.DECODING
+            sequence.decide_later(self.pages.page_size)
+        self._regroup_due = True
         return Chunk(sequence.row, tuple(sequence.tokens[start:end]), samples)
 
     # -- endings --------------------------------------------------------------------------------------------------
@@ -286,6 +358,7 @@ class Scheduler:
     def _retire(self, sequence: Sequence) -> None:
         """Take row and pages from the sequence; they return to their pools once its last step has completed."""
         if sequence.row:
+            self._enter_pages(sequence)
             self._retired.append(_Retired(sequence.last_step, sequence.row, sequence.pages))
             sequence.row = 0
             sequence.pages = []
@@ -310,21 +383,27 @@ class Scheduler:
         held_pages = [page for sequence in self._running for page in sequence.pages]
         held_pages += [page for retired in self._retired for page in retired.pages]
         held_rows = [sequence.row for sequence in self._running] + [retired.row for retired in self._retired]
-        assert len(held_pages) == len(set(held_pages)) == self.pages.in_use, "pages in != pages out"
+        self.pages.check_invariants(held_pages)
         assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
-        assert 0 not in held_pages and 0 not in held_rows, "the padding page or row was handed out"
+        assert 0 not in held_rows, "the padding row was handed out"
+        for sequence in self._running:
+            to_write = sequence.pages[sequence.computed // self.pages.page_size :]
+            assert self.pages.are_own(to_write), "a page that is shared, or can be, will be written"
         arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
         assert arrivals == sorted(arrivals), "somebody overtook the queue"
         assert all(sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running), (
             "a token without a page"
         )
+        assert all(
+            sequence.computed + 1 == sequence.planned for sequence in self._running if sequence.state is State.DECODING
+        ), "a token that no step computes, or that two do"
 
 
 def _features(sampled: list[Sequence]) -> Features:
-    candidates = [s.request.sampling.candidates for s in sampled if s.request.sampling.do_sample]
+    candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
     return Features(
         sampling=bool(candidates),
         candidates=-1 if -1 in candidates else max(candidates, default=0),
-        min_length=any([s.num_output + s.placeholders < s.request.min_new_tokens for s in sampled]),
-        logprobs=any([s.request.sampling.logprobs for s in sampled]),
+        min_length=any([sequence.computed < sequence.min_length for sequence in sampled]),
+        logprobs=any([sequence.logprobs for sequence in sampled]),
     )

@@ -2,7 +2,7 @@
 
 Layout of the array, section after section (sizes in `Sections`)::
 
-    new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters
+    new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters and where it starts
     new pages   [new_pages, 3]           row, index, page
     decode      [decode]                 row of each decoding entry, padded with row 0 up to the bucket
     tokens      [3, tokens]              token id (-1: carry-over), row, offset within the row's piece
@@ -25,10 +25,22 @@ from hf_async_batching.request import MAX_INT32
 
 IntArray = npt.NDArray[np.int32]
 
-MAX_EOS = 16
+MAX_EOS = 16  # a power of two, as the kernels want it
 
 # Columns of a row's record of parameters.
-TEMPERATURE, TOP_K, TOP_P, MIN_P, DO_SAMPLE, SEED_LOW, SEED_HIGH, MIN_LENGTH, FIRST_EOS = range(9)
+(
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    MIN_P,
+    DO_SAMPLE,
+    SEED_LOW,
+    SEED_HIGH,
+    MIN_LENGTH,
+    START,
+    MAX_LENGTH,
+    FIRST_EOS,
+) = range(11)
 PARAMS = FIRST_EOS + MAX_EOS
 
 CARRY_OVER = -1
@@ -126,9 +138,9 @@ def _record(new_row: NewRow) -> list[int]:
     sampling = request.sampling
     floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32).view(np.int32).tolist()
     seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
-    # Only a minimum length needs the end-of-sequence tokens on the device: stopping is the host's business.
-    # An id that no vocabulary has cannot be sampled.
-    eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32] if request.min_new_tokens else []
+    # The device needs not know all of them: the host decides which token ends a request, and a row that the device
+    # does not take for finished is computed once more for nothing. An id that no vocabulary has cannot be sampled.
+    eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32][:MAX_EOS]
     return [
         new_row.row,
         floats[0],
@@ -138,6 +150,8 @@ def _record(new_row: NewRow) -> list[int]:
         int(sampling.do_sample),
         *seed,
         len(request.prompt) + request.min_new_tokens,
+        new_row.start,
+        len(request.prompt) + request.max_new_tokens,
         *eos,
         *[-1] * (MAX_EOS - len(eos)),
     ]

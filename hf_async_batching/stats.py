@@ -27,6 +27,9 @@ class Stats:
         rows_in_use: Rows held by requests, retired ones included.
         steps: Steps since the engine started.
         preemptions: Requests that gave their pages up, since the engine started.
+        prefix_query_tokens: Prompt tokens that were looked up in the prefix cache, since the engine started.
+        prefix_hit_tokens: Those of them whose pages were found, and not computed again.
+        prefix_pages: KV pages that no request holds and the prefix cache still knows; they count as free.
         depth: Steps in flight at once.
         page_size: Tokens per page.
         cache_bytes: Memory of the KV cache.
@@ -45,6 +48,9 @@ class Stats:
     rows_in_use: int = 0
     steps: int = 0
     preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_pages: int = 0
     depth: int = 0
     page_size: int = 0
     cache_bytes: int = 0
@@ -75,6 +81,9 @@ def read_stats(assembly: Assembly | None, inbox: int) -> Stats:
         rows_in_use=scheduler.rows.in_use,
         steps=records[-1].step + 1 if records else 0,
         preemptions=scheduler.preemptions,
+        prefix_query_tokens=scheduler.pages.prefixes.query_tokens,
+        prefix_hit_tokens=scheduler.pages.prefixes.hit_tokens,
+        prefix_pages=scheduler.pages.prefixes.num_unheld,
         depth=engine.depth,
         page_size=assembly.config.page_size,
         cache_bytes=assembly.cache.num_bytes,

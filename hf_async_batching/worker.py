@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import torch
 
 from hf_async_batching.assembly import Assembly
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
-from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.memory import return_memory
+from hf_async_batching.plan import Features
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Emission
 
@@ -48,6 +50,8 @@ class Worker:
         self._on_stop = on_stop
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[GenerationHandle] = deque()
+        self._warmings: deque[_Warming] = deque()
+        self._weights_changed = False
         self._handles: dict[str, GenerationHandle] = {}
         self._live: set[str] = set()
         self._changed = threading.Condition()
@@ -97,6 +101,31 @@ class Worker:
         """End a request; nothing happens where it has ended already."""
         with self._changed:
             self._cancels.append(handle)
+            self._changed.notify()
+
+    def warm(self, features: list[Features], tune: bool = False) -> None:
+        """Run and capture every decode bucket for each of `features`, between two steps; returns when that is done.
+
+        With `tune`, kernel settings are measured first, which live requests wait for.
+        """
+        warming = _Warming(features, tune)
+        with self._changed:
+            if not self._accepting:
+                return
+            self._warmings.append(warming)
+            self._changed.notify()
+        while not warming.done.wait(0.1) and not self.memory_free.is_set():
+            pass
+        if warming.error is not None:
+            raise warming.error
+
+    def weights_updated(self) -> None:
+        """Requests that are put from now on find nothing that was computed before."""
+        with self._changed:
+            if self._assembly is not None:
+                # Whoever's requests come next, they are computed after what this thread has enqueued.
+                self._assembly.engine.pipeline.order_after_caller()
+            self._weights_changed = True
             self._changed.notify()
 
     def drain(self) -> None:
@@ -163,9 +192,9 @@ class Worker:
         engine = self._assembly.engine
         while True:
             with self._changed:
-                while not (self._inbox or self._cancels or self._stopping or engine.has_work):
+                while not (self._has_orders() or self._stopping or engine.has_work):
                     woken = self._accepting and self._changed.wait(self._idle_timeout)
-                    if not woken and not (self._inbox or self._cancels):
+                    if not woken and not self._has_orders():
                         self._accepting = False
                         return
                 if self._stopping:
@@ -173,6 +202,11 @@ class Worker:
                 arrived, cancelled = list(self._inbox), list(self._cancels)
                 self._inbox.clear()
                 self._cancels.clear()
+                weights_changed, self._weights_changed = self._weights_changed, False
+            if weights_changed:
+                engine.weights_updated()  # before the requests that came after it are added
+            while self._warmings:
+                self._warmings.popleft().run(self._assembly)
             self._handles.update((request.request_id, handle) for request, handle in arrived)
             for request, handle in arrived:
                 try:
@@ -186,20 +220,29 @@ class Worker:
                     emission = engine.cancel(handle.request_id)
                     if emission is not None:
                         self._deliver([emission])
+            if not engine.has_work:
+                continue
             emissions = engine.step()
-            for request_id in engine.started:
-                if request_id in self._handles:
-                    self._handles[request_id]._start()
+            for new_row in engine.started:
+                if new_row.request.request_id in self._handles:
+                    self._handles[new_row.request.request_id]._start(new_row.start)
             self._deliver(emissions)
 
+    def _has_orders(self) -> bool:
+        return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)
+
     def _deliver(self, emissions: list[Emission]) -> None:
-        for emission in emissions:
-            handle = self._handles[emission.request_id]
-            if emission.token is not None:
-                handle._push(emission.token, emission.logprob)
-            if emission.finish_reason is not None:
-                self._forget(emission.request_id)
-                handle._finish(emission.finish_reason)
+        handles, now = self._handles, time.perf_counter()
+        watched: list[GenerationHandle] = []
+        for request_id, token, logprob, finish_reason in emissions:
+            handle = handles[request_id]
+            if token is not None and handle._push(token, logprob, now):
+                watched.append(handle)
+            if finish_reason is not None:
+                self._forget(request_id)
+                handle._finish(finish_reason)
+        if watched:
+            wake(watched)
 
     def _forget(self, request_id: str) -> None:
         del self._handles[request_id]
@@ -216,6 +259,26 @@ class Worker:
                 failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {cause!r}")
                 failure.__cause__ = cause
                 handle._fail(failure)
+
+
+class _Warming:
+    def __init__(self, features: list[Features], tune: bool) -> None:
+        self._features = features
+        self._tune = tune
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+    def run(self, assembly: Assembly) -> None:
+        try:
+            if self._tune:
+                assembly.engine.pipeline.drain()
+                assembly.runner.tune()
+            for features in self._features:
+                assembly.engine.pipeline.warm(features)
+        except Exception as error:
+            self.error = error
+        finally:
+            self.done.set()
 
 
 def _clear_frames(error: BaseException | None) -> None:

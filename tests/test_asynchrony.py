@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
-from support.toy_engine import ToyEngine, run_random_schedule, verify
+from support.toy_engine import ToyEngine, reference, run_random_schedule, verify
 
 from hf_async_batching.devices import Guard
+from hf_async_batching.plan import Chunk
+from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.sequence import Sequence
 
 SCHEDULES = 500
 
 
-def _wrong_token(depth: int, seed: int, **changes: object) -> bool:
+def _wrong_token(depth: int, seed: int, conversations: bool = False, **changes: Any) -> bool:
     """Whether a schedule yields a wrong token. One that breaks in another way (a crash, a leak) does not count."""
-    engine = ToyEngine(depth, seed, **changes)  # type: ignore[arg-type]
-    try:
-        requests = run_random_schedule(engine, seed)
-    except (AssertionError, IndexError, RuntimeError):
-        return False
-    try:
-        verify(engine, requests)
-    except AssertionError as error:
-        return "!=" in str(error) or "prefix" in str(error)
-    return False
+    engine = ToyEngine(depth, seed, **changes)
+    with contextlib.suppress(AssertionError, IndexError, KeyError, RuntimeError):
+        run_random_schedule(engine, seed, conversations=conversations)
+    return any(got != reference(engine.requests[name])[: len(got)] for name, got in engine.emitted.items())
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -55,7 +54,7 @@ class FreesPagesAtOnce(Scheduler):
     """Gives pages back when a request ends, not when its last step has completed."""
 
     def _retire(self, sequence: Sequence) -> None:
-        pages, sequence.pages = sequence.pages, []
+        pages, sequence.pages, sequence.computed = sequence.pages, [], 0
         self.pages.release(pages)
         super()._retire(sequence)
 
@@ -72,3 +71,82 @@ class RetiresOneStepEarly(Scheduler):
 @pytest.mark.parametrize("depth", [2, 3])
 def test_freeing_too_early_is_seen(scheduler: type[Scheduler], depth: int) -> None:
     assert any(_wrong_token(depth, seed, scheduler_class=scheduler) for seed in range(60))
+
+
+# -- the prefix cache -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_random_conversations(depth: int) -> None:
+    """Prompts that share prefixes, in pools that are too small for all of them."""
+    hits = evictions = preemptions = 0
+    for seed in range(SCHEDULES // 4):
+        engine = ToyEngine(depth, seed, num_pages=8 + seed % 7)
+        requests = run_random_schedule(engine, seed, num_requests=10, conversations=True)
+        verify(engine, requests)
+        hits += engine.scheduler.pages.prefixes.hit_tokens
+        evictions += engine.scheduler.pages.prefixes.evictions
+        preemptions += engine.scheduler.preemptions
+    assert hits > SCHEDULES * 8, "pages were hardly found again"
+    assert evictions > SCHEDULES, "pages were hardly given up"
+    assert preemptions > SCHEDULES / 10, "page shortage was hardly exercised"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_other_weights_find_nothing_old(depth: int) -> None:
+    """Weights change while requests run; the same conversations go on, and those that come after get the new ones."""
+    live = 0
+    for seed in range(60):
+        engine = ToyEngine(depth, seed, num_pages=20)
+        for name, request in run_random_schedule(engine, seed, conversations=True).items():
+            engine.engine.add(Request("old " + name, request.prompt, 6))
+        for _ in range(seed % 12):
+            engine.step()
+        live += engine.scheduler.num_running
+        engine.write_weight(54321)
+        engine.engine.weights_updated()
+        after = {
+            name: Request("new " + name, (*request.prompt, *engine.emitted.get(name, ()), 3), 6)
+            for name, request in engine.requests.items()
+        }
+        for request in after.values():
+            engine.engine.add(request)
+        while engine.engine.has_work:
+            engine.step()
+        verify(engine, {request.request_id: request for request in after.values()}, 54321)
+    assert live > 60
+
+
+class FindsPagesOfTheSameStep(Scheduler):
+    """Lets a page be found in the step that writes it."""
+
+    def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        chunk = super()._next_chunk(sequence, budget)
+        self._enter_pages(sequence)
+        return chunk
+
+
+class FindsPagesBeforeTheyArePlanned(Scheduler):
+    """Lets all pages of a prompt be found as soon as it is admitted."""
+
+    def _start(self, sequence: Sequence, shared: list[int]) -> None:
+        super()._start(sequence, shared)
+        computed, sequence.computed = sequence.computed, len(sequence.tokens)
+        self._enter_pages(sequence)
+        sequence.computed = computed
+
+
+class EvictsPagesThatAreHeld(Scheduler):
+    """Leaves a page that was found among those that may be given up."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.pages.prefixes.hold = lambda page: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FindsPagesOfTheSameStep, FindsPagesBeforeTheyArePlanned, EvictsPagesThatAreHeld]
+)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_the_prefix_cache_must_not_do_is_seen(scheduler: type[Scheduler], depth: int) -> None:
+    assert any(_wrong_token(depth, seed, True, scheduler_class=scheduler, debug=False) for seed in range(60))

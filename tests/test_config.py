@@ -19,9 +19,9 @@ TOKEN_BYTES = 256
 
 
 def resolve(
-    device: torch.device = CPU, *, context: int | None = 1000, free: int = 64 * GIB, **fields: Any
+    device: torch.device = CPU, *, context: int | None = 1000, free: int = 64 * GIB, weights: int = 0, **fields: Any
 ) -> ResolvedConfig:
-    return BatchingConfig(**fields).resolve(LAYERS, context, device, free)
+    return BatchingConfig(**fields).resolve(LAYERS, context, device, free, weights)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,11 @@ def test_the_budget_holds_every_row() -> None:
     assert BatchingConfig(max_rows=4, max_batch_tokens=4).max_rows == 4
 
 
+def test_pages_are_shared_by_default() -> None:
+    assert BatchingConfig().prefix_cache
+    assert not resolve(prefix_cache=False).settings.prefix_cache
+
+
 def test_settings_are_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         BatchingConfig().depth = 3  # type: ignore[misc]
@@ -70,10 +75,39 @@ def test_choices_on_the_cpu() -> None:
 
 def test_choices_on_cuda() -> None:
     chosen = resolve(CUDA)
-    assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (2, 16, 256, 2048)
+    assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (2, 16, 256, 8192)
     assert chosen.pages_per_row == 63
     assert chosen.num_pages == 63 * 256
-    assert chosen.settings.memory_fraction == 0.85
+    assert chosen.settings.memory_fraction == 0.92
+    assert chosen.settings.compile is chosen.settings.fuse_weights is True
+
+
+def test_steps_of_large_models_take_fewer_prompt_tokens() -> None:
+    assert resolve(CUDA, weights=16 * GIB).max_batch_tokens == 2048
+    assert resolve(CUDA, weights=4 * GIB).max_batch_tokens == 4096
+    assert resolve(CUDA, weights=16 * GIB, max_rows=3000).max_batch_tokens == 3000
+
+
+def test_the_cache_takes_nine_tenths_of_what_the_weights_leave() -> None:
+    """Of a card of 80 GiB, of which the weights take 15 and torch itself half of one."""
+    chosen = resolve(CUDA, context=1 << 20, free=80 * GIB - 15 * GIB - GIB // 2, weights=15 * GIB)
+    assert chosen.num_pages * 16 * TOKEN_BYTES >= 0.9 * 65 * GIB
+
+
+def test_small_cards_keep_room_for_the_steps() -> None:
+    free = 6 * GIB
+    chosen = resolve(CUDA, context=1 << 20, free=free)
+    assert 1.4 * GIB < free - chosen.num_pages * 16 * TOKEN_BYTES < 1.6 * GIB
+    asked = resolve(CUDA, context=1 << 20, free=free, memory_fraction=0.95)
+    assert free - asked.num_pages * 16 * TOKEN_BYTES < 0.4 * GIB, "who asks for more gets it"
+
+
+def test_what_is_for_cuda_only_by_default() -> None:
+    assert resolve(CPU).settings.compile is resolve(CPU).settings.fuse_weights is False
+    chosen = resolve(CPU, compile=True, fuse_weights=True).settings
+    assert chosen.compile is chosen.fuse_weights is True
+    chosen = resolve(CUDA, compile=False, fuse_weights=False).settings
+    assert chosen.compile is chosen.fuse_weights is False
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
@@ -86,20 +120,22 @@ def test_what_is_given_stays(device: torch.device) -> None:
         "max_sequence_length": 90,
         "num_pages": 11,
         "memory_fraction": 0.5,
+        "compile": True,
+        "fuse_weights": False,
     }
     config = BatchingConfig(**given)  # type: ignore[arg-type]
     chosen = config.resolve(LAYERS, 1000, device, 64 * GIB)
     assert chosen.settings == config
     for name, value in given.items():
         assert getattr(chosen.settings, name) == value
-        if name != "memory_fraction":
+        if name not in ("memory_fraction", "compile", "fuse_weights"):
             assert getattr(chosen, name) == value
     assert chosen.pages_per_row == 3
 
 
 def test_the_budget_and_the_rows_follow_each_other() -> None:
-    assert resolve(CUDA, max_rows=4000).max_batch_tokens == 4000
-    assert resolve(CUDA, max_rows=3).max_batch_tokens == 2048
+    assert resolve(CUDA, max_rows=4000, weights=16 * GIB).max_batch_tokens == 4000
+    assert resolve(CUDA, max_rows=3, weights=16 * GIB).max_batch_tokens == 2048
     assert resolve(CUDA, max_batch_tokens=20).max_rows == 20
     assert resolve(CUDA, max_batch_tokens=9000).max_rows == 256
 

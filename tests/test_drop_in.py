@@ -210,6 +210,41 @@ def test_streamer_gets_what_generate_gives(model: Any, manager: Any, way: str) -
     assert got.calls == expected.calls
 
 
+def test_a_stuck_streamer_holds_up_nobody(model: Any, manager: Any) -> None:
+    release, stuck = threading.Event(), threading.Event()
+    threads_seen = set()
+
+    class Stuck(Recorder):
+        def put(self, value: torch.Tensor) -> None:
+            threads_seen.add(threading.current_thread())
+            super().put(value)
+            if len(self.calls) == 2:  # the first new token
+                stuck.set()
+                assert release.wait(60)
+
+    streamer = Stuck()
+    caller = threading.Thread(
+        target=lambda: model.generate(
+            torch.tensor([PROMPTS[3]]),
+            streamer=streamer,
+            custom_generate=manager.bind(),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    )
+    caller.start()
+    assert stuck.wait(60)
+    other = torch.tensor([PROMPTS[2]])
+    got = model.generate(other, custom_generate=manager.bind(), max_new_tokens=30, do_sample=False, eos_token_id=None)
+    assert got[0, len(PROMPTS[2]) :].tolist() == greedy_alone(model, PROMPTS[2], 30, eos_token_id=None)
+    assert len(streamer.calls) == 2
+    release.set()
+    caller.join(60)
+    assert len(streamer.calls) == 1 + 6 + 1
+    assert threads_seen == {caller}
+
+
 def test_streamer_ends_also_on_failure(model: Any, manager: Any) -> None:
     recorder = Recorder()
     with pytest.raises(RequestTooLongError):

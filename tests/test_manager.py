@@ -29,6 +29,7 @@ from hf_async_batching import (
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
+from hf_async_batching.request import Request
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -114,6 +115,40 @@ def test_async_iteration_and_many_at_once(model: Any) -> None:
     assert got == [greedy_alone(model, prompt, 9, eos_token_id=None) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("consumer", ["thread", "event loop"])
+def test_a_stuck_consumer_holds_up_nobody(model: Any, consumer: str) -> None:
+    """Its own request ends behind its back, and another one's tokens flow from first to last."""
+    release, stuck = threading.Event(), threading.Event()
+    got: list[int] = []
+
+    def take(token: int) -> None:
+        got.append(token)
+        stuck.set()
+        assert release.wait(60)
+
+    def in_thread(handle: Any) -> None:
+        for token in handle:
+            take(token)
+
+    async def in_loop(handle: Any) -> None:
+        async for token in handle:
+            take(token)  # blocks the loop, as a handler that computes does
+
+    with make(model) as manager:
+        slow = manager.submit(PROMPTS[3], max_new_tokens=40, **GREEDY)
+        target = in_thread if consumer == "thread" else lambda handle: asyncio.run(in_loop(handle))
+        thread = threading.Thread(target=target, args=(slow,), daemon=True)
+        thread.start()
+        assert stuck.wait(60)
+        other = manager.submit(PROMPTS[4], max_new_tokens=60, **GREEDY)
+        assert list(other) == greedy_alone(model, PROMPTS[4], 60, eos_token_id=None)
+        assert len(slow.result(60).token_ids) == 40
+        assert len(got) == 1
+        release.set()
+        thread.join(60)
+        assert got == slow.token_ids
+
+
 def test_cancel_returns_what_there_is_and_frees_everything(model: Any) -> None:
     with make(model, depth=2) as manager:
         handle = manager.submit(PROMPTS[3], max_new_tokens=400, **GREEDY)
@@ -184,6 +219,22 @@ def test_bad_input_reaches_its_caller_alone(model: Any) -> None:
     for closed_call in (lambda: manager.submit([5], max_new_tokens=1), manager.warmup):
         with pytest.raises(EngineClosedError, match="closed"):
             closed_call()
+
+
+def test_more_end_of_sequence_tokens_than_the_device_knows(model: Any) -> None:
+    """The host ends the request by any of them; a minimum length, which the device enforces, is refused."""
+    full = greedy_alone(model, PROMPTS[2], 20, eos_token_id=None)
+    stop = full[5]
+    eos = [*[token for token in range(VOCAB) if token not in full][:16], stop]
+    with make(model, depth=3) as manager:
+        result = manager.submit(PROMPTS[2], max_new_tokens=20, do_sample=False, eos_token_id=eos).result(60)
+        assert result.token_ids == full[: full.index(stop) + 1]
+        assert result.finish_reason == "eos"
+        by_hand = Request("by hand", tuple(PROMPTS[2]), 20, 3, tuple(eos))
+        with pytest.raises(UnsupportedArgumentError, match="more than 16 end-of-sequence tokens"):
+            manager.submit_request(by_hand)
+        with pytest.raises(UnsupportedArgumentError, match="more than 16 end-of-sequence tokens"):
+            manager.submit(PROMPTS[2], max_new_tokens=20, min_new_tokens=3, do_sample=False, eos_token_id=eos)
 
 
 def test_longer_than_the_whole_cache(model: Any) -> None:
@@ -305,6 +356,100 @@ def test_new_weights_tensors_are_noticed(model: Any) -> None:
             changed.lm_head.weight.copy_(changed.lm_head.weight.flip(0))
         got = manager.submit(PROMPTS[1], max_new_tokens=8, **GREEDY).result(60).token_ids
         assert got == greedy_alone(changed, PROMPTS[1], 8, eos_token_id=None)
+
+
+# Two full pages and a bit.
+LONG = ragged_prompts(2, 40, seed=8)[-1]
+
+
+def optimizer_step(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+
+
+def load_others(model: Any) -> None:
+    generator = torch.Generator().manual_seed(4)
+    state = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+
+
+def rotary_buffers(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [optimizer_step, load_others, rotary_buffers])
+def test_pages_of_old_weights_are_not_found(change: Any) -> None:
+    changed = tiny_model("Llama")
+    with make(changed) as manager:
+        for cached in (0, 32):
+            old = manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+            assert old.metrics.cached_prompt_tokens == cached
+        assembly = manager.assembly
+        change(changed)
+        fresh = greedy_alone(changed, LONG, 8, eos_token_id=None)
+        assert fresh != old.token_ids
+        for cached in (0, 32):
+            new = manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+            assert (new.token_ids, new.metrics.cached_prompt_tokens) == (fresh, cached)
+        assert manager.assembly is assembly, "the engine goes on"
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_changes_that_torch_does_not_count_have_to_be_said(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        changed = tiny_model("Llama")
+    with make(changed) as manager:
+        manager.weights_updated()
+        assert manager.assembly is None, "nothing to tell, and nothing is started for it"
+        manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+        with torch.inference_mode(inference):
+            generator = torch.Generator().manual_seed(4)
+            for parameter in changed.parameters():
+                parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        fresh = greedy_alone(changed, LONG, 8, eos_token_id=None)
+        stale = manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+        assert stale.metrics.cached_prompt_tokens == 32
+        assert stale.token_ids != fresh
+        manager.weights_updated()
+        assert manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60).token_ids == fresh
+
+
+def test_live_requests_go_on_and_leave_nothing_of_old_weights_behind() -> None:
+    changed = tiny_model("Llama")
+    with make(changed) as manager:
+        live = manager.submit(LONG, max_new_tokens=400, **GREEDY)
+        wait_until(lambda: len(live.token_ids) > 20)
+        with torch.no_grad():
+            changed.model.layers[0].self_attn.v_proj.weight.mul_(-0.5)
+        manager.weights_updated()
+        wait_until(lambda: len(live.token_ids) > 60)
+        live.cancel()
+        tokens = live.result(20).token_ids
+        for prompt in (LONG, LONG + tokens[:50]):
+            got = manager.submit(prompt, max_new_tokens=8, **GREEDY).result(60).token_ids
+            assert got == greedy_alone(changed, prompt, 8, eos_token_id=None)
+
+
+def test_saying_it_frees_pages_at_once_and_orders_later_steps_after_the_change(model: Any) -> None:
+    with make(model) as manager:
+        manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
+        assert manager.stats().prefix_pages == 2
+        assembly = manager.assembly
+        assert assembly is not None
+        calls: list[str] = []
+        ordered = assembly.engine.pipeline.order_after_caller
+        assembly.engine.pipeline.order_after_caller = lambda: (  # type: ignore[method-assign]
+            calls.append(threading.current_thread().name),
+            ordered(),
+        )
+        manager.weights_updated()
+        assert calls == [threading.current_thread().name]
+        wait_until(lambda: manager.stats().prefix_pages == 0)
+        assert manager.stats().prefix_query_tokens == len(LONG)
 
 
 def test_timeline_and_trace(model: Any, tmp_path: Path) -> None:

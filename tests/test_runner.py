@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
+from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.plan import Features, Plan
+from hf_async_batching.request import Request
 from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
 
 class FakeGraph:
@@ -68,6 +74,37 @@ def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
     assert (replays > 200) == (failures < 100)
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_kernels_of_the_tables_give_the_same_tokens(depth: int) -> None:
+    surplus = 0
+    for seed in range(6):
+        engine = ToyEngine(depth, seed, device=FakeGraphDevice(), fused=True, max_rows=5, max_batch_tokens=12)
+        requests = run_random_schedule(engine, seed, num_requests=8)
+        verify(engine, requests)
+        assert not any(int(table[0]) for table in (engine.state.lengths, engine.state.finished))
+        surplus += sum(record.tokens for record in engine.engine.records) - sum(map(len, engine.emitted.values()))
+    assert surplus > 0, "no row was planned beyond its end"
+
+
+def test_an_arg_max_needs_no_records() -> None:
+    """A plain greedy step neither gathers the rows' parameters nor computes the positions of its tokens."""
+    engine = ToyEngine(1, 0, device=FakeGraphDevice())
+    asked: list[tuple[object, ...]] = []
+
+    def sampler(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, None]:
+        asked.append(rest)
+        return logits.argmax(-1).int(), None
+
+    engine.runner._sampler = sampler  # type: ignore[assignment]
+    every = (Features(), Features(logprobs=True), Features(sampling=True), Features(min_length=True))
+    for features in every:
+        engine.runner._step(engine.state.decode_inputs(2), features)
+    assert [params is not None for params, *_ in asked] == [False, False, True, True]
+    assert [positions is not None for _, positions, _ in asked] == [False, False, True, True]
+
+
 def test_a_bucket_runs_once_before_it_is_captured() -> None:
     device = FakeGraphDevice()
     engine = ToyEngine(1, 0, device=device)
@@ -85,3 +122,103 @@ def test_weight_bytes_count_what_a_decode_step_reads() -> None:
     tied = tiny_model("Llama", tie_word_embeddings=True)
     assert ModelForward(tied).weight_bytes == sum({id(p): p.nbytes for p in tied.parameters()}.values())
     assert isinstance(ModelForward(tied).device, torch.device)
+
+
+def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    original = DeviceState.mixed_inputs
+
+    def mixed_inputs(self: DeviceState, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
+        inputs = original(self, staged, sections, num_decodes)
+        start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
+        carried = (staged[start : start + sections.tokens] == CARRY_OVER).tolist()
+        assert carried == [True] * num_decodes + [False] * (sections.tokens - num_decodes)
+        told.append(num_decodes)
+        return inputs
+
+    monkeypatch.setattr(DeviceState, "mixed_inputs", mixed_inputs)
+    engine = ToyEngine(2, 0, max_rows=7, num_pages=24, max_batch_tokens=16)
+    verify(engine, run_random_schedule(engine, 0, num_requests=10))
+    assert any(told)
+
+
+def test_warming_captures_every_bucket_and_disturbs_nobody() -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(2, 3, device=device, max_rows=7, num_pages=24, max_batch_tokens=16)
+    requests = {str(i): Request(str(i), (i + 1, 7, 9), 12) for i in range(4)}
+    for request in requests.values():
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+    for _ in range(4):
+        engine.step()
+    engine.engine.pipeline.warm(Features())
+    assert {bucket for bucket, features in engine.runner.captured if features == Features()} == {1, 2, 4, 7}
+    before = device.captures
+    while engine.engine.has_work:
+        engine.step()
+    verify(engine, requests)
+    assert device.captures == before
+    assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
+
+
+def test_another_forward_is_adopted_between_steps() -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(2, 3, device=device, max_rows=4, num_pages=24, max_batch_tokens=16)
+    requests = {str(i): Request(str(i), (i + 1, 7, 9), 20) for i in range(4)}
+    for request in requests.values():
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+    for _ in range(6):
+        engine.step()
+    first_graphs = list(engine.runner.captured.values())
+    assert first_graphs
+    calls = []
+
+    def other(inputs: StepInputs) -> torch.Tensor:
+        calls.append(inputs)
+        return engine.forward(inputs)
+
+    engine.runner.offer(other)
+    assert not calls
+    while engine.engine.has_work:
+        engine.step()
+    verify(engine, requests)
+    assert calls
+    assert not set(map(id, first_graphs)) & set(map(id, engine.runner.captured.values()))
+    assert engine.runner.captured, "captured anew"
+
+
+def test_replaced_graphs_live_until_no_step_can_replay_them() -> None:
+    engine = ToyEngine(1, 0, device=FakeGraphDevice(), max_rows=4)
+    runner = engine.runner
+    runner.warm(Features())
+    graphs = len(runner.captured)
+    runner.offer(engine.forward)
+    runner.run(Plan(7, ()), torch.zeros(0, dtype=torch.int32), Sections())
+    assert (len(runner.captured), [(step, len(held)) for step, held in runner._replaced]) == (0, [(7, graphs)])
+    runner.completed(6)
+    assert runner._replaced, "the step that was in flight when they were replaced may have replayed them"
+    runner.completed(7)
+    assert not runner._replaced
+
+
+def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
+    engine = ToyEngine(1, 0, device=FakeGraphDevice(), max_rows=7)
+    runner = engine.runner
+    runner.warm(Features())
+    runner.tune()
+    assert not runner.captured, "captured steps keep the settings that they were captured with"
+
+    class Forward:
+        tuned: list[int] | None = None
+
+        def __call__(self, inputs: StepInputs) -> torch.Tensor:
+            return engine.forward(inputs)
+
+        def tune(self, batches: list[int]) -> None:
+            self.tuned = batches
+
+    forward = Forward()
+    runner.offer(forward)
+    runner.tune()
+    assert forward.tuned == [1, 2, 4, 7]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -40,6 +42,29 @@ def params_of(requests: list[Request]) -> torch.Tensor:
     staged = np.zeros(64 * len(requests), np.int32)
     sections = encode(plan, staged, bucket=0, send_decode_rows=False, tile_size=1)
     return torch.from_numpy(staged[: sections.total].copy()).view(len(requests), -1)[:, 1:]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run, and the dtypes that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen.append((func.overloadpacket.__name__, out.dtype))
+        return out
+
+
+def test_a_plain_greedy_step_reads_the_logits_once() -> None:
+    """No copy of them in float32 and no softmax: a large vocabulary costs one pass over what the model wrote."""
+    logits = torch.randn(3, VOCAB).bfloat16()
+    with Operations() as operations:
+        tokens, logprobs = sample(logits, None, None, Features())
+    assert operations.seen == [("argmax", torch.int64), ("_to_copy", torch.int32)]
+    assert torch.equal(tokens.long(), logits.argmax(-1))
+    assert logprobs is None
 
 
 def seeded(row: SamplingParams, seeds: list[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import hf_async_batching
+import hf_async_batching.scheduler as scheduler_module
 from hf_async_batching.plan import Features, Plan, Result
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.scheduler import Emission, Scheduler
@@ -255,11 +256,32 @@ def test_a_page_is_taken_when_the_last_one_is_full() -> None:
     assert pages == [[0], [], [1], [], [], [], [2], []]
 
 
+def test_a_steady_step_looks_at_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, features and groups are derived again when a sequence joins or leaves, and not for each token or page."""
+    derived: list[str] = []
+    features, regroup = scheduler_module._features, Scheduler._regroup
+    monkeypatch.setattr(scheduler_module, "_features", lambda s: derived.append("features") or features(s))
+    monkeypatch.setattr(Scheduler, "_regroup", lambda self: derived.append("groups") or regroup(self))
+    scheduler = make(num_pages=32)
+    scheduler.add(request("a", new=30))
+    scheduler.add(request("b", new=20))
+    step(scheduler)
+    step(scheduler)
+    derived.clear()
+    plans = [step(scheduler)[0] for _ in range(17)]
+    assert sum(len(plan.new_pages) for plan in plans) > 6
+    assert derived == []
+    step(scheduler)
+    step(scheduler)
+    assert "features" in derived and "groups" in derived, "`b` has ended"
+
+
 # -- preemption ---------------------------------------------------------------------------------------------------
 
 
-def test_preemption_takes_the_youngest_and_computes_it_again() -> None:
-    scheduler = make(num_pages=5, page_size=4, max_batch_tokens=16)
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_preemption_takes_the_youngest_and_computes_it_again(prefix_cache: bool) -> None:
+    scheduler = make(num_pages=5, page_size=4, max_batch_tokens=16, prefix_cache=prefix_cache)
     scheduler.add(request("a", prompt=4, new=10))
     scheduler.add(request("b", prompt=4, new=10))
     token = iter(range(100, 200))
@@ -270,7 +292,10 @@ def test_preemption_takes_the_youngest_and_computes_it_again() -> None:
         if plan.step and plan.new_rows:
             assert again is None
             again = plan
-            assert plan.chunks[-1].tokens == (*request("b", prompt=4).prompt, *outputs["b"])
+            known = (*request("b", prompt=4).prompt, *outputs["b"])
+            # Of its pages, `a` took the last one only; its prompt's page is still there.
+            assert plan.new_rows[0].start == (4 if prefix_cache else 0)
+            assert plan.chunks[-1].tokens == known[plan.new_rows[0].start :]
             assert started(plan) == ["b"]
         for emission in settle(scheduler, plan, *[next(token) for _ in range(plan.num_sampled)]):
             assert emission.token is not None
@@ -278,6 +303,8 @@ def test_preemption_takes_the_youngest_and_computes_it_again() -> None:
     assert again is not None
     assert scheduler.preemptions == 1
     assert [len(tokens) for tokens in outputs.values()] == [10, 10]
+    prefixes = scheduler.pages.prefixes
+    assert (prefixes.query_tokens, prefixes.hit_tokens) == (8 * prefix_cache, 0), "one's own pages are no hits"
 
 
 def test_the_oldest_is_never_preempted_and_ends_first() -> None:
@@ -347,6 +374,20 @@ def test_a_preempted_sequence_can_end_with_a_token_in_flight(eos: bool) -> None:
     assert scheduler.state_of("b") is State.FINISHED
 
 
+def test_a_victim_takes_no_page_in_the_step_that_preempts_it() -> None:
+    """Both fill their last page at once; the older one takes the younger one's, which are free at once."""
+    scheduler = make(num_pages=4, page_size=4, max_batch_tokens=16)
+    scheduler.add(request("a", prompt=7, new=6))
+    scheduler.add(request("b", prompt=7, new=6))
+    step(scheduler)
+    assert step(scheduler)[0].decode_rows == (1, 2)
+    third = planned(scheduler)
+    assert scheduler.state_of("b") is State.WAITING
+    assert third.decode_rows == (1,)
+    assert [page.row for page in third.new_pages] == [1]
+    assert scheduler.pages.available == 1
+
+
 def test_pages_on_their_way_back_spare_a_victim() -> None:
     """Where a retired request's pages return with the next step, nobody is thrown out for them."""
     scheduler = make(num_pages=3, page_size=4, max_batch_tokens=16)
@@ -380,6 +421,172 @@ def test_a_page_on_its_way_back_is_promised_once() -> None:
     assert third.decode_rows == (1, 2)
     assert len(third.new_pages) == 2
     assert scheduler.preemptions == 1
+
+
+# -- the prefix cache ---------------------------------------------------------------------------------------------
+
+
+def prompt_of(name: str, *tokens: int, new: int = 4, **changes: Any) -> Request:
+    return Request(name, tokens, new, **changes)
+
+
+def test_a_prompt_starts_after_the_pages_that_are_known() -> None:
+    scheduler = make(max_batch_tokens=16)
+    scheduler.add(prompt_of("a", *range(10), new=9))
+    first, _ = step(scheduler)
+    assert first.new_rows[0].start == 0
+    scheduler.add(prompt_of("b", *range(9), 77))
+    plan, _ = step(scheduler)
+    assert plan.new_rows[0].start == 8
+    assert chunk_sizes(plan) == [(2, 2, True)]
+    assert plan.chunks[0].tokens == (8, 77)
+    # The first two pages are those of `a`; the third one is its own.
+    assert [(page.row, page.ordinal, page.page) for page in plan.new_pages] == [(2, 0, 1), (2, 1, 2), (2, 2, 4)]
+    assert scheduler.pages.in_use == 4
+    prefixes = scheduler.pages.prefixes
+    assert (prefixes.query_tokens, prefixes.hit_tokens) == (20, 8)
+
+
+def test_pages_are_found_by_later_steps_only() -> None:
+    scheduler = make(max_batch_tokens=16)
+    scheduler.add(prompt_of("a", *range(8)))
+    scheduler.add(prompt_of("b", *range(8), new=1))
+    first = planned(scheduler)
+    assert [new.start for new in first.new_rows] == [0, 0], "nobody finds what this very step writes"
+    scheduler.add(prompt_of("c", *range(9), new=1))
+    assert planned(scheduler).new_rows[0].start == 8, "planned before is enough: steps run in order"
+
+
+def test_a_prompt_in_pieces_is_found_piece_by_piece() -> None:
+    scheduler = make(max_batch_tokens=8)
+    scheduler.add(prompt_of("a", *range(20)))
+    step(scheduler)
+    scheduler.add(prompt_of("b", *range(20)))
+    plans = [step(scheduler)[0] for _ in range(2)]
+    assert [started(plan) for plan in plans] == [[], ["b"]]
+    assert plans[1].new_rows[0].start == 16, "four full pages of `a`; its last one holds the last token"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_completion_is_found_by_the_next_turn(depth: int) -> None:
+    scheduler = make(max_batch_tokens=32, page_size=4)
+    scheduler.add(prompt_of("a", *range(6), new=7))
+    emitted, _ = run(scheduler, depth, {i: [100 + i] for i in range(7)})
+    reply = [e.token for e in emitted if e.token is not None]
+    assert reply == [100 + i for i in range(7)]
+    assert scheduler.pages.prefixes.num_unheld == 3
+    scheduler.add(prompt_of("b", *range(6), *reply, 55, 56, new=1))
+    # 13 tokens, of which the last was never an input.
+    assert step(scheduler)[0].new_rows[0].start == 12
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_live_completion_is_found_page_by_page(depth: int) -> None:
+    scheduler = make(max_batch_tokens=32, page_size=4)
+    scheduler.add(prompt_of("a", *range(4), new=24))
+    flying: deque[Plan] = deque()
+    for _ in range(18):
+        flying.append(planned(scheduler))
+        if len(flying) >= depth:
+            settle(scheduler, flying.popleft())
+    node = scheduler.pages.prefixes.find(None, [*range(4), *[50] * 40])
+    # 4 + 17 tokens stand in pages; a page whose last token has not settled, or just so, becomes known later.
+    assert node.depth == {1: 5, 2: 4, 3: 4}[depth]
+
+
+@pytest.mark.parametrize("length", [5, 7])
+def test_an_end_and_what_comes_after_it_are_not_found(length: int) -> None:
+    scheduler = make(max_batch_tokens=32, page_size=4)
+    scheduler.add(prompt_of("a", *range(length), new=20, eos_token_ids=(EOS,)))
+    flying = [planned(scheduler) for _ in range(5)]
+    settle(scheduler, flying[0], EOS)
+    for plan in flying[1:]:
+        settle(scheduler, plan, 60)
+    assert scheduler.pages.prefixes.num_unheld == 1
+    assert scheduler.pages.prefixes.find(None, [*range(length), EOS, 60, 60, 60, 60]).depth == 1
+
+
+def test_a_head_that_shares_needs_less_room() -> None:
+    scheduler = make(num_pages=6, max_batch_tokens=16)
+    scheduler.add(prompt_of("a", *range(12), new=5))
+    step(scheduler)
+    scheduler.add(prompt_of("z", *range(900, 908), new=5))
+    scheduler.add(prompt_of("b", *range(12), 12, new=3))
+    plan, _ = step(scheduler)  # three of the pages are held by `a`, which takes its fourth
+    assert started(plan) == []
+    assert scheduler.cancel("z") is not None
+    assert started(step(scheduler)[0]) == ["b"]
+    assert scheduler.pages.in_use == 5
+
+
+def test_known_pages_that_nobody_holds_take_room() -> None:
+    """They are no free pages on top of themselves."""
+    scheduler = make(num_pages=4, max_batch_tokens=16)
+    scheduler.add(prompt_of("a", *range(12), new=1))
+    step(scheduler)
+    assert (scheduler.pages.available, scheduler.pages.prefixes.num_unheld) == (4, 3)
+    scheduler.add(prompt_of("x", *range(900, 903), new=5))
+    step(scheduler)
+    scheduler.add(prompt_of("b", *range(12), new=2))
+    assert started(step(scheduler)[0]) == [], "it needs four, and three are left"
+    scheduler.cancel("x")
+    plan, _ = step(scheduler)
+    assert started(plan) == ["b"]
+    assert plan.new_rows[0].start == 8
+
+
+def test_shared_pages_on_their_way_back_are_no_room() -> None:
+    """Two rows want a page; of those that `c` held, all but one are also held by `b`, so that the youngest must go."""
+    scheduler = make(num_pages=6, max_batch_tokens=16)
+    for name in ("a", "z"):
+        scheduler.add(prompt_of(name, *range(900, 903), new=9))
+    scheduler.add(prompt_of("b", *range(8), new=9))
+    step(scheduler)
+    scheduler.add(prompt_of("c", *range(8), 1, new=9))
+    second = planned(scheduler)
+    assert second.new_rows[0].start == 8
+    assert scheduler.pages.available == 0
+    scheduler.cancel("c")
+    assert scheduler.plan() is None
+    assert (scheduler.preemptions, scheduler.state_of("b")) == (1, State.WAITING)
+    settle(scheduler, second)
+    assert planned(scheduler).decode_rows == (1, 2)
+    assert scheduler.preemptions == 1
+
+
+def test_entries_of_a_step_fit_its_buffers() -> None:
+    scheduler = make(num_pages=5, max_batch_tokens=16, max_rows=4)
+    scheduler.add(prompt_of("a", *range(12), new=1))
+    step(scheduler)
+    for name in "bcd":
+        scheduler.add(prompt_of(name, *range(9), new=1))
+    plans = [planned(scheduler) for _ in range(2)]
+    assert [started(plan) for plan in plans] == [["b"], ["c"]], "each has three entries, and the buffers five"
+
+
+def test_other_weights_find_nothing() -> None:
+    scheduler = make(max_batch_tokens=16)
+    scheduler.add(prompt_of("a", *range(8), new=9))
+    scheduler.add(prompt_of("b", *range(100, 108), new=1))
+    step(scheduler)
+    assert scheduler.pages.prefixes.num_unheld == 2
+    scheduler.weights_updated()
+    assert scheduler.pages.in_use == 2
+    scheduler.add(prompt_of("c", *range(8), 5, new=1))
+    scheduler.add(prompt_of("d", *range(100, 108), 5, new=1))
+    assert [new.start for new in step(scheduler)[0].new_rows] == [0, 0]
+    # `a` ends without its pages becoming known: the first are old, and the others come from them.
+    run(scheduler, 1)
+    scheduler.add(prompt_of("e", *range(8), 50, 50, 50, 50, 50, new=1))
+    assert step(scheduler)[0].new_rows[0].start == 8, "of `c`, whose tokens differ behind"
+
+
+def test_switched_off_nobody_shares() -> None:
+    scheduler = make(max_batch_tokens=16, prefix_cache=False)
+    for name in "ab":
+        scheduler.add(prompt_of(name, *range(8), new=1))
+        assert step(scheduler)[0].new_rows[0].start == 0
+    assert scheduler.pages.prefixes.query_tokens == scheduler.pages.prefixes.num_unheld == 0
 
 
 # -- requests that come and go ------------------------------------------------------------------------------------
@@ -521,8 +728,8 @@ class Device:
 
     def run(self, plan: Plan) -> Result:
         """A step, whose tokens follow from what stands in the pages of a row."""
-        for row, owner in plan.new_rows:
-            self.lengths[row], self.tables[row], self.owners[row] = 0, {}, owner
+        for row, owner, start in plan.new_rows:
+            self.lengths[row], self.tables[row], self.owners[row] = start, {}, owner
         for row, index, page in plan.new_pages:
             assert index == len(self.tables[row]), "pages come in order"
             self.tables[row][index] = page
@@ -578,6 +785,7 @@ def test_random_traffic_gives_every_request_its_own_tokens(depth: int, seed: int
         scheduler.check_invariants()
         if plan is not None:
             assert plan.num_tokens <= scheduler.max_batch_tokens
+            assert len(plan.new_pages) <= sizes["num_pages"], "a step's buffers hold no more"
             flying.append((plan, device.run(plan)))
         if flying and (plan is None or len(flying) >= depth):
             emissions += scheduler.complete(flying.popleft()[1])
@@ -609,7 +817,7 @@ def test_scheduling_imports_no_torch() -> None:
         f"package.__path__ = [{str(Path(hf_async_batching.__file__).parent)!r}]\n"
         "sys.modules['hf_async_batching'] = package\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "for name in ('pages', 'request', 'sequence', 'plan', 'scheduler'):\n"
+        "for name in ('prefix_cache', 'pages', 'request', 'sequence', 'plan', 'scheduler'):\n"
         "    importlib.import_module('hf_async_batching.' + name)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

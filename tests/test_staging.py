@@ -60,7 +60,7 @@ def bits(value: float) -> int:
 
 def test_sizes_add_up() -> None:
     assert Sections().total == 0
-    assert PARAMS == 8 + MAX_EOS
+    assert PARAMS == 10 + MAX_EOS
     assert Sections(2, 3, 5, 7, 11, 13).total == 2 * (1 + PARAMS) + 3 * 3 + 5 + 7 * 3 + 11 + 13 * 4
 
 
@@ -68,13 +68,20 @@ def test_a_new_row() -> None:
     sampling = SamplingParams(True, 0.7, 50, 0.9, 0.05, 2**62 + 2**31 + 5)
     request = Request("a", (1, 2, 3), 9, 4, (7, 0), sampling)
     plain = Request("b", (1,), 9, 0, (7,))
-    sections, array = encoded(Plan(0, (), new_rows=(NewRow(3, request), NewRow(1, plain))))
+    sections, array = encoded(Plan(0, (), new_rows=(NewRow(3, request, 48), NewRow(1, plain))))
     assert sections == Sections(new_rows=2)
     first, second = decoded(sections, array)["new_rows"]
-    assert first[:9] == (3, bits(0.7), 50, bits(0.9), bits(0.05), 1, -(2**31) + 5, 2**30, 7)
-    assert first[9:] == (7, 0, *[-1] * (MAX_EOS - 2))
-    # Only a minimum length needs the EOS tokens on the device.
-    assert second == (1, bits(1.0), 0, bits(1.0), 0, 0, 0, 0, 1, *[-1] * MAX_EOS)
+    assert first[:11] == (3, bits(0.7), 50, bits(0.9), bits(0.05), 1, -(2**31) + 5, 2**30, 7, 48, 12)
+    assert first[11:] == (7, 0, *[-1] * (MAX_EOS - 2))
+    assert second == (1, bits(1.0), 0, bits(1.0), 0, 0, 0, 0, 1, 0, 10, 7, *[-1] * (MAX_EOS - 1))
+
+
+def test_more_end_of_sequence_tokens_than_the_device_knows() -> None:
+    """The first that some vocabulary can have; the host knows them all."""
+    eos = (-1, 2**31, *range(100, 140))
+    sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, Request("a", (1,), 9, 0, eos)),)))
+    record = decoded(sections, array)["new_rows"][0]
+    assert record[1 + staging.FIRST_EOS :] == tuple(range(100, 100 + MAX_EOS))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,8 @@ def test_a_new_row() -> None:
         (staging.SEED_LOW, -1),
         (staging.SEED_HIGH, 2**31 - 1),
         (staging.MIN_LENGTH, 6),
+        (staging.START, 32),
+        (staging.MAX_LENGTH, 13),
         (staging.FIRST_EOS, 4),
         (staging.FIRST_EOS + MAX_EOS - 1, 4 + MAX_EOS - 1),
     ],
@@ -95,7 +104,7 @@ def test_a_new_row() -> None:
 def test_columns_of_a_record(column: int, value: int) -> None:
     sampling = SamplingParams(True, 0.25, 12, 0.5, 0.125, 2**63 - 1)
     request = Request("a", (1, 2, 3, 4), 9, 2, tuple(range(4, 4 + MAX_EOS)), sampling)
-    sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, request),)))
+    sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, request, 32),)))
     assert decoded(sections, array)["new_rows"][0][1 + column] == value
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
+from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.context import AttentionContext
 
 BackendName = Literal["auto", "torch", "triton"]
@@ -61,6 +63,28 @@ class AttentionBackend(Protocol):
             [tokens, num_heads, value_dim] in the dtype of `query`.
         """
 
+    def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
+        """Compile the kernels that steps will launch, side by side, so that no step waits for one after the other.
+
+        Args:
+            layers: The model's layers.
+            page_size: Tokens per page.
+            batches: Rows of the decode steps to come.
+        """
+
+    def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:
+        """Measure settings on the device, for the layers that `attend` was called for so far, and use the best.
+
+        What was measured before on such a card is not measured again. Graphs that are captured already keep the
+        settings that they have. The device must have nothing else to do; the pages are read and never written.
+
+        Args:
+            cache: Keys and values.
+            batches: Rows of the decode steps to measure for; settings are shared up to the next power of two.
+            context: Tokens that a row holds, typically.
+            prompt: Tokens of a prompt, typically.
+        """
+
 
 def make_backend(name: BackendName, device: torch.device) -> AttentionBackend:
     """The kernels for a device.
@@ -74,8 +98,9 @@ def make_backend(name: BackendName, device: torch.device) -> AttentionBackend:
     """
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         from hf_async_batching.attention.triton_backend import TritonBackend
+        from hf_async_batching.tuning import Tuning
 
-        return TritonBackend()
+        return TritonBackend(device, Tuning(device))
     from hf_async_batching.attention.reference import ReferenceBackend
 
     return ReferenceBackend()

@@ -8,12 +8,14 @@ import torch
 
 
 class LayerShape(NamedTuple):
-    """Keys and values of one attention layer, as the probe saw them."""
+    """One attention layer, as the probe saw it: its keys and values, how many heads ask, and how far they see."""
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    num_heads: int = 0
+    sliding_window: int | None = None
 
     @property
     def bytes_per_token(self) -> int:

@@ -17,14 +17,16 @@ class AttentionContext:
     """Rows, positions and pages of the packed query tokens of one step.
 
     In a decode step every query token belongs to another row; in a mixed step the queries are described by tiles:
-    runs of consecutive tokens of one row.
+    runs of consecutive tokens of one row. The rows that decode come first there, one token and one tile each.
 
     Attributes:
         page_table: int32 [rows, max_pages_per_row].
         rows: int32 [tokens], row of each query token.
         positions: int32 [tokens], position of each query token in its row.
         decode: Whether this is a decode step.
-        context_lengths: int32 [tokens], keys visible to each query, itself included (decode steps).
+        context_lengths: int32 [tokens], keys visible to each query, itself included; in a mixed step for its first
+            `num_decodes` tokens only.
+        num_decodes: How many of a mixed step's first tokens, and tiles, are rows that decode.
         tile_rows: int32 [tiles] (mixed steps).
         tile_queries: int32 [tiles], index of the tile's first query token.
         tile_lengths: int32 [tiles], query tokens in the tile.
@@ -39,6 +41,7 @@ class AttentionContext:
     positions: torch.Tensor
     decode: bool
     context_lengths: torch.Tensor | None = None
+    num_decodes: int = 0
     tile_rows: torch.Tensor | None = None
     tile_queries: torch.Tensor | None = None
     tile_lengths: torch.Tensor | None = None

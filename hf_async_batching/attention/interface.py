@@ -48,11 +48,76 @@ def active(call: PagedCall) -> Iterator[None]:
 
 
 class PagedCall:
-    """What `paged` carries through a forward: the step's context, and the model's layers by identity of module."""
+    """What `paged` carries through a forward.
 
-    def __init__(self, context: AttentionContext, layers: dict[int, PagedLayer]) -> None:
+    Args:
+        context: The step.
+        layers: The model's attention layers by identity of module.
+        layer_at: Layer index by address of the layer's tag, for compiled code.
+    """
+
+    def __init__(self, context: AttentionContext, layers: dict[int, PagedLayer], layer_at: dict[int, int]) -> None:
         self.context = context
         self.layers = layers
+        self.layer_at = layer_at
+
+
+def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch.device) -> dict[int, int]:
+    """Give the attention modules of a view tags by which compiled code names its layer.
+
+    A tag is a small tensor, of which only the address matters: an index would be a constant of the compiled code, and
+    every layer of a model would need code of its own.
+
+    Returns:
+        Layer index by address, for `PagedCall`.
+    """
+    # 64 bytes each: compiled code copies inputs that are not aligned as its example was.
+    tags = torch.zeros(len(modules), 16, dtype=torch.int32, device=device)
+    for tag, (module, layer) in zip(tags, modules, strict=True):
+        module._paged_tag = tag
+        module._paged_window = layer.sliding_window or 0  # type: ignore[assignment]
+    return {tag.data_ptr(): layer.index for tag, (_, layer) in zip(tags, modules, strict=True)}
+
+
+_library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor tag, float scaling, int window, float softcap) -> Tensor"
+)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tag: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    call: PagedCall = _active.call
+    context = call.context
+    assert context.backend is not None
+    options = AttentionOptions(scaling, window or None, softcap or None)
+    out: torch.Tensor = context.backend.attend(query, key, value, call.layer_at[tag.data_ptr()], context, options)
+    return out
+
+
+def _attention_shape(
+    query: torch.Tensor,
+    key: torch.Tensor,  # noqa: ARG001
+    value: torch.Tensor,
+    tag: torch.Tensor,  # noqa: ARG001
+    scaling: float,  # noqa: ARG001
+    window: int,  # noqa: ARG001
+    softcap: float,  # noqa: ARG001
+) -> torch.Tensor:
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
+
+
+# The operator writes the pages, which its schema does not say: nothing else in compiled code reads them, and a
+# mutation that is declared could make the compiler copy them.
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::attention", _attention_shape, lib=_library)
 
 
 def paged_attention_forward(
@@ -84,6 +149,9 @@ def paged_attention_forward(
     Raises:
         UnsupportedModelError: The family asks for something that the kernels do not do.
     """
+    # Not `is_compiling()`: that is true in every thread while one of them compiles.
+    if torch.compiler.is_dynamo_compiling():
+        return _traced(module, query, key, value, scaling, softcap), None
     call = paged if paged is not None else _active.call
     if call is None:
         raise RuntimeError(
@@ -109,6 +177,26 @@ def paged_attention_forward(
         options,
     )
     return out[None], None
+
+
+def _traced(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hf_async_batching.attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        module._paged_tag,
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        module._paged_window,
+        softcap or 0.0,
+    )
+    return out[None]
 
 
 AttentionInterface.register(NAME, paged_attention_forward)

@@ -149,7 +149,9 @@ def _probe_attention(
         # The mask decides: some families name a window in the call that their mask does not use, and the reverse.
         sliding_window = getattr(attention_mask, _WINDOW)
     _recorder.layers[id(module)] = PagedLayer(len(_recorder.layers), sliding_window)
-    _recorder.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+    _recorder.shapes.append(
+        LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, query.shape[1], sliding_window)
+    )
     _recorder.contexts.append(paged is _CONTEXT)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 

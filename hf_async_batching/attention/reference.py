@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from hf_async_batching.attention.backend import AttentionOptions
+from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.context import AttentionContext
 
 
@@ -54,6 +56,12 @@ class ReferenceBackend:
                 queries, row_keys, row_values, tile.first_position - begin, options
             )
         return out
+
+    def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
+        pass
+
+    def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:
+        pass
 
 
 def _slots(context: AttentionContext, page_size: int) -> torch.Tensor:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 
 from hf_async_batching.attention.backend import AttentionOptions
+from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
+from hf_async_batching.attention.triton_settings import Problem, TritonSettings
+from hf_async_batching.side_by_side import side_by_side
+from hf_async_batching.tuning import Tuning
+
+# Of decode attention, one for each key-value head of each row; with more of those no context needs splitting.
+_COUNTERS = 16384
 
 
 class TritonBackend:
-    """Reads every length and page on the device, so that a captured graph stays right as sequences grow."""
+    """Reads every length and page on the device, so that a captured graph stays right as sequences grow.
+
+    Steps of one backend must not overlap on the device: they share counters. Each engine has a backend of its own.
+
+    Args:
+        device: Where the model runs.
+        tuning: Settings that were measured; None for the rules'.
+    """
 
     tile_size = PREFILL_TILE
     reads_back = False
+
+    def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
+        self._device = device
+        self._settings = TritonSettings(device, tuning)
+        # Never replaced, since captured graphs go on using it.
+        self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
     def attend(
         self,
@@ -28,30 +52,105 @@ class TritonBackend:
         keys, values = context.cache.keys[layer], context.cache.values[layer]
         write_kv(key, value, keys, values, context.page_table, context.rows, context.positions)
         if context.decode:
-            assert context.context_lengths is not None
-            return decode_attention(
-                query,
-                keys,
-                values,
-                context.page_table,
-                context.rows,
-                context.context_lengths,
-                scaling=options.scaling,
-                sliding_window=options.sliding_window,
-                softcap=options.softcap,
-            )
+            return self._decode(query, layer, context, options, None)
         assert context.tile_rows is not None and context.tile_queries is not None
         assert context.tile_lengths is not None and context.tile_positions is not None
-        return prefill_attention(
+        # Zeros, since the NaN that empty memory may hold would spread from tokens of no tile to the scratch page.
+        out = query.new_zeros((*query.shape[:2], values.shape[-1]))
+        decodes = context.num_decodes
+        if decodes:
+            self._decode(query[:decodes], layer, context, options, out[:decodes])
+        prefill_attention(
             query,
             keys,
             values,
             context.page_table,
-            context.tile_rows,
-            context.tile_queries,
-            context.tile_lengths,
-            context.tile_positions,
+            context.tile_rows[decodes:],
+            context.tile_queries[decodes:],
+            context.tile_lengths[decodes:],
+            context.tile_positions[decodes:],
             scaling=options.scaling,
             sliding_window=options.sliding_window,
             softcap=options.softcap,
+            config=self._settings.prefill(Problem.of(query, keys, values, options), layer, options),
+            out=out,
         )
+        return out
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        context: AttentionContext,
+        options: AttentionOptions,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert context.cache is not None and context.context_lengths is not None
+        keys, values = context.cache.keys[layer], context.cache.values[layer]
+        return decode_attention(
+            query,
+            keys,
+            values,
+            context.page_table,
+            context.rows[: query.shape[0]],
+            context.context_lengths,
+            scaling=options.scaling,
+            sliding_window=options.sliding_window,
+            softcap=options.softcap,
+            config=self._settings.decode(Problem.of(query, keys, values, options), layer, options, query.shape[0]),
+            counters=self._counters,
+            out=out,
+        )
+
+    def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
+        device, jobs = self._device, dict[object, Callable[[], None]]()
+        for layer in dict.fromkeys(layers):
+            if not layer.num_heads:
+                continue
+            problem = Problem(
+                layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim, page_size, layer.dtype,
+                layer.sliding_window, False,
+            )  # fmt: skip
+            example = _Example(layer, page_size, device)
+            options = AttentionOptions(layer.key_dim**-0.5, layer.sliding_window)
+            jobs[layer, "write"] = example.write
+            jobs[layer, "prefill"] = partial(example.prefill, self._settings.prefill(problem, 0, options), options)
+            for batch in sorted(set(batches)):
+                config = self._settings.decode(problem, 0, options, batch)
+                # How many share a context is no constant of the kernel; whether any do is.
+                kind = config._replace(splits=min(config.splits, 2))
+                jobs.setdefault((layer, kind), partial(example.decode, config, options))
+        side_by_side(list(jobs.values()), device)
+
+    def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:
+        self._settings.tune(cache, self._counters, batches=batches, context=context, prompt=prompt)
+
+
+class _Example:
+    """Launches each kernel on next to nothing, which compiles it as steps will need it."""
+
+    def __init__(self, layer: LayerShape, page_size: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._keys = zeros(1, page_size, layer.num_kv_heads, layer.key_dim, dtype=layer.dtype)
+        self._values = zeros(1, page_size, layer.num_kv_heads, layer.value_dim, dtype=layer.dtype)
+        self._key, self._value = self._keys[0, :2], self._values[0, :2]
+        self._query = zeros(2, layer.num_heads, layer.key_dim, dtype=layer.dtype)
+        self._table, self._index, self._counters = zeros(1, 3), zeros(4), zeros(_COUNTERS)
+
+    def write(self) -> None:
+        write_kv(self._key, self._value, self._keys, self._values, self._table, self._index[:2], self._index[:2])
+
+    def decode(self, config: DecodeConfig, options: AttentionOptions) -> None:
+        decode_attention(
+            self._query, self._keys, self._values, self._table, self._index[:2], self._index[:2],
+            scaling=options.scaling, sliding_window=options.sliding_window, config=config, counters=self._counters,
+        )  # fmt: skip
+
+    def prefill(self, config: BlockSizes, options: AttentionOptions) -> None:
+        index = self._index[:1]
+        prefill_attention(
+            self._query, self._keys, self._values, self._table, index, index, index, index,
+            scaling=options.scaling, sliding_window=options.sliding_window, config=config,
+        )  # fmt: skip

@@ -20,30 +20,66 @@ from typing import NamedTuple
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+from triton.language.extra.cuda import (  # type: ignore[import-untyped,unused-ignore]
+    gdc_launch_dependents,
+    gdc_wait,
+)
 
 
 class BlockSizes(NamedTuple):
-    """What one program of an attention kernel takes on: query rows, cached tokens, warps, loads in flight."""
+    """What one program of an attention kernel takes on.
+
+    Attributes:
+        m: Query rows: (token, head) pairs of one key-value head.
+        n: Cached tokens of one step.
+        warps: Warps of a program.
+        stages: Steps in flight; page ids take every other one, as in `DecodeConfig`.
+        registers: The most that a thread may use, so that more programs fit on a multiprocessor; 0 for no bound.
+    """
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int = 0
+
+
+class DecodeConfig(NamedTuple):
+    """How `decode_attention` divides its work.
+
+    Attributes:
+        splits: The most programs that share a context, 1 to MAX_SPLITS.
+        n: Cached tokens of a program's step.
+        warps: Warps of a program.
+        stages: Steps in flight. Page ids take every other stage, so that 4 do what 3 do, and 5 keep two steps' keys
+            and values on their way.
+        tokens_per_split: A context is divided into fewer parts where these would hold fewer tokens.
+        fused: Whether the last program to finish combines the parts; else a second kernel does.
+        pdl: Whether the kernel may be set up while the one before it still runs (compute capability 9 and later).
+    """
+
+    splits: int
+    n: int
+    warps: int
+    stages: int
+    tokens_per_split: int = 128
+    fused: bool = True
+    pdl: bool = False
 
 
 def decode_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch.dtype) -> BlockSizes:
     """The block sizes of `decode_attention`, by rule.
 
     Decoding is bound by memory: small blocks on few warps leave room for many programs on each multiprocessor, and
-    the loads in flight of all of them together fill the memory bus. Measured on an H100 for head size 128 in
-    bfloat16: 32 tokens, 2 warps, 3 stages read at 2.93 TB/s. Of three stages, one belongs to the page id.
+    the loads in flight of all of them together fill the memory bus. Measured on an H200 for head size 128 in
+    bfloat16 (benchmarks/attention_sweep.py): 32 tokens, 2 warps, 5 stages are within 2 % of the best of all cases.
     """
     bytes_per_token = (power_of_two(head_dim) + power_of_two(head_dim_v)) * dtype.itemsize
     if dtype == torch.float32:
         # Full precision has no tensor cores: the products are plain multiply-adds and want more threads.
         return BlockSizes(16, 32 if bytes_per_token <= 1024 else 16, 4, 3)
     m = power_of_two(min(group, 32))
-    return BlockSizes(m, 32, 2 if m == 16 and bytes_per_token <= 512 else 4, 3)
+    return BlockSizes(m, 32, 2 if m == 16 and bytes_per_token <= 512 else 4, 5 if bytes_per_token <= 512 else 3)
 
 
 def power_of_two(number: int, at_least: int = 16) -> int:
@@ -103,22 +139,28 @@ def attend_blocks(
             exists = (first_page + index) * PAGE_SIZE < readable_to
             following = tl.load(pages + first_page + index, mask=exists, other=0)
             page = tl.where(tl.arange(0, BLOCK_N) < index * PAGE_SIZE, page, following)
-        slots = (page.to(tl.int64) * PAGE_SIZE + positions % PAGE_SIZE) * KV_HEADS + kv_head
+        # Wide arithmetic for the page alone: the rest of a slot's offset is the same in every block of whole pages.
+        slots = tl.arange(0, BLOCK_N) % PAGE_SIZE if BLOCK_N >= PAGE_SIZE else positions % PAGE_SIZE
+        slots = slots * KV_HEADS + kv_head
+        keys_at = page.to(tl.int64) * (PAGE_SIZE * KV_HEADS * HEAD_DIM) + slots * HEAD_DIM
+        values_at = page.to(tl.int64) * (PAGE_SIZE * KV_HEADS * VALUE_DIM) + slots * VALUE_DIM
 
-        key = tl.load(key_cache + slots[None, :] * HEAD_DIM + dims[:, None], mask=key_mask, other=0.0)
-        value = tl.load(value_cache + slots[:, None] * VALUE_DIM + value_dims[None, :], mask=value_mask, other=0.0)
-        scores = tl.dot(query, key, input_precision="ieee") * score_scale
+        key = tl.load(key_cache + keys_at[None, :] + dims[:, None], mask=key_mask, other=0.0)
+        value = tl.load(value_cache + values_at[:, None] + value_dims[None, :], mask=value_mask, other=0.0)
+        scores = tl.dot(query, key, input_precision="ieee")
         if HAS_CAP:
             # tanh(x) by exp2: `score_scale` already holds 2 * log2(e) / softcap. Both ends saturate without NaN.
-            scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+            scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
         if MASKED:
             visible = (positions[None, :] >= visible_from[:, None]) & (positions[None, :] < visible_to[:, None])
             scores = tl.where(visible, scores, float("-inf"))
 
-        maximum = tl.maximum(row_maximum, tl.max(scores, 1))
+        # The scale is positive: applied behind the maximum it costs one multiply-add with the subtraction.
+        scale = 1.0 if HAS_CAP else score_scale
+        maximum = tl.maximum(row_maximum, tl.max(scores, 1) * scale)
         # A query that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         offset = tl.where(maximum == float("-inf"), 0.0, maximum)
-        probabilities = tl.exp2(scores - offset[:, None])
+        probabilities = tl.exp2(scores * scale - offset[:, None])
         decay = tl.exp2(row_maximum - offset)
         row_sum = row_sum * decay + tl.sum(probabilities, 1)
         accumulator = accumulator * decay[:, None]
@@ -128,6 +170,46 @@ def attend_blocks(
 
 
 @triton.jit
+def _combine_splits(
+    partial_output,
+    partial_log_sum,
+    parts,
+    active_splits,
+    group_mask,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """The weighted sum of the first `active_splits` partial results from `parts` on, always in the same order."""
+    value_dims = tl.arange(0, BLOCK_DV)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first_split in range(0, active_splits, 4):
+        # Four at a time, so that their loads are on their way together.
+        for index in tl.static_range(4):
+            split = tl.zeros_like(parts) + first_split + index
+            part = parts + split
+            mask = group_mask & (split < active_splits)
+            # From the L2 cache, which all programs share: another multiprocessor has written them.
+            log_sum = tl.load(partial_log_sum + part, mask=mask, other=float("-inf"), cache_modifier=".cg")
+            part_mask = mask[:, None] & (value_dims < VALUE_DIM)[None, :]
+            part_at = partial_output + part[:, None] * VALUE_DIM + value_dims[None, :]
+            values = tl.load(part_at, mask=part_mask, other=0.0, cache_modifier=".cg")
+            larger = tl.maximum(maximum, log_sum)
+            offset = tl.where(larger == float("-inf"), 0.0, larger)
+            decay, weight = tl.exp2(maximum - offset), tl.exp2(log_sum - offset)
+            accumulator = accumulator * decay[:, None] + values * weight[:, None]
+            total = total * decay + weight
+            maximum = larger
+    return accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+# In a mixed step the rows are a slice of the staged inputs, which begins anywhere.
+@triton.jit(
+    do_not_specialize=["max_splits", "blocks_per_split", "max_pages"],
+    do_not_specialize_on_alignment=["rows", "context_lengths"],
+)
 def decode_kernel(
     query,
     key_cache,
@@ -138,12 +220,17 @@ def decode_kernel(
     output,
     partial_output,
     partial_log_sum,
+    counters,
     max_pages,
     query_stride_entry,
     query_stride_head,
     score_scale,
     cap,
-    NUM_SPLITS: tl.constexpr,
+    max_splits,
+    blocks_per_split,
+    SPLIT: tl.constexpr,
+    FUSED: tl.constexpr,
+    PDL: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -158,14 +245,20 @@ def decode_kernel(
 ):
     """One program: the query heads of one group, one entry of the batch, one split of its context.
 
-    The heads are the fastest grid axis: programs that run side by side then read neighbouring memory.
+    The heads are the fastest grid axis: programs that run side by side then read neighbouring memory. Without SPLIT
+    there is one split. With FUSED the last program to finish its split combines them all, and sets the counter by
+    which it knew back to 0 for the next launch; without, `combine_kernel` must follow.
     """
+    if PDL:
+        gdc_wait()
     GROUP_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) // GROUP_BLOCKS
     group_heads = tl.program_id(0) % GROUP_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    group_mask = group_heads < GROUP
     split = tl.program_id(1)
     entry = tl.program_id(2).to(tl.int64)
     heads = kv_head * GROUP + group_heads
+    flat_heads = entry * (KV_HEADS * GROUP) + heads
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
 
@@ -176,14 +269,23 @@ def decode_kernel(
     if WINDOW > 0:
         begin = tl.maximum(context - WINDOW, 0)
     # Split here and not on the host: a captured graph must stay right, and balanced, while contexts grow.
-    window_block = begin // BLOCK_N
-    end_block = tl.cdiv(context, BLOCK_N)
-    blocks_per_split = tl.cdiv(end_block - window_block, NUM_SPLITS)
-    first_block = window_block + split * blocks_per_split
-    last_block = tl.minimum(first_block + blocks_per_split, end_block)
+    first_block = begin // BLOCK_N
+    last_block = tl.cdiv(context, BLOCK_N)
+    active_splits = 1
+    if SPLIT:
+        blocks = last_block - first_block
+        active_splits = tl.maximum(tl.minimum(max_splits, blocks // blocks_per_split), 1)
+        last_block = first_block + blocks * (split + 1) // active_splits
+        first_block += blocks * split // active_splits
+        if split >= active_splits:
+            if not FUSED:
+                # Weight zero in the combination, which does not know how many splits there are.
+                nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                tl.store(partial_log_sum + flat_heads * max_splits + split, nothing, mask=group_mask)
+            return
 
     query_at = query + entry * query_stride_entry + heads[:, None] * query_stride_head + dims[None, :]
-    queries = tl.load(query_at, mask=(group_heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    queries = tl.load(query_at, mask=group_mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -193,27 +295,43 @@ def decode_kernel(
         begin, context, same + begin, same + context, score_scale, cap, KV_HEADS, HEAD_DIM, VALUE_DIM, PAGE_SIZE,
         BLOCK_N, BLOCK_D, BLOCK_DV, HAS_CAP, True,
     )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
 
-    # An empty split gives zeros with a log-sum of -inf, which is weight zero in the combination.
+    # No token at all gives zeros.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     result = accumulator / row_sum[:, None]
-    result_mask = (group_heads < GROUP)[:, None] & (value_dims < VALUE_DIM)[None, :]
-    flat_heads = entry * (KV_HEADS * GROUP) + heads
-    if NUM_SPLITS == 1:
-        result_at = output + flat_heads[:, None] * VALUE_DIM + value_dims[None, :]
-        tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
+    result_mask = group_mask[:, None] & (value_dims < VALUE_DIM)[None, :]
+    result_at = output + flat_heads[:, None] * VALUE_DIM + value_dims[None, :]
+    if SPLIT:
+        if FUSED and active_splits == 1:
+            tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
+        else:
+            part = flat_heads * max_splits + split
+            tl.store(partial_output + part[:, None] * VALUE_DIM + value_dims[None, :], result, mask=result_mask)
+            tl.store(partial_log_sum + part, row_maximum + tl.log2(row_sum), mask=group_mask)
+            if FUSED:
+                counter = counters + entry * (KV_HEADS * GROUP_BLOCKS) + tl.program_id(0)
+                # All threads' stores come before the one thread's release, and its acquire before all threads' loads.
+                tl.debug_barrier()
+                arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+                if arrived == active_splits - 1:
+                    result = _combine_splits(
+                        partial_output, partial_log_sum, flat_heads * max_splits, active_splits, group_mask,
+                        VALUE_DIM, BLOCK_M, BLOCK_DV,
+                    )  # fmt: skip
+                    tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
+                    tl.store(counter, 0)
     else:
-        partial = flat_heads * NUM_SPLITS + split
-        tl.store(partial_output + partial[:, None] * VALUE_DIM + value_dims[None, :], result, mask=result_mask)
-        tl.store(partial_log_sum + partial, row_maximum + tl.log2(row_sum), mask=group_heads < GROUP)
+        tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"])
 def combine_kernel(
     partial_output,
     partial_log_sum,
     output,
-    NUM_SPLITS: tl.constexpr,
+    max_splits,
     VALUE_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -222,10 +340,11 @@ def combine_kernel(
     head = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, BLOCK_S)
     value_dims = tl.arange(0, BLOCK_DV)
-    mask = (splits < NUM_SPLITS)[:, None] & (value_dims < VALUE_DIM)[None, :]
-    partial = head * NUM_SPLITS + splits
-    log_sums = tl.load(partial_log_sum + partial, mask=splits < NUM_SPLITS, other=float("-inf"))
-    values = tl.load(partial_output + partial[:, None] * VALUE_DIM + value_dims[None, :], mask=mask, other=0.0)
+    part = head * max_splits + splits
+    log_sums = tl.load(partial_log_sum + part, mask=splits < max_splits, other=float("-inf"))
+    # Of splits that the context is too short for, only the log-sum has been written.
+    mask = (log_sums != float("-inf"))[:, None] & (value_dims < VALUE_DIM)[None, :]
+    values = tl.load(partial_output + part[:, None] * VALUE_DIM + value_dims[None, :], mask=mask, other=0.0)
     maximum = tl.max(log_sums, 0)
     weights = tl.exp2(log_sums - tl.where(maximum == float("-inf"), 0.0, maximum))
     total = tl.sum(weights, 0)

@@ -15,7 +15,14 @@ import math
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 
-from hf_async_batching.attention.triton_decode import combine_kernel, decode_block_sizes, decode_kernel, power_of_two
+from hf_async_batching.attention.triton_decode import (
+    BlockSizes,
+    DecodeConfig,
+    combine_kernel,
+    decode_block_sizes,
+    decode_kernel,
+    power_of_two,
+)
 from hf_async_batching.attention.triton_prefill import (
     PREFILL_TILE,
     prefill_block_sizes,
@@ -23,20 +30,32 @@ from hf_async_batching.attention.triton_prefill import (
     write_kv_kernel,
 )
 
-__all__ = ["MAX_SPLITS", "PREFILL_TILE", "decode_attention", "default_num_splits", "prefill_attention", "write_kv"]
+__all__ = [
+    "MAX_SPLITS",
+    "PREFILL_TILE",
+    "BlockSizes",
+    "DecodeConfig",
+    "decode_attention",
+    "decode_programs",
+    "default_decode_config",
+    "default_num_splits",
+    "prefill_attention",
+    "write_kv",
+]
 
 MAX_SPLITS = 64
-"""The most parts into which `decode_attention` divides a context; one program combines them all."""
+"""The most parts into which `decode_attention` divides a context."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 
 
 def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str) -> int:
-    """Into how many parts `decode_attention` divides each context when it is not told.
+    """Into how many parts at most `decode_attention` divides each context when it is not told.
 
-    It looks only at what is fixed for a captured graph (the batch and the device), never at a context. Four programs
-    for each multiprocessor fit at once and keep the memory busy; more splits than that only add partial results.
+    It looks only at what is fixed for a captured graph (the batch and the device), never at a context. One program
+    for each context is best where that gives three for every two multiprocessors (measured on an H200: its loads in
+    flight suffice, and nothing is left to combine); else four for each multiprocessor keep the memory busy.
 
     Args:
         batch: entries of the batch, padding included.
@@ -46,7 +65,43 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
     device = torch.device(device)
     if device.type != "cuda":
         return 1
-    return max(1, min(MAX_SPLITS, 4 * _multiprocessors(device) // max(1, batch * num_kv_heads)))
+    programs, multiprocessors = max(1, batch * num_kv_heads), _multiprocessors(device)
+    if 2 * programs >= 3 * multiprocessors:
+        return 1
+    return max(1, min(32, 4 * multiprocessors // programs))
+
+
+def default_decode_config(
+    batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
+) -> DecodeConfig:
+    """How `decode_attention` divides its work when it is not told: by rule, from what is fixed for a captured graph.
+
+    Args:
+        batch: entries of the batch, padding included.
+        num_kv_heads: key-value heads.
+        group: query heads of each key-value head.
+        head_dim: size of a query's and a key's head.
+        head_dim_v: size of a value's head.
+        dtype: of query, keys and values.
+        device: where it will run.
+    """
+    sizes = decode_block_sizes(head_dim, head_dim_v, group, dtype)
+    splits = default_num_splits(batch, num_kv_heads, device)
+    stages = sizes.stages
+    if splits == 1 and dtype != torch.float32 and device.type == "cuda":
+        # Few programs, each with a whole context: more of it on its way. Measured on an H200.
+        stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    # With hardly a program in each split's first wave, the last of them would combine all parts alone.
+    return DecodeConfig(splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=early)
+
+
+def decode_programs(
+    batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype
+) -> int:
+    """How many counters `decode_attention` needs: programs of one split. Arguments as in `default_decode_config`."""
+    m = decode_block_sizes(head_dim, head_dim_v, group, dtype).m
+    return batch * num_kv_heads * (-(-group // m))
 
 
 def write_kv(
@@ -101,12 +156,15 @@ def decode_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    num_splits: int | None = None,
+    config: DecodeConfig | None = None,
+    counters: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token for each entry of the batch over its row's pages.
 
-    Split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): `num_splits` programs share a context, and a second
-    kernel combines them. Nothing of the launch depends on a context, so a captured graph serves growing ones.
+    Split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): several programs share a context, and the last of
+    them to finish, as in Stream-K (Osama et al., 2023), or a second kernel combines what they found. Nothing of the
+    launch depends on a context, so a captured graph serves growing ones. The result is the same each time.
 
     Args:
         query: [B, num_heads, head_dim], float16, bfloat16 or float32, any strides but 1 for the last dimension;
@@ -117,10 +175,13 @@ def decode_attention(
         rows: [B], int32.
         context_lengths: [B], int32: cached tokens, the current one (whose key is already written) included. 0 gives
             zeros. More than the row's page table holds is cut to what it holds.
-        scaling: multiplies the scores.
+        scaling: multiplies the scores; positive.
         sliding_window: how many of the last tokens are visible, the current one included; None for all.
         softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
-        num_splits: 1 to MAX_SPLITS; None asks `default_num_splits`.
+        config: how the work is divided; None asks `default_decode_config`.
+        counters: [at least `decode_programs`], int32, zeros before the first call and after each. Calls that may run
+            at the same time need counters of their own. Without, or with too few, a second kernel combines.
+        out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
         [B, num_heads, head_dim_v], contiguous, the dtype of `query`.
@@ -133,30 +194,38 @@ def decode_attention(
     _check_index("context_lengths", context_lengths, batch)
     group = _check_query(query, batch, kv_heads, head_dim, key_cache, value_cache)
     window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
-    splits = default_num_splits(batch, kv_heads, query.device) if num_splits is None else num_splits
+    if config is None:
+        config = default_decode_config(batch, kv_heads, group, head_dim, head_dim_v, query.dtype, query.device)
+    splits = config.splits
     if not 1 <= splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits must be from 1 to {MAX_SPLITS}, got {splits}")
+        raise ValueError(f"config must have from 1 to {MAX_SPLITS} splits, got {splits}")
+    if counters is not None:
+        _check_index("counters", counters)
     heads = kv_heads * group
-    output = query.new_empty((batch, heads, head_dim_v))
+    output = query.new_empty((batch, heads, head_dim_v)) if out is None else _check_out(out, query, head_dim_v)
     if batch == 0:
         return output
+    m = decode_block_sizes(head_dim, head_dim_v, group, query.dtype).m
+    programs = kv_heads * triton.cdiv(group, m)
+    fused = splits > 1 and config.fused and counters is not None and counters.numel() >= batch * programs
     # With one split the kernel writes the output itself and the partial results are never touched.
     partial = output if splits == 1 else query.new_empty((batch, heads, splits, head_dim_v), dtype=torch.float32)
     log_sum = output if splits == 1 else query.new_empty((batch, heads, splits), dtype=torch.float32)
-    sizes = decode_block_sizes(head_dim, head_dim_v, group, query.dtype)
     block_dv = power_of_two(head_dim_v)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-        decode_kernel[(kv_heads * triton.cdiv(group, sizes.m), splits, batch)](
+        decode_kernel[(programs, splits, batch)](
             query, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
-            page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
-            NUM_SPLITS=splits, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
-            PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m, BLOCK_N=sizes.n,
-            BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=sizes.warps, num_stages=sizes.stages,
+            counters if fused else rows, page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
+            splits, max(1, config.tokens_per_split // config.n),
+            SPLIT=splits > 1, FUSED=fused, PDL=config.pdl, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
+            VALUE_DIM=head_dim_v, PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=m,
+            BLOCK_N=config.n, BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=config.warps,
+            num_stages=config.stages, **({"launch_pdl": True} if config.pdl else {}),
         )  # fmt: skip
-        if splits > 1:
+        if splits > 1 and not fused:
             block_s = power_of_two(splits, at_least=2)
             combine_kernel[(batch * heads,)](
-                partial, log_sum, output, NUM_SPLITS=splits, VALUE_DIM=head_dim_v, BLOCK_S=block_s,
+                partial, log_sum, output, splits, VALUE_DIM=head_dim_v, BLOCK_S=block_s,
                 BLOCK_DV=block_dv, num_warps=1 if block_s * block_dv <= 1024 else 4,
             )  # fmt: skip
     return output
@@ -175,11 +244,13 @@ def prefill_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    config: BlockSizes | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed ragged queries over their rows' pages, one tile of at most PREFILL_TILE tokens each.
 
     The method is FlashAttention-2's (Dao, 2023), read through a page table. Keys and values of the queried tokens
-    must have been written before. A tile of one token is a decoding row of a mixed step.
+    must have been written before.
 
     Args:
         query: [T, num_heads, head_dim], as in `decode_attention`, the tokens of all tiles packed.
@@ -190,12 +261,15 @@ def prefill_attention(
         tile_query_starts: [N], int32: its first token in `query`.
         tile_query_lengths: [N], int32: its tokens, 0 to PREFILL_TILE; a tile of 0 is padding.
         tile_first_positions: [N], int32: the position of its first token in the row.
-        scaling: multiplies the scores.
+        scaling: multiplies the scores; positive.
         sliding_window: as in `decode_attention`.
         softcap: as in `decode_attention`.
+        config: what one program takes on; None asks `prefill_block_sizes`.
+        out: [T, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
-        [T, num_heads, head_dim_v], contiguous, the dtype of `query`; zeros for tokens of no tile.
+        [T, num_heads, head_dim_v], contiguous, the dtype of `query`. Tokens of no tile are zeros in a new tensor and
+        left alone in `out`.
 
     Raises:
         ValueError: a shape, stride, dtype or option is not as above; the message names the argument.
@@ -208,10 +282,14 @@ def prefill_attention(
     group = _check_query(query, query.shape[0], kv_heads, head_dim, key_cache, value_cache)
     window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
     # Zeros, since the NaN that empty memory may hold would spread from padding tokens through the layers to page 0.
-    output = query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
+    output = (
+        query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
+        if out is None
+        else _check_out(out, query, head_dim_v)
+    )
     if tiles == 0:
         return output
-    sizes = prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
+    sizes = config or prefill_block_sizes(head_dim, head_dim_v, group, query.dtype)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         prefill_kernel[(tiles * kv_heads * triton.cdiv(PREFILL_TILE * group, sizes.m),)](
             query, key_cache, value_cache, page_table,
@@ -219,8 +297,9 @@ def prefill_attention(
             page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
             TILE=PREFILL_TILE, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
             PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m,
-            SMALL_M=min(16, sizes.m), BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
+            BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
             BLOCK_DV=power_of_two(head_dim_v), num_warps=sizes.warps, num_stages=sizes.stages,
+            **({"maxnreg": sizes.registers} if sizes.registers else {}),
         )  # fmt: skip
     return output
 
@@ -285,8 +364,17 @@ def _check_query(
     return query.shape[1] // kv_heads
 
 
+def _check_out(out: torch.Tensor, query: torch.Tensor, head_dim_v: int) -> torch.Tensor:
+    shape = (*query.shape[:2], head_dim_v)
+    if out.shape != shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {query.dtype} {shape}, got {out.dtype} {tuple(out.shape)}")
+    return out
+
+
 def _check_options(scaling: float, sliding_window: int | None, softcap: float | None) -> tuple[int, float, float]:
     """Returns the window (0 for none) and the two factors of the scores, in base 2, as the kernels take them."""
+    if scaling <= 0:
+        raise ValueError(f"scaling must be positive, got {scaling}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
     if softcap is not None and softcap <= 0:

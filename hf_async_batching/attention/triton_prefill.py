@@ -12,7 +12,7 @@ import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.attention.triton_decode import BlockSizes, attend_blocks, power_of_two
 
-PREFILL_TILE = 64
+PREFILL_TILE = 128
 """The most query tokens in one tile of `prefill_attention`; the host plans its tiles by it."""
 
 
@@ -23,13 +23,13 @@ def prefill_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch
     if dtype == torch.float32:
         return BlockSizes(min(rows, 32), 32 if widest <= 64 else 16, 8, 1)
     if widest <= 128:
-        m = min(rows, 128)
-        return BlockSizes(m, 64, 8 if m == 128 else 4, 2)
+        # Measured on an H200: never more than 12 % behind the best of the candidates, and the best for long contexts.
+        return BlockSizes(min(rows, 64), 64, 4, 5)
     return BlockSizes(min(rows, 64), 32, 8, 2)
 
 
 # Slices of a step's staged inputs begin anywhere: without this each alignment would compile a kernel of its own.
-@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
+@triton.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=["rows", "positions"])
 def write_kv_kernel(
     key,
     value,
@@ -75,22 +75,26 @@ def write_kv_kernel(
     tl.store(value_cache + slots * VALUE_DIM + value_dims[None, :], values, mask=value_mask)
 
 
-@triton.jit
-def _prefill_block(
+@triton.jit(
+    do_not_specialize=["max_pages"],
+    do_not_specialize_on_alignment=["tile_rows", "tile_query_starts", "tile_query_lengths", "tile_first_positions"],
+)
+def prefill_kernel(
     query,
     key_cache,
     value_cache,
-    pages,
+    page_table,
+    tile_rows,
+    tile_query_starts,
+    tile_query_lengths,
+    tile_first_positions,
     output,
-    block,
-    kv_head,
-    start,
-    query_rows,
-    first_position,
+    max_pages,
     query_stride_token,
     query_stride_head,
     score_scale,
     cap,
+    TILE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -103,7 +107,22 @@ def _prefill_block(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """BLOCK_M (token, head) pairs of one tile, the heads of one group side by side, against the row's context."""
+    """One program: one tile, one key-value head, BLOCK_M of the tile's (token, head) pairs.
+
+    The heads of a group stand side by side in the rows of the products, against the row's context.
+    """
+    BLOCKS: tl.constexpr = (TILE * GROUP + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    # Later tiles of a prompt see more context; started first, they don't leave the device half idle at the end.
+    tile = tl.num_programs(0) // (KV_HEADS * BLOCKS) - 1 - program // (KV_HEADS * BLOCKS)
+    kv_head = program % (KV_HEADS * BLOCKS) // BLOCKS
+    block = program % BLOCKS
+    query_rows = tl.load(tile_query_lengths + tile) * GROUP
+    if block * BLOCK_M >= query_rows:
+        return
+    start = tl.load(tile_query_starts + tile).to(tl.int64)
+    first_position = tl.load(tile_first_positions + tile)
+    pages = page_table + tl.load(tile_rows + tile).to(tl.int64) * max_pages
     pairs = block * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens = pairs // GROUP
     heads = kv_head * GROUP + pairs % GROUP
@@ -143,63 +162,3 @@ def _prefill_block(
     result_at = output + ((start + tokens) * (KV_HEADS * GROUP) + heads)[:, None] * VALUE_DIM + value_dims[None, :]
     result_mask = (pairs < query_rows)[:, None] & (value_dims < VALUE_DIM)[None, :]
     tl.store(result_at, result.to(output.dtype.element_ty), mask=result_mask)
-
-
-@triton.jit(
-    do_not_specialize_on_alignment=["tile_rows", "tile_query_starts", "tile_query_lengths", "tile_first_positions"]
-)
-def prefill_kernel(
-    query,
-    key_cache,
-    value_cache,
-    page_table,
-    tile_rows,
-    tile_query_starts,
-    tile_query_lengths,
-    tile_first_positions,
-    output,
-    max_pages,
-    query_stride_token,
-    query_stride_head,
-    score_scale,
-    cap,
-    TILE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SMALL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """One program: one tile, one key-value head, BLOCK_M of the tile's (token, head) pairs."""
-    BLOCKS: tl.constexpr = (TILE * GROUP + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    # Later tiles of a prompt see more context; started first, they don't leave the device half idle at the end.
-    tile = tl.num_programs(0) // (KV_HEADS * BLOCKS) - 1 - program // (KV_HEADS * BLOCKS)
-    kv_head = program % (KV_HEADS * BLOCKS) // BLOCKS
-    block = program % BLOCKS
-    query_rows = tl.load(tile_query_lengths + tile) * GROUP
-    if block * BLOCK_M >= query_rows:
-        return
-    start = tl.load(tile_query_starts + tile).to(tl.int64)
-    first_position = tl.load(tile_first_positions + tile)
-    pages = page_table + tl.load(tile_rows + tile).to(tl.int64) * max_pages
-    if query_rows <= SMALL_M:
-        # A decoding row in a mixed step: padding it to BLOCK_M would spend more on products than on reading.
-        _prefill_block(
-            query, key_cache, value_cache, pages, output, block, kv_head, start, query_rows, first_position,
-            query_stride_token, query_stride_head, score_scale, cap, KV_HEADS, GROUP, HEAD_DIM, VALUE_DIM, PAGE_SIZE,
-            WINDOW, HAS_CAP, SMALL_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    else:
-        _prefill_block(
-            query, key_cache, value_cache, pages, output, block, kv_head, start, query_rows, first_position,
-            query_stride_token, query_stride_head, score_scale, cap, KV_HEADS, GROUP, HEAD_DIM, VALUE_DIM, PAGE_SIZE,
-            WINDOW, HAS_CAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip

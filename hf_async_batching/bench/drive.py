@@ -155,8 +155,8 @@ class ThroughEngine:
             planned = time.perf_counter()
             emissions = engine.step()
             now = time.perf_counter()
-            for request_id in engine.started:
-                served.queue_seconds.append(planned - arrived[request_id])
+            for new_row in engine.started:
+                served.queue_seconds.append(planned - arrived[new_row.request.request_id])
             for emission in emissions:
                 tokens = served.tokens[emission.request_id]
                 if emission.token is not None:

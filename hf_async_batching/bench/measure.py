@@ -82,7 +82,8 @@ class Pace:
             to the end of their own, so that gaps count.
         median_decode_ms_per_step: Median over the same steps.
         busy_percent: Share of the time from the first step's start to the last one's end in which one was computed.
-        host_ms_per_step: Planning, launching and settling; no waiting.
+        host_ms_per_step: Planning, launching and settling; no waiting. Mean over all steps.
+        decode_host_ms_per_step: The same over the steps that only decode.
         mbu_decode_percent: Memory bandwidth utilization (the term is Databricks'; the measure gpt-fast reports) over
             the steps of `decode_ms_per_step`: `Traffic` over their time, over the copy bandwidth.
         mbu_run_percent: The same over all steps and the whole time of the run, with everything in it.
@@ -94,6 +95,7 @@ class Pace:
     median_decode_ms_per_step: float
     busy_percent: float
     host_ms_per_step: float
+    decode_host_ms_per_step: float
     mbu_decode_percent: float
     mbu_run_percent: float
 
@@ -122,6 +124,7 @@ class Pace:
             median_decode_ms_per_step=1e3 * statistics.median(gaps) if gaps else 0.0,
             busy_percent=100 * timeline.busy_fraction,
             host_ms_per_step=timeline.host_ms_per_step,
+            decode_host_ms_per_step=Timeline(tuple(r for r in records if not r.prompt_tokens)).host_ms_per_step,
             mbu_decode_percent=100 * decode_bytes / sum(gaps) / bandwidth if gaps else 0.0,
             mbu_run_percent=100 * traffic.of_steps(records) / seconds / bandwidth,
         )

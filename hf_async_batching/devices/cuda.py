@@ -25,6 +25,12 @@ _spare_streams: dict[torch.device, list[dict[Stream, torch.cuda.Stream]]] = {}
 _ORIGIN_MILLISECONDS = 60_000.0
 
 
+def synchronize_device(device: torch.device) -> None:
+    """Wait for everything on a device, but not while a stream of it is being captured."""
+    with _exclusive:
+        torch.cuda.synchronize(device)
+
+
 class CudaDevice:
     """One CUDA device.
 

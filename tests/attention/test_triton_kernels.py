@@ -24,6 +24,7 @@ if not torch.cuda.is_available() and "Interpreted" not in type(tl.sum).__name__:
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set: set it in conftest", allow_module_level=True)
 
 from hf_async_batching.attention import triton_kernels as kernels
+from hf_async_batching.attention.triton_kernels import DecodeConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = kernels.PREFILL_TILE
@@ -131,12 +132,27 @@ def check(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
     assert error.max() < TOLERANCE[dtype], f"relative error {error.max():.2e}"
 
 
+def config(
+    splits: int, *, tokens_per_split: int = 1, fused: bool = True, size: int = 64, group: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> DecodeConfig:  # fmt: skip
+    """The rule's block sizes; contexts are split however short they are, unless told."""
+    sizes = kernels.decode_block_sizes(size, size, group, dtype)
+    return DecodeConfig(splits, sizes.n, sizes.warps, sizes.stages, tokens_per_split, fused)
+
+
+def zero_counters() -> torch.Tensor:
+    return int32([0] * 64)
+
+
 def check_decode(
     cache: Cache,
     contexts: list[int],
     group: int,
     *,
     splits: int | None = None,
+    fused: bool = True,
+    tokens_per_split: int = 1,
     window: int | None = None,
     softcap: float | None = None,
     spread: float = 1.0,
@@ -151,12 +167,20 @@ def check_decode(
         if length:
             expected[entry] = cache.attend(query[entry], row, length - 1, window, softcap)
             cache.release(row, 0 if window is None else max(0, length - window))
+    chosen = None
+    if splits is not None:
+        chosen = config(
+            splits, tokens_per_split=tokens_per_split, fused=fused, size=size, group=group, dtype=cache.dtype
+        )
+    counters, out = zero_counters(), torch.full(expected.shape, math.nan, dtype=cache.dtype, device=DEVICE)
     actual = kernels.decode_attention(
         query, cache.key, cache.value, cache.table, int32(rows), int32(lengths),
-        scaling=SCALING, sliding_window=window, softcap=softcap, num_splits=splits,
+        scaling=SCALING, sliding_window=window, softcap=softcap, config=chosen, counters=counters, out=out,
     )  # fmt: skip
+    assert actual is out
     assert (actual[0] == 0).all()
     check(actual, expected, cache.dtype)
+    assert not counters.any(), "the next launch needs zeros"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,9 +213,77 @@ def test_decode_float16() -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 64])
 @pytest.mark.parametrize("window", [None, 1, 20, 33])
-def test_decode_splits_and_windows(splits: int, window: int | None) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_decode_splits_and_windows(splits: int, window: int | None, fused: bool) -> None:
     contexts = [1, 2, 16, 33, 129, 200]
-    check_decode(Cache(contexts, head_dim=16, page_size=16), contexts, 2, splits=splits, window=window)
+    check_decode(Cache(contexts, head_dim=16, page_size=16), contexts, 2, splits=splits, window=window, fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("window", [None, 100])
+def test_decode_splits_no_further_than_told(fused: bool, window: int | None) -> None:
+    contexts = [20, 100, 200, 330]
+    cache = Cache(contexts, head_dim=16)
+    check_decode(cache, contexts, 2, splits=5, tokens_per_split=96, fused=fused, window=window)
+
+
+def test_decode_of_short_contexts_leaves_the_partial_results_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of splits that a context is too short for do nothing, and the only one writes the output itself."""
+    partial = []
+    original = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        made = original(self, *arguments, **options)
+        if options.get("dtype") == torch.float32:
+            partial.append(made.fill_(math.nan))
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    contexts = [20, 64]
+    cache = Cache(contexts, head_dim=16)
+    for tokens_per_split, touched in ((64, False), (32, True)):
+        partial.clear()
+        check_decode(cache, contexts, 2, splits=5, tokens_per_split=tokens_per_split)
+        assert len(partial) == 2, "partial results and their log-sums"
+        assert any(tensor.isfinite().any() for tensor in partial) == touched
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: it decides which program is last")
+def test_decode_combines_in_the_order_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    contexts = [200, 170]
+    cache = Cache(contexts, head_dim=16)
+    query = queries(2, 2, 16, torch.float32)
+
+    def decode() -> torch.Tensor:
+        counters = zero_counters()
+        out = kernels.decode_attention(
+            query, cache.key, cache.value, cache.table, int32([1, 2]), int32(contexts), scaling=SCALING,
+            config=config(6, size=16), counters=counters,
+        )  # fmt: skip
+        assert not counters.any()
+        return out
+
+    forwards = decode()
+    builder = interpreter.InterpreterBuilder
+    original = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda self, x, y, z: original(self, x, self.grid_dim[1] - 1 - y, z))
+    assert torch.equal(decode(), forwards)
+
+
+def test_decode_with_too_few_counters_takes_two_kernels() -> None:
+    contexts = [100, 90, 80]
+    cache = Cache(contexts, head_dim=16, kv_heads=2)
+    query = queries(3, 4, 16, torch.float32)
+    expected = torch.stack([cache.attend(query[i], i + 1, contexts[i] - 1, None, None) for i in range(3)])
+    assert kernels.decode_programs(3, 2, 2, 16, 16, torch.float32) == 6
+    for counters in (None, int32([0] * 5), int32([0] * 6)):
+        actual = kernels.decode_attention(
+            query, cache.key, cache.value, cache.table, int32([1, 2, 3]), int32(contexts), scaling=SCALING,
+            config=config(3, size=16), counters=counters,
+        )  # fmt: skip
+        check(actual, expected, torch.float32)
 
 
 @pytest.mark.parametrize(("softcap", "spread"), [(2.0, 1.0), (30.0, 100.0)])
@@ -213,7 +305,15 @@ def test_decode_large_scores(splits: int) -> None:
         for position in (0, 69):
             cache.key[cache.table[1, position // 16], position % 16] = cache.keys[1][position].to(DEVICE)
         actual = kernels.decode_attention(
-            query, cache.key, cache.value, cache.table, rows, int32(contexts), scaling=SCALING, num_splits=splits
+            query,
+            cache.key,
+            cache.value,
+            cache.table,
+            rows,
+            int32(contexts),
+            scaling=SCALING,
+            config=config(splits),
+            counters=zero_counters(),
         )
         expected = [cache.attend(query[i], i + 1, contexts[i] - 1, None, None) for i in range(2)]
         check(actual, torch.stack(expected), torch.float32)
@@ -228,7 +328,7 @@ def test_decode_nan_stays_in_its_entry(splits: int) -> None:
     query[1] = math.nan
     actual = kernels.decode_attention(
         query, cache.key, cache.value, cache.table, int32([1, 2, 3]), int32(contexts), scaling=SCALING,
-        num_splits=splits,
+        config=config(splits), counters=zero_counters(),
     )  # fmt: skip
     assert actual[1].isnan().all()
     expected = [cache.attend(query[i], i + 1, contexts[i] - 1, None, None) for i in (0, 2)]
@@ -241,7 +341,7 @@ def test_decode_context_beyond_the_table() -> None:
     table = cache.table[:, :2].contiguous()
     query = torch.randn(1, 2, 16, device=DEVICE)
     actual = kernels.decode_attention(
-        query, cache.key, cache.value, table, int32([1]), int32([1000]), scaling=SCALING, num_splits=2
+        query, cache.key, cache.value, table, int32([1]), int32([1000]), scaling=SCALING, config=config(2)
     )
     check(actual, cache.attend(query[0], 1, 31, None, None)[None], torch.float32)
 
@@ -261,22 +361,27 @@ def test_decode_picks_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_num_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
     assert kernels.default_num_splits(1, 8, "cpu") == 1
-    assert kernels.default_num_splits(32, 8, torch.device("cuda")) == 2
+    assert kernels.default_num_splits(32, 8, torch.device("cuda")) == 1
     assert kernels.default_num_splits(256, 8, "cuda") == 1
-    assert kernels.default_num_splits(1, 1, "cuda") == kernels.MAX_SPLITS
-    assert kernels.default_num_splits(0, 8, "cuda") == kernels.MAX_SPLITS
+    assert kernels.default_num_splits(8, 8, "cuda") == 8
+    assert kernels.default_num_splits(1, 1, "cuda") == 32
+    assert kernels.default_num_splits(0, 8, "cuda") == 32
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a CUDA graph is captured")
-def test_a_captured_graph_stays_right_as_contexts_grow() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_captured_graph_stays_right_as_contexts_grow(fused: bool) -> None:
     cache = Cache([600, 600], head_dim=128, kv_heads=2, dtype=torch.bfloat16)
     query = torch.randn(2, 8, 128, device=DEVICE, dtype=torch.bfloat16)
     rows, lengths = int32([1, 2]), int32([1, 2])
 
+    counters = zero_counters()
+
     def decode() -> torch.Tensor:
         return kernels.decode_attention(
-            query, cache.key, cache.value, cache.table, rows, lengths, scaling=SCALING, num_splits=4
-        )
+            query, cache.key, cache.value, cache.table, rows, lengths, scaling=SCALING,
+            config=config(4, fused=fused, dtype=torch.bfloat16), counters=counters,
+        )  # fmt: skip
 
     decode()
     graph = torch.cuda.CUDAGraph()
@@ -465,10 +570,15 @@ def test_nothing_to_do() -> None:
         ("page_table", {"page_table": torch.zeros(3, 8, dtype=torch.int32)[:, ::2]}),
         ("rows", {"rows": torch.zeros(2, dtype=torch.int64)}),
         ("context_lengths", {"context_lengths": torch.zeros(3, dtype=torch.int32)}),
+        ("scaling", {"scaling": 0.0}),
         ("sliding_window", {"sliding_window": 0}),
         ("softcap", {"softcap": 0.0}),
-        ("num_splits", {"num_splits": 0}),
-        ("num_splits", {"num_splits": kernels.MAX_SPLITS + 1}),
+        ("config", {"config": config(0)}),
+        ("config", {"config": config(kernels.MAX_SPLITS + 1)}),
+        ("counters", {"counters": torch.zeros(8)}),
+        ("out", {"out": torch.zeros(2, 4, 16)}),
+        ("out", {"out": torch.zeros(2, 4, 32, dtype=torch.float16)}),
+        ("out", {"out": torch.zeros(4, 2, 32).transpose(0, 1)}),
     ],
 )
 def test_decode_refuses(named: str, changes: dict[str, object]) -> None:

@@ -53,6 +53,7 @@ def test_the_figures_of_a_made_up_run() -> None:
     assert pace.ms_per_step == pytest.approx(190)
     assert pace.busy_percent == pytest.approx(100 * 0.36 / 0.95)
     assert pace.host_ms_per_step == pytest.approx(3)
+    assert pace.decode_host_ms_per_step == pytest.approx(3)
 
 
 def test_a_run_without_decode_steps() -> None:

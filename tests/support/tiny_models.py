@@ -46,12 +46,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of `family` with random weights of a size at which greedy outputs do not settle into one token."""
     config_class = getattr(transformers, f"{family}Config")
     fields = {**_COMMON, **FAMILIES[family], **changes}
     config = config_class(**{name: value for name, value in fields.items() if value is not None})
-    torch.manual_seed(sum(map(ord, family)))
+    torch.manual_seed(sum(map(ord, family)) + seed)
     # Some releases of transformers drop Gemma-2's soft cap under sdpa, their default.
     attention = {"attn_implementation": "eager"} if family == "Gemma2" else {}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention).eval()

@@ -1,7 +1,9 @@
 """A whole engine on the simulated device, around a toy model whose tokens depend on everything that it reads.
 
 The toy model writes every token into pages and predicts the next one from a hash over the row's pages, its length and
-a 'weight'. A stale table, a page with somebody else's tokens or an input that arrived too early changes the hash.
+a 'weight', which is also part of what it writes. A stale table, a page with somebody else's tokens or of an older
+weight, or an input that arrived too early changes the hash. Of the tokens that a step computes, a row reads its own
+only: what other rows of the step write stands there for later steps, as in a model whose rows run in any order.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from hf_async_batching.devices import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine import Engine
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.plan import Plan
 from hf_async_batching.request import Request
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Emission, Scheduler
@@ -32,13 +35,17 @@ def _mix(state: int, value: int) -> int:
     return (state * 31 + value * 7919 + 17) % _PRIME
 
 
-def reference(request: Request) -> list[int]:
+def _slot(token: int, position: int, weight: int) -> int:
+    return token * 1009 + position + 77_777 * weight
+
+
+def reference(request: Request, weight: int = WEIGHT) -> list[int]:
     """The tokens of a request, by the definition of the toy model alone."""
     tokens = list(request.prompt)
     while len(tokens) - len(request.prompt) < request.max_new_tokens:
-        state = WEIGHT
+        state = weight
         for position, token in enumerate(tokens):
-            state = _mix(state, token * 1009 + position)
+            state = _mix(state, _slot(token, position, weight))
         tokens.append(state % VOCAB)
         if tokens[-1] in request.eos_token_ids:
             break
@@ -51,20 +58,28 @@ class ToyForward:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.pages = torch.zeros(num_pages + 1, page_size, dtype=torch.int64)
         self.weight = torch.zeros(1, dtype=torch.int64)
+        self.owners: dict[int, Request] = {}
+        self.written_after_the_end = 0
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         context = inputs.context
         size = self.pages.shape[1]
         table = context.page_table.tolist()
-        rows, positions = context.rows.tolist(), inputs.position_ids.tolist()
+        rows, positions, weight = context.rows.tolist(), inputs.position_ids.tolist(), int(self.weight)
+        before = self.pages.tolist()
+        first: dict[int, int] = {}  # row -> where the tokens of this step begin
         for row, position, token in zip(rows, positions, inputs.token_ids.tolist(), strict=True):
-            self.pages[table[row][position // size], position % size] = token * 1009 + position
-        memory = self.pages.tolist()
+            self.pages[table[row][position // size], position % size] = _slot(token, position, weight)
+            first.setdefault(row, position)
+            if row and position >= len(self.owners[row].prompt) and token in self.owners[row].eos_token_ids:
+                self.written_after_the_end += 1
+        after = self.pages.tolist()
         sampled = range(len(rows)) if inputs.sample_index is None else inputs.sample_index.tolist()
         logits = torch.zeros(len(sampled), VOCAB)
         for out, i in enumerate(sampled):
-            state = int(self.weight)
+            state = weight
             for position in range(positions[i] + 1):
+                memory = before if position < first[rows[i]] else after
                 state = _mix(state, memory[table[rows[i]][position // size]][position % size])
             logits[out, state % VOCAB] = 1.0
         return logits
@@ -82,7 +97,10 @@ class ToyEngine:
     max_rows: int = 4
     max_batch_tokens: int = 9
     scheduler_class: type[Scheduler] = Scheduler
+    debug: bool = True
+    fused: bool = False
     device: Any = None
+    requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -90,9 +108,18 @@ class ToyEngine:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         self.forward = ToyForward(self.num_pages, self.page_size)
-        self.state = DeviceState(max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"))
+        self.state = DeviceState(
+            max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"), fused=self.fused
+        )
         graphs = self.device.supports_graphs
         self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
+        run = self.runner.run
+
+        def run_for_owners(plan: Plan, *rest: Any) -> None:
+            self.forward.owners.update((new_row.row, new_row.request) for new_row in plan.new_rows)
+            run(plan, *rest)
+
+        self.runner.run = run_for_owners  # type: ignore[method-assign]
         limits = Sections.largest(
             max_rows=self.max_rows, max_batch_tokens=self.max_batch_tokens, num_pages=self.num_pages
         )
@@ -106,10 +133,14 @@ class ToyEngine:
         # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
         self.scheduler.pages.on_release = self._scribble_pages
         self.scheduler.rows.on_release = self._scribble_rows
-        self.engine = Engine(self.scheduler, pipeline, self.device, depth=self.depth, debug=True)
+        self.engine = Engine(self.scheduler, pipeline, self.device, depth=self.depth, debug=self.debug)
         # The caller's stream is still writing the weights when the first request comes.
-        self.device.launch(Stream.CALLER, lambda: self.forward.weight.fill_(WEIGHT))
-        pipeline.order_after_caller()
+        self.write_weight(WEIGHT)
+
+    def write_weight(self, weight: int) -> None:
+        """Change the model in place, on the caller's stream, which later steps wait for."""
+        self.device.launch(Stream.CALLER, lambda: self.forward.weight.fill_(weight))
+        self.engine.pipeline.order_after_caller()
 
     def _scribble_pages(self, pages: list[int]) -> None:
         for page in pages:
@@ -118,6 +149,7 @@ class ToyEngine:
     def _scribble_rows(self, rows: list[int]) -> None:
         for row in rows:
             self.state.last_token[row] = self._random.randrange(VOCAB)
+            self.state.finished[row] = self._random.randrange(2)
             self.state.lengths[row] = self._random.randrange(self.num_pages * self.page_size)
             self.state.page_table[row] = self._random.randrange(1, self.num_pages + 1)
 
@@ -140,19 +172,27 @@ class ToyEngine:
                 self.reasons[emission.request_id] = emission.finish_reason
 
 
-def run_random_schedule(engine: ToyEngine, seed: int, num_requests: int = 7) -> dict[str, Request]:
-    """Drive an engine through arrivals, cancels, ends by EOS and by length, and shortage of pages."""
+def run_random_schedule(
+    engine: ToyEngine, seed: int, num_requests: int = 7, conversations: bool = False
+) -> dict[str, Request]:
+    """Drive an engine through arrivals, cancels, ends by EOS and by length, and shortage of pages.
+
+    With `conversations`, prompts begin with one of two system prompts, or with an earlier request and its completion.
+    """
     rng = random.Random(seed)
     capacity = engine.num_pages * engine.page_size
-    requests: dict[str, Request] = {}
+    requests = engine.requests
     cancelled = rng.choice((0.0, 0.0, 0.05))
-    while len(requests) < num_requests or engine.engine.has_work:
+    systems = [_tokens(rng, rng.randint(4, 13)) for _ in range(2)]
+    for _ in range(2000):
+        if len(requests) == num_requests and not engine.engine.has_work:
+            return requests
         while len(requests) < num_requests and rng.random() < 0.4:
-            length = rng.randint(1, 18)
+            prompt = _continued(rng, engine, systems) if conversations else _tokens(rng, rng.randint(1, 18))
             request = Request(
                 request_id=str(len(requests)),
-                prompt=tuple(rng.randrange(VOCAB) for _ in range(length)),
-                max_new_tokens=rng.randint(1, min(14, capacity - length)),
+                prompt=prompt,
+                max_new_tokens=rng.randint(1, min(14, capacity - len(prompt))),
                 eos_token_ids=(EOS,) if rng.random() < 0.7 else (),
             )
             requests[request.request_id] = request
@@ -160,18 +200,37 @@ def run_random_schedule(engine: ToyEngine, seed: int, num_requests: int = 7) -> 
         if requests and rng.random() < cancelled:
             engine.cancel(rng.choice(list(requests)))
         engine.step()
-    return requests
+    raise RuntimeError("the schedule has no end")
 
 
-def verify(engine: ToyEngine, requests: dict[str, Request]) -> None:
+def _tokens(rng: random.Random, length: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(VOCAB) for _ in range(length))
+
+
+def _continued(rng: random.Random, engine: ToyEngine, systems: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The same prompt again, the next turn of a conversation, or the first turn of one."""
+    earlier = rng.choice(list(engine.requests.values())) if engine.requests else None
+    kind = rng.random()
+    if earlier is not None and kind < 0.15:
+        return earlier.prompt
+    if earlier is not None and kind < 0.6:
+        # Whatever is there: also of requests that are live or were cancelled.
+        turn = (*earlier.prompt, *engine.emitted.get(earlier.request_id, ()), *_tokens(rng, rng.randint(1, 4)))
+        if len(turn) <= 30:
+            return turn
+    return (*rng.choice(systems), *_tokens(rng, rng.randint(1, 5)))
+
+
+def verify(engine: ToyEngine, requests: dict[str, Request], weight: int = WEIGHT) -> None:
     """Every token right, every request ended, every page and row back."""
     for request_id, request in requests.items():
-        got, want = engine.emitted.get(request_id, []), reference(request)
+        got, want = engine.emitted.get(request_id, []), reference(request, weight)
         if engine.reasons[request_id] == "cancelled":
             assert got == want[: len(got)], f"request {request_id}: {got} is no prefix of {want}"
         else:
             assert got == want, f"request {request_id}: {got} != {want}"
             expected = "eos" if want[-1] in request.eos_token_ids else "length"
             assert engine.reasons[request_id] == expected
+    assert not engine.forward.written_after_the_end, "a surplus step wrote to the pages of a row that had ended"
     assert engine.scheduler.pages.in_use == 0
     assert engine.scheduler.rows.in_use == 0

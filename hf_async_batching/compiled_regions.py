@@ -1,0 +1,149 @@
+"""Compiles a view's repeated layers: once for all of them, for any number of tokens.
+
+A transformer's layers run the same code, so one layer is compiled and serves every other one, which keeps the start
+short; the modules around them (final norm, rotary frequencies) are compiled beside it. Weights and pages are inputs
+of the compiled code. A step of a single token runs uncompiled: sizes 0 and 1 are special to torch.compile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Sizes of the example that is compiled with: odd, and unlike the sizes of any model, so that what has this size
+# counts tokens.
+EXAMPLE_TOKENS = 37
+
+_numbers = itertools.count()
+
+
+class Region:
+    """The compiled forward of modules that share their code.
+
+    Args:
+        modules: Modules of one class, of which one is compiled for all.
+        backend: Of `torch.compile`.
+        options: Of its Inductor backend.
+
+    Attributes:
+        marking: Set while the example runs: dimensions of `EXAMPLE_TOKENS` are then marked as dynamic.
+    """
+
+    def __init__(self, modules: list[nn.Module], backend: str, options: dict[str, Any] | None) -> None:
+        self.marking = False
+        self.modules = modules
+        original = type(modules[0]).forward
+        self._original: Callable[..., Any] = original
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return original(module, *args, **kwargs)
+
+        # Dynamo keeps its compiled code by code object, for all engines and the user's own torch.compile together,
+        # and drops out beyond a few variants: this one gets an object of its own.
+        name = f"region_{next(_numbers)}"
+        own = types.FunctionType(
+            call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
+        )
+        self._compiled = torch.compile(own, backend=backend, fullgraph=True, options=options)
+        for module in modules:
+            module.forward = types.MethodType(_RegionCall(self), module)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of one of the modules."""
+        tokens = _tokens((*args, *kwargs.values()))
+        if tokens == 1:
+            return self._original(module, *args, **kwargs)
+        if self.marking:
+            _mark((*args, *kwargs.values()))
+        return self._compiled(module, *args, **kwargs)
+
+
+class _RegionCall:
+    """`forward` of a module in a region; an object with a name is easier to recognise in a trace than a closure."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._region.run(module, args, kwargs)
+
+
+def _tokens(values: tuple[Any, ...]) -> int:
+    """Size of dimension 1 of the first tensor: [1, tokens, ...]."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return 1
+
+
+def _mark(values: Any) -> None:
+    if isinstance(values, torch.Tensor):
+        for dimension, size in enumerate(values.shape):
+            if size == EXAMPLE_TOKENS:
+                torch._dynamo.mark_dynamic(values, dimension)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            _mark(value)
+    elif isinstance(values, dict):
+        _mark(tuple(values.values()))
+
+
+def compile_regions(
+    view: PreTrainedModel, attention_modules: set[int], run_example: Callable[[], Any], backend: str = "inductor"
+) -> list[Region]:
+    """Replace the forwards of a view's layers by compiled ones, and compile them now.
+
+    Args:
+        view: A view that nobody else runs.
+        attention_modules: Identities of its attention modules.
+        run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
+        backend: Of `torch.compile`.
+
+    Returns:
+        The regions.
+
+    Raises:
+        Exception: Whatever the compiler raises; the view is then of no use.
+    """
+    options = inductor_options() if backend == "inductor" else None
+    regions = [Region(modules, backend, options) for modules in region_modules(view, attention_modules)]
+    for region in regions:
+        region.marking = True
+    run_example()
+    for region in regions:
+        region.marking = False
+    return regions
+
+
+def region_modules(view: PreTrainedModel, attention_modules: set[int]) -> list[list[nn.Module]]:
+    """Modules to compile, grouped by class: layers that hold attention, and small modules beside their list."""
+    groups: dict[type, list[nn.Module]] = {}
+    for owner in view.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList) and _holds(child, attention_modules):
+                for layer in child:
+                    groups.setdefault(type(layer), []).append(layer)
+                for beside in owner.children():
+                    if not isinstance(beside, (nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity)):
+                        groups.setdefault(type(beside), []).append(beside)
+                return list(groups.values())
+    return []
+
+
+def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
+    return any(id(module) in attention_modules for layer in modules for module in layer.modules())
+
+
+def inductor_options() -> dict[str, Any]:
+    """Settings of Inductor for small kernels in a captured graph."""
+    # Measuring variants would synchronize the device, which a capture in the engine's thread does not survive.
+    return {"triton.autotune_pointwise": False}

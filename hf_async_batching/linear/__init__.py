@@ -1,0 +1,1 @@
+"""Matrix products of a decode step: few rows, large weights."""

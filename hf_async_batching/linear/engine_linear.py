@@ -1,0 +1,160 @@
+"""The linear layers of a view: few rows go to our kernel, parallel projections share one product.
+
+A view's `nn.Linear` modules become `EngineLinear`s in place: they keep their parameters, and everything else that
+model code may ask them for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+MAX_STRIPS = 8192
+"""Length of the kernel's counters: strips of outputs that one product may have."""
+
+_library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor counters) -> Tensor")
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
+    few = _few_rows(x, weight, bias, counters) if x.is_cuda else None
+    return nn.functional.linear(x, weight, bias) if few is None else few
+
+
+def _few_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor
+) -> torch.Tensor | None:
+    """The product by our kernel; None where the vendor's library is the better choice."""
+    from hf_async_batching.linear import skinny, skinny_settings
+
+    if not skinny.serves(x, weight):
+        return None
+    setting = skinny_settings.settings_for(x.device).choose(x.numel() // x.shape[-1], weight)
+    return None if setting == skinny.LIBRARY else skinny.skinny_linear(x, weight, bias, counters, setting)
+
+
+def _linear_shape(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,  # noqa: ARG001
+    counters: torch.Tensor,  # noqa: ARG001
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# One operator for every row count: compiled code that calls it stays right, and fast, for all of them.
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::linear", _linear_shape, lib=_library)
+
+
+@dataclass(slots=True, eq=False)
+class Bundle:
+    """Projections of one input whose weights lie one after the other: one product serves all.
+
+    Attributes:
+        weight: [sum of outputs, inputs].
+        bias: [sum of outputs], or None.
+        source: The input whose product `output` is; None between two uses.
+        output: [..., sum of outputs].
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    source: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+
+class EngineLinear(nn.Linear):
+    """A linear layer of a view.
+
+    Attributes:
+        counters: Scratch of the kernel.
+        bundle: The projections that it shares a product with; None where it stands alone.
+        begin: Its first output in the bundle's.
+        end: One beyond its last.
+        closes: Whether it is the last of the bundle to be called.
+        skinny: Whether few rows go to our kernel in uncompiled code, too. Not where serving starts uncompiled: the
+            first request would wait for the kernel's own compilation.
+    """
+
+    counters: torch.Tensor
+    bundle: Bundle | None
+    begin: int
+    end: int
+    closes: bool
+    skinny: bool
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear`: [..., in_features] to [..., out_features], here perhaps a view of the bundle's product."""
+        bundle = self.bundle
+        if bundle is None:
+            return self._product(input, self.weight, self.bias)
+        if bundle.source is not input:
+            bundle.output = self._product(input, bundle.weight, bundle.bias)
+            bundle.source = input
+        output = bundle.output
+        assert output is not None
+        if self.closes:
+            bundle.source = bundle.output = None
+        return output[..., self.begin : self.end]
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            result: torch.Tensor = torch.ops.hf_async_batching.linear(x, weight, bias, self.counters)
+            return result
+        if self.skinny:
+            return _linear(x, weight, bias, self.counters)
+        return nn.functional.linear(x, weight, bias)
+
+
+def convert(module: nn.Linear, counters: torch.Tensor, *, skinny: bool) -> None:
+    """Make a linear layer of a view an `EngineLinear` that stands alone."""
+    module.__class__ = EngineLinear
+    linear = cast(EngineLinear, module)
+    linear.counters = counters
+    linear.bundle = None
+    linear.skinny = skinny
+    linear.begin, linear.end, linear.closes = 0, linear.out_features, True
+
+
+def bundle_together(modules: list[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Let `EngineLinear`s, in the order in which they are called, share one product."""
+    bundle = Bundle(weight, bias)
+    begin = 0
+    for module in modules:
+        assert isinstance(module, EngineLinear)
+        module.bundle = bundle
+        module.begin, module.end = begin, begin + module.out_features
+        module.closes = module is modules[-1]
+        begin = module.end
+
+
+def products(view: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Weight, bias and counters of each product that a view computes."""
+    found: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
+    for module in view.modules():
+        if isinstance(module, EngineLinear):
+            source = module if module.bundle is None else module.bundle
+            found.setdefault(id(source), (source.weight, source.bias, module.counters))
+    return list(found.values())
+
+
+@torch.inference_mode()
+def ready_products(view: nn.Module, rows: tuple[int, ...]) -> None:
+    """Run every shape of product in a view once for each row count, which compiles the kernels behind it."""
+    shapes = {(tuple(weight.shape), bias is None): (weight, bias, c) for weight, bias, c in products(view)}
+    for weight, bias, counters in shapes.values():
+        for count in rows:
+            _linear(weight.new_zeros(count, weight.shape[1]), weight, bias, counters)
+
+
+def tune_products(view: nn.Module, rows: tuple[int, ...]) -> None:
+    """Measure settings for the products of a view; the device must have nothing else to do."""
+    found = [(w, counters) for w, _, counters in products(view) if w.is_cuda and w.dtype.itemsize == 2]
+    if found:
+        from hf_async_batching.linear.skinny_settings import settings_for
+
+        settings_for(found[0][0].device).tune([weight for weight, _ in found], rows, found[0][1])

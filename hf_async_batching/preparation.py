@@ -1,0 +1,41 @@
+"""Compiles for an engine that serves already, in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.assembly import Assembly, compile_for
+
+
+class Preparation:
+    """Starts compiling at once; the engine changes over by itself when that is done.
+
+    Args:
+        model: The engine's model.
+        assembly: The engine, which this does not keep alive.
+
+    Attributes:
+        done: Set when the compiled forward was handed over, or could not be made.
+    """
+
+    def __init__(self, model: PreTrainedModel, assembly: Assembly) -> None:
+        self.done = threading.Event()
+        thread = threading.Thread(
+            target=self._run, args=(model, weakref.ref(assembly)), name="hf_async_batching_compile", daemon=True
+        )
+        thread.start()
+
+    def _run(self, model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> None:
+        try:
+            # The compiled code is for inference mode only, which threads do not inherit.
+            with torch.inference_mode():
+                device = next(model.parameters()).device
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                compile_for(model, assembly)
+        finally:
+            self.done.set()

@@ -1,0 +1,36 @@
+"""Runs jobs that compile kernels side by side: most of a compiler's work runs outside of Python's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def side_by_side(jobs: list[Callable[[], None]], device: torch.device) -> None:
+    """Run all jobs; returns when they have ended.
+
+    Args:
+        jobs: What to run, in inference mode, in any order.
+        device: The current device of the jobs.
+
+    Raises:
+        Exception: What the first job that failed raised.
+    """
+
+    def run(job: Callable[[], None]) -> None:
+        with torch.inference_mode():
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    job()
+            else:
+                job()
+
+    if device.type != "cuda":
+        for job in jobs:  # the interpreter gains nothing by threads, and has never been promised to bear them
+            run(job)
+        return
+    with ThreadPoolExecutor(8, thread_name_prefix="hf_async_batching_kernels") as pool:
+        for done in [pool.submit(run, job) for job in jobs]:
+            done.result()

@@ -1,0 +1,65 @@
+"""Every kernel compiles for cards that are not here, and fits their shared memory."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+# Bytes of shared memory that one program may use, by compute capability.
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ROOT = Path(__file__).parents[2]
+
+
+def compile_kernels(capabilities: list[int], dtypes: list[str], launches: list[str]) -> list[dict[str, object]]:
+    """In a process of its own: in this one Triton may interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-W", "ignore", "-m", "support.ahead_of_time", *map(str, capabilities)]
+    command += ["--dtypes", *dtypes]
+    if launches:
+        command += ["--launches", *launches]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # A compiler that fails prints its whole input there, too.
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"launch"')]
+
+
+def check(compiled: list[dict[str, object]], kernels: set[str]) -> None:
+    assert {kernel["kernel"] for kernel in compiled} == kernels
+    failed = [kernel for kernel in compiled if "failed" in kernel]
+    assert not failed, failed[:3]
+    too_large = [kernel for kernel in compiled if kernel["shared"] > SHARED_MEMORY[kernel["capability"]]]  # type: ignore[index, operator]
+    assert not too_large, too_large[:3]
+
+
+def test_representative_kernels() -> None:
+    launches = ["decode split llama", "prefill llama", "write llama"]
+    kernels = {"decode_kernel", "prefill_kernel", "write_kv_kernel"}
+    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], launches)
+    assert len(compiled) == 12
+    check(compiled, kernels)
+
+
+def test_kernels_of_other_modules() -> None:
+    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables"])
+    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"}
+    check(compiled, kernels)
+
+
+def test_programmatic_dependent_launch() -> None:
+    check(compile_kernels([90], ["float16"], ["decode pdl"]), {"decode_kernel"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", list(SHARED_MEMORY))
+def test_every_kernel(capability: int) -> None:
+    compiled = compile_kernels([capability], ["float16", "bfloat16"], [])
+    attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
+    check(compiled, attention | {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"})

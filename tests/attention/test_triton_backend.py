@@ -1,0 +1,153 @@
+"""Whole steps through the Triton backend against the plain one: on the GPU where there is one, else interpreted."""
+
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from hf_async_batching.attention import triton_backend
+from hf_async_batching.attention.backend import AttentionOptions
+from hf_async_batching.attention.cache import LayerShape, PagedCache
+from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.reference import ReferenceBackend
+from hf_async_batching.attention.triton_backend import TritonBackend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = LayerShape(2, 16, 32, torch.float32)
+HEADS, PAGE_SIZE, PAGES_PER_ROW = 4, 16, 8
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+
+def int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+class Step:
+    """Rows 1, 2, … compute `count` tokens behind `before` others; the first `num_decodes` of them decode."""
+
+    def __init__(self, runs: list[tuple[int, int]], num_decodes: int, *, decode: bool = False, tile: int = 9) -> None:
+        torch.manual_seed(0)
+        assert all(count == 1 for _, count in runs[:num_decodes])
+        pages = 1 + torch.randperm(len(runs) * PAGES_PER_ROW, dtype=torch.int32)
+        self.table = torch.cat([pages.new_zeros(1, PAGES_PER_ROW), pages.view(-1, PAGES_PER_ROW)]).to(DEVICE)
+        self.cache = PagedCache([SHAPE] * 2, num_pages=len(pages), page_size=PAGE_SIZE, device=DEVICE)
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor.copy_(torch.randn(tensor.shape))
+        rows, positions, tiles = [], [], []
+        for row, (before, count) in enumerate(runs, start=1):
+            tiles += [
+                (row, len(rows) + start, min(tile, count - start), before + start) for start in range(0, count, tile)
+            ]
+            rows += [row] * count
+            positions += range(before, before + count)
+        columns = [int32(list(column)) for column in zip(*tiles, strict=True)]
+        lengths = int32([position + 1 for position in (positions if decode else positions[:num_decodes])])
+        self.context = AttentionContext(
+            self.table, int32(rows), int32(positions), decode, lengths, num_decodes, *columns, cache=self.cache
+        )
+        tokens = len(rows)
+        self.query = torch.randn(tokens, HEADS, SHAPE.key_dim, device=DEVICE)
+        self.key = torch.randn(tokens, SHAPE.num_kv_heads, SHAPE.key_dim, device=DEVICE)
+        self.value = torch.randn(tokens, SHAPE.num_kv_heads, SHAPE.value_dim, device=DEVICE)
+
+    def attend(self, backend: TritonBackend | ReferenceBackend, options: AttentionOptions) -> list[torch.Tensor]:
+        return [
+            backend.attend(self.query * (layer + 1), self.key, self.value, layer, self.context, options)
+            for layer in range(2)
+        ]
+
+
+MIXED = [(20, 1), (0, 1), (90, 1), (0, 30), (16, 18), (33, 1)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of what reached each kernel: queries for decoding, tiles for prompts."""
+    seen: dict[str, list[tuple[int, ...]]] = {"decode": [], "prefill": []}
+    decode, prefill = triton_backend.decode_attention, triton_backend.prefill_attention
+
+    def count_decode(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen["decode"].append(tuple(query.shape))
+        return decode(query, *arguments, **options)
+
+    def count_prefill(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen["prefill"].append(tuple(arguments[3].shape))
+        return prefill(query, *arguments, **options)
+
+    monkeypatch.setattr(triton_backend, "decode_attention", count_decode)
+    monkeypatch.setattr(triton_backend, "prefill_attention", count_prefill)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "window", "softcap"), [(0, None, None), (1, None, None), (3, None, None), (3, 7, 0.8)]
+)
+def test_a_mixed_step(
+    num_decodes: int, window: int | None, softcap: float | None, calls: dict[str, list[tuple[int, ...]]]
+) -> None:
+    options = AttentionOptions(0.25, window, softcap)
+    expected = Step(MIXED, num_decodes).attend(ReferenceBackend(), options)
+    step, backend = Step(MIXED, num_decodes), TritonBackend(DEVICE)
+    for actual, wanted in zip(step.attend(backend, options), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=2e-5, rtol=2e-4)
+    assert calls["decode"] == [(num_decodes, HEADS, SHAPE.key_dim)] * 2 * bool(num_decodes)
+    assert step.context.tile_rows is not None
+    assert calls["prefill"] == [(len(step.context.tile_rows) - num_decodes,)] * 2, "no decoding row is read twice"
+
+
+def test_a_decode_step(calls: dict[str, list[tuple[int, ...]]]) -> None:
+    runs, options = [(20, 1), (0, 1), (90, 1)], AttentionOptions(0.25)
+    expected = Step(runs, 3, decode=True).attend(ReferenceBackend(), options)
+    for actual, wanted in zip(
+        Step(runs, 3, decode=True).attend(TritonBackend(DEVICE), options), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, atol=2e-5, rtol=2e-4)
+    assert calls == {"decode": [(3, HEADS, SHAPE.key_dim)] * 2, "prefill": []}
+
+
+def test_tokens_of_no_tile_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They must not carry NaN to the layers behind."""
+    step = Step(MIXED, 1)
+    for name in ("tile_rows", "tile_queries", "tile_lengths", "tile_positions"):
+        setattr(step.context, name, getattr(step.context, name)[:-1].contiguous())
+    out = step.attend(TritonBackend(DEVICE), AttentionOptions(0.25))[0]
+    assert (out[-1] == 0).all()
+    assert not (out[:-1] == 0).all(-1).any()
+
+
+def test_each_backend_has_counters_of_its_own_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = triton_backend.decode_attention
+
+    def keep(*arguments: Any, counters: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(counters)
+        assert not counters.any()
+        return original(*arguments, counters=counters, **options)
+
+    monkeypatch.setattr(triton_backend, "decode_attention", keep)
+    backends = [TritonBackend(DEVICE), TritonBackend(DEVICE)]
+    for backend in backends:
+        for decodes in (1, 3):
+            Step(MIXED, decodes).attend(backend, AttentionOptions(0.25))
+    first, second = seen[:4], seen[4:]
+    assert len({counters.data_ptr() for counters in first}) == len({counters.data_ptr() for counters in second}) == 1
+    assert first[0].data_ptr() != second[0].data_ptr()
+    assert first[0].dtype == torch.int32
+    assert not first[0].any()
+
+
+def test_nan_of_released_pages_stays_out_of_a_mixed_step() -> None:
+    """Slots behind a row's own tokens belong to nobody."""
+    step = Step(MIXED, 3)
+    for tensor in (*step.cache.keys, *step.cache.values):
+        for row, (before, count) in enumerate(MIXED, start=1):
+            for position in range(before + count, PAGES_PER_ROW * PAGE_SIZE):
+                tensor[step.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = math.nan
+    for out in step.attend(TritonBackend(DEVICE), AttentionOptions(0.25)):
+        assert out.isfinite().all()

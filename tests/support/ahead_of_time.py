@@ -1,0 +1,198 @@
+"""Compiles the Triton kernels for cards that are not here: launches become compilations, with the same specialization.
+
+Run as a program, since Triton decides when it is imported whether it interprets:
+`python -m support.ahead_of_time 80 90 --dtypes bfloat16 --launches decode`. Prints one JSON object for each kernel.
+A module that has kernels of its own adds a function to `LAUNCHES` that launches them on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+class Launch(NamedTuple):
+    """A recorded launch: all that the compiler needs."""
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    def compile(self, capability: int) -> Any:
+        """The compiled kernel (`.metadata`, `.asm`)."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+@contextmanager
+def recording(label: str) -> Iterator[list[Launch]]:
+    """Launches of kernels inside are recorded and not run."""
+    recorded: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        signature, constants, attributes = {}, {}, {}
+        for index, param in enumerate(self.params):
+            value = values.get(param.name, param.default)
+            if isinstance(value, torch.Tensor):
+                signature[param.name] = "*" + _TYPES[value.dtype]
+                aligned = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+            elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
+                signature[param.name], constants[param.name], aligned = "constexpr", value, False
+            elif isinstance(value, float):
+                signature[param.name], aligned = "fp32", False
+            else:
+                signature[param.name], aligned = "i32", value % 16 == 0 and not param.do_not_specialize
+            if aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        recorded.append(Launch(label, self, signature, constants, attributes, options))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield recorded
+    finally:
+        JITFunction.run = original
+
+
+class Shape(NamedTuple):
+    """Of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    size_v: int
+    window: int | None = None
+    softcap: float | None = None
+
+
+SHAPES = {
+    "llama": Shape(32, 8, 128, 128),
+    "smollm2": Shape(9, 3, 64, 64),
+    "gemma": Shape(8, 4, 256, 256, window=512, softcap=50.0),
+    "odd": Shape(4, 4, 192, 128),
+    "many": Shape(40, 1, 80, 80),
+}
+
+
+def _attention(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    pages = 64
+    return {
+        "key_cache": torch.empty(pages, 16, shape.kv_heads, shape.size, dtype=dtype),
+        "value_cache": torch.empty(pages, 16, shape.kv_heads, shape.size_v, dtype=dtype),
+        "page_table": torch.zeros(33, 256, dtype=torch.int32),
+    }
+
+
+def decode(shape: Shape, dtype: torch.dtype, **changes: Any) -> None:
+    from hf_async_batching.attention import triton_kernels as kernels
+
+    index, counters = torch.zeros(32, dtype=torch.int32), torch.zeros(4096, dtype=torch.int32)
+    rule = kernels.default_decode_config(
+        32, shape.kv_heads, shape.heads // shape.kv_heads, shape.size, shape.size_v, dtype, torch.device("cpu")
+    )
+    kernels.decode_attention(
+        torch.empty(32, shape.heads, shape.size, dtype=dtype), **_attention(shape, dtype), rows=index,
+        context_lengths=index, scaling=0.1, sliding_window=shape.window, softcap=shape.softcap, counters=counters,
+        config=rule._replace(**changes),
+    )  # fmt: skip
+
+
+def prefill(shape: Shape, dtype: torch.dtype, **arguments: Any) -> None:
+    from hf_async_batching.attention import triton_kernels as kernels
+
+    index = torch.zeros(4, dtype=torch.int32)
+    kernels.prefill_attention(
+        torch.empty(64, shape.heads, shape.size, dtype=dtype), **_attention(shape, dtype), tile_rows=index,
+        tile_query_starts=index, tile_query_lengths=index, tile_first_positions=index, scaling=0.1,
+        sliding_window=shape.window, softcap=shape.softcap, **arguments,
+    )  # fmt: skip
+
+
+def write(shape: Shape, dtype: torch.dtype) -> None:
+    from hf_async_batching.attention import triton_kernels as kernels
+
+    index, caches = torch.zeros(4, dtype=torch.int32), _attention(shape, dtype)
+    key, value = (torch.empty(4, shape.kv_heads, size, dtype=dtype) for size in (shape.size, shape.size_v))
+    kernels.write_kv(key, value, *caches.values(), rows=index, positions=index)
+
+
+def skinny(dtype: torch.dtype) -> None:
+    from hf_async_batching.linear.skinny import candidates, default_setting, skinny_linear
+
+    counters, smallest_card = torch.zeros(8192, dtype=torch.int32), 99 * 1024
+    for rows, n, k in ((1, 576, 1536), (32, 4096, 4096), (64, 28672, 4096)):
+        x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+        for setting in {default_setting(rows, n, k, smallest_card), *candidates(rows, n, k, smallest_card)[:2]}:
+            skinny_linear(x, weight, torch.empty(n, dtype=dtype), counters, setting)
+
+
+def tables(dtype: torch.dtype) -> None:
+    from hf_async_batching.device_state import DeviceState
+
+    state = DeviceState(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
+    state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
+
+
+# Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
+LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {}
+for _name, _shape in SHAPES.items():
+    LAUNCHES[f"decode {_name}"] = functools.partial(decode, _shape, splits=1)
+    LAUNCHES[f"decode split {_name}"] = functools.partial(decode, _shape, splits=3)
+    LAUNCHES[f"decode apart {_name}"] = functools.partial(decode, _shape, splits=3, fused=False)
+    LAUNCHES[f"prefill {_name}"] = functools.partial(prefill, _shape)
+    LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
+LAUNCHES["skinny"] = skinny
+LAUNCHES["tables"] = tables
+# Not for cards before compute capability 9, and so named when asked for only.
+EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capabilities", type=int, nargs="+")
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"])
+    parser.add_argument("--launches", nargs="+", default=sorted(LAUNCHES))
+    arguments = parser.parse_args()
+    work = []
+    for name in arguments.launches:
+        for dtype in arguments.dtypes:
+            with recording(f"{name} {dtype}") as launches:
+                (LAUNCHES | EXTRA)[name](getattr(torch, dtype))
+            work += [(launch, capability) for launch in launches for capability in arguments.capabilities]
+
+    def compiled(item: tuple[Launch, int]) -> str:
+        launch, capability = item
+        about = {"launch": launch.label, "kernel": launch.kernel.__name__, "capability": capability}
+        try:
+            metadata = launch.compile(capability).metadata
+            about |= {"shared": metadata.shared, "warps": metadata.num_warps}
+        except Exception as error:
+            about["failed"] = f"{type(error).__name__}: {error}"
+        return json.dumps(about)
+
+    with ThreadPoolExecutor(2) as pool:
+        for line in pool.map(compiled, work):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

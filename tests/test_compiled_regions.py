@@ -1,0 +1,162 @@
+"""Compiled layers: the same logits, one compilation for all layers and all sizes, and a change-over while serving."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, ragged_prompts, tiny_model
+from torch._dynamo.utils import counters
+
+from hf_async_batching import BatchingConfig, GenerationManager, assembly, attach_check
+from hf_async_batching.assembly import assemble, compile_for
+from hf_async_batching.attention.backend import make_backend
+from hf_async_batching.compiled_regions import region_modules
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.request import Request
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's tracing and guards with its operators run as they are: Inductor would take a minute on a CPU."""
+    compile_checked = assembly.compile_checked
+    monkeypatch.setattr(
+        assembly, "compile_checked", lambda forward, backend: compile_checked(forward, backend, "eager")
+    )
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+QUICK = ("Llama", "Gemma2", "StableLm", "Mixtral")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_every_family_compiles_to_the_same_logits(family: str) -> None:
+    forward = ModelForward(tiny_model(family), fused=True)
+    attach_check.compile_checked(forward, make_backend("auto", CPU), "eager")
+    # Two kinds of layers at most (sliding and full attention), the final norm, and one or two sets of frequencies.
+    assert 2 <= graphs() <= 5
+
+
+def test_regions_are_the_layers_and_the_modules_beside_them() -> None:
+    forward = ModelForward(tiny_model("Llama"))
+    found = [
+        [type(module).__name__ for module in group]
+        for group in region_modules(forward.view, set(forward._paged_layers))
+    ]
+    assert found == [["LlamaDecoderLayer"] * 2, ["LlamaRMSNorm"], ["LlamaRotaryEmbedding"]]
+
+
+def serve(running: assembly.Assembly, prompts: list[list[int]], new: int) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        running.engine.add(Request(str(i), tuple(prompt), new))
+    with torch.inference_mode():
+        while running.engine.has_work:
+            for emission in running.engine.step():
+                if emission.token is not None:
+                    tokens[emission.request_id].append(emission.token)
+    return tokens
+
+
+def test_no_recompilation_in_steady_state(quick_compiler: None) -> None:
+    model = tiny_model("Qwen3", num_hidden_layers=4)
+    running = assemble(
+        model, BatchingConfig(compile=True, fuse_weights=True, max_rows=6, max_batch_tokens=32, depth=2)
+    )
+    prompts = ragged_prompts(9, 60)
+    want = serve(running, prompts, 10)
+    with torch.inference_mode():
+        assert compile_for(model, weakref.ref(running))
+    compiled = graphs()
+    assert compiled == 3, "four layers share one graph"
+    # Steps of 1 to 32 tokens, prompts and decodes, one row and six.
+    assert serve(running, prompts, 10) == want
+    assert serve(running, prompts[:1], 5) == {"0": want["0"][:5]}
+    assert running.runner._forward._compiled
+    assert graphs() == compiled
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_engines_do_not_share_a_limit_of_variants(quick_compiler: None) -> None:
+    """Dynamo gives up beyond some variants of one code object: many models in one process must not reach it."""
+    for i in range(3):
+        model = tiny_model("Llama", num_hidden_layers=1, intermediate_size=32 + 16 * i)
+        running = assemble(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
+        with torch.inference_mode():
+            assert compile_for(model, weakref.ref(running)), f"model {i}"
+
+
+def test_an_engine_that_is_gone_gets_nothing(quick_compiler: None) -> None:
+    model = tiny_model("Llama")
+    running = assemble(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
+    gone = weakref.ref(running)
+    del running
+    assert not compile_for(model, gone)
+
+
+def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def miscompile(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            return tuple(out * 1.01 if out.is_floating_point() else out for out in module(*args))
+
+        return run
+
+    compile_checked = assembly.compile_checked
+    monkeypatch.setattr(assembly, "compile_checked", lambda f, b: compile_checked(f, b, miscompile))
+    model = tiny_model("Llama")
+    running = assemble(model, BatchingConfig(compile=True, max_rows=4, max_batch_tokens=32))
+    plain = running.runner._forward
+    with torch.inference_mode():
+        assert not compile_for(model, weakref.ref(running))
+    assert "runs uncompiled" in caplog.text
+    serve(running, [[1, 2, 3]], 2)
+    assert running.runner._forward is plain
+
+
+def test_serving_goes_on_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_checked = assembly.compile_checked
+    may_compile, compiling = threading.Event(), threading.Event()
+
+    def slowly(forward: ModelForward, backend: Any) -> None:
+        compiling.set()
+        assert may_compile.wait(60)
+        compile_checked(forward, backend, "eager")
+
+    monkeypatch.setattr(assembly, "compile_checked", slowly)
+    model = tiny_model("Llama")
+    prompt = list(range(1, 9))
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 8:].tolist()
+    config = BatchingConfig(compile=True, fuse_weights=True, max_rows=4, max_batch_tokens=32, depth=2)
+    with GenerationManager(model, config) as manager:
+        assert manager.submit(prompt, max_new_tokens=12, do_sample=False).result(60).token_ids == want
+        assert compiling.wait(10)
+        assert not manager.assembly.runner._forward._compiled
+        handle = manager.submit(prompt, max_new_tokens=12, do_sample=False)
+        may_compile.set()
+        manager.warmup()
+        assert manager.assembly.runner._forward._compiled
+        assert handle.result(60).token_ids == want
+        assert manager.submit(prompt, max_new_tokens=12, do_sample=False).result(60).token_ids == want
+
+
+def test_compiling_can_be_switched_off() -> None:
+    model = tiny_model("Llama")
+    with GenerationManager(model, BatchingConfig(compile=False, max_rows=2, max_batch_tokens=16)) as manager:
+        manager.warmup()
+        assert manager._preparation is None
+        assert not manager.assembly.runner._forward._compiled

@@ -1,0 +1,99 @@
+"""What the engine's thread does to a handle: append, and wake whoever waits, without waiting for anybody itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from hf_async_batching.handle import GenerationHandle, wake
+
+
+def make(name: str = "a", **changes: Any) -> GenerationHandle:
+    return GenerationHandle(name, lambda handle: None, **changes)
+
+
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.002)
+
+
+def test_a_token_wakes_nobody_where_nobody_waits() -> None:
+    handle = make()
+    waiting = threading.Thread(target=handle.result, daemon=True)
+    waiting.start()
+    assert not handle._push(5, None, 1.0), "a caller blocked in result() waits for the end only"
+    assert handle.token_ids == [5]
+    handle._finish("length")
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_metrics_come_from_the_times_of_arrival() -> None:
+    handle = make(logprobs=True)
+    for i in range(5):
+        handle._push(i, -0.5, handle._submitted + 2 + 0.25 * i)
+    handle._finish("length")
+    result = handle.result(0)
+    assert result.logprobs == [-0.5] * 5
+    assert result.metrics.time_to_first_token == pytest.approx(2)
+    assert result.metrics.tokens_per_second == pytest.approx(4)
+
+
+def test_a_waiting_iterator_is_woken_for_each_token_and_the_end() -> None:
+    handle, got = make(), []
+
+    def consume() -> None:
+        got.extend(handle)
+
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    for i in range(3):
+        wait_until(lambda: handle._watchers == 1)
+        assert handle._push(i, None, 0.0)
+        wake([handle])
+        wait_until(lambda i=i: len(handle.token_ids) == i + 1)
+    wait_until(lambda: handle._watchers == 1)
+    handle._finish("length")
+    thread.join(20)
+    assert got == [0, 1, 2]
+
+
+class Loop:
+    """Counts what is scheduled, and runs it when told."""
+
+    def __init__(self, closed: bool = False) -> None:
+        self.closed, self.scheduled = closed, []  # type: ignore[var-annotated]
+
+    def call_soon_threadsafe(self, function: Any, *args: Any) -> None:
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
+        self.scheduled.append((function, args))
+
+
+def test_an_event_loop_is_called_once_for_all_its_handles() -> None:
+    first, second, closed = Loop(), Loop(), Loop(closed=True)
+    handles = [make(str(i)) for i in range(5)]
+    events = [asyncio.Event() for _ in handles]
+    for handle, loop, event in zip(handles, (first, closed, first, second, first), events, strict=True):
+        handle._async_watchers.append((loop, event))  # type: ignore[arg-type]
+        assert handle._push(1, None, 0.0)
+    wake(handles)
+    assert (len(first.scheduled), len(second.scheduled)) == (1, 1)
+    for function, args in first.scheduled + second.scheduled:
+        function(*args)
+    assert [event.is_set() for event in events] == [True, False, True, True, True], "a closed loop has nobody left"
+
+
+def test_the_end_wakes_an_event_loop() -> None:
+    handle, loop, event = make(), Loop(), asyncio.Event()
+    handle._async_watchers.append((loop, event))  # type: ignore[arg-type]
+    handle._fail(ValueError("broken"))
+    assert len(loop.scheduled) == 1
+    with pytest.raises(ValueError, match="broken"):
+        handle.result(0)
