@@ -52,18 +52,21 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
         model = tiny_model(family).to(device)
         prompts = ragged_prompts(8, 60)
         want = [_generate_alone(model, prompt, 12 + i) for i, prompt in enumerate(prompts)]
-        for depth, graphs in ((1, False), (2, True), (3, True)):
+        for depth, graphs, compiled in ((1, False, False), (2, True, False), (3, True, True)):
             config = BatchingConfig(
                 depth=depth,
                 page_size=16,
                 max_rows=6,
                 max_batch_tokens=32,
                 cuda_graphs=graphs,
+                compile=compiled,
                 num_pages=60,
                 debug=True,
             )
             try:
                 with GenerationManager(model, config) as manager:
+                    if compiled:
+                        manager.warmup()
                     handles = [
                         manager.submit(p, max_new_tokens=12 + i, do_sample=False) for i, p in enumerate(prompts)
                     ]
@@ -73,10 +76,9 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
                 print(f"{family:12s} depth {depth} graphs {graphs!s:5s}: {error!r} {error.__cause__!r}", flush=True)
                 continue
             same = sum(a == b for a, b in zip(got, want, strict=True))
-            out[f"{family} depth {depth} graphs {graphs}"] = same
-            print(
-                f"{family:12s} depth {depth} graphs {graphs!s:5s} captured {captured}: {same} of 8 equal", flush=True
-            )
+            what = f"{family} depth {depth}, captured {captured}, {'compiled' if compiled else 'not compiled'}"
+            out[what] = same
+            print(f"{what}: {same} of 8 equal", flush=True)
     return out | _grown_contexts(device)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import json
 import os
 import pstats
@@ -55,7 +56,7 @@ def one_start(shape: str, device: torch.device, new: int, profile: Path | None) 
     if profile is not None:
         with profile.open("w") as file:
             pstats.Stats(profiler, stream=file).sort_stats("cumulative").print_stats(80)
-    seconds = [b.compute[1] - a.compute[1] for a, b in zip(steps, steps[1:], strict=False) if b.step == a.step + 1]
+    seconds = [b.compute[1] - a.compute[1] for a, b in itertools.pairwise(steps) if b.step == a.step + 1]
     final = median(seconds[-50:])
     slow = [i for i in range(len(seconds) - 10) if median(seconds[i : i + 10]) > 1.1 * final]
     return {

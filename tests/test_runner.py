@@ -186,6 +186,7 @@ def test_another_forward_is_adopted_between_steps() -> None:
     assert calls
     assert not set(map(id, first_graphs)) & set(map(id, engine.runner.captured.values()))
     assert engine.runner.captured, "captured anew"
+    assert not engine.runner._replaced, "collected steps let the old graphs go"
 
 
 def test_replaced_graphs_live_until_no_step_can_replay_them() -> None:

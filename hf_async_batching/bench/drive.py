@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,12 +11,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.assembly import Assembly, assemble, compile_for
 from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.handle import GenerationHandle, GenerationResult
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.memory import return_memory
+from hf_async_batching.plan import Features
 from hf_async_batching.request import Request
 from hf_async_batching.timeline import StepRecord
 
@@ -128,10 +130,13 @@ class ThroughEngine:
         self._assembly = assemble(self._model, self._config)
         self.serve(Workload("start", (request,)))
 
+    @torch.inference_mode()
     def warmup(self) -> None:
-        """Every decode step with a graph of its own runs twice, as in `GenerationManager.warmup`."""
-        for rows in self.assembly.runner.buckets or [1]:
-            self.serve(Workload("warm-up", tuple(Request(str(i), (3 + i % 7,) * 8, 3) for i in range(rows))))
+        """Compile and capture, as `GenerationManager.warmup` does."""
+        if self.assembly.config.settings.compile:
+            compile_for(self._model, weakref.ref(self.assembly))
+        self.serve(Workload("warm-up", (Request("0", (3,) * 8, 2),)))
+        self.assembly.engine.pipeline.warm(Features())
 
     @torch.inference_mode()
     def serve(self, workload: Workload) -> Served:

@@ -97,7 +97,7 @@ def _peer_row(peer: PeerRun) -> str:
         f"{peer.seconds:.2f}",
         f"{peer.output_tokens_per_second:,.0f}",
         f"{peer.total_tokens_per_second:,.0f}",
-        *(_NONE,) * 6,
+        *(_NONE,) * 7,
         f"{first.mean:.3f} ({first.p95:.3f})" if first else _NONE,
         _NONE,
         _cell("; ".join(remarks)) or _NONE,

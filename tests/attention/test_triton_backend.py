@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -151,3 +152,24 @@ def test_nan_of_released_pages_stays_out_of_a_mixed_step() -> None:
                 tensor[step.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = math.nan
     for out in step.attend(TritonBackend(DEVICE), AttentionOptions(0.25)):
         assert out.isfinite().all()
+
+
+def test_kernels_are_made_ready_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[str, Any]] = []
+    kernels = {name: getattr(triton_backend, name) for name in ("write_kv", "decode_attention", "prefill_attention")}
+
+    def record(name: str, *args: Any, **kwargs: Any) -> Any:
+        launched.append((name, kwargs.get("config")))
+        return kernels[name](*args, **kwargs)
+
+    for name in kernels:
+        monkeypatch.setattr(triton_backend, name, partial(record, name))
+    plain = SHAPE._replace(num_heads=HEADS)
+    backend = TritonBackend(DEVICE)
+    backend.ready([plain, plain, plain._replace(sliding_window=4), SHAPE], page_size=PAGE_SIZE, batches=[1, 2, 2])
+    counts = {name: sum(1 for launch, _ in launched if launch == name) for name, _ in launched}
+    # Two kinds of layers; one whose heads nobody counted is left to its first step.
+    assert counts["write_kv"] == counts["prefill_attention"] == 2
+    decodes = [config for name, config in launched if name == "decode_attention"]
+    assert len(decodes) >= 2
+    assert len(set(decodes)) <= len(decodes) <= 4, "one for each kind, not for each batch"
