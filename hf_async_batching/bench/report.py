@@ -76,10 +76,8 @@ def run_row(measured: Measured, equal: float) -> str:
 
 def _variant(run: Run) -> list[str]:
     """What is unusual about a run."""
-    off = [
-        name for name in ("compile", "fuse_weights", "cuda_graphs", "prefix_cache") if run.settings.get(name) is False
-    ]
-    return [*[f"no {name.replace('_', ' ')}" for name in off], *(["engine alone"] if run.driver == "engine" else [])]
+    off = [f"no {name.replace('_', ' ')}" for name in run.switched_off]
+    return [*off, *(["engine alone"] if run.driver == "engine" else [])]
 
 
 def _peer_row(peer: PeerRun) -> str:
