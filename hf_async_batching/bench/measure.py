@@ -29,6 +29,8 @@ KEPT_STEPS = 1 << 20
 _START_SEED = -1
 _WARM_SEED = -2
 
+_SWITCHABLE = ("compile", "fuse_weights", "cuda_graphs", "prefix_cache")
+
 MakeWorkload = Callable[[int], Workload]
 
 
@@ -138,7 +140,7 @@ class Run:
         depth: Steps in flight.
         driver: "manager", as users see it, or "engine", without a thread in between.
         settings: The engine's configuration, its automatic fields filled.
-        unusual: Settings that are off and would be on by default, by name.
+        switched_off: Settings that the caller turned off, as opposed to those that are off by themselves.
         requests: Requests served.
         prompt_tokens: Tokens of their prompts.
         output_tokens: Tokens generated.
@@ -167,7 +169,7 @@ class Run:
     depth: int
     driver: str
     settings: dict[str, Any]
-    unusual: list[str]
+    switched_off: tuple[str, ...]
     requests: int
     prompt_tokens: int
     output_tokens: int
@@ -261,11 +263,7 @@ def measure(
         depth=depth,
         driver="engine" if through_engine else "manager",
         settings=settings,
-        unusual=[
-            name
-            for name in ("compile", "fuse_weights", "cuda_graphs", "prefix_cache")
-            if settings[name] is False and getattr(config, name) is False
-        ],
+        switched_off=tuple(name for name in _SWITCHABLE if getattr(config, name, None) is False),
         requests=workload.num_requests,
         prompt_tokens=workload.prompt_tokens,
         output_tokens=output_tokens,

@@ -27,6 +27,9 @@ _ON_CPU = ("sdpa", "eager")
 # Tokens per block of its cache, by default.
 _CPU_BLOCK = 256
 
+# Tokens per step on the CPU: our own engine's default there.
+_CPU_BATCH_TOKENS = 256
+
 
 def generate_batch(
     run: PeerRun,
@@ -47,9 +50,10 @@ def generate_batch(
         for wish in wishes if cuda else [{}]:
             settings = {**wish, "auto_switch_to_flash": False, "allow_block_sharing": prefix_cache}
             if not cuda:
-                # Its share of the memory would be most of the machine's, and all of it is written first.
+                # By default its tables take most of the machine's memory, and writing them once takes minutes.
                 workload = make_workload(0)
                 settings["num_blocks"] = len(workload.first) * (2 + workload.longest // _CPU_BLOCK)
+                settings["max_batch_tokens"] = max(_CPU_BATCH_TOKENS, len(workload.first))
             try:
                 model.set_attn_implementation(attention)
                 return _batches(run, model, settings, make_workload, repeats, limit)

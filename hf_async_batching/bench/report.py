@@ -76,10 +76,8 @@ def run_row(measured: Measured, equal: float) -> str:
 
 def _variant(run: Run) -> list[str]:
     """What is unusual about a run."""
-    return [
-        *[f"no {name.replace('_', ' ')}" for name in run.unusual],
-        *(["engine alone"] if run.driver == "engine" else []),
-    ]
+    off = [f"no {name.replace('_', ' ')}" for name in run.switched_off]
+    return [*off, *(["engine alone"] if run.driver == "engine" else [])]
 
 
 def _peer_row(peer: PeerRun) -> str:
