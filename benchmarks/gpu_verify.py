@@ -79,10 +79,10 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
             what = f"{family} depth {depth}, captured {captured}, {'compiled' if compiled else 'not compiled'}"
             out[what] = same
             print(f"{what}: {same} of 8 equal", flush=True)
-    return out | _grown_contexts(device)
+    return out | _grown_contexts(device, [f for f in ("Llama", "Mistral") if f in (only or FAMILIES)])
 
 
-def _grown_contexts(device: torch.device) -> dict[str, Any]:
+def _grown_contexts(device: torch.device, families: list[str]) -> dict[str, Any]:
     """Graphs captured at contexts of some 8 tokens, replayed up to 600: past page borders and every bound at capture.
 
     In float32, token for token; a sliding window, a row that ends by an end-of-sequence token beside one that goes
@@ -91,7 +91,7 @@ def _grown_contexts(device: torch.device) -> dict[str, Any]:
     from support.tiny_models import ragged_prompts, tiny_model
 
     out: dict[str, Any] = {}
-    for family in ("Llama", "Mistral"):
+    for family in families:
         model = tiny_model(family, max_position_embeddings=1024).to(device)
         prompts = ragged_prompts(6, 8, seed=11)
         news = [600 - len(prompt) - 40 * i for i, prompt in enumerate(prompts)]
