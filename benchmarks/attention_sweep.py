@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hf_async_batching.bench.machine import copy_bandwidth
+
 PAGE_SIZE = 16
 Row = dict[str, Any]
 
@@ -85,12 +87,6 @@ class Timer:
         torch.cuda.synchronize()
         times = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
         return statistics.median(times) / 1000 / len(work)
-
-
-def copy_bandwidth(timer: Timer, device: str) -> float:
-    """Bytes read and written per second by the copy of 1 GB."""
-    source, target = (torch.empty(2**30 if timer.cuda else 1000, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * source.nbytes / timer([lambda: target.copy_(source)])
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -401,7 +397,7 @@ def main() -> None:
         raise SystemExit("This benchmark needs a CUDA GPU; --quick is a dry run without.")
     device = "cpu" if arguments.quick else "cuda"
     timer = Timer(arguments.replays, not arguments.quick)
-    copy = copy_bandwidth(timer, device)
+    copy = copy_bandwidth(torch.device(device))
     cases = make_cases(arguments, device)
     if not arguments.quick:
         compile_all(cases, arguments.seconds / 2)

@@ -183,7 +183,7 @@ def _axis(seconds: float, scale: float, height: float) -> list[str]:
 
 def _legend() -> list[str]:
     out, x = [], _WIDTH - _RIGHT
-    for kind, name, width in (("idle", "idle", 22), ("settle", "read", 26), ("plan", "plan and launch", 82)):
+    for kind, name, width in (("idle", "idle", 22), ("settle", "read", 26), ("plan", "plan and launch", 94)):
         out.append(f'<text x="{x:.0f}" y="18" text-anchor="end">{name}</text>')
         out.append(f'<rect class="{kind}" x="{x - width - 12:.0f}" y="9" width="9" height="9"/>')
         x -= width + 24
