@@ -49,17 +49,18 @@ class TritonBackend:
         options: AttentionOptions,
     ) -> torch.Tensor:
         assert context.cache is not None
+        if context.decode:
+            return self._decode(query, (key, value), layer, context, options, None)
         keys, values = context.cache.keys[layer], context.cache.values[layer]
         write_kv(key, value, keys, values, context.page_table, context.rows, context.positions)
-        if context.decode:
-            return self._decode(query, layer, context, options, None)
         assert context.tile_rows is not None and context.tile_queries is not None
         assert context.tile_lengths is not None and context.tile_positions is not None
         # Zeros, since the NaN that empty memory may hold would spread from tokens of no tile to the scratch page.
         out = query.new_zeros((*query.shape[:2], values.shape[-1]))
         decodes = context.num_decodes
         if decodes:
-            self._decode(query[:decodes], layer, context, options, out[:decodes])
+            # What decodes is written twice, so that one kernel serves mixed steps, too.
+            self._decode(query[:decodes], (key[:decodes], value[:decodes]), layer, context, options, out[:decodes])
         prefill_attention(
             query,
             keys,
@@ -80,6 +81,7 @@ class TritonBackend:
     def _decode(
         self,
         query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
         layer: int,
         context: AttentionContext,
         options: AttentionOptions,
@@ -99,6 +101,7 @@ class TritonBackend:
             softcap=options.softcap,
             config=self._settings.decode(Problem.of(query, keys, values, options), layer, options, query.shape[0]),
             counters=self._counters,
+            new=new,
             out=out,
         )
 
@@ -146,6 +149,7 @@ class _Example:
         decode_attention(
             self._query, self._keys, self._values, self._table, self._index[:2], self._index[:2],
             scaling=options.scaling, sliding_window=options.sliding_window, config=config, counters=self._counters,
+            new=(self._key, self._value),
         )  # fmt: skip
 
     def prefill(self, config: BlockSizes, options: AttentionOptions) -> None:

@@ -212,6 +212,8 @@ def _combine_splits(
 )
 def decode_kernel(
     query,
+    new_key,
+    new_value,
     key_cache,
     value_cache,
     page_table,
@@ -224,10 +226,15 @@ def decode_kernel(
     max_pages,
     query_stride_entry,
     query_stride_head,
+    key_stride_entry,
+    key_stride_head,
+    value_stride_entry,
+    value_stride_head,
     score_scale,
     cap,
     max_splits,
     blocks_per_split,
+    NEW: tl.constexpr,
     SPLIT: tl.constexpr,
     FUSED: tl.constexpr,
     PDL: tl.constexpr,
@@ -263,17 +270,21 @@ def decode_kernel(
     value_dims = tl.arange(0, BLOCK_DV)
 
     # The length of a padding row may have grown past its table, whose end must not be overrun.
-    context = tl.minimum(tl.load(context_lengths + entry), max_pages * PAGE_SIZE)
+    length = tl.load(context_lengths + entry)
+    context = tl.minimum(length, max_pages * PAGE_SIZE)
     pages = page_table + tl.load(rows + entry).to(tl.int64) * max_pages
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(context - WINDOW, 0)
+    cached = context
+    if NEW:
+        cached = tl.maximum(context - 1, 0)
     # Split here and not on the host: a captured graph must stay right, and balanced, while contexts grow.
     first_block = begin // BLOCK_N
-    last_block = tl.cdiv(context, BLOCK_N)
+    last_block = tl.cdiv(cached, BLOCK_N)
     active_splits = 1
     if SPLIT:
-        blocks = last_block - first_block
+        blocks = tl.maximum(last_block - first_block, 0)
         active_splits = tl.maximum(tl.minimum(max_splits, blocks // blocks_per_split), 1)
         last_block = first_block + blocks * (split + 1) // active_splits
         first_block += blocks * split // active_splits
@@ -286,15 +297,45 @@ def decode_kernel(
 
     query_at = query + entry * query_stride_entry + heads[:, None] * query_stride_head + dims[None, :]
     queries = tl.load(query_at, mask=group_mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    if NEW:
+        takes_new = tl.where(split == active_splits - 1, context, 0) > 0
+        # Read before the cached ones, and used behind them: nobody waits for it.
+        key_at = new_key + entry * key_stride_entry + kv_head * key_stride_head
+        token_key = tl.load(key_at + dims, mask=dims < tl.where(takes_new, HEAD_DIM, 0), other=0.0)
+        value_at = new_value + entry * value_stride_entry + kv_head * value_stride_head
+        token_value = tl.load(value_at + value_dims, mask=value_dims < tl.where(takes_new, VALUE_DIM, 0), other=0.0)
+        # One program of a group writes, and none what lies beyond the table.
+        writer = tl.where(tl.program_id(0) % GROUP_BLOCKS == 0, context, -1)
+        writes = tl.where(takes_new, length, -2) == writer
+        page = tl.load(pages + tl.where(writes, cached // PAGE_SIZE, 0)).to(tl.int64)
+        slot = (page * PAGE_SIZE + cached % PAGE_SIZE) * KV_HEADS + kv_head
+        tl.store(key_cache + slot * HEAD_DIM + dims, token_key, mask=dims < tl.where(writes, HEAD_DIM, 0))
+        tl.store(
+            value_cache + slot * VALUE_DIM + value_dims, token_value,
+            mask=value_dims < tl.where(writes, VALUE_DIM, 0),
+        )  # fmt: skip
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     same = tl.zeros([BLOCK_M], tl.int32)
     accumulator, row_maximum, row_sum = attend_blocks(
         accumulator, row_maximum, row_sum, queries, key_cache, value_cache, pages, kv_head, first_block, last_block,
-        begin, context, same + begin, same + context, score_scale, cap, KV_HEADS, HEAD_DIM, VALUE_DIM, PAGE_SIZE,
+        begin, cached, same + begin, same + cached, score_scale, cap, KV_HEADS, HEAD_DIM, VALUE_DIM, PAGE_SIZE,
         BLOCK_N, BLOCK_D, BLOCK_DV, HAS_CAP, True,
     )  # fmt: skip
+    if NEW:
+        score = tl.sum(queries.to(tl.float32) * token_key.to(tl.float32)[None, :], 1)
+        if HAS_CAP:
+            score = cap * (1.0 - 2.0 / (tl.exp2(score * score_scale) + 1.0))
+        else:
+            score = score * score_scale
+        score = tl.where(takes_new, score, float("-inf"))
+        maximum = tl.maximum(row_maximum, score)
+        offset = tl.where(maximum == float("-inf"), 0.0, maximum)
+        decay, weight = tl.exp2(row_maximum - offset), tl.exp2(score - offset)
+        row_sum = row_sum * decay + weight
+        accumulator = accumulator * decay[:, None] + weight[:, None] * token_value.to(tl.float32)[None, :]
+        row_maximum = maximum
     if PDL:
         gdc_launch_dependents()
 

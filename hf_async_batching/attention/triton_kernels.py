@@ -158,6 +158,7 @@ def decode_attention(
     softcap: float | None = None,
     config: DecodeConfig | None = None,
     counters: torch.Tensor | None = None,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token for each entry of the batch over its row's pages.
@@ -173,14 +174,16 @@ def decode_attention(
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the same dtype.
         page_table: [num_rows, max_pages_per_row], int32.
         rows: [B], int32.
-        context_lengths: [B], int32: cached tokens, the current one (whose key is already written) included. 0 gives
-            zeros. More than the row's page table holds is cut to what it holds.
+        context_lengths: [B], int32: cached tokens, the current one included, whose key is already written or given in
+            `new`. 0 gives zeros. More than the row's page table holds is cut to what it holds.
         scaling: multiplies the scores; positive.
         sliding_window: how many of the last tokens are visible, the current one included; None for all.
         softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
         config: how the work is divided; None asks `default_decode_config`.
         counters: [at least `decode_programs`], int32, zeros before the first call and after each. Calls that may run
             at the same time need counters of their own. Without, or with too few, a second kernel combines.
+        new: keys [B, num_kv_heads, head_dim] and values [B, num_kv_heads, head_dim_v] of the current tokens, any strides
+            but 1 for the last dimension: written to their pages by this launch. None: they have been written.
         out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
@@ -192,6 +195,10 @@ def decode_attention(
     kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
     batch = _check_index("rows", rows)
     _check_index("context_lengths", context_lengths, batch)
+    key, value = (query, query) if new is None else new
+    if new is not None:
+        _check_heads("new[0]", key, (batch, kv_heads, head_dim), key_cache.dtype)
+        _check_heads("new[1]", value, (batch, kv_heads, head_dim_v), value_cache.dtype)
     group = _check_query(query, batch, kv_heads, head_dim, key_cache, value_cache)
     window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
     if config is None:
@@ -214,9 +221,10 @@ def decode_attention(
     block_dv = power_of_two(head_dim_v)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         decode_kernel[(programs, splits, batch)](
-            query, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
-            counters if fused else rows, page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
-            splits, max(1, config.tokens_per_split // config.n),
+            query, key, value, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
+            counters if fused else rows, page_table.shape[1], query.stride(0), query.stride(1), key.stride(0),
+            key.stride(1), value.stride(0), value.stride(1), score_scale, cap, splits,
+            max(1, config.tokens_per_split // config.n), NEW=new is not None,
             SPLIT=splits > 1, FUSED=fused, PDL=config.pdl, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
             VALUE_DIM=head_dim_v, PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=m,
             BLOCK_N=config.n, BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=config.warps,

@@ -182,6 +182,23 @@ def check_decode(
     check(actual, expected, cache.dtype)
     assert not counters.any(), "the next launch needs zeros"
 
+    # The same where the launch itself writes the last tokens, which are not in their pages yet.
+    page_size = cache.key.shape[1]
+    slots = [(int(cache.table[row, (n - 1) // page_size]), (n - 1) % page_size) for row, n in zip(rows, lengths)]
+    pages, offsets = (torch.tensor(index, device=DEVICE) for index in zip(*slots[1:], strict=True))
+    written = cache.key.clone(), cache.value.clone()
+    nan = torch.full_like(cache.key[:1, 0], math.nan), torch.full_like(cache.value[:1, 0], math.nan)
+    new = tuple(torch.cat([n, c[pages, offsets]]) for n, c in zip(nan, written, strict=True))
+    cache.key[pages, offsets] = cache.value[pages, offsets] = math.nan
+    actual = kernels.decode_attention(
+        query, cache.key, cache.value, cache.table, int32(rows), int32(lengths),
+        scaling=SCALING, sliding_window=window, softcap=softcap, config=chosen, counters=counters, new=new,
+    )  # fmt: skip
+    assert (actual[0] == 0).all(), "the padding entry's new token is not used"
+    check(actual, expected, cache.dtype)
+    for before, after in zip(written, (cache.key, cache.value), strict=True):
+        assert torch.equal(before.view(torch.uint8), after.view(torch.uint8)), "each token in its slot, and no other"
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -244,7 +261,7 @@ def test_decode_of_short_contexts_leaves_the_partial_results_alone(monkeypatch: 
     for tokens_per_split, touched in ((64, False), (32, True)):
         partial.clear()
         check_decode(cache, contexts, 2, splits=5, tokens_per_split=tokens_per_split)
-        assert len(partial) == 2, "partial results and their log-sums"
+        assert len(partial) == 4, "partial results and their log-sums, of two launches"
         assert any(tensor.isfinite().any() for tensor in partial) == touched
 
 

@@ -114,6 +114,10 @@ def decode(shape: Shape, dtype: torch.dtype, **changes: Any) -> None:
         torch.empty(32, shape.heads, shape.size, dtype=dtype), **_attention(shape, dtype), rows=index,
         context_lengths=index, scaling=0.1, sliding_window=shape.window, softcap=shape.softcap, counters=counters,
         config=rule._replace(**changes),
+        new=(
+            torch.empty(32, shape.kv_heads, shape.size, dtype=dtype),
+            torch.empty(32, shape.kv_heads, shape.size_v, dtype=dtype),
+        ),
     )  # fmt: skip
 
 
