@@ -182,8 +182,8 @@ def decode_attention(
         config: how the work is divided; None asks `default_decode_config`.
         counters: [at least `decode_programs`], int32, zeros before the first call and after each. Calls that may run
             at the same time need counters of their own. Without, or with too few, a second kernel combines.
-        new: keys [B, num_kv_heads, head_dim] and values [B, num_kv_heads, head_dim_v] of the current tokens, any strides
-            but 1 for the last dimension: written to their pages by this launch. None: they have been written.
+        new: keys [B, num_kv_heads, head_dim] and values [B, num_kv_heads, head_dim_v] of the current tokens, any
+            strides but 1 for the last dimension: written to their pages by this launch. None: they have been written.
         out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
