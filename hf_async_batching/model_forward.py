@@ -19,7 +19,6 @@ from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products, tune_products
-from hf_async_batching.linear.order import set_order
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
@@ -83,9 +82,7 @@ class ModelForward:
         for module in self.view.modules():
             if type(module) is torch.nn.Linear:
                 convert(module, counters, skinny=skinny)
-        packed = pack(groups)
-        set_order(self.view, [module for module, _ in seen.calls], set(self._paged_layers), counters)
-        return packed
+        return pack(groups)
 
     def compile(self, run_example: Callable[[], Any], backend: str = "inductor") -> None:
         """Compile the layers of the view; see `compiled_regions`.

@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hf_async_batching.linear.order import following_weight
-
 MAX_STRIPS = 8192
 """Length of the kernel's counters: strips of outputs that one product may have."""
 
@@ -34,13 +32,8 @@ def _few_rows(
 
     if not skinny.serves(x, weight):
         return None
-    settings, rows = skinny_settings.settings_for(x.device), x.numel() // x.shape[-1]
-    setting = settings.choose(rows, weight)
-    if setting == skinny.LIBRARY:
-        return None
-    after = following_weight(counters, weight)
-    following = None if after is None else settings.following(rows, after)
-    return skinny.skinny_linear(x, weight, bias, counters, setting, following)
+    setting = skinny_settings.settings_for(x.device).choose(x.numel() // x.shape[-1], weight)
+    return None if setting == skinny.LIBRARY else skinny.skinny_linear(x, weight, bias, counters, setting)
 
 
 def _linear_shape(

@@ -17,10 +17,6 @@ MAX_ROWS = 64
 """Beyond this many rows the vendor's library is faster (measured on an H200, benchmarks/linear_sweep.py)."""
 
 
-MIN_PREFETCH = 128
-"""Pieces of fewer bytes than a line of the L2 cache are not worth asking for."""
-
-
 class SkinnySetting(NamedTuple):
     """Outputs and inner elements per block, shares of the inner dimension, warps, and loads in flight.
 
@@ -32,24 +28,6 @@ class SkinnySetting(NamedTuple):
     splits: int
     warps: int
     stages: int
-
-
-class Following(NamedTuple):
-    """The first pieces of a weight [n, k], one of each share of the inner dimension of its first rows.
-
-    Attributes:
-        weight: The weight, contiguous.
-        items: Pieces in all.
-        shares: Shares of the inner dimension.
-        share: Elements from one share to the next.
-        bytes: Of one piece, a multiple of 16; no piece ends beyond its row.
-    """
-
-    weight: torch.Tensor
-    items: int
-    shares: int
-    share: int
-    bytes: int
 
 
 LIBRARY = SkinnySetting(0, 0, 0, 0, 0)
@@ -124,38 +102,12 @@ def candidates(rows: int, n: int, k: int, memory: int) -> list[SkinnySetting]:
     return out
 
 
-def beginning(weight: torch.Tensor, setting: SkinnySetting, budget: int, programs: int) -> Following | None:
-    """What a product with `setting` reads first of its weight.
-
-    Its first programs, all at once, read the first blocks of their strips: of each row of these, in each share of the
-    inner dimension, as many bytes as the budget allows.
-
-    Args:
-        weight: [n, k], contiguous.
-        setting: Of the product that reads it; `LIBRARY` counts as one share.
-        budget: Bytes in all.
-        programs: That run at once.
-    """
-    n, k = weight.shape
-    shares = max(1, setting.splits)
-    share = triton.cdiv(triton.cdiv(k, max(1, setting.block_k)), shares) * max(1, setting.block_k)
-    rows = min(n, max(1, setting.block_n) * max(1, programs // shares)) if setting.block_n else n
-    itemsize = weight.dtype.itemsize
-    # The last share may be the shortest.
-    longest = min(share, k - (shares - 1) * share) * itemsize
-    size = min(budget // (rows * shares), longest) // 16 * 16
-    if size < MIN_PREFETCH or weight.data_ptr() % 16 or k * itemsize % 16 or share * itemsize % 16:
-        return None
-    return Following(weight, rows * shares, shares, share, size)
-
-
 def skinny_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     counters: torch.Tensor,
     setting: SkinnySetting | None = None,
-    following: Following | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias` for few rows, summed in float32 in an order that does not depend on timing.
 
@@ -166,8 +118,6 @@ def skinny_linear(
         counters: int32, as many as there are strips of outputs; zero between launches. Products in two streams must
             not share them.
         setting: None for the one by rule.
-        following: What the product after this one reads first; on its way when this one ends (compute capability 9.0
-            and above; elsewhere without effect).
 
     Returns:
         [..., n], contiguous, the dtype of `x`.
@@ -182,16 +132,13 @@ def skinny_linear(
     partial = x.new_empty((setting.splits, rows, n), dtype=torch.float32) if setting.splits > 1 else output
     blocks = -(-k // setting.block_k)
     early = launches_early(x.device)
-    after = following if following is not None and early else Following(weight, 0, 1, 0, 0)
     options = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         skinny_linear_kernel[(triton.cdiv(n, setting.block_n), setting.splits)](
             flat, weight, output if bias is None else bias, output, partial, counters, rows, n, k, flat.stride(0),
-            triton.cdiv(blocks, setting.splits), after.weight, after.items, after.shares, after.weight.stride(0),
-            after.share, after.bytes, BLOCK_M=block_m(rows), BLOCK_N=setting.block_n,
+            triton.cdiv(blocks, setting.splits), BLOCK_M=block_m(rows), BLOCK_N=setting.block_n,
             BLOCK_K=setting.block_k, SPLITS=setting.splits, HAS_BIAS=bias is not None,
-            EVEN_K=k % setting.block_k == 0, EARLY=early, PREFETCH=after.items > 0,
-            THREADS=32 * setting.warps, num_warps=setting.warps, num_stages=setting.stages,
+            EVEN_K=k % setting.block_k == 0, EARLY=early, num_warps=setting.warps, num_stages=setting.stages,
             **options,
         )  # fmt: skip
     return output

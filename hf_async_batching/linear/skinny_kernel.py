@@ -10,12 +10,8 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
 
-# One row is a row count like any other: a constant 1 would compile a kernel of its own; and so with what follows.
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "following_items", "following_shares", "following_stride", "following_share", "following_bytes")
-    ]
-)
+# One row is a row count like any other: a constant 1 would compile a kernel of its own.
+@triton.jit(do_not_specialize=["rows"])
 def skinny_linear_kernel(
     x,
     weight,
@@ -28,12 +24,6 @@ def skinny_linear_kernel(
     K,
     x_stride,
     blocks_per_split,
-    following,
-    following_items,
-    following_shares,
-    following_stride,
-    following_share,
-    following_bytes,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -41,16 +31,11 @@ def skinny_linear_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     EARLY: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """One program: BLOCK_N outputs of all rows over one share of the inner dimension.
 
     The last program to finish a strip adds the shares up, in their order, so that the result does not depend on who
     was last; its counter is back at zero for the next launch.
-
-    With PREFETCH, a program that has read its weight asks for its part of the weight that the product after this one
-    reads first: the small kernels in between leave the memory idle. Nothing waits for that, and nothing depends on it.
     """
     strip = tl.program_id(0)
     split = tl.program_id(1)
@@ -78,20 +63,6 @@ def skinny_linear_kernel(
         accumulator = tl.dot(w, tl.trans(a), accumulator)
         weight_at += BLOCK_K
         x_at += BLOCK_K
-    if PREFETCH:
-        programs = tl.num_programs(0) * SPLITS
-        items = tl.cdiv(following_items, programs)
-        first = (strip * SPLITS + split) * items
-        for item in range(first, tl.minimum(first + items, following_items), THREADS):
-            index = tl.minimum(item + tl.arange(0, THREADS), following_items - 1)
-            row, share = index // following_shares, index % following_shares
-            following_at = following + row.to(tl.int64) * following_stride + share * following_share
-            # To the L2 cache, at once or never: a hint that is dropped costs time and nothing else.
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-                [following_at.to(tl.int64), tl.zeros_like(index) + following_bytes],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
     accumulator = tl.trans(accumulator)
 
     at = ms[:, None] * N + ns[None, :]

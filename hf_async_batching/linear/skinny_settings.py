@@ -11,9 +11,7 @@ from hf_async_batching.linear import skinny, skinny_kernel
 from hf_async_batching.linear.skinny import (
     LIBRARY,
     MAX_ROWS,
-    Following,
     SkinnySetting,
-    beginning,
     block_m,
     candidates,
     default_setting,
@@ -39,7 +37,6 @@ class SkinnySettings:
         self._memory = skinny.shared_memory_limit(device)
         self._tuning = tuning
         self._known: dict[tuple[int, int, int, torch.dtype], SkinnySetting] = {}
-        self._programs, self._prefetched_bytes = _first_programs(device)
 
     def choose(self, rows: int, weight: torch.Tensor) -> SkinnySetting:
         """The setting for `rows` rows of activations and a weight [n, k]; `LIBRARY` for none."""
@@ -50,12 +47,6 @@ class SkinnySettings:
             default, others = self._choices(key[0], n, k)
             setting = self._known[key] = self._tuning.choose(KERNEL, _key(*key), others, default)
         return setting
-
-    def following(self, rows: int, weight: torch.Tensor) -> Following | None:
-        """What the product of `rows` rows with a weight [n, k] reads first; None where asking is not worth it."""
-        if not self._prefetched_bytes or weight.dtype.itemsize != 2 or not weight.is_contiguous():
-            return None
-        return beginning(weight, self.choose(rows, weight), self._prefetched_bytes, self._programs)
 
     def tune(self, weights: Iterable[torch.Tensor], rows: Iterable[int], counters: torch.Tensor) -> None:
         """Measure every shape of `weights` for every number of rows, unless this was done before.
@@ -78,17 +69,6 @@ class SkinnySettings:
     def _choices(self, rows: int, n: int, k: int) -> tuple[SkinnySetting, list[SkinnySetting]]:
         default = default_setting(rows, n, k, self._memory)
         return default, [LIBRARY, *[c for c in candidates(rows, n, k, self._memory) if c != default]]
-
-
-def _first_programs(device: torch.device) -> tuple[int, int]:
-    """Programs of a product that run at once, and bytes that the small kernels between two products leave time for.
-
-    A fifth of the L2 cache (10 MB on an H100): what the memory delivers in the 3 to 5 us of a norm and its gaps.
-    """
-    if not skinny.launches_early(device):
-        return 1, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size // 5
 
 
 def _key(rows: int, n: int, k: int, dtype: torch.dtype) -> str:

@@ -57,12 +57,6 @@ def test_programmatic_dependent_launch() -> None:
     check(compile_kernels([90], ["float16"], ["decode pdl"]), {"decode_kernel"})
 
 
-def test_products_that_ask_for_the_next_weight() -> None:
-    compiled = compile_kernels([90, 100], ["bfloat16"], ["skinny early"])
-    check(compiled, {"skinny_linear_kernel"})
-    assert all(kernel["prefetches"] == 1 for kernel in compiled)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 def test_every_kernel(capability: int) -> None:

@@ -11,15 +11,7 @@ pytest.importorskip("triton")
 
 from hf_async_batching.linear import skinny
 from hf_async_batching.linear.engine_linear import MAX_STRIPS
-from hf_async_batching.linear.skinny import (
-    LIBRARY,
-    SkinnySetting,
-    beginning,
-    candidates,
-    default_setting,
-    serves,
-    skinny_linear,
-)
+from hf_async_batching.linear.skinny import SkinnySetting, candidates, default_setting, serves, skinny_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -94,18 +86,3 @@ def test_settings_fit_the_card(memory: int, rows: int) -> None:
 def test_small_weights_are_shared_out() -> None:
     assert default_setting(32, 4096, 4096, 227 * 1024).splits == 2
     assert default_setting(32, 28672, 4096, 227 * 1024).splits == 1
-
-
-@pytest.mark.parametrize("setting", [SkinnySetting(64, 128, 1, 4, 4), SkinnySetting(64, 128, 2, 4, 4), LIBRARY])
-@pytest.mark.parametrize("budget", [1 << 16, 1 << 18, 1 << 30])
-def test_what_a_product_reads_first(setting: SkinnySetting, budget: int) -> None:
-    weight = torch.empty(1000, 640, dtype=torch.bfloat16)
-    found = beginning(weight, setting, budget, 10)
-    if found is None:
-        assert budget == 1 << 16, "too little for a line of each row"
-        return
-    assert found.items * found.bytes <= budget
-    assert found.bytes % 16 == 0 and found.share % 8 == 0
-    rows = found.items // found.shares
-    assert rows == (1000 if setting == LIBRARY else min(1000, 64 * (10 // max(1, setting.splits))))
-    assert (found.shares - 1) * found.share + found.bytes // 2 <= 640, "no piece leaves its row"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
@@ -150,19 +149,6 @@ def skinny(dtype: torch.dtype) -> None:
             skinny_linear(x, weight, torch.empty(n, dtype=dtype), counters, setting)
 
 
-def skinny_early(dtype: torch.dtype) -> None:
-    """As cards launch it that know early launches: with the next weight asked for."""
-    from hf_async_batching.linear import skinny
-
-    counters, rows = torch.zeros(8192, dtype=torch.int32), 32
-    x, weight, after = (torch.empty(n, 4096, dtype=dtype) for n in (rows, 4096, 28672))
-    setting = skinny.default_setting(rows, 4096, 4096, 227 * 1024)
-    following = skinny.beginning(after, skinny.default_setting(rows, 28672, 4096, 227 * 1024), 10 << 20, 132)
-    assert following is not None
-    with mock.patch.object(skinny, "launches_early", return_value=True):
-        skinny.skinny_linear(x, weight, None, counters, setting, following)
-
-
 def tables(dtype: torch.dtype) -> None:
     from hf_async_batching.device_state import DeviceState
 
@@ -181,10 +167,7 @@ for _name, _shape in SHAPES.items():
 LAUNCHES["skinny"] = skinny
 LAUNCHES["tables"] = tables
 # Not for cards before compute capability 9, and so named when asked for only.
-EXTRA = {
-    "skinny early": skinny_early,
-    "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
-}
+EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
 
 
 def main() -> None:
@@ -204,9 +187,8 @@ def main() -> None:
         launch, capability = item
         about = {"launch": launch.label, "kernel": launch.kernel.__name__, "capability": capability}
         try:
-            kernel = launch.compile(capability)
-            about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-            about["prefetches"] = kernel.asm["ptx"].count("cp.async.bulk.prefetch.L2")
+            metadata = launch.compile(capability).metadata
+            about |= {"shared": metadata.shared, "warps": metadata.num_warps}
         except Exception as error:
             about["failed"] = f"{type(error).__name__}: {error}"
         return json.dumps(about)
