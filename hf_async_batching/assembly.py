@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
 from hf_async_batching.config import BatchingConfig, ResolvedConfig
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
+from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.engine import Engine
 from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
@@ -133,10 +135,7 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     del running
     began = time.perf_counter()
     try:
-        forward = ModelForward(model, fused=fused)
-        # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
-        backend = make_backend(config.settings.attention_backend, forward.device)
-        compile_checked(forward, backend)
+        forward, backend = _compiled_forward(model, fused, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
@@ -149,3 +148,20 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running.runner.offer(forward)
     logger.info("compiled %s in %.1f s", forward.name, time.perf_counter() - began)
     return True
+
+
+def _compiled_forward(
+    model: PreTrainedModel, fused: bool, config: ResolvedConfig
+) -> tuple[ModelForward, AttentionBackend]:
+    device = next(model.parameters()).device
+    for early in (True, False) if device_launches_early(device) else (False,):
+        forward = ModelForward(model, fused=fused)
+        # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
+        backend = make_backend(config.settings.attention_backend, forward.device)
+        try:
+            compile_checked(forward, backend, early=early)
+        except UnsafeEarlyLaunchError as error:
+            logger.info("%s is compiled again without early launches: %s", forward.name, error)
+            continue
+        return forward, backend
+    raise AssertionError("compiling without early launches cannot fail for them")

@@ -97,15 +97,19 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
 
 
 @torch.inference_mode()
-def compile_checked(forward: ModelForward, backend: AttentionBackend, compiler: str = "inductor") -> None:
+def compile_checked(
+    forward: ModelForward, backend: AttentionBackend, compiler: str = "inductor", *, early: bool = False
+) -> None:
     """Compile a forward on an example, and compare its logits with those it had uncompiled.
 
     Args:
         forward: A forward that nobody else uses; left bound to the check's pages.
         backend: The attention kernels.
         compiler: Backend of `torch.compile`.
+        early: Let kernels be launched early; see `early_launches`.
 
     Raises:
+        UnsafeEarlyLaunchError: With `early`, a kernel would not wait for the one before it.
         RuntimeError: The logits differ by more than rounding.
         Exception: Whatever the compiler raises.
     """
@@ -134,7 +138,7 @@ def compile_checked(forward: ModelForward, backend: AttentionBackend, compiler: 
     )
     decode = StepInputs(rows.long(), context.positions.long(), None, context)
     expected = [forward(step).float() for step in (prefill, decode)]
-    forward.compile(lambda: forward(prefill), compiler)
+    forward.compile(lambda: forward(prefill), compiler, early=early)
     for step, want in zip((prefill, decode), expected, strict=True):
         error = _error(forward(step).float(), want)
         if not error <= _tolerance(forward):

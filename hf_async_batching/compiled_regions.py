@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_async_batching.early_launches import generated_code_waits
+from hf_async_batching.residual_sums import merge_residual_sums
+
 logger = logging.getLogger(__name__)
+
+Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]
+"""A backend of `torch.compile`."""
 
 # Sizes of the example that is compiled with: odd, and unlike the sizes of any model, so that what has this size
 # counts tokens.
@@ -26,19 +32,22 @@ EXAMPLE_TOKENS = 37
 _numbers = itertools.count()
 
 
+class UnsafeEarlyLaunchError(RuntimeError):
+    """Compiled code must not be launched early."""
+
+
 class Region:
     """The compiled forward of modules that share their code.
 
     Args:
         modules: Modules of one class, of which one is compiled for all.
         backend: Of `torch.compile`.
-        options: Of its Inductor backend.
 
     Attributes:
         marking: Set while the example runs: dimensions of `EXAMPLE_TOKENS` are then marked as dynamic.
     """
 
-    def __init__(self, modules: list[nn.Module], backend: str, options: dict[str, Any] | None) -> None:
+    def __init__(self, modules: list[nn.Module], backend: Compiler) -> None:
         self.marking = False
         self.modules = modules
         original = type(modules[0]).forward
@@ -53,7 +62,7 @@ class Region:
         own = types.FunctionType(
             call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
         )
-        self._compiled = torch.compile(own, backend=backend, fullgraph=True, options=options)
+        self._compiled = torch.compile(own, backend=backend, fullgraph=True)
         for module in modules:
             module.forward = types.MethodType(_RegionCall(self), module)
 
@@ -98,7 +107,12 @@ def _mark(values: Any) -> None:
 
 
 def compile_regions(
-    view: PreTrainedModel, attention_modules: set[int], run_example: Callable[[], Any], backend: str = "inductor"
+    view: PreTrainedModel,
+    attention_modules: set[int],
+    run_example: Callable[[], Any],
+    backend: str | Compiler = "inductor",
+    *,
+    early: bool = False,
 ) -> list[Region]:
     """Replace the forwards of a view's layers by compiled ones, and compile them now.
 
@@ -107,21 +121,39 @@ def compile_regions(
         attention_modules: Identities of its attention modules.
         run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
         backend: Of `torch.compile`.
+        early: Let kernels be launched early; see `early_launches`.
 
     Returns:
         The regions.
 
     Raises:
-        Exception: Whatever the compiler raises; the view is then of no use.
+        UnsafeEarlyLaunchError: A kernel would not wait for the one before it; the view is then of no use.
+        Exception: Whatever the compiler raises; likewise.
     """
-    options = inductor_options() if backend == "inductor" else None
-    regions = [Region(modules, backend, options) for modules in region_modules(view, attention_modules)]
+    compiler = _with_residual_sums(backend, inductor_options(early))
+    regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]
     for region in regions:
         region.marking = True
     run_example()
     for region in regions:
         region.marking = False
+    if early and not generated_code_waits():
+        raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it")
     return regions
+
+
+def _with_residual_sums(backend: str | Compiler, options: dict[str, Any]) -> Compiler:
+    def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        merge_residual_sums(module.graph)
+        module.recompile()
+        if backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(module, inputs, config_patches=options)
+        chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        return chosen(module, inputs)
+
+    return compiler
 
 
 def region_modules(view: PreTrainedModel, attention_modules: set[int]) -> list[list[nn.Module]]:
@@ -143,7 +175,7 @@ def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
     return any(id(module) in attention_modules for layer in modules for module in layer.modules())
 
 
-def inductor_options() -> dict[str, Any]:
-    """Settings of Inductor for small kernels in a captured graph."""
+def inductor_options(early: bool = False) -> dict[str, Any]:
+    """Settings of Inductor for small kernels in a captured graph, which are launched early where `early`."""
     # Measuring variants would synchronize the device, which a capture in the engine's thread does not survive.
-    return {"triton.autotune_pointwise": False}
+    return {"triton.autotune_pointwise": False, "triton.enable_pdl": early}

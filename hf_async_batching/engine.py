@@ -6,10 +6,11 @@ import time
 from collections import deque
 
 from hf_async_batching.devices import Device
+from hf_async_batching.emission import Emission
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Launch, NewRow
 from hf_async_batching.request import Request
-from hf_async_batching.scheduler import Emission, Scheduler
+from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.timeline import Span, StepRecord
 
 

@@ -84,12 +84,13 @@ class ModelForward:
                 convert(module, counters, skinny=skinny)
         return pack(groups)
 
-    def compile(self, run_example: Callable[[], Any], backend: str = "inductor") -> None:
+    def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, early: bool = False) -> None:
         """Compile the layers of the view; see `compiled_regions`.
 
         Args:
             run_example: Calls this forward with `EXAMPLE_TOKENS` tokens, all of them sampled.
             backend: Of `torch.compile`.
+            early: Let kernels be launched early; see `early_launches`.
 
         Raises:
             Exception: Whatever the compiler raises; this forward is then of no use.
@@ -97,7 +98,7 @@ class ModelForward:
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
-        compile_regions(self.view, set(self._paged_layers), run_example, backend)
+        compile_regions(self.view, set(self._paged_layers), run_example, backend, early=early)
         ready_products(self.view, (16, 32, 64))
 
     def tune(self, batches: list[int]) -> None:

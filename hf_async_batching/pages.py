@@ -105,8 +105,9 @@ class PageAllocator(IdPool):
         """Take `count` pages, or none at all: returns None where fewer are available."""
         if count > self.available:
             return None
-        while count > super().available:
-            super().release(self.prefixes.evict())
+        missing = count - super().available
+        if missing > 0:
+            super().release(self.prefixes.evict(missing))
         pages = super().take(count)
         for page in pages or ():
             self._holders[page] = 1

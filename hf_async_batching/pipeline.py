@@ -94,8 +94,7 @@ class Pipeline:
         device.wait(Stream.COMPUTE, self._d2h_done[slot], Guard.OUTPUT_FREE)
         events["compute_start"] = device.record(Stream.COMPUTE)
         staged = self._staging[slot]
-        device.launch(Stream.COMPUTE, lambda: self._runner.run(plan, staged, sections))
-        device.launch(Stream.COMPUTE, lambda: self._publish(plan, slot))
+        device.launch(Stream.COMPUTE, lambda: self._compute(plan, staged, sections, slot))
         compute_done = events["compute_done"] = device.record(Stream.COMPUTE)
         if sections.total:
             self._staging_read[slot] = compute_done
@@ -161,8 +160,9 @@ class Pipeline:
         device.wait(Stream.COMPUTE, events["h2d_done"], Guard.INPUT_READY)
         return sections
 
-    def _publish(self, plan: Plan, slot: int) -> None:
-        """Copy the step's tokens out of the tables, which the next step writes, to the slot's own buffer."""
+    def _compute(self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int) -> None:
+        """Run a step, and copy its tokens out of the tables, which the next step writes, to the slot's own buffer."""
+        self._runner.run(plan, staged, sections)
         count = plan.num_sampled
         if count:
             self._output[slot](count).copy_(self._state.out_tokens[:count])

@@ -170,27 +170,31 @@ class PrefixCache:
             deepest = deepest.parent
         return unknown
 
-    def evict(self) -> list[int]:
-        """Give up the page that was not used for longest, and whatever continues it. There must be one.
+    def evict(self, count: int = 1) -> list[int]:
+        """Give up the pages that were not used for longest, each with whatever continues it, until `count` are free.
+
+        There must be that many.
 
         Returns:
-            The pages that mean nothing from now on.
+            The pages that mean nothing from now on; at least `count`.
         """
-        top = self._nodes[next(iter(self._unheld))]
-        assert top.parent is not None
-        del top.parent.children[top.tokens]
         freed: list[int] = []
-        below = [top]
-        while below:
-            node = below.pop()
-            below += node.children.values()
-            node.children.clear()
-            node.known = False
-            del self._nodes[node.page]
-            # One that is still held goes on as an unknown page of those who hold it.
-            if node.page in self._unheld:
-                del self._unheld[node.page]
-                freed.append(node.page)
+        while len(freed) < count:
+            top = self._nodes[next(iter(self._unheld))]
+            assert top.parent is not None
+            del top.parent.children[top.tokens]
+            below = [top]
+            while below:
+                node = below.pop()
+                if node.children:
+                    below += node.children.values()
+                    node.children.clear()
+                node.known = False
+                del self._nodes[node.page]
+                # One that is still held goes on as an unknown page of those who hold it.
+                if node.page in self._unheld:
+                    del self._unheld[node.page]
+                    freed.append(node.page)
         self.evictions += len(freed)
         return freed
 

@@ -15,26 +15,13 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 from typing import NamedTuple
 
+from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
 from hf_async_batching.plan import Chunk, Features, NewPage, NewRow, Plan, Result
 from hf_async_batching.request import Request
 from hf_async_batching.sequence import Sequence, State
-
-
-class Emission(NamedTuple):
-    """News for one caller: a token (None for a bare ending) and, if the request ended with it, why."""
-
-    request_id: str
-    token: int | None
-    logprob: float | None = None
-    finish_reason: str | None = None
-
-
-# One per row and step: the named tuple's own constructor takes three times as long.
-_emission = partial(tuple.__new__, Emission)
 
 
 class _Retired(NamedTuple):
@@ -81,6 +68,8 @@ class Scheduler:
         self._planned_sampled: list[Sequence] = []
         self._features = Features()
         self._decode_context = 0
+        self._settled: list[Sequence] = []
+        self._steady: Steady | None = None
 
     # -- what callers do ------------------------------------------------------------------------------------------
 
@@ -186,18 +175,32 @@ class Scheduler:
 
     def complete(self, result: Result) -> list[Emission]:
         """Settle the tokens of a step, end the requests that stop with them, and free what nothing can touch."""
+        sampled = self._sampled.pop(result.step)
+        logprobs: list[float | None] = [None] * len(sampled)
+        if result.logprobs is not None:
+            logprobs[:] = result.logprobs
+        emissions = self._settle(sampled, result.tokens, logprobs)
+        self._completed = result.step
+        if self._retired:
+            self._release_retired()
+        return emissions
+
+    def _settle(self, sampled: list[Sequence], new: list[int], logprobs: list[float | None]) -> list[Emission]:
+        steady = self._steady
+        if steady is not None and steady.sequences is sampled:
+            settled = steady.settle(new, logprobs)
+            if settled is not None:
+                return settled
         emissions: list[Emission] = []
         ended = False
-        sampled = self._sampled.pop(result.step)
-        logprobs = result.logprobs if result.logprobs is not None else [None] * len(sampled)
         finished = State.FINISHED
-        for sequence, token, logprob in zip(sampled, result.tokens, logprobs, strict=True):
+        for sequence, token, logprob in zip(sampled, new, logprobs, strict=True):
             if sequence.state is finished:
                 continue  # a surplus token: the request ended while this step was in flight
             tokens = sequence.tokens
             tokens.append(token)
             if token not in sequence.eos and len(tokens) < sequence.max_length:
-                emissions.append(_emission((sequence.request_id, token, logprob, None)))
+                emissions.append(emission((sequence.request_id, token, logprob, None)))
                 continue
             if sequence.state is State.WAITING:
                 self._waiting.remove(sequence)  # preempted, and its last token was in flight
@@ -207,9 +210,11 @@ class Scheduler:
         if ended:
             self._running = [sequence for sequence in self._running if sequence.state is not finished]
             self._regroup_due = True
-        self._completed = result.step
-        if self._retired:
-            self._release_retired()
+        if not ended:
+            # Those who are settled together a second time will be many times more.
+            again = sampled and sampled is self._settled and all([s.state is not finished for s in sampled])
+            self._steady = Steady(sampled) if again else None
+            self._settled = sampled
         return emissions
 
     # -- planning -------------------------------------------------------------------------------------------------
@@ -218,28 +223,44 @@ class Scheduler:
         """The sequences that decode one token each, oldest first, and whether any lacks a page."""
         if self._regroup_due:
             self._regroup()
-        short = 0
-        for sequence in [sequence for sequence in self._decoding if sequence.computed == sequence.decide_at]:
-            if sequence.state is not State.DECODING:
-                continue  # it gave up its pages for an older one just now
-            if not sequence.wants_more:
-                self._regroup_due = True
-                continue
-            self._enter_pages(sequence)
-            if not self._make_room(sequence, short):
-                short += 1
-                continue
-            page = self.pages.take(1)
-            assert page is not None
-            new_pages.append(NewPage(sequence.row, len(sequence.pages), page[0]))
-            sequence.pages += page
-            sequence.decide_later(self.pages.page_size)
+        due = [sequence for sequence in self._decoding if sequence.computed == sequence.decide_at]
+        short = self._give_pages(due, new_pages) if due else 0
         if self._regroup_due:
             self._regroup()
         decoding = self._decoding
         if short:
             decoding = [sequence for sequence in decoding if sequence.computed < sequence.decide_at]
         return decoding, short > 0
+
+    def _give_pages(self, due: list[Sequence], new_pages: list[NewPage]) -> int:
+        """A page for each decoding sequence whose pages are full; those at their length decode no more.
+
+        Returns:
+            How many go without a page in this step.
+        """
+        growing = [sequence for sequence in due if sequence.wants_more]
+        if len(growing) < len(due):
+            self._regroup_due = True
+        for sequence in growing:
+            self._enter_pages(sequence)
+        pages = self.pages.take(len(growing))  # all at once, which is the rule, and cheap
+        short = 0
+        for i, sequence in enumerate(growing):
+            if pages is not None:
+                page = pages[i]
+            elif sequence.state is not State.DECODING:
+                continue  # it gave up its pages for an older one just now
+            elif self._make_room(sequence, short):
+                taken = self.pages.take(1)
+                assert taken is not None
+                page = taken[0]
+            else:
+                short += 1
+                continue
+            new_pages.append(NewPage(sequence.row, len(sequence.pages), page))
+            sequence.pages.append(page)
+            sequence.decide_later(self.pages.page_size)
+        return short
 
     def _regroup(self) -> None:
         """Sort the running sequences, all by arrival, into those that decode and those whose prompts are computed."""
@@ -351,6 +372,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, token: int | None, logprob: float | None, reason: str) -> Emission:
         self._retire(sequence)
+        self._steady = None
         sequence.state = State.FINISHED
         del self._live[sequence.request.request_id]
         return Emission(sequence.request.request_id, token, logprob, reason)

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 
 from hf_async_batching.assembly import Assembly
+from hf_async_batching.emission import Emission
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.memory import return_memory
 from hf_async_batching.plan import Features
 from hf_async_batching.request import Request
-from hf_async_batching.scheduler import Emission
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ MAX_STRIPS = 8192
 
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor counters) -> Tensor")
+_library.define("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor counters, Tensor residual) -> Tensor")
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
@@ -24,8 +25,27 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, co
     return nn.functional.linear(x, weight, bias) if few is None else few
 
 
+def _linear_add(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    """The product and what is added to it, of the same shape."""
+    if x.is_cuda:
+        few = _few_rows(x, weight, bias, counters, residual)
+        if few is not None:
+            return few
+        if bias is None and x.dtype.itemsize == 2:
+            # The vendor's library adds in float32, before it rounds; in full precision its order of sums is kept.
+            flat = torch.addmm(residual.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]), weight.t())
+            return flat.view(residual.shape)
+    return nn.functional.linear(x, weight, bias) + residual
+
+
 def _few_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    counters: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The product by our kernel; None where the vendor's library is the better choice."""
     from hf_async_batching.linear import skinny, skinny_settings
@@ -33,7 +53,10 @@ def _few_rows(
     if not skinny.serves(x, weight):
         return None
     setting = skinny_settings.settings_for(x.device).choose(x.numel() // x.shape[-1], weight)
-    return None if setting == skinny.LIBRARY else skinny.skinny_linear(x, weight, bias, counters, setting)
+    if setting == skinny.LIBRARY:
+        return None
+    added = None if residual is None else residual.contiguous()
+    return skinny.skinny_linear(x, weight, bias, counters, setting, added)
 
 
 def _linear_shape(
@@ -45,9 +68,21 @@ def _linear_shape(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _linear_add_shape(
+    x: torch.Tensor,  # noqa: ARG001
+    weight: torch.Tensor,  # noqa: ARG001
+    bias: torch.Tensor | None,  # noqa: ARG001
+    counters: torch.Tensor,  # noqa: ARG001
+    residual: torch.Tensor,
+) -> torch.Tensor:
+    return residual.new_empty(residual.shape)
+
+
 # One operator for every row count: compiled code that calls it stays right, and fast, for all of them.
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_async_batching::linear", _linear_shape, lib=_library)
+_library.impl("linear_add", _linear_add, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::linear_add", _linear_add_shape, lib=_library)
 
 
 @dataclass(slots=True, eq=False)

@@ -108,8 +108,9 @@ def skinny_linear(
     bias: torch.Tensor | None,
     counters: torch.Tensor,
     setting: SkinnySetting | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T + bias` for few rows, summed in float32 in an order that does not depend on timing.
+    """`x @ weight.T + bias (+ residual)` for few rows, summed in float32 in an order that does not depend on timing.
 
     Args:
         x: [..., k], float16 or bfloat16, last stride 1; at most `MAX_ROWS` rows in all.
@@ -118,6 +119,7 @@ def skinny_linear(
         counters: int32, as many as there are strips of outputs; zero between launches. Products in two streams must
             not share them.
         setting: None for the one by rule.
+        residual: [..., n], contiguous, the dtype of `x`: added to the rounded product. None for none.
 
     Returns:
         [..., n], contiguous, the dtype of `x`.
@@ -135,9 +137,11 @@ def skinny_linear(
     options = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         skinny_linear_kernel[(triton.cdiv(n, setting.block_n), setting.splits)](
-            flat, weight, output if bias is None else bias, output, partial, counters, rows, n, k, flat.stride(0),
+            flat, weight, output if bias is None else bias, output if residual is None else residual, output, partial,
+            counters, rows, n, k, flat.stride(0),
             triton.cdiv(blocks, setting.splits), BLOCK_M=block_m(rows), BLOCK_N=setting.block_n,
             BLOCK_K=setting.block_k, SPLITS=setting.splits, HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             EVEN_K=k % setting.block_k == 0, EARLY=early, num_warps=setting.warps, num_stages=setting.stages,
             **options,
         )  # fmt: skip

@@ -16,6 +16,7 @@ def skinny_linear_kernel(
     x,
     weight,
     bias,
+    residual,
     output,
     partial,
     counters,
@@ -29,6 +30,7 @@ def skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -80,4 +82,8 @@ def skinny_linear_kernel(
             accumulator += tl.load(partial + share * size + at, mask=mask, other=0.0, cache_modifier=".cg")
     if HAS_BIAS:
         accumulator += tl.load(bias + ns, mask=ns < N, other=0.0)[None, :].to(tl.float32)
+    if HAS_RESIDUAL:
+        # Rounded first, as where the sum is a kernel of its own.
+        accumulator = accumulator.to(output.dtype.element_ty).to(tl.float32)
+        accumulator += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + at, accumulator.to(output.dtype.element_ty), mask=mask)

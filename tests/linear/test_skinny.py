@@ -86,3 +86,15 @@ def test_settings_fit_the_card(memory: int, rows: int) -> None:
 def test_small_weights_are_shared_out() -> None:
     assert default_setting(32, 4096, 4096, 227 * 1024).splits == 2
     assert default_setting(32, 28672, 4096, 227 * 1024).splits == 1
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_residual_is_added_to_the_rounded_product(splits: int, bias: bool) -> None:
+    x, weight, b = problem(5, 96, 256, bias)
+    counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=DEVICE)
+    setting = SkinnySetting(64, 64, splits, 4, 2)
+    residual = 100 * torch.randn(5, 96, device=DEVICE, dtype=torch.float16)
+    product = skinny_linear(x, weight, b, counters, setting)
+    assert torch.equal(skinny_linear(x, weight, b, counters, setting, residual), product + residual)
+    assert not counters.any()

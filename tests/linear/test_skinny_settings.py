@@ -70,7 +70,7 @@ def test_layers_take_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from hf_async_batching.linear import skinny
 
     def run(
-        x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, c: torch.Tensor, setting: SkinnySetting
+        x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, c: torch.Tensor, setting: SkinnySetting, added: None
     ) -> torch.Tensor:
         taken.append(setting)
         return torch.nn.functional.linear(x, w, b)

@@ -1,0 +1,58 @@
+"""Whether kernels that Inductor made may be launched before the kernel ahead of them has ended.
+
+Programmatic dependent launch (compute capability 9.0 and above) sets a kernel up while its predecessor still runs;
+the kernel must then wait for it before it touches what the predecessor wrote, and before it overwrites what the
+predecessor reads. Inductor puts such a wait in front of loads that need it, and otherwise behind the last load. So a
+kernel is right if it waits before it lets its successor start and before its first store: its predecessor, which
+did the same, and with it all others before, have then ended. A kernel without any load would not wait at all; code
+with one is found here, and compiled again without early launches.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+_WAIT, _LAUNCH, _STORE = "gdc_wait()", "gdc_launch_dependents()", "tl.store("
+_judged: dict[str, bool] = {}
+
+
+def device_launches_early(device: torch.device) -> bool:
+    """Whether a device can launch kernels before the one ahead of them has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def generated_code_waits() -> bool:
+    """Whether all that Inductor has generated in this process, and that launches early, waits as it must.
+
+    False, too, where this release keeps its code elsewhere and nothing can be said.
+    """
+    try:
+        from torch._inductor.codecache import PyCodeCache
+
+        files = {str(module.__file__) for module in PyCodeCache.modules}
+    except (ImportError, AttributeError):
+        return False
+    for file in files - _judged.keys():
+        try:
+            _judged[file] = waits(Path(file).read_text(encoding="utf-8"))
+        except OSError:
+            _judged[file] = False
+    return all(_judged[file] for file in files)
+
+
+def waits(code: str) -> bool:
+    """Whether every kernel in a generated module that launches early waits before it stores and lets others start."""
+    for kernel in re.split(r"^\s*@triton\.jit", code, flags=re.MULTILINE)[1:]:
+        body = kernel.split("'''", 1)[0]
+        wait, launch, store = (body.find(word) for word in (_WAIT, _LAUNCH, _STORE))
+        early = launch >= 0 or wait >= 0
+        if early and (wait < 0 or (0 <= launch < wait) or 0 <= store < wait):
+            return False
+    # What is launched early says so in front of its function, and must be among those above.
+    for kernel in code.split("async_compile.triton(")[1:]:
+        if re.search(r"launch_pdl\W+True", kernel) and _WAIT not in kernel.split("'''")[1]:
+            return False
+    return True

@@ -1,0 +1,90 @@
+"""Generated kernels that launch early wait for the one before them, or are not launched early."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_async_batching import assembly
+from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError, inductor_options
+from hf_async_batching.early_launches import device_launches_early, generated_code_waits, waits
+
+WAIT, LAUNCH = "    tl.extra.cuda.gdc_wait()\n", "    tl.extra.cuda.gdc_launch_dependents()\n"
+LOAD, STORE = "    tmp0 = tl.load(in_ptr0 + x0)\n", "    tl.store(out_ptr0 + x0, tmp0)\n"
+
+
+def module(*bodies: str, early: bool = True) -> str:
+    """As Inductor writes it."""
+    kernel = (
+        "triton_poi_{i} = async_compile.triton('triton_poi_{i}', '''\nimport triton\n\n"
+        "@triton_heuristics.pointwise(\n    triton_meta={{'device': 0, 'launch_pdl': {early}}},\n)\n"
+        "@triton.jit\ndef triton_poi_{i}(in_ptr0, out_ptr0):\n{body}''', device_str='cuda')\n\n"
+    )
+    return "".join(kernel.format(i=i, body=body, early=early) for i, body in enumerate(bodies))
+
+
+@pytest.mark.parametrize(
+    ("body", "right"),
+    [
+        (WAIT + LOAD + LAUNCH + STORE, True),
+        (LOAD + WAIT + LAUNCH + STORE, True),
+        (LOAD + WAIT + STORE + LAUNCH, True),
+        (LOAD + LAUNCH + WAIT + STORE, False),
+        (LOAD + STORE + WAIT + LAUNCH, False),
+        (LOAD + LAUNCH + STORE, False),
+        (STORE, False),
+    ],
+)
+def test_one_kernel(body: str, right: bool) -> None:
+    assert waits(module(body)) == right
+    good = LOAD + WAIT + LAUNCH + STORE
+    assert waits(module(good, body)) == waits(module(body, good)) == right
+
+
+def test_kernels_that_are_not_launched_early_need_no_wait() -> None:
+    assert waits(module(LOAD + STORE, STORE, early=False))
+    assert waits("def call(args):\n    return args\n")
+
+
+def test_all_generated_modules_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.codecache import PyCodeCache
+
+    files = [tmp_path / "good.py", tmp_path / "bad.py"]
+    for file, body in zip(files, (LOAD + WAIT + LAUNCH + STORE, STORE), strict=True):
+        file.write_text(module(body))
+    modules = [SimpleNamespace(__file__=str(files[0]))]
+    monkeypatch.setattr(PyCodeCache, "modules", modules)
+    assert generated_code_waits()
+    modules.append(SimpleNamespace(__file__=str(files[1])))
+    assert not generated_code_waits()
+    modules[1] = SimpleNamespace(__file__=str(tmp_path / "gone.py"))
+    assert not generated_code_waits(), "nothing can be said"
+    monkeypatch.delattr(PyCodeCache, "modules")
+    assert not generated_code_waits()
+
+
+def test_unsafe_code_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bool] = []
+
+    def compile_checked(forward: object, backend: object, *, early: bool) -> None:
+        tried.append(early)
+        if early:
+            raise UnsafeEarlyLaunchError("no wait")
+
+    made = SimpleNamespace(name="Model", device=torch.device("cpu"))
+    monkeypatch.setattr(assembly, "compile_checked", compile_checked)
+    monkeypatch.setattr(assembly, "device_launches_early", lambda device: True)
+    monkeypatch.setattr(assembly, "ModelForward", lambda model, fused: made)
+    config = SimpleNamespace(settings=SimpleNamespace(attention_backend="torch"))
+    forward, _ = assembly._compiled_forward(torch.nn.Linear(1, 1), True, config)  # type: ignore[arg-type]
+    assert forward is made and tried == [True, False]
+
+
+def test_the_setting_has_its_name() -> None:
+    from torch._inductor import config
+
+    assert not device_launches_early(torch.device("cpu"))
+    assert inductor_options(True)["triton.enable_pdl"] and not inductor_options()["triton.enable_pdl"]
+    for name in inductor_options():
+        assert name in config.get_config_copy(), "Inductor would refuse it"
