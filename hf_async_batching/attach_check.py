@@ -21,6 +21,7 @@ from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.request import Request
+from hf_async_batching.side_by_side import side_by_side
 from hf_async_batching.staging import Sections, encode
 
 # Relative error of the logits that rounding alone explains: sums in another order, not another result.
@@ -47,10 +48,26 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
     cache = PagedCache(forward.layers, num_pages=2, page_size=_PAGE_SIZE, device=forward.device)
     state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
     forward.bind(cache, backend)
-    backend.ready(forward.layers, page_size=_PAGE_SIZE, batches=(1, 2))
     vocab = forward.vocab_size
     first = [(7 * i + 3) % vocab for i in range(_FIRST_LENGTH)]
     second = [(11 * i + 5) % vocab for i in range(_SECOND_LENGTH)]
+    plain: list[torch.Tensor] = []
+
+    def run_plain() -> None:
+        view = make_view(model, None)
+        for tokens in (first, second):
+            out = view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
+            plain.append(out.logits[0].float())
+
+    # Each of these takes seconds in a fresh process: compilers on the one side, libraries that load on the other.
+    side_by_side(
+        [
+            lambda: backend.ready(forward.layers, page_size=_PAGE_SIZE, batches=(1, 2)),
+            lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
+            run_plain,
+        ],
+        forward.device,
+    )
     requests = [Request(str(row), tuple(tokens), 1) for row, tokens in enumerate((first, second))]
     # The second prompt joins late: beside the rest of the first, and in the order of positions that mixes both.
     plans = [
@@ -77,11 +94,6 @@ def attach_check(model: PreTrainedModel, forward: ModelForward, backend: Attenti
         paged += logits.float().unbind(0)
         tokens = [forced.pop(0) for _ in range(plan.num_sampled)] if forced else [0] * plan.num_sampled
         state.commit(inputs, torch.tensor(tokens, dtype=torch.int32, device=forward.device), None)
-    plain_view = make_view(model, None)
-    plain: list[torch.Tensor] = []
-    for tokens in (first, second):
-        out = plain_view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
-        plain.append(out.logits[0].float())
     expected = [plain[0][_SPLIT - 1], plain[0][-2], plain[1][-2], plain[0][-1], plain[1][-1]]
     what = ("a chunk of a prompt", "the rest of a prompt", "a prompt that joined late", "a decode", "a late decode")
     dtype, tolerance = forward.layers[0].dtype, _tolerance(forward)

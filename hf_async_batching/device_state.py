@@ -73,6 +73,12 @@ class DeviceState:
             fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         self._fused = fused
 
+    @torch.inference_mode()
+    def ready(self) -> None:
+        """Compile the kernels of decode steps, on tables that no request uses yet."""
+        inputs = self.decode_inputs(1)
+        self.commit(inputs, torch.zeros_like(inputs.context.rows), None)
+
     def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
         """Start new rows and enter new pages; `staged` is the step's array as `staging.encode` wrote it."""
         size = sections.new_rows * (1 + PARAMS)

@@ -1,4 +1,4 @@
-"""Runs jobs that compile kernels side by side: most of a compiler's work runs outside of Python's lock."""
+"""Runs jobs of a start side by side: most of a compiler's work, and of a library's loading, needs no lock of Python."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from hf_async_batching.devices.cuda import synchronize_device
+
 
 def side_by_side(jobs: list[Callable[[], None]], device: torch.device) -> None:
-    """Run all jobs; returns when they have ended.
+    """Run all jobs; returns when they have ended, on the device too.
+
+    On CUDA each runs in a thread, whose stream is not the caller's: they begin behind what the device has to do, and
+    what the caller enqueues next comes behind them.
 
     Args:
         jobs: What to run, in inference mode, in any order.
@@ -31,6 +36,8 @@ def side_by_side(jobs: list[Callable[[], None]], device: torch.device) -> None:
         for job in jobs:  # the interpreter gains nothing by threads, and has never been promised to bear them
             run(job)
         return
+    synchronize_device(device)
     with ThreadPoolExecutor(8, thread_name_prefix="hf_async_batching_kernels") as pool:
         for done in [pool.submit(run, job) for job in jobs]:
             done.result()
+    synchronize_device(device)
