@@ -1,4 +1,4 @@
-"""Runs jobs of a start side by side: most of a compiler's work, and of a library's loading, needs no lock of Python."""
+"""Runs jobs of a start side by side: most of what compilers and loading libraries do needs no lock of Python."""
 
 from __future__ import annotations
 
