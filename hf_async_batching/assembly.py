@@ -14,7 +14,7 @@ from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
-from hf_async_batching.config import BatchingConfig, ResolvedConfig
+from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
@@ -102,16 +102,17 @@ def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[Mo
     """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
+    page_size = config.page_size or default_page_size(device)
     if config.fuses_weights(device):
         try:
             forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
-            attach_check(model, forward, backend)
+            attach_check(model, forward, backend, page_size)
             return forward, backend
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     forward = ModelForward(model)
     if config.attach_check:
-        attach_check(model, forward, backend)
+        attach_check(model, forward, backend, page_size)
     return forward, backend
 
 
@@ -159,7 +160,7 @@ def _compiled_forward(
         # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
         backend = make_backend(config.settings.attention_backend, forward.device)
         try:
-            compile_checked(forward, backend, early=early)
+            compile_checked(forward, backend, page_size=config.page_size, early=early)
         except UnsafeEarlyLaunchError as error:
             logger.info("%s is compiled again without early launches: %s", forward.name, error)
             continue

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from hf_async_batching import staging
+from hf_async_batching.argmax import argmax
 from hf_async_batching.plan import Features
 
 _NEGATIVE_INFINITY = float("-inf")
@@ -46,16 +47,16 @@ class Sampler:
         if features.min_length:
             assert params is not None and positions is not None
             logits = _without_early_eos(logits.float(), params, positions)
-        tokens = logits.argmax(-1)
+        tokens = argmax(logits)
         if features.sampling:
             assert params is not None and positions is not None
             drawn = _draw(logits.float(), params, positions, features.candidates)
-            tokens = torch.where(params[:, staging.DO_SAMPLE] > 0, drawn, tokens)
+            tokens = torch.where(params[:, staging.DO_SAMPLE] > 0, drawn.int(), tokens)
         logprobs = None
         if features.logprobs:
             scores = raw.float()
-            logprobs = scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
-        return tokens.int(), logprobs
+            logprobs = scores.gather(1, tokens[:, None].long())[:, 0] - scores.logsumexp(-1)
+        return tokens, logprobs
 
 
 def _without_early_eos(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -48,8 +48,8 @@ def test_representative_kernels() -> None:
 
 
 def test_kernels_of_other_modules() -> None:
-    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables"])
-    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"}
+    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables", "largest"])
+    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
     check(compiled, kernels)
 
 
@@ -62,4 +62,5 @@ def test_programmatic_dependent_launch() -> None:
 def test_every_kernel(capability: int) -> None:
     compiled = compile_kernels([capability], ["float16", "bfloat16"], [])
     attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
-    check(compiled, attention | {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"})
+    others = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
+    check(compiled, attention | others)

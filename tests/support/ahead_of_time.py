@@ -156,6 +156,12 @@ def tables(dtype: torch.dtype) -> None:
     state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
 
 
+def largest(dtype: torch.dtype) -> None:
+    from hf_async_batching.argmax import argmax_in_parts
+
+    argmax_in_parts(torch.empty(32, 128256, dtype=dtype), 16)
+
+
 # Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {}
 for _name, _shape in SHAPES.items():
@@ -166,6 +172,7 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
 LAUNCHES["skinny"] = skinny
 LAUNCHES["tables"] = tables
+LAUNCHES["largest"] = largest
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
 
