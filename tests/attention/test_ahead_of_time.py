@@ -54,7 +54,9 @@ def test_kernels_of_other_modules() -> None:
 
 
 def test_programmatic_dependent_launch() -> None:
-    check(compile_kernels([90], ["float16"], ["decode pdl"]), {"decode_kernel"})
+    compiled = compile_kernels([90, 100], ["float16"], ["decode pdl", "skinny early"])
+    check(compiled, {"decode_kernel", "skinny_linear_kernel"})
+    assert all(kernel["waits"] for kernel in compiled)
 
 
 @pytest.mark.slow

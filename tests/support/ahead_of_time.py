@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -149,6 +150,17 @@ def skinny(dtype: torch.dtype) -> None:
             skinny_linear(x, weight, torch.empty(n, dtype=dtype), counters, setting)
 
 
+def skinny_early(dtype: torch.dtype) -> None:
+    """As cards launch it that know early launches."""
+    from hf_async_batching.linear import skinny
+
+    counters, x = torch.zeros(8192, dtype=torch.int32), torch.empty(32, 4096, dtype=dtype)
+    for n in (4096, 28672):
+        setting = skinny.default_setting(32, n, 4096, 227 * 1024)
+        with mock.patch.object(skinny, "launches_early", return_value=True):
+            skinny.skinny_linear(x, torch.empty(n, 4096, dtype=dtype), None, counters, setting)
+
+
 def tables(dtype: torch.dtype) -> None:
     from hf_async_batching.device_state import DeviceState
 
@@ -174,7 +186,10 @@ LAUNCHES["skinny"] = skinny
 LAUNCHES["tables"] = tables
 LAUNCHES["largest"] = largest
 # Not for cards before compute capability 9, and so named when asked for only.
-EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
+EXTRA = {
+    "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
+    "skinny early": skinny_early,
+}
 
 
 def main() -> None:
@@ -194,8 +209,9 @@ def main() -> None:
         launch, capability = item
         about = {"launch": launch.label, "kernel": launch.kernel.__name__, "capability": capability}
         try:
-            metadata = launch.compile(capability).metadata
-            about |= {"shared": metadata.shared, "warps": metadata.num_warps}
+            kernel = launch.compile(capability)
+            about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            about["waits"] = kernel.asm["ptx"].count("griddepcontrol.wait")
         except Exception as error:
             about["failed"] = f"{type(error).__name__}: {error}"
         return json.dumps(about)
