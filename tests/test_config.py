@@ -76,8 +76,8 @@ def test_choices_on_the_cpu() -> None:
 def test_choices_on_cuda() -> None:
     chosen = resolve(CUDA)
     assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (2, 32, 256, 8192)
-    assert chosen.pages_per_row == 63
-    assert chosen.num_pages == 63 * 256
+    assert chosen.pages_per_row == 32
+    assert chosen.num_pages == 32 * 256
     assert chosen.settings.memory_fraction == 0.92
     assert chosen.settings.compile is chosen.settings.fuse_weights is True
 
