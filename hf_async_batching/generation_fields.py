@@ -21,6 +21,8 @@ HONOURED = frozenset(
         "max_new_tokens",
         "min_length",
         "min_new_tokens",
+        "max_time",
+        "stop_strings",
         "do_sample",
         "temperature",
         "top_k",
@@ -81,8 +83,6 @@ _SCORES = "submit with logprobs=True for the log-probabilities of the chosen tok
 
 REFUSED: dict[str, Refusal] = {
     "cache_implementation": Refusal((None, "dynamic", "static", "offloaded", "hybrid"), _PLAIN),
-    "max_time": Refusal((None,), "cancel the request from your side when its time is up, or " + _PLAIN),
-    "stop_strings": Refusal((None,), "look for the strings as tokens arrive and cancel the request, or " + _PLAIN),
     "num_beams": Refusal((None, 1), _PLAIN),
     "num_beam_groups": Refusal((None, 1), _PLAIN),
     "diversity_penalty": Refusal((None, 0.0), _PLAIN),

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.criteria import stop_string_criterion
 from hf_async_batching.errors import (
     EngineClosedError,
     RequestTooLongError,
@@ -26,8 +28,10 @@ from hf_async_batching.errors import (
 )
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope
+from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
 from hf_async_batching.request import Request
@@ -114,6 +118,7 @@ class GenerationManager:
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
         self._weights: _Weights | None = None
         self._preparation: Preparation | None = None
+        self._criteria_thread = CriteriaThread()
         self._closed = False
         _open_managers.add(self)
 
@@ -127,9 +132,15 @@ class GenerationManager:
         seed: int | None = None,
         logprobs: bool = False,
         request_id: str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: Any = None,
         **generate_arguments: Any,
     ) -> GenerationHandle:
         """Queue one prompt; from any thread, or from an event loop after `warmup()`.
+
+        With `max_time`, `stop_strings` or `stopping_criteria` the handle shows a token once they have passed it, and
+        none beyond the stop. They are asked in threads of the manager's, for which the engine does not wait: a
+        request whose criteria are slow is computed further than needed, up to `max_new_tokens`, and cut off.
 
         Args:
             input_ids: Token ids of the prompt: a list, or a 1-D integer tensor.
@@ -137,6 +148,9 @@ class GenerationManager:
             seed: Makes a sampled request reproducible, whatever else is in the batch.
             logprobs: Also return the log-probabilities of the chosen tokens.
             request_id: Unique among the live requests; made up where None.
+            stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
+                the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
+            tokenizer: For `stop_strings`.
             generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
         Raises:
@@ -179,7 +193,12 @@ class GenerationManager:
             logprobs=logprobs,
             request_id=request_id,
         )
-        return self.submit_request(request)
+        criteria = _criteria_of(config, stopping_criteria, tokenizer)
+        handle = self.submit_request(request)
+        if not criteria:
+            return handle
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
+        return self._criteria_thread.judge(handle, request, criteria, device)
 
     def submit_request(self, request: Request) -> GenerationHandle:
         """Queue a request that was made by hand; see `submit` for what it raises."""
@@ -206,19 +225,25 @@ class GenerationManager:
         self,
         *,
         streamer: BaseStreamer | None = None,
-        tokenizer: Any = None,  # noqa: ARG002
+        tokenizer: Any = None,
         seed: int | list[int] | None = None,
+        on_unsupported: OnUnsupported = "error",
     ) -> Callable[..., Any]:
         """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
 
         Args:
             streamer: Gets the tokens. (transformers does not hand its own `streamer` argument on.)
-            tokenizer: For stop strings; these are not served yet, so that it has no effect.
+            tokenizer: For `stop_strings`. (Nor does it hand on this one.)
             seed: As in `hf_async_batching.generate`.
-        """
-        from hf_async_batching.drop_in import generate
+            on_unsupported: As in `hf_async_batching.generate`.
 
-        return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
+        Raises:
+            ValueError: `on_unsupported` is neither "error" nor "generate".
+        """
+        from hf_async_batching.drop_in import Bound, generate
+
+        check_on_unsupported(on_unsupported)
+        return partial(generate, manager=self, bound=Bound(streamer, tokenizer, seed, on_unsupported))
 
     def warmup(self, *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
@@ -403,6 +428,18 @@ def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
         if all(isinstance(token, int) for token in prompt):
             return prompt
     raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
+
+
+def _criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
+    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
+    own = StoppingCriteriaList(own or ())
+    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
+    made = StoppingCriteriaList()
+    if config.max_time is not None and MaxTimeCriteria not in kinds:
+        made.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None and StopStringCriteria not in kinds:
+        made.append(stop_string_criterion(config.stop_strings, tokenizer))
+    return StoppingCriteriaList([*made, *own])
 
 
 def _check_limits(request: Request, assembly: Assembly) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from hf_async_batching.errors import UnsupportedArgumentError
 
@@ -23,7 +22,6 @@ _PROCESSORS = {
     "MinNewTokensLengthLogitsProcessor": ("min_new_tokens",),
     "LogitNormalization": (),
 }
-_CRITERIA = {"MaxLengthCriteria": ("max_length",), "EosTokenCriteria": ()}
 
 # Inputs of the model's forward that leave the outputs as they are.
 _NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
@@ -61,34 +59,6 @@ def check_processors(processors: LogitsProcessorList, config: GenerationConfig) 
                 f"config to generate instead, or {_PLAIN}"
             )
         seen.add(name)
-
-
-def check_criteria(criteria: StoppingCriteriaList, config: GenerationConfig) -> None:
-    """Refuse stopping criteria beyond those that the config's own fields ask for.
-
-    Raises:
-        UnsupportedArgumentError: Names the class.
-    """
-    for criterion in criteria:
-        name = type(criterion).__name__
-        own = type(criterion).__module__.startswith("transformers.")
-        if not own or name not in _CRITERIA:
-            raise UnsupportedArgumentError(
-                f"`stopping_criteria`: {name} is not served yet; submit to a GenerationManager and cancel the request "
-                f"when your criterion holds, or {_PLAIN}"
-            )
-        for attribute in _CRITERIA[name]:
-            if getattr(criterion, attribute) != getattr(config, attribute):
-                raise UnsupportedArgumentError(
-                    f"`stopping_criteria`: {name} has {attribute}={getattr(criterion, attribute)}, the generation "
-                    f"config says {getattr(config, attribute)}; pass `{attribute}` to generate instead"
-                )
-        tokens: Any = getattr(criterion, "eos_token_id", None)
-        if tokens is not None and set(tokens.tolist()) != set(_as_list(config._eos_token_tensor)):
-            raise UnsupportedArgumentError(
-                "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`; "
-                "pass `eos_token_id` to generate instead"
-            )
 
 
 def check_model_inputs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
-from transformers import GenerationConfig, TextIteratorStreamer
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from support.tiny_tokenizer import tiny_tokenizer
+from transformers import AsyncTextIteratorStreamer, GenerationConfig, TextIteratorStreamer
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -273,9 +275,64 @@ def test_text_iterator_streamer_in_another_thread(model: Any, manager: Any) -> N
     assert [int(token) for token in text.split()] == greedy_alone(model, PROMPTS[3], 6)
 
 
-def test_streamer_takes_one_prompt(model: Any, plug: Any) -> None:
-    with pytest.raises(ValueError, match="single sequence"):
-        model.generate(torch.ones(2, 3, dtype=torch.long), streamer=Recorder(), custom_generate=plug, max_new_tokens=2)
+def test_a_streamer_for_one_prompt_says_so_itself(model: Any, plug: Any, manager: Any) -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for call in (
+        lambda streamer: model.generate(ids, streamer=streamer, custom_generate=plug, max_new_tokens=2),
+        lambda streamer: hf_async_batching.generate(model, ids, streamer=streamer, manager=manager, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="only supports batch size 1"):
+            call(TextIteratorStreamer(tiny_tokenizer(), timeout=60))
+
+
+@pytest.mark.parametrize("way", ["argument", "bound", "direct", "folder"])
+def test_async_text_streamer(model: Any, manager: Any, way: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([PROMPTS[3]])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+
+    async def read() -> str:
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+
+        def run() -> None:
+            if way == "argument":
+                model.generate(ids, streamer=streamer, custom_generate=manager.bind(), **arguments)
+            elif way == "bound":
+                model.generate(ids, custom_generate=manager.bind(streamer=streamer), **arguments)
+            elif way == "direct":
+                hf_async_batching.generate(model, ids, streamer=streamer, manager=manager, **arguments)
+            else:
+                model.generate(
+                    ids,
+                    streamer=streamer,
+                    custom_generate=str(ROOT),
+                    trust_remote_code=True,
+                    manager=manager,
+                    **arguments,
+                )
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        text = "".join([piece async for piece in streamer])
+        thread.join()
+        return text
+
+    assert asyncio.run(read()) == tokenizer.decode(greedy_alone(model, PROMPTS[3], 12, eos_token_id=None))
+
+
+def test_custom_generate_folder_takes_what_a_callable_never_sees(model: Any, manager: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([PROMPTS[3]])
+    string = tokenizer.decode(greedy_alone(model, PROMPTS[3], 20, eos_token_id=None))[10:13]
+    arguments: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    arguments |= {"stop_strings": [string], "tokenizer": tokenizer}
+    expected, got = Recorder(), Recorder()
+    want = model.generate(ids, streamer=expected, **arguments)
+    out = model.generate(
+        ids, streamer=got, custom_generate=str(ROOT), trust_remote_code=True, manager=manager, **arguments
+    )
+    assert torch.equal(out, want) and out.shape[1] < ids.shape[1] + 20
+    assert got.calls == expected.calls
 
 
 def test_custom_generate_folder(model: Any) -> None:
@@ -293,20 +350,13 @@ class Ban(LogitsProcessor):
         return scores
 
 
-class Stop(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
         ({"num_beams": 2}, "num_beams"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
-        ({"max_time": 3.0}, "max_time"),
         ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
-        ({"stopping_criteria": StoppingCriteriaList([Stop()])}, "Stop"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids"),

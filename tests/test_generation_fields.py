@@ -17,8 +17,6 @@ TABLES = {"HONOURED": HONOURED, "WITHOUT_EFFECT": WITHOUT_EFFECT, "REFUSED": REF
 # A value of each refused field that asks for something.
 ASKS: dict[str, Any] = {
     "cache_implementation": "quantized",
-    "max_time": 5.0,
-    "stop_strings": ["\n"],
     "num_beams": 2,
     "num_beam_groups": 2,
     "diversity_penalty": 0.5,

@@ -10,16 +10,12 @@ import torch
 from support.tiny_models import EOS, VOCAB, tiny_model
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import (
-    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,7 +23,7 @@ from transformers.generation import (
 )
 
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.prepared_checks import check_criteria, check_model_inputs, check_processors
+from hf_async_batching.prepared_checks import check_model_inputs, check_processors
 
 IDS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -50,9 +46,8 @@ class Prepared:
         self.kwargs = kwargs
 
     def check(self) -> torch.Tensor | None:
-        """All three checks, as the drop-in makes them."""
+        """Both checks, as the drop-in makes them."""
         check_processors(self.processors, self.config)
-        check_criteria(self.criteria, self.config)
         return check_model_inputs(self.kwargs, self.input_ids)
 
 
@@ -79,11 +74,6 @@ class Custom(LogitsProcessor):
 
 class TemperatureLogitsWarperOfMine(TemperatureLogitsWarper):
     pass
-
-
-class CustomCriterion(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -180,30 +170,6 @@ def test_a_warper_that_would_apply_twice_is_refused(model: PreTrainedModel, proc
     )
     assert [type(one) for one in prepared.processors].count(type(processor)) == 2
     refused(prepared, "`logits_processor`", type(processor).__name__)
-
-
-# -- criteria -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "criterion", [CustomCriterion(), MaxTimeCriteria(5.0)], ids=lambda criterion: type(criterion).__name__
-)
-def test_custom_criteria_are_refused_by_name(model: PreTrainedModel, criterion: StoppingCriteria) -> None:
-    prepared = prepare(model, stopping_criteria=StoppingCriteriaList([criterion]))
-    refused(prepared, "`stopping_criteria`", type(criterion).__name__, "cancel the request")
-
-
-@pytest.mark.parametrize("eos", [EOS, None])
-def test_other_ends_than_those_of_the_config_are_refused(model: PreTrainedModel, eos: int | None) -> None:
-    prepared = prepare(model, eos_token_id=eos)
-    prepared.criteria = StoppingCriteriaList([EosTokenCriteria(11)])
-    refused(prepared, "`stopping_criteria`", "EosTokenCriteria", "`eos_token_id`")
-
-
-def test_another_maximum_than_that_of_the_config_is_refused(model: PreTrainedModel) -> None:
-    prepared = prepare(model)
-    prepared.criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
-    refused(prepared, "`stopping_criteria`", "MaxLengthCriteria has max_length=7", "`max_length`")
 
 
 # -- inputs of the model ------------------------------------------------------------------------------------------

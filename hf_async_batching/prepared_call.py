@@ -1,0 +1,161 @@
+"""A call that transformers has prepared for a callable, and how the engine serves it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.criteria import HostJudge, ListJudge, Stops, check_ends, read_criteria, stop_string_criterion
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.generation_fields import check_fields
+from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.lockstep import run_in_lockstep
+from hf_async_batching.manager import GenerationManager
+from hf_async_batching.prepared_checks import check_model_inputs, check_processors
+from hf_async_batching.registry import get_manager
+from hf_async_batching.requests_from_config import build_request, eos_token_ids, seed_of_row
+
+GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
+
+
+@dataclass(slots=True)
+class CallSettings:
+    """Arguments that are not transformers' to prepare."""
+
+    streamer: BaseStreamer | None
+    tokenizer: Any
+    stop_strings: str | list[str] | None
+    seed: int | list[int] | None
+    plain: bool
+    manager: GenerationManager | None
+    batching_config: BatchingConfig | None
+    prompt_shown: bool = False
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class PreparedCall:
+    """A call as transformers has prepared it for a callable.
+
+    Attributes:
+        submitted: Whether its requests are in the engine: from then on nothing else may serve it.
+    """
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+    submitted: bool = field(default=False, init=False)
+
+
+def refuse_encoder(model: PreTrainedModel) -> None:
+    """Refuse models with an encoder and a decoder.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not served: it has an encoder and a decoder. Use plain `model.generate`."
+        )
+
+
+def with_stop_strings(criteria: StoppingCriteriaList, settings: CallSettings) -> StoppingCriteriaList:
+    """The list that `generate` would have made, had it not lost the tokenizer."""
+    # As there, a criterion of the same type that the caller has made takes precedence.
+    if settings.stop_strings is None or any(type(criterion) is StopStringCriteria for criterion in criteria):
+        return criteria
+    made = stop_string_criterion(settings.stop_strings, settings.tokenizer)
+    place = next((i for i, criterion in enumerate(criteria) if type(criterion) is EosTokenCriteria), len(criteria))
+    return StoppingCriteriaList([*criteria[:place], made, *criteria[place:]])
+
+
+def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
+    """Run the rows of a call in the engine and put them together as `generate` does; see `drop_in.generate`."""
+    refuse_encoder(call.model)
+    input_ids, config, streamer = call.input_ids, call.config, settings.streamer
+    criteria = with_stop_strings(call.criteria, settings)
+    stops = read_criteria(criteria)
+    handles = _submit(call, settings, stops)
+    call.submitted = True
+    try:
+        if streamer is not None and not settings.prompt_shown:
+            streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
+        if stops.by_engine and streamer is None:
+            completions = [handle.result().token_ids for handle in handles]
+        else:
+            judge = ListJudge(input_ids, criteria) if stops.custom else HostJudge(input_ids.tolist(), stops)
+            pad = _pad_token(config) if stops.pads else None
+            completions = run_in_lockstep(handles, judge, pad=pad, streamer=streamer)
+    finally:
+        # Also on Ctrl-C, and where one of the rows failed: nobody is left to read the others.
+        for handle in handles:
+            handle.cancel()
+    if streamer is not None:
+        settings.ended = True
+        streamer.end()  # type: ignore[no-untyped-call]
+    sequences = _assemble(input_ids, completions, config)
+    if config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+    return sequences
+
+
+def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[GenerationHandle]:
+    """One request per row of the batch."""
+    input_ids, config, seed = call.input_ids, call.config, settings.seed
+    width = input_ids.shape[1]
+    check_fields(config)
+    min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
+    check_processors(call.processors, config)
+    check_ends(stops, eos_token_ids(config), min_new_tokens, config._pad_token_tensor)
+    mask = check_model_inputs(call.model_kwargs, input_ids)
+    if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
+        raise ValueError(f"`seed` has {len(seed)} entries for {input_ids.shape[0]} sequences")
+    # A caller's own criterion of this kind takes the place of the config's.
+    max_length = stops.max_length if stops.max_length < math.inf else config.max_length
+    max_new_tokens = max(1, math.ceil(max_length - width))
+    rows = input_ids.tolist()
+    if mask is not None:
+        rows = [
+            [token for token, real in zip(row, keep, strict=True) if real]
+            for row, keep in zip(rows, mask.tolist(), strict=True)
+        ]
+    requests = [
+        build_request(
+            row,
+            config,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max(0, min(math.ceil(min_new_tokens), max_new_tokens)),
+            seed=seed[i] if isinstance(seed, (list, tuple)) else seed_of_row(seed, i),
+        )
+        for i, row in enumerate(rows)
+    ]
+    if set(stops.eos) != set(eos_token_ids(config)):
+        requests = [replace(request, eos_token_ids=stops.eos) for request in requests]
+    manager = settings.manager
+    manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
+    return manager.submit_requests(requests)
+
+
+def _assemble(input_ids: torch.Tensor, completions: list[list[int]], config: GenerationConfig) -> torch.Tensor:
+    longest = max(len(tokens) for tokens in completions)
+    # Without a pad token there is no end-of-sequence token either, and all rows have the same length.
+    fill = _pad_token(config) or 0
+    new = torch.tensor([tokens + [fill] * (longest - len(tokens)) for tokens in completions])
+    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+
+def _pad_token(config: GenerationConfig) -> int | None:
+    pad: torch.Tensor | None = config._pad_token_tensor
+    return None if pad is None else int(pad)
