@@ -125,12 +125,7 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     # A caller's own criterion of this kind takes the place of the config's.
     max_length = stops.max_length if stops.max_length < math.inf else config.max_length
     max_new_tokens = max(1, math.ceil(max_length - width))
-    rows = input_ids.tolist()
-    if mask is not None:
-        rows = [
-            [token for token, real in zip(row, keep, strict=True) if real]
-            for row, keep in zip(rows, mask.tolist(), strict=True)
-        ]
+    rows = _prompts(input_ids, mask)
     requests = [
         build_request(
             row,
@@ -146,6 +141,25 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     manager = settings.manager
     manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
     return manager.submit_requests(requests)
+
+
+def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
+    """The tokens of each row, without those that the mask hides."""
+    if not input_ids.numel():
+        raise ValueError(
+            f"`input_ids` of shape {tuple(input_ids.shape)} is empty: a prompt needs at least one token (for example "
+            "the BOS token)"
+        )
+    rows: list[list[int]] = input_ids.tolist()
+    if mask is None:
+        return rows
+    kept = [
+        [token for token, real in zip(row, keep, strict=True) if real]
+        for row, keep in zip(rows, mask.tolist(), strict=True)
+    ]
+    if not all(kept):
+        raise ValueError(f"`attention_mask` hides every token of row {kept.index([])}; leave that row out")
+    return kept
 
 
 def _assemble(input_ids: torch.Tensor, completions: list[list[int]], config: GenerationConfig) -> torch.Tensor:

@@ -171,6 +171,64 @@ def test_seeded_row_does_not_depend_on_company(model: Any, manager: Any) -> None
     assert together == alone
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_return_sequences": 3, "do_sample": True, "top_k": 1},
+        {"attention_mask": torch.ones(3, 1, dtype=torch.long)},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "max_length": 5.5, "max_new_tokens": None},
+        {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 0, 1, 1]])},
+        {"input_ids": torch.tensor([[5, 6], [0, 6]]), "attention_mask": torch.tensor([[1.0, 1], [0, 1]])},
+        {"input_ids": torch.tensor([[5, 6], [0, 6]])},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "eos_token_id": []},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "min_new_tokens": 9, "eos_token_id": [3, 13, 18]},
+        {"inputs": torch.tensor([[5, 6, 7]])},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")
+def test_odd_inputs_are_taken_as_generate_takes_them(model: Any, manager: Any, arguments: dict[str, Any]) -> None:
+    arguments = {"max_new_tokens": 4, "do_sample": False, **arguments}
+    expected = model.generate(**arguments)
+    assert torch.equal(model.generate(custom_generate=manager.bind(), **arguments), expected)
+    assert torch.equal(hf_async_batching.generate(model, manager=manager, **arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"`input_ids` of shape \(1, 0\) is empty"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"`input_ids` of shape \(0, 3\) is empty"),
+        (
+            {"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])},
+            "`attention_mask` hides every token of row 1",
+        ),
+        (
+            {"input_ids": torch.tensor([[5, 6, 7]]), "max_length": 3, "max_new_tokens": None},
+            "`max_length` is set to 3",
+        ),
+        ({"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+    ],
+    ids=["no tokens", "no rows", "all hidden", "max_length", "max_new_tokens"],
+)
+def test_prompts_that_cannot_be(model: Any, manager: Any, arguments: dict[str, Any], match: str) -> None:
+    arguments = {"max_new_tokens": 4, **arguments}
+    with pytest.raises(ValueError, match=match):
+        model.generate(custom_generate=manager.bind(), **arguments)
+    with pytest.raises(ValueError, match=match):
+        hf_async_batching.generate(model, manager=manager, **arguments)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_max_length_counts_the_padding(model: Any, plug: Any, side: str) -> None:
+    inputs = padded(PROMPTS, side)
+    out = model.generate(**inputs, custom_generate=plug, max_length=36, do_sample=False, eos_token_id=None)
+    assert out.shape == (5, 36)
+    for row, prompt in zip(out[:, 30:].tolist(), PROMPTS, strict=True):
+        assert row == greedy_alone(model, prompt, 6, eos_token_id=None, pad_token_id=0)
+
+
 def test_the_global_random_state_is_not_touched(model: Any, plug: Any) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
