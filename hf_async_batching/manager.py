@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from hf_async_batching.model_view import batch_dependent_rope
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
+from hf_async_batching.prompt_embeddings import check_embeddings, check_takes_embeddings
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
 from hf_async_batching.staging import MAX_EOS
@@ -119,6 +120,7 @@ class GenerationManager:
         self._weights: _Weights | None = None
         self._preparation: Preparation | None = None
         self._criteria_thread = CriteriaThread()
+        self._takes_embeddings: Callable[[], Assembly | None] = lambda: None  # of which engine that is known
         self._closed = False
         _open_managers.add(self)
 
@@ -126,7 +128,7 @@ class GenerationManager:
 
     def submit(
         self,
-        input_ids: list[int] | torch.Tensor,
+        input_ids: list[int] | torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | None = None,
@@ -134,6 +136,7 @@ class GenerationManager:
         request_id: str | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         **generate_arguments: Any,
     ) -> GenerationHandle:
         """Queue one prompt; from any thread, or from an event loop after `warmup()`.
@@ -143,7 +146,7 @@ class GenerationManager:
         request whose criteria are slow is computed further than needed, up to `max_new_tokens`, and cut off.
 
         Args:
-            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor.
+            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
             generation_config: As for `model.generate`; the model's own where None.
             seed: Makes a sampled request reproducible, whatever else is in the batch.
             logprobs: Also return the log-probabilities of the chosen tokens.
@@ -151,6 +154,8 @@ class GenerationManager:
             stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
                 the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
             tokenizer: For `stop_strings`.
+            inputs_embeds: Embeddings of the prompt [length, hidden], in place of its token ids or beside them;
+                copied.
             generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
         Raises:
@@ -162,7 +167,7 @@ class GenerationManager:
             EngineClosedError: The manager was closed.
         """
         model: Any = self._require_model()
-        prompt = _prompt_list(input_ids)
+        prompt = _prompt_of(input_ids, inputs_embeds)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
         if unknown:
             raise TypeError(
@@ -193,6 +198,8 @@ class GenerationManager:
             logprobs=logprobs,
             request_id=request_id,
         )
+        if inputs_embeds is not None:
+            request = replace(request, prompt_embeddings=inputs_embeds.detach().clone())
         criteria = _criteria_of(config, stopping_criteria, tokenizer)
         handle = self.submit_request(request)
         if not criteria:
@@ -214,6 +221,7 @@ class GenerationManager:
                 continue  # it stopped on its own just now; `_require_worker` waits for the end of that
             for request in requests:
                 _check_limits(request, assembly)
+            requests = self._with_embeddings(requests, assembly)
             handles = [
                 GenerationHandle(request.request_id, worker.cancel, logprobs=request.sampling.logprobs)
                 for request in requests
@@ -348,6 +356,24 @@ class GenerationManager:
             features.append(Features(sampling=True, candidates=sampling.candidates))
         return features
 
+    def _with_embeddings(self, requests: list[Request], assembly: Assembly) -> list[Request]:
+        """Bring embeddings of prompts to the device, once it is known that the model takes them."""
+        if not any([request.prompt_embeddings is not None for request in requests]):
+            return requests
+        forward, model = assembly.forward, self._require_model()
+        brought: list[Request] = []
+        for request in requests:
+            embeddings: Any = request.prompt_embeddings
+            if embeddings is not None:
+                check_embeddings(embeddings, forward)
+                embeddings = embeddings.to(forward.device)
+            brought.append(replace(request, prompt_embeddings=embeddings))
+        with self._lock:
+            if self._takes_embeddings() is not assembly:
+                check_takes_embeddings(model, forward)
+                self._takes_embeddings = weakref.ref(assembly)
+        return brought
+
     def _require_model(self) -> PreTrainedModel:
         model = self._get_model()
         if self._closed or model is None:
@@ -412,6 +438,20 @@ def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
     function = method()
     if function is not None:
         function(worker)
+
+
+def _prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
+    if input_ids is None and inputs_embeds is not None:
+        return [0] * len(inputs_embeds)  # nobody looks these up
+    if input_ids is None:
+        raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
+    prompt = _prompt_list(input_ids)
+    if inputs_embeds is not None and len(prompt) != len(inputs_embeds):
+        raise ValueError(
+            f"`inputs_embeds` has {len(inputs_embeds)} positions and `input_ids` {len(prompt)} tokens; pass as many "
+            "of one as of the other, or leave `input_ids` out"
+        )
+    return prompt
 
 
 def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:

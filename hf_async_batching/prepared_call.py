@@ -119,13 +119,13 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
     check_processors(call.processors, config)
     check_ends(stops, eos_token_ids(config), min_new_tokens, config._pad_token_tensor)
-    mask = check_model_inputs(call.model_kwargs, input_ids)
+    mask, embeddings = check_model_inputs(call.model_kwargs, input_ids)
     if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
         raise ValueError(f"`seed` has {len(seed)} entries for {input_ids.shape[0]} sequences")
     # A caller's own criterion of this kind takes the place of the config's.
     max_length = stops.max_length if stops.max_length < math.inf else config.max_length
     max_new_tokens = max(1, math.ceil(max_length - width))
-    rows = _prompts(input_ids, mask)
+    rows = _prompts(_placeholders(input_ids, embeddings), mask)
     requests = [
         build_request(
             row,
@@ -138,9 +138,22 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     ]
     if set(stops.eos) != set(eos_token_ids(config)):
         requests = [replace(request, eos_token_ids=stops.eos) for request in requests]
+    if embeddings is not None:
+        # Its own memory where padding is left out; else a part of the caller's, who waits for the outcome.
+        kept = (
+            embeddings.detach() if mask is None else [row[keep.bool()] for row, keep in zip(embeddings.detach(), mask)]
+        )
+        requests = [replace(request, prompt_embeddings=row) for request, row in zip(requests, kept)]
     manager = settings.manager
     manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
     return manager.submit_requests(requests)
+
+
+def _placeholders(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> torch.Tensor:
+    """The tokens of prompts, or something in their place where only their embeddings were given."""
+    if embeddings is None or input_ids.shape[1]:
+        return input_ids
+    return torch.zeros(embeddings.shape[:2], dtype=torch.long, device="cpu")
 
 
 def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:

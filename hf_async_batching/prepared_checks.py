@@ -61,39 +61,54 @@ def check_processors(processors: LogitsProcessorList, config: GenerationConfig) 
         seen.add(name)
 
 
-def check_model_inputs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor | None:
-    """Refuse inputs of the forward beyond token ids and their mask; returns the mask [batch, length] or None.
+def check_model_inputs(
+    model_kwargs: dict[str, Any], input_ids: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Refuse inputs of the forward beyond token ids, their embeddings and their mask.
+
+    Returns:
+        The mask [batch, length] or None, and the embeddings [batch, length, hidden] or None.
 
     Raises:
         UnsupportedArgumentError: Names the input.
     """
     mask: torch.Tensor | None = model_kwargs.get("attention_mask")
-    # Embeddings first: where they take the place of token ids, nothing else has its usual shape.
-    for name, value in sorted(model_kwargs.items(), key=lambda item: item[0] != "inputs_embeds"):
-        if value is None or name == "attention_mask" or name in _NEUTRAL_INPUTS:
+    embeddings: torch.Tensor | None = model_kwargs.get("inputs_embeds")
+    shape = input_ids.shape
+    if embeddings is not None:
+        shape = embeddings.shape[:2]
+        if input_ids.shape[1] and input_ids.shape != shape:
+            raise UnsupportedArgumentError(
+                f"`inputs_embeds` of shape {tuple(embeddings.shape)} beside `input_ids` of shape "
+                f"{tuple(input_ids.shape)} is not served; leave `input_ids` out, or {_PLAIN}"
+            )
+    for name, value in model_kwargs.items():
+        if value is None or name in ("attention_mask", "inputs_embeds") or name in _NEUTRAL_INPUTS:
             continue
-        if name == "position_ids" and (mask is None or mask.shape == input_ids.shape):
-            if value.shape[-1] == input_ids.shape[1] and _are_default_positions(value, mask, input_ids):
+        if name == "position_ids" and (mask is None or mask.shape == shape):
+            if value.shape[-1] == shape[1] and _are_default_positions(value, mask, shape[1]):
                 continue
             raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
         if name in ("past_key_values", "cache_params") and _is_empty(value):
             continue
+        if name == "mm_encoder_outputs" and not value:  # of no image
+            continue
         raise UnsupportedArgumentError(f"`{name}` is not served; leave it out, or {_PLAIN}")
-    if mask is not None and mask.shape != input_ids.shape:
+    if mask is not None and mask.shape != shape:
         raise UnsupportedArgumentError(
-            f"`attention_mask` of shape {tuple(mask.shape)} for `input_ids` of shape {tuple(input_ids.shape)} is not "
+            f"`attention_mask` of shape {tuple(mask.shape)} for `input_ids` of shape {tuple(shape)} is not "
             f"served; {_PLAIN}"
         )
-    return mask
+    return mask, embeddings
 
 
-def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, input_ids: torch.Tensor) -> bool:
+def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, length: int) -> bool:
     """Whether positions are what `generate` makes itself: they count the tokens that the mask keeps.
 
     Positions of padding do not matter.
     """
     if mask is None:
-        return bool((positions == torch.arange(input_ids.shape[1], device=positions.device)).all())
+        return bool((positions == torch.arange(length, device=positions.device)).all())
     return bool(((positions == mask.long().cumsum(-1) - 1) | (mask == 0)).all())
 
 

@@ -76,6 +76,7 @@ class Request:
         min_new_tokens: No end-of-sequence token before so many new tokens.
         eos_token_ids: Any of these ends the request ("eos"); the token itself is part of the output.
         sampling: How tokens are drawn.
+        prompt_embeddings: What the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:
         ValueError: The prompt is empty, or the lengths contradict each other.
@@ -87,6 +88,7 @@ class Request:
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    prompt_embeddings: object | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.plan import Features, Plan
+from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampler import Sampler
 from hf_async_batching.staging import Sections
 
@@ -67,6 +69,7 @@ class Runner:
         self.captured: dict[tuple[int, Features], Graph] = {}
         self._offered: Forward | None = None
         self._step_number = -1
+        self._prompt_embeddings = PromptEmbeddings()
         # Graphs that were replaced, and the last step that may have replayed them.
         self._replaced: list[tuple[int, list[Graph]]] = []
 
@@ -82,6 +85,7 @@ class Runner:
 
     def completed(self, step: int) -> None:
         """Let go of what no step after `step` can touch."""
+        self._prompt_embeddings.completed(step)
         if self._replaced:
             self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
 
@@ -116,7 +120,9 @@ class Runner:
         self._adopt()
         self._state.apply_updates(staged, sections)
         if plan.chunks:
-            self._step(self._state.mixed_inputs(staged, sections, len(plan.decode_rows)), plan.features)
+            inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
+            embeddings = self._prompt_embeddings.pieces(plan)
+            self._step(replace(inputs, embeddings=embeddings) if embeddings else inputs, plan.features)
         elif plan.decode_rows:
             self._decode(self.bucket_for(len(plan.decode_rows)), plan.features)
 

@@ -35,6 +35,7 @@ class Sequence:
         max_length: Tokens, prompt included, at which it ends.
         candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
         logprobs: Whether log-probabilities were asked for.
+        shareable: Whether its tokens tell what its pages hold.
         planned: Its tokens and placeholders together.
         computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are planned
             but the last.
@@ -55,6 +56,7 @@ class Sequence:
     max_length: int = field(init=False)
     candidates: int | None = field(init=False)
     logprobs: bool = field(init=False)
+    shareable: bool = field(init=False)
     state: State = State.WAITING
     planned: int = field(init=False)
     computed: int = 0
@@ -74,6 +76,7 @@ class Sequence:
         sampling = self.request.sampling
         self.candidates = sampling.candidates if sampling.do_sample else None
         self.logprobs = sampling.logprobs
+        self.shareable = self.request.prompt_embeddings is None
 
     @property
     def placeholders(self) -> int:

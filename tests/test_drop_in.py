@@ -416,15 +416,14 @@ class Ban(LogitsProcessor):
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
-        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_not_served_is_refused_by_name(model: Any, plug: Any, arguments: dict[str, Any], name: str) -> None:
-    ids = {} if "inputs_embeds" in arguments else {"input_ids": torch.tensor([[5, 6, 7]])}
+    ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(UnsupportedArgumentError, match=name):
-        model.generate(**ids, **arguments, max_new_tokens=3, custom_generate=plug)
+        model.generate(ids, **arguments, max_new_tokens=3, custom_generate=plug)
 
 
 def test_positions_that_differ_only_under_padding_are_taken(model: Any, plug: Any) -> None:

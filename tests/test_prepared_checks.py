@@ -48,7 +48,7 @@ class Prepared:
     def check(self) -> torch.Tensor | None:
         """Both checks, as the drop-in makes them."""
         check_processors(self.processors, self.config)
-        return check_model_inputs(self.kwargs, self.input_ids)
+        return check_model_inputs(self.kwargs, self.input_ids)[0]
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +189,24 @@ def test_positions_that_generate_would_make_pass(model: PreTrainedModel) -> None
         check_model_inputs({"position_ids": torch.arange(1, 5)[None]}, IDS)
 
 
-def test_embeddings_are_refused(model: PreTrainedModel) -> None:
-    refused(prepare(model, inputs_embeds=torch.zeros(2, 4, 64)), "`inputs_embeds`", "leave it out")
+def test_embeddings_take_the_place_of_tokens_or_stand_beside_them(model: PreTrainedModel) -> None:
+    given = torch.rand(2, 4, 64)
+    for ids in (IDS, None):
+        prepared = prepare(model, input_ids=ids, inputs_embeds=given)
+        mask, embeddings = check_model_inputs(prepared.kwargs, prepared.input_ids)
+        assert mask is not None and torch.equal(mask, MASK)
+        assert embeddings is given or torch.equal(embeddings, given)
+    with pytest.raises(UnsupportedArgumentError, match=r"`inputs_embeds` .*beside `input_ids` of shape \(2, 4\)"):
+        check_model_inputs({"inputs_embeds": torch.rand(2, 3, 64)}, IDS)
+    with pytest.raises(UnsupportedArgumentError, match="`attention_mask` of shape"):
+        check_model_inputs({"inputs_embeds": given, "attention_mask": torch.ones(2, 3)}, IDS[:, :0])
 
 
 def test_anything_else_that_the_forward_might_read_is_refused() -> None:
     for name in ("token_type_ids", "encoder_outputs", "something"):
         with pytest.raises(UnsupportedArgumentError, match=f"`{name}` is not served"):
             check_model_inputs({name: torch.zeros(2, 4)}, IDS)
-        assert check_model_inputs({name: None}, IDS) is None
+        assert check_model_inputs({name: None}, IDS) == (None, None)
 
 
 def test_a_cache_that_holds_tokens_is_refused(model: PreTrainedModel) -> None:
