@@ -23,6 +23,7 @@ from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import Sections
@@ -69,22 +70,42 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
     forward.bind(cache, backend)
-    state = DeviceState(max_rows=resolved.max_rows, max_pages_per_row=resolved.pages_per_row, device=forward.device)
+    state = DeviceState(
+        max_rows=resolved.max_rows,
+        max_pages_per_row=resolved.pages_per_row,
+        device=forward.device,
+        max_length=resolved.max_sequence_length,
+        vocab_size=max(forward.vocab_size, forward.logit_size),
+    )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
         config.cuda_graphs and device.supports_graphs and not backend.reads_back and not batch_dependent_rope(model)
     )
     runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs)
+    # As much as one row can need: its rules, padding, and all of its tokens if their pages were found.
+    max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     limits = Sections.largest(
-        max_rows=resolved.max_rows, max_batch_tokens=resolved.max_batch_tokens, num_pages=resolved.num_pages
+        max_rows=resolved.max_rows,
+        max_batch_tokens=resolved.max_batch_tokens,
+        num_pages=resolved.num_pages,
+        writes=max_writes,
     )
-    pipeline = Pipeline(device, state, runner, depth=resolved.depth, limits=limits, tile_size=backend.tile_size)
+    pipeline = Pipeline(
+        device,
+        state,
+        runner,
+        depth=resolved.depth,
+        limits=limits,
+        tile_size=backend.tile_size,
+        logit_size=forward.logit_size,
+    )
     scheduler = Scheduler(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_rows=resolved.max_rows,
         max_batch_tokens=resolved.max_batch_tokens,
         prefix_cache=config.prefix_cache,
+        max_writes=max_writes,
     )
     engine = Engine(
         scheduler,

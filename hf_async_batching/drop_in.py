@@ -21,9 +21,10 @@ from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.prepared_checks import check_criteria, check_model_inputs, check_processors
+from hf_async_batching.prepared_checks import check_criteria, check_model_inputs
+from hf_async_batching.processor_reader import CallRow, called, read_processors
 from hf_async_batching.registry import get_manager
-from hf_async_batching.requests_from_config import build_request, seed_of_row
+from hf_async_batching.requests_from_config import Seed, build_request, eos_token_ids, seeds_of_rows
 
 GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
 
@@ -36,11 +37,11 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
-    seed: int | list[int] | None = None,
+    seed: Seed | list[Seed] | None = None,
     manager: GenerationManager | None = None,
     batching_config: BatchingConfig | None = None,
     bound_streamer: BaseStreamer | None = None,
-    bound_seed: int | list[int] | None = None,
+    bound_seed: Seed | list[Seed] | None = None,
     **kwargs: Any,
 ) -> GenerateOutput:
     """Like `model.generate`, served by the asynchronous engine together with all other calls on the model.
@@ -51,11 +52,12 @@ def generate(
     Args:
         model: A causal language model; not changed.
         input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so.
-        logits_processor: As for `generate`; custom ones are not served yet.
+        logits_processor: As for `generate`; custom ones are called once per row, with a batch of one.
         stopping_criteria: As for `generate`; custom ones are not served yet.
         generation_config: As for `generate`.
         streamer: As for `generate`, for a single prompt; its methods run in the calling thread.
-        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence.
+        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence; each
+            an integer, or a `torch.Generator` from which one number is drawn.
         manager: The manager to use; the model's shared one where None.
         batching_config: Settings for the model's shared manager, where this call is the one that makes it.
         bound_streamer: Set by `GenerationManager.bind`.
@@ -65,7 +67,8 @@ def generate(
     Returns:
         What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
         token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
-        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared).
+        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared). Its `scores` and
+        `logits`, where asked for, are those of `generate`, but 0 for rows that have ended.
 
     Raises:
         UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.
@@ -117,7 +120,7 @@ def generate(
                     streamer.put(torch.tensor([token], device="cpu"))  # type: ignore[no-untyped-call]
                 streamer.end()  # type: ignore[no-untyped-call]
                 ended = True
-            completions = [handle.result().token_ids for handle in handles]
+            results = [handle.result() for handle in handles]
         finally:
             # Also on Ctrl-C, and where one of the rows failed: nobody is left to read the others.
             for handle in handles:
@@ -126,9 +129,11 @@ def generate(
         # A reader in another thread waits for the end, whatever went wrong.
         if streamer is not None and not ended:
             streamer.end()  # type: ignore[no-untyped-call]
-    sequences = _assemble(input_ids, completions, generation_config)
+    sequences = _assemble(input_ids, [result.token_ids for result in results], generation_config)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+        scores = _steps([result.scores for result in results], input_ids.device)
+        logits = _steps([result.logits for result in results], input_ids.device)
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
     return sequences
 
 
@@ -168,35 +173,43 @@ def _submit(
     config: GenerationConfig,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
-    seed: int | list[int] | None,
+    seed: Seed | list[Seed] | None,
     model_kwargs: dict[str, Any],
 ) -> list[GenerationHandle]:
     """One request per row of the batch."""
-    width = input_ids.shape[1]
+    width, count = input_ids.shape[1], input_ids.shape[0]
     check_fields(config)
-    min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
-    check_processors(processors, config)
     check_criteria(criteria, config)
     mask = check_model_inputs(model_kwargs, input_ids)
-    if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
-        raise ValueError(f"`seed` has {len(seed)} entries for {input_ids.shape[0]} sequences")
-    rows = input_ids.tolist()
+    shown = input_ids.tolist()
+    rows = shown
     if mask is not None:
         rows = [
             [token for token, real in zip(row, keep, strict=True) if real]
-            for row, keep in zip(rows, mask.tolist(), strict=True)
+            for row, keep in zip(shown, mask.tolist(), strict=True)
         ]
-    requests = [
-        build_request(
-            row,
-            config,
-            max_new_tokens=config.max_length - width,
-            min_new_tokens=max(0, min_new_tokens),
-            seed=seed[i] if isinstance(seed, (list, tuple)) else seed_of_row(seed, i),
-        )
-        for i, row in enumerate(rows)
-    ]
+    eos, do_sample = eos_token_ids(config), bool(config.do_sample)
+    requests = []
+    for i, seed_of_row in enumerate(seeds_of_rows(seed, count)):
+        row = CallRow(shown[i], rows[i], i, count, eos, config._eos_token_tensor, input_ids[i])
+        recipe = read_processors(processors, row, do_sample=do_sample, seed=seed_of_row)
+        if recipe is None:
+            recipe = called(processors, row, do_sample=do_sample, seed=seed_of_row, plain_model=manager.plain_view)
+        requests.append(build_request(rows[i], config, recipe, max_new_tokens=config.max_length - width))
     return manager.submit_requests(requests)
+
+
+def _steps(rows: list[list[torch.Tensor] | None], device: torch.device) -> tuple[torch.Tensor, ...] | None:
+    """Per step what all rows brought, float32 [batch, vocab]; 0 for rows that had ended."""
+    brought = [row for row in rows if row is not None]
+    if not brought:
+        return None
+    longest = max(brought, key=len)
+    nothing = torch.zeros_like(longest[0])
+    return tuple(
+        torch.stack([row[step] if step < len(row) else nothing for row in brought]).to(device)
+        for step in range(len(longest))
+    )
 
 
 def _assemble(input_ids: torch.Tensor, completions: list[list[int]], config: GenerationConfig) -> torch.Tensor:

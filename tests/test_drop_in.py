@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
 from transformers import GenerationConfig, TextIteratorStreamer
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -288,11 +288,6 @@ def test_custom_generate_folder(model: Any) -> None:
     assert torch.equal(got, expected)
 
 
-class Ban(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
 class Stop(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
@@ -302,12 +297,9 @@ class Stop(StoppingCriteria):
     ("arguments", "name"),
     [
         ({"num_beams": 2}, "num_beams"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"max_time": 3.0}, "max_time"),
-        ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
         ({"stopping_criteria": StoppingCriteriaList([Stop()])}, "Stop"),
-        ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids"),
     ],

@@ -16,6 +16,7 @@ from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Features, Plan
 from hf_async_batching.request import Request
 from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
 
@@ -91,18 +92,17 @@ def test_the_kernels_of_the_tables_give_the_same_tokens(depth: int) -> None:
 def test_an_arg_max_needs_no_records() -> None:
     """A plain greedy step neither gathers the rows' parameters nor computes the positions of its tokens."""
     engine = ToyEngine(1, 0, device=FakeGraphDevice())
-    asked: list[tuple[object, ...]] = []
+    asked: list[SampledRows | None] = []
 
-    def sampler(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, None]:
-        asked.append(rest)
+    def sampler(logits: torch.Tensor, rows: SampledRows | None, features: Features) -> tuple[torch.Tensor, None]:
+        asked.append(rows)
         return logits.argmax(-1).int(), None
 
     engine.runner._sampler = sampler  # type: ignore[assignment]
     every = (Features(), Features(logprobs=True), Features(sampling=True), Features(min_length=True))
     for features in every:
         engine.runner._step(engine.state.decode_inputs(2), features)
-    assert [params is not None for params, *_ in asked] == [False, False, True, True]
-    assert [positions is not None for _, positions, _ in asked] == [False, False, True, True]
+    assert [rows is not None for rows in asked] == [False, False, True, True]
 
 
 def test_a_bucket_runs_once_before_it_is_captured() -> None:
