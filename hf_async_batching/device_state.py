@@ -169,6 +169,12 @@ class DeviceState:
         """Enter the inputs of a step into the memories of its rows, where some row needs that."""
         if features.memory or features.seen:
             context = inputs.context
+            if self._fused and context.decode and not features.memory:
+                from hf_async_batching.sampling.fused import mark_seen
+
+                assert self.memory.seen is not None
+                mark_seen(context.rows, inputs.token_ids, self.memory.seen)
+                return
             self.memory.note(context.rows, context.positions, inputs.token_ids, self.params, words=features.memory)
 
     def commit(self, inputs: StepInputs, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:

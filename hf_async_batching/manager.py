@@ -387,7 +387,9 @@ class GenerationManager:
         if config.do_sample or config.repetition_penalty not in (None, 1.0):
             recipe = self._recipe([0], config, 1, 0, False, {})
             request = build_request([0], config, recipe, max_new_tokens=1)
-            features.append(features_of([Sequence(request, 0)], []))
+            sequence = Sequence(request, 0)
+            sequence.computed = 1
+            features.append(features_of([sequence], []))
         return features
 
     def _require_model(self) -> PreTrainedModel:

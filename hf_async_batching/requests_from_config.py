@@ -79,6 +79,9 @@ def build_request(
         ValueError: A field is out of its range.
     """
     sampling, logits, min_new_tokens, padding, processors = recipe
+    if config.do_sample and config.top_p is not None and not 0.0 < config.top_p <= 1.0:
+        # Above 1, transformers would take it for 1.
+        raise ValueError(f"`top_p` must be in (0, 1], got {config.top_p}")
     returned = bool(config.return_dict_in_generate)
     return Request(
         request_id=request_id or new_request_id(),

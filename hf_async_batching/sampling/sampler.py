@@ -5,19 +5,28 @@ Draws use the Gumbel-max trick in its exponential form: the arg-min of E_i / p_i
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from hf_async_batching import staging
 from hf_async_batching.logits_params import Stage
 from hf_async_batching.plan import Features
 from hf_async_batching.sampling import noise
-from hf_async_batching.sampling.changes import changed
+from hf_async_batching.sampling.changes import changed, without_early_eos
 from hf_async_batching.sampling.filters import filtered
 from hf_async_batching.sampling.rows import SampledRows
 
 
 class Sampler:
-    """Chooses the next tokens of a step."""
+    """Chooses the next tokens of a step.
+
+    Args:
+        fused: Whether the Triton kernels do what they can; None for CUDA with Triton.
+    """
+
+    def __init__(self, fused: bool | None = None) -> None:
+        self._fused = fused
 
     def __call__(
         self, logits: torch.Tensor, rows: SampledRows | None, features: Features
@@ -35,10 +44,22 @@ class Sampler:
         """
         if features.sampling or features.min_length or features.penalty:
             assert rows is not None
-            tokens = self.choose(self.scores(logits, rows, features), rows, features)
+            tokens = self._choose_usual(logits, rows, features)
         else:
             tokens = logits.argmax(-1)
         return tokens.int(), log_probabilities(logits, tokens) if features.logprobs else None
+
+    def _choose_usual(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+        if self._fused is None:
+            self._fused = logits.is_cuda and importlib.util.find_spec("triton") is not None
+        if self._fused and (features.sampling or features.penalty):
+            from hf_async_batching.sampling import fused
+
+            if fused.serves(features):
+                if features.min_length:
+                    logits = without_early_eos(logits, rows.params, rows.positions)
+                return fused.choose(logits, rows, features)
+        return self.choose(self.scores(logits, rows, features), rows, features)
 
     def scores(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
         """What tokens are chosen by, after all changes and filters.
