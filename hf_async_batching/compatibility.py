@@ -177,7 +177,7 @@ transformers adds is refused as soon as it is set, until it has a line here.
   call with several rows each row is a call of its own. It runs on the engine's stream behind the forward, and nothing
   waits for the device unless a processor does. A processor that raises ends its own request, with that error. It is
   called for at most `depth - 1` steps more than its request has tokens, because an end by an end-of-sequence token is
-  known that much later.
+  known that much later; the scores, and the tokens after the end, mean nothing then.
 """
 
 
