@@ -159,11 +159,11 @@ def test_what_the_prefix_cache_must_not_do_is_seen(scheduler: type[Scheduler], d
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_random_schedules_with_scores_and_logits(depth: int) -> None:
     made = 0
-    for seed in range(SCHEDULES // 5):
+    for seed in range(SCHEDULES // 10):
         engine = ToyEngine(depth, seed, outputs=True)
         verify(engine, run_random_schedule(engine, seed))
         made += sum(map(len, engine.made.values()))
-    assert made > 10 * SCHEDULES / 5, "hardly anything was wanted"
+    assert made > SCHEDULES, "hardly anything was wanted"
 
 
 OUTPUT_GUARDS = [(Guard.OUTPUT_FREE, 3)] + [
@@ -199,7 +199,7 @@ def test_each_wait_is_needed_by_scores(guard: Guard, depth: int) -> None:
 def test_histories_are_whole(depth: int, conversations: bool) -> None:
     """Of rows that were preempted, that found their first pages, that were taken over from others."""
     histories = preemptions = hits = 0
-    for seed in range(SCHEDULES // 8):
+    for seed in range(SCHEDULES // 20):
         engine = ToyEngine(depth, seed, num_pages=8 + seed % 7, remembers=True)
         verify(engine, run_random_schedule(engine, seed, num_requests=9, conversations=conversations))
         assert not engine.wrong_histories
@@ -207,7 +207,7 @@ def test_histories_are_whole(depth: int, conversations: bool) -> None:
         preemptions += engine.scheduler.preemptions
         hits += engine.scheduler.pages.prefixes.hit_tokens
     assert histories > SCHEDULES
-    assert preemptions > SCHEDULES / 20
+    assert preemptions > SCHEDULES / 50
     assert not conversations or hits > SCHEDULES
 
 
