@@ -161,7 +161,7 @@ def _fields(features: Features) -> dict[str, Any]:
 def test_end_to_end(model: Any) -> None:
     """The first two tokens of requests that share their steps with requests of other kinds."""
     kind = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "typical_p": 0.9, "repetition_penalty": 1.3}
-    prompt, draws = [1, 4, 1, 5], 1500
+    prompt, draws = [1, 4, 1, 5], 800
     processors = processors_of(model, kind, prompt)
     with GenerationManager(model, BatchingConfig(page_size=16, max_waiting=5000, max_rows=64)) as manager:
         handles = []
