@@ -17,15 +17,23 @@ class CalledProcessors:
 
     Args:
         processors: The list, for this request's row alone.
-        shown: int64 [length], the prompt as the caller passed it on, padding included, on the model's device; None
-            where the history that the engine keeps is the same.
+        shown: int64 [length], the prompt as the caller passed it on, padding included; None where the history that
+            the engine keeps is the same.
         prompt_length: Tokens of the prompt without its padding.
+        device: Where the caller's tensors are: `generate` calls processors there.
     """
 
-    def __init__(self, processors: LogitsProcessorList, shown: torch.Tensor | None, prompt_length: int) -> None:
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        shown: torch.Tensor | None,
+        prompt_length: int,
+        device: torch.device | None = None,
+    ) -> None:
         self._processors = processors
         self._shown = shown
         self._prompt_length = prompt_length
+        self._device = device
 
     def __call__(self, history: torch.Tensor, length: int, scores: torch.Tensor) -> torch.Tensor:
         """Scores after all processors.
@@ -41,6 +49,8 @@ class CalledProcessors:
         Raises:
             Exception: Whatever a processor raises.
         """
+        if self._device is not None:
+            history, scores = history.to(self._device), scores.to(self._device)
         if self._shown is not None:
             completion = history[history.shape[0] - length + self._prompt_length :]
             history = torch.cat([self._shown, completion])

@@ -207,10 +207,8 @@ class Pipeline:
             self.order_after_caller()  # whose stream zeroes them
         return names
 
-    def _compute(
-        self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int, wide: tuple[str, ...]
-    ) -> None:
-        """Run a step, and copy what it made out of the tables, which the next step writes, to the slot's own buffers."""
+    def _compute(self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int, wide: tuple[str, ...]) -> None:
+        """Run a step, and copy what it made out of the tables, which the next step writes, to the slot's buffers."""
         self._runner.run(plan, staged, sections)
         if self._runner.rare is not None:
             self._publish_rare(plan, self._runner.rare, slot, wide)

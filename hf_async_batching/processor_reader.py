@@ -39,7 +39,7 @@ class CallRow:
         rows: How many rows the call has.
         eos: End-of-sequence tokens.
         eos_tensor: The same as transformers made it, which most processors share.
-        shown_tensor: `shown` int64 [length] on the model's device, where there is one.
+        shown_tensor: `shown` int64 [length] on the caller's device, where there is one.
     """
 
     shown: list[int]
@@ -131,7 +131,7 @@ def called(
     """What a row needs whose processors are called.
 
     Args:
-        processors: What transformers has prepared, on the model's device.
+        processors: What transformers has prepared, on the caller's device.
         row: The row.
         do_sample: Whether tokens are drawn.
         seed: Of the row.
@@ -143,7 +143,8 @@ def called(
     if row.padding and shown is None:
         raise ValueError("a padded row needs its tensor")
     sampling = SamplingParams(do_sample=do_sample, seed=seed if do_sample else 0, logprobs=logprobs)
-    return sampling, LogitsParams(), 0, (), CalledProcessors(own, shown, len(row.tokens))
+    device = row.shown_tensor.device if row.shown_tensor is not None else None
+    return sampling, LogitsParams(), 0, (), CalledProcessors(own, shown, len(row.tokens), device)
 
 
 # -- readers: each takes over what a processor does, or says that it cannot ------------------------------------------

@@ -63,13 +63,13 @@ class RowMemory:
             params: int32 [rows, PARAMS], the table of records.
         """
         if self.words is not None:
-            self.words[rows, columns] = values
+            self.words[rows.long(), columns.long()] = values
         if self.seen is not None:
             positions = columns - HISTORY_START - params[rows, staging.PADDING]
             padding = (columns >= HISTORY_START) & (positions < 0)
             # Before the tokens: one of them may be the padding token.
             owner = rows * padding
-            self.seen[owner, values * padding] = torch.full_like(owner, IN_PROMPT, dtype=torch.uint8)
+            self.seen[owner.long(), (values * padding).long()] = torch.full_like(owner, IN_PROMPT, dtype=torch.uint8)
             known = positions >= 0
             self._mark(rows * known, positions, values * known, params)
 
@@ -86,17 +86,19 @@ class RowMemory:
             words: Whether some row of the step keeps its history.
         """
         if words and self.words is not None:
-            self.words[rows, HISTORY_START + params[rows, staging.PADDING] + positions] = tokens.int()
+            columns = HISTORY_START + params[rows, staging.PADDING] + positions
+            self.words[rows.long(), columns.long()] = tokens.int()
         if self.seen is not None:
             self._mark(rows, positions, tokens, params)
 
     def _mark(self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, params: torch.Tensor) -> None:
         assert self.seen is not None
-        self.seen[rows, tokens] = self.seen[rows, tokens] | OCCURRED
+        entries = rows.long(), tokens.long()
+        self.seen[entries] = self.seen[entries] | OCCURRED
         # Afterwards, and all bits at once: entries of a completion that comes back after a preemption would race.
         prompt = positions < params[rows, staging.PROMPT_LENGTH]
-        owner = rows * prompt
-        self.seen[owner, tokens * prompt] = torch.full_like(owner, OCCURRED | IN_PROMPT, dtype=torch.uint8)
+        owner = (rows * prompt).long()
+        self.seen[owner, (tokens * prompt).long()] = torch.full_like(owner, OCCURRED | IN_PROMPT, dtype=torch.uint8)
 
     def rules_of(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """int32 [rows, count, RULE_WORDS], the first rules of the rows."""

@@ -73,8 +73,9 @@ class Runner:
         self._failed_captures = 0
         self.captured: dict[tuple[int, Features | None], Graph] = {}
         self._offered: Forward | None = None
-        # Inputs and logits of captured forwards, which lie where the graph puts them.
+        # Inputs and logits of captured forwards.
         self._forwards: dict[int, tuple[StepInputs, torch.Tensor]] = {}
+        self._logits: torch.Tensor | None = None
         self.rare: RareOutputs | None = None
         self._step_number = -1
         # Graphs that were replaced, and the last step that may have replayed them.
@@ -165,7 +166,7 @@ class Runner:
 
         def run() -> None:
             inputs = self._state.decode_inputs(bucket)
-            self._forwards[bucket] = inputs, self._forward(inputs)
+            self._forwards[bucket] = inputs, self._kept(self._forward(inputs))
 
         graph = self._graph((bucket, FORWARD), run)
         if graph is None:
@@ -173,6 +174,17 @@ class Runner:
             return self._forwards.pop(bucket)
         graph.replay()
         return self._forwards[bucket]
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in memory of their own, where a graph could be captured: one for all graphs, which would each hold
+        theirs otherwise.
+        """
+        if not self.buckets:
+            return logits
+        shape = (self.buckets[-1], logits.shape[1])
+        if self._logits is None or self._logits.shape != shape or self._logits.dtype != logits.dtype:
+            self._logits = logits.new_zeros(shape)
+        return self._logits[: logits.shape[0]].copy_(logits)
 
     def _graph(self, key: tuple[int, Features | None], work: Kernel) -> Graph | None:
         """The graph of a step, captured the second time that it is asked for; None where there is none."""

@@ -15,7 +15,7 @@ from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Features, Plan
 from hf_async_batching.request import Request
-from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, decode_buckets
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
@@ -223,3 +223,22 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
     runner.offer(forward)
     runner.tune()
     assert forward.tuned == [1, 2, 4, 7]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_rare_steps_capture_the_forward_alone(depth: int) -> None:
+    """One graph per bucket, whatever is done with its logits; processors run behind each replay."""
+    histories = made = captures = 0
+    for seed in range(12):
+        device = FakeGraphDevice()
+        engine = ToyEngine(depth, seed, device=device, max_rows=5, num_pages=24, remembers=True, outputs=True)
+        verify(engine, run_random_schedule(engine, seed, num_requests=10))
+        assert not engine.wrong_histories
+        forwards = [bucket for bucket, features in engine.runner.captured if features is FORWARD]
+        assert not any(features.eager for _, features in engine.runner.captured if features is not FORWARD)
+        histories += engine.histories
+        made += sum(map(len, engine.made.values()))
+        captures += len(forwards)
+    assert histories > 100
+    assert made > 100
+    assert captures > 12
