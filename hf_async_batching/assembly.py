@@ -14,7 +14,7 @@ from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
-from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
+from hf_async_batching.config import BatchingConfig, ResolvedConfig
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
@@ -23,6 +23,7 @@ from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import Sections
@@ -69,22 +70,42 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
     forward.bind(cache, backend)
-    state = DeviceState(max_rows=resolved.max_rows, max_pages_per_row=resolved.pages_per_row, device=forward.device)
+    state = DeviceState(
+        max_rows=resolved.max_rows,
+        max_pages_per_row=resolved.pages_per_row,
+        device=forward.device,
+        max_length=resolved.max_sequence_length,
+        vocab_size=max(forward.vocab_size, forward.logit_size),
+    )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
         config.cuda_graphs and device.supports_graphs and not backend.reads_back and not batch_dependent_rope(model)
     )
     runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs)
+    # As much as one row can need: its rules, padding, and all of its tokens if their pages were found.
+    max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     limits = Sections.largest(
-        max_rows=resolved.max_rows, max_batch_tokens=resolved.max_batch_tokens, num_pages=resolved.num_pages
+        max_rows=resolved.max_rows,
+        max_batch_tokens=resolved.max_batch_tokens,
+        num_pages=resolved.num_pages,
+        writes=max_writes,
     )
-    pipeline = Pipeline(device, state, runner, depth=resolved.depth, limits=limits, tile_size=backend.tile_size)
+    pipeline = Pipeline(
+        device,
+        state,
+        runner,
+        depth=resolved.depth,
+        limits=limits,
+        tile_size=backend.tile_size,
+        logit_size=forward.logit_size,
+    )
     scheduler = Scheduler(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_rows=resolved.max_rows,
         max_batch_tokens=resolved.max_batch_tokens,
         prefix_cache=config.prefix_cache,
+        max_writes=max_writes,
     )
     engine = Engine(
         scheduler,
@@ -102,17 +123,16 @@ def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[Mo
     """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
-    page_size = config.page_size or default_page_size(device)
     if config.fuses_weights(device):
         try:
             forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
-            attach_check(model, forward, backend, page_size)
+            attach_check(model, forward, backend)
             return forward, backend
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     forward = ModelForward(model)
     if config.attach_check:
-        attach_check(model, forward, backend, page_size)
+        attach_check(model, forward, backend)
     return forward, backend
 
 
@@ -160,7 +180,7 @@ def _compiled_forward(
         # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
         backend = make_backend(config.settings.attention_backend, forward.device)
         try:
-            compile_checked(forward, backend, page_size=config.page_size, early=early)
+            compile_checked(forward, backend, early=early)
         except UnsafeEarlyLaunchError as error:
             logger.info("%s is compiled again without early launches: %s", forward.name, error)
             continue

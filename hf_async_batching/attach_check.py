@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.argmax import argmax
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.attention.context import AttentionContext
@@ -29,26 +28,24 @@ from hf_async_batching.staging import Sections, encode
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _TF32_TOLERANCE = 5e-3
 
-# Each prompt fits one page of any size.
+# Each prompt fits one page.
+_PAGE_SIZE = 16
 _FIRST_LENGTH, _SPLIT, _SECOND_LENGTH = 11, 4, 7
 
 
 @torch.inference_mode()
-def attach_check(
-    model: PreTrainedModel, forward: ModelForward, backend: AttentionBackend, page_size: int = 16
-) -> None:
+def attach_check(model: PreTrainedModel, forward: ModelForward, backend: AttentionBackend) -> None:
     """Compare paged logits with plain ones, on tables and pages of its own.
 
     Args:
         model: The user's model, of which a second view is made for the plain forward.
         forward: The paged forward; left bound to the check's pages.
         backend: The attention kernels.
-        page_size: Of the engine to come, whose kernels are compiled for it.
 
     Raises:
         UnsupportedModelError: The logits differ by more than rounding.
     """
-    cache = PagedCache(forward.layers, num_pages=2, page_size=page_size, device=forward.device)
+    cache = PagedCache(forward.layers, num_pages=2, page_size=_PAGE_SIZE, device=forward.device)
     state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
     forward.bind(cache, backend)
     vocab = forward.vocab_size
@@ -65,9 +62,8 @@ def attach_check(
     # Each of these takes seconds in a fresh process: compilers on the one side, libraries that load on the other.
     side_by_side(
         [
-            lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, 2)),
+            lambda: backend.ready(forward.layers, page_size=_PAGE_SIZE, batches=(1, 2)),
             lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
-            lambda: argmax(torch.zeros(2, vocab, dtype=forward.layers[0].dtype, device=forward.device)),
             run_plain,
         ],
         forward.device,
@@ -114,12 +110,7 @@ def attach_check(
 
 @torch.inference_mode()
 def compile_checked(
-    forward: ModelForward,
-    backend: AttentionBackend,
-    compiler: str = "inductor",
-    *,
-    page_size: int = 16,
-    early: bool = False,
+    forward: ModelForward, backend: AttentionBackend, compiler: str = "inductor", *, early: bool = False
 ) -> None:
     """Compile a forward on an example, and compare its logits with those it had uncompiled.
 
@@ -127,7 +118,6 @@ def compile_checked(
         forward: A forward that nobody else uses; left bound to the check's pages.
         backend: The attention kernels.
         compiler: Backend of `torch.compile`.
-        page_size: Of the engine, whose kernels are compiled for it.
         early: Let kernels be launched early; see `early_launches`.
 
     Raises:
@@ -135,9 +125,9 @@ def compile_checked(
         RuntimeError: The logits differ by more than rounding.
         Exception: Whatever the compiler raises.
     """
-    pages = -(-(EXAMPLE_TOKENS + 1) // page_size)
+    pages = -(-(EXAMPLE_TOKENS + 1) // _PAGE_SIZE)
     state = DeviceState(max_rows=2, max_pages_per_row=pages, device=forward.device)
-    forward.bind(PagedCache(forward.layers, num_pages=pages, page_size=page_size, device=forward.device), backend)
+    forward.bind(PagedCache(forward.layers, num_pages=pages, page_size=_PAGE_SIZE, device=forward.device), backend)
     prompt = tuple((7 * i + 3) % forward.vocab_size for i in range(EXAMPLE_TOKENS))
     plan = Plan(
         0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from hf_async_batching import compatibility_command
 from hf_async_batching.bench import command as bench
 
 _EXAMPLES = """\
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     bench.add_parser(commands)
+    compatibility_command.add_parser(commands)
     arguments = parser.parse_args(argv)
     arguments.argv = None if argv is None else list(argv)
     status: int = arguments.run(arguments)

@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.step_scores import StepScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +177,16 @@ class ListJudge:
     Args:
         input_ids: The padded prompts [batch, length]; criteria get int64 [batch, length + step] on their device.
         criteria: As `generate` has prepared them, its own included.
+        scores: Of the batch, where they are returned: criteria see them then.
     """
 
-    def __init__(self, input_ids: torch.Tensor, criteria: StoppingCriteriaList) -> None:
+    def __init__(
+        self, input_ids: torch.Tensor, criteria: StoppingCriteriaList, scores: StepScores | None = None
+    ) -> None:
         self._criteria = criteria
+        self._scores = scores
+        self._pads = read_criteria(criteria).pads
+        self._live = [True] * input_ids.shape[0]
         self._history = input_ids
         self._unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
 
@@ -188,27 +195,37 @@ class ListJudge:
         # Made anew in each step, as in `generate`: a criterion may keep what it was given, or write to it.
         new = torch.tensor(tokens, device=self._history.device)[:, None]
         self._history = torch.cat([self._history, new], dim=-1)
-        self._unfinished = self._unfinished & ~self._criteria(self._history, None)
-        return [not unfinished for unfinished in self._unfinished.tolist()]
+        scores: Any = self._scores.after(self._live) if self._scores is not None else None
+        self._unfinished = self._unfinished & ~self._criteria(self._history, scores)
+        live = [bool(unfinished) for unfinished in self._unfinished.tolist()]
+        if self._pads:  # else rows go on after they have finished
+            self._live = live
+        return [not one for one in live]
 
 
-def check_ends(stops: Stops, config_eos: tuple[int, ...], min_new_tokens: float, pad: torch.Tensor | None) -> None:
-    """Refuse what the caller's own `EosTokenCriteria` makes impossible.
+def check_ends(stops: Stops, pad: torch.Tensor | None) -> None:
+    """Refuse ends after which there is nothing to fill rows with.
 
     Raises:
-        UnsupportedArgumentError: A least length is asked for, which counts for the end-of-sequence tokens of the
-            generation config, and a criterion ends rows at others.
         ValueError: Finished rows are to be padded, and no pad token is known.
     """
-    if min_new_tokens > 0 and set(stops.eos) != set(config_eos):
-        raise UnsupportedArgumentError(
-            "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`, which is not served together "
-            "with `min_new_tokens` or `min_length`; pass `eos_token_id` to generate instead"
-        )
     if stops.pads and pad is None:
         raise ValueError(
             "`stopping_criteria` ends rows at an end-of-sequence token, and there is no token to fill them with; "
             "pass `pad_token_id`"
+        )
+
+
+def check_other_ends(min_new_tokens: int) -> None:
+    """Refuse a least length, which counts for the config's end-of-sequence tokens, where a criterion has others.
+
+    Raises:
+        UnsupportedArgumentError: There is a least length.
+    """
+    if min_new_tokens:
+        raise UnsupportedArgumentError(
+            "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`, which is not served together "
+            "with `min_new_tokens` or `min_length`; pass `eos_token_id` to generate instead"
         )
 
 

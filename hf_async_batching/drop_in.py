@@ -38,6 +38,7 @@ from hf_async_batching.prepared_call import (
     serve,
     with_stop_strings,
 )
+from hf_async_batching.requests_from_config import Seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Bound:
 
     streamer: BaseStreamer | None = None
     tokenizer: Any = None
-    seed: int | list[int] | None = None
+    seed: Seed | list[Seed] | None = None
     on_unsupported: OnUnsupported = "error"
 
 
@@ -60,7 +61,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     tokenizer: Any = None,
     stop_strings: str | list[str] | None = None,
-    seed: int | list[int] | None = None,
+    seed: Seed | list[Seed] | None = None,
     on_unsupported: OnUnsupported | None = None,
     manager: GenerationManager | None = None,
     batching_config: BatchingConfig | None = None,
@@ -79,13 +80,14 @@ def generate(
     Args:
         model: A causal language model; not changed.
         input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so.
-        logits_processor: As for `generate`; custom ones are not served yet.
+        logits_processor: As for `generate`; custom ones are called once per row, with a batch of one.
         stopping_criteria: As for `generate`, and called as there: once per step with the whole batch.
         generation_config: As for `generate`. In place, `stop_strings` cannot stand in it: pass them as an argument.
         streamer: As for `generate`.
         tokenizer: For `stop_strings`.
         stop_strings: As for `generate`.
-        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence.
+        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence; each
+            an integer, or a `torch.Generator` from which one number is drawn.
         on_unsupported: What becomes of a call that the engine does not serve (beams, an assistant, an encoder, a
             model that was refused, ...): "error" (default) raises; "generate" hands it to plain `model.generate`
             and logs the reason, once.
@@ -98,7 +100,8 @@ def generate(
     Returns:
         What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
         token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
-        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared).
+        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared). Its `scores` and
+        `logits`, where asked for, are those of `generate`, but 0 for rows that have ended.
 
     Raises:
         UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.

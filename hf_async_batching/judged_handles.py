@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from hf_async_batching.criteria import HostJudge, Judge, ListJudge, Stops, read_criteria
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.request import Request
+from hf_async_batching.step_scores import StepScores
 
 
 class CriteriaThread:
@@ -30,24 +31,30 @@ class CriteriaThread:
         self._live = 0
 
     def judge(
-        self, handle: GenerationHandle, request: Request, criteria: StoppingCriteriaList, device: torch.device
+        self,
+        handle: GenerationHandle,
+        request: Request,
+        criteria: StoppingCriteriaList,
+        device: torch.device,
+        history: list[int],
     ) -> GenerationHandle:
         """A handle in place of the engine's own, which ends where the criteria say so.
 
         Args:
             handle: The engine's.
             request: What it serves.
-            criteria: As for `generate`; a caller's own ones are called with int64 [1, prompt + new] and None, once
-                for each token.
-            device: Where those ids are to lie.
+            criteria: As for `generate`; a caller's own ones are called with int64 [1, prompt + new] and the scores
+                (None where they are not returned), once for each token.
+            device: Where those are to lie.
+            history: The prompt's tokens as criteria see them.
         """
         stops = read_criteria(criteria)
-        prompt = list(request.prompt)
         judge: Judge
         if stops.custom:
-            judge = ListJudge(torch.tensor([prompt], device=device), criteria)
+            scores = StepScores([handle], device) if handle.has_scores else None
+            judge = ListJudge(torch.tensor([history], dtype=torch.long, device=device), criteria, scores)
         else:
-            judge = HostJudge([prompt], stops)
+            judge = HostJudge([history], stops)
         relay = _Relay(handle, request, judge, stops)
         if stops.custom:
             name = f"hf_async_batching criteria of {request.request_id}"
@@ -91,7 +98,13 @@ class _Relay:
         self._count = 0
         self._over = False
         self._lock = threading.Lock()  # the caller may cancel while a criterion is being asked
-        self.outer = GenerationHandle(request.request_id, self._cancel, logprobs=request.sampling.logprobs)
+        self.outer = GenerationHandle(
+            request.request_id,
+            self._cancel,
+            logprobs=request.sampling.logprobs,
+            scores=request.output_scores,
+            logits=request.output_logits,
+        )
 
     def run(self) -> None:
         """Relay until the end, in a thread of its own."""
@@ -126,6 +139,10 @@ class _Relay:
             if self._count == 0 and self._inner._started is not None:
                 self.outer._cached, self.outer._started = self._inner._cached, self._inner._started
             logprob = None if logprobs is None else logprobs[self._count]
+            scores, logits = self._inner.made("scores"), self._inner.made("logits")
+            self.outer._keep(
+                None if scores is None else scores[self._count], None if logits is None else logits[self._count]
+            )
             self._count += 1
             watched = self.outer._push(token, logprob, time.perf_counter())
         if stop:

@@ -23,7 +23,7 @@ from hf_async_batching.handle import GenerationHandle
 
 def run_in_lockstep(
     handles: list[GenerationHandle], judge: Judge, *, pad: int | None, streamer: BaseStreamer | None = None
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[int]]:
     """Step through a batch until every row has finished.
 
     Args:
@@ -33,7 +33,7 @@ def run_in_lockstep(
         streamer: Gets the tokens [batch] of each step, after the judge has seen them.
 
     Returns:
-        The new tokens of each row; all rows have the same length.
+        The new tokens of each row, of the same length for all; and how many of them are its own, not padding.
 
     Raises:
         Exception: What the judge, the streamer or the engine raises. The caller cancels the handles.
@@ -41,12 +41,14 @@ def run_in_lockstep(
     rows = [iter(handle) for handle in handles]
     live = [True] * len(rows)
     completions: list[list[int]] = [[] for _ in rows]
+    lengths = [0] * len(rows)
     while any(live):
         tokens = [
             _next_token(row, handle) if on or pad is None else pad for row, handle, on in zip(rows, handles, live)
         ]
-        for completion, token in zip(completions, tokens):
-            completion.append(token)
+        for i, token in enumerate(tokens):
+            completions[i].append(token)
+            lengths[i] += live[i] or pad is None
         for i, finished in enumerate(judge.step(tokens)):
             if finished and live[i]:
                 live[i] = False
@@ -54,7 +56,7 @@ def run_in_lockstep(
                     handles[i].cancel()
         if streamer is not None:
             streamer.put(torch.tensor(tokens, device="cpu"))  # type: ignore[no-untyped-call]
-    return completions
+    return completions, lengths
 
 
 def _next_token(row: Iterator[int], handle: GenerationHandle) -> int:

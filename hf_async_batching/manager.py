@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -30,13 +31,23 @@ from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import batch_dependent_rope
+from hf_async_batching.model_view import batch_dependent_rope, make_view
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
-from hf_async_batching.prompt_embeddings import check_embeddings, check_takes_embeddings
+from hf_async_batching.processor_reader import CallRow, Recipe, called, read_processors
+from hf_async_batching.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
 from hf_async_batching.request import Request
-from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
+from hf_async_batching.requests_from_config import (
+    Seed,
+    build_request,
+    eos_token_ids,
+    new_request_id,
+    seeds_of_rows,
+)
+from hf_async_batching.row_layout import RuleKind
+from hf_async_batching.scheduler import features_of
+from hf_async_batching.sequence import Sequence
 from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.timeline import Timeline
@@ -131,7 +142,11 @@ class GenerationManager:
         input_ids: list[int] | torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        seed: int | None = None,
+        logits_processor: list[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        seed: Seed | None = None,
         logprobs: bool = False,
         request_id: str | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -148,7 +163,12 @@ class GenerationManager:
         Args:
             input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
             generation_config: As for `model.generate`; the model's own where None.
-            seed: Makes a sampled request reproducible, whatever else is in the batch.
+            logits_processor: Processors of your own, as for `model.generate`; they see a batch of one.
+            prefix_allowed_tokens_fn: As for `model.generate`; its first argument is 0.
+            negative_prompt_ids: As for `model.generate`, with `guidance_scale`: int64 [1, length].
+            negative_prompt_attention_mask: Likewise.
+            seed: Makes a sampled request reproducible, whatever else is in the batch; an integer, or a
+                `torch.Generator` from which one number is drawn.
             logprobs: Also return the log-probabilities of the chosen tokens.
             request_id: Unique among the live requests; made up where None.
             stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
@@ -188,24 +208,69 @@ class GenerationManager:
             max_new_tokens = config.max_length
         else:
             max_new_tokens = config.max_length - len(prompt)
-        min_new_tokens = config.min_new_tokens or max(0, (config.min_length or 0) - len(prompt))
-        request = build_request(
-            prompt,
-            config,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            seed=seed_of_row(seed, 0),
-            logprobs=logprobs,
-            request_id=request_id,
-        )
+        extra = {
+            "logits_processor": LogitsProcessorList(logits_processor or []),
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        (number,) = seeds_of_rows(seed, 1)
+        criteria = _criteria_of(config, stopping_criteria, tokenizer)
+        # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
+        history = prompt if input_ids is not None else []
+        recipe = self._recipe(history, config, max_new_tokens, number, logprobs, extra)
+        request = build_request(prompt, config, recipe, max_new_tokens=max_new_tokens, request_id=request_id)
         if inputs_embeds is not None:
             request = replace(request, prompt_embeddings=inputs_embeds.detach().clone())
-        criteria = _criteria_of(config, stopping_criteria, tokenizer)
+            if input_ids is None:
+                check_history(request)
         handle = self.submit_request(request)
         if not criteria:
             return handle
         device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
-        return self._criteria_thread.judge(handle, request, criteria, device)
+        return self._criteria_thread.judge(handle, request, criteria, device, history)
+
+    def _recipe(
+        self,
+        prompt: list[int],
+        config: GenerationConfig,
+        max_new_tokens: float,
+        seed: int,
+        logprobs: bool,
+        extra: dict[str, Any],
+    ) -> Recipe:
+        """What the processors come to that transformers would make for one prompt; `config` is changed."""
+        model: Any = self._require_model()
+        eos = eos_token_ids(config)
+        config.max_length = len(prompt) + max_new_tokens
+        if config.min_new_tokens:
+            config.min_length = None
+
+        def prepare(device: torch.device) -> LogitsProcessorList:
+            config._eos_token_tensor = torch.tensor(eos, device=device) if eos else None
+            processors: LogitsProcessorList = model._get_logits_processor(
+                config,
+                input_ids_seq_length=len(prompt),
+                encoder_input_ids=torch.tensor([prompt], device=device),
+                device=device,
+                model_kwargs={},
+                **extra,
+            )
+            return processors
+
+        processors = prepare(torch.device("cpu"))  # to be read, which costs a device nothing
+        row = CallRow(prompt, prompt, 0, 1, eos, config._eos_token_tensor)
+        do_sample = bool(config.do_sample)
+        recipe = read_processors(processors, row, do_sample=do_sample, seed=seed, logprobs=logprobs)
+        if recipe is not None:
+            return recipe
+        if model.device.type != "cpu":
+            processors = prepare(model.device)
+        return called(processors, row, do_sample=do_sample, seed=seed, logprobs=logprobs, plain_model=self.plain_view)
+
+    def plain_view(self) -> PreTrainedModel:
+        """A view of the model that shares its weights and runs its own attention."""
+        return make_view(self._require_model(), None)
 
     def submit_request(self, request: Request) -> GenerationHandle:
         """Queue a request that was made by hand; see `submit` for what it raises."""
@@ -223,7 +288,13 @@ class GenerationManager:
                 _check_limits(request, assembly)
             requests = self._with_embeddings(requests, assembly)
             handles = [
-                GenerationHandle(request.request_id, worker.cancel, logprobs=request.sampling.logprobs)
+                GenerationHandle(
+                    request.request_id,
+                    worker.cancel,
+                    logprobs=request.sampling.logprobs,
+                    scores=request.output_scores,
+                    logits=request.output_logits,
+                )
                 for request in requests
             ]
             if worker.put(requests, handles):
@@ -234,7 +305,7 @@ class GenerationManager:
         *,
         streamer: BaseStreamer | None = None,
         tokenizer: Any = None,
-        seed: int | list[int] | None = None,
+        seed: Seed | list[Seed] | None = None,
         on_unsupported: OnUnsupported = "error",
     ) -> Callable[..., Any]:
         """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
@@ -349,11 +420,12 @@ class GenerationManager:
         features = [Features()]
         model: Any = self._require_model()
         config, _ = model._prepare_generation_config(None)
-        if config.do_sample:
-            sampling = build_request(
-                [0], config, max_new_tokens=1, min_new_tokens=0, seed=0, logprobs=False, request_id=None
-            ).sampling
-            features.append(Features(sampling=True, candidates=sampling.candidates))
+        if config.do_sample or config.repetition_penalty not in (None, 1.0):
+            recipe = self._recipe([0], config, 1, 0, False, {})
+            request = build_request([0], config, recipe, max_new_tokens=1)
+            sequence = Sequence(request, 0)
+            sequence.computed = 1
+            features.append(features_of([sequence], []))
         return features
 
     def _with_embeddings(self, requests: list[Request], assembly: Assembly) -> list[Request]:
@@ -491,9 +563,17 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
             )
     if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
         raise UnsupportedArgumentError(
-            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served "
-            f"(got {len(request.eos_token_ids)}); pass fewer `eos_token_id`s"
+            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served here "
+            f"(got {len(request.eos_token_ids)}); use `submit`, or pass fewer `eos_token_id`s"
         )
+    logits = assembly.forward.logit_size
+    for rule in request.logits.rules:
+        beyond = [token for token in (*rule.prefix, rule.token) if token >= logits]
+        if beyond and rule.kind is not RuleKind.SUPPRESS:
+            raise ValueError(
+                f"`sequence_bias`, `bad_words_ids` or a forced token names token ids {beyond}, outside of the model's "
+                f"vocabulary of {logits} tokens"
+            )
     length = len(request.prompt)
     if length + request.max_new_tokens > limit:
         settings = assembly.config.settings

@@ -36,6 +36,7 @@ class ModelForward:
         layers: Keys and values of each attention layer, as the probe saw them.
         vocab_size: Rows of the input embedding: token ids must be below.
         embedding_size: Its columns.
+        logit_size: Width of the logits, which can differ from it.
         device: Where the weights lie.
         packed_groups: Groups of projections that share a product; None where weights are not fused.
 
@@ -57,6 +58,7 @@ class ModelForward:
         embedding: Any = self.view.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
         self.embedding_size: int = embedding.weight.shape[1]
+        self.logit_size = self.vocab_size
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
         self._paged_layers = findings.layers
@@ -73,7 +75,8 @@ class ModelForward:
 
         def forward(**context: Any) -> None:
             seen.calls.clear()
-            self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
+            logits = self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
+            self.logit_size = logits.shape[-1]
 
         with torch.inference_mode(), watch_linears(self.view) as seen:
             return attention_probe.probe(self.name, forward), seen

@@ -14,15 +14,28 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.criteria import HostJudge, ListJudge, Stops, check_ends, read_criteria, stop_string_criterion
+from hf_async_batching.criteria import (
+    HostJudge,
+    Judge,
+    ListJudge,
+    Stops,
+    check_ends,
+    check_other_ends,
+    read_criteria,
+    stop_string_criterion,
+)
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.lockstep import run_in_lockstep
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.prepared_checks import check_model_inputs, check_processors
+from hf_async_batching.prepared_checks import check_model_inputs
+from hf_async_batching.processor_reader import CallRow, called, read_processors
+from hf_async_batching.prompt_embeddings import check_history
 from hf_async_batching.registry import get_manager
-from hf_async_batching.requests_from_config import build_request, eos_token_ids, seed_of_row
+from hf_async_batching.request import Request
+from hf_async_batching.requests_from_config import Seed, build_request, eos_token_ids, seeds_of_rows
+from hf_async_batching.step_scores import StepScores, stack_steps
 
 GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
 
@@ -34,7 +47,7 @@ class CallSettings:
     streamer: BaseStreamer | None
     tokenizer: Any
     stop_strings: str | list[str] | None
-    seed: int | list[int] | None
+    seed: Seed | list[Seed] | None
     plain: bool
     manager: GenerationManager | None
     batching_config: BatchingConfig | None
@@ -94,10 +107,14 @@ def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
             streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
         if stops.by_engine and streamer is None:
             completions = [handle.result().token_ids for handle in handles]
+            lengths = [len(tokens) for tokens in completions]
         else:
-            judge = ListJudge(input_ids, criteria) if stops.custom else HostJudge(input_ids.tolist(), stops)
+            judge: Judge = HostJudge(input_ids.tolist(), stops)
+            if stops.custom:
+                scores = StepScores(handles, input_ids.device) if handles[0].has_scores else None
+                judge = ListJudge(input_ids, criteria, scores)
             pad = _pad_token(config) if stops.pads else None
-            completions = run_in_lockstep(handles, judge, pad=pad, streamer=streamer)
+            completions, lengths = run_in_lockstep(handles, judge, pad=pad, streamer=streamer)
     finally:
         # Also on Ctrl-C, and where one of the rows failed: nobody is left to read the others.
         for handle in handles:
@@ -106,46 +123,51 @@ def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
         settings.ended = True
         streamer.end()  # type: ignore[no-untyped-call]
     sequences = _assemble(input_ids, completions, config)
-    if config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
-    return sequences
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        scores=stack_steps(handles, "scores", lengths, input_ids.device),  # type: ignore[arg-type]
+        logits=stack_steps(handles, "logits", lengths, input_ids.device),  # type: ignore[arg-type]
+    )
 
 
 def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[GenerationHandle]:
     """One request per row of the batch."""
-    input_ids, config, seed = call.input_ids, call.config, settings.seed
-    width = input_ids.shape[1]
+    input_ids, config = call.input_ids, call.config
     check_fields(config)
-    min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
-    check_processors(call.processors, config)
-    check_ends(stops, eos_token_ids(config), min_new_tokens, config._pad_token_tensor)
+    check_ends(stops, config._pad_token_tensor)
     mask, embeddings = check_model_inputs(call.model_kwargs, input_ids)
-    if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
-        raise ValueError(f"`seed` has {len(seed)} entries for {input_ids.shape[0]} sequences")
     # A caller's own criterion of this kind takes the place of the config's.
     max_length = stops.max_length if stops.max_length < math.inf else config.max_length
-    max_new_tokens = max(1, math.ceil(max_length - width))
-    rows = _prompts(_placeholders(input_ids, embeddings), mask)
-    requests = [
-        build_request(
-            row,
-            config,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=max(0, min(math.ceil(min_new_tokens), max_new_tokens)),
-            seed=seed[i] if isinstance(seed, (list, tuple)) else seed_of_row(seed, i),
-        )
-        for i, row in enumerate(rows)
-    ]
-    if set(stops.eos) != set(eos_token_ids(config)):
-        requests = [replace(request, eos_token_ids=stops.eos) for request in requests]
-    if embeddings is not None:
-        # Its own memory where padding is left out; else a part of the caller's, who waits for the outcome.
-        kept = (
-            embeddings.detach() if mask is None else [row[keep.bool()] for row, keep in zip(embeddings.detach(), mask)]
-        )
-        requests = [replace(request, prompt_embeddings=row) for request, row in zip(requests, kept)]
+    max_new_tokens = max(1, math.ceil(max_length - input_ids.shape[1]))
+    shown = input_ids.tolist()
+    prompts = _prompts(_placeholders(input_ids, embeddings), mask)
     manager = settings.manager
     manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
+    eos, do_sample, count = eos_token_ids(config), bool(config.do_sample), len(prompts)
+    requests: list[Request] = []
+    for i, seed in enumerate(seeds_of_rows(settings.seed, count)):
+        # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
+        tokens = prompts[i] if shown[i] else []
+        row = CallRow(shown[i], tokens, i, count, eos, config._eos_token_tensor, input_ids[i])
+        recipe = read_processors(call.processors, row, do_sample=do_sample, seed=seed)
+        if recipe is None:
+            recipe = called(call.processors, row, do_sample=do_sample, seed=seed, plain_model=manager.plain_view)
+        sampling, logits, least, padding, processors = recipe
+        # `generate` warns of a minimum beyond the maximum, and goes up to the latter.
+        recipe = (sampling, logits, min(least, max_new_tokens), padding, processors)
+        request = build_request(prompts[i], config, recipe, max_new_tokens=max_new_tokens)
+        if set(stops.eos) != set(eos):
+            check_other_ends(request.min_new_tokens)
+            request = replace(request, eos_token_ids=stops.eos)
+        if embeddings is not None:
+            given = embeddings[i].detach()
+            # Its own memory where padding is left out; else the caller's, who waits for the outcome.
+            request = replace(request, prompt_embeddings=given if mask is None else given[mask[i].bool()])
+            if not shown[i]:
+                check_history(request)
+        requests.append(request)
     return manager.submit_requests(requests)
 
 

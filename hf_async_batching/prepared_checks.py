@@ -5,60 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.logits_process import LogitsProcessorList
 
 from hf_async_batching.errors import UnsupportedArgumentError
 
 _PLAIN = "use plain `model.generate` for this call"
 
-# What the engine does itself, by name of transformers' class: the attributes that must agree with the config.
-_PROCESSORS = {
-    "TemperatureLogitsWarper": ("temperature",),
-    "TopKLogitsWarper": ("top_k",),
-    "TopPLogitsWarper": ("top_p",),
-    "MinPLogitsWarper": ("min_p",),
-    "MinLengthLogitsProcessor": ("min_length",),
-    "MinNewTokensLengthLogitsProcessor": ("min_new_tokens",),
-    "LogitNormalization": (),
-}
-
 # Inputs of the model's forward that leave the outputs as they are.
 _NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
-
-
-def check_processors(processors: LogitsProcessorList, config: GenerationConfig) -> None:
-    """Refuse processors beyond those that the config's own fields ask for.
-
-    Raises:
-        UnsupportedArgumentError: Names the class.
-    """
-    seen: set[str] = set()
-    for processor in processors:
-        name = type(processor).__name__
-        own = type(processor).__module__.startswith("transformers.")
-        if not own or name not in _PROCESSORS:
-            raise UnsupportedArgumentError(f"`logits_processor`: {name} is not served yet; {_PLAIN}")
-        for attribute in _PROCESSORS[name]:
-            if getattr(processor, attribute) != getattr(config, attribute):
-                raise UnsupportedArgumentError(
-                    f"`logits_processor`: {name} has {attribute}={getattr(processor, attribute)}, the generation "
-                    f"config says {getattr(config, attribute)}; pass `{attribute}` to generate instead"
-                )
-        tokens: Any = getattr(processor, "eos_token_id", None)
-        skipped: Any = getattr(processor, "prompt_length_to_skip", None)
-        if (
-            name in seen  # a warper of the caller's, and behind it the config's own: it would apply twice
-            or (tokens is not None and set(tokens.tolist()) != set(_as_list(config._eos_token_tensor)))
-            or (skipped is not None and skipped + processor.min_new_tokens != config.min_length)
-            or getattr(processor, "min_tokens_to_keep", 1) != 1
-            or getattr(processor, "filter_value", float("-inf")) != float("-inf")
-        ):
-            raise UnsupportedArgumentError(
-                f"`logits_processor`: {name} differs from what the generation config makes; pass the fields of the "
-                f"config to generate instead, or {_PLAIN}"
-            )
-        seen.add(name)
 
 
 def check_model_inputs(
@@ -110,10 +63,6 @@ def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, l
     if mask is None:
         return bool((positions == torch.arange(length, device=positions.device)).all())
     return bool(((positions == mask.long().cumsum(-1) - 1) | (mask == 0)).all())
-
-
-def _as_list(tokens: torch.Tensor | None) -> list[int]:
-    return [] if tokens is None else tokens.tolist()
 
 
 def _is_empty(cache: Any) -> bool:

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.attach_check import logits_error, logits_tolerance
-from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plan import Plan
+from hf_async_batching.request import Request
 
 _CHECK_TOKENS = 7
 
@@ -71,6 +72,19 @@ def check_embeddings(embeddings: torch.Tensor, forward: ModelForward) -> None:
         raise ValueError(
             f"`inputs_embeds` of a prompt must be floating point [length, {forward.embedding_size}], "
             f"got {tuple(embeddings.shape)} and {embeddings.dtype}"
+        )
+
+
+def check_history(request: Request) -> None:
+    """Refuse a request of embeddings alone whose logits depend on which tokens came before.
+
+    Raises:
+        UnsupportedArgumentError: They do; the engine would count the placeholders of the prompt.
+    """
+    if request.processors is not None or request.logits.needs_seen or request.logits.needs_memory:
+        raise UnsupportedArgumentError(
+            "`inputs_embeds` is not served together with penalties, n-grams, biases or `logits_processor`s, whose "
+            "history has no prompt then; leave these out, or use plain `model.generate` for this call"
         )
 
 

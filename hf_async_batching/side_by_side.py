@@ -10,7 +10,7 @@ import torch
 from hf_async_batching.devices.cuda import synchronize_device
 
 
-def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None:
+def side_by_side(jobs: list[Callable[[], None]], device: torch.device) -> None:
     """Run all jobs; returns when they have ended, on the device too.
 
     On CUDA each runs in a thread, whose stream is not the caller's: they begin behind what the device has to do, and
@@ -24,7 +24,7 @@ def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None
         Exception: What the first job that failed raised.
     """
 
-    def run(job: Callable[[], object]) -> None:
+    def run(job: Callable[[], None]) -> None:
         with torch.inference_mode():
             if device.type == "cuda":
                 with torch.cuda.device(device):
@@ -37,8 +37,7 @@ def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None
             run(job)
         return
     synchronize_device(device)
-    # Compilers' front ends do need Python's lock: with more of them at once, each gets to its long part later.
-    with ThreadPoolExecutor(3, thread_name_prefix="hf_async_batching_kernels") as pool:
+    with ThreadPoolExecutor(8, thread_name_prefix="hf_async_batching_kernels") as pool:
         for done in [pool.submit(run, job) for job in jobs]:
             done.result()
     synchronize_device(device)

@@ -12,7 +12,6 @@ import torch
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import AsyncTextIteratorStreamer, GenerationConfig, TextIteratorStreamer
-from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -403,19 +402,11 @@ def test_custom_generate_folder(model: Any) -> None:
     assert torch.equal(got, expected)
 
 
-class Ban(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
         ({"num_beams": 2}, "num_beams"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
-        ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
-        ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -106,6 +106,32 @@ def test_a_criterion_is_called_once_for_each_token(model: Any, manager: Any) -> 
     assert ours.calls == plain.calls
 
 
+def test_scores_of_what_was_shown(model: Any, manager: Any) -> None:
+    full = greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
+    tokens = stop_at(full, 7)
+    seen: list[int] = []
+
+    class Counts(RowWise):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(len(scores))
+            assert scores[-1][0].argmax() == input_ids[0, -1]
+            return super().__call__(input_ids, None)
+
+    result = manager.submit(
+        PROMPTS[1],
+        max_new_tokens=40,
+        stopping_criteria=[Counts(tokens)],
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        **GREEDY,
+    ).result(60)
+    assert result.token_ids == cut(full, tokens)
+    assert len(result.scores) == len(result.logits) == len(result.token_ids) == len(seen)
+    assert seen == list(range(1, len(seen) + 1))
+    assert [int(scores.argmax()) for scores in result.scores] == result.token_ids
+
+
 def test_reasons(model: Any, manager: Any) -> None:
     full = greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
     ends = stop_at(full, 7)

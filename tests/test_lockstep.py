@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.criteria import Raises, RowWise, WholeBatch
-from support.tiny_models import EOS, greedy_alone, ragged_prompts, tiny_model
+from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import GenerationConfig
 from transformers.generation import (
@@ -167,6 +167,44 @@ def test_max_time_ends_a_long_call(model: Any, manager: Any) -> None:
     )
     assert time.monotonic() - started < 20
     assert 1 <= out.shape[1] - 3 <= 480
+
+
+@pytest.mark.parametrize("eos", [ENDS, None], ids=["eos", "no eos"])
+@pytest.mark.parametrize("least", [3, 99], ids=["stopped", "not stopped"])
+def test_criteria_see_the_scores_where_they_are_returned(model: Any, manager: Any, eos: Any, least: int) -> None:
+    """Those of rows that have finished are 0 here, and what the model says after padding in `generate`."""
+
+    class Scores(RowWise):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            self.seen = [*getattr(self, "seen", []), scores]
+            assert isinstance(scores, tuple) and scores[-1].shape == (len(PROMPTS), VOCAB)
+            return super().__call__(input_ids, None)
+
+    returned = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected, got, (plain,), (ours,) = both(
+        model,
+        manager,
+        lambda: [Scores(set(range(30, 90)), least)],
+        max_new_tokens=12,
+        repetition_penalty=1.3,
+        eos_token_id=eos,
+        pad_token_id=0,
+        **returned,
+    )
+    assert torch.equal(got.sequences, expected.sequences)
+    assert plain.calls == ours.calls
+    assert len(ours.seen[-1]) == len(ours.seen) == len(got.scores) == len(got.logits) == len(expected.scores)
+    zeros = 0
+    for step, (mine, his) in enumerate(zip(ours.seen[-1], plain.seen[-1], strict=True)):
+        assert torch.equal(mine, got.scores[step])
+        for row in range(len(PROMPTS)):
+            if mine[row].any():
+                torch.testing.assert_close(mine[row], his[row], atol=1e-3, rtol=1e-3)
+                torch.testing.assert_close(got.logits[step][row], expected.logits[step][row], atol=1e-3, rtol=1e-3)
+            else:
+                zeros += 1
+                assert got.sequences[row, WIDTH + step] == 0 and eos is not None
+    assert (zeros > 0) == (eos is not None)
 
 
 # -- stop strings -------------------------------------------------------------------------------------------------

@@ -85,7 +85,6 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
     "attentions": {"output_attentions": True, "return_dict_in_generate": True},
     "positions": {"position_ids": torch.arange(12)[None].expand(3, -1) + 4},
-    "negative prompt": {"guidance_scale": 1.7, "negative_prompt_ids": torch.tensor([[5, 6], [7, 8], [9, 3]])},
 }
 
 

@@ -10,20 +10,12 @@ import torch
 from support.tiny_models import EOS, VOCAB, tiny_model
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import (
-    LogitsProcessor,
     LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.prepared_checks import check_model_inputs, check_processors
+from hf_async_batching.prepared_checks import check_model_inputs
 
 IDS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -46,8 +38,7 @@ class Prepared:
         self.kwargs = kwargs
 
     def check(self) -> torch.Tensor | None:
-        """Both checks, as the drop-in makes them."""
-        check_processors(self.processors, self.config)
+        """As the drop-in checks it."""
         return check_model_inputs(self.kwargs, self.input_ids)[0]
 
 
@@ -65,15 +56,6 @@ def prepare(model: PreTrainedModel, **arguments: Any) -> Prepared:
 def refused(prepared: Prepared, *names: str) -> None:
     with pytest.raises(UnsupportedArgumentError, match=".*".join(map(re.escape, names))):
         prepared.check()
-
-
-class Custom(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
-class TemperatureLogitsWarperOfMine(TemperatureLogitsWarper):
-    pass
 
 
 @pytest.mark.parametrize(
@@ -103,73 +85,6 @@ def test_what_generate_itself_prepares_passes(model: PreTrainedModel, arguments:
     if wanted is not None and not bool(wanted.all()):
         assert mask is not None
         assert torch.equal(mask.bool()[:: len(mask) // 2], wanted.bool())
-
-
-# -- processors ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "processor",
-    [Custom(), RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarperOfMine(0.7)],
-    ids=lambda processor: type(processor).__name__,
-)
-def test_custom_processors_are_refused_by_name(model: PreTrainedModel, processor: LogitsProcessor) -> None:
-    prepared = prepare(model, logits_processor=LogitsProcessorList([processor]))
-    refused(prepared, "`logits_processor`", type(processor).__name__, "`model.generate`")
-
-
-def test_a_class_of_ones_own_with_a_known_name_is_refused(model: PreTrainedModel) -> None:
-    impostor = type("TopKLogitsWarper", (Custom,), {"__module__": "transformers_modules.mine", "top_k": 50})
-    prepared = prepare(model, do_sample=True, logits_processor=LogitsProcessorList([impostor()]))
-    refused(prepared, "TopKLogitsWarper is not served")
-
-
-@pytest.mark.parametrize(
-    ("processor", "field"),
-    [
-        (TemperatureLogitsWarper(0.5), "temperature"),
-        (TopKLogitsWarper(3), "top_k"),
-        (TopPLogitsWarper(0.5), "top_p"),
-        (MinPLogitsWarper(0.5), "min_p"),
-        (MinLengthLogitsProcessor(9, EOS), "min_length"),
-        (MinNewTokensLengthLogitsProcessor(4, 3, EOS), "min_new_tokens"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_processors_that_differ_from_the_config_are_refused(
-    model: PreTrainedModel, processor: LogitsProcessor, field: str
-) -> None:
-    prepared = prepare(model, logits_processor=LogitsProcessorList([processor]))
-    refused(prepared, "`logits_processor`", type(processor).__name__, f"pass `{field}` to generate instead")
-
-
-@pytest.mark.parametrize(
-    ("processor", "arguments"),
-    [
-        (MinLengthLogitsProcessor(8, [11]), {"min_length": 8}),
-        (MinNewTokensLengthLogitsProcessor(4, 3, [11]), {"min_new_tokens": 3}),
-        (MinNewTokensLengthLogitsProcessor(0, 3, [EOS]), {"min_new_tokens": 3}),
-        (TopPLogitsWarper(0.5, min_tokens_to_keep=9), {"top_p": 0.5}),
-        (MinPLogitsWarper(0.5, min_tokens_to_keep=9), {"min_p": 0.5}),
-    ],
-    ids=["min_length: eos", "min_new_tokens: eos", "min_new_tokens: prompt", "top_p: keep", "min_p: keep"],
-)
-def test_what_a_known_processor_holds_beside_its_field_is_not_ignored(
-    model: PreTrainedModel, processor: LogitsProcessor, arguments: dict[str, Any]
-) -> None:
-    prepared = prepare(model, do_sample=True, logits_processor=LogitsProcessorList([processor]), **arguments)
-    assert processor in list(prepared.processors)
-    refused(prepared, "`logits_processor`", type(processor).__name__)
-
-
-@pytest.mark.parametrize("processor", [TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.5)])
-def test_a_warper_that_would_apply_twice_is_refused(model: PreTrainedModel, processor: LogitsProcessor) -> None:
-    """transformers adds its own warpers behind a caller's, so that the temperature divides twice."""
-    prepared = prepare(
-        model, do_sample=True, temperature=0.5, top_p=0.5, logits_processor=LogitsProcessorList([processor])
-    )
-    assert [type(one) for one in prepared.processors].count(type(processor)) == 2
-    refused(prepared, "`logits_processor`", type(processor).__name__)
 
 
 # -- inputs of the model ------------------------------------------------------------------------------------------

@@ -225,6 +225,24 @@ def test_image_and_text_by_their_embeddings() -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:Passing `.*` with `inputs_embeds` and without `input_ids`:UserWarning")
+def test_histories_without_a_prompt_are_not_served_yet(model: Any, manager: Any) -> None:
+    """`generate` counts the completion alone; with token ids beside the embeddings, these are the history."""
+    given = soft(model, 6, 1)[None]
+    ids = torch.tensor([[9, 20, 31, 9, 20, 31]])
+    for arguments in ({"repetition_penalty": 1.6}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[7, 8]]}):
+        plug = manager.bind()
+        with pytest.raises(UnsupportedArgumentError, match="`inputs_embeds` is not served together with penalties"):
+            model.generate(inputs_embeds=given, max_new_tokens=6, custom_generate=plug, **arguments, **GREEDY)
+        with pytest.raises(UnsupportedArgumentError, match="`inputs_embeds` is not served together with penalties"):
+            manager.submit(inputs_embeds=given[0], max_new_tokens=6, do_sample=False, **arguments)
+        both = {"input_ids": ids, "inputs_embeds": given, "max_new_tokens": 12, **arguments, **GREEDY}
+        assert torch.equal(model.generate(**both, custom_generate=plug), model.generate(**both))
+        plug = manager.bind(on_unsupported="generate")
+        alone = {"inputs_embeds": given, "max_new_tokens": 12, **arguments, **GREEDY}
+        assert torch.equal(model.generate(**alone, custom_generate=plug), model.generate(**alone))
+
+
 def test_mistakes_are_told(model: Any, manager: Any) -> None:
     for wrong in (torch.zeros(1, 4, 63), torch.zeros(1, 4, 64, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"`inputs_embeds` of a prompt must be floating point \[length, 64\]"):

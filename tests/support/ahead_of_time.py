@@ -22,7 +22,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 
 
 class Launch(NamedTuple):
@@ -156,10 +163,26 @@ def tables(dtype: torch.dtype) -> None:
     state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
 
 
-def largest(dtype: torch.dtype) -> None:
-    from hf_async_batching.argmax import argmax_in_parts
+def sampling(dtype: torch.dtype) -> None:
+    from hf_async_batching.plan import Features
+    from hf_async_batching.row_memory import RowMemory
+    from hf_async_batching.sampling import SampledRows, fused
+    from hf_async_batching.staging import PARAMS
 
-    argmax_in_parts(torch.empty(32, 128256, dtype=dtype), 16)
+    index = torch.zeros(4, dtype=torch.int32)
+    params, positions = torch.zeros(4, PARAMS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    for vocab in (151936, 50257):
+        memory = RowMemory(max_rows=4, max_length=8, vocab_size=vocab, device=torch.device("cpu"))
+        memory.ensure(words=False, seen=True)
+        rows = SampledRows(params, positions, index, memory)
+        assert memory.seen is not None
+        fused.mark_seen(index, positions, memory.seen)
+        for features in (
+            Features(sampling=True, top_k=64, seen=True, penalty=True),
+            Features(sampling=True, top_k=1024),
+            Features(seen=True, penalty=True),
+        ):
+            fused.choose(torch.empty(4, vocab, dtype=dtype), rows, features)
 
 
 # Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
@@ -172,7 +195,7 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
 LAUNCHES["skinny"] = skinny
 LAUNCHES["tables"] = tables
-LAUNCHES["largest"] = largest
+LAUNCHES["sampling"] = sampling
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
 
