@@ -100,9 +100,9 @@ def attach_check(
         state.commit(inputs, torch.tensor(tokens, dtype=torch.int32, device=forward.device), None)
     expected = [plain[0][_SPLIT - 1], plain[0][-2], plain[1][-2], plain[0][-1], plain[1][-1]]
     what = ("a chunk of a prompt", "the rest of a prompt", "a prompt that joined late", "a decode", "a late decode")
-    dtype, tolerance = forward.layers[0].dtype, _tolerance(forward)
+    dtype, tolerance = forward.layers[0].dtype, logits_tolerance(forward)
     for label, got, want in zip(what, paged, expected, strict=True):
-        error = _error(got, want)
+        error = logits_error(got, want)
         if not error <= tolerance:
             raise UnsupportedModelError(
                 f"{forward.name} is not served: its logits for {label} differ from the plain forward's by "
@@ -162,16 +162,18 @@ def compile_checked(
     expected = [forward(step).float() for step in (prefill, decode)]
     forward.compile(lambda: forward(prefill), compiler, early=early)
     for step, want in zip((prefill, decode), expected, strict=True):
-        error = _error(forward(step).float(), want)
-        if not error <= _tolerance(forward):
+        error = logits_error(forward(step).float(), want)
+        if not error <= logits_tolerance(forward):
             raise RuntimeError(f"compiled logits of {forward.name} differ by {error:.2g} (relative norm)")
 
 
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+def logits_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
     return float((got - want).norm() / want.norm().clamp(min=1e-6))
 
 
-def _tolerance(forward: ModelForward) -> float:
+def logits_tolerance(forward: ModelForward) -> float:
+    """The error that rounding alone explains."""
     dtype = forward.layers[0].dtype
     if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         return _TF32_TOLERANCE

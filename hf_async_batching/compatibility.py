@@ -56,8 +56,7 @@ _BEAMS = "beam search only"
 _ASSISTANT = "assisted decoding only"
 _HOW = "how plain `generate` runs, not what it returns"
 _BOOKKEEPING = "bookkeeping of transformers"
-_CANCEL = "cancel the request from your side when its time is up, or " + _PLAIN
-_STRINGS = "look for the strings as tokens arrive and cancel the request, or " + _PLAIN
+_HOST = "beside the engine, which does not wait"
 _CACHES = (None, "dynamic", "static", "offloaded", "hybrid")
 
 # One name a line, in the order of the page.
@@ -72,8 +71,8 @@ ENTRIES: tuple[Entry, ...] = (
     _honoured("forced_bos_token_id", _VECTORISED),
     _honoured("forced_eos_token_id", _VECTORISED),
     _honoured("exponential_decay_length_penalty", _VECTORISED),
-    _refused("max_time", "", remedy=_CANCEL),
-    _refused("stop_strings", "", remedy=_STRINGS),
+    _honoured("max_time", _HOST),
+    _honoured("stop_strings", _HOST + "; with a `tokenizer`, see `drop_in.generate`"),
     # sampling
     _honoured("do_sample", "draws depend on the request's seed alone, never on the global random state"),
     _honoured("temperature", _VECTORISED),
@@ -148,15 +147,15 @@ ENTRIES: tuple[Entry, ...] = (
     _honoured("inputs", kind="argument"),
     _honoured("generation_config", kind="argument"),
     _honoured("logits_processor", "those of transformers for all rows at once, any other one " + _CALLED, "argument"),
-    _refused("stopping_criteria", "custom ones; see the fields for lengths and ends", kind="argument"),
+    _honoured("stopping_criteria", "called as `generate` calls them; " + _HOST, "argument"),
     _honoured("prefix_allowed_tokens_fn", _CALLED, "argument"),
     _honoured("negative_prompt_ids", "with `guidance_scale`", "argument"),
     _honoured("negative_prompt_attention_mask", "with `guidance_scale`", "argument"),
     _refused("synced_gpus", "", (None, False), kind="argument"),
     _refused("assistant_model", "", kind="argument"),
-    _honoured("streamer", "for a single prompt", "argument"),
+    _honoured("streamer", "called as `generate` calls it, in the calling thread", "argument"),
     _honoured("custom_generate", "this library is one", "argument"),
-    _honoured("kwargs", "fields of the config, `attention_mask`, `position_ids` as `generate` makes them", "argument"),
+    _honoured("kwargs", "fields, `attention_mask`, `inputs_embeds`, `tokenizer`, default `position_ids`", "argument"),
 )
 # fmt: on
 

@@ -29,12 +29,14 @@ class StepInputs:
         position_ids: int64 [tokens].
         sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
         context: Rows, pages and lengths for the attention.
+        embeddings: Where embeddings take the place of token ids: index of the first, and [length, hidden].
     """
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     sample_index: torch.Tensor | None
     context: AttentionContext
+    embeddings: tuple[tuple[int, torch.Tensor], ...] = ()
 
 
 class DeviceState:

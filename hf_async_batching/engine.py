@@ -137,5 +137,5 @@ class Engine:
 
     def close(self) -> None:
         """Wait for all device work."""
-        self._in_flight.clear()
         self.pipeline.close()
+        self._in_flight.clear()

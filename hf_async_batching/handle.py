@@ -140,6 +140,18 @@ class GenerationHandle:
         """The new tokens so far."""
         return list(self._tokens)
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether scores were asked for."""
+        return self._scores is not None
+
+    def made(self, kind: Literal["scores", "logits"]) -> list[torch.Tensor] | None:
+        """Scores or logits of the tokens so far, float32 [vocab] each, on the CPU; None if not asked for.
+
+        There can be one more than there are tokens, for a moment.
+        """
+        return self._scores if kind == "scores" else self._logits
+
     def __iter__(self) -> Iterator[int]:
         """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
         position = 0

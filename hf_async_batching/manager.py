@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.criteria import stop_string_criterion
 from hf_async_batching.errors import (
     EngineClosedError,
     RequestTooLongError,
@@ -27,11 +29,14 @@ from hf_async_batching.errors import (
 )
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, make_view
+from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
 from hf_async_batching.processor_reader import CallRow, Recipe, called, read_processors
+from hf_async_batching.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import (
     Seed,
@@ -125,6 +130,8 @@ class GenerationManager:
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
         self._weights: _Weights | None = None
         self._preparation: Preparation | None = None
+        self._criteria_thread = CriteriaThread()
+        self._takes_embeddings: Callable[[], Assembly | None] = lambda: None  # of which engine that is known
         self._closed = False
         _open_managers.add(self)
 
@@ -132,7 +139,7 @@ class GenerationManager:
 
     def submit(
         self,
-        input_ids: list[int] | torch.Tensor,
+        input_ids: list[int] | torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         logits_processor: list[Any] | None = None,
@@ -142,12 +149,19 @@ class GenerationManager:
         seed: Seed | None = None,
         logprobs: bool = False,
         request_id: str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         **generate_arguments: Any,
     ) -> GenerationHandle:
         """Queue one prompt; from any thread, or from an event loop after `warmup()`.
 
+        With `max_time`, `stop_strings` or `stopping_criteria` the handle shows a token once they have passed it, and
+        none beyond the stop. They are asked in threads of the manager's, for which the engine does not wait: a
+        request whose criteria are slow is computed further than needed, up to `max_new_tokens`, and cut off.
+
         Args:
-            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor.
+            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
             generation_config: As for `model.generate`; the model's own where None.
             logits_processor: Processors of your own, as for `model.generate`; they see a batch of one.
             prefix_allowed_tokens_fn: As for `model.generate`; its first argument is 0.
@@ -157,6 +171,11 @@ class GenerationManager:
                 `torch.Generator` from which one number is drawn.
             logprobs: Also return the log-probabilities of the chosen tokens.
             request_id: Unique among the live requests; made up where None.
+            stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
+                the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
+            tokenizer: For `stop_strings`.
+            inputs_embeds: Embeddings of the prompt [length, hidden], in place of its token ids or beside them;
+                copied.
             generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
         Raises:
@@ -168,7 +187,7 @@ class GenerationManager:
             EngineClosedError: The manager was closed.
         """
         model: Any = self._require_model()
-        prompt = _prompt_list(input_ids)
+        prompt = _prompt_of(input_ids, inputs_embeds)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
         if unknown:
             raise TypeError(
@@ -196,10 +215,20 @@ class GenerationManager:
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
         (number,) = seeds_of_rows(seed, 1)
-        recipe = self._recipe(prompt, config, max_new_tokens, number, logprobs, extra)
-        return self.submit_request(
-            build_request(prompt, config, recipe, max_new_tokens=max_new_tokens, request_id=request_id)
-        )
+        criteria = _criteria_of(config, stopping_criteria, tokenizer)
+        # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
+        history = prompt if input_ids is not None else []
+        recipe = self._recipe(history, config, max_new_tokens, number, logprobs, extra)
+        request = build_request(prompt, config, recipe, max_new_tokens=max_new_tokens, request_id=request_id)
+        if inputs_embeds is not None:
+            request = replace(request, prompt_embeddings=inputs_embeds.detach().clone())
+            if input_ids is None:
+                check_history(request)
+        handle = self.submit_request(request)
+        if not criteria:
+            return handle
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
+        return self._criteria_thread.judge(handle, request, criteria, device, history)
 
     def _recipe(
         self,
@@ -257,6 +286,7 @@ class GenerationManager:
                 continue  # it stopped on its own just now; `_require_worker` waits for the end of that
             for request in requests:
                 _check_limits(request, assembly)
+            requests = self._with_embeddings(requests, assembly)
             handles = [
                 GenerationHandle(
                     request.request_id,
@@ -274,19 +304,25 @@ class GenerationManager:
         self,
         *,
         streamer: BaseStreamer | None = None,
-        tokenizer: Any = None,  # noqa: ARG002
+        tokenizer: Any = None,
         seed: Seed | list[Seed] | None = None,
+        on_unsupported: OnUnsupported = "error",
     ) -> Callable[..., Any]:
         """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
 
         Args:
             streamer: Gets the tokens. (transformers does not hand its own `streamer` argument on.)
-            tokenizer: For stop strings; these are not served yet, so that it has no effect.
+            tokenizer: For `stop_strings`. (Nor does it hand on this one.)
             seed: As in `hf_async_batching.generate`.
-        """
-        from hf_async_batching.drop_in import generate
+            on_unsupported: As in `hf_async_batching.generate`.
 
-        return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
+        Raises:
+            ValueError: `on_unsupported` is neither "error" nor "generate".
+        """
+        from hf_async_batching.drop_in import Bound, generate
+
+        check_on_unsupported(on_unsupported)
+        return partial(generate, manager=self, bound=Bound(streamer, tokenizer, seed, on_unsupported))
 
     def warmup(self, *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
@@ -392,6 +428,24 @@ class GenerationManager:
             features.append(features_of([sequence], []))
         return features
 
+    def _with_embeddings(self, requests: list[Request], assembly: Assembly) -> list[Request]:
+        """Bring embeddings of prompts to the device, once it is known that the model takes them."""
+        if not any([request.prompt_embeddings is not None for request in requests]):
+            return requests
+        forward, model = assembly.forward, self._require_model()
+        brought: list[Request] = []
+        for request in requests:
+            embeddings: Any = request.prompt_embeddings
+            if embeddings is not None:
+                check_embeddings(embeddings, forward)
+                embeddings = embeddings.to(forward.device)
+            brought.append(replace(request, prompt_embeddings=embeddings))
+        with self._lock:
+            if self._takes_embeddings() is not assembly:
+                check_takes_embeddings(model, forward)
+                self._takes_embeddings = weakref.ref(assembly)
+        return brought
+
     def _require_model(self) -> PreTrainedModel:
         model = self._get_model()
         if self._closed or model is None:
@@ -458,6 +512,20 @@ def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
         function(worker)
 
 
+def _prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
+    if input_ids is None and inputs_embeds is not None:
+        return [0] * len(inputs_embeds)  # nobody looks these up
+    if input_ids is None:
+        raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
+    prompt = _prompt_list(input_ids)
+    if inputs_embeds is not None and len(prompt) != len(inputs_embeds):
+        raise ValueError(
+            f"`inputs_embeds` has {len(inputs_embeds)} positions and `input_ids` {len(prompt)} tokens; pass as many "
+            "of one as of the other, or leave `input_ids` out"
+        )
+    return prompt
+
+
 def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
     if isinstance(input_ids, torch.Tensor):
         if input_ids.dim() != 1 or input_ids.is_floating_point():
@@ -472,6 +540,18 @@ def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
         if all(isinstance(token, int) for token in prompt):
             return prompt
     raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
+
+
+def _criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
+    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
+    own = StoppingCriteriaList(own or ())
+    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
+    made = StoppingCriteriaList()
+    if config.max_time is not None and MaxTimeCriteria not in kinds:
+        made.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None and StopStringCriteria not in kinds:
+        made.append(stop_string_criterion(config.stop_strings, tokenizer))
+    return StoppingCriteriaList([*made, *own])
 
 
 def _check_limits(request: Request, assembly: Assembly) -> None:

@@ -35,6 +35,7 @@ class ModelForward:
         name: Class of the model, for messages.
         layers: Keys and values of each attention layer, as the probe saw them.
         vocab_size: Rows of the input embedding: token ids must be below.
+        embedding_size: Its columns.
         logit_size: Width of the logits, which can differ from it.
         device: Where the weights lie.
         packed_groups: Groups of projections that share a product; None where weights are not fused.
@@ -56,6 +57,7 @@ class ModelForward:
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         embedding: Any = self.view.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
+        self.embedding_size: int = embedding.weight.shape[1]
         self.logit_size = self.vocab_size
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
@@ -128,19 +130,32 @@ class ModelForward:
         passed = self._passes_context and not self._compiled
         kwargs = {"paged": call} if passed else {}
         with nullcontext() if passed else interface.active(call):
-            logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs)
+            logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs, inputs.embeddings)
         if inputs.sample_index is not None and not self._takes_logits_to_keep:
             logits = logits[inputs.sample_index]
         return logits
 
     def _call(
-        self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None, kwargs: dict[str, Any]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        embeddings: tuple[tuple[int, torch.Tensor], ...] = (),
     ) -> torch.Tensor:
         if self._takes_positions:
             kwargs = {**kwargs, "position_ids": positions[None]}
         if keep is not None and self._takes_logits_to_keep:
             kwargs = {**kwargs, "logits_to_keep": keep}
-        out = self.view(input_ids=tokens[None], use_cache=False, return_dict=True, **kwargs)
+        if embeddings:
+            view: Any = self.view
+            embedded = view.get_input_embeddings()(tokens)
+            for start, piece in embeddings:
+                embedded[start : start + len(piece)] = piece
+            kwargs = {**kwargs, "inputs_embeds": embedded[None]}
+        else:
+            kwargs = {**kwargs, "input_ids": tokens[None]}
+        out = self.view(use_cache=False, return_dict=True, **kwargs)
         logits: torch.Tensor = out.logits
         return logits[0]
 

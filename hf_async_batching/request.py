@@ -126,6 +126,7 @@ class Request:
             `called_processors`.
         output_scores: Whether the scores that tokens are chosen by are returned.
         output_logits: Whether the model's own logits are returned.
+        prompt_embeddings: What the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:
         ValueError: The prompt is empty, or the lengths contradict each other.
@@ -142,6 +143,7 @@ class Request:
     processors: Any = None
     output_scores: bool = False
     output_logits: bool = False
+    prompt_embeddings: object | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.padding) > MAX_PADDING:

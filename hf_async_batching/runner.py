@@ -18,6 +18,7 @@ from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.devices.base import Kernel
 from hf_async_batching.plan import Features, Plan
+from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
 from hf_async_batching.staging import Sections
@@ -78,6 +79,7 @@ class Runner:
         self._logits: torch.Tensor | None = None
         self.rare: RareOutputs | None = None
         self._step_number = -1
+        self._prompt_embeddings = PromptEmbeddings()
         # Graphs that were replaced, and the last step that may have replayed them.
         self._replaced: list[tuple[int, list[Graph]]] = []
 
@@ -93,6 +95,7 @@ class Runner:
 
     def completed(self, step: int) -> None:
         """Let go of what no step after `step` can touch."""
+        self._prompt_embeddings.completed(step)
         if self._replaced:
             self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
 
@@ -134,6 +137,9 @@ class Runner:
         self.rare = None
         if plan.chunks:
             inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
+            embeddings = self._prompt_embeddings.pieces(plan)
+            if embeddings:
+                inputs = replace(inputs, embeddings=embeddings)
             if features.eager:
                 self._sample_rare(plan, inputs, self._forward(inputs))
             else:

@@ -361,7 +361,9 @@ class Scheduler:
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
             # Where it waits on, the next look-up goes on from here.
-            sequence.prefix = self.pages.prefixes.find(sequence.prefix, sequence.tokens)
+            # Of a prompt of embeddings the tokens say nothing: it starts at the root, and nobody finds its pages.
+            looked_up = sequence.tokens if sequence.shareable else sequence.tokens[:1]
+            sequence.prefix = self.pages.prefixes.find(sequence.prefix, looked_up)
             shared = sequence.prefix.path()
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
             needed = self.pages.pages_for(len(sequence.tokens) + 1) - self.pages.num_held(shared)
@@ -402,6 +404,8 @@ class Scheduler:
     def _enter_pages(self, sequence: Sequence) -> None:
         """Let others find the pages that are full of known tokens and written by steps planned before."""
         assert sequence.prefix is not None
+        if not sequence.shareable:
+            return
         # The last known output may be an end, whose own keys and values no step need ever write.
         known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
         full = min(sequence.computed, known) // self.pages.page_size

@@ -86,6 +86,7 @@ class Sequence:
         max_length: Tokens, prompt included, at which it ends.
         candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
         logprobs: Whether log-probabilities were asked for.
+        shareable: Whether its tokens tell what its pages hold.
         needs: What its steps need of the device beyond that; None for the many that need nothing.
         planned: Its tokens and placeholders together.
         computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are planned
@@ -107,6 +108,7 @@ class Sequence:
     max_length: int = field(init=False)
     candidates: int | None = field(init=False)
     logprobs: bool = field(init=False)
+    shareable: bool = field(init=False)
     needs: Needs | None = field(init=False)
     state: State = State.WAITING
     planned: int = field(init=False)
@@ -132,6 +134,7 @@ class Sequence:
         if sampling.do_sample:
             self.candidates = 0 if called else sampling.candidates
         self.logprobs = sampling.logprobs
+        self.shareable = self.request.prompt_embeddings is None
         self.needs = Needs.of(self.request)
 
     @property

@@ -17,8 +17,6 @@ REFUSED = sorted(name for name, entry in FIELDS.items() if entry.status == "refu
 # A value of each refused field that asks for something.
 ASKS: dict[str, Any] = {
     "cache_implementation": "quantized",
-    "max_time": 5.0,
-    "stop_strings": ["\n"],
     "num_beams": 2,
     "num_beam_groups": 2,
     "diversity_penalty": 0.5,

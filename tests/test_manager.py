@@ -194,7 +194,7 @@ BAD = [
     ({"seed": -3, "do_sample": True}, ValueError, "seed"),
     ({"num_beams": 3}, UnsupportedArgumentError, "num_beams"),
     ({"num_return_sequences": 2, "do_sample": True}, UnsupportedArgumentError, "num_return_sequences"),
-    ({"stop_strings": ["x"]}, UnsupportedArgumentError, "stop_strings"),
+    ({"stop_strings": ["x"]}, ValueError, "tokenizer"),
     ({"attention_mask": torch.ones(1, 3)}, TypeError, "attention_mask"),
     ({"no_such_field": 1}, TypeError, "no_such_field"),
 ]
