@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
 from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
 from hf_async_batching.device_state import DeviceState
@@ -42,18 +43,19 @@ class Assembly:
 
 
 @torch.inference_mode()
-def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
+def assemble(model: PreTrainedModel, config: BatchingConfig, autocast: Autocast | None = None) -> Assembly:
     """Make an engine that is ready to serve.
 
     Args:
         model: The user's model; not changed.
         config: Settings.
+        autocast: What the model's forward runs under; the calling thread's own where None.
 
     Raises:
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
         ValueError: The KV cache does not fit in memory.
     """
-    forward, backend = _checked_forward(model, config)
+    forward, backend = _checked_forward(model, config, autocast)
     device = make_device(forward.device)
     context = context_length(model)
     bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)
@@ -98,19 +100,21 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     return Assembly(engine, resolved, forward, runner, cache)
 
 
-def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
+def _checked_forward(
+    model: PreTrainedModel, config: BatchingConfig, autocast: Autocast | None
+) -> tuple[ModelForward, AttentionBackend]:
     """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     page_size = config.page_size or default_page_size(device)
     if config.fuses_weights(device):
         try:
-            forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
+            forward = ModelForward(model, fused=True, skinny=not config.compiles(device), autocast=autocast)
             attach_check(model, forward, backend, page_size)
             return forward, backend
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
-    forward = ModelForward(model)
+    forward = ModelForward(model, autocast=autocast)
     if config.attach_check:
         attach_check(model, forward, backend, page_size)
     return forward, backend
@@ -122,7 +126,7 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     Needs nothing of the engine until it is done, and does not keep it alive.
 
     Args:
-        model: The model of the engine.
+        model: The engine's model, or a view of it.
         assembly: The engine, if it still runs.
 
     Returns:
@@ -131,12 +135,13 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running = assembly()
     if running is None:
         return False
-    fused, config = running.forward.packed_groups is not None, running.config
+    fused, autocast = running.forward.packed_groups is not None, running.forward.autocast
+    config = running.config
     batches = [*running.runner.buckets]
     del running
     began = time.perf_counter()
     try:
-        forward, backend = _compiled_forward(model, fused, config)
+        forward, backend = _compiled_forward(model, fused, config, autocast)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
@@ -152,11 +157,11 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
 
 
 def _compiled_forward(
-    model: PreTrainedModel, fused: bool, config: ResolvedConfig
+    model: PreTrainedModel, fused: bool, config: ResolvedConfig, autocast: Autocast
 ) -> tuple[ModelForward, AttentionBackend]:
     device = next(model.parameters()).device
     for early in (True, False) if device_launches_early(device) else (False,):
-        forward = ModelForward(model, fused=fused)
+        forward = ModelForward(model, fused=fused, autocast=autocast)
         # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
         backend = make_backend(config.settings.attention_backend, forward.device)
         try:

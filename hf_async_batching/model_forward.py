@@ -15,10 +15,11 @@ from hf_async_batching.attention import probe as attention_probe
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.interface import PagedCall, attach_tags
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products, tune_products
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
@@ -30,6 +31,7 @@ class ModelForward:
         model: The user's model; a shared-weight view of it is made.
         fused: Whether projections of one input share a product; their weights are packed, see `linear.packing`.
         skinny: Whether uncompiled code, too, sends few rows to our own kernel; only with `fused`.
+        autocast: What the forward runs under, in whichever thread; the calling thread's own where None.
 
     Attributes:
         name: Class of the model, for messages.
@@ -42,7 +44,14 @@ class ModelForward:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
     """
 
-    def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        fused: bool = False,
+        skinny: bool = False,
+        autocast: Autocast | None = None,
+    ) -> None:
         self.name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise UnsupportedModelError(
@@ -50,6 +59,7 @@ class ModelForward:
             )
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
+        self.autocast = Autocast.of_this_thread(self.device.type) if autocast is None else autocast
         parameters = inspect.signature(self.view.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
@@ -80,7 +90,7 @@ class ModelForward:
         groups = parallel_projections(self.view, seen)
         counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
         for module in self.view.modules():
-            if type(module) is torch.nn.Linear:
+            if is_plain(module):
                 convert(module, counters, skinny=skinny)
         return pack(groups)
 
@@ -137,7 +147,8 @@ class ModelForward:
             kwargs = {**kwargs, "position_ids": positions[None]}
         if keep is not None and self._takes_logits_to_keep:
             kwargs = {**kwargs, "logits_to_keep": keep}
-        out = self.view(input_ids=tokens[None], use_cache=False, return_dict=True, **kwargs)
+        with self.autocast():
+            out = self.view(input_ids=tokens[None], use_cache=False, return_dict=True, **kwargs)
         logits: torch.Tensor = out.logits
         return logits[0]
 
