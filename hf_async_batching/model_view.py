@@ -17,7 +17,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.sharing import alias, has_state, tensors_within
+from hf_async_batching.quantization import adjust, alias, has_state
+from hf_async_batching.sharing import tensors_within
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             if module.__dict__.get(attribute) is not None:
                 memo[id(module.__dict__[attribute])] = None
     try:
-        for module in modules:
+        for module in reversed(modules):  # the innermost first
             if isinstance(module, OptimizedModule):
                 # The copy has the module itself: the engine compiles in its own way.
                 memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
@@ -110,9 +111,7 @@ def _finish(original: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> Non
                 for flags in _HOOKS:
                     if flags.startswith(attribute + "_") and key in original.__dict__[flags]:
                         copied.__dict__[flags][key] = original.__dict__[flags][key]
-    # bitsandbytes would repack 4-bit weights for some CPUs, which makes a second copy of them.
-    if hasattr(copied, "support_avx512bf16_for_cpu"):
-        copied.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    adjust(copied)
     copied.training = False
 
 
@@ -171,7 +170,7 @@ def _refuse_split(model: PreTrainedModel) -> None:
             "example device_map={'': 0}, or use plain `model.generate`."
         )
     # By name: importing torch.distributed takes a while, and not every build has it.
-    if any(type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor" for tensor in tensors):
+    if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
         raise UnsupportedModelError(
             f"{name} is not served: its weights are sharded over processes; use plain `model.generate`."
         )

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 # What `copy.deepcopy` does not look into, or what holds no tensors.
@@ -61,19 +60,3 @@ def tensors_within(root: Any) -> Iterator[torch.Tensor]:
         for kind in type(value).__mro__:
             slots = kind.__dict__.get("__slots__", ())
             stack.extend(getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots))
-
-
-def has_state(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is of a quantized kind whose forward writes to its attributes (bitsandbytes)."""
-    kind = type(parameter)
-    return (
-        isinstance(parameter, nn.Parameter)
-        and kind is not nn.Parameter
-        and not hasattr(kind, "__tensor_flatten__")
-        and bool(vars(parameter))
-    )
-
-
-def alias(parameter: torch.Tensor) -> torch.Tensor:
-    """Another parameter of the same kind over the same memory, with no attributes yet."""
-    return torch.Tensor._make_subclass(type(parameter), parameter.data, parameter.requires_grad)

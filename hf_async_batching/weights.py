@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.model_view import batch_dependent_rope
+from hf_async_batching.quantization import is_wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,13 @@ class Weights:
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with memory of their own that a tensor is made of: itself, or what a quantized one wraps."""
-    flatten = getattr(type(tensor), "__tensor_flatten__", None)
-    if flatten is None:
+    if not is_wrapped(tensor):
         yield tensor
         return
-    names, _ = flatten(tensor)
+    wrapped: Any = tensor
+    names, _ = wrapped.__tensor_flatten__()
     for name in names:
-        yield from _parts(getattr(tensor, name))
+        yield from _parts(getattr(wrapped, name))
 
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:
