@@ -27,7 +27,7 @@ class Autocast:
     @classmethod
     def of_this_thread(cls, device_type: str) -> Autocast:
         """The state of the calling thread; autocast for other types of device does not concern the model."""
-        if not torch.is_autocast_enabled(device_type):
+        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
             return cls(device_type)
         return cls(device_type, torch.get_autocast_dtype(device_type))
 
@@ -38,7 +38,7 @@ class Autocast:
         leaves autocast, and would hide updates of the weights from an engine that never leaves it. Results are the
         same with and without it.
         """
-        if self.dtype is None and not torch.is_autocast_enabled(self.device_type):
+        if self == Autocast.of_this_thread(self.device_type) and self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -44,28 +43,25 @@ class Weights:
         """
         # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
         with_buffers = not batch_dependent_rope(model)
-        modules: list[int] = []
+        modules: dict[int, None] = {}
         adapters: list[Any] = []
         tensors: dict[int, torch.Tensor] = {}
-        stack: list[nn.Module] = [model]
-        seen: set[int] = set()
+        stack: list[Any] = [model]
         while stack:
             module = stack.pop()
-            if id(module) in seen:
+            if module is None or id(module) in modules:
                 continue
-            seen.add(id(module))
-            modules.append(id(module))
+            modules[id(module)] = None
             attributes = module.__dict__
-            for parameter in attributes["_parameters"].values():
-                if parameter is not None:
-                    tensors[id(parameter)] = parameter
+            for tensor in attributes["_parameters"].values():
+                tensors[id(tensor)] = tensor
             if with_buffers:
-                for buffer in attributes["_buffers"].values():
-                    if buffer is not None:
-                        tensors[id(buffer)] = buffer
-            if hasattr(module, "merged_adapters"):
+                for tensor in attributes["_buffers"].values():
+                    tensors[id(tensor)] = tensor
+            if "merged_adapters" in attributes or hasattr(type(module), "merged_adapters"):
                 adapters.append(_adapter_state(module))
-            stack.extend([child for child in attributes["_modules"].values() if child is not None])
+            stack += attributes["_modules"].values()
+        tensors.pop(id(None), None)
         plain = [part for tensor in tensors.values() for part in _parts(tensor)]
         return cls(
             tuple(modules),
@@ -84,15 +80,12 @@ class Weights:
         return any(key in old and old[key] != place for key, place in self.tensors.items())
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors with memory of their own that a tensor is made of: itself, or what a quantized one wraps."""
-    if not is_wrapped(tensor):
-        yield tensor
-        return
+    if type(tensor) is nn.Parameter or not is_wrapped(tensor):
+        return [tensor]
     wrapped: Any = tensor
-    names, _ = wrapped.__tensor_flatten__()
-    for name in names:
-        yield from _parts(getattr(wrapped, name))
+    return [part for name in wrapped.__tensor_flatten__()[0] for part in _parts(getattr(wrapped, name))]
 
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:
