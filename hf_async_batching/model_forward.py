@@ -60,7 +60,11 @@ class ModelForward:
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
         self.autocast = Autocast.of_this_thread(self.device.type) if autocast is None else autocast
-        parameters = inspect.signature(self.view.forward).parameters
+        # A forward that was set on the instance may hand on what it does not name.
+        parameters = {
+            *inspect.signature(self.view.forward).parameters,
+            *inspect.signature(type(self.view).forward).parameters,
+        }
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         embedding: Any = self.view.get_input_embeddings()

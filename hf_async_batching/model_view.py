@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.quantization import adjust, alias, has_state
+from hf_async_batching.rebinding import rebound
 from hf_async_batching.sharing import tensors_within
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,10 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
         view = copy.deepcopy(model, memo)
         for key, parameter in stateful.items():
             vars(memo[key]).update(copy.deepcopy(vars(parameter), memo))
+        copies = {id(module): memo[id(module)] for module in modules}
         for module in modules:
             if not isinstance(module, OptimizedModule):
-                _finish(module, memo[id(module)], memo)
+                _finish(module, copies, memo)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not served: its modules cannot be copied ({error}); remove what was attached "
@@ -96,14 +97,15 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
     return view
 
 
-def _finish(original: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
+def _finish(original: nn.Module, copies: dict[int, Any], memo: dict[int, Any]) -> None:
     """Give a copied module what belongs to it of the original's calls and hooks."""
+    copied = copies[id(original)]
     for attribute in _OWN_CALLS:
         if original.__dict__.get(attribute) is not None:
             copied.__dict__.pop(attribute, None)
     forward = _innermost_forward(original)
     if forward is not None and getattr(forward, "__self__", None) is original:
-        copied.forward = types.MethodType(forward.__func__, copied)
+        copied.forward = rebound(forward, copies)
     for attribute in _CALL_HOOKS:
         for key, hook in original.__dict__[attribute].items():
             if _is_own_hook(original, hook):
