@@ -40,22 +40,22 @@ class Assembly:
     forward: ModelForward
     runner: Runner
     cache: PagedCache
+    autocast: Autocast
 
 
 @torch.inference_mode()
-def assemble(model: PreTrainedModel, config: BatchingConfig, autocast: Autocast | None = None) -> Assembly:
-    """Make an engine that is ready to serve.
+def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
+    """Make an engine that is ready to serve, whose forward runs under the calling thread's autocast.
 
     Args:
         model: The user's model; not changed.
         config: Settings.
-        autocast: What the model's forward runs under; the calling thread's own where None.
 
     Raises:
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
         ValueError: The KV cache does not fit in memory.
     """
-    forward, backend = _checked_forward(model, config, autocast)
+    forward, backend = _checked_forward(model, config)
     device = make_device(forward.device)
     context = context_length(model)
     bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)
@@ -76,7 +76,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, autocast: Autocast 
     graphs = (
         config.cuda_graphs and device.supports_graphs and not backend.reads_back and not batch_dependent_rope(model)
     )
-    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs)
+    autocast = Autocast.of_this_thread(forward.device.type)
+    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs, autocast=autocast)
     limits = Sections.largest(
         max_rows=resolved.max_rows, max_batch_tokens=resolved.max_batch_tokens, num_pages=resolved.num_pages
     )
@@ -97,24 +98,22 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, autocast: Autocast 
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    return Assembly(engine, resolved, forward, runner, cache)
+    return Assembly(engine, resolved, forward, runner, cache, autocast)
 
 
-def _checked_forward(
-    model: PreTrainedModel, config: BatchingConfig, autocast: Autocast | None
-) -> tuple[ModelForward, AttentionBackend]:
+def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
     """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     page_size = config.page_size or default_page_size(device)
     if config.fuses_weights(device):
         try:
-            forward = ModelForward(model, fused=True, skinny=not config.compiles(device), autocast=autocast)
+            forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
             attach_check(model, forward, backend, page_size)
             return forward, backend
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
-    forward = ModelForward(model, autocast=autocast)
+    forward = ModelForward(model)
     if config.attach_check:
         attach_check(model, forward, backend, page_size)
     return forward, backend
@@ -135,13 +134,13 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running = assembly()
     if running is None:
         return False
-    fused, autocast = running.forward.packed_groups is not None, running.forward.autocast
-    config = running.config
+    fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
     batches = [*running.runner.buckets]
     del running
     began = time.perf_counter()
     try:
-        forward, backend = _compiled_forward(model, fused, config, autocast)
+        with autocast():
+            forward, backend = _compiled_forward(model, fused, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
@@ -157,11 +156,11 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
 
 
 def _compiled_forward(
-    model: PreTrainedModel, fused: bool, config: ResolvedConfig, autocast: Autocast
+    model: PreTrainedModel, fused: bool, config: ResolvedConfig
 ) -> tuple[ModelForward, AttentionBackend]:
     device = next(model.parameters()).device
     for early in (True, False) if device_launches_early(device) else (False,):
-        forward = ModelForward(model, fused=fused, autocast=autocast)
+        forward = ModelForward(model, fused=fused)
         # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
         backend = make_backend(config.settings.attention_backend, forward.device)
         try:

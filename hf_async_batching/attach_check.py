@@ -61,8 +61,7 @@ def attach_check(
     def run_plain() -> None:
         view = make_view(model, None)
         for tokens in (first, second):
-            with forward.autocast():
-                out = view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
+            out = view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
             plain.append(out.logits[0].float())
 
     # Each of these takes seconds in a fresh process: compilers on the one side, libraries that load on the other.

@@ -318,7 +318,8 @@ class GenerationManager:
                 worker.memory_free.wait()
                 self._worker = None
             if self._worker is None:
-                assembly = assemble(model, self.config, autocast)
+                with autocast():
+                    assembly = assemble(model, self.config)
                 # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
                 # are as they were before, so that a switch that comes in between is seen by the next request.
                 self._made_for = weights.placed_as(Weights.of(model)), autocast

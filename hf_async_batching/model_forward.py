@@ -15,7 +15,6 @@ from hf_async_batching.attention import probe as attention_probe
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.interface import PagedCall, attach_tags
-from hf_async_batching.autocast import Autocast
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
@@ -31,7 +30,6 @@ class ModelForward:
         model: The user's model; a shared-weight view of it is made.
         fused: Whether projections of one input share a product; their weights are packed, see `linear.packing`.
         skinny: Whether uncompiled code, too, sends few rows to our own kernel; only with `fused`.
-        autocast: What the forward runs under, in whichever thread; the calling thread's own where None.
 
     Attributes:
         name: Class of the model, for messages.
@@ -44,14 +42,7 @@ class ModelForward:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        fused: bool = False,
-        skinny: bool = False,
-        autocast: Autocast | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
         self.name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise UnsupportedModelError(
@@ -59,7 +50,6 @@ class ModelForward:
             )
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
-        self.autocast = Autocast.of_this_thread(self.device.type) if autocast is None else autocast
         # A forward that was set on the instance may hand on what it does not name.
         parameters = {
             *inspect.signature(self.view.forward).parameters,
@@ -151,8 +141,7 @@ class ModelForward:
             kwargs = {**kwargs, "position_ids": positions[None]}
         if keep is not None and self._takes_logits_to_keep:
             kwargs = {**kwargs, "logits_to_keep": keep}
-        with self.autocast():
-            out = self.view(input_ids=tokens[None], use_cache=False, return_dict=True, **kwargs)
+        out = self.view(input_ids=tokens[None], use_cache=False, return_dict=True, **kwargs)
         logits: torch.Tensor = out.logits
         return logits[0]
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.plan import Features, Plan
@@ -50,14 +52,27 @@ class Runner:
         device: Where graphs are captured.
         max_rows: The largest decode step.
         graphs: Whether decode steps are captured.
+        autocast: What the forward runs under.
 
     Attributes:
         buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
         captured: Graphs by bucket and features.
     """
 
-    def __init__(self, forward: Forward, state: DeviceState, device: Device, *, max_rows: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        state: DeviceState,
+        device: Device,
+        *,
+        max_rows: int,
+        graphs: bool,
+        autocast: Autocast | None = None,
+    ) -> None:
         self._forward = forward
+        self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if autocast is not None and autocast.dtype is not None:
+            self._autocast = autocast
         self._sampler = Sampler()
         self._state = state
         self._device = device
@@ -156,7 +171,8 @@ class Runner:
         return graph
 
     def _step(self, inputs: StepInputs, features: Features) -> None:
-        logits = self._forward(inputs)
+        with self._autocast():
+            logits = self._forward(inputs)
         if not logits.shape[0]:
             self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
             return
