@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
 from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
 from hf_async_batching.device_state import DeviceState
@@ -40,11 +41,12 @@ class Assembly:
     forward: ModelForward
     runner: Runner
     cache: PagedCache
+    autocast: Autocast
 
 
 @torch.inference_mode()
 def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
-    """Make an engine that is ready to serve.
+    """Make an engine that is ready to serve, whose forward runs under the calling thread's autocast.
 
     Args:
         model: The user's model; not changed.
@@ -81,7 +83,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     graphs = (
         config.cuda_graphs and device.supports_graphs and not backend.reads_back and not batch_dependent_rope(model)
     )
-    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs)
+    autocast = Autocast.of_this_thread(forward.device.type)
+    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs, autocast=autocast)
     # As much as one row can need: its rules, padding, and all of its tokens if their pages were found.
     max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     limits = Sections.largest(
@@ -116,7 +119,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    return Assembly(engine, resolved, forward, runner, cache)
+    return Assembly(engine, resolved, forward, runner, cache, autocast)
 
 
 def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
@@ -143,7 +146,7 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     Needs nothing of the engine until it is done, and does not keep it alive.
 
     Args:
-        model: The model of the engine.
+        model: The engine's model, or a view of it.
         assembly: The engine, if it still runs.
 
     Returns:
@@ -152,12 +155,13 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running = assembly()
     if running is None:
         return False
-    fused, config = running.forward.packed_groups is not None, running.config
+    fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
     batches = [*running.runner.buckets]
     del running
     began = time.perf_counter()
     try:
-        forward, backend = _compiled_forward(model, fused, config)
+        with autocast():
+            forward, backend = _compiled_forward(model, fused, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,19 +19,19 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.criteria import stop_string_criterion
 from hf_async_batching.errors import (
     EngineClosedError,
     RequestTooLongError,
     UnsupportedArgumentError,
-    UnsupportedModelError,
 )
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import batch_dependent_rope, make_view
+from hf_async_batching.model_view import make_view
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
@@ -51,42 +51,15 @@ from hf_async_batching.sequence import Sequence
 from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.timeline import Timeline
+from hf_async_batching.weights import Weights
 from hf_async_batching.worker import Worker
+from hf_async_batching.wrappers import check_call, unwrap
 
 logger = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT = 5.0
 
 _open_managers: weakref.WeakSet[GenerationManager] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags.
-
-    `changes` tells whether the same tensors hold other values: how often torch has seen them changed in place, by an
-    optimizer or `load_state_dict`. It is blind to writes through `.data` and to tensors made in inference mode.
-    """
-
-    tensors: dict[int, tuple[int, torch.dtype]]
-    adapters: tuple[Any, ...]
-    changes: int = field(compare=False)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Weights:
-        # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
-        buffers = () if batch_dependent_rope(model) else model.buffers()
-        tensors = [*model.parameters(), *buffers]
-        return cls(
-            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in tensors},
-            tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "merged_adapters")),
-            _count_changes(tensors),
-        )
-
-    def moved_from(self, before: _Weights | None) -> bool:
-        """Whether tensors that the view shares have other memory than before (`model.to`, an assigned `.data`)."""
-        old = before.tensors if before is not None else {}
-        return any(key in old and old[key] != place for key, place in self.tensors.items())
 
 
 class GenerationManager:
@@ -105,7 +78,8 @@ class GenerationManager:
     """
 
     def __init__(self, model: PreTrainedModel, config: BatchingConfig | None = None) -> None:
-        self._setup(lambda: model, config, model)
+        inner = unwrap(model)
+        self._setup(lambda: inner, config, inner)
 
     @classmethod
     def for_registry(cls, model: PreTrainedModel, config: BatchingConfig | None) -> GenerationManager:
@@ -117,10 +91,6 @@ class GenerationManager:
     def _setup(
         self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig | None, model: PreTrainedModel
     ) -> None:
-        if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-            raise UnsupportedModelError(
-                f"`model` must be a transformers PreTrainedModel that can generate, got {type(model).__name__}"
-            )
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
         ModelForward(model)
         self.config = config or BatchingConfig()
@@ -128,7 +98,7 @@ class GenerationManager:
         self._lock = threading.RLock()
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
-        self._weights: _Weights | None = None
+        self._made_for: tuple[Weights, Autocast] | None = None
         self._preparation: Preparation | None = None
         self._criteria_thread = CriteriaThread()
         self._takes_embeddings: Callable[[], Assembly | None] = lambda: None  # of which engine that is known
@@ -278,7 +248,6 @@ class GenerationManager:
 
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
         """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
-        _refuse_autocast()
         while True:
             worker = self._require_worker()
             assembly = worker.assembly
@@ -336,7 +305,6 @@ class GenerationManager:
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
         """
-        _refuse_autocast()
         worker = self._require_worker()
         assembly = worker.assembly
         if assembly is None:
@@ -455,25 +423,31 @@ class GenerationManager:
     def _require_worker(self) -> Worker:
         with self._lock:
             model = self._require_model()
-            weights = _Weights.of(model)
+            check_call(model)
+            weights, autocast = Weights.of(model), Autocast.of_this_thread(model.device.type)
             worker = self._worker
-            if worker is not None and weights != self._weights:
-                # The view is stale. Live requests finish on what they began with, unless its memory is gone.
-                if weights.moved_from(self._weights):
-                    worker.stop(reason="the model's weights were moved")
-                else:
-                    worker.drain()
-            elif worker is not None and self._weights is not None and weights.changes != self._weights.changes:
-                self._weights = weights
-                worker.weights_updated()
+            if worker is not None and self._made_for is not None:
+                before = self._made_for[0]
+                if (weights, autocast) != self._made_for:
+                    # The view is stale, or computes in another precision. Live requests finish on what they began
+                    # with, unless its memory is gone.
+                    if weights.moved_from(before):
+                        worker.stop(reason="the model's weights were moved")
+                    else:
+                        worker.drain()
+                elif weights.changes != before.changes:
+                    self._made_for = weights, autocast
+                    worker.weights_updated()
             if worker is not None and not worker.accepting:
                 # The new cache is sized by what is free once the old one is not there.
                 worker.memory_free.wait()
                 self._worker = None
             if self._worker is None:
-                assembly = assemble(model, self.config)
-                # Taken again: the parameters may have become views of packed weights.
-                self._weights = _Weights.of(model)
+                with autocast():
+                    assembly = assemble(model, self.config)
+                # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
+                # are as they were before, so that a switch that comes in between is seen by the next request.
+                self._made_for = weights.placed_as(Weights.of(model)), autocast
                 self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
@@ -493,17 +467,6 @@ class GenerationManager:
         with self._lock:
             if self._worker is worker:
                 self._worker = None
-
-
-def _adapter_state(module: Any) -> tuple[Any, ...]:
-    return id(module), module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
-
-
-def _count_changes(tensors: list[torch.Tensor]) -> int:
-    try:
-        return sum([tensor._version for tensor in tensors])
-    except RuntimeError:  # tensors made in inference mode count nothing
-        return sum([tensor._version for tensor in tensors if not tensor.is_inference()])
 
 
 def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
@@ -586,15 +549,6 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
         raise RequestTooLongError(
             f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
         )
-
-
-def _refuse_autocast() -> None:
-    for device_type in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device_type):
-            raise UnsupportedArgumentError(
-                f"called under torch.autocast({device_type!r}), which is not served yet; leave the autocast block, "
-                "or load the model in the lower precision"
-            )
 
 
 @atexit.register

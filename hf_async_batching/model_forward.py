@@ -18,7 +18,7 @@ from hf_async_batching.attention.interface import PagedCall, attach_tags
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products, tune_products
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
@@ -52,7 +52,11 @@ class ModelForward:
             )
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
-        parameters = inspect.signature(self.view.forward).parameters
+        # A forward that was set on the instance may hand on what it does not name.
+        parameters = {
+            *inspect.signature(self.view.forward).parameters,
+            *inspect.signature(type(self.view).forward).parameters,
+        }
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         embedding: Any = self.view.get_input_embeddings()
@@ -85,7 +89,7 @@ class ModelForward:
         groups = parallel_projections(self.view, seen)
         counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
         for module in self.view.modules():
-            if type(module) is torch.nn.Linear:
+            if is_plain(module):
                 convert(module, counters, skinny=skinny)
         return pack(groups)
 

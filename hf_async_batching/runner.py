@@ -9,11 +9,13 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.devices.base import Kernel
@@ -57,6 +59,7 @@ class Runner:
         device: Where graphs are captured.
         max_rows: The largest decode step.
         graphs: Whether decode steps are captured.
+        autocast: What the forward runs under.
 
     Attributes:
         buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
@@ -64,8 +67,20 @@ class Runner:
         rare: What the step that ran last brings beyond tokens; None where its features are not rare.
     """
 
-    def __init__(self, forward: Forward, state: DeviceState, device: Device, *, max_rows: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        state: DeviceState,
+        device: Device,
+        *,
+        max_rows: int,
+        graphs: bool,
+        autocast: Autocast | None = None,
+    ) -> None:
         self._forward = forward
+        self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if autocast is not None and autocast.dtype is not None:
+            self._autocast = autocast
         self._sampler = Sampler()
         self._state = state
         self._device = device
@@ -141,7 +156,7 @@ class Runner:
             if embeddings:
                 inputs = replace(inputs, embeddings=embeddings)
             if features.eager:
-                self._sample_rare(plan, inputs, self._forward(inputs))
+                self._sample_rare(plan, inputs, self._run_forward(inputs))
             else:
                 self._step(inputs, features)
         elif plan.decode_rows:
@@ -172,7 +187,7 @@ class Runner:
 
         def run() -> None:
             inputs = self._state.decode_inputs(bucket)
-            self._forwards[bucket] = inputs, self._kept(self._forward(inputs))
+            self._forwards[bucket] = inputs, self._kept(self._run_forward(inputs))
 
         graph = self._graph((bucket, FORWARD), run)
         if graph is None:
@@ -217,9 +232,13 @@ class Runner:
         logger.info("captured decode step of %d rows, %s", bucket, features or "forward alone")
         return graph
 
+    def _run_forward(self, inputs: StepInputs) -> torch.Tensor:
+        with self._autocast():
+            return self._forward(inputs)
+
     def _step(self, inputs: StepInputs, features: Features) -> None:
         self._state.note(inputs, features)
-        logits = self._forward(inputs)
+        logits = self._run_forward(inputs)
         if not logits.shape[0]:
             self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
             return

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.devices.cuda import synchronize_device
 
 
@@ -17,15 +18,17 @@ def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None
     what the caller enqueues next comes behind them.
 
     Args:
-        jobs: What to run, in inference mode, in any order.
+        jobs: What to run, in inference mode and under the caller's autocast, in any order.
         device: The current device of the jobs.
 
     Raises:
         Exception: What the first job that failed raised.
     """
 
+    autocast = Autocast.of_this_thread(device.type)
+
     def run(job: Callable[[], object]) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast():
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     job()

@@ -433,11 +433,6 @@ def test_assistant_model_is_refused(model: Any, plug: Any) -> None:
         model.generate(torch.tensor([[5, 6]]), assistant_model=model, max_new_tokens=3, custom_generate=plug)
 
 
-def test_autocast_is_refused(model: Any, plug: Any) -> None:
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedArgumentError, match="autocast"):
-        model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=plug)
-
-
 def test_unknown_arguments_are_refused_by_transformers(model: Any, plug: Any) -> None:
     with pytest.raises(ValueError, match="no_such_argument"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, no_such_argument=1, custom_generate=plug)
