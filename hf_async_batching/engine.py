@@ -26,6 +26,7 @@ class Engine:
         debug: Check the scheduler's bookkeeping after every step.
 
     Attributes:
+        depth: May be lowered and raised again between steps, up to what the engine was made with.
         records: The last steps, oldest first.
         started: The rows of requests whose prompts began with the last call of `step`.
     """
@@ -78,6 +79,9 @@ class Engine:
         emissions: list[Emission] = []
         if self._in_flight and (plan is None or len(self._in_flight) >= self.depth):
             emissions = self._collect(self._in_flight.popleft())
+            # More than one only where the depth has been lowered.
+            while len(self._in_flight) >= self.depth:
+                emissions += self._collect(self._in_flight.popleft())
         if self._debug:
             self.scheduler.check_invariants()
         return emissions
