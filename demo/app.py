@@ -59,7 +59,7 @@ def build_app(backend: Backend) -> gr.Blocks:
     async def pulse(since: float | None) -> dict[str, Any]:
         return meter.read(float("-inf") if since is None else float(since))
 
-    async def trace() -> str:
+    async def trace(_: None) -> str:
         return json.dumps(backend.require().manager.timeline().to_chrome_trace())
 
     async def whole(run: str) -> dict[str, Any]:

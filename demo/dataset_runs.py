@@ -20,7 +20,18 @@ from .completion import RowProgress, complete_table
 from .handlers import visitor_of
 from .problems import explain
 from .settings import Settings
-from .table import BUILT_IN, FORMATS, MAX_BYTES, MAX_ROWS, TableError, built_in, read_table, text_columns, write_table
+from .table import (
+    BUILT_IN,
+    FORMATS,
+    MAX_BYTES,
+    MAX_ROWS,
+    TableError,
+    built_in,
+    likely_column,
+    read_table,
+    text_columns,
+    write_table,
+)
 
 _LOOK_SECONDS = 0.25
 _KEPT_JOBS = 64
@@ -126,7 +137,7 @@ class DatasetRuns:
                 raise TableError("No column of this table holds text.")
         except TableError as error:
             return gr.update(choices=[], value=None), problem_html(str(error))
-        column = next((name for name in ("prompt", "question", "text", "instruction") if name in columns), columns[0])
+        column = likely_column(table)
         return gr.update(choices=columns, value=column), table_html(table, column, more)
 
     async def on_column(self, source: str, file: str | None, column: str | None) -> str:

@@ -31,8 +31,8 @@ class Frames:
         """Look at the wall, and return the next frame as JSON."""
         changes = self.wall.tick()
         self._number += 1
-        self._recent.append(_dump([self._number, changes]))
-        head = _dump({"run": self.run, "n": self._number, "over": self.wall.over, "sum": self.summary()})
+        self._recent.append(dump([self._number, changes]))
+        head = dump({"run": self.run, "n": self._number, "over": self.wall.over, "sum": self.summary()})
         return f'{head[:-1]},"d":[{",".join(self._recent)}]}}'
 
     def whole(self) -> dict[str, Any]:
@@ -59,13 +59,15 @@ class Frames:
 
 def waiting_frame(place: int) -> str:
     """What a page shows while its wall waits for others."""
-    return _dump({"run": "", "n": 0, "d": [], "place": place})
+    return dump({"run": "", "n": 0, "d": [], "place": place})
 
 
 def problem_frame(text: str) -> str:
     """What a page shows where a wall could not start."""
-    return _dump({"run": "", "n": 0, "d": [], "problem": text})
+    return dump({"run": "", "n": 0, "d": [], "problem": text})
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+def dump(value: Any) -> str:
+    """Compact JSON without a tag in it."""
+    # Gradio warns of values that look like scripts: no value of ours has a tag in it.
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -13,7 +12,7 @@ import gradio as gr
 
 from .backend import Backend
 from .compare import ASYNC, SYNC, Comparison
-from .frames import Frames, problem_frame, waiting_frame
+from .frames import Frames, dump, problem_frame, waiting_frame
 from .handlers import visitor_of
 from .line import Line
 from .problems import explain
@@ -225,12 +224,12 @@ class CompareRuns:
                 max_new_tokens=int(min(max(max_new_tokens or 1, 1), MAX_NEW_TOKENS)),
                 depths=depths,
             ):
-                value = json.dumps(state)
+                value = dump(state)
                 yield value, gr.skip(), gr.skip()
         except ValueError as error:
-            value = json.dumps({"over": True, "problem": str(error)})
+            value = dump({"over": True, "problem": str(error)})
         except Exception as error:  # told in the comparison's place
-            value = json.dumps({"over": True, "problem": explain(error).plain()})
+            value = dump({"over": True, "problem": explain(error).plain()})
         yield value, gr.update(visible=True), gr.update(visible=False)
 
     async def on_stop(self, request: gr.Request) -> None:

@@ -63,6 +63,13 @@ def text_columns(table: Dataset) -> list[str]:
     ]
 
 
+def likely_column(table: Dataset) -> str:
+    """The column of text that most looks like prompts: by its name, or else by its length."""
+    columns, first = text_columns(table), table[:20]
+    named = [name for name in ("prompt", "question", "instruction", "messages") if name in columns]
+    return named[0] if named else max(columns, key=lambda name: sum(len(text or "") for text in first[name]))
+
+
 def write_table(table: Dataset, folder: Path, kind: str) -> Path:
     """Write a table as one of `FORMATS`; returns the file."""
     path = folder / f"completions.{kind}"

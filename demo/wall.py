@@ -186,7 +186,7 @@ class Wall:
                     changes[tile.index] = {**changes.get(tile.index, {}), **tile.changes()}
             if self.started is not None:
                 ended = max((tile.ended_at for tile in self.tiles), default=0.0)
-                self.seconds = (ended if self.over and ended else now) - self.started
+                self.seconds = max(0.0, (ended if self.over and ended else now) - self.started)
             return [{"i": index, **change} for index, change in sorted(changes.items()) if change]
 
     def whole(self) -> list[Change]:

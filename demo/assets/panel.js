@@ -44,6 +44,7 @@ hfab.panel = function (root, server) {
     const text = JSON.stringify(values);
     if (text === facts || !values.length) return;
     facts = text;
+    $("[data-facts]").title = values.map(pair => pair.filter(Boolean).join(" ")).join(" · ");
     $("[data-facts]").replaceChildren(
       ...values.map(([name, value]) => {
         const item = document.createElement("span"), bold = document.createElement("b");

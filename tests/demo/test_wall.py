@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support.demo import wait_until_idle
 
 from demo.backend import Serving
 from demo.chat import Message
@@ -16,8 +17,6 @@ from demo.settings import Settings, ends_of
 from demo.text import build_prompt
 from demo.wall import DONE, FAILED, FOLLOW_UPS, MOST_CHATS, STOPPED, WAITING, Wall
 from hf_async_batching.errors import QueueFullError
-
-from conftest import wait_until_idle
 
 GREEDY = Settings(max_new_tokens=12, greedy=True)
 PROMPTS = ["Hi", "Tell me more about the sea, please.", "Name three fruits."]
