@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ if not __package__:
     __package__ = _folder.name
     importlib.import_module(__package__)
 
-from .backend import Backend, load
+from .backend import Backend
 from .chat import ChatService
 from .dataset_runs import DatasetRuns
 from .endpoints import add_endpoints
 from .handlers import ChatHandlers, visitor_of
 from .layout import chat_parts, compare_parts, dataset_parts, wall_parts
 from .line import Line
+from .models import load_chat_model
 from .page import FOCUS_JS, TITLE, asset, header_html, launch_options
 from .pulse import Pulse
 from .runs import CompareRuns, WallRuns, read_prompts
+from .serving import load
+from .zero import ZeroGpu, gpu_decorator
 
 MODEL_VARIABLE = "HF_ASYNC_BATCHING_MODEL"
 DEVICE_VARIABLE = "HF_ASYNC_BATCHING_DEVICE"
@@ -148,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The engine's thread waits for this long until a thread of the page lets it run.
     sys.setswitchinterval(0.001)
+    decorator = gpu_decorator()
+    if decorator is not None:
+        return _serve_on_zero_gpu(arguments, decorator)
     backend = Backend()
     backend.start(
         partial(load, model=arguments.model, device=arguments.device, dtype=arguments.dtype, depth=arguments.depth)
@@ -158,6 +164,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     finally:
         backend.close()
+    return 0
+
+
+def _serve_on_zero_gpu(arguments: argparse.Namespace, decorator: Callable[..., Any]) -> int:
+    """Serve the page where a GPU comes with each wall and goes."""
+    chat_model = load_chat_model(arguments.model, device="cuda", dtype=arguments.dtype)
+    backend = Backend(zero=ZeroGpu(chat_model, decorator))
+    build_app(backend).launch(server_name=arguments.host, server_port=arguments.port, **launch_options())
     return 0
 
 

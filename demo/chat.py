@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from .backend import Backend, BackendFailedError, Serving
+from .backend import Backend
 from .problems import explain
+from .serving import Serving
 from .settings import LONGEST_TEXT, Settings, ends_of
 from .text import Detokenizer, build_prompt
 
@@ -140,8 +141,8 @@ class ChatService:
         try:
             while (serving := self._backend.serving) is None and not turn.cancelled:
                 stage = self._backend.stage
-                if stage.failed:
-                    raise BackendFailedError(stage.text)
+                if stage.failed or self._backend.zero is not None:
+                    self._backend.require()  # says why there is none
                 if waiting != f"{stage.text} …":
                     waiting = f"{stage.text} …"
                     yield Reply("", waiting=waiting)

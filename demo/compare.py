@@ -13,8 +13,9 @@ from hf_async_batching.bench.measure import Pace
 from hf_async_batching.bench.timeline_picture import steady_window
 from hf_async_batching.timeline import StepRecord
 
-from .backend import Backend, Serving
+from .backend import Backend
 from .pulse import drawn_steps
+from .serving import Serving
 from .settings import Settings
 from .wall import Wall
 

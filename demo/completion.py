@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from .backend import Serving
 from .chat import Message
 from .problems import explain
+from .serving import Serving
 from .settings import Settings, ends_of
 from .text import build_prompt
 

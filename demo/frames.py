@@ -21,11 +21,11 @@ class Frames:
     has not seen; where a number is missing it asks for `whole`.
     """
 
-    def __init__(self, wall: Wall) -> None:
+    def __init__(self, wall: Wall, repeated: int = _REPEATED) -> None:
         self.wall = wall
         self.run = secrets.token_urlsafe(12)
         self._number = 0
-        self._recent: deque[str] = deque(maxlen=_REPEATED)
+        self._recent: deque[str] = deque(maxlen=repeated)
 
     def next(self) -> str:
         """Look at the wall, and return the next frame as JSON."""

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .backend import STAGES, Backend, Serving
+from .backend import STAGES, Backend
+from .serving import Serving
 
 if TYPE_CHECKING:
     from hf_async_batching import Stats

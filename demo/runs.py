@@ -71,6 +71,15 @@ class WallRuns:
                 await asyncio.sleep(_PLACE_SECONDS)
                 if visitor in self._stopped:
                     return
+            if self._backend.zero is not None:
+                async with aclosing(
+                    self._backend.zero.frames(prompts, settings, chats=chats, turns=turns, stagger=stagger)
+                ) as zero_frames:
+                    async for frame in zero_frames:
+                        if visitor in self._stopped:
+                            return
+                        yield frame
+                return
             serving = await self._backend.ready()
             wall = Wall(serving, prompts, settings, chats=chats, turns=turns, stagger=stagger)
             frames = self._by_visitor[visitor] = Frames(wall)

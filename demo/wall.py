@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .backend import Serving
 from .chat import Message
 from .problems import explain
+from .serving import Serving
 from .settings import Settings, ends_of
 from .text import Detokenizer, build_prompt
 

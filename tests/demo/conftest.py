@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demo.app import build_app
-from demo.backend import Backend, Serving, serve
+from demo.backend import Backend
 from demo.models import load_chat_model
 from demo.page import launch_options
 from demo.roster import Roster
+from demo.serving import Serving, serve
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -116,7 +116,8 @@ def test_a_wall(client: Any, served: Served) -> None:
     assert states[0]["chats"] == 40
     assert max(state["running"] for state in states) > 8
     last = states[-1]
-    assert (last["done"], last["tokens"]) == (40, 40 * 2 * 30)
+    assert last["done"] == 40
+    assert 2250 < last["tokens"] <= 40 * 2 * 30, "now and then a word means the end"
     assert [len(conversation) for conversation in last["conversations"]] == [2] * 40
     assert last["conversations"][1][0][0] == "Two?"
     assert all(answer for conversation in last["conversations"] for _, answer in conversation)

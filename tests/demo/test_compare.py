@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from support.demo import wait_until_idle
 
-from demo.backend import Backend, Serving
+from demo.backend import Backend
 from demo.compare import Comparison
 from demo.line import Line, LineFullError
 from demo.runs import CompareRuns, WallRuns, read_prompts
+from demo.serving import Serving
 from demo.settings import Settings
 
 PROMPTS = ["Hi", "Tell me about the sea."]

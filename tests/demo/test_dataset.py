@@ -13,9 +13,10 @@ import pytest
 from datasets import Dataset
 from support.demo import wait_until_idle
 
-from demo.backend import Backend, Serving
+from demo.backend import Backend
 from demo.completion import RowProgress, complete_table
 from demo.dataset_runs import DatasetRuns, Job, problem_html, table_html
+from demo.serving import Serving
 from demo.settings import Settings
 from demo.table import BUILT_IN, MAX_ROWS, TableError, built_in, read_table, text_columns, write_table
 

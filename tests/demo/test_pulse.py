@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from support.demo import MACHINE, wait_until_idle
 
-from demo.backend import STAGES, Backend, BackendFailedError, Serving
+from demo.backend import STAGES, Backend, BackendFailedError
 from demo.pulse import Pulse, drawn_steps, figures_of
+from demo.serving import Serving
 from demo.settings import Settings
 from hf_async_batching.bench.measure import Traffic
 from hf_async_batching.stats import Stats

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support.demo import wait_until_idle
 
-from demo.backend import Serving
 from demo.chat import Message
 from demo.frames import Frames
+from demo.serving import Serving
 from demo.settings import Settings, ends_of
 from demo.text import build_prompt
 from demo.wall import DONE, FAILED, FOLLOW_UPS, MOST_CHATS, STOPPED, WAITING, Wall

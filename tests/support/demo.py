@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from demo.backend import Backend, Serving
+from demo.backend import Backend
+from demo.serving import Serving
 from hf_async_batching.bench.machine import Machine
 from hf_async_batching.request import Request
 
