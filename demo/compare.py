@@ -39,7 +39,7 @@ class Outcome:
         host_ms_per_step: Planning, launching and settling; no waiting.
         mbu_percent: Bytes that the steps had to read, over `seconds`, over the measured bandwidth of a copy.
         steps: Steps.
-        others: Requests of other visitors that ended meanwhile: where there are any, they were in the same batch.
+        others: Other requests that ended meanwhile or were live at the end: they were in the same batch.
         gpu: Whether it ran on a GPU: on a CPU there is nothing to overlap.
         drawn: A few steps from the middle, as the page draws them.
     """
@@ -139,7 +139,7 @@ class Comparison:
             records.read()
         finally:
             wall.stop()
-        steps = records.steps
+        after, steps = manager.stats(), records.steps
         seconds = wall.seconds
         traffic = serving.traffic
         assert traffic is not None
@@ -156,7 +156,7 @@ class Comparison:
             host_ms_per_step=pace.host_ms_per_step,
             mbu_percent=pace.mbu_run_percent,
             steps=pace.steps,
-            others=manager.stats().finished - before.finished - len(wall.tiles),
+            others=after.finished - before.finished - len(wall.tiles) + after.running + after.waiting,
             gpu=serving.on_gpu,
             drawn=drawn_steps(steady_window(steps, DRAWN_STEPS)),
         )

@@ -103,6 +103,9 @@ def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, 
         "max_waiting": _MAX_WAITING,
         "timeline_steps": _TIMELINE_STEPS,
     }
+    if chat_model.model.device.type == "cpu":
+        # A whole wall in one batch; and pages so small that the next turn of a chat finds the last one's.
+        defaults |= {"max_rows": 64, "page_size": 64}
     manager = GenerationManager(chat_model.model, BatchingConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
     manager.set_depth(usual)
     prompt = chat_model.tokenizer("Hello").input_ids or [0]

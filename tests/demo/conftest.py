@@ -83,7 +83,7 @@ def make_backend(byte_tokenizer: Any) -> Callable[[Any], Backend]:
 @pytest.fixture(scope="session")
 def serving() -> Iterator[Serving]:
     """A real engine around a tiny model with random weights."""
-    made = serve(load_chat_model("random:tiny", device="cpu"), MACHINE, max_rows=16, num_pages=96)
+    made = serve(load_chat_model("random:tiny", device="cpu"), MACHINE, max_rows=16, num_pages=384)
     yield made
     made.manager.close()
 

@@ -143,6 +143,6 @@ def test_a_dataset(client: Any) -> None:
 def test_figures_and_trace(client: Any) -> None:
     client.predict("Hi", max_new_tokens=4, api_name="/chat")
     stats = client.predict(api_name="/stats")
-    assert stats["figures"]["pages_total"] == 96
+    assert stats["figures"]["pages_total"] == 384
     events = client.predict(api_name="/trace")["traceEvents"]
     assert {event["name"].split()[0] for event in events if event["ph"] == "X"} >= {"decode", "plan", "settle"}

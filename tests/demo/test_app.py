@@ -125,7 +125,7 @@ def test_the_page_loads_with_live_figures_and_no_complaints(open_page: Callable[
     assert "float32" in facts
     assert tuple(page.locator(".panel dt").all_inner_texts()) == FIGURES
     assert page.locator("[data-loading]").is_hidden()
-    assert "96 KV pages" in str(page.locator("[data-f=pages]").get_attribute("title"))
+    assert "384 KV pages" in str(page.locator("[data-f=pages]").get_attribute("title"))
 
 
 def test_everything_to_press_or_fill_has_a_name(open_page: Callable[..., Page]) -> None:
