@@ -64,6 +64,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_writes = max_writes
         self.preemptions = 0
+        self.finished = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by arrival
         self._live: dict[str, Sequence] = {}
@@ -427,6 +428,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, token: int | None, logprob: float | None, reason: str) -> Emission:
         self._retire(sequence)
         self._steady = None
+        self.finished += 1
         sequence.state = State.FINISHED
         del self._live[sequence.request.request_id]
         return Emission(sequence.request.request_id, token, logprob, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,23 @@ def test_random_schedules(depth: int) -> None:
         cancels += list(engine.reasons.values()).count("cancelled")
     assert preemptions > SCHEDULES / 10, "page shortage was hardly exercised"
     assert cancels > SCHEDULES / 10, "cancelling was hardly exercised"
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_depth_may_change_between_steps(depth: int) -> None:
+    for seed in range(SCHEDULES // 5):
+        engine = ToyEngine(depth, seed)
+        rng, step = random.Random(seed), engine.engine.step
+
+        def change_and_step(engine: ToyEngine = engine, rng: random.Random = rng, step: Any = step) -> list[Any]:
+            engine.engine.depth = rng.randint(1, depth)
+            emissions: list[Any] = step()
+            assert len(engine.engine._in_flight) < engine.engine.depth
+            return emissions
+
+        engine.engine.step = change_and_step  # type: ignore[method-assign]
+        verify(engine, run_random_schedule(engine, seed))
+        assert engine.scheduler.finished == len(engine.requests)
 
 
 # At depth 2 the host's own wait for the step before implies the waits that protect buffers; at depth 3 nothing does.
