@@ -16,6 +16,8 @@ class LayerShape(NamedTuple):
     dtype: torch.dtype
     num_heads: int = 0
     sliding_window: int | None = None
+    chunk: int | None = None
+    has_sinks: bool = False
 
     @property
     def bytes_per_token(self) -> int:
