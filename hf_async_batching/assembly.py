@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
-from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.attention.cache import PagedCache, common_window
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
@@ -124,6 +124,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         max_batch_tokens=resolved.max_batch_tokens,
         prefix_cache=config.prefix_cache and forward.prefix_cacheable,
         max_writes=max_writes,
+        window=common_window(forward.layers),
     )
     engine = Engine(
         scheduler,

@@ -77,7 +77,8 @@ class RowCache:
                 kept = length if window is None else min(length, window - 1)
                 if keys.shape[-2] != kept or keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
                     raise UnsupportedModelError("its cache holds something else than the tokens of the input")
-                self._add(_Paged(number, len(self.shapes), "attention"), keys.transpose(1, 2), values.transpose(1, 2))
+                paged = _Paged(number, len(self.shapes), "attention")
+                self._add(paged, keys.transpose(1, 2), values.transpose(1, 2), window)
             indexer = getattr(layer, "indexer_keys", None)
             if indexer is not None and indexer.numel():
                 if indexer.dim() != 3 or indexer.shape[1] != length or layer.indexer_position_ids is not None:
@@ -90,10 +91,11 @@ class RowCache:
                         self.state_bytes += state.nbytes
         self._tables: list[torch.Tensor] = []
 
-    def _add(self, paged: _Paged, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _add(self, paged: _Paged, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> None:
         """Keys [1, length, heads, dim] and values likewise."""
         self._paged.append(paged)
-        self.shapes.append(LayerShape(keys.shape[2], keys.shape[3], values.shape[3], keys.dtype))
+        shape = LayerShape(keys.shape[2], keys.shape[3], values.shape[3], keys.dtype, sliding_window=window)
+        self.shapes.append(shape)
 
     @property
     def has_states(self) -> bool:
