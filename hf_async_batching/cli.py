@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from hf_async_batching import compatibility_command
 from hf_async_batching.bench import command as bench
+from hf_async_batching.coverage import command as coverage
 
 _EXAMPLES = """\
 examples:
   hf-async-batching bench seed --shape llama-3.1-8b --depth 1 2 --out results
   hf-async-batching bench mix --model path/or/hub-name --peer generate_batch
+  hf-async-batching check path/or/hub-name
 
 `hf-async-batching COMMAND --help` has more of them.
 """
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     bench.add_parser(commands)
     compatibility_command.add_parser(commands)
+    coverage.add_parsers(commands)
     arguments = parser.parse_args(argv)
     arguments.argv = None if argv is None else list(argv)
     status: int = arguments.run(arguments)

@@ -29,3 +29,12 @@ class UnsupportedModelError(HfAsyncBatchingError, NotImplementedError):
 
 class UnsupportedArgumentError(HfAsyncBatchingError, NotImplementedError):
     """A `generate` argument that the engine does not serve."""
+
+
+def does_not_fit(error: Exception) -> bool:
+    """Whether an error tells that a family is called in a way that it does not know, and not that a device failed.
+
+    Shapes that do not match are plain `RuntimeError`s; torch's own failures are subclasses.
+    """
+    known = (TypeError, AttributeError, LookupError, ValueError, AssertionError, NotImplementedError)
+    return type(error) is RuntimeError or isinstance(error, known)

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.assembly import Assembly, assemble, check_servable
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.criteria import stop_string_criterion
@@ -30,7 +30,6 @@ from hf_async_batching.errors import (
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
-from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
@@ -92,7 +91,7 @@ class GenerationManager:
         self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig | None, model: PreTrainedModel
     ) -> None:
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
-        ModelForward(model)
+        check_servable(model)
         self.config = config or BatchingConfig()
         self._get_model = get_model
         self._lock = threading.RLock()
