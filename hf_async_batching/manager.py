@@ -147,6 +147,27 @@ class GenerationManager:
             QueueFullError: `max_waiting` requests wait already.
             EngineClosedError: The manager was closed.
         """
+        request = self.make_request(
+            input_ids,
+            generation_config,
+            seed=seed,
+            logprobs=logprobs,
+            request_id=request_id,
+            **generate_arguments,
+        )
+        return self.submit_request(request)
+
+    def make_request(
+        self,
+        input_ids: list[int] | torch.Tensor,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        logprobs: bool = False,
+        request_id: str | None = None,
+        **generate_arguments: Any,
+    ) -> Request:
+        """The request that `submit` would queue, for `submit_requests`; see there for arguments and errors."""
         model: Any = self._require_model()
         prompt = _prompt_list(input_ids)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
@@ -170,7 +191,7 @@ class GenerationManager:
         else:
             max_new_tokens = config.max_length - len(prompt)
         min_new_tokens = config.min_new_tokens or max(0, (config.min_length or 0) - len(prompt))
-        request = build_request(
+        return build_request(
             prompt,
             config,
             max_new_tokens=max_new_tokens,
@@ -179,7 +200,6 @@ class GenerationManager:
             logprobs=logprobs,
             request_id=request_id,
         )
-        return self.submit_request(request)
 
     def submit_request(self, request: Request) -> GenerationHandle:
         """Queue a request that was made by hand; see `submit` for what it raises."""
@@ -276,6 +296,15 @@ class GenerationManager:
             return Timeline(())
         name = "CUDA" if assembly.forward.device.type == "cuda" else "CPU"
         return Timeline(tuple(assembly.engine.records.copy()), name)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is served.
+
+        Raises:
+            EngineClosedError: The manager was closed.
+        """
+        return self._require_model()
 
     @property
     def closed(self) -> bool:
