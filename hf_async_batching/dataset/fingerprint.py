@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 _SAMPLES = 16
+_VALUES = (str, bytes, int, float, complex, type(None), torch.dtype, list, tuple, dict, set, frozenset)
 
 Fingerprint = dict[str, Any]
 
@@ -105,7 +106,10 @@ def _parts_of_function(function: Any) -> list[str | bytes]:
 
 
 def _part_of_captured(value: Any) -> list[str | bytes]:
-    return _parts_of_function(value) if isinstance(value, types.FunctionType) else [_plain(value)]
+    if isinstance(value, types.FunctionType):
+        return _parts_of_function(value)
+    # What else a function holds (a tokenizer, a lock, a counter) may change while it is the same function.
+    return [_plain(value) if isinstance(value, _VALUES) else type(value).__qualname__]
 
 
 def _parts_of_code(code: types.CodeType) -> list[str | bytes]:
@@ -130,15 +134,14 @@ def _plain(value: Any) -> str:
         return "{" + ",".join(sorted(map(_plain, value))) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_plain, value)) + "]"
-    if value is None or isinstance(value, (str, bytes, int, float, complex, bool, torch.dtype)):
+    if isinstance(value, _VALUES):
         return repr(value)
     attributes = getattr(value, "__dict__", None)
     return f"{type(value).__qualname__}{_plain(_simple(attributes)) if attributes else ''}"
 
 
 def _simple(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = (str, bytes, int, float, bool, type(None), list, tuple, dict, set)
-    return {name: value for name, value in attributes.items() if isinstance(value, kinds)}
+    return {name: value for name, value in attributes.items() if isinstance(value, _VALUES)}
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from hf_async_batching.dataset.row import Chunk
 from hf_async_batching.dataset.runs import make_progress, make_run, where
 from hf_async_batching.dataset.settings import Settings
 from hf_async_batching.dataset.source import DatasetSource, StreamSource
+from hf_async_batching.errors import ResumeMismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def through_folder(settings: Settings, source: DatasetSource | StreamSource, spl
         store.finish()
     except BaseException as error:
         kept = store.abort(consumer.left)
+        if isinstance(error, ResumeMismatchError):
+            raise
         total = f" of {source.num_rows}" if source.num_rows is not None else ""
         logger.warning(
             "%s: %d%s rows%s are kept in %s; call again with the same arguments and resume_dir=%r to go on",
