@@ -6,7 +6,6 @@ does the run. Prints one line of JSON.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
 from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
+from hf_async_batching.dataset.journal import read_journal
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -93,35 +94,37 @@ def ended(child: int, within: float | None = None) -> int | None:
         time.sleep(0.002)
 
 
-def kept(folder: str | Path) -> tuple[int, int]:
-    """Shards that are written, and bytes of the journals of the others."""
-    shards = len(list(Path(folder).glob("data/part-*.parquet")))
-    sizes = []
+def rows_kept(folder: str | Path) -> int:
+    """Finished rows in a folder."""
+    rows = 0
+    for path in Path(folder).glob("data/part-*.parquet"):
+        rows += pq.read_metadata(path).num_rows
     for path in Path(folder).glob("work/part-*.journal"):
-        with contextlib.suppress(FileNotFoundError):
-            sizes.append(path.stat().st_size)
-    return shards, sum(sizes)
+        if not Path(folder, "data", f"{path.stem}.parquet").exists():
+            rows += sum(1 for _ in read_journal(path))
+    return rows
 
 
 def kill_at_random(arguments: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Start the run `kills` times, and kill it each time at a random moment after it has begun to finish rows."""
-    draw, kept_at_kills = random.Random(arguments["seed"]), []
-    for kill in range(arguments["kills"]):
-        before = kept(arguments["folder"])
+    """Start the run `kills` times, and kill it each time a random moment after it has finished some more rows."""
+    draw, kills, moments = random.Random(arguments["seed"]), arguments["kills"], []
+    for kill in range(kills):
+        # Spread over the run; every fourth before it has finished any more.
+        more = 0 if kill % 4 == 0 else draw.randint(1, 2 * arguments["rows"] // kills)
+        wanted = min(rows_kept(arguments["folder"]) + more, arguments["rows"] - 10)
         child = in_child(lambda: run(arguments, model))
         status = None
-        # Every fifth is killed while it starts.
-        while kill % 5 and kept(arguments["folder"]) == before and status is None:
-            status = ended(child, 0.001)
+        while status is None and rows_kept(arguments["folder"]) < wanted:
+            status = ended(child, 0.002)
         if status is None:
             status = ended(child, draw.uniform(0, arguments["within"]))
         if status is not None:
             raise SystemExit(f"the run ended with {status} after {kill} kills: it is too short for this test")
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
-        kept_at_kills.append(kept(arguments["folder"]))
+        moments.append(rows_kept(arguments["folder"]))
     status = ended(in_child(lambda: run(arguments, model)))
-    return {"status": status, "kept_at_kills": kept_at_kills}
+    return {"status": status, "rows_at_kills": moments}
 
 
 def kill_at_call(arguments: dict[str, Any], model: Any) -> dict[str, Any]:
