@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,12 @@ def manager(model: Any) -> Iterator[GenerationManager]:
 @pytest.fixture(scope="package")
 def tokenizer() -> Any:
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

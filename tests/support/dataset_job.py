@@ -46,7 +46,7 @@ def run(arguments: dict[str, Any], model: Any = None) -> Any:
             manager,
             dataset,
             tiny_tokenizer(),
-            resume_dir=arguments["folder"],
+            resume_dir=str(arguments["folder"]),
             on_error="record",
             shard_rows=arguments["shard_rows"],
             max_new_tokens=arguments.get("new", 16),
