@@ -6,6 +6,7 @@ import logging
 import time
 import weakref
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import Sections
+from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
+from hf_async_batching.tensor_parallel.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,13 @@ class Assembly:
 
 
 @torch.inference_mode()
-def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
+def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | None = None) -> Assembly:
     """Make an engine that is ready to serve.
 
     Args:
         model: The user's model; not changed.
         config: Settings.
+        group: The ranks over which the model is spread, which all do this at the same time.
 
     Raises:
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
@@ -62,9 +66,10 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
             f"`max_sequence_length` ({config.max_sequence_length}) is beyond the {context} tokens that "
             f"{forward.name}'s positions reach; lower it"
         )
-    resolved = config.resolve(
-        forward.layers, context, forward.device, free_memory(forward.device), forward.weight_bytes
-    )
+    free = free_memory(forward.device)
+    if group is not None:
+        free = group.least(free)  # rows and pages have the same numbers on all ranks
+    resolved = config.resolve(forward.layers, context, forward.device, free, forward.weight_bytes)
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
@@ -72,13 +77,17 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     state = DeviceState(max_rows=resolved.max_rows, max_pages_per_row=resolved.pages_per_row, device=forward.device)
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
-        config.cuda_graphs and device.supports_graphs and not backend.reads_back and not batch_dependent_rope(model)
+        config.cuda_graphs is not False
+        and device.supports_graphs
+        and not backend.reads_back
+        and not batch_dependent_rope(model)
     )
     runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs)
     limits = Sections.largest(
         max_rows=resolved.max_rows, max_batch_tokens=resolved.max_batch_tokens, num_pages=resolved.num_pages
     )
-    pipeline = Pipeline(device, state, runner, depth=resolved.depth, limits=limits, tile_size=backend.tile_size)
+    make_pipeline = partial(LeadingPipeline, group) if group is not None and group.leads else Pipeline
+    pipeline = make_pipeline(device, state, runner, depth=resolved.depth, limits=limits, tile_size=backend.tile_size)
     scheduler = Scheduler(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,

@@ -34,6 +34,8 @@ from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
 from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
+from hf_async_batching.tensor_parallel.follower import Follower
+from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start
 from hf_async_batching.timeline import Timeline
 from hf_async_batching.worker import Worker
 
@@ -105,9 +107,11 @@ class GenerationManager:
             raise UnsupportedModelError(
                 f"`model` must be a transformers PreTrainedModel that can generate, got {type(model).__name__}"
             )
+        self._group = RankGroup.of(model)
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
         ModelForward(model)
         self.config = config or BatchingConfig()
+        self._engine_config = self.config if self._group is None else self.config.for_ranks()
         self._get_model = get_model
         self._lock = threading.RLock()
         self._worker: Worker | None = None
@@ -325,11 +329,40 @@ class GenerationManager:
             timeout: Seconds to wait for the step that is running; None waits for it.
         """
         with self._lock:
-            self._closed = True
+            first, self._closed = not self._closed, True
             worker = self._worker
         if worker is not None:
             worker.stop(timeout)
+        if first and self._group is not None and self._group.leads:
+            self._group.send(Quit())
         _open_managers.discard(self)
+
+    # -- several ranks --------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests go to this manager: always, but on the ranks of a spread model other than 0."""
+        return self._group is None or self._group.leads
+
+    @property
+    def spread(self) -> bool:
+        """Whether the model is spread over ranks."""
+        return self._group is not None
+
+    def follow(self) -> None:
+        """On the ranks of a spread model other than 0: do what rank 0's manager says, until it is closed.
+
+        Raises:
+            UnsupportedArgumentError: This is not such a rank.
+            EngineFailedError: The ranks do not compute the same.
+        """
+        if self._group is None or self._group.leads:
+            raise UnsupportedArgumentError("follow() is for the ranks of a spread model other than 0")
+        model = self._require_model()
+        device = model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        Follower(self._group, lambda: assemble(model, self._engine_config, self._group)).follow()
 
     def __enter__(self) -> GenerationManager:
         return self
@@ -359,6 +392,10 @@ class GenerationManager:
         return model
 
     def _require_worker(self) -> Worker:
+        if not self.leads:
+            raise UnsupportedArgumentError(
+                "requests of a model that is spread over ranks go to rank 0's manager; on the others call follow()"
+            )
         with self._lock:
             model = self._require_model()
             weights = _Weights.of(model)
@@ -377,7 +414,9 @@ class GenerationManager:
                 worker.memory_free.wait()
                 self._worker = None
             if self._worker is None:
-                assembly = assemble(model, self.config)
+                if self._group is not None:
+                    self._group.send(Start())
+                assembly = assemble(model, self._engine_config, self._group)
                 # Taken again: the parameters may have become views of packed weights.
                 self._weights = _Weights.of(model)
                 self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.tensor_parallel.shared_modules import parallel_modules, unique_objects
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else ""),
         )
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    shared = {id(one): one for one in (*parallel_modules(model), *unique_objects(model))}
+    memo.update(shared)
     for module in model.modules():
         for attribute in _HOOKS:
             hooks = module.__dict__.get(attribute)
@@ -79,6 +82,8 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             f"{name} is not served: its modules cannot be copied ({error}); remove what was attached to them"
         ) from error
     for original, copied in zip(model.modules(), view.modules(), strict=True):
+        if id(original) in shared:
+            continue  # the copy has the original
         for attribute in _OWN_CALLS:
             if original.__dict__.get(attribute) is not None:
                 copied.__dict__.pop(attribute, None)

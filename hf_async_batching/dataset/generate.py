@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.dataset.consumer import OnError
-from hf_async_batching.dataset.in_folder import through_folder
+from hf_async_batching.dataset.in_folder import load_folder, through_folder
 from hf_async_batching.dataset.in_memory import completed_dataset, completed_rows, completed_stream
 from hf_async_batching.dataset.output_columns import OutputColumns
 from hf_async_batching.dataset.progress import DatasetProgress
 from hf_async_batching.dataset.prompts import PromptFunction
-from hf_async_batching.dataset.ranks import find_ranks
+from hf_async_batching.dataset.ranks import Ranks, find_ranks
 from hf_async_batching.dataset.row_requests import split_arguments
 from hf_async_batching.dataset.runs import make_requests
 from hf_async_batching.dataset.settings import Settings, row_parameter_columns
@@ -100,7 +102,8 @@ def generate_dataset(
     Returns:
         What was given, with the new columns, in the same order: a `Dataset` for a `Dataset`, and so on; a list for a
         list. For streams without `resume_dir`, and for other iterables, a stream, whose rows are completed while it is
-        read.
+        read. With a model that is spread over ranks by transformers' tensor parallelism, all ranks call this; without
+        `resume_dir` those other than 0 get None.
 
     Raises:
         DatasetRowError: A row cannot be served, and `on_error` is "raise".
@@ -119,53 +122,82 @@ def generate_dataset(
             raise ValueError(f"`{name}` must be at least 1, got {value}")
     if tokenizer is None and (chat or system_prompt is not None):
         raise ValueError("`chat` and `system_prompt` need a `tokenizer`")
-    ranks = find_ranks(rank, world_size)
-    if ranks.size > 1 and resume_dir is None:
-        raise ValueError(
-            f"{ranks.size} processes share this dataset (WORLD_SIZE): pass `resume_dir`, a folder that all of them "
-            "see, in which their shares meet; or world_size=1, rank=0 for each to do everything"
-        )
     count, arguments = split_arguments(generation_config, generate_arguments)
-    settings = Settings(
-        manager=_manager(model, batching_config),
-        tokenizer=tokenizer,
-        prompt=prompt,
-        generation_config=generation_config,
-        arguments=arguments,
-        row_parameters=row_parameter_columns(row_parameters),
-        num_completions=count,
-        seed=seed,
-        logprobs=logprobs,
-        chat=chat,
-        system_prompt=system_prompt,
-        chat_template_arguments=dict(chat_template_arguments or {}),
-        skip_special_tokens=skip_special_tokens,
-        columns=OutputColumns(output_columns, several=count > 1, text=tokenizer is not None, logprobs=logprobs),
-        on_error=on_error,
-        resume_dir=Path(resume_dir) if resume_dir is not None else None,
-        shard_rows=shard_rows,
-        ranks=ranks,
-        features=features,
-        window=window,
-        tokenize_threads=tokenize_threads,
-        progress=progress,
-        callback=callback,
-    )
-    make_requests(settings, "").check()
-    kind = _kind(dataset)
-    if kind in ("DatasetDict", "IterableDatasetDict"):
-        return type(dataset)({name: _generate(settings, split, str(name)) for name, split in dataset.items()})
-    return _generate(settings, dataset, "")
-
-
-def _manager(model: Any, config: BatchingConfig | None) -> GenerationManager:
-    if not isinstance(model, GenerationManager):
-        return get_manager(model, config)
-    if config is not None and config != model.config:
-        raise UnsupportedArgumentError(
-            "`batching_config` has no effect on a manager that is there; pass it to GenerationManager"
+    with _managed(model, batching_config) as manager:
+        ranks = find_ranks(rank, world_size)
+        if manager.spread:
+            # All processes are ranks of one model, which does the rows one after the other.
+            ranks = Ranks()
+        elif ranks.size > 1 and resume_dir is None:
+            raise ValueError(
+                f"{ranks.size} processes share this dataset (WORLD_SIZE): pass `resume_dir`, a folder that all of "
+                "them see, in which their shares meet; or world_size=1, rank=0 for each to do everything"
+            )
+        settings = Settings(
+            manager=manager,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            generation_config=generation_config,
+            arguments=arguments,
+            row_parameters=row_parameter_columns(row_parameters),
+            num_completions=count,
+            seed=seed,
+            logprobs=logprobs,
+            chat=chat,
+            system_prompt=system_prompt,
+            chat_template_arguments=dict(chat_template_arguments or {}),
+            skip_special_tokens=skip_special_tokens,
+            columns=OutputColumns(output_columns, several=count > 1, text=tokenizer is not None, logprobs=logprobs),
+            on_error=on_error,
+            resume_dir=Path(resume_dir) if resume_dir is not None else None,
+            shard_rows=shard_rows,
+            ranks=ranks,
+            features=features,
+            window=window,
+            tokenize_threads=tokenize_threads,
+            progress=progress,
+            callback=callback,
         )
-    return model
+        if not manager.leads:
+            manager.follow()
+            return _of_each_split(dataset, partial(_followed, settings))
+        make_requests(settings, "").check()
+        return _of_each_split(dataset, partial(_generate, settings))
+
+
+@contextmanager
+def _managed(model: Any, config: BatchingConfig | None) -> Iterator[GenerationManager]:
+    if isinstance(model, GenerationManager):
+        if config is not None and config != model.config:
+            raise UnsupportedArgumentError(
+                "`batching_config` has no effect on a manager that is there; pass it to GenerationManager"
+            )
+        if model.spread:
+            raise UnsupportedArgumentError(
+                "give generate_dataset a model that is spread over ranks itself, not its manager, on every rank"
+            )
+        yield model
+    elif (getattr(model, "_tp_size", None) or 1) > 1:
+        # Closed at the end: until then the other ranks do what this one says.
+        with GenerationManager(model, config) as manager:
+            yield manager
+    else:
+        yield get_manager(model, config)
+
+
+def _of_each_split(dataset: Any, complete: Callable[[Any, str], Any]) -> Any:
+    if _kind(dataset) in ("DatasetDict", "IterableDatasetDict"):
+        return type(dataset)({name: complete(split, str(name)) for name, split in dataset.items()})
+    return complete(dataset, "")
+
+
+def _followed(settings: Settings, dataset: Any, split: str) -> Any:
+    """What a rank of a spread model has that did not lead: what the one that did has written."""
+    kind = _kind(dataset)
+    if settings.resume_dir is None or kind not in ("Dataset", "IterableDataset"):
+        return None
+    source = DatasetSource(dataset, []) if kind == "Dataset" else StreamSource(dataset, [], settings.features)
+    return load_folder(settings, source, split, kind)
 
 
 def _kind(dataset: Any) -> str:
@@ -194,6 +226,8 @@ def _generate(settings: Settings, dataset: Any, split: str) -> Any:
     if source.column_names is not None:
         settings.check_columns(source.column_names)
     if isinstance(source, PlainSource):
+        if settings.manager.spread and source.num_rows is None:
+            raise ValueError("`dataset`: a model that is spread over ranks needs a list, or a `datasets` dataset")
         if settings.resume_dir is not None:
             raise ValueError("`resume_dir` needs a `datasets` dataset; for a list: datasets.Dataset.from_list(rows)")
         rows = completed_rows(settings, source, split)
@@ -202,4 +236,6 @@ def _generate(settings: Settings, dataset: Any, split: str) -> Any:
         return through_folder(settings, source, split, kind)
     if isinstance(source, DatasetSource):
         return completed_dataset(settings, dataset, source, split)
+    if settings.manager.spread:
+        raise ValueError("a stream on a model that is spread over ranks needs `resume_dir`: all ranks read it there")
     return completed_stream(settings, source, split)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_async_batching.dataset.consumer import Consumer
-from hf_async_batching.dataset.resume_store import ResumeStore
+from hf_async_batching.dataset.resume_store import ResumeStore, shard_paths
 from hf_async_batching.dataset.row import Chunk
 from hf_async_batching.dataset.runs import make_progress, make_run, where
 from hf_async_batching.dataset.settings import Settings
@@ -31,7 +31,7 @@ def through_folder(settings: Settings, source: DatasetSource | StreamSource, spl
     from datasets import Features
 
     assert settings.resume_dir is not None
-    folder = settings.resume_dir / split if split else settings.resume_dir
+    folder = settings.folder(split)
     features = Features({**source.features, **settings.columns.features()})
     store = ResumeStore(
         folder,
@@ -79,14 +79,15 @@ def through_folder(settings: Settings, source: DatasetSource | StreamSource, spl
             str(settings.resume_dir),
         )
         raise
-    return _load(settings, store, features, kind)
+    return load_folder(settings, source, split, kind)
 
 
-def _load(settings: Settings, store: ResumeStore, features: Any, kind: str) -> Any:
-    """The finished shards as what was given."""
-    from datasets import Dataset, IterableDataset
+def load_folder(settings: Settings, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
+    """The finished shards as what was given; see `through_folder`."""
+    from datasets import Dataset, Features, IterableDataset
 
-    paths = store.paths()
+    features = Features({**source.features, **settings.columns.features()})
+    paths = shard_paths(settings.folder(split))
     loaded: Any
     if not paths:
         loaded = Dataset(features.arrow_schema.empty_table())

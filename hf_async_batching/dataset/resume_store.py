@@ -212,10 +212,6 @@ class ResumeStore:
         whole: int = sum(pq.read_metadata(path).num_rows for path in self._data.glob("part-*.parquet"))
         return whole + sum(len(shard.done) for shard in self._shards.values())
 
-    def paths(self) -> list[str]:
-        """The shards' files, in order; after `finish`."""
-        return [str(path) for path in sorted(self._data.glob("part-*.parquet"))]
-
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _pieces(self, chunk: Chunk) -> list[tuple[int, int, int]]:
@@ -352,3 +348,8 @@ def _shard_rows(num_rows: int | None, ranks: int) -> int:
     if ranks == 1:
         return max(1, min(_MOST_SHARD_ROWS, num_rows))
     return max(1, min(_MOST_SHARD_ROWS, num_rows // (ranks * _SHARDS_PER_RANK)))
+
+
+def shard_paths(folder: Path) -> list[str]:
+    """The files of a finished run, in order."""
+    return [str(path) for path in sorted((folder / "data").glob("part-*.parquet"))]

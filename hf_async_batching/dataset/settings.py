@@ -60,6 +60,11 @@ class Settings:
         """What prompts and parameters are made of; None for whole rows."""
         return [self.prompt, *self.row_parameters.values()] if isinstance(self.prompt, str) else None
 
+    def folder(self, split: str) -> Path:
+        """Where a split's rows are written."""
+        assert self.resume_dir is not None
+        return self.resume_dir / split if split else self.resume_dir
+
     def check_columns(self, column_names: list[str]) -> None:
         """Refuse columns that are not there, and names of new ones that are.
 
