@@ -12,11 +12,29 @@ from transformers import GenerationConfig
 from hf_async_batching.dataset.admission import Job
 from hf_async_batching.dataset.row import PreparedRow
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.generation_fields import WITHOUT_EFFECT
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.request import MAX_SEED, Request
 from hf_async_batching.requests_from_config import new_request_id, seed_of_row
 
 _MAX_TEMPLATES = 4096
+
+# Fields of which nothing in a request follows from the prompt itself, other than from its length.
+_PROMPTLESS = WITHOUT_EFFECT | {
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "num_return_sequences",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
 
 
 class RowRequests:
@@ -51,7 +69,9 @@ class RowRequests:
         self._scope = scope
         self._logprobs = logprobs
         self._templates: dict[str, Request] = {}
-        self._common = {**(generation_config.to_dict() if generation_config is not None else {}), **arguments}
+        config = generation_config if generation_config is not None else manager.model.generation_config
+        self._common = {**config.to_diff_dict(), **arguments}
+        self._own_fields = {name for name, value in self._common.items() if value is not None} - _PROMPTLESS
 
     def check(self) -> None:
         """Refuse common arguments that no row could be served with.
@@ -92,7 +112,9 @@ class RowRequests:
         return replace(request, request_id=new_request_id())
 
     def _template(self, row: PreparedRow) -> Request:
-        """A request whose prompt and seed are not this row's; preparing a config costs more than all the rest."""
+        """A request whose prompt and seed need not be this row's: preparing a config costs more than all the rest."""
+        if self._own_fields or row.parameters.keys() - _PROMPTLESS:
+            return self._make(row.prompt, row.parameters)
         fields = {**self._common, **row.parameters}
         by_length = fields.get("max_new_tokens") is None or fields.get("min_length")
         key = f"{len(row.prompt) if by_length else ''} {sorted(row.parameters.items())!r}"

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
-from support.tiny_models import ragged_prompts
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, generate_dataset
+from support.tiny_models import ragged_prompts
 
 PROMPTS = ragged_prompts(12, 40, seed=3)
 NEW = {"max_new_tokens": 16, "do_sample": False}
@@ -60,10 +61,8 @@ def main() -> None:
             if manager.leads:
                 result[f"depth {depth}"] = serve(manager)
             else:
-                try:
+                with pytest.raises(UnsupportedArgumentError, match="follow"):
                     manager.submit(PROMPTS[0])
-                except UnsupportedArgumentError as error:
-                    assert "follow()" in str(error)
                 manager.follow()
     plain = generate_dataset(model, ROWS, batching_config=config(2), **NEW)
     kept = generate_dataset(model, ROWS, batching_config=config(2), resume_dir=folder / "run", **NEW)
