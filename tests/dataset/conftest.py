@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.tiny_models import tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.character_tokenizer import character_tokenizer
 
 from hf_async_batching import BatchingConfig, GenerationManager
 
@@ -35,7 +35,7 @@ def manager(model: Any) -> Iterator[GenerationManager]:
 
 @pytest.fixture(scope="package")
 def tokenizer() -> Any:
-    return tiny_tokenizer()
+    return character_tokenizer()
 
 
 @pytest.fixture

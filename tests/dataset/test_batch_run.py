@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.tiny_models import greedy_alone, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.character_tokenizer import character_tokenizer
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager, generate_dataset
 from hf_async_batching.engine import Engine
@@ -77,7 +77,7 @@ def test_a_manager_that_is_closed_ends_the_run(tokenizer: Any) -> None:
         return str(row["prompt"])
 
     with pytest.raises(EngineClosedError):
-        generate_dataset(manager, ROWS, tiny_tokenizer(), prompt=prompt, max_new_tokens=400, do_sample=False)
+        generate_dataset(manager, ROWS, character_tokenizer(), prompt=prompt, max_new_tokens=400, do_sample=False)
 
 
 def test_two_runs_share_a_manager(model: Any, tokenizer: Any, expected: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from support.tiny_models import tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.character_tokenizer import character_tokenizer
 
 from hf_async_batching.dataset.fingerprint import (
     differences,
@@ -42,9 +42,9 @@ def test_models() -> None:
 
 
 def test_tokenizers() -> None:
-    first = fingerprint_of_tokenizer(tiny_tokenizer())
-    assert fingerprint_of_tokenizer(tiny_tokenizer()) == first
-    other = tiny_tokenizer()
+    first = fingerprint_of_tokenizer(character_tokenizer())
+    assert fingerprint_of_tokenizer(character_tokenizer()) == first
+    other = character_tokenizer()
     other.add_tokens(["<new>"])
     assert fingerprint_of_tokenizer(other)["content"] != first["content"]  # type: ignore[index]
     assert fingerprint_of_tokenizer(None) is None

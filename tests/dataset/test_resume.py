@@ -210,7 +210,7 @@ def callback(progress):
 model = tiny_model("Llama")
 with GenerationManager(model, BatchingConfig(max_rows=4, page_size=16, max_batch_tokens=32)) as manager:
     generate_dataset(
-        manager, make_dataset(400), tiny_tokenizer(), resume_dir=sys.argv[1], on_error="record", shard_rows=50,
+        manager, make_dataset(400), character_tokenizer(), resume_dir=sys.argv[1], on_error="record", shard_rows=50,
         max_new_tokens=24, do_sample=False, eos_token_id=None, callback=callback,
     )
 """

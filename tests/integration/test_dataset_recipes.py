@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from support.tiny_models import greedy_alone, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.character_tokenizer import character_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS = [f"text-{chr(40 + i)}" for i in range(20)]
@@ -27,7 +27,7 @@ def recipe(heading: str) -> str:
 
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
-    model, tokenizer = tiny_model("Llama"), tiny_tokenizer()
+    model, tokenizer = tiny_model("Llama"), character_tokenizer()
     ids = [greedy_alone(model, tokenizer(text).input_ids, 40) for text in PROMPTS]
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ids]
 
@@ -35,7 +35,7 @@ def expected() -> list[str]:
 def test_map(expected: list[str]) -> None:
     names: dict[str, Any] = {
         "model": tiny_model("Llama"),
-        "tokenizer": tiny_tokenizer(),
+        "tokenizer": character_tokenizer(),
         "dataset": Dataset.from_dict({"prompt": PROMPTS}),
     }
     exec(recipe(r"Dataset\.map").replace("max_new_tokens=40", "max_new_tokens=40, do_sample=False"), names)
@@ -46,7 +46,7 @@ def test_map(expected: list[str]) -> None:
 def test_ray_data(tmp_path: Path, expected: list[str]) -> None:
     pytest.importorskip("ray")
     tiny_model("Llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
     Dataset.from_dict({"prompt": PROMPTS, "n": range(20)}).to_parquet(str(tmp_path / "prompts.parquet"))
     code = recipe("Ray Data")
     for old, new in (

@@ -24,7 +24,7 @@ from datasets import Dataset
 from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
 from hf_async_batching.dataset.journal import read_journal
 from support.tiny_models import tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.character_tokenizer import character_tokenizer
 
 CALLS = ("fsync", "replace", "link", "unlink")
 
@@ -45,7 +45,7 @@ def run(arguments: dict[str, Any], model: Any = None) -> Any:
         return generate_dataset(
             manager,
             dataset,
-            tiny_tokenizer(),
+            character_tokenizer(),
             resume_dir=str(arguments["folder"]),
             on_error="record",
             shard_rows=arguments["shard_rows"],

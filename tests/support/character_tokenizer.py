@@ -14,7 +14,7 @@ _TEMPLATE = (
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer() -> PreTrainedTokenizerFast:
     """Ids 0 to 2 are special, 3 to 96 the characters from "!" on; a space is an underscore."""
     characters = [chr(ord("!") + i) for i in range(VOCAB - 3)]
     vocab = {"[PAD]": 0, "[BOS]": 1, "[EOS]": EOS} | {c: i + 3 for i, c in enumerate(characters)}
