@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
-from hf_async_batching.config import BatchingConfig, ResolvedConfig
+from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
@@ -24,6 +25,7 @@ from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import Sections
@@ -42,11 +44,12 @@ class Assembly:
     forward: ModelForward
     runner: Runner
     cache: PagedCache
+    autocast: Autocast
 
 
 @torch.inference_mode()
 def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | None = None) -> Assembly:
-    """Make an engine that is ready to serve.
+    """Make an engine that is ready to serve, whose forward runs under the calling thread's autocast.
 
     Args:
         model: The user's model; not changed.
@@ -74,7 +77,13 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
     forward.bind(cache, backend)
-    state = DeviceState(max_rows=resolved.max_rows, max_pages_per_row=resolved.pages_per_row, device=forward.device)
+    state = DeviceState(
+        max_rows=resolved.max_rows,
+        max_pages_per_row=resolved.pages_per_row,
+        device=forward.device,
+        max_length=resolved.max_sequence_length,
+        vocab_size=max(forward.vocab_size, forward.logit_size),
+    )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
         config.cuda_graphs is not False
@@ -82,18 +91,33 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         and not backend.reads_back
         and not batch_dependent_rope(model)
     )
-    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs)
+    autocast = Autocast.of_this_thread(forward.device.type)
+    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs, autocast=autocast)
+    # As much as one row can need: its rules, padding, and all of its tokens if their pages were found.
+    max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     limits = Sections.largest(
-        max_rows=resolved.max_rows, max_batch_tokens=resolved.max_batch_tokens, num_pages=resolved.num_pages
+        max_rows=resolved.max_rows,
+        max_batch_tokens=resolved.max_batch_tokens,
+        num_pages=resolved.num_pages,
+        writes=max_writes,
     )
     make_pipeline = partial(LeadingPipeline, group) if group is not None and group.leads else Pipeline
-    pipeline = make_pipeline(device, state, runner, depth=resolved.depth, limits=limits, tile_size=backend.tile_size)
+    pipeline = make_pipeline(
+        device,
+        state,
+        runner,
+        depth=resolved.depth,
+        limits=limits,
+        tile_size=backend.tile_size,
+        logit_size=forward.logit_size,
+    )
     scheduler = Scheduler(
         num_pages=resolved.num_pages,
         page_size=resolved.page_size,
         max_rows=resolved.max_rows,
         max_batch_tokens=resolved.max_batch_tokens,
         prefix_cache=config.prefix_cache,
+        max_writes=max_writes,
     )
     engine = Engine(
         scheduler,
@@ -104,23 +128,24 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    return Assembly(engine, resolved, forward, runner, cache)
+    return Assembly(engine, resolved, forward, runner, cache, autocast)
 
 
 def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
     """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
+    page_size = config.page_size or default_page_size(device)
     if config.fuses_weights(device):
         try:
             forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
-            attach_check(model, forward, backend)
+            attach_check(model, forward, backend, page_size)
             return forward, backend
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     forward = ModelForward(model)
     if config.attach_check:
-        attach_check(model, forward, backend)
+        attach_check(model, forward, backend, page_size)
     return forward, backend
 
 
@@ -130,7 +155,7 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     Needs nothing of the engine until it is done, and does not keep it alive.
 
     Args:
-        model: The model of the engine.
+        model: The engine's model, or a view of it.
         assembly: The engine, if it still runs.
 
     Returns:
@@ -139,12 +164,13 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     running = assembly()
     if running is None:
         return False
-    fused, config = running.forward.packed_groups is not None, running.config
+    fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
     batches = [*running.runner.buckets]
     del running
     began = time.perf_counter()
     try:
-        forward, backend = _compiled_forward(model, fused, config)
+        with autocast():
+            forward, backend = _compiled_forward(model, fused, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
@@ -168,7 +194,7 @@ def _compiled_forward(
         # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
         backend = make_backend(config.settings.attention_backend, forward.device)
         try:
-            compile_checked(forward, backend, early=early)
+            compile_checked(forward, backend, page_size=config.page_size, early=early)
         except UnsafeEarlyLaunchError as error:
             logger.info("%s is compiled again without early launches: %s", forward.name, error)
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from hf_async_batching import compatibility_command
 from hf_async_batching import demo_command as demo
 from hf_async_batching.bench import command as bench
 from hf_async_batching.dataset import command as dataset
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     dataset.add_parser(commands)
     bench.add_parser(commands)
+    compatibility_command.add_parser(commands)
     demo.add_parser(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_rest", False):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.plan import Features
+from hf_async_batching.row_memory import RowMemory
 from hf_async_batching.staging import FIRST_EOS, MAX_LENGTH, PARAMS, START, Sections
 
 
@@ -27,12 +29,14 @@ class StepInputs:
         position_ids: int64 [tokens].
         sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
         context: Rows, pages and lengths for the attention.
+        embeddings: Where embeddings take the place of token ids: index of the first, and [length, hidden].
     """
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     sample_index: torch.Tensor | None
     context: AttentionContext
+    embeddings: tuple[tuple[int, torch.Tensor], ...] = ()
 
 
 class DeviceState:
@@ -43,6 +47,8 @@ class DeviceState:
         max_pages_per_row: Width of the page table.
         device: Where the tables live.
         fused: Whether decode steps use the Triton kernels; None for CUDA with Triton.
+        max_length: Tokens that a row can reach; of what its memory holds.
+        vocab_size: Token ids are below; likewise.
 
     Attributes:
         last_token: int32 [rows], the token that was sampled last for the row.
@@ -51,12 +57,20 @@ class DeviceState:
         page_table: int32 [rows, max_pages_per_row].
         params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
+        memory: What rows remember beyond that, where they need to.
         out_tokens: int32 [max_rows], tokens of the step that ran last, in plan order.
         out_logprobs: float32 [max_rows], their log-probabilities where asked for.
     """
 
     def __init__(
-        self, *, max_rows: int, max_pages_per_row: int, device: torch.device, fused: bool | None = None
+        self,
+        *,
+        max_rows: int,
+        max_pages_per_row: int,
+        device: torch.device,
+        fused: bool | None = None,
+        max_length: int = 0,
+        vocab_size: int = 0,
     ) -> None:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -72,6 +86,13 @@ class DeviceState:
         if fused is None:
             fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         self._fused = fused
+        self.memory = RowMemory(max_rows=max_rows, max_length=max_length, vocab_size=vocab_size, device=device)
+
+    @torch.inference_mode()
+    def ready(self) -> None:
+        """Compile the kernels of decode steps, on tables that no request uses yet."""
+        inputs = self.decode_inputs(1)
+        self.commit(inputs, torch.zeros_like(inputs.context.rows), None)
 
     def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
         """Start new rows and enter new pages; `staged` is the step's array as `staging.encode` wrote it."""
@@ -84,11 +105,15 @@ class DeviceState:
             # for the copy.
             self.lengths[rows] = records[:, 1 + START]
             self.finished[rows] = torch.zeros_like(rows)
+            self.memory.start(rows)
         if sections.new_pages:
             row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
             self.page_table[row, index] = page
+        if sections.writes:
+            row, column, value = staged[sections.writes_start : sections.updates_end].view(3, -1).unbind(0)
+            self.memory.write(row, column, value, self.params)
         if sections.decode:
-            start = size + 3 * sections.new_pages
+            start = sections.updates_end
             self.decode_rows[: sections.decode] = staged[start : start + sections.decode]
 
     def decode_inputs(self, size: int) -> StepInputs:
@@ -118,7 +143,7 @@ class DeviceState:
 
         The first `num_decodes` tokens are known to be rows that decode, which attention can read faster.
         """
-        start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
+        start = sections.updates_end
         token_end = start + 3 * sections.tokens
         sample_end = token_end + sections.samples
         given, rows, offsets = staged[start:token_end].view(3, -1).unbind(0)
@@ -141,6 +166,18 @@ class DeviceState:
             tile_positions=self.lengths[tile_rows] + tile_offsets,
         )
         return StepInputs(token_ids.long(), positions.long(), samples, context)
+
+    def note(self, inputs: StepInputs, features: Features) -> None:
+        """Enter the inputs of a step into the memories of its rows, where some row needs that."""
+        if features.memory or features.seen:
+            context = inputs.context
+            if self._fused and context.decode and not features.memory:
+                from hf_async_batching.sampling.fused import mark_seen
+
+                assert self.memory.seen is not None
+                mark_seen(context.rows, inputs.token_ids, self.memory.seen)
+                return
+            self.memory.note(context.rows, context.positions, inputs.token_ids, self.params, words=features.memory)
 
     def commit(self, inputs: StepInputs, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
         """Advance the rows of a step and keep what was sampled.

@@ -6,7 +6,11 @@ the batch become requests of the model's shared manager, where they meet the row
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +18,37 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.generation_fields import check_fields
-from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.lost_arguments import LostArguments, lost_arguments
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.prepared_checks import check_criteria, check_model_inputs, check_processors
-from hf_async_batching.registry import get_manager
-from hf_async_batching.requests_from_config import build_request, seed_of_row
+from hf_async_batching.plain_generate import (
+    OnUnsupported,
+    check_on_unsupported,
+    decode_plainly,
+    note,
+    raise_if_refused,
+)
+from hf_async_batching.prepared_call import (
+    CallSettings,
+    GenerateOutput,
+    PreparedCall,
+    refuse_encoder,
+    serve,
+    with_stop_strings,
+)
+from hf_async_batching.requests_from_config import Seed
 
-GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What `GenerationManager.bind` fixes for the calls of a callable."""
+
+    streamer: BaseStreamer | None = None
+    tokenizer: Any = None
+    seed: Seed | list[Seed] | None = None
+    on_unsupported: OnUnsupported = "error"
 
 
 def generate(
@@ -36,11 +59,14 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
-    seed: int | list[int] | None = None,
+    tokenizer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    seed: Seed | list[Seed] | None = None,
+    on_unsupported: OnUnsupported | None = None,
     manager: GenerationManager | None = None,
     batching_config: BatchingConfig | None = None,
-    bound_streamer: BaseStreamer | None = None,
-    bound_seed: int | list[int] | None = None,
+    bound: Bound | None = None,
+    inputs_tensor: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> GenerateOutput:
     """Like `model.generate`, served by the asynchronous engine together with all other calls on the model.
@@ -48,92 +74,76 @@ def generate(
     Use it in place, `model.generate(**inputs, custom_generate=hf_async_batching.generate)`, or directly,
     `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
 
+    Stopping criteria and the streamer run in the calling thread, over tokens as they arrive. The engine does not wait
+    for them; what it makes beyond a stop is dropped.
+
     Args:
         model: A causal language model; not changed.
         input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so.
-        logits_processor: As for `generate`; custom ones are not served yet.
-        stopping_criteria: As for `generate`; custom ones are not served yet.
-        generation_config: As for `generate`.
-        streamer: As for `generate`, for a single prompt; its methods run in the calling thread.
-        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence.
+        logits_processor: As for `generate`; custom ones are called once per row, with a batch of one.
+        stopping_criteria: As for `generate`, and called as there: once per step with the whole batch.
+        generation_config: As for `generate`. In place, `stop_strings` cannot stand in it: pass them as an argument.
+        streamer: As for `generate`.
+        tokenizer: For `stop_strings`.
+        stop_strings: As for `generate`.
+        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence; each
+            an integer, or a `torch.Generator` from which one number is drawn.
+        on_unsupported: What becomes of a call that the engine does not serve (beams, an assistant, an encoder, a
+            model that was refused, ...): "error" (default) raises; "generate" hands it to plain `model.generate`
+            and logs the reason, once.
         manager: The manager to use; the model's shared one where None.
         batching_config: Settings for the model's shared manager, where this call is the one that makes it.
-        bound_streamer: Set by `GenerationManager.bind`.
-        bound_seed: Set by `GenerationManager.bind`.
+        bound: Set by `GenerationManager.bind`.
+        inputs_tensor: Set by transformers.
         kwargs: Everything else that `generate` takes.
 
     Returns:
         What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
         token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
-        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared).
+        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared). Its `scores` and
+        `logits`, where asked for, are those of `generate`, but 0 for rows that have ended.
 
     Raises:
         UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.
+        UnsupportedModelError: The model is not served.
         ValueError: An argument is out of range.
         RequestTooLongError: Prompt and new tokens exceed the context or the cache.
     """
-    streamer = streamer if streamer is not None else bound_streamer
-    seed = seed if seed is not None else bound_seed
+    bound = bound or Bound()
+    on_unsupported = on_unsupported if on_unsupported is not None else bound.on_unsupported
+    check_on_unsupported(on_unsupported)
+    settings = CallSettings(
+        streamer=streamer if streamer is not None else bound.streamer,
+        tokenizer=tokenizer if tokenizer is not None else bound.tokenizer,
+        stop_strings=stop_strings,
+        seed=seed if seed is not None else bound.seed,
+        plain=on_unsupported == "generate",
+        manager=manager,
+        batching_config=batching_config,
+    )
     if logits_processor is None or stopping_criteria is None or not hasattr(generation_config, "_eos_token_tensor"):
-        return _through_transformers(
-            model,
-            {
-                "input_ids": input_ids,
-                "generation_config": generation_config,
-                "logits_processor": logits_processor,
-                "stopping_criteria": stopping_criteria,
-                "streamer": streamer,
-                "seed": seed,
-                "manager": manager,
-                "batching_config": batching_config,
-                **kwargs,
-            },
-        )
+        arguments = {
+            "input_ids": input_ids,
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            **kwargs,
+        }
+        return _directly(model, arguments, settings)
     assert input_ids is not None and generation_config is not None
-    caller = _arguments_lost_on_the_way()
-    if caller.get("assistant_model") is not None:
-        raise UnsupportedArgumentError("`assistant_model` is not served; use plain `model.generate` for this call")
-    if caller.get("synced_gpus"):
-        raise UnsupportedArgumentError("`synced_gpus` is not served; use plain `model.generate` for this call")
-    given = caller.get("streamer")
-    if given is not None and streamer is not None and given is not streamer:
-        raise ValueError("two different streamers: one is bound, the other was given to `generate`; pass only one")
-    # transformers has shown the prompt to a streamer that went through its own argument.
-    prompt_shown = given is not None
-    streamer = given if given is not None else streamer
-    if streamer is not None and input_ids.shape[0] != 1:
-        raise ValueError(
-            f"`streamer` takes a single sequence, got {input_ids.shape[0]}; call generate once per prompt"
-        )
-    ended = False
-    try:
-        if streamer is not None and not prompt_shown:
-            streamer.put(input_ids.cpu())
-        manager = manager if manager is not None else get_manager(model, batching_config)
-        handles = _submit(manager, input_ids, generation_config, logits_processor, stopping_criteria, seed, kwargs)
-        try:
-            if streamer is not None:
-                for token in handles[0]:
-                    streamer.put(torch.tensor([token], device="cpu"))  # type: ignore[no-untyped-call]
-                streamer.end()  # type: ignore[no-untyped-call]
-                ended = True
-            completions = [handle.result().token_ids for handle in handles]
-        finally:
-            # Also on Ctrl-C, and where one of the rows failed: nobody is left to read the others.
-            for handle in handles:
-                handle.cancel()
-    finally:
-        # A reader in another thread waits for the end, whatever went wrong.
-        if streamer is not None and not ended:
-            streamer.end()  # type: ignore[no-untyped-call]
-    sequences = _assemble(input_ids, completions, generation_config)
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
-    return sequences
+    prepared = PreparedCall(model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+    return _in_place(prepared, settings, inputs_tensor)
 
 
-def _through_transformers(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerateOutput:
-    """Have `model.generate` prepare the call, as it does for any `custom_generate`."""
+# Arguments of ours that `model.generate` does not know.
+_OWN_NAMES = frozenset(inspect.signature(generate).parameters) - {
+    *inspect.signature(GenerationMixin.generate).parameters,
+    *("input_ids", "tokenizer", "stop_strings", "inputs_tensor"),
+}
+
+
+def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallSettings) -> GenerateOutput:
+    """Have `model.generate` prepare the call, as it does for any `custom_generate`, but for what it would lose."""
     if arguments.pop("custom_generate", None) not in (None, generate):
         raise ValueError("`custom_generate` makes no sense here: this function is the custom generate")
     # None means "not given" for named parameters only: as a field (eos_token_id=None) it is a value of its own.
@@ -141,68 +151,127 @@ def _through_transformers(model: PreTrainedModel, arguments: dict[str, Any]) -> 
     given = {name: value for name, value in arguments.items() if value is not None or name not in named}
     if "inputs" in given and "input_ids" in given:
         raise ValueError("pass either `inputs` or `input_ids`, not both")
-    out: GenerateOutput = model.generate(custom_generate=generate, **given)  # type: ignore[operator]
+    raw = dict(given)
+    for name in ("streamer", "tokenizer", "stop_strings"):
+        if getattr(settings, name) is not None:
+            raw[name] = getattr(settings, name)
+    transformers_model: Any = model
+    calls: list[PreparedCall] = []
+
+    def prepared(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateOutput:
+        calls.append(
+            PreparedCall(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        )
+        return serve(calls[-1], settings)
+
+    with _ending(settings):
+        try:
+            _refuse_arguments(given.pop("assistant_model", None), given.pop("synced_gpus", None))
+            given.pop("assistant_tokenizer", None)
+            if settings.plain:
+                raise_if_refused(model)
+            refuse_encoder(model)  # before it has run for nothing
+            _refuse_token_healing(transformers_model, given)
+            _take_stop_strings(transformers_model, given, settings)
+            out: GenerateOutput = transformers_model.generate(custom_generate=prepared, **given)
+            return out
+        except (UnsupportedArgumentError, UnsupportedModelError) as error:
+            if not settings.plain or any(call.submitted for call in calls):
+                raise
+            note(model, error, settings.seed, calls[-1].config if calls else None)
+        plain: GenerateOutput = transformers_model.generate(**raw)
+        return plain
+
+
+def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
+    """Before transformers misses the tokenizer for it, which was kept from it."""
+    configs = (given.get("generation_config"), model.generation_config)
+    values = [given.get("token_healing"), *[getattr(config, "token_healing", None) for config in configs]]
+    if next((value for value in values if value is not None), False):
+        raise UnsupportedArgumentError(
+            "`token_healing=True` is not served yet; use plain `model.generate` for this call"
+        )
+
+
+def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings) -> None:
+    """Keep strings from transformers, which does not hand the tokenizer on and would miss it."""
+    config: GenerationConfig | None = given.get("generation_config")
+    if settings.stop_strings is None:
+        settings.stop_strings = getattr(config, "stop_strings", None)
+    of_model = model.generation_config.stop_strings
+    if settings.stop_strings is None:
+        settings.stop_strings = of_model
+    if config is not None and config.stop_strings is not None:
+        given["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    if of_model is not None:
+        given["stop_strings"] = None  # unlike a field of the config, it overrides the model's own
+
+
+def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.Tensor | None) -> GenerateOutput:
+    """Serve a call of `model.generate` that has reached us as its `custom_generate`."""
+    with _ending(settings):
+        lost = lost_arguments()
+        if lost.streamer is not None and settings.streamer is not None and lost.streamer is not settings.streamer:
+            lost.streamer.end()
+            raise ValueError("two different streamers: one is bound, the other was given to `generate`; pass only one")
+        # transformers has shown the prompt to a streamer that went through its own argument.
+        settings.prompt_shown = lost.streamer is not None
+        settings.streamer = lost.streamer if lost.streamer is not None else settings.streamer
+        settings.tokenizer = lost.tokenizer if lost.tokenizer is not None else settings.tokenizer
+        try:
+            _refuse_arguments(lost.assistant_model, lost.synced_gpus)
+            if settings.plain:
+                raise_if_refused(call.model)
+            return serve(call, settings)
+        except (UnsupportedArgumentError, UnsupportedModelError) as error:
+            if not settings.plain or call.submitted:
+                raise
+            note(call.model, error, settings.seed, call.config)
+        return _decode_plainly(call, settings, lost, inputs_tensor)
+
+
+def _decode_plainly(
+    call: PreparedCall, settings: CallSettings, lost: LostArguments, inputs_tensor: torch.Tensor | None
+) -> GenerateOutput:
+    if settings.streamer is not None and not settings.prompt_shown:
+        settings.streamer.put(call.input_ids.cpu())  # type: ignore[no-untyped-call]
+    out: GenerateOutput = decode_plainly(
+        call.model,
+        call.input_ids,
+        call.processors,
+        with_stop_strings(call.criteria, settings),
+        call.config,
+        call.model_kwargs,
+        inputs_tensor=inputs_tensor,
+        lost=lost,
+        tokenizer=settings.tokenizer,
+        streamer=settings.streamer,
+        own_names=_OWN_NAMES,
+    )
     return out
 
 
-def _arguments_lost_on_the_way() -> dict[str, Any]:
-    """Arguments of `GenerationMixin.generate` that it does not hand to a callable, read from its frame.
-
-    Without this a streamer would hang its reader: transformers shows it the prompt and never its end.
-    """
-    body = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
+@contextlib.contextmanager
+def _ending(settings: CallSettings) -> Iterator[None]:
+    """End the streamer where the call fails: a reader in another thread waits for that, whatever went wrong."""
     try:
-        # The nearest one is the one that called: wrappers of the user's may stand between.
-        while frame is not None and frame.f_code is not body:
-            frame = frame.f_back
-        names = ("streamer", "assistant_model", "synced_gpus")
-        return {name: frame.f_locals.get(name) for name in names} if frame is not None else {}
-    finally:
-        del frame
+        yield
+    except BaseException:
+        if settings.streamer is not None and not settings.ended:
+            settings.streamer.end()  # type: ignore[no-untyped-call]
+        raise
 
 
-def _submit(
-    manager: GenerationManager,
-    input_ids: torch.Tensor,
-    config: GenerationConfig,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    seed: int | list[int] | None,
-    model_kwargs: dict[str, Any],
-) -> list[GenerationHandle]:
-    """One request per row of the batch."""
-    width = input_ids.shape[1]
-    check_fields(config)
-    min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - width)
-    check_processors(processors, config)
-    check_criteria(criteria, config)
-    mask = check_model_inputs(model_kwargs, input_ids)
-    if isinstance(seed, (list, tuple)) and len(seed) != input_ids.shape[0]:
-        raise ValueError(f"`seed` has {len(seed)} entries for {input_ids.shape[0]} sequences")
-    rows = input_ids.tolist()
-    if mask is not None:
-        rows = [
-            [token for token, real in zip(row, keep, strict=True) if real]
-            for row, keep in zip(rows, mask.tolist(), strict=True)
-        ]
-    requests = [
-        build_request(
-            row,
-            config,
-            max_new_tokens=config.max_length - width,
-            min_new_tokens=max(0, min_new_tokens),
-            seed=seed[i] if isinstance(seed, (list, tuple)) else seed_of_row(seed, i),
-        )
-        for i, row in enumerate(rows)
-    ]
-    return manager.submit_requests(requests)
-
-
-def _assemble(input_ids: torch.Tensor, completions: list[list[int]], config: GenerationConfig) -> torch.Tensor:
-    longest = max(len(tokens) for tokens in completions)
-    pad = config._pad_token_tensor
-    # Without a pad token there is no end-of-sequence token either, and all rows have the same length.
-    fill = int(pad) if pad is not None else 0
-    new = torch.tensor([tokens + [fill] * (longest - len(tokens)) for tokens in completions], dtype=input_ids.dtype)
-    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+def _refuse_arguments(assistant_model: Any, synced_gpus: Any) -> None:
+    if assistant_model is not None:
+        raise UnsupportedArgumentError("`assistant_model` is not served; use plain `model.generate` for this call")
+    if synced_gpus:
+        raise UnsupportedArgumentError("`synced_gpus` is not served; use plain `model.generate` for this call")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 from hf_async_batching.devices import Device
 from hf_async_batching.emission import Emission
 from hf_async_batching.pipeline import Pipeline
-from hf_async_batching.plan import Launch, NewRow
+from hf_async_batching.plan import Launch, NewRow, Plan, Result
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.timeline import Span, StepRecord
@@ -28,6 +29,9 @@ class Engine:
     Attributes:
         records: The last steps, oldest first.
         started: The rows of requests whose prompts began with the last call of `step`.
+        outputs: Scores and logits, float32 [vocab] each or None, of requests to which the last call of `step` brought
+            a token, where asked for.
+        failed: Requests that the last call of `step` ended because a processor of theirs raised, and what it raised.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class Engine:
         self.depth = depth
         self.records: deque[StepRecord] = deque(maxlen=timeline_steps)
         self.started: tuple[NewRow, ...] = ()
+        self.outputs: dict[str, tuple[Any, Any]] = {}
+        self.failed: list[tuple[str, Exception]] = []
         self._in_flight: deque[Launch] = deque()
         self._debug = debug
 
@@ -69,6 +75,8 @@ class Engine:
     def step(self) -> list[Emission]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
         started = time.perf_counter()
+        if self.outputs or self.failed:
+            self.outputs, self.failed = {}, []
         plan = self.scheduler.plan()
         self.started = plan.new_rows if plan is not None else ()
         if plan is not None:
@@ -85,7 +93,11 @@ class Engine:
     def _collect(self, launch: Launch) -> list[Emission]:
         result = self.pipeline.collect(launch)
         arrived = time.perf_counter()
+        for position, error in result.failures.items():
+            self.failed += [(failed, error) for failed in self.scheduler.fail(result.step, (position,))]
         emissions = self.scheduler.complete(result)
+        if launch.plan.wanted:
+            self._keep_outputs(launch.plan, result, emissions)
         compute = self._span(launch, "compute_start", "compute_done")
         assert compute is not None
         plan = launch.plan
@@ -106,6 +118,18 @@ class Engine:
         )
         return emissions
 
+    def _keep_outputs(self, plan: Plan, result: Result, emissions: list[Emission]) -> None:
+        made = {emission.request_id for emission in emissions if emission.token is not None}
+        wanted = [request_id for run in plan.wanted for request_id in run.request_ids]
+        nothing = [None] * len(wanted)
+        self.outputs = {
+            request_id: (scores, logits)
+            for request_id, scores, logits in zip(
+                wanted, result.scores or nothing, result.logits or nothing, strict=True
+            )
+            if request_id in made
+        }
+
     def _span(self, launch: Launch, start: str, end: str) -> Span | None:
         if end not in launch.events:
             return None
@@ -113,5 +137,5 @@ class Engine:
 
     def close(self) -> None:
         """Wait for all device work."""
-        self._in_flight.clear()
         self.pipeline.close()
+        self._in_flight.clear()

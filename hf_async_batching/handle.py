@@ -8,7 +8,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
 
@@ -42,6 +45,8 @@ class GenerationResult:
         finish_reason: "eos", "length", "stop" or "cancelled".
         logprobs: Log-probabilities of the tokens, where asked for.
         metrics: How it was served.
+        scores: Per new token what it was chosen by, float32 [vocab] on the CPU, where asked for.
+        logits: Per new token the model's own logits, likewise.
     """
 
     request_id: str
@@ -49,6 +54,8 @@ class GenerationResult:
     finish_reason: FinishReason
     logprobs: list[float] | None
     metrics: RequestMetrics
+    scores: list[torch.Tensor] | None = None
+    logits: list[torch.Tensor] | None = None
 
 
 class GenerationHandle:
@@ -58,13 +65,25 @@ class GenerationHandle:
         request_id: Unique in its manager.
         cancel: Called with the handle to cancel the request.
         logprobs: Whether log-probabilities were asked for.
+        scores: Whether scores were asked for.
+        logits: Whether logits were asked for.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[GenerationHandle], None], *, logprobs: bool = False) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        cancel: Callable[[GenerationHandle], None],
+        *,
+        logprobs: bool = False,
+        scores: bool = False,
+        logits: bool = False,
+    ) -> None:
         self.request_id = request_id
         self._cancel = cancel
         self._tokens: list[int] = []
         self._logprobs: list[float] | None = [] if logprobs else None
+        self._scores: list[torch.Tensor] | None = [] if scores else None
+        self._logits: list[torch.Tensor] | None = [] if logits else None
         self._reason: str | None = None
         self._error: BaseException | None = None
         self._done = threading.Event()
@@ -103,6 +122,8 @@ class GenerationHandle:
             cast(FinishReason, self._reason),
             None if self._logprobs is None else list(self._logprobs),
             self._metrics(),
+            None if self._scores is None else list(self._scores),
+            None if self._logits is None else list(self._logits),
         )
 
     def cancel(self) -> None:
@@ -130,6 +151,18 @@ class GenerationHandle:
     def token_ids(self) -> list[int]:
         """The new tokens so far."""
         return list(self._tokens)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether scores were asked for."""
+        return self._scores is not None
+
+    def made(self, kind: Literal["scores", "logits"]) -> list[torch.Tensor] | None:
+        """Scores or logits of the tokens so far, float32 [vocab] each, on the CPU; None if not asked for.
+
+        There can be one more than there are tokens, for a moment.
+        """
+        return self._scores if kind == "scores" else self._logits
 
     def __iter__(self) -> Iterator[int]:
         """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
@@ -182,6 +215,13 @@ class GenerationHandle:
         if self._started is None:
             self._cached = cached
             self._started = time.perf_counter()
+
+    def _keep(self, scores: torch.Tensor | None, logits: torch.Tensor | None) -> None:
+        """Append what the token that comes next was chosen by, where that was asked for."""
+        if self._scores is not None and scores is not None:
+            self._scores.append(scores)
+        if self._logits is not None and logits is not None:
+            self._logits.append(logits)
 
     def _push(self, token: int, logprob: float | None, now: float) -> bool:
         """Append a token that arrived at `now`, and say whether anybody must be woken for it."""

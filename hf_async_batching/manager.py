@@ -7,72 +7,61 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.criteria import stop_string_criterion
 from hf_async_batching.errors import (
     EngineClosedError,
     RequestTooLongError,
     UnsupportedArgumentError,
-    UnsupportedModelError,
 )
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import batch_dependent_rope
+from hf_async_batching.model_view import make_view
+from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
+from hf_async_batching.processor_reader import CallRow, Recipe, called, read_processors
+from hf_async_batching.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
 from hf_async_batching.request import Request
-from hf_async_batching.requests_from_config import build_request, new_request_id, seed_of_row
+from hf_async_batching.requests_from_config import (
+    Seed,
+    build_request,
+    eos_token_ids,
+    new_request_id,
+    seeds_of_rows,
+)
+from hf_async_batching.row_layout import RuleKind
+from hf_async_batching.scheduler import features_of
+from hf_async_batching.sequence import Sequence
 from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.tensor_parallel.follower import Follower
-from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start
+from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable
 from hf_async_batching.timeline import Timeline
+from hf_async_batching.weights import Weights
 from hf_async_batching.worker import Worker
+from hf_async_batching.wrappers import check_call, unwrap
 
 logger = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT = 5.0
 
 _open_managers: weakref.WeakSet[GenerationManager] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What tells whether an engine's view is still the model: its tensors, and adapters that are switched by flags.
-
-    `changes` tells whether the same tensors hold other values: how often torch has seen them changed in place, by an
-    optimizer or `load_state_dict`. It is blind to writes through `.data` and to tensors made in inference mode.
-    """
-
-    tensors: dict[int, tuple[int, torch.dtype]]
-    adapters: tuple[Any, ...]
-    changes: int = field(compare=False)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Weights:
-        # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
-        buffers = () if batch_dependent_rope(model) else model.buffers()
-        tensors = [*model.parameters(), *buffers]
-        return cls(
-            {id(tensor): (tensor.data_ptr(), tensor.dtype) for tensor in tensors},
-            tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "merged_adapters")),
-            _count_changes(tensors),
-        )
-
-    def moved_from(self, before: _Weights | None) -> bool:
-        """Whether tensors that the view shares have other memory than before (`model.to`, an assigned `.data`)."""
-        old = before.tensors if before is not None else {}
-        return any(key in old and old[key] != place for key, place in self.tensors.items())
 
 
 class GenerationManager:
@@ -91,7 +80,8 @@ class GenerationManager:
     """
 
     def __init__(self, model: PreTrainedModel, config: BatchingConfig | None = None) -> None:
-        self._setup(lambda: model, config, model)
+        inner = unwrap(model)
+        self._setup(lambda: inner, config, inner)
 
     @classmethod
     def for_registry(cls, model: PreTrainedModel, config: BatchingConfig | None) -> GenerationManager:
@@ -103,10 +93,6 @@ class GenerationManager:
     def _setup(
         self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig | None, model: PreTrainedModel
     ) -> None:
-        if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-            raise UnsupportedModelError(
-                f"`model` must be a transformers PreTrainedModel that can generate, got {type(model).__name__}"
-            )
         self._group = RankGroup.of(model)
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
         ModelForward(model)
@@ -116,8 +102,10 @@ class GenerationManager:
         self._lock = threading.RLock()
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
-        self._weights: _Weights | None = None
+        self._made_for: tuple[Weights, Autocast] | None = None
         self._preparation: Preparation | None = None
+        self._criteria_thread = CriteriaThread()
+        self._takes_embeddings: Callable[[], Assembly | None] = lambda: None  # of which engine that is known
         self._closed = False
         _open_managers.add(self)
 
@@ -125,22 +113,43 @@ class GenerationManager:
 
     def submit(
         self,
-        input_ids: list[int] | torch.Tensor,
+        input_ids: list[int] | torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        seed: int | None = None,
+        logits_processor: list[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        seed: Seed | None = None,
         logprobs: bool = False,
         request_id: str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         **generate_arguments: Any,
     ) -> GenerationHandle:
         """Queue one prompt; from any thread, or from an event loop after `warmup()`.
 
+        With `max_time`, `stop_strings` or `stopping_criteria` the handle shows a token once they have passed it, and
+        none beyond the stop. They are asked in threads of the manager's, for which the engine does not wait: a
+        request whose criteria are slow is computed further than needed, up to `max_new_tokens`, and cut off.
+
         Args:
-            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor.
+            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
             generation_config: As for `model.generate`; the model's own where None.
-            seed: Makes a sampled request reproducible, whatever else is in the batch.
+            logits_processor: Processors of your own, as for `model.generate`; they see a batch of one.
+            prefix_allowed_tokens_fn: As for `model.generate`; its first argument is 0.
+            negative_prompt_ids: As for `model.generate`, with `guidance_scale`: int64 [1, length].
+            negative_prompt_attention_mask: Likewise.
+            seed: Makes a sampled request reproducible, whatever else is in the batch; an integer, or a
+                `torch.Generator` from which one number is drawn.
             logprobs: Also return the log-probabilities of the chosen tokens.
             request_id: Unique among the live requests; made up where None.
+            stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
+                the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
+            tokenizer: For `stop_strings`.
+            inputs_embeds: Embeddings of the prompt [length, hidden], in place of its token ids or beside them;
+                copied.
             generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
         Raises:
@@ -151,29 +160,71 @@ class GenerationManager:
             QueueFullError: `max_waiting` requests wait already.
             EngineClosedError: The manager was closed.
         """
-        request = self.make_request(
+        arguments = {
+            "logits_processor": logits_processor,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "stopping_criteria": stopping_criteria,
+            "tokenizer": tokenizer,
+            "inputs_embeds": inputs_embeds,
+        }
+        request, criteria, history = self._prepare(
             input_ids,
             generation_config,
             seed=seed,
             logprobs=logprobs,
             request_id=request_id,
+            **arguments,
             **generate_arguments,
         )
-        return self.submit_request(request)
+        handle = self.submit_request(request)
+        if not criteria:
+            return handle
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
+        return self._criteria_thread.judge(handle, request, criteria, device, history)
 
     def make_request(
         self,
         input_ids: list[int] | torch.Tensor,
         generation_config: GenerationConfig | None = None,
         *,
-        seed: int | None = None,
+        seed: Seed | None = None,
         logprobs: bool = False,
-        request_id: str | None = None,
         **generate_arguments: Any,
     ) -> Request:
-        """The request that `submit` would queue, for `submit_requests`; see there for arguments and errors."""
+        """The request that `submit` would queue, for `submit_requests`; see `submit` for arguments and errors.
+
+        Raises:
+            UnsupportedArgumentError: `stop_strings` and `max_time` are not part of a request.
+        """
+        request, criteria, _ = self._prepare(
+            input_ids, generation_config, seed=seed, logprobs=logprobs, **generate_arguments
+        )
+        if criteria:
+            raise UnsupportedArgumentError("`stop_strings` and `max_time` are looked after by `submit` only")
+        return request
+
+    def _prepare(
+        self,
+        input_ids: list[int] | torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        *,
+        logits_processor: list[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        seed: Seed | None = None,
+        logprobs: bool = False,
+        request_id: str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **generate_arguments: Any,
+    ) -> tuple[Request, StoppingCriteriaList, list[int]]:
+        """A request, the criteria that are asked beside the engine, and the prompt's tokens as these see them."""
         model: Any = self._require_model()
-        prompt = _prompt_list(input_ids)
+        prompt = _prompt_of(input_ids, inputs_embeds)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
         if unknown:
             raise TypeError(
@@ -194,16 +245,65 @@ class GenerationManager:
             max_new_tokens = config.max_length
         else:
             max_new_tokens = config.max_length - len(prompt)
-        min_new_tokens = config.min_new_tokens or max(0, (config.min_length or 0) - len(prompt))
-        return build_request(
-            prompt,
-            config,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            seed=seed_of_row(seed, 0),
-            logprobs=logprobs,
-            request_id=request_id,
-        )
+        extra = {
+            "logits_processor": LogitsProcessorList(logits_processor or []),
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        (number,) = seeds_of_rows(seed, 1)
+        criteria = _criteria_of(config, stopping_criteria, tokenizer)
+        # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
+        history = prompt if input_ids is not None else []
+        recipe = self._recipe(history, config, max_new_tokens, number, logprobs, extra)
+        request = build_request(prompt, config, recipe, max_new_tokens=max_new_tokens, request_id=request_id)
+        if inputs_embeds is not None:
+            request = replace(request, prompt_embeddings=inputs_embeds.detach().clone())
+            if input_ids is None:
+                check_history(request)
+        return request, criteria, history
+
+    def _recipe(
+        self,
+        prompt: list[int],
+        config: GenerationConfig,
+        max_new_tokens: float,
+        seed: int,
+        logprobs: bool,
+        extra: dict[str, Any],
+    ) -> Recipe:
+        """What the processors come to that transformers would make for one prompt; `config` is changed."""
+        model: Any = self._require_model()
+        eos = eos_token_ids(config)
+        config.max_length = len(prompt) + max_new_tokens
+        if config.min_new_tokens:
+            config.min_length = None
+
+        def prepare(device: torch.device) -> LogitsProcessorList:
+            config._eos_token_tensor = torch.tensor(eos, device=device) if eos else None
+            processors: LogitsProcessorList = model._get_logits_processor(
+                config,
+                input_ids_seq_length=len(prompt),
+                encoder_input_ids=torch.tensor([prompt], device=device),
+                device=device,
+                model_kwargs={},
+                **extra,
+            )
+            return processors
+
+        processors = prepare(torch.device("cpu"))  # to be read, which costs a device nothing
+        row = CallRow(prompt, prompt, 0, 1, eos, config._eos_token_tensor)
+        do_sample = bool(config.do_sample)
+        recipe = read_processors(processors, row, do_sample=do_sample, seed=seed, logprobs=logprobs)
+        if recipe is not None:
+            return recipe
+        if model.device.type != "cpu":
+            processors = prepare(model.device)
+        return called(processors, row, do_sample=do_sample, seed=seed, logprobs=logprobs, plain_model=self.plain_view)
+
+    def plain_view(self) -> PreTrainedModel:
+        """A view of the model that shares its weights and runs its own attention."""
+        return make_view(self._require_model(), None)
 
     def submit_request(self, request: Request) -> GenerationHandle:
         """Queue a request that was made by hand; see `submit` for what it raises."""
@@ -211,7 +311,6 @@ class GenerationManager:
 
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
         """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
-        _refuse_autocast()
         while True:
             worker = self._require_worker()
             assembly = worker.assembly
@@ -219,8 +318,17 @@ class GenerationManager:
                 continue  # it stopped on its own just now; `_require_worker` waits for the end of that
             for request in requests:
                 _check_limits(request, assembly)
+                if self._group is not None:
+                    check_sendable(request)
+            requests = self._with_embeddings(requests, assembly)
             handles = [
-                GenerationHandle(request.request_id, worker.cancel, logprobs=request.sampling.logprobs)
+                GenerationHandle(
+                    request.request_id,
+                    worker.cancel,
+                    logprobs=request.sampling.logprobs,
+                    scores=request.output_scores,
+                    logits=request.output_logits,
+                )
                 for request in requests
             ]
             if worker.put(requests, handles):
@@ -230,19 +338,25 @@ class GenerationManager:
         self,
         *,
         streamer: BaseStreamer | None = None,
-        tokenizer: Any = None,  # noqa: ARG002
-        seed: int | list[int] | None = None,
+        tokenizer: Any = None,
+        seed: Seed | list[Seed] | None = None,
+        on_unsupported: OnUnsupported = "error",
     ) -> Callable[..., Any]:
         """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
 
         Args:
             streamer: Gets the tokens. (transformers does not hand its own `streamer` argument on.)
-            tokenizer: For stop strings; these are not served yet, so that it has no effect.
+            tokenizer: For `stop_strings`. (Nor does it hand on this one.)
             seed: As in `hf_async_batching.generate`.
-        """
-        from hf_async_batching.drop_in import generate
+            on_unsupported: As in `hf_async_batching.generate`.
 
-        return partial(generate, manager=self, bound_streamer=streamer, bound_seed=seed)
+        Raises:
+            ValueError: `on_unsupported` is neither "error" nor "generate".
+        """
+        from hf_async_batching.drop_in import Bound, generate
+
+        check_on_unsupported(on_unsupported)
+        return partial(generate, manager=self, bound=Bound(streamer, tokenizer, seed, on_unsupported))
 
     def warmup(self, *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
@@ -256,7 +370,6 @@ class GenerationManager:
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
         """
-        _refuse_autocast()
         worker = self._require_worker()
         assembly = worker.assembly
         if assembly is None:
@@ -378,12 +491,31 @@ class GenerationManager:
         features = [Features()]
         model: Any = self._require_model()
         config, _ = model._prepare_generation_config(None)
-        if config.do_sample:
-            sampling = build_request(
-                [0], config, max_new_tokens=1, min_new_tokens=0, seed=0, logprobs=False, request_id=None
-            ).sampling
-            features.append(Features(sampling=True, candidates=sampling.candidates))
+        if config.do_sample or config.repetition_penalty not in (None, 1.0):
+            recipe = self._recipe([0], config, 1, 0, False, {})
+            request = build_request([0], config, recipe, max_new_tokens=1)
+            sequence = Sequence(request, 0)
+            sequence.computed = 1
+            features.append(features_of([sequence], []))
         return features
+
+    def _with_embeddings(self, requests: list[Request], assembly: Assembly) -> list[Request]:
+        """Bring embeddings of prompts to the device, once it is known that the model takes them."""
+        if not any([request.prompt_embeddings is not None for request in requests]):
+            return requests
+        forward, model = assembly.forward, self._require_model()
+        brought: list[Request] = []
+        for request in requests:
+            embeddings: Any = request.prompt_embeddings
+            if embeddings is not None:
+                check_embeddings(embeddings, forward)
+                embeddings = embeddings.to(forward.device)
+            brought.append(replace(request, prompt_embeddings=embeddings))
+        with self._lock:
+            if self._takes_embeddings() is not assembly:
+                check_takes_embeddings(model, forward)
+                self._takes_embeddings = weakref.ref(assembly)
+        return brought
 
     def _require_model(self) -> PreTrainedModel:
         model = self._get_model()
@@ -398,17 +530,21 @@ class GenerationManager:
             )
         with self._lock:
             model = self._require_model()
-            weights = _Weights.of(model)
+            check_call(model)
+            weights, autocast = Weights.of(model), Autocast.of_this_thread(model.device.type)
             worker = self._worker
-            if worker is not None and weights != self._weights:
-                # The view is stale. Live requests finish on what they began with, unless its memory is gone.
-                if weights.moved_from(self._weights):
-                    worker.stop(reason="the model's weights were moved")
-                else:
-                    worker.drain()
-            elif worker is not None and self._weights is not None and weights.changes != self._weights.changes:
-                self._weights = weights
-                worker.weights_updated()
+            if worker is not None and self._made_for is not None:
+                before = self._made_for[0]
+                if (weights, autocast) != self._made_for:
+                    # The view is stale, or computes in another precision. Live requests finish on what they began
+                    # with, unless its memory is gone.
+                    if weights.moved_from(before):
+                        worker.stop(reason="the model's weights were moved")
+                    else:
+                        worker.drain()
+                elif weights.changes != before.changes:
+                    self._made_for = weights, autocast
+                    worker.weights_updated()
             if worker is not None and not worker.accepting:
                 # The new cache is sized by what is free once the old one is not there.
                 worker.memory_free.wait()
@@ -416,9 +552,11 @@ class GenerationManager:
             if self._worker is None:
                 if self._group is not None:
                     self._group.send(Start())
-                assembly = assemble(model, self._engine_config, self._group)
-                # Taken again: the parameters may have become views of packed weights.
-                self._weights = _Weights.of(model)
+                with autocast():
+                    assembly = assemble(model, self._engine_config, self._group)
+                # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
+                # are as they were before, so that a switch that comes in between is seen by the next request.
+                self._made_for = weights.placed_as(Weights.of(model)), autocast
                 self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
@@ -440,21 +578,24 @@ class GenerationManager:
                 self._worker = None
 
 
-def _adapter_state(module: Any) -> tuple[Any, ...]:
-    return id(module), module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
-
-
-def _count_changes(tensors: list[torch.Tensor]) -> int:
-    try:
-        return sum([tensor._version for tensor in tensors])
-    except RuntimeError:  # tensors made in inference mode count nothing
-        return sum([tensor._version for tensor in tensors if not tensor.is_inference()])
-
-
 def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
     function = method()
     if function is not None:
         function(worker)
+
+
+def _prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
+    if input_ids is None and inputs_embeds is not None:
+        return [0] * len(inputs_embeds)  # nobody looks these up
+    if input_ids is None:
+        raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
+    prompt = _prompt_list(input_ids)
+    if inputs_embeds is not None and len(prompt) != len(inputs_embeds):
+        raise ValueError(
+            f"`inputs_embeds` has {len(inputs_embeds)} positions and `input_ids` {len(prompt)} tokens; pass as many "
+            "of one as of the other, or leave `input_ids` out"
+        )
+    return prompt
 
 
 def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
@@ -473,6 +614,18 @@ def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
     raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
 
 
+def _criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
+    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
+    own = StoppingCriteriaList(own or ())
+    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
+    made = StoppingCriteriaList()
+    if config.max_time is not None and MaxTimeCriteria not in kinds:
+        made.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None and StopStringCriteria not in kinds:
+        made.append(stop_string_criterion(config.stop_strings, tokenizer))
+    return StoppingCriteriaList([*made, *own])
+
+
 def _check_limits(request: Request, assembly: Assembly) -> None:
     vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
     for token in request.prompt:
@@ -482,9 +635,17 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
             )
     if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
         raise UnsupportedArgumentError(
-            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served "
-            f"(got {len(request.eos_token_ids)}); pass fewer `eos_token_id`s"
+            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served here "
+            f"(got {len(request.eos_token_ids)}); use `submit`, or pass fewer `eos_token_id`s"
         )
+    logits = assembly.forward.logit_size
+    for rule in request.logits.rules:
+        beyond = [token for token in (*rule.prefix, rule.token) if token >= logits]
+        if beyond and rule.kind is not RuleKind.SUPPRESS:
+            raise ValueError(
+                f"`sequence_bias`, `bad_words_ids` or a forced token names token ids {beyond}, outside of the model's "
+                f"vocabulary of {logits} tokens"
+            )
     length = len(request.prompt)
     if length + request.max_new_tokens > limit:
         settings = assembly.config.settings
@@ -497,15 +658,6 @@ def _check_limits(request: Request, assembly: Assembly) -> None:
         raise RequestTooLongError(
             f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
         )
-
-
-def _refuse_autocast() -> None:
-    for device_type in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device_type):
-            raise UnsupportedArgumentError(
-                f"called under torch.autocast({device_type!r}), which is not served yet; leave the autocast block, "
-                "or load the model in the lower precision"
-            )
 
 
 @atexit.register

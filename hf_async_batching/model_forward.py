@@ -18,7 +18,7 @@ from hf_async_batching.attention.interface import PagedCall, attach_tags
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, ready_products, tune_products
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import make_view, set_attention
 
@@ -35,6 +35,8 @@ class ModelForward:
         name: Class of the model, for messages.
         layers: Keys and values of each attention layer, as the probe saw them.
         vocab_size: Rows of the input embedding: token ids must be below.
+        embedding_size: Its columns.
+        logit_size: Width of the logits, which can differ from it.
         device: Where the weights lie.
         packed_groups: Groups of projections that share a product; None where weights are not fused.
 
@@ -50,11 +52,17 @@ class ModelForward:
             )
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
-        parameters = inspect.signature(self.view.forward).parameters
+        # A forward that was set on the instance may hand on what it does not name.
+        parameters = {
+            *inspect.signature(self.view.forward).parameters,
+            *inspect.signature(type(self.view).forward).parameters,
+        }
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         embedding: Any = self.view.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
+        self.embedding_size: int = embedding.weight.shape[1]
+        self.logit_size = self.vocab_size
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
         self._paged_layers = findings.layers
@@ -71,7 +79,8 @@ class ModelForward:
 
         def forward(**context: Any) -> None:
             seen.calls.clear()
-            self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
+            logits = self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
+            self.logit_size = logits.shape[-1]
 
         with torch.inference_mode(), watch_linears(self.view) as seen:
             return attention_probe.probe(self.name, forward), seen
@@ -80,7 +89,7 @@ class ModelForward:
         groups = parallel_projections(self.view, seen)
         counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
         for module in self.view.modules():
-            if type(module) is torch.nn.Linear:
+            if is_plain(module):
                 convert(module, counters, skinny=skinny)
         return pack(groups)
 
@@ -125,19 +134,32 @@ class ModelForward:
         passed = self._passes_context and not self._compiled
         kwargs = {"paged": call} if passed else {}
         with nullcontext() if passed else interface.active(call):
-            logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs)
+            logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs, inputs.embeddings)
         if inputs.sample_index is not None and not self._takes_logits_to_keep:
             logits = logits[inputs.sample_index]
         return logits
 
     def _call(
-        self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None, kwargs: dict[str, Any]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        embeddings: tuple[tuple[int, torch.Tensor], ...] = (),
     ) -> torch.Tensor:
         if self._takes_positions:
             kwargs = {**kwargs, "position_ids": positions[None]}
         if keep is not None and self._takes_logits_to_keep:
             kwargs = {**kwargs, "logits_to_keep": keep}
-        out = self.view(input_ids=tokens[None], use_cache=False, return_dict=True, **kwargs)
+        if embeddings:
+            view: Any = self.view
+            embedded = view.get_input_embeddings()(tokens)
+            for start, piece in embeddings:
+                embedded[start : start + len(piece)] = piece
+            kwargs = {**kwargs, "inputs_embeds": embedded[None]}
+        else:
+            kwargs = {**kwargs, "input_ids": tokens[None]}
+        out = self.view(use_cache=False, return_dict=True, **kwargs)
         logits: torch.Tensor = out.logits
         return logits[0]
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.quantization import adjust, alias, has_state
+from hf_async_batching.rebinding import rebound
+from hf_async_batching.sharing import tensors_within
 from hf_async_batching.tensor_parallel.shared_modules import parallel_modules, unique_objects
 
 logger = logging.getLogger(__name__)
 
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
+    *_CALL_HOOKS,
     "_backward_hooks",
     "_backward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -27,47 +33,45 @@ _HOOKS = (
     "_forward_hooks_always_called",
 )
 
-
-# Set on the instance (torch.compile, a decorator, transformers' own batching), these are bound to the original, and
+# Set on the instance (torch.compile, accelerate, transformers' own batching), these are bound to the original, and
 # stay there.
-_OWN_CALLS = ("forward", "_compiled_call_impl", "_compiled_call", "_cached_continuous_batching_manager")
+_OWN_CALLS = (
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+    "_compiled_call_impl",
+    "_compiled_call",
+    "_cached_continuous_batching_manager",
+)
 
 
 def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTrainedModel:
     """A shared-weight copy of `model` in eval mode.
+
+    Every tensor is shared, also those of quantized layers; forwards and hooks that are the model's own methods go
+    with the copy, others stay with the original.
 
     Args:
         model: The user's model; not changed.
         attn_implementation: Name of the attention for the copy's config; None keeps the model's own.
 
     Raises:
-        UnsupportedModelError: The model is spread by accelerate over several devices, or lies on the meta device.
+        UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, or cannot be
+            copied.
     """
-    name = type(model).__name__
-    dispatched = [module_name for module_name, module in model.named_modules() if hasattr(module, "_hf_hook")]
-    if dispatched:
-        raise UnsupportedModelError(
-            f"{name} is not served: accelerate moves its weights or inputs between devices (device_map). "
-            "Load the model onto one device, for example device_map={'': 0}."
-        )
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) != 1 or next(iter(devices)).type == "meta":
-        raise UnsupportedModelError(
-            f"{name} is not served: its weights lie on {sorted(map(str, devices))}; move the model to one device."
-        )
-    # Forward hooks belong to the user's own forwards, and would see packed tokens here.
-    hooked = [n or name for n, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    if hooked and attn_implementation is not None:
-        logger.warning(
-            "forward hooks on %s do not run inside the engine of hf_async_batching; use plain `model.generate` "
-            "where they must",
-            ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else ""),
-        )
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    _refuse_split(model)
+    modules = list(model.modules())
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_within(model)}
+    stateful = {id(parameter): parameter for parameter in model.parameters() if has_state(parameter)}
+    memo.update((key, alias(parameter)) for key, parameter in stateful.items())
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        memo[id(quantizer)] = quantizer
     shared = {id(one): one for one in (*parallel_modules(model), *unique_objects(model))}
     memo.update(shared)
-    for module in model.modules():
+    for module in modules:
+        if id(module) in shared:
+            continue
         for attribute in _HOOKS:
             hooks = module.__dict__.get(attribute)
             if hooks:
@@ -76,21 +80,123 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             if module.__dict__.get(attribute) is not None:
                 memo[id(module.__dict__[attribute])] = None
     try:
+        for module in reversed(modules):  # the innermost first
+            if isinstance(module, OptimizedModule):
+                # The copy has the module itself: the engine compiles in its own way.
+                memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
         view = copy.deepcopy(model, memo)
+        for key, parameter in stateful.items():
+            vars(memo[key]).update(copy.deepcopy(vars(parameter), memo))
+        copies = {id(module): memo[id(module)] for module in modules}
+        for module in modules:
+            if not isinstance(module, OptimizedModule) and id(module) not in shared:
+                _finish(module, copies, memo)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"{name} is not served: its modules cannot be copied ({error}); remove what was attached to them"
+            f"{type(model).__name__} is not served: its modules cannot be copied ({error}); remove what was attached "
+            "to them"
         ) from error
-    for original, copied in zip(model.modules(), view.modules(), strict=True):
-        if id(original) in shared:
-            continue  # the copy has the original
-        for attribute in _OWN_CALLS:
-            if original.__dict__.get(attribute) is not None:
-                copied.__dict__.pop(attribute, None)
-        copied.training = False
     if attn_implementation is not None:
+        _announce(model)
         set_attention(view, attn_implementation)
     return view
+
+
+def _finish(original: nn.Module, copies: dict[int, Any], memo: dict[int, Any]) -> None:
+    """Give a copied module what belongs to it of the original's calls and hooks."""
+    copied = copies[id(original)]
+    for attribute in _OWN_CALLS:
+        if original.__dict__.get(attribute) is not None:
+            copied.__dict__.pop(attribute, None)
+    forward = _innermost_forward(original)
+    if forward is not None and getattr(forward, "__self__", None) is original:
+        copied.forward = rebound(forward, copies)
+    for attribute in _CALL_HOOKS:
+        for key, hook in original.__dict__[attribute].items():
+            if _is_own_hook(original, hook):
+                copied.__dict__[attribute][key] = copy.deepcopy(hook, memo)
+                for flags in _HOOKS:
+                    if flags.startswith(attribute + "_") and key in original.__dict__[flags]:
+                        copied.__dict__[flags][key] = original.__dict__[flags][key]
+    adjust(copied)
+    copied.training = False
+
+
+def _innermost_forward(module: nn.Module) -> Any:
+    """A module's forward where it is set on the instance, without accelerate's and torch.compile's wrapping."""
+    attributes = module.__dict__
+    forward: Any = attributes.get("_old_forward") if "_hf_hook" in attributes else attributes.get("forward")
+    while hasattr(forward, "_torchdynamo_orig_callable"):
+        forward = forward._torchdynamo_orig_callable
+    return forward
+
+
+def _is_own_hook(module: nn.Module, hook: Any) -> bool:
+    """Whether a hook is part of what the module computes: its own method, or torch's pruning and norms of weights."""
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return getattr(hook, "__self__", None) is module or where.startswith("torch.nn.utils")
+
+
+def _announce(model: PreTrainedModel) -> None:
+    """Log what the engine leaves out: forward hooks, and forwards that hang on the instance."""
+    hooked, replaced = [], []
+    for name, module in model.named_modules():
+        hooks = [hook for attribute in _CALL_HOOKS for hook in module.__dict__[attribute].values()]
+        if not all(_is_own_hook(module, hook) for hook in hooks):
+            hooked.append(name or type(model).__name__)
+        forward = _innermost_forward(module)
+        if not (
+            vars(module).get("_is_hooked")
+            or forward is None
+            or isinstance(module, OptimizedModule)
+            or getattr(forward, "__self__", None) is module
+        ):
+            replaced.append(name or type(model).__name__)
+    for names, what in ((hooked, "forward hooks"), (replaced, "a `forward` that was set on the instance")):
+        if names:
+            logger.warning(
+                "%s: %s on it does not run inside the engine of hf_async_batching; use plain `model.generate` where "
+                "it must",
+                ", ".join(names[:5]) + (" and others" if len(names) > 5 else ""),
+                what,
+            )
+
+
+def _refuse_split(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None and not all(map(_stays_in_place, _single_hooks(hook))):
+            raise UnsupportedModelError(
+                f"{name} is not served: accelerate moves its weights between devices or casts them "
+                f"({type(hook).__name__}). Load it onto one device, for example device_map={{'': 0}}, or use plain "
+                "`model.generate`."
+            )
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        raise UnsupportedModelError(
+            f"{name} is not served: its weights lie on {sorted(map(str, devices))}; load it onto one device, for "
+            "example device_map={'': 0}, or use plain `model.generate`."
+        )
+    # By name: importing torch.distributed takes a while, and not every build has it.
+    if not parallel_modules(model) and any(type(tensor).__name__ == "DTensor" for tensor in tensors):
+        raise UnsupportedModelError(
+            f"{name} is not served: its weights are sharded over processes; use plain `model.generate`."
+        )
+
+
+def _single_hooks(hook: Any) -> Iterator[Any]:
+    if type(hook).__name__ == "SequentialHook":
+        for part in hook.hooks:
+            yield from _single_hooks(part)
+    else:
+        yield hook
+
+
+def _stays_in_place(hook: Any) -> bool:
+    """Whether an accelerate hook has nothing to do on a model that lies on one device: it aligns inputs with it."""
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
 def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:

@@ -24,6 +24,7 @@ from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import Device, Guard, Stream
 from hf_async_batching.plan import Features, Launch, Plan, Result
 from hf_async_batching.runner import Runner
+from hf_async_batching.sampling.rare import RareOutputs
 from hf_async_batching.staging import Sections, encode
 
 SLOTS = 2
@@ -51,10 +52,19 @@ class Pipeline:
         depth: Steps that may be in flight at once.
         limits: Sizes that no step exceeds.
         tile_size: Query tokens per tile of prefill attention.
+        logit_size: Width of the model's logits; of no account where nobody wants scores or logits.
     """
 
     def __init__(
-        self, device: Device, state: DeviceState, runner: Runner, *, depth: int, limits: Sections, tile_size: int
+        self,
+        device: Device,
+        state: DeviceState,
+        runner: Runner,
+        *,
+        depth: int,
+        limits: Sections,
+        tile_size: int,
+        logit_size: int = 0,
     ) -> None:
         max_rows = limits.samples
         self._device = device
@@ -69,6 +79,11 @@ class Pipeline:
         self._output_logprobs = [_Prefix(device.device_buffer(max_rows, torch.float32)) for _ in range(SLOTS)]
         self._result = [_Prefix(device.host_buffer(max_rows, torch.int32)) for _ in range(depth)]
         self._result_logprobs = [_Prefix(device.host_buffer(max_rows, torch.float32)) for _ in range(depth)]
+        self._failures: dict[int, dict[int, Exception]] = {}
+        # Scores and logits, a line per position that wants them; made when they are wanted, larger when more are.
+        self._logit_size = logit_size
+        self._wide_output: list[dict[str, torch.Tensor]] = [{} for _ in range(SLOTS)]
+        self._wide_result: list[dict[str, torch.Tensor]] = [{} for _ in range(depth)]
         # The last event of each kind per slot: None until a step has used the slot.
         self._h2d_done: list[Any] = [None] * SLOTS
         self._staging_read: list[Any] = [None] * SLOTS
@@ -89,12 +104,14 @@ class Pipeline:
         device, slot = self._device, plan.step % SLOTS
         events: dict[str, Any] = {}
         sections = self._send(plan, slot, events)
+        ring = plan.step % self._depth
+        wide = self._make_room(plan, slot, ring) if plan.wanted else ()
         while self._caller_work:
             device.wait(Stream.COMPUTE, self._caller_work.popleft(), Guard.CALLER_WORK)
         device.wait(Stream.COMPUTE, self._d2h_done[slot], Guard.OUTPUT_FREE)
         events["compute_start"] = device.record(Stream.COMPUTE)
         staged = self._staging[slot]
-        device.launch(Stream.COMPUTE, lambda: self._compute(plan, staged, sections, slot))
+        device.launch(Stream.COMPUTE, lambda: self._compute(plan, staged, sections, slot, wide))
         compute_done = events["compute_done"] = device.record(Stream.COMPUTE)
         if sections.total:
             self._staging_read[slot] = compute_done
@@ -102,10 +119,12 @@ class Pipeline:
         if count:
             device.wait(Stream.D2H, compute_done, Guard.OUTPUT_READY)
             events["d2h_start"] = device.record(Stream.D2H)
-            ring = plan.step % self._depth
             device.copy(Stream.D2H, self._result[ring](count), self._output[slot](count))
             if plan.features.logprobs:
                 device.copy(Stream.D2H, self._result_logprobs[ring](count), self._output_logprobs[slot](count))
+            for name in wide:
+                lines = plan.num_wanted
+                device.copy(Stream.D2H, self._wide_result[ring][name][:lines], self._wide_output[slot][name][:lines])
             self._d2h_done[slot] = events["d2h_done"] = device.record(Stream.D2H)
         return Launch(plan, events, planned_at, time.perf_counter())
 
@@ -119,7 +138,15 @@ class Pipeline:
         count = plan.num_sampled
         tokens = self._result[ring](count).tolist()
         logprobs = self._result_logprobs[ring](count).tolist() if plan.features.logprobs else None
-        return Result(plan.step, tokens, logprobs)
+        failures = self._failures.pop(plan.step, {})
+        if not plan.wanted:
+            return Result(plan.step, tokens, logprobs, failures=failures)
+        # Copies: the buffer is the next step's.
+        scores, logits = (
+            [line.clone() for line in self._wide_result[ring][name][: plan.num_wanted]] if wanted else None
+            for name, wanted in (("scores", plan.features.scores), ("logits", plan.features.logits))
+        )
+        return Result(plan.step, tokens, logprobs, scores, logits, failures)
 
     def warm(self, features: Features) -> None:
         """Run and capture every decode bucket between two steps, on the padding row."""
@@ -160,11 +187,44 @@ class Pipeline:
         device.wait(Stream.COMPUTE, events["h2d_done"], Guard.INPUT_READY)
         return sections
 
-    def _compute(self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int) -> None:
-        """Run a step, and copy its tokens out of the tables, which the next step writes, to the slot's own buffer."""
+    def _make_room(self, plan: Plan, slot: int, ring: int) -> tuple[str, ...]:
+        """Buffers for the scores and logits that a step brings; the names of those that it needs."""
+        features, device = plan.features, self._device
+        names = tuple(name for name, wanted in (("scores", features.scores), ("logits", features.logits)) if wanted)
+        lines, grown = plan.num_wanted, False
+        for name in names:
+            if name not in self._wide_result[ring] or len(self._wide_result[ring][name]) < lines:
+                # The step that used it before was collected.
+                buffer = device.host_buffer(lines * self._logit_size, torch.float32)
+                self._wide_result[ring][name] = buffer.view(lines, self._logit_size)
+            if name not in self._wide_output[slot] or len(self._wide_output[slot][name]) < lines:
+                # Memory that is given back must not be in use.
+                device.synchronize(self._d2h_done[slot], Guard.OUTPUT_FREE)
+                buffer = device.device_buffer(lines * self._logit_size, torch.float32)
+                self._wide_output[slot][name] = buffer.view(lines, self._logit_size)
+                grown = True
+        if grown:
+            self.order_after_caller()  # whose stream zeroes them
+        return names
+
+    def _compute(self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int, wide: tuple[str, ...]) -> None:
+        """Run a step, and copy what it made out of the tables, which the next step writes, to the slot's buffers."""
         self._runner.run(plan, staged, sections)
+        if self._runner.rare is not None:
+            self._publish_rare(plan, self._runner.rare, slot, wide)
+            self._runner.rare = None  # the logits of a step are large
         count = plan.num_sampled
         if count:
             self._output[slot](count).copy_(self._state.out_tokens[:count])
             if plan.features.logprobs:
                 self._output_logprobs[slot](count).copy_(self._state.out_logprobs[:count])
+
+    def _publish_rare(self, plan: Plan, rare: RareOutputs, slot: int, wide: tuple[str, ...]) -> None:
+        if rare.failures:
+            self._failures[plan.step] = rare.failures
+        for name in wide:
+            made, line = getattr(rare, name), 0
+            for run in plan.wanted:
+                lines = run.stop - run.start
+                self._wide_output[slot][name][line : line + lines].copy_(made[run.start : run.stop])
+                line += lines

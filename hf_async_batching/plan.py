@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hf_async_batching.request import Request
@@ -22,12 +24,14 @@ class Chunk(NamedTuple):
 class NewRow(NamedTuple):
     """A row that a request takes over in this step; the device tables of the row are set from `request`.
 
-    `start` is how many of its tokens stand in its pages already: the first piece of its prompt begins there.
+    `start` is how many of its tokens stand in its pages already: the first piece of its prompt begins there. `known`
+    holds them where the row's memory needs them.
     """
 
     row: int
     request: Request
     start: int = 0
+    known: tuple[int, ...] = ()
 
 
 class NewPage(NamedTuple):
@@ -38,17 +42,79 @@ class NewPage(NamedTuple):
     page: int
 
 
+class Call(NamedTuple):
+    """Logits processors that are called for one sampled position.
+
+    `sampled` counts the sampled positions of the step, `length` the tokens before the new one, prompt included.
+    """
+
+    sampled: int
+    row: int
+    length: int
+    request: Request
+
+
+class Run(NamedTuple):
+    """Consecutive sampled positions from `start` up to `stop`, and whose they are."""
+
+    start: int
+    stop: int
+    request_ids: tuple[str, ...]
+
+
+class Bounds(NamedTuple):
+    """Sizes that no sampled row of the step exceeds, so that nothing has to be read from the device.
+
+    `history` counts tokens in front of the new one, padding included; `ngram` is the size of the longest n-gram.
+    """
+
+    history: int = 0
+    rules: int = 0
+    ngram: int = 0
+
+
+NO_BOUNDS = Bounds()
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the sampler has to do beyond the arg-max; each combination is its own CUDA graph.
+    """What the sampler has to do beyond the arg-max.
 
-    `candidates` is how many of the largest logits decide every row's filters: 0 for none, -1 for all.
+    Each combination is its own CUDA graph, except for those with rare parts (`eager`): there the forward alone is
+    captured.
+
+    Attributes:
+        sampling: Some row draws.
+        candidates: How many of the largest logits decide every row's filters: 0 for none, -1 for all.
+        min_length: Some row must not end yet.
+        logprobs: Some row wants the log-probabilities of its tokens.
+        top_k: The largest `SamplingParams.top_k_class` of a row that draws; -1 is the largest of all.
+        seen: Some row of the step, sampled or not, keeps which tokens have occurred.
+        penalty: Some row has a repetition penalty.
+        stages: Rare changes of the logits, as bits of `logits_params.Stage`.
+        memory: Some row of the step, sampled or not, keeps its history.
+        calls: Some row's processors are called.
+        scores: Some row wants its scores.
+        logits: Some row wants its logits.
     """
 
     sampling: bool = False
     candidates: int = 0
     min_length: bool = False
     logprobs: bool = False
+    top_k: int = 0
+    seen: bool = False
+    penalty: bool = False
+    stages: int = 0
+    memory: bool = False
+    calls: bool = False
+    scores: bool = False
+    logits: bool = False
+
+    @property
+    def eager(self) -> bool:
+        """Whether what follows the forward is too rare to be captured, or cannot be."""
+        return bool(self.stages) or self.memory or self.calls or self.scores or self.logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +130,9 @@ class Plan:
         new_rows: Rows that start with this step.
         new_pages: Page-table entries that start with this step.
         features: What the sampler has to do.
+        calls: Where processors are called, in the order of the sampled positions.
+        wanted: Sampled positions whose scores or logits are returned.
+        bounds: Sizes of what rare features look at.
         context_tokens: Tokens whose keys and values the step reads, over all of its rows; for measurements only.
     """
 
@@ -74,11 +143,19 @@ class Plan:
     new_pages: tuple[NewPage, ...] = ()
     features: Features = field(default_factory=Features)
     context_tokens: int = 0
+    calls: tuple[Call, ...] = ()
+    wanted: tuple[Run, ...] = ()
+    bounds: Bounds = NO_BOUNDS
 
     @property
     def num_tokens(self) -> int:
         """Query tokens of the step."""
         return len(self.decode_rows) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def num_wanted(self) -> int:
+        """Sampled positions whose scores or logits are returned."""
+        return sum(run.stop - run.start for run in self.wanted)
 
     @property
     def num_sampled(self) -> int:
@@ -105,8 +182,15 @@ class Launch:
 
 
 class Result(NamedTuple):
-    """What a step sampled, in the order of `Plan.num_sampled`; `logprobs` is None where nobody asked for them."""
+    """What a step sampled, in the order of `Plan.num_sampled`.
+
+    `logprobs` is None where nobody asked for them. `scores` and `logits` hold one row of host memory per position of
+    `Plan.wanted`, in order, where asked for; `failures` what processors raised, by sampled position.
+    """
 
     step: int
     tokens: list[int]
     logprobs: list[float] | None = None
+    scores: Any = None
+    logits: Any = None
+    failures: Mapping[int, Exception] = MappingProxyType({})

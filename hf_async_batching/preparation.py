@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.assembly import Assembly, compile_for
+from hf_async_batching.model_view import make_view
 
 
 class Preparation:
@@ -24,8 +26,10 @@ class Preparation:
 
     def __init__(self, model: PreTrainedModel, assembly: Assembly) -> None:
         self.done = threading.Event()
+        # A view of its own, made now: what the caller switches later (adapters, modules) is for the next engine.
+        view = make_view(model, None)
         thread = threading.Thread(
-            target=self._run, args=(model, weakref.ref(assembly)), name="hf_async_batching_compile", daemon=True
+            target=self._run, args=(view, weakref.ref(assembly)), name="hf_async_batching_compile", daemon=True
         )
         thread.start()
 
@@ -37,5 +41,8 @@ class Preparation:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
                 compile_for(model, assembly)
+            # A compiler leaves so many objects that a full collection is due. It stops every thread for 0.4 s: better
+            # now than in the middle of serving.
+            gc.collect()
         finally:
             self.done.set()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.manager import GenerationManager
+from hf_async_batching.wrappers import unwrap
 
 _CLOSE_TIMEOUT = 5.0
 
@@ -25,13 +26,15 @@ def get_manager(model: PreTrainedModel, config: BatchingConfig | None = None) ->
     It lives as long as the model, stops when idle, and is replaced by a new one after `close()`.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, also inside `PeftModel` or `torch.compile`: the manager is that of the model
+            inside.
         config: Settings for the first call; None takes whatever is there.
 
     Raises:
         ValueError: The model has a manager with other settings.
         UnsupportedModelError: The model cannot be served.
     """
+    model = unwrap(model)
     with _lock:
         manager = _managers.get(model)
         if manager is None or manager.closed:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
+
+from hf_async_batching.logits_params import LogitsParams, Stage
+from hf_async_batching.row_layout import MAX_PADDING
 
 MAX_SEED = 2**63
 MAX_INT32 = 2**31 - 1
@@ -16,7 +20,8 @@ CANDIDATE_SIZES = (64, 1024)
 class SamplingParams:
     """How the next token is drawn from the logits of one request.
 
-    The filters apply in the order of transformers' own warpers: temperature, top-k, top-p, min-p.
+    The filters apply in the order of transformers' own warpers: temperature, top-h, top-k, top-p, min-p, typical-p,
+    epsilon, eta.
 
     Attributes:
         do_sample: Draw at random; otherwise take the arg-max and ignore the other fields but `logprobs`.
@@ -27,6 +32,11 @@ class SamplingParams:
         min_p: Drop tokens less probable than `min_p` times the most probable one, in [0, 1]; 0 switches it off.
         seed: Integer from 0 up to 2**63 - 1. Draws depend on it, and on nothing else that is in the batch.
         logprobs: Also return the log-probability of each chosen token under the unfiltered distribution.
+        top_h: Keep the most probable tokens up to this share of the entropy, in (0, 1]; 0 switches it off.
+        typical_p: Keep the tokens of the most typical information content up to this mass, in (0, 1]; 1 switches it
+            off.
+        epsilon_cutoff: Drop tokens less probable than this, in [0, 1); 0 switches it off.
+        eta_cutoff: Drop tokens less probable than a bound that follows the entropy, in [0, 1); 0 switches it off.
 
     Raises:
         ValueError: A field is out of its range; the message names it.
@@ -39,6 +49,10 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     logprobs: bool = False
+    top_h: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature <= 0:
@@ -52,6 +66,13 @@ class SamplingParams:
             raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"`min_p` must be in [0, 1], got {self.min_p}")
+        if not 0.0 <= self.top_h <= 1.0:
+            raise ValueError(f"`top_h` must be in (0, 1], got {self.top_h}")
+        if not 0.0 < self.typical_p <= 1.0:
+            raise ValueError(f"`typical_p` must be in (0, 1], got {self.typical_p}")
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed}")
 
@@ -63,6 +84,28 @@ class SamplingParams:
         if self.top_k or self.top_p < 1:
             return -1
         return CANDIDATE_SIZES[0] if self.min_p else 0
+
+    @property
+    def top_k_class(self) -> int:
+        """The size that bounds `top_k`: 0 where it is off, -1 where it is larger than all of `CANDIDATE_SIZES`."""
+        if not self.top_k:
+            return 0
+        return next((size for size in CANDIDATE_SIZES if self.top_k <= size), -1)
+
+    @property
+    def stages(self) -> Stage:
+        """The filters beyond temperature, top-k, top-p and min-p."""
+        stages = Stage(0)
+        if self.do_sample:
+            for wanted, stage in (
+                (self.top_h > 0, Stage.TOP_H),
+                (self.typical_p < 1, Stage.TYPICAL),
+                (self.epsilon_cutoff > 0, Stage.EPSILON),
+                (self.eta_cutoff > 0, Stage.ETA),
+            ):
+                if wanted:
+                    stages |= stage
+        return stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +119,14 @@ class Request:
         min_new_tokens: No end-of-sequence token before so many new tokens.
         eos_token_ids: Any of these ends the request ("eos"); the token itself is part of the output.
         sampling: How tokens are drawn.
+        logits: What is done to the logits before that.
+        padding: Tokens in front of the prompt that the model does not see but n-grams and rules do, as in `generate`;
+            at most `row_layout.MAX_PADDING`, the last ones.
+        processors: Logits processors that are called in each step, in place of `logits` and of the filters; see
+            `called_processors`.
+        output_scores: Whether the scores that tokens are chosen by are returned.
+        output_logits: Whether the model's own logits are returned.
+        prompt_embeddings: What the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:
         ValueError: The prompt is empty, or the lengths contradict each other.
@@ -87,8 +138,16 @@ class Request:
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    logits: LogitsParams = field(default_factory=LogitsParams)
+    padding: tuple[int, ...] = ()
+    processors: Any = None
+    output_scores: bool = False
+    output_logits: bool = False
+    prompt_embeddings: object | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if len(self.padding) > MAX_PADDING:
+            raise ValueError(f"`padding` holds at most {MAX_PADDING} tokens, got {len(self.padding)}")
         if not self.prompt:
             raise ValueError("`input_ids` is empty: a prompt needs at least one token (for example the BOS token)")
         for name in ("max_new_tokens", "min_new_tokens"):

@@ -1,4 +1,4 @@
-"""From a prepared `GenerationConfig` to a `Request`: the one place that reads its fields."""
+"""From a prepared `GenerationConfig`, and what its processors come to, to a `Request`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import itertools
 import math
 import os
 import secrets
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig
 
-from hf_async_batching.request import MAX_INT32, MAX_SEED, Request, SamplingParams
+from hf_async_batching.processor_reader import Recipe
+from hf_async_batching.request import MAX_SEED, Request
 
 # Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B
@@ -24,64 +25,77 @@ def new_request_id() -> str:
     return f"req-{os.getpid()}-{next(_counter)}"
 
 
-def seed_of_row(seed: int | None, row: int) -> int:
-    """The seed of the `row`-th sequence of a call; drawn from the system's entropy where `seed` is None.
+Seed = int | torch.Generator
+
+
+def seeds_of_rows(seed: Seed | Sequence[Seed] | None, rows: int) -> list[int]:
+    """One seed per sequence of a call.
+
+    Args:
+        seed: One for the call, from which that of each row follows; or one for each row; an integer, or a generator
+            from which one number is drawn. From the system's entropy where None.
+        rows: Sequences.
 
     Raises:
-        ValueError: `seed` is out of range.
+        ValueError: A seed is out of range, or their number is not that of the rows.
     """
+    if isinstance(seed, Sequence):
+        if len(seed) != rows:
+            raise ValueError(f"`seed` has {len(seed)} entries for {rows} sequences")
+        return [_number(one) for one in seed]
     if seed is None:
-        return secrets.randbelow(MAX_SEED)
+        return [secrets.randbelow(MAX_SEED) for _ in range(rows)]
+    first = _number(seed)
+    return [(first + row * _SEED_STRIDE) % MAX_SEED for row in range(rows)]
+
+
+def _number(seed: Seed) -> int:
+    if isinstance(seed, torch.Generator):
+        drawn = torch.randint(0, MAX_SEED - 1, (), generator=seed, device=seed.device)
+        return int(drawn)
     if not 0 <= seed < MAX_SEED:
         raise ValueError(f"`seed` must be in [0, 2**63), got {seed}")
-    return (seed + row * _SEED_STRIDE) % MAX_SEED
+    return seed
 
 
 def build_request(
-    prompt: AbstractSequence[int],
+    tokens: Iterable[int],
     config: GenerationConfig,
+    recipe: Recipe,
     *,
-    max_new_tokens: int,
-    min_new_tokens: int,
-    seed: int,
-    logprobs: bool = False,
+    max_new_tokens: float,
     request_id: str | None = None,
 ) -> Request:
     """Make a request.
 
     Args:
-        prompt: Token ids.
+        tokens: Token ids of the prompt.
         config: Prepared (defaults are filled in) and checked by `check_fields`.
+        recipe: What its processors come to; see `processor_reader`.
         max_new_tokens: Resolved from `max_new_tokens` and `max_length`.
-        min_new_tokens: Resolved from `min_new_tokens` and `min_length`.
-        seed: Of this request.
-        logprobs: Whether log-probabilities are wanted.
         request_id: Given by the caller, or made here.
 
     Raises:
         ValueError: A field is out of its range.
     """
-    eos = eos_token_ids(config)
-    min_new_tokens = min_new_tokens if eos else 0
-    sampling = SamplingParams(logprobs=logprobs)
-    if config.do_sample:
-        sampling = SamplingParams(
-            do_sample=True,
-            temperature=1.0 if config.temperature is None else float(config.temperature),
-            top_k=min(int(config.top_k or 0), MAX_INT32),
-            top_p=1.0 if config.top_p is None else float(config.top_p),
-            min_p=float(config.min_p or 0.0),
-            seed=seed,
-            logprobs=logprobs,
-        )
+    sampling, logits, min_new_tokens, padding, processors = recipe
+    if config.do_sample and config.top_p is not None and not 0.0 < config.top_p <= 1.0:
+        # Above 1, transformers would take it for 1.
+        raise ValueError(f"`top_p` must be in (0, 1], got {config.top_p}")
+    returned = bool(config.return_dict_in_generate)
     return Request(
         request_id=request_id or new_request_id(),
-        prompt=tuple(prompt),
+        prompt=tuple(tokens),
         # `generate` takes fractions, and stops at the first length that is not below them.
         max_new_tokens=math.ceil(max_new_tokens),
-        min_new_tokens=math.ceil(min_new_tokens),
-        eos_token_ids=eos,
+        min_new_tokens=min_new_tokens,
+        eos_token_ids=eos_token_ids(config),
         sampling=sampling,
+        logits=logits,
+        padding=padding,
+        processors=processors,
+        output_scores=returned and bool(config.output_scores),
+        output_logits=returned and bool(config.output_logits),
     )
 
 

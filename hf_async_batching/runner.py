@@ -9,20 +9,29 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from hf_async_batching.autocast import Autocast
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
+from hf_async_batching.devices.base import Kernel
 from hf_async_batching.plan import Features, Plan
-from hf_async_batching.sampler import Sampler
+from hf_async_batching.prompt_embeddings import PromptEmbeddings
+from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.sampling.rare import RareOutputs, sample_rare
 from hf_async_batching.staging import Sections
 
 logger = logging.getLogger(__name__)
 
 # A capture can fail for a passing reason: another thread synchronized the device, or memory was short.
 MAX_FAILED_CAPTURES = 3
+
+# In place of features, for the graph of a forward alone.
+FORWARD = None
 
 Forward = Callable[[StepInputs], torch.Tensor]
 
@@ -50,23 +59,42 @@ class Runner:
         device: Where graphs are captured.
         max_rows: The largest decode step.
         graphs: Whether decode steps are captured.
+        autocast: What the forward runs under.
 
     Attributes:
         buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
-        captured: Graphs by bucket and features.
+        captured: Graphs by bucket and features; of steps with rare features the forward alone, under `FORWARD`.
+        rare: What the step that ran last brings beyond tokens; None where its features are not rare.
     """
 
-    def __init__(self, forward: Forward, state: DeviceState, device: Device, *, max_rows: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        state: DeviceState,
+        device: Device,
+        *,
+        max_rows: int,
+        graphs: bool,
+        autocast: Autocast | None = None,
+    ) -> None:
         self._forward = forward
+        self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if autocast is not None and autocast.dtype is not None:
+            self._autocast = autocast
         self._sampler = Sampler()
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
-        self._seen: set[tuple[int, Features]] = set()
+        self._seen: set[tuple[int, Features | None]] = set()
         self._failed_captures = 0
-        self.captured: dict[tuple[int, Features], Graph] = {}
+        self.captured: dict[tuple[int, Features | None], Graph] = {}
         self._offered: Forward | None = None
+        # Inputs and logits of captured forwards.
+        self._forwards: dict[int, tuple[StepInputs, torch.Tensor]] = {}
+        self._logits: torch.Tensor | None = None
+        self.rare: RareOutputs | None = None
         self._step_number = -1
+        self._prompt_embeddings = PromptEmbeddings()
         # Graphs that were replaced, and the last step that may have replayed them.
         self._replaced: list[tuple[int, list[Graph]]] = []
 
@@ -82,6 +110,7 @@ class Runner:
 
     def completed(self, step: int) -> None:
         """Let go of what no step after `step` can touch."""
+        self._prompt_embeddings.completed(step)
         if self._replaced:
             self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
 
@@ -91,17 +120,20 @@ class Runner:
         if isinstance(self._forward, Tunable):
             self._forward.tune(self.buckets)
         self._replaced.append((self._step_number, list(self.captured.values())))
-        self.captured = {}
+        self.captured, self._forwards = {}, {}
 
     @torch.inference_mode()
     def warm(self, features: Features) -> None:
         """Run and capture every bucket on the padding row; `decode_rows` is empty afterwards."""
         self._adopt()
+        self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.decode_rows.zero_()
         # The largest first: the smaller ones then fit into the memory that it has taken.
-        for bucket in reversed(self.buckets):
-            self._decode(bucket, features)
-            self._decode(bucket, features)
+        for bucket in reversed([*self.buckets, *self.buckets]):
+            if features.eager:
+                self._decode_forward(bucket)
+            else:
+                self._decode(bucket, features)
 
     @torch.inference_mode()
     def run(self, plan: Plan, staged: torch.Tensor, sections: Sections) -> None:
@@ -114,35 +146,80 @@ class Runner:
         """
         self._step_number = plan.step
         self._adopt()
+        features = plan.features
+        self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.apply_updates(staged, sections)
+        self.rare = None
         if plan.chunks:
-            self._step(self._state.mixed_inputs(staged, sections, len(plan.decode_rows)), plan.features)
+            inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
+            embeddings = self._prompt_embeddings.pieces(plan)
+            if embeddings:
+                inputs = replace(inputs, embeddings=embeddings)
+            if features.eager:
+                self._sample_rare(plan, inputs, self._run_forward(inputs))
+            else:
+                self._step(inputs, features)
         elif plan.decode_rows:
-            self._decode(self.bucket_for(len(plan.decode_rows)), plan.features)
+            bucket = self.bucket_for(len(plan.decode_rows))
+            if features.eager:
+                self._sample_rare(plan, *self._decode_forward(bucket))
+            else:
+                self._decode(bucket, features)
 
     def _adopt(self) -> None:
         offered, self._offered = self._offered, None
         if offered is not None:
             self._replaced.append((self._step_number, list(self.captured.values())))
             self._forward = offered
-            self.captured = {}
+            self.captured, self._forwards = {}, {}
             self._seen.clear()
 
     def _decode(self, bucket: int, features: Features) -> None:
         key = (bucket, features)
+        graph = self._graph(key, lambda: self._step(self._state.decode_inputs(bucket), features))
+        if graph is None:
+            self._step(self._state.decode_inputs(bucket), features)
+        else:
+            graph.replay()
+
+    def _decode_forward(self, bucket: int) -> tuple[StepInputs, torch.Tensor]:
+        """Inputs and logits of a decode step whose tokens are chosen outside of graphs."""
+
+        def run() -> None:
+            inputs = self._state.decode_inputs(bucket)
+            self._forwards[bucket] = inputs, self._kept(self._run_forward(inputs))
+
+        graph = self._graph((bucket, FORWARD), run)
+        if graph is None:
+            run()
+            return self._forwards.pop(bucket)
+        graph.replay()
+        return self._forwards[bucket]
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in memory of their own, where a graph could be captured: one for all graphs, which would each hold
+        theirs otherwise.
+        """
+        if not self.buckets:
+            return logits
+        shape = (self.buckets[-1], logits.shape[1])
+        if self._logits is None or self._logits.shape != shape or self._logits.dtype != logits.dtype:
+            self._logits = logits.new_zeros(shape)
+        return self._logits[: logits.shape[0]].copy_(logits)
+
+    def _graph(self, key: tuple[int, Features | None], work: Kernel) -> Graph | None:
+        """The graph of a step, captured the second time that it is asked for; None where there is none."""
         graph = self.captured.get(key)
         if graph is None and self.buckets and key in self._seen:
-            graph = self._capture(key)
-        if graph is not None:
-            graph.replay()
-            return
-        self._seen.add(key)
-        self._step(self._state.decode_inputs(bucket), features)
+            graph = self._capture(key, work)
+        if graph is None:
+            self._seen.add(key)
+        return graph
 
-    def _capture(self, key: tuple[int, Features]) -> Graph | None:
+    def _capture(self, key: tuple[int, Features | None], work: Kernel) -> Graph | None:
         bucket, features = key
         try:
-            graph = self._device.capture(lambda: self._step(self._state.decode_inputs(bucket), features))
+            graph = self._device.capture(work)
         except RuntimeError as error:
             # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
             self._failed_captures += 1
@@ -152,17 +229,35 @@ class Runner:
             logger.debug("a capture failed", exc_info=True)
             return None
         self.captured[key] = graph
-        logger.info("captured decode step of %d rows, %s", bucket, features)
+        logger.info("captured decode step of %d rows, %s", bucket, features or "forward alone")
         return graph
 
+    def _run_forward(self, inputs: StepInputs) -> torch.Tensor:
+        with self._autocast():
+            return self._forward(inputs)
+
     def _step(self, inputs: StepInputs, features: Features) -> None:
-        logits = self._forward(inputs)
+        self._state.note(inputs, features)
+        logits = self._run_forward(inputs)
         if not logits.shape[0]:
             self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
             return
+        rows = None
+        if features.sampling or features.min_length or features.penalty:
+            rows = self._rows(inputs)
+        tokens, logprobs = self._sampler(logits, rows, features)
+        self._state.commit(inputs, tokens, logprobs)
+
+    def _sample_rare(self, plan: Plan, inputs: StepInputs, logits: torch.Tensor) -> None:
+        self._state.note(inputs, plan.features)
+        if not logits.shape[0]:
+            self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
+            return
+        rows = replace(self._rows(inputs), bounds=plan.bounds)
+        tokens, logprobs, self.rare = sample_rare(self._sampler, logits, rows, plan)
+        self._state.commit(inputs, tokens, logprobs)
+
+    def _rows(self, inputs: StepInputs) -> SampledRows:
         state = self._state
-        params = positions = None
-        if features.sampling or features.min_length:
-            params, positions = state.params[state.sampled_rows(inputs)], state.next_positions(inputs)
-        tokens, logprobs = self._sampler(logits, params, positions, features)
-        state.commit(inputs, tokens, logprobs)
+        rows = state.sampled_rows(inputs)
+        return SampledRows(state.params[rows], state.next_positions(inputs), rows, state.memory)

@@ -15,11 +15,15 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
-from hf_async_batching.plan import Chunk, Features, NewPage, NewRow, Plan, Result
+from hf_async_batching.plan import NO_BOUNDS, Bounds, Call, Chunk, Features, NewPage, NewRow, Plan, Result, Run
 from hf_async_batching.request import Request
 from hf_async_batching.sequence import Sequence, State
 
@@ -39,16 +43,26 @@ class Scheduler:
         max_rows: Sequences that can hold pages at the same time.
         max_batch_tokens: Query tokens per step; at least `max_rows`.
         prefix_cache: Whether sequences share full pages of equal tokens.
+        max_writes: Words that a step can send to the memories of new rows; no fewer than one row can need. None is
+            for no bound.
     """
 
     def __init__(
-        self, *, num_pages: int, page_size: int, max_rows: int, max_batch_tokens: int, prefix_cache: bool = True
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_rows: int,
+        max_batch_tokens: int,
+        prefix_cache: bool = True,
+        max_writes: int | None = None,
     ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
         self.pages = PageAllocator(num_pages, page_size, prefix_cache)
         self.rows = IdPool(max_rows, "row")
         self.max_batch_tokens = max_batch_tokens
+        self.max_writes = max_writes
         self.preemptions = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by arrival
@@ -66,6 +80,7 @@ class Scheduler:
         self._planned_decoding: list[Sequence] = []
         self._decode_rows: tuple[int, ...] = ()
         self._planned_sampled: list[Sequence] = []
+        self._had_prefills = False
         self._features = Features()
         self._decode_context = 0
         self._settled: list[Sequence] = []
@@ -160,18 +175,47 @@ class Scheduler:
         if any([chunk.samples for chunk in chunks]):
             sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
         # A minimum length wears off as tokens are planned; all else changes with the sequences only.
-        if sampled is not self._planned_sampled or self._features.min_length:
-            self._planned_sampled = sampled
-            self._features = _features(sampled)
+        if prefilled or self._had_prefills or sampled is not self._planned_sampled or self._features.min_length:
+            self._planned_sampled, self._had_prefills = sampled, bool(prefilled)
+            self._features = features_of(sampled, prefilled)
+        calls: tuple[Call, ...] = ()
+        wanted: tuple[Run, ...] = ()
+        bounds = NO_BOUNDS
+        if self._features.eager:
+            calls, wanted, bounds = _rare(sampled)
         # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
         # it. That suffices, because steps run in the order of their plans on one stream.
         for sequence in prefilled:
             self._enter_pages(sequence)
         self._sampled[step] = sampled
         context = self._decode_context + sum([sequence.computed for sequence in prefilled])
-        plan = Plan(step, self._decode_rows, tuple(chunks), tuple(new_rows), tuple(new_pages), self._features, context)
+        plan = Plan(
+            step,
+            self._decode_rows,
+            tuple(chunks),
+            tuple(new_rows),
+            tuple(new_pages),
+            self._features,
+            context,
+            calls,
+            wanted,
+            bounds,
+        )
         self._step += 1
         return plan
+
+    def fail(self, step: int, positions: Iterable[int]) -> list[str]:
+        """End the requests at these sampled positions of a step that is about to be completed.
+
+        Returns:
+            The ids of those that had not ended before.
+        """
+        failed = [self._sampled[step][position] for position in positions]
+        return [
+            sequence.request_id
+            for sequence in failed
+            if sequence.state is not State.FINISHED and self.cancel(sequence.request_id) is not None
+        ]
 
     def complete(self, result: Result) -> list[Emission]:
         """Settle the tokens of a step, end the requests that stop with them, and free what nothing can touch."""
@@ -311,12 +355,15 @@ class Scheduler:
     ) -> tuple[list[Chunk], list[Sequence]]:
         chunks: list[Chunk] = []
         prefilled: list[Sequence] = []
+        writes = 0
         while self._waiting and budget > 0 and self.rows.available:
             sequence = self._waiting[0]
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
             # Where it waits on, the next look-up goes on from here.
-            sequence.prefix = self.pages.prefixes.find(sequence.prefix, sequence.tokens)
+            # Of a prompt of embeddings the tokens say nothing: it starts at the root, and nobody finds its pages.
+            looked_up = sequence.tokens if sequence.shareable else sequence.tokens[:1]
+            sequence.prefix = self.pages.prefixes.find(sequence.prefix, looked_up)
             shared = sequence.prefix.path()
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
             needed = self.pages.pages_for(len(sequence.tokens) + 1) - self.pages.num_held(shared)
@@ -325,9 +372,14 @@ class Scheduler:
             # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
             if len(new_pages) + self.pages.pages_for(len(sequence.tokens)) > self.pages.size:
                 break
+            words = sequence.writes(len(shared) * self.pages.page_size)
+            if words and self.max_writes is not None and writes + words > self.max_writes:
+                break
+            writes += words
             self._waiting.popleft()
             self._start(sequence, shared)
-            new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed))
+            known = tuple(sequence.tokens[: sequence.computed]) if words else ()
+            new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed, known))
             new_pages += [NewPage(sequence.row, index, page) for index, page in enumerate(sequence.pages)]
             chunk = self._next_chunk(sequence, budget)
             budget -= len(chunk.tokens)
@@ -352,6 +404,8 @@ class Scheduler:
     def _enter_pages(self, sequence: Sequence) -> None:
         """Let others find the pages that are full of known tokens and written by steps planned before."""
         assert sequence.prefix is not None
+        if not sequence.shareable:
+            return
         # The last known output may be an end, whose own keys and values no step need ever write.
         known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
         full = min(sequence.computed, known) // self.pages.page_size
@@ -421,11 +475,54 @@ class Scheduler:
         ), "a token that no step computes, or that two do"
 
 
-def _features(sampled: list[Sequence]) -> Features:
+def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
+    """What a step needs that samples for some sequences, and computes prompts of some."""
     candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
-    return Features(
+    features = Features(
         sampling=bool(candidates),
         candidates=-1 if -1 in candidates else max(candidates, default=0),
         min_length=any([sequence.computed < sequence.min_length for sequence in sampled]),
         logprobs=any([sequence.logprobs for sequence in sampled]),
     )
+    needs = [sequence.needs for sequence in sampled if sequence.needs is not None]
+    # What a row has seen is kept from its first token on, also by steps that sample nothing for it.
+    kept = needs + [sequence.needs for sequence in prefilled if sequence.needs is not None]
+    if not kept:
+        return features
+    classes = {need.top_k for need in needs}
+    return replace(
+        features,
+        top_k=-1 if -1 in classes else max(classes, default=0),
+        seen=any([need.seen for need in kept]),
+        penalty=any([need.penalty for need in needs]),
+        stages=reduce(or_, [need.stages for need in needs], 0),
+        memory=any([need.memory for need in kept]),
+        calls=any([need.calls for need in needs]),
+        scores=any([need.scores for need in needs]),
+        logits=any([need.logits for need in needs]),
+    )
+
+
+def _rare(sampled: list[Sequence]) -> tuple[tuple[Call, ...], tuple[Run, ...], Bounds]:
+    """What a step needs beside its features, where these are rare. Its sequences are planned already."""
+    calls: list[Call] = []
+    wanted: list[Run] = []
+    history = rules = ngram = 0
+    for index, sequence in enumerate(sampled):
+        needs, request = sequence.needs, sequence.request
+        if needs is None:
+            continue
+        if needs.scores or needs.logits:
+            start = index
+            names: tuple[str, ...] = (sequence.request_id,)
+            if wanted and wanted[-1].stop == index:
+                before = wanted.pop()
+                start, names = before.start, before.request_ids + names
+            wanted.append(Run(start, index + 1, names))
+        if needs.calls:
+            calls.append(Call(index, sequence.row, sequence.computed, request))
+        elif needs.memory:
+            history = max(history, len(request.padding) + sequence.computed)
+            rules = max(rules, len(request.logits.rules))
+            ngram = max(ngram, request.logits.ngram)
+    return tuple(calls), tuple(wanted), Bounds(history, rules, ngram)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from hf_async_batching.logits_params import Stage
 from hf_async_batching.prefix_cache import Node
 from hf_async_batching.request import Request
+from hf_async_batching.row_layout import RULE_WORDS
 
 
 class State(enum.Enum):
@@ -16,6 +19,54 @@ class State(enum.Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     FINISHED = "finished"
+
+
+class Needs(NamedTuple):
+    """What a request's steps need of the device beyond the arg-max, the usual filters and log-probabilities.
+
+    Attributes:
+        top_k: See `SamplingParams.top_k_class`; 0 where nothing is drawn.
+        stages: Rare changes of the logits.
+        penalty: Whether it has a repetition penalty.
+        seen: Whether it matters which tokens have occurred.
+        memory: Whether the row's memory is read.
+        calls: Whether processors are called.
+        scores: Whether scores are returned.
+        logits: Whether logits are returned.
+        fixed_writes: Words that its row's memory gets when it starts.
+    """
+
+    top_k: int
+    stages: int
+    penalty: bool
+    seen: bool
+    memory: bool
+    calls: bool
+    scores: bool
+    logits: bool
+    fixed_writes: int
+
+    @classmethod
+    def of(cls, request: Request) -> Needs | None:
+        """The needs of a request; None where there are none."""
+        params, sampling = request.logits, request.sampling
+        calls = request.processors is not None
+        stages = Stage(0) if calls else params.stages | sampling.stages
+        if not request.output_scores:
+            stages &= ~Stage.RENORMALIZE  # it shifts all scores by the same amount
+        seen, memory = not calls and params.needs_seen, calls or params.needs_memory
+        needs = cls(
+            top_k=sampling.top_k_class if sampling.do_sample and not calls else 0,
+            stages=int(stages),
+            penalty=not calls and params.repetition_penalty != 1.0,
+            seen=seen,
+            memory=memory,
+            calls=calls,
+            scores=request.output_scores,
+            logits=request.output_logits,
+            fixed_writes=len(request.padding) + len(params.rules) * RULE_WORDS if seen or memory else 0,
+        )
+        return needs if any(needs) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +86,8 @@ class Sequence:
         max_length: Tokens, prompt included, at which it ends.
         candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
         logprobs: Whether log-probabilities were asked for.
+        shareable: Whether its tokens tell what its pages hold.
+        needs: What its steps need of the device beyond that; None for the many that need nothing.
         planned: Its tokens and placeholders together.
         computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are planned
             but the last.
@@ -55,6 +108,8 @@ class Sequence:
     max_length: int = field(init=False)
     candidates: int | None = field(init=False)
     logprobs: bool = field(init=False)
+    shareable: bool = field(init=False)
+    needs: Needs | None = field(init=False)
     state: State = State.WAITING
     planned: int = field(init=False)
     computed: int = 0
@@ -69,11 +124,18 @@ class Sequence:
         self.tokens = list(self.request.prompt)
         self.eos = frozenset(self.request.eos_token_ids)
         self.planned = len(self.tokens)
-        self.min_length = len(self.request.prompt) + self.request.min_new_tokens
+        # Processors that are called see to a minimum themselves.
+        called = self.request.processors is not None
+        self.min_length = 0 if called else len(self.request.prompt) + self.request.min_new_tokens
         self.max_length = len(self.request.prompt) + self.request.max_new_tokens
         sampling = self.request.sampling
-        self.candidates = sampling.candidates if sampling.do_sample else None
+        # Filters of a request whose processors are called are among these.
+        self.candidates = None
+        if sampling.do_sample:
+            self.candidates = 0 if called else sampling.candidates
         self.logprobs = sampling.logprobs
+        self.shareable = self.request.prompt_embeddings is None
+        self.needs = Needs.of(self.request)
 
     @property
     def placeholders(self) -> int:
@@ -84,6 +146,13 @@ class Sequence:
     def wants_more(self) -> bool:
         """Whether another step must be planned while it decodes: a stop by length is known before its last token."""
         return self.planned < self.max_length
+
+    def writes(self, start: int) -> int:
+        """Words that the row's memory gets in the step in which it starts behind `start` known tokens."""
+        needs = self.needs
+        if needs is None or not (needs.seen or needs.memory):
+            return 0
+        return needs.fixed_writes + start
 
     def decide_later(self, page_size: int) -> None:
         """Set `decide_at` by the pages that it has; for a sequence that decodes."""

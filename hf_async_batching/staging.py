@@ -4,6 +4,7 @@ Layout of the array, section after section (sizes in `Sections`)::
 
     new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters and where it starts
     new pages   [new_pages, 3]           row, index, page
+    writes      [3, writes]              row, column and value of words of the rows' memories (see `row_layout`)
     decode      [decode]                 row of each decoding entry, padded with row 0 up to the bucket
     tokens      [3, tokens]              token id (-1: carry-over), row, offset within the row's piece
     samples     [samples]                index into tokens of each sampled position
@@ -15,6 +16,7 @@ Floats travel as their bit patterns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy.typing as npt
 
 from hf_async_batching.plan import NewRow, Plan
 from hf_async_batching.request import MAX_INT32
+from hf_async_batching.row_layout import row_writes
 
 IntArray = npt.NDArray[np.int32]
 
@@ -39,11 +42,28 @@ MAX_EOS = 16  # a power of two, as the kernels want it
     MIN_LENGTH,
     START,
     MAX_LENGTH,
+    PROMPT_LENGTH,
+    PADDING,
+    REPETITION_PENALTY,
+    ENCODER_PENALTY,
+    NGRAM,
+    ENCODER_NGRAM,
+    DECAY_START,
+    DECAY_LOW,
+    DECAY_HIGH,
+    REMOVE_INVALID,
+    RENORMALIZE,
+    TOP_H,
+    TYPICAL_P,
+    EPSILON,
+    ETA,
     FIRST_EOS,
-) = range(11)
+) = range(26)
 PARAMS = FIRST_EOS + MAX_EOS
 
 CARRY_OVER = -1
+
+_ONE = int(np.array([1.0], np.float32).view(np.int32)[0])
 
 
 class Sections(NamedTuple):
@@ -55,23 +75,27 @@ class Sections(NamedTuple):
     tokens: int = 0
     samples: int = 0
     tiles: int = 0
+    writes: int = 0
 
     @property
     def total(self) -> int:
         """Length of the array."""
-        return (
-            self.new_rows * (1 + PARAMS)
-            + self.new_pages * 3
-            + self.decode
-            + self.tokens * 3
-            + self.samples
-            + self.tiles * 4
-        )
+        return self.updates_end + self.decode + self.tokens * 3 + self.samples + self.tiles * 4
+
+    @property
+    def writes_start(self) -> int:
+        """Where the writes to the rows' memories begin."""
+        return self.new_rows * (1 + PARAMS) + self.new_pages * 3
+
+    @property
+    def updates_end(self) -> int:
+        """Where the updates of the tables end, and the step's own inputs begin."""
+        return self.writes_start + self.writes * 3
 
     @classmethod
-    def largest(cls, *, max_rows: int, max_batch_tokens: int, num_pages: int) -> Sections:
+    def largest(cls, *, max_rows: int, max_batch_tokens: int, num_pages: int, writes: int = 0) -> Sections:
         """Sizes that no step exceeds."""
-        return cls(max_rows, num_pages, max_rows, max_batch_tokens, max_rows, max_batch_tokens + max_rows)
+        return cls(max_rows, num_pages, max_rows, max_batch_tokens, max_rows, max_batch_tokens + max_rows, writes)
 
 
 def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, tile_size: int) -> Sections:
@@ -100,13 +124,14 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
         section(new_rows * (1 + PARAMS)).reshape(new_rows, -1)[:] = [_record(new_row) for new_row in plan.new_rows]
     if new_pages:
         section(new_pages * 3).reshape(new_pages, 3)[:] = np.array(plan.new_pages, np.int32)
+    writes = _write_memories(plan, section)
     if not plan.chunks:
         if not send_decode_rows:
-            return Sections(new_rows, new_pages)
+            return Sections(new_rows, new_pages, writes=writes)
         decode = section(bucket)
         decode[: len(plan.decode_rows)] = plan.decode_rows
         decode[len(plan.decode_rows) :] = 0
-        return Sections(new_rows, new_pages, decode=bucket)
+        return Sections(new_rows, new_pages, decode=bucket, writes=writes)
 
     num_decodes, num_tokens = len(plan.decode_rows), plan.num_tokens
     tokens = section(3 * num_tokens).reshape(3, num_tokens)
@@ -130,28 +155,77 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
             samples.append(query - 1)
     section(len(samples))[:] = samples
     section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
-    return Sections(new_rows, new_pages, tokens=num_tokens, samples=len(samples), tiles=len(tiles))
+    return Sections(new_rows, new_pages, tokens=num_tokens, samples=len(samples), tiles=len(tiles), writes=writes)
+
+
+def _write_memories(plan: Plan, section: Callable[[int], IntArray]) -> int:
+    """Write what the memories of new rows begin with; returns how many words."""
+    writes = [
+        (new_row.row, *row_writes(new_row.request.padding, new_row.known, new_row.request.logits.rules))
+        for new_row in plan.new_rows
+        if new_row.known or new_row.request.padding or new_row.request.logits.rules
+    ]
+    count = sum(len(columns) for _, columns, _ in writes)
+    out, start = section(3 * count).reshape(3, count), 0
+    for row, columns, values in writes:
+        end = start + len(columns)
+        out[0, start:end], out[1, start:end], out[2, start:end] = row, columns, values
+        start = end
+    return count
 
 
 def _record(new_row: NewRow) -> list[int]:
     request = new_row.request
-    sampling = request.sampling
-    floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32).view(np.int32).tolist()
+    sampling, logits = request.sampling, request.logits
+    called = request.processors is not None
+    temperature, top_p, min_p, repetition, encoder, top_h, typical_p, epsilon, eta = (
+        np.array(
+            [
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                logits.repetition_penalty,
+                logits.encoder_repetition_penalty,
+                sampling.top_h,
+                sampling.typical_p,
+                sampling.epsilon_cutoff,
+                sampling.eta_cutoff,
+            ],
+            np.float32,
+        )
+        .view(np.int32)
+        .tolist()
+    )
     seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
+    decay = np.array([logits.decay_factor], np.float64).view(np.int32).tolist()
     # The device needs not know all of them: the host decides which token ends a request, and a row that the device
     # does not take for finished is computed once more for nothing. An id that no vocabulary has cannot be sampled.
     eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32][:MAX_EOS]
     return [
         new_row.row,
-        floats[0],
-        sampling.top_k,
-        floats[1],
-        floats[2],
+        _ONE if called else temperature,
+        0 if called else sampling.top_k,
+        _ONE if called else top_p,
+        0 if called else min_p,
         int(sampling.do_sample),
         *seed,
-        len(request.prompt) + request.min_new_tokens,
+        0 if called else len(request.prompt) + request.min_new_tokens,
         new_row.start,
         len(request.prompt) + request.max_new_tokens,
+        len(request.prompt),
+        len(request.padding),
+        repetition,
+        encoder,
+        logits.no_repeat_ngram_size,
+        logits.encoder_no_repeat_ngram_size,
+        logits.decay_start,
+        *decay,
+        int(logits.remove_invalid),
+        int(logits.renormalize and request.output_scores),
+        top_h,
+        typical_p,
+        epsilon,
+        eta,
         *eos,
         *[-1] * (MAX_EOS - len(eos)),
     ]

@@ -226,7 +226,14 @@ class Worker:
             for new_row in engine.started:
                 if new_row.request.request_id in self._handles:
                     self._handles[new_row.request.request_id]._start(new_row.start)
+            for request_id, made in engine.outputs.items():
+                self._handles[request_id]._keep(*made)
             self._deliver(emissions)
+            for request_id, raised in engine.failed:
+                handle = self._handles[request_id]
+                self._forget(request_id)
+                _clear_frames(raised)
+                handle._fail(raised)
 
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)

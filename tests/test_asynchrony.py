@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.toy_engine import ToyEngine, reference, run_random_schedule, verify
+from support.toy_engine import VOCAB, ToyEngine, reference, run_random_schedule, verify
 
 from hf_async_batching.devices import Guard
 from hf_async_batching.plan import Chunk
@@ -150,3 +151,80 @@ class EvictsPagesThatAreHeld(Scheduler):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_what_the_prefix_cache_must_not_do_is_seen(scheduler: type[Scheduler], depth: int) -> None:
     assert any(_wrong_token(depth, seed, True, scheduler_class=scheduler, debug=False) for seed in range(60))
+
+
+# -- scores and histories -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_random_schedules_with_scores_and_logits(depth: int) -> None:
+    made = 0
+    for seed in range(SCHEDULES // 10):
+        engine = ToyEngine(depth, seed, outputs=True)
+        verify(engine, run_random_schedule(engine, seed))
+        made += sum(map(len, engine.made.values()))
+    assert made > SCHEDULES, "hardly anything was wanted"
+
+
+OUTPUT_GUARDS = [(Guard.OUTPUT_FREE, 3)] + [
+    (guard, depth) for guard in (Guard.OUTPUT_READY, Guard.RESULT_READY, Guard.CALLER_WORK) for depth in (2, 3)
+]
+
+
+def _wrong_output(depth: int, seed: int, without: Guard | None = None) -> bool:
+    """Whether a schedule yields a wrong line of scores or logits for a token whose predecessors were right."""
+    engine = ToyEngine(depth, seed, outputs=True, without=without)
+    with contextlib.suppress(AssertionError, IndexError, KeyError, RuntimeError):
+        run_random_schedule(engine, seed)
+    for name, made in engine.made.items():
+        want, got = reference(engine.requests[name]), engine.emitted.get(name, [])
+        for i, lines in enumerate(made[: len(want)]):
+            if got[:i] == want[:i] and any(line is not None and line.tolist() != one_hot(want[i]) for line in lines):
+                return True
+    return False
+
+
+def one_hot(token: int) -> list[float]:
+    return [float(token == i) for i in range(VOCAB)]
+
+
+@pytest.mark.parametrize(("guard", "depth"), OUTPUT_GUARDS, ids=lambda value: getattr(value, "name", value))
+def test_each_wait_is_needed_by_scores(guard: Guard, depth: int) -> None:
+    assert any(_wrong_output(depth, seed, guard) for seed in range(60))
+    assert not any(_wrong_output(depth, seed) for seed in range(5))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("conversations", [False, True])
+def test_histories_are_whole(depth: int, conversations: bool) -> None:
+    """Of rows that were preempted, that found their first pages, that were taken over from others."""
+    histories = preemptions = hits = 0
+    for seed in range(SCHEDULES // 20):
+        engine = ToyEngine(depth, seed, num_pages=8 + seed % 7, remembers=True)
+        verify(engine, run_random_schedule(engine, seed, num_requests=9, conversations=conversations))
+        assert not engine.wrong_histories
+        histories += engine.histories
+        preemptions += engine.scheduler.preemptions
+        hits += engine.scheduler.pages.prefixes.hit_tokens
+    assert histories > SCHEDULES
+    assert preemptions > SCHEDULES / 50
+    assert not conversations or hits > SCHEDULES
+
+
+class ForgetsWhatWasFound(Scheduler):
+    """Sends no tokens that stand in pages which were found."""
+
+    def plan(self) -> Any:
+        plan = super().plan()
+        if plan is not None:
+            plan = replace(plan, new_rows=tuple(new_row._replace(known=()) for new_row in plan.new_rows))
+        return plan
+
+
+def test_an_incomplete_history_is_seen() -> None:
+    wrong = 0
+    for seed in range(20):
+        engine = ToyEngine(2, seed, remembers=True, scheduler_class=ForgetsWhatWasFound)
+        run_random_schedule(engine, seed, num_requests=9, conversations=True)
+        wrong += len(engine.wrong_histories)
+    assert wrong

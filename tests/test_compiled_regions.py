@@ -35,7 +35,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         assembly,
         "compile_checked",
-        lambda forward, backend, early: compile_checked(forward, backend, "eager", early=early),
+        lambda forward, backend, **options: compile_checked(forward, backend, "eager", **options),
     )
 
 
@@ -119,7 +119,9 @@ def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: py
         return run
 
     compile_checked = assembly.compile_checked
-    monkeypatch.setattr(assembly, "compile_checked", lambda f, b, early: compile_checked(f, b, miscompile))
+    monkeypatch.setattr(
+        assembly, "compile_checked", lambda f, b, **options: compile_checked(f, b, miscompile, **options)
+    )
     model = tiny_model("Llama")
     running = assemble(model, BatchingConfig(compile=True, max_rows=4, max_batch_tokens=32))
     plain = running.runner._forward
@@ -134,10 +136,10 @@ def test_serving_goes_on_while_compiling(monkeypatch: pytest.MonkeyPatch) -> Non
     compile_checked = assembly.compile_checked
     may_compile, compiling = threading.Event(), threading.Event()
 
-    def slowly(forward: ModelForward, backend: Any, *, early: bool) -> None:
+    def slowly(forward: ModelForward, backend: Any, **options: Any) -> None:
         compiling.set()
         assert may_compile.wait(60)
-        compile_checked(forward, backend, "eager", early=early)
+        compile_checked(forward, backend, "eager", **options)
 
     monkeypatch.setattr(assembly, "compile_checked", slowly)
     model = tiny_model("Llama")

@@ -75,9 +75,9 @@ def test_choices_on_the_cpu() -> None:
 
 def test_choices_on_cuda() -> None:
     chosen = resolve(CUDA)
-    assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (2, 16, 256, 8192)
-    assert chosen.pages_per_row == 63
-    assert chosen.num_pages == 63 * 256
+    assert (chosen.depth, chosen.page_size, chosen.max_rows, chosen.max_batch_tokens) == (2, 32, 256, 8192)
+    assert chosen.pages_per_row == 32
+    assert chosen.num_pages == 32 * 256
     assert chosen.settings.memory_fraction == 0.92
     assert chosen.settings.compile is chosen.settings.fuse_weights is True
 
@@ -91,15 +91,15 @@ def test_steps_of_large_models_take_fewer_prompt_tokens() -> None:
 def test_the_cache_takes_nine_tenths_of_what_the_weights_leave() -> None:
     """Of a card of 80 GiB, of which the weights take 15 and torch itself half of one."""
     chosen = resolve(CUDA, context=1 << 20, free=80 * GIB - 15 * GIB - GIB // 2, weights=15 * GIB)
-    assert chosen.num_pages * 16 * TOKEN_BYTES >= 0.9 * 65 * GIB
+    assert chosen.num_pages * 32 * TOKEN_BYTES >= 0.9 * 65 * GIB
 
 
 def test_small_cards_keep_room_for_the_steps() -> None:
     free = 6 * GIB
     chosen = resolve(CUDA, context=1 << 20, free=free)
-    assert 1.4 * GIB < free - chosen.num_pages * 16 * TOKEN_BYTES < 1.6 * GIB
+    assert 1.4 * GIB < free - chosen.num_pages * 32 * TOKEN_BYTES < 1.6 * GIB
     asked = resolve(CUDA, context=1 << 20, free=free, memory_fraction=0.95)
-    assert free - asked.num_pages * 16 * TOKEN_BYTES < 0.4 * GIB, "who asks for more gets it"
+    assert free - asked.num_pages * 32 * TOKEN_BYTES < 0.4 * GIB, "who asks for more gets it"
 
 
 def test_what_is_for_cuda_only_by_default() -> None:

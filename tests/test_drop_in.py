@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
-from transformers import GenerationConfig, TextIteratorStreamer
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from support.tiny_tokenizer import tiny_tokenizer
+from transformers import AsyncTextIteratorStreamer, GenerationConfig, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -169,6 +170,64 @@ def test_seeded_row_does_not_depend_on_company(model: Any, manager: Any) -> None
     assert together == alone
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_return_sequences": 3, "do_sample": True, "top_k": 1},
+        {"attention_mask": torch.ones(3, 1, dtype=torch.long)},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "max_length": 5.5, "max_new_tokens": None},
+        {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 0, 1, 1]])},
+        {"input_ids": torch.tensor([[5, 6], [0, 6]]), "attention_mask": torch.tensor([[1.0, 1], [0, 1]])},
+        {"input_ids": torch.tensor([[5, 6], [0, 6]])},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "eos_token_id": []},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "min_new_tokens": 9, "eos_token_id": [3, 13, 18]},
+        {"inputs": torch.tensor([[5, 6, 7]])},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")
+def test_odd_inputs_are_taken_as_generate_takes_them(model: Any, manager: Any, arguments: dict[str, Any]) -> None:
+    arguments = {"max_new_tokens": 4, "do_sample": False, **arguments}
+    expected = model.generate(**arguments)
+    assert torch.equal(model.generate(custom_generate=manager.bind(), **arguments), expected)
+    assert torch.equal(hf_async_batching.generate(model, manager=manager, **arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"`input_ids` of shape \(1, 0\) is empty"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"`input_ids` of shape \(0, 3\) is empty"),
+        (
+            {"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])},
+            "`attention_mask` hides every token of row 1",
+        ),
+        (
+            {"input_ids": torch.tensor([[5, 6, 7]]), "max_length": 3, "max_new_tokens": None},
+            "`max_length` is set to 3",
+        ),
+        ({"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+    ],
+    ids=["no tokens", "no rows", "all hidden", "max_length", "max_new_tokens"],
+)
+def test_prompts_that_cannot_be(model: Any, manager: Any, arguments: dict[str, Any], match: str) -> None:
+    arguments = {"max_new_tokens": 4, **arguments}
+    with pytest.raises(ValueError, match=match):
+        model.generate(custom_generate=manager.bind(), **arguments)
+    with pytest.raises(ValueError, match=match):
+        hf_async_batching.generate(model, manager=manager, **arguments)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_max_length_counts_the_padding(model: Any, plug: Any, side: str) -> None:
+    inputs = padded(PROMPTS, side)
+    out = model.generate(**inputs, custom_generate=plug, max_length=36, do_sample=False, eos_token_id=None)
+    assert out.shape == (5, 36)
+    for row, prompt in zip(out[:, 30:].tolist(), PROMPTS, strict=True):
+        assert row == greedy_alone(model, prompt, 6, eos_token_id=None, pad_token_id=0)
+
+
 def test_the_global_random_state_is_not_touched(model: Any, plug: Any) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -273,9 +332,64 @@ def test_text_iterator_streamer_in_another_thread(model: Any, manager: Any) -> N
     assert [int(token) for token in text.split()] == greedy_alone(model, PROMPTS[3], 6)
 
 
-def test_streamer_takes_one_prompt(model: Any, plug: Any) -> None:
-    with pytest.raises(ValueError, match="single sequence"):
-        model.generate(torch.ones(2, 3, dtype=torch.long), streamer=Recorder(), custom_generate=plug, max_new_tokens=2)
+def test_a_streamer_for_one_prompt_says_so_itself(model: Any, plug: Any, manager: Any) -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for call in (
+        lambda streamer: model.generate(ids, streamer=streamer, custom_generate=plug, max_new_tokens=2),
+        lambda streamer: hf_async_batching.generate(model, ids, streamer=streamer, manager=manager, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="only supports batch size 1"):
+            call(TextIteratorStreamer(tiny_tokenizer(), timeout=60))
+
+
+@pytest.mark.parametrize("way", ["argument", "bound", "direct", "folder"])
+def test_async_text_streamer(model: Any, manager: Any, way: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([PROMPTS[3]])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+
+    async def read() -> str:
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+
+        def run() -> None:
+            if way == "argument":
+                model.generate(ids, streamer=streamer, custom_generate=manager.bind(), **arguments)
+            elif way == "bound":
+                model.generate(ids, custom_generate=manager.bind(streamer=streamer), **arguments)
+            elif way == "direct":
+                hf_async_batching.generate(model, ids, streamer=streamer, manager=manager, **arguments)
+            else:
+                model.generate(
+                    ids,
+                    streamer=streamer,
+                    custom_generate=str(ROOT),
+                    trust_remote_code=True,
+                    manager=manager,
+                    **arguments,
+                )
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        text = "".join([piece async for piece in streamer])
+        thread.join()
+        return text
+
+    assert asyncio.run(read()) == tokenizer.decode(greedy_alone(model, PROMPTS[3], 12, eos_token_id=None))
+
+
+def test_custom_generate_folder_takes_what_a_callable_never_sees(model: Any, manager: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([PROMPTS[3]])
+    string = tokenizer.decode(greedy_alone(model, PROMPTS[3], 20, eos_token_id=None))[10:13]
+    arguments: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    arguments |= {"stop_strings": [string], "tokenizer": tokenizer}
+    expected, got = Recorder(), Recorder()
+    want = model.generate(ids, streamer=expected, **arguments)
+    out = model.generate(
+        ids, streamer=got, custom_generate=str(ROOT), trust_remote_code=True, manager=manager, **arguments
+    )
+    assert torch.equal(out, want) and out.shape[1] < ids.shape[1] + 20
+    assert got.calls == expected.calls
 
 
 def test_custom_generate_folder(model: Any) -> None:
@@ -288,35 +402,19 @@ def test_custom_generate_folder(model: Any) -> None:
     assert torch.equal(got, expected)
 
 
-class Ban(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
-class Stop(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
         ({"num_beams": 2}, "num_beams"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
-        ({"max_time": 3.0}, "max_time"),
-        ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
-        ({"stopping_criteria": StoppingCriteriaList([Stop()])}, "Stop"),
-        ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
-        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_not_served_is_refused_by_name(model: Any, plug: Any, arguments: dict[str, Any], name: str) -> None:
-    ids = {} if "inputs_embeds" in arguments else {"input_ids": torch.tensor([[5, 6, 7]])}
+    ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(UnsupportedArgumentError, match=name):
-        model.generate(**ids, **arguments, max_new_tokens=3, custom_generate=plug)
+        model.generate(ids, **arguments, max_new_tokens=3, custom_generate=plug)
 
 
 def test_positions_that_differ_only_under_padding_are_taken(model: Any, plug: Any) -> None:
@@ -333,11 +431,6 @@ def test_positions_that_differ_only_under_padding_are_taken(model: Any, plug: An
 def test_assistant_model_is_refused(model: Any, plug: Any) -> None:
     with pytest.raises(UnsupportedArgumentError, match="assistant_model"):
         model.generate(torch.tensor([[5, 6]]), assistant_model=model, max_new_tokens=3, custom_generate=plug)
-
-
-def test_autocast_is_refused(model: Any, plug: Any) -> None:
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedArgumentError, match="autocast"):
-        model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=plug)
 
 
 def test_unknown_arguments_are_refused_by_transformers(model: Any, plug: Any) -> None:

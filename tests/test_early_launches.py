@@ -67,7 +67,7 @@ def test_all_generated_modules_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_unsafe_code_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[bool] = []
 
-    def compile_checked(forward: object, backend: object, *, early: bool) -> None:
+    def compile_checked(forward: object, backend: object, *, page_size: int, early: bool) -> None:
         tried.append(early)
         if early:
             raise UnsafeEarlyLaunchError("no wait")
@@ -76,7 +76,7 @@ def test_unsafe_code_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "compile_checked", compile_checked)
     monkeypatch.setattr(assembly, "device_launches_early", lambda device: True)
     monkeypatch.setattr(assembly, "ModelForward", lambda model, fused: made)
-    config = SimpleNamespace(settings=SimpleNamespace(attention_backend="torch"))
+    config = SimpleNamespace(page_size=16, settings=SimpleNamespace(attention_backend="torch"))
     forward, _ = assembly._compiled_forward(torch.nn.Linear(1, 1), True, config)  # type: ignore[arg-type]
     assert forward is made and tried == [True, False]
 

@@ -10,24 +10,12 @@ import torch
 from support.tiny_models import EOS, VOCAB, tiny_model
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import (
-    EosTokenCriteria,
-    LogitsProcessor,
     LogitsProcessorList,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.prepared_checks import check_criteria, check_model_inputs, check_processors
+from hf_async_batching.prepared_checks import check_model_inputs
 
 IDS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -50,10 +38,8 @@ class Prepared:
         self.kwargs = kwargs
 
     def check(self) -> torch.Tensor | None:
-        """All three checks, as the drop-in makes them."""
-        check_processors(self.processors, self.config)
-        check_criteria(self.criteria, self.config)
-        return check_model_inputs(self.kwargs, self.input_ids)
+        """As the drop-in checks it."""
+        return check_model_inputs(self.kwargs, self.input_ids)[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +56,6 @@ def prepare(model: PreTrainedModel, **arguments: Any) -> Prepared:
 def refused(prepared: Prepared, *names: str) -> None:
     with pytest.raises(UnsupportedArgumentError, match=".*".join(map(re.escape, names))):
         prepared.check()
-
-
-class Custom(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
-class TemperatureLogitsWarperOfMine(TemperatureLogitsWarper):
-    pass
-
-
-class CustomCriterion(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -115,97 +87,6 @@ def test_what_generate_itself_prepares_passes(model: PreTrainedModel, arguments:
         assert torch.equal(mask.bool()[:: len(mask) // 2], wanted.bool())
 
 
-# -- processors ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "processor",
-    [Custom(), RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarperOfMine(0.7)],
-    ids=lambda processor: type(processor).__name__,
-)
-def test_custom_processors_are_refused_by_name(model: PreTrainedModel, processor: LogitsProcessor) -> None:
-    prepared = prepare(model, logits_processor=LogitsProcessorList([processor]))
-    refused(prepared, "`logits_processor`", type(processor).__name__, "`model.generate`")
-
-
-def test_a_class_of_ones_own_with_a_known_name_is_refused(model: PreTrainedModel) -> None:
-    impostor = type("TopKLogitsWarper", (Custom,), {"__module__": "transformers_modules.mine", "top_k": 50})
-    prepared = prepare(model, do_sample=True, logits_processor=LogitsProcessorList([impostor()]))
-    refused(prepared, "TopKLogitsWarper is not served")
-
-
-@pytest.mark.parametrize(
-    ("processor", "field"),
-    [
-        (TemperatureLogitsWarper(0.5), "temperature"),
-        (TopKLogitsWarper(3), "top_k"),
-        (TopPLogitsWarper(0.5), "top_p"),
-        (MinPLogitsWarper(0.5), "min_p"),
-        (MinLengthLogitsProcessor(9, EOS), "min_length"),
-        (MinNewTokensLengthLogitsProcessor(4, 3, EOS), "min_new_tokens"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_processors_that_differ_from_the_config_are_refused(
-    model: PreTrainedModel, processor: LogitsProcessor, field: str
-) -> None:
-    prepared = prepare(model, logits_processor=LogitsProcessorList([processor]))
-    refused(prepared, "`logits_processor`", type(processor).__name__, f"pass `{field}` to generate instead")
-
-
-@pytest.mark.parametrize(
-    ("processor", "arguments"),
-    [
-        (MinLengthLogitsProcessor(8, [11]), {"min_length": 8}),
-        (MinNewTokensLengthLogitsProcessor(4, 3, [11]), {"min_new_tokens": 3}),
-        (MinNewTokensLengthLogitsProcessor(0, 3, [EOS]), {"min_new_tokens": 3}),
-        (TopPLogitsWarper(0.5, min_tokens_to_keep=9), {"top_p": 0.5}),
-        (MinPLogitsWarper(0.5, min_tokens_to_keep=9), {"min_p": 0.5}),
-    ],
-    ids=["min_length: eos", "min_new_tokens: eos", "min_new_tokens: prompt", "top_p: keep", "min_p: keep"],
-)
-def test_what_a_known_processor_holds_beside_its_field_is_not_ignored(
-    model: PreTrainedModel, processor: LogitsProcessor, arguments: dict[str, Any]
-) -> None:
-    prepared = prepare(model, do_sample=True, logits_processor=LogitsProcessorList([processor]), **arguments)
-    assert processor in list(prepared.processors)
-    refused(prepared, "`logits_processor`", type(processor).__name__)
-
-
-@pytest.mark.parametrize("processor", [TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.5)])
-def test_a_warper_that_would_apply_twice_is_refused(model: PreTrainedModel, processor: LogitsProcessor) -> None:
-    """transformers adds its own warpers behind a caller's, so that the temperature divides twice."""
-    prepared = prepare(
-        model, do_sample=True, temperature=0.5, top_p=0.5, logits_processor=LogitsProcessorList([processor])
-    )
-    assert [type(one) for one in prepared.processors].count(type(processor)) == 2
-    refused(prepared, "`logits_processor`", type(processor).__name__)
-
-
-# -- criteria -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "criterion", [CustomCriterion(), MaxTimeCriteria(5.0)], ids=lambda criterion: type(criterion).__name__
-)
-def test_custom_criteria_are_refused_by_name(model: PreTrainedModel, criterion: StoppingCriteria) -> None:
-    prepared = prepare(model, stopping_criteria=StoppingCriteriaList([criterion]))
-    refused(prepared, "`stopping_criteria`", type(criterion).__name__, "cancel the request")
-
-
-@pytest.mark.parametrize("eos", [EOS, None])
-def test_other_ends_than_those_of_the_config_are_refused(model: PreTrainedModel, eos: int | None) -> None:
-    prepared = prepare(model, eos_token_id=eos)
-    prepared.criteria = StoppingCriteriaList([EosTokenCriteria(11)])
-    refused(prepared, "`stopping_criteria`", "EosTokenCriteria", "`eos_token_id`")
-
-
-def test_another_maximum_than_that_of_the_config_is_refused(model: PreTrainedModel) -> None:
-    prepared = prepare(model)
-    prepared.criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
-    refused(prepared, "`stopping_criteria`", "MaxLengthCriteria has max_length=7", "`max_length`")
-
-
 # -- inputs of the model ------------------------------------------------------------------------------------------
 
 
@@ -223,15 +104,24 @@ def test_positions_that_generate_would_make_pass(model: PreTrainedModel) -> None
         check_model_inputs({"position_ids": torch.arange(1, 5)[None]}, IDS)
 
 
-def test_embeddings_are_refused(model: PreTrainedModel) -> None:
-    refused(prepare(model, inputs_embeds=torch.zeros(2, 4, 64)), "`inputs_embeds`", "leave it out")
+def test_embeddings_take_the_place_of_tokens_or_stand_beside_them(model: PreTrainedModel) -> None:
+    given = torch.rand(2, 4, 64)
+    for ids in (IDS, None):
+        prepared = prepare(model, input_ids=ids, inputs_embeds=given)
+        mask, embeddings = check_model_inputs(prepared.kwargs, prepared.input_ids)
+        assert mask is not None and torch.equal(mask, MASK)
+        assert embeddings is given or torch.equal(embeddings, given)
+    with pytest.raises(UnsupportedArgumentError, match=r"`inputs_embeds` .*beside `input_ids` of shape \(2, 4\)"):
+        check_model_inputs({"inputs_embeds": torch.rand(2, 3, 64)}, IDS)
+    with pytest.raises(UnsupportedArgumentError, match="`attention_mask` of shape"):
+        check_model_inputs({"inputs_embeds": given, "attention_mask": torch.ones(2, 3)}, IDS[:, :0])
 
 
 def test_anything_else_that_the_forward_might_read_is_refused() -> None:
     for name in ("token_type_ids", "encoder_outputs", "something"):
         with pytest.raises(UnsupportedArgumentError, match=f"`{name}` is not served"):
             check_model_inputs({name: torch.zeros(2, 4)}, IDS)
-        assert check_model_inputs({name: None}, IDS) is None
+        assert check_model_inputs({name: None}, IDS) == (None, None)
 
 
 def test_a_cache_that_holds_tokens_is_refused(model: PreTrainedModel) -> None:

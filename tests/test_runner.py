@@ -15,7 +15,8 @@ from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Features, Plan
 from hf_async_batching.request import Request
-from hf_async_batching.runner import MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
 
@@ -91,18 +92,17 @@ def test_the_kernels_of_the_tables_give_the_same_tokens(depth: int) -> None:
 def test_an_arg_max_needs_no_records() -> None:
     """A plain greedy step neither gathers the rows' parameters nor computes the positions of its tokens."""
     engine = ToyEngine(1, 0, device=FakeGraphDevice())
-    asked: list[tuple[object, ...]] = []
+    asked: list[SampledRows | None] = []
 
-    def sampler(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, None]:
-        asked.append(rest)
+    def sampler(logits: torch.Tensor, rows: SampledRows | None, features: Features) -> tuple[torch.Tensor, None]:
+        asked.append(rows)
         return logits.argmax(-1).int(), None
 
     engine.runner._sampler = sampler  # type: ignore[assignment]
     every = (Features(), Features(logprobs=True), Features(sampling=True), Features(min_length=True))
     for features in every:
         engine.runner._step(engine.state.decode_inputs(2), features)
-    assert [params is not None for params, *_ in asked] == [False, False, True, True]
-    assert [positions is not None for _, positions, _ in asked] == [False, False, True, True]
+    assert [rows is not None for rows in asked] == [False, False, True, True]
 
 
 def test_a_bucket_runs_once_before_it_is_captured() -> None:
@@ -223,3 +223,22 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
     runner.offer(forward)
     runner.tune()
     assert forward.tuned == [1, 2, 4, 7]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_rare_steps_capture_the_forward_alone(depth: int) -> None:
+    """One graph per bucket, whatever is done with its logits; processors run behind each replay."""
+    histories = made = captures = 0
+    for seed in range(12):
+        device = FakeGraphDevice()
+        engine = ToyEngine(depth, seed, device=device, max_rows=5, num_pages=24, remembers=True, outputs=True)
+        verify(engine, run_random_schedule(engine, seed, num_requests=10))
+        assert not engine.wrong_histories
+        forwards = [bucket for bucket, features in engine.runner.captured if features is FORWARD]
+        assert not any(features.eager for _, features in engine.runner.captured if features is not FORWARD)
+        histories += engine.histories
+        made += sum(map(len, engine.made.values()))
+        captures += len(forwards)
+    assert histories > 100
+    assert made > 100
+    assert captures > 12

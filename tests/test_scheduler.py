@@ -259,8 +259,8 @@ def test_a_page_is_taken_when_the_last_one_is_full() -> None:
 def test_a_steady_step_looks_at_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, features and groups are derived again when a sequence joins or leaves, and not for each token or page."""
     derived: list[str] = []
-    features, regroup = scheduler_module._features, Scheduler._regroup
-    monkeypatch.setattr(scheduler_module, "_features", lambda s: derived.append("features") or features(s))
+    features, regroup = scheduler_module.features_of, Scheduler._regroup
+    monkeypatch.setattr(scheduler_module, "features_of", lambda *s: derived.append("features") or features(*s))
     monkeypatch.setattr(Scheduler, "_regroup", lambda self: derived.append("groups") or regroup(self))
     scheduler = make(num_pages=32)
     scheduler.add(request("a", new=30))
@@ -677,14 +677,17 @@ def test_cancel_of_the_unknown() -> None:
         ([SamplingParams(top_k=5, top_p=0.5)], Features()),
         ([SamplingParams(logprobs=True)], Features(logprobs=True)),
         ([SamplingParams(do_sample=True)], Features(sampling=True)),
-        ([SamplingParams(do_sample=True, top_k=9), SamplingParams()], Features(sampling=True, candidates=64)),
+        (
+            [SamplingParams(do_sample=True, top_k=9), SamplingParams()],
+            Features(sampling=True, candidates=64, top_k=64),
+        ),
         (
             [SamplingParams(do_sample=True, top_k=9), SamplingParams(do_sample=True, top_k=900)],
-            Features(sampling=True, candidates=1024),
+            Features(sampling=True, candidates=1024, top_k=1024),
         ),
         (
             [SamplingParams(do_sample=True, top_k=900), SamplingParams(do_sample=True, top_p=0.5)],
-            Features(sampling=True, candidates=-1),
+            Features(sampling=True, candidates=-1, top_k=1024),
         ),
     ],
     ids=str,
@@ -709,7 +712,7 @@ def test_a_piece_that_samples_nothing_needs_nothing() -> None:
     scheduler = make(max_batch_tokens=4)
     scheduler.add(request("a", prompt=8, sampling=SamplingParams(do_sample=True, top_k=3, logprobs=True)))
     assert step(scheduler)[0].features == Features()
-    assert step(scheduler)[0].features == Features(sampling=True, candidates=64, logprobs=True)
+    assert step(scheduler)[0].features == Features(sampling=True, candidates=64, logprobs=True, top_k=64)
 
 
 # -- everything at once -------------------------------------------------------------------------------------------
@@ -728,7 +731,7 @@ class Device:
 
     def run(self, plan: Plan) -> Result:
         """A step, whose tokens follow from what stands in the pages of a row."""
-        for row, owner, start in plan.new_rows:
+        for row, owner, start, _ in plan.new_rows:
             self.lengths[row], self.tables[row], self.owners[row] = start, {}, owner
         for row, index, page in plan.new_pages:
             assert index == len(self.tables[row]), "pages come in order"

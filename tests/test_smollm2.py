@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from support.smollm2 import chat_token_ids, load_smollm2
+from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers.generation import StopStringCriteria
 
 import hf_async_batching
+from demo.embedded import embedded_model_dir
 from hf_async_batching import BatchingConfig, GenerationManager
 
 CONFIGS = [(1, 256), (2, 16), (3, 16), (1, 16), (2, 256), (3, 256)]
@@ -129,3 +132,42 @@ def test_threads_meet_in_the_shared_manager(smollm2: Any) -> None:
     manager.close()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert rows > 1, "the threads never shared a step"
+
+
+def test_stop_strings_and_streams_of_real_text(smollm2: Any) -> None:
+    """Strings that begin and end within tokens; each row stops at its own, and the text is streamed up to there."""
+    model, prompts, _ = smollm2
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    tokenizer.padding_side = "left"
+    chosen = [prompt for prompt in prompts if 20 < len(prompt) < 60][:3]
+    inputs = tokenizer.pad({"input_ids": chosen}, return_tensors="pt")
+    arguments = {**inputs, "max_new_tokens": 16, "do_sample": False}
+    free = model.generate(**arguments)[:, inputs["input_ids"].shape[1] :]
+    made = tokenizer.batch_decode(free, skip_special_tokens=True)
+    strings = [text[len(text) // 2 :][:6] for text in made]
+    assert all(strings)
+    arguments |= {"stop_strings": strings, "tokenizer": tokenizer}
+    expected = model.generate(**arguments)
+    criterion = StopStringCriteria(tokenizer, strings)
+    stopped = [
+        any(criterion(row[None, :end], None)[0] for end in range(inputs["input_ids"].shape[1] + 1, len(row) + 1))
+        for row in expected
+    ]
+    assert sum(stopped) >= 2, "nothing to see"
+    with GenerationManager(model, BatchingConfig(attach_check=False)) as manager:
+        assert torch.equal(model.generate(custom_generate=manager.bind(), **arguments), expected)
+        handles = [
+            manager.submit(
+                prompt, max_new_tokens=16, do_sample=False, stop_strings=[string], tokenizer=tokenizer, max_time=600
+            )
+            for prompt, string in zip(chosen[:2], strings[:2], strict=True)
+        ]
+        for prompt, string, handle in zip(chosen[:2], strings[:2], handles, strict=True):
+            ids = torch.tensor([prompt])
+            one = {"max_new_tokens": 16, "do_sample": False, "stop_strings": [string], "tokenizer": tokenizer}
+            one["attention_mask"] = torch.ones_like(ids)
+            plain = model.generate(ids, **one)[0, len(prompt) :]
+            assert handle.result(300).token_ids == plain.tolist()
+            streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            hf_async_batching.generate(model, ids, streamer=streamer, manager=manager, **one)
+            assert "".join(streamer) == tokenizer.decode(plain, skip_special_tokens=True)

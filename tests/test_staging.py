@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from hf_async_batching import staging
+from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.request import Request, SamplingParams
+from hf_async_batching.row_layout import HISTORY_START, Rule, RuleKind
 from hf_async_batching.staging import CARRY_OVER, MAX_EOS, PARAMS, Sections, encode
 
 SENTINEL = -77
@@ -34,6 +36,7 @@ def decoded(sections: Sections, array: list[int]) -> dict[str, list[Any]]:
     shapes = [
         ("new_rows", sections.new_rows, 1 + PARAMS, False),
         ("new_pages", sections.new_pages, 3, False),
+        ("writes", sections.writes, 3, True),
         ("decode", sections.decode, 1, False),
         ("tokens", sections.tokens, 3, True),
         ("samples", sections.samples, 1, False),
@@ -58,10 +61,14 @@ def bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
+def double(value: float) -> tuple[int, int]:
+    return struct.unpack("<ii", struct.pack("<d", value))
+
+
 def test_sizes_add_up() -> None:
     assert Sections().total == 0
-    assert PARAMS == 10 + MAX_EOS
-    assert Sections(2, 3, 5, 7, 11, 13).total == 2 * (1 + PARAMS) + 3 * 3 + 5 + 7 * 3 + 11 + 13 * 4
+    assert PARAMS == 25 + MAX_EOS
+    assert Sections(2, 3, 5, 7, 11, 13, 17).total == 2 * (1 + PARAMS) + 3 * 3 + 17 * 3 + 5 + 7 * 3 + 11 + 13 * 4
 
 
 def test_a_new_row() -> None:
@@ -72,8 +79,9 @@ def test_a_new_row() -> None:
     assert sections == Sections(new_rows=2)
     first, second = decoded(sections, array)["new_rows"]
     assert first[:11] == (3, bits(0.7), 50, bits(0.9), bits(0.05), 1, -(2**31) + 5, 2**30, 7, 48, 12)
-    assert first[11:] == (7, 0, *[-1] * (MAX_EOS - 2))
-    assert second == (1, bits(1.0), 0, bits(1.0), 0, 0, 0, 0, 1, 0, 10, 7, *[-1] * (MAX_EOS - 1))
+    neutral = (0, bits(1.0), bits(1.0), 0, 0, 0, *double(1.0), 0, 0, 0, bits(1.0), 0, 0)
+    assert first[11:] == (3, *neutral, 7, 0, *[-1] * (MAX_EOS - 2))
+    assert second == (1, bits(1.0), 0, bits(1.0), 0, 0, 0, 0, 1, 0, 10, 1, *neutral, 7, *[-1] * (MAX_EOS - 1))
 
 
 def test_more_end_of_sequence_tokens_than_the_device_knows() -> None:
@@ -97,15 +105,66 @@ def test_more_end_of_sequence_tokens_than_the_device_knows() -> None:
         (staging.MIN_LENGTH, 6),
         (staging.START, 32),
         (staging.MAX_LENGTH, 13),
+        (staging.PROMPT_LENGTH, 4),
+        (staging.PADDING, 3),
+        (staging.REPETITION_PENALTY, bits(1.5)),
+        (staging.ENCODER_PENALTY, bits(0.75)),
+        (staging.NGRAM, 3),
+        (staging.ENCODER_NGRAM, 4),
+        (staging.DECAY_START, 7),
+        (staging.DECAY_LOW, double(1.1)[0]),
+        (staging.DECAY_HIGH, double(1.1)[1]),
+        (staging.REMOVE_INVALID, 1),
+        (staging.RENORMALIZE, 1),
+        (staging.TOP_H, bits(0.375)),
+        (staging.TYPICAL_P, bits(0.625)),
+        (staging.EPSILON, bits(0.25)),
+        (staging.ETA, bits(0.125)),
         (staging.FIRST_EOS, 4),
         (staging.FIRST_EOS + MAX_EOS - 1, 4 + MAX_EOS - 1),
     ],
 )
 def test_columns_of_a_record(column: int, value: int) -> None:
-    sampling = SamplingParams(True, 0.25, 12, 0.5, 0.125, 2**63 - 1)
-    request = Request("a", (1, 2, 3, 4), 9, 2, tuple(range(4, 4 + MAX_EOS)), sampling)
+    sampling = SamplingParams(
+        True, 0.25, 12, 0.5, 0.125, 2**63 - 1, top_h=0.375, typical_p=0.625, epsilon_cutoff=0.25, eta_cutoff=0.125
+    )
+    logits = LogitsParams((), 1.5, 0.75, 3, 4, 7, 1.1, True, True)
+    request = Request(
+        "a",
+        (1, 2, 3, 4),
+        9,
+        2,
+        tuple(range(4, 4 + MAX_EOS)),
+        sampling,
+        logits,
+        padding=(0, 0, 0),
+        output_scores=True,
+    )
     sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, request, 32),)))
     assert decoded(sections, array)["new_rows"][0][1 + column] == value
+
+
+def test_processors_that_are_called_leave_nothing_to_the_sampler() -> None:
+    sampling = SamplingParams(True, 0.25, 12, 0.5, 0.125, 5)
+    request = Request("a", (1, 2, 3, 4), 9, 2, (7,), sampling, processors=object())
+    sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, request),)))
+    record = decoded(sections, array)["new_rows"][0][1:]
+    assert record[:8] == (bits(1.0), 0, bits(1.0), 0, 1, 5, 0, 0)
+
+
+def test_what_a_row_remembers_from_the_start() -> None:
+    rules = (Rule(RuleKind.BIAS, 8, (5, 6), 2.5), Rule(RuleKind.SUPPRESS, 9, position=4))
+    ruled = Request("a", (1, 2, 3, 4), 9, logits=LogitsParams(rules), padding=(0, 0))
+    plain = Request("b", (7, 8), 9)
+    plan = Plan(0, (), new_rows=(NewRow(3, ruled), NewRow(1, plain), NewRow(2, plain, 2, (7, 8))))
+    sections, array = encoded(plan)
+    writes = decoded(sections, array)["writes"]
+    words = [1, -1, 8, bits(2.5), 6, 5, *[-1] * 6, 4, 4, 9, bits(float("-inf")), *[-1] * 8]
+    assert writes == [
+        *[(3, column, word) for column, word in enumerate(words)],
+        *[(3, HISTORY_START + i, 0) for i in range(2)],
+        *[(2, HISTORY_START + i, 7 + i) for i in range(2)],
+    ]
 
 
 def test_new_pages() -> None:

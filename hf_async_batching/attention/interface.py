@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from hf_async_batching.attention.backend import AttentionOptions
 from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.autocast import lowered
 from hf_async_batching.errors import UnsupportedModelError
 
 NAME = "hf_async_batching_paged"
@@ -149,6 +150,7 @@ def paged_attention_forward(
     Raises:
         UnsupportedModelError: The family asks for something that the kernels do not do.
     """
+    query, key, value = lowered(query, key, value)
     # Not `is_compiling()`: that is true in every thread while one of them compiles.
     if torch.compiler.is_dynamo_compiling():
         return _traced(module, query, key, value, scaling, softcap), None

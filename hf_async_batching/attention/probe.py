@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hf_async_batching.attention.cache import LayerShape
 from hf_async_batching.attention.interface import PagedLayer
+from hf_async_batching.autocast import lowered
 from hf_async_batching.errors import UnsupportedModelError
 
 NAME = "hf_async_batching_probe"
@@ -134,6 +135,7 @@ def _probe_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     name = type(module).__name__
+    query, key, value = lowered(query, key, value)
     if id(module) in _recorder.layers:
         raise UnsupportedModelError(f"{name} calls attention more than once per forward")
     for argument in _UNSERVED:

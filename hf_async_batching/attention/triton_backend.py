@@ -116,13 +116,14 @@ class TritonBackend:
             )  # fmt: skip
             example = _Example(layer, page_size, device)
             options = AttentionOptions(layer.key_dim**-0.5, layer.sliding_window)
-            jobs[layer, "write"] = example.write
+            # The one that takes longest first.
             jobs[layer, "prefill"] = partial(example.prefill, self._settings.prefill(problem, 0, options), options)
             for batch in sorted(set(batches)):
                 config = self._settings.decode(problem, 0, options, batch)
                 # How many share a context is no constant of the kernel; whether any do is.
                 kind = config._replace(splits=min(config.splits, 2))
                 jobs.setdefault((layer, kind), partial(example.decode, config, options))
+            jobs[layer, "write"] = example.write
         side_by_side(list(jobs.values()), device)
 
     def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:

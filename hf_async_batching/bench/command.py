@@ -19,6 +19,7 @@ from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.peers import PEERS, run_peer
+from hf_async_batching.bench.sampling_option import SamplingOption
 from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.timeline_picture import draw
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload
@@ -37,6 +38,11 @@ examples:
 
   a small model, where the host is the bottleneck; the median of three runs:
     hf-async-batching bench small --shape qwen3-0.6b --depth 1 2 --repeats 3
+
+  what drawing costs, with every usual filter on every row:
+    hf-async-batching bench small --shape qwen3-0.6b --depth 2 --repeats 3
+    hf-async-batching bench small --shape qwen3-0.6b --depth 2 --repeats 3 \\
+        --sampling temperature=0.8,top_k=50,top_p=0.95,repetition_penalty=1.1
 
   conversations, with the prefix cache and without it:
     hf-async-batching bench chat --shape qwen3-8b
@@ -101,6 +107,7 @@ def add_parser(commands: Any) -> None:
     add("--peer-limit", type=float, default=300.0, metavar="S", help="give a peer's run up after S seconds (300)")
     add("--repeats", type=_count, default=1, metavar="N", help="counted runs; the one with the median time counts (1)")
     add("--accuracy", type=int, default=2, metavar="N", help="check N requests against the plain forward (2; 0: none)")
+    add("--sampling", metavar="FIELDS", help="draw tokens, as in 'temperature=0.8,top_k=50'; not checked for accuracy")
     add("--device", choices=("cuda", "cpu"), help="where to run (cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (bfloat16; float32 on the CPU)")
     add("--out", type=Path, metavar="DIR", help="write the JSON and the picture of each workload there")
@@ -147,6 +154,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BenchError(f"there is no shape {arguments.shape!r}; choose one of {', '.join(SHAPES)}")
     if arguments.turns is not None and "chat" not in arguments.workloads:
         raise BenchError("--turns belongs to the workload chat")
+    if arguments.sampling is not None:
+        if arguments.peer:
+            raise BenchError("--sampling is for our own engine: peers are greedy")
+        try:
+            SamplingOption.parse(arguments.sampling)
+        except ValueError as error:
+            raise BenchError(f"--sampling: {error}") from error
     if arguments.accuracy < 0:
         raise BenchError(f"--accuracy must not be negative, got {arguments.accuracy}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -214,12 +228,13 @@ def _bench_workload(
         if name == "chat":
             sizes["turns"] = arguments.turns
         vocab: int = model.config.get_text_config().vocab_size
-        return make_workload(name, vocab, seed=seed, **sizes)
+        made = make_workload(name, vocab, seed=seed, **sizes)
+        return made if arguments.sampling is None else SamplingOption.parse(arguments.sampling).of(made)
 
     workload = make(0)
     print(
         f"\n{name}, {label}: {workload.num_requests} requests, {workload.prompt_tokens:,} prompt and "
-        f"{workload.new_tokens:,} new tokens\n",
+        f"{workload.new_tokens:,} new tokens{f', {arguments.sampling}' if arguments.sampling else ''}\n",
         flush=True,
     )
     measured = []
@@ -243,7 +258,9 @@ def _bench_workload(
             )
         except (HfAsyncBatchingError, ValueError) as error:
             raise BenchError(f"{name}: {error}") from error
-    accuracy = _accuracy(model, workload, measured[0], arguments.accuracy)
+    # Drawn tokens are no arg-max.
+    checked = arguments.accuracy if arguments.sampling is None else 0
+    accuracy = _accuracy(model, workload, measured[0], checked)
     peers: list[PeerRun] = [
         run_peer(
             peer,

@@ -45,7 +45,8 @@ class Workload:
         if done == len(turns):
             return None
         message, new = turns[done]
-        return Request(f"{conversation}.{done + 1}", (*request.prompt, *answer, *message), new)
+        name, prompt = f"{conversation}.{done + 1}", (*request.prompt, *answer, *message)
+        return replace(request, request_id=name, prompt=prompt, max_new_tokens=new)
 
     @property
     def num_requests(self) -> int:

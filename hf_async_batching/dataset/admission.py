@@ -6,7 +6,7 @@ import heapq
 import math
 from array import array
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_async_batching.dataset.row import PreparedRow
 from hf_async_batching.request import Request
@@ -17,11 +17,20 @@ _PREFIX_TOKENS = 64
 
 
 class Job(NamedTuple):
-    """One completion of a row, as the engine gets it."""
+    """One completion of a row, as the engine gets it.
+
+    Attributes:
+        row: Which has it.
+        completion: Its index among the row's.
+        request: What is asked for.
+        arguments: Of `GenerationManager.submit`, which looks after criteria that are no part of a request; None where
+            the request is all.
+    """
 
     row: PreparedRow
     completion: int
     request: Request
+    arguments: dict[str, Any] | None = None
 
 
 class Admission:

@@ -275,8 +275,17 @@ class BatchRun:
         jobs = [job for job in jobs if job.row.index in self._live_rows]
         if not jobs or self._stopped.is_set():
             return
+        beside = [job for job in jobs if job.arguments is not None]
+        if beside and len(jobs) > 1:
+            for job in beside:
+                self._submit([job])
+            self._submit([job for job in jobs if job.arguments is None])
+            return
         try:
-            handles = self._manager.submit_requests([job.request for job in jobs])
+            if beside:
+                handles = [self._submit_beside(beside[0])]
+            else:
+                handles = self._manager.submit_requests([job.request for job in jobs])
         except QueueFullError:
             # Others use the manager too, or its bound is below what the engine computes at once.
             if len(jobs) == 1:
@@ -301,6 +310,11 @@ class BatchRun:
             self._jobs[handle.request_id] = job, handle
             self._live_rows[job.row.index].handles[job.completion] = handle
             handle.add_done_callback(self._events.put)
+
+    def _submit_beside(self, job: Job) -> GenerationHandle:
+        assert job.arguments is not None
+        request = job.request
+        return self._manager.submit(list(request.prompt), request_id=request.request_id, **job.arguments)
 
     def _take_handle(self, handle: GenerationHandle) -> None:
         job, _ = self._jobs.pop(handle.request_id)

@@ -12,15 +12,14 @@ from transformers import GenerationConfig
 from hf_async_batching.dataset.admission import Job
 from hf_async_batching.dataset.row import PreparedRow
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.generation_fields import WITHOUT_EFFECT
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.request import MAX_SEED, Request
-from hf_async_batching.requests_from_config import new_request_id, seed_of_row
+from hf_async_batching.requests_from_config import new_request_id, seeds_of_rows
 
 _MAX_TEMPLATES = 4096
 
 # Fields of which nothing in a request follows from the prompt itself, other than from its length.
-_PROMPTLESS = WITHOUT_EFFECT | {
+_PROMPTLESS = {
     "max_length",
     "max_new_tokens",
     "min_length",
@@ -30,11 +29,17 @@ _PROMPTLESS = WITHOUT_EFFECT | {
     "top_k",
     "top_p",
     "min_p",
+    "repetition_penalty",
     "num_return_sequences",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
+    "use_cache",
+    "transformers_version",
+    "_from_model_config",
 }
+# Fields that `GenerationManager.submit` looks after, beside the engine.
+_BESIDE = {"stop_strings", "max_time"}
 
 
 class RowRequests:
@@ -46,6 +51,7 @@ class RowRequests:
         arguments: Fields of `GenerationConfig` over it, common to all rows.
         num_completions: Requests per row.
         seed: Of the whole run: with the row's index and the completion's it decides each request's own.
+        tokenizer: For stop strings.
         scope: What tells this run's rows from others with the same indices: the name of a split.
         logprobs: Whether log-probabilities are wanted.
     """
@@ -56,6 +62,7 @@ class RowRequests:
         generation_config: GenerationConfig | None,
         arguments: Mapping[str, Any],
         *,
+        tokenizer: Any = None,
         num_completions: int = 1,
         seed: int = 0,
         scope: str = "",
@@ -64,6 +71,7 @@ class RowRequests:
         self._manager = manager
         self._generation_config = generation_config
         self._arguments = {**arguments, "num_return_sequences": 1}
+        self._tokenizer = tokenizer
         self._num_completions = num_completions
         self._seed = seed
         self._scope = scope
@@ -71,7 +79,7 @@ class RowRequests:
         self._templates: dict[str, Request] = {}
         config = generation_config if generation_config is not None else manager.model.generation_config
         self._common = {**config.to_diff_dict(), **arguments}
-        self._own_fields = {name for name, value in self._common.items() if value is not None} - _PROMPTLESS
+        self._given = {name for name, value in self._common.items() if value is not None}
 
     def check(self) -> None:
         """Refuse common arguments that no row could be served with.
@@ -81,6 +89,8 @@ class RowRequests:
             UnsupportedArgumentError: An argument that is not served.
             TypeError: An argument that `GenerationConfig` does not have.
         """
+        if "stop_strings" in self._given and self._tokenizer is None:
+            raise ValueError("`stop_strings` need a `tokenizer`")
         # Lengths that a prompt's own length decides are each row's.
         request = self._make([0], {"max_new_tokens": 1, "min_new_tokens": 0, "min_length": 0})
         if self._num_completions > 1 and not request.sampling.do_sample:
@@ -97,13 +107,17 @@ class RowRequests:
         """
         template = self._template(row)
         seed = row_seed(self._seed, self._scope, row.index) if row.seed is None else row.seed
+        arguments = None
+        if _BESIDE & (self._given | row.parameters.keys()):
+            arguments = {**self._arguments, **row.parameters, "generation_config": self._generation_config}
+            arguments |= {"tokenizer": self._tokenizer, "logprobs": self._logprobs}
         prompt, jobs = tuple(row.prompt), []
-        for completion in range(self._num_completions):
+        for completion, own in enumerate(seeds_of_rows(seed, self._num_completions)):
             sampling = template.sampling
             if sampling.do_sample:
-                sampling = replace(sampling, seed=seed_of_row(seed, completion))
+                sampling = replace(sampling, seed=own)
             request = replace(template, request_id=new_request_id(), prompt=prompt, sampling=sampling)
-            jobs.append(Job(row, completion, request))
+            jobs.append(Job(row, completion, request, None if arguments is None else {**arguments, "seed": own}))
         return jobs
 
     @staticmethod
@@ -113,7 +127,7 @@ class RowRequests:
 
     def _template(self, row: PreparedRow) -> Request:
         """A request whose prompt and seed need not be this row's: preparing a config costs more than all the rest."""
-        if self._own_fields or row.parameters.keys() - _PROMPTLESS:
+        if (self._given | row.parameters.keys()) - _PROMPTLESS:
             return self._make(row.prompt, row.parameters)
         fields = {**self._common, **row.parameters}
         by_length = fields.get("max_new_tokens") is None or fields.get("min_length")
@@ -127,8 +141,13 @@ class RowRequests:
         return template
 
     def _make(self, prompt: Any, parameters: Mapping[str, Any]) -> Request:
+        without = dict.fromkeys(_BESIDE & (self._given | parameters.keys()))
         return self._manager.make_request(
-            list(prompt), self._generation_config, seed=0, logprobs=self._logprobs, **{**self._arguments, **parameters}
+            list(prompt),
+            self._generation_config,
+            seed=0,
+            logprobs=self._logprobs,
+            **{**self._arguments, **parameters, **without},
         )
 
 

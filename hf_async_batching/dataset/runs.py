@@ -22,6 +22,7 @@ def make_requests(settings: Settings, split: str) -> RowRequests:
         settings.manager,
         settings.generation_config,
         settings.arguments,
+        tokenizer=settings.tokenizer,
         num_completions=settings.num_completions,
         seed=settings.seed,
         scope=split,

@@ -21,7 +21,7 @@ from hf_async_batching.dataset.output_columns import OutputColumns
 from hf_async_batching.dataset.progress import DatasetProgress
 from hf_async_batching.dataset.prompts import PromptFunction
 from hf_async_batching.dataset.ranks import Ranks
-from hf_async_batching.generation_fields import FIELDS
+from hf_async_batching.generation_fields import INSTALLED
 from hf_async_batching.manager import GenerationManager
 
 _ALIASES = {"stop": "stop_strings"}
@@ -115,7 +115,7 @@ def row_parameter_columns(given: Mapping[str, str] | list[str] | None) -> dict[s
             raise ValueError(
                 "`row_parameters`: `num_return_sequences` is the same for all rows; pass it as an argument"
             )
-        if name != "seed" and name not in FIELDS:
+        if name != "seed" and name not in INSTALLED:
             raise ValueError(
                 f"`row_parameters`: GenerationConfig has no {name!r}; rows can have its fields, 'seed' and 'stop'"
             )

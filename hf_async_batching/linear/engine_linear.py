@@ -7,7 +7,7 @@ model code may ask them for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -137,12 +137,29 @@ class EngineLinear(nn.Linear):
         return output[..., self.begin : self.end]
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return nn.functional.linear(x, weight, bias)  # which casts both
         if torch.compiler.is_dynamo_compiling():
             result: torch.Tensor = torch.ops.hf_async_batching.linear(x, weight, bias, self.counters)
             return result
         if self.skinny:
             return _linear(x, weight, bias, self.counters)
         return nn.functional.linear(x, weight, bias)
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module computes `x @ weight.T + bias` and nothing else, with weights that are plain parameters.
+
+    Quantized ones are linear layers of another class, or plain layers whose weight is of another class; adapters wrap
+    plain layers, of which each stands alone.
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias", module.bias)) in (nn.Parameter, type(None))
+    )
 
 
 def convert(module: nn.Linear, counters: torch.Tensor, *, skinny: bool) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.devices.cuda import synchronize_device
-from hf_async_batching.linear.engine_linear import bundle_together
+from hf_async_batching.linear.engine_linear import bundle_together, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def watch_linears(view: nn.Module) -> Iterator[LinearCalls]:
         if len(inputs) == 1:
             seen.calls.append((module, inputs[0]))
 
-    hooks = [m.register_forward_pre_hook(remember) for m in view.modules() if type(m) is nn.Linear]
+    hooks = [m.register_forward_pre_hook(remember) for m in view.modules() if is_plain(m)]
     try:
         yield seen
     finally:

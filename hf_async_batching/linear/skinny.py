@@ -62,7 +62,7 @@ def default_setting(rows: int, n: int, k: int, memory: int) -> SkinnySetting:
     """The setting by rule.
 
     Narrow strips for small weights, so that every multiprocessor gets one; wide strips for large ones, which read the
-    activations less often; and as many loads in flight as the shared memory holds. Measured on an H200.
+    activations less often; and as many loads in flight as the shared memory holds. Measured on an H200 and an H100.
 
     Args:
         rows: Rows of activations.
@@ -72,7 +72,7 @@ def default_setting(rows: int, n: int, k: int, memory: int) -> SkinnySetting:
     """
     setting = SkinnySetting(128, 128, 1, 4, 4) if n >= 16384 else SkinnySetting(64, 128, 1, 4, 5)
     strips = -(-n // setting.block_n)
-    while strips * setting.splits < 96 and k // setting.block_k >= 8 * setting.splits and setting.splits < 4:
+    while strips * setting.splits < 64 and k // setting.block_k >= 8 * setting.splits and setting.splits < 4:
         setting = setting._replace(splits=setting.splits * 2)
     if strips * setting.splits < 132 * 2 and k >= 8192 and setting.splits == 1:
         setting = setting._replace(splits=2)

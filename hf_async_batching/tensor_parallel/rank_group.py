@@ -18,8 +18,9 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
-from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.plan import Features, Plan
+from hf_async_batching.request import Request
 
 # Most messages are a plan of a few hundred bytes: one broadcast is enough for them.
 _BUFFER = 8192
@@ -149,6 +150,23 @@ class RankGroup:
             rest = torch.zeros(length - len(beginning), dtype=torch.uint8)
         distributed.broadcast(rest, src=0, group=self._group)
         return beginning + rest.numpy().tobytes()
+
+
+def check_sendable(request: Request) -> None:
+    """Refuse what cannot reach the other ranks.
+
+    Raises:
+        UnsupportedArgumentError: Names it.
+    """
+    if request.prompt_embeddings is not None:
+        raise UnsupportedArgumentError("`inputs_embeds` are not served with tensor parallelism; pass token ids")
+    try:
+        pickle.dumps(request)
+    except Exception as error:  # objects of the caller's can raise anything
+        raise UnsupportedArgumentError(
+            f"a logits processor of this request cannot be sent to the other ranks ({error}); leave it out, or use "
+            "plain `model.generate`"
+        ) from error
 
 
 def checksum(tokens: Any) -> int:

@@ -14,6 +14,14 @@ if importlib.util.find_spec("triton") is None:
 
 # Bytes of shared memory that one program may use, by compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SAMPLING = {
+    "group_maxima_kernel",
+    "bounds_kernel",
+    "perturbed_kernel",
+    "accept_kernel",
+    "draw_bounded_kernel",
+    "mark_seen_kernel",
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,13 +56,19 @@ def test_representative_kernels() -> None:
 
 
 def test_kernels_of_other_modules() -> None:
-    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables"])
-    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"}
+    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables", "largest"])
+    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
     check(compiled, kernels)
 
 
+def test_sampling_kernels() -> None:
+    check(compile_kernels([90], ["bfloat16"], ["sampling"]), SAMPLING)
+
+
 def test_programmatic_dependent_launch() -> None:
-    check(compile_kernels([90], ["float16"], ["decode pdl"]), {"decode_kernel"})
+    compiled = compile_kernels([90, 100], ["float16"], ["decode pdl", "skinny early"])
+    check(compiled, {"decode_kernel", "skinny_linear_kernel"})
+    assert all(kernel["waits"] for kernel in compiled)
 
 
 @pytest.mark.slow
@@ -62,4 +76,5 @@ def test_programmatic_dependent_launch() -> None:
 def test_every_kernel(capability: int) -> None:
     compiled = compile_kernels([capability], ["float16", "bfloat16"], [])
     attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
-    check(compiled, attention | {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel"})
+    others = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
+    check(compiled, attention | others | SAMPLING)

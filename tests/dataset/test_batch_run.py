@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from support.tiny_models import greedy_alone, tiny_model
 from support.character_tokenizer import character_tokenizer
+from support.tiny_models import greedy_alone, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager, generate_dataset
 from hf_async_batching.engine import Engine

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny_models import tiny_model
 from support.character_tokenizer import character_tokenizer
+from support.tiny_models import tiny_model
 
 from hf_async_batching.dataset.fingerprint import (
     differences,

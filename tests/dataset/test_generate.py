@@ -11,7 +11,7 @@ from support.tiny_models import EOS, greedy_alone
 from transformers import GenerationConfig
 
 from hf_async_batching import DatasetRowError, UnsupportedArgumentError, generate, generate_dataset
-from hf_async_batching.requests_from_config import seed_of_row
+from hf_async_batching.requests_from_config import seeds_of_rows
 
 TEXTS = [f"{'abc' * (i % 7)}ROW{chr(40 + 2 * i)}" for i in range(30)]
 ENDS = [EOS, 17]
@@ -249,9 +249,40 @@ def test_the_completions_of_a_row_with_a_seed(manager: Any, model: Any, tokenize
     sampled = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None}
     done = generate_dataset(manager, dataset, tokenizer, row_parameters=["seed"], num_return_sequences=3, **sampled)
     ids = torch.tensor([tokenizer("abc").input_ids])
-    for completion, tokens in enumerate(done["completion_ids"][0]):
-        out = generate(model, ids, seed=seed_of_row(11, completion), manager=manager, **sampled)
+    for tokens, seed in zip(done["completion_ids"][0], seeds_of_rows(11, 3), strict=True):
+        out = generate(model, ids, seed=seed, manager=manager, **sampled)
         assert tokens == out[0, ids.shape[1] :].tolist()
+
+
+def test_stop_strings(model: Any, manager: Any, tokenizer: Any) -> None:
+    texts = [f"text-{chr(40 + i)}" for i in range(8)]
+    plain = [greedy_alone(model, tokenizer(text).input_ids, 20, eos_token_id=None) for text in texts]
+    stops = [tokenizer.decode(tokens[5:7]) for tokens in plain]
+    dataset = Dataset.from_dict({"prompt": texts, "stop": [None, *stops[1:]]})
+    new = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    done = generate_dataset(manager, dataset, tokenizer, row_parameters=["stop"], **new)
+    assert done["completion_ids"][0] == plain[0]
+    assert done["finish_reason"][:] == ["length"] + ["stop"] * 7
+    for text, stop, row in zip(texts[1:], stops[1:], done.select(range(1, 8)), strict=True):
+        ids = tokenizer(text).input_ids
+        assert row["completion_ids"] == greedy_alone(
+            model, ids, 20, eos_token_id=None, stop_strings=stop, tokenizer=tokenizer
+        )
+    common = generate_dataset(manager, dataset, tokenizer, stop_strings=stops[3], **new)
+    assert common["completion_ids"][3] == done["completion_ids"][3]
+    with pytest.raises(ValueError, match="`stop_strings` need a `tokenizer`"):
+        generate_dataset(manager, dataset, stop_strings="x", **new)
+
+
+@pytest.mark.parametrize(
+    "field", [{"repetition_penalty": 1.7}, {"encoder_repetition_penalty": 1.7}, {"min_length": 10}]
+)
+def test_fields_that_look_at_the_prompt(model: Any, manager: Any, tokenizer: Any, field: Any) -> None:
+    texts = [f"{'text' * (i % 3)}{chr(40 + i)}" for i in range(8)]
+    new = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ENDS, **field}
+    done = generate_dataset(manager, Dataset.from_dict({"prompt": texts}), tokenizer, **new)
+    del new["max_new_tokens"], new["do_sample"]
+    assert done["completion_ids"][:] == [greedy_alone(model, tokenizer(t).input_ids, 12, **new) for t in texts]
 
 
 BAD = ["fine", None, "", "x" * 600, "fine"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from support.tiny_models import greedy_alone, tiny_model
 from support.character_tokenizer import character_tokenizer
+from support.tiny_models import greedy_alone, tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS = [f"text-{chr(40 + i)}" for i in range(20)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -22,7 +23,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 
 
 class Launch(NamedTuple):
@@ -149,11 +157,50 @@ def skinny(dtype: torch.dtype) -> None:
             skinny_linear(x, weight, torch.empty(n, dtype=dtype), counters, setting)
 
 
+def skinny_early(dtype: torch.dtype) -> None:
+    """As cards launch it that know early launches."""
+    from hf_async_batching.linear import skinny
+
+    counters, x = torch.zeros(8192, dtype=torch.int32), torch.empty(32, 4096, dtype=dtype)
+    for n in (4096, 28672):
+        setting = skinny.default_setting(32, n, 4096, 227 * 1024)
+        with mock.patch.object(skinny, "launches_early", return_value=True):
+            skinny.skinny_linear(x, torch.empty(n, 4096, dtype=dtype), None, counters, setting)
+
+
 def tables(dtype: torch.dtype) -> None:
     from hf_async_batching.device_state import DeviceState
 
     state = DeviceState(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
     state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
+
+
+def largest(dtype: torch.dtype) -> None:
+    from hf_async_batching.argmax import argmax_in_parts
+
+    argmax_in_parts(torch.empty(32, 128256, dtype=dtype), 16)
+
+
+def sampling(dtype: torch.dtype) -> None:
+    from hf_async_batching.plan import Features
+    from hf_async_batching.row_memory import RowMemory
+    from hf_async_batching.sampling import SampledRows, fused
+    from hf_async_batching.staging import PARAMS
+
+    index = torch.zeros(4, dtype=torch.int32)
+    params, positions = torch.zeros(4, PARAMS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    for vocab in (151936, 50257):
+        memory = RowMemory(max_rows=4, max_length=8, vocab_size=vocab, device=torch.device("cpu"))
+        memory.ensure(words=False, seen=True)
+        rows = SampledRows(params, positions, index, memory)
+        assert memory.seen is not None
+        fused.mark_seen(index, positions, memory.seen)
+        for features in (
+            Features(sampling=True, top_k=64, seen=True, penalty=True),
+            Features(sampling=True, top_k=1024),
+            Features(seen=True, penalty=True),
+        ):
+            fused.choose(torch.empty(4, vocab, dtype=dtype), rows, features)
 
 
 # Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
@@ -166,8 +213,13 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
 LAUNCHES["skinny"] = skinny
 LAUNCHES["tables"] = tables
+LAUNCHES["largest"] = largest
+LAUNCHES["sampling"] = sampling
 # Not for cards before compute capability 9, and so named when asked for only.
-EXTRA = {"decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True)}
+EXTRA = {
+    "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
+    "skinny early": skinny_early,
+}
 
 
 def main() -> None:
@@ -187,8 +239,9 @@ def main() -> None:
         launch, capability = item
         about = {"launch": launch.label, "kernel": launch.kernel.__name__, "capability": capability}
         try:
-            metadata = launch.compile(capability).metadata
-            about |= {"shared": metadata.shared, "warps": metadata.num_warps}
+            kernel = launch.compile(capability)
+            about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            about["waits"] = kernel.asm["ptx"].count("griddepcontrol.wait")
         except Exception as error:
             about["failed"] = f"{type(error).__name__}: {error}"
         return json.dumps(about)

@@ -23,8 +23,8 @@ from datasets import Dataset
 
 from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
 from hf_async_batching.dataset.journal import read_journal
-from support.tiny_models import tiny_model
 from support.character_tokenizer import character_tokenizer
+from support.tiny_models import tiny_model
 
 CALLS = ("fsync", "replace", "link", "unlink")
 

@@ -87,7 +87,11 @@ class ToyForward:
 
 @dataclass
 class ToyEngine:
-    """An engine on a simulated device, its scheduler made by `scheduler_class`."""
+    """An engine on a simulated device, its scheduler made by `scheduler_class`.
+
+    With `outputs`, most requests want their scores or logits; with `remembers`, most have a processor that compares
+    the history that it is given with what it must be.
+    """
 
     depth: int
     seed: int
@@ -99,17 +103,27 @@ class ToyEngine:
     scheduler_class: type[Scheduler] = Scheduler
     debug: bool = True
     fused: bool = False
+    outputs: bool = False
+    remembers: bool = False
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    made: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    wrong_histories: list[str] = field(default_factory=list)
+    histories: int = 0
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         self.forward = ToyForward(self.num_pages, self.page_size)
         self.state = DeviceState(
-            max_rows=self.max_rows, max_pages_per_row=self.num_pages, device=torch.device("cpu"), fused=self.fused
+            max_rows=self.max_rows,
+            max_pages_per_row=self.num_pages,
+            device=torch.device("cpu"),
+            fused=self.fused,
+            max_length=self.num_pages * self.page_size,
+            vocab_size=VOCAB,
         )
         graphs = self.device.supports_graphs
         self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
@@ -121,14 +135,20 @@ class ToyEngine:
 
         self.runner.run = run_for_owners  # type: ignore[method-assign]
         limits = Sections.largest(
-            max_rows=self.max_rows, max_batch_tokens=self.max_batch_tokens, num_pages=self.num_pages
+            max_rows=self.max_rows,
+            max_batch_tokens=self.max_batch_tokens,
+            num_pages=self.num_pages,
+            writes=self.num_pages * self.page_size,
         )
-        pipeline = Pipeline(self.device, self.state, self.runner, depth=self.depth, limits=limits, tile_size=3)
+        pipeline = Pipeline(
+            self.device, self.state, self.runner, depth=self.depth, limits=limits, tile_size=3, logit_size=VOCAB
+        )
         self.scheduler = self.scheduler_class(
             num_pages=self.num_pages,
             page_size=self.page_size,
             max_rows=self.max_rows,
             max_batch_tokens=self.max_batch_tokens,
+            max_writes=self.num_pages * self.page_size,
         )
         # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
         self.scheduler.pages.on_release = self._scribble_pages
@@ -155,13 +175,38 @@ class ToyEngine:
 
     def step(self) -> None:
         """One step; keeps what it emitted."""
-        self._keep(self.engine.step())
+        emissions = self.engine.step()
+        for request_id, made in self.engine.outputs.items():
+            self.made.setdefault(request_id, []).append(made)
+        self._keep(emissions)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request that may have ended."""
         emission = self.engine.cancel(request_id)
         if emission is not None:
             self._keep([emission])
+
+    def extras(self, request_id: str, prompt: tuple[int, ...], rng: random.Random) -> dict[str, Any]:
+        """What a request wants beyond tokens."""
+        wanted: dict[str, Any] = {}
+        if self.outputs and rng.random() < 0.7:
+            wanted = {"output_scores": rng.random() < 0.7, "output_logits": rng.random() < 0.7}
+        if self.remembers and rng.random() < 0.7:
+            wanted["processors"] = self._remember(prompt)
+        return wanted
+
+    def _remember(self, prompt: tuple[int, ...]) -> Any:
+        whole = list(prompt) + reference(Request("whole", prompt, self.num_pages * self.page_size))
+
+        def processors(history: torch.Tensor, length: int, scores: torch.Tensor) -> torch.Tensor:
+            if EOS in whole[len(prompt) : length]:
+                return scores  # perhaps a surplus call: the request may have ended
+            self.histories += 1
+            if history.tolist() != whole[:length] or scores.shape != (1, VOCAB):
+                self.wrong_histories.append(f"{history.tolist()} for {whole[:length]}")
+            return scores
+
+        return processors
 
     def _keep(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -194,6 +239,7 @@ def run_random_schedule(
                 prompt=prompt,
                 max_new_tokens=rng.randint(1, min(14, capacity - len(prompt))),
                 eos_token_ids=(EOS,) if rng.random() < 0.7 else (),
+                **engine.extras(str(len(requests)), prompt, random.Random(seed + len(requests))),
             )
             requests[request.request_id] = request
             engine.engine.add(request)
@@ -231,6 +277,23 @@ def verify(engine: ToyEngine, requests: dict[str, Request], weight: int = WEIGHT
             assert got == want, f"request {request_id}: {got} != {want}"
             expected = "eos" if want[-1] in request.eos_token_ids else "length"
             assert engine.reasons[request_id] == expected
+    assert not wrong_outputs(engine)
     assert not engine.forward.written_after_the_end, "a surplus step wrote to the pages of a row that had ended"
     assert engine.scheduler.pages.in_use == 0
     assert engine.scheduler.rows.in_use == 0
+
+
+def wrong_outputs(engine: ToyEngine) -> list[str]:
+    """Requests whose scores or logits are not those of the toy model, or were not asked for."""
+    wrong = []
+    for request_id, request in engine.requests.items():
+        tokens, made = engine.emitted.get(request_id, []), engine.made.get(request_id, [])
+        asked = (request.output_scores, request.output_logits)
+        if len(made) != (len(tokens) if any(asked) else 0):
+            wrong.append(f"{request_id}: {len(made)} for {len(tokens)} tokens")
+        for token, lines in zip(tokens, made, strict=False):
+            one_hot = torch.zeros(VOCAB)
+            one_hot[token] = 1.0
+            if any(want and (line is None or not torch.equal(line, one_hot)) for want, line in zip(asked, lines)):
+                wrong.append(f"{request_id}: not {token}")
+    return wrong

@@ -19,17 +19,23 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from hf_async_batching import sampler as sampler_module
 from hf_async_batching import staging
 from hf_async_batching.plan import Features, NewRow, Plan
 from hf_async_batching.request import Request, SamplingParams
-from hf_async_batching.sampler import Sampler
+from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.sampling import noise as noise_module
 from hf_async_batching.staging import encode
 
 VOCAB = 97
 SMALL_VOCAB = 40
 DRAWS = 20_000
-sample = Sampler()
+
+
+def sample(
+    logits: torch.Tensor, params: torch.Tensor | None, positions: torch.Tensor | None, features: Features
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows = None if params is None or positions is None else SampledRows(params, positions)
+    return Sampler()(logits, rows, features)
 
 
 def request(sampling: SamplingParams, *, prompt: int = 1, min_new: int = 0, eos: tuple[int, ...] = ()) -> Request:
@@ -141,7 +147,7 @@ def test_filters_keep_what_transformers_keeps(candidates: int, vocab: int, monke
 
     noise = torch.ones(len(rows), vocab)
     noise[torch.arange(len(rows)), torch.tensor(probes)] = 1e-30
-    monkeypatch.setattr(sampler_module, "_exponential", lambda *_: noise)
+    monkeypatch.setattr(noise_module, "exponential", lambda *_: noise)
     features = Features(sampling=True, candidates=candidates)
     positions = torch.zeros(len(rows), dtype=torch.long)
     tokens, _ = sample(torch.stack(logits), params_of([request(params) for params in rows]), positions, features)
@@ -362,7 +368,7 @@ def test_the_hash_is_lowbias32() -> None:
     rng = random.Random(0)
     values = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, *(rng.randrange(2**32) for _ in range(500))]
     signed = torch.tensor(values, dtype=torch.int64).to(torch.int32)
-    assert [x % 2**32 for x in sampler_module._hash(signed).tolist()] == [lowbias32(x) for x in values]
+    assert [x % 2**32 for x in noise_module._hash(signed).tolist()] == [lowbias32(x) for x in values]
 
 
 def test_positions_do_not_share_their_noise_under_other_tokens() -> None:
@@ -371,8 +377,8 @@ def test_positions_do_not_share_their_noise_under_other_tokens() -> None:
     Hashed with the token alone, it would give both positions the same noise for permuted tokens.
     """
     params = seeded(drawn(), [0, 0])
-    noise = sampler_module._exponential(params, torch.tensor([6260, 55413]), 64)
-    assert not torch.equal(noise[0].sort().values, noise[1].sort().values)
+    variates = noise_module.exponential(params, torch.tensor([6260, 55413]), 64)
+    assert not torch.equal(variates[0].sort().values, variates[1].sort().values)
 
 
 def test_ties_with_the_kth_are_kept_by_top_k() -> None:

@@ -1,0 +1,75 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""The arg-max of each row of logits, spread over the whole card.
+
+torch gives a row to few programs, so that 32 rows of a large vocabulary leave most of a card idle. Here many programs
+share a row, and a second kernel compares what they found. On a CPU it is torch's own.
+
+The parameters of a kernel have no Python types; `argmax` is the typed door. Importing this does not import triton.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_BLOCK = 2048
+_MAX_PARTS = 64
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Index of the largest logit of each row, the first of equals; NaN counts as the largest.
+
+    Args:
+        logits: [rows, vocab], any float dtype.
+
+    Returns:
+        int32 [rows].
+    """
+    if not logits.is_cuda or logits.stride(-1) != 1 or not _has_triton() or not logits.shape[0]:
+        return logits.argmax(-1).int()
+    return argmax_in_parts(logits, _parts(logits))
+
+
+def argmax_in_parts(logits: torch.Tensor, parts: int) -> torch.Tensor:
+    """The same by `parts` programs for each row, 1 to 64."""
+    import triton  # type: ignore[import-untyped,unused-ignore]
+
+    kernels = _kernels()
+    rows, vocab = logits.shape
+    values = logits.new_empty((rows, parts), dtype=torch.float32)
+    indices = logits.new_empty((rows, parts), dtype=torch.int32)
+    out = logits.new_empty(rows, dtype=torch.int32)
+    blocks = triton.cdiv(triton.cdiv(vocab, _BLOCK), parts)
+    with torch.cuda.device_of(logits):
+        kernels.parts_kernel[(rows, parts)](
+            logits, values, indices, vocab, logits.stride(0), blocks, parts, BLOCK=_BLOCK, num_warps=8
+        )
+        kernels.compare_kernel[(rows,)](values, indices, out, parts, MAX_PARTS=_MAX_PARTS, num_warps=1)
+    return out
+
+
+def _parts(logits: torch.Tensor) -> int:
+    """So many that there are four programs for each multiprocessor, none without a block."""
+    wanted = 4 * _multiprocessors(logits.device) // logits.shape[0]
+    most = min(_MAX_PARTS, -(-logits.shape[1] // _BLOCK))
+    return max(1, min(wanted, most))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _has_triton() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernels():
+    from hf_async_batching import argmax_kernels
+
+    return argmax_kernels

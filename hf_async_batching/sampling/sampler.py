@@ -1,0 +1,100 @@
+"""Logits to tokens for a whole batch, each row by its own parameters, without reading anything back.
+
+Draws use the Gumbel-max trick in its exponential form: the arg-min of E_i / p_i, E_i ~ Exp(1), is a draw from p.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from hf_async_batching import staging
+from hf_async_batching.argmax import argmax
+from hf_async_batching.logits_params import Stage
+from hf_async_batching.plan import Features
+from hf_async_batching.sampling import noise
+from hf_async_batching.sampling.changes import changed, without_early_eos
+from hf_async_batching.sampling.filters import filtered
+from hf_async_batching.sampling.rows import SampledRows
+
+
+class Sampler:
+    """Chooses the next tokens of a step.
+
+    Args:
+        fused: Whether the Triton kernels do what they can; None for CUDA with Triton.
+    """
+
+    def __init__(self, fused: bool | None = None) -> None:
+        self._fused = fused
+
+    def __call__(
+        self, logits: torch.Tensor, rows: SampledRows | None, features: Features
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose one token per row.
+
+        Args:
+            logits: [rows, vocab], any float dtype; not changed.
+            rows: Their parameters; None where the features leave only the arg-max.
+            features: What any row needs.
+
+        Returns:
+            Tokens int32 [rows]; log-probabilities float32 [rows] of the tokens under the unfiltered logits where
+            `features.logprobs`, else None.
+        """
+        if features.sampling or features.min_length or features.penalty:
+            assert rows is not None
+            tokens = self._choose_usual(logits, rows, features)
+        else:
+            tokens = argmax(logits)
+        return tokens.int(), log_probabilities(logits, tokens) if features.logprobs else None
+
+    def _choose_usual(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+        if self._fused is None:
+            self._fused = logits.is_cuda and importlib.util.find_spec("triton") is not None
+        if self._fused and (features.sampling or features.penalty):
+            from hf_async_batching.sampling import fused
+
+            if fused.serves(features):
+                if features.min_length:
+                    logits = without_early_eos(logits, rows.params, rows.positions)
+                return fused.choose(logits, rows, features)
+        return self.choose(self.scores(logits, rows, features), rows, features)
+
+    def scores(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+        """What tokens are chosen by, after all changes and filters.
+
+        Args:
+            logits: [rows, vocab], any float dtype; not changed.
+            rows: Their parameters.
+            features: What any row needs.
+
+        Returns:
+            float32 [rows, vocab]: of rows that draw, the logarithms of what they draw by, up to a shift.
+        """
+        scores = changed(logits.float(), rows, features)
+        if features.sampling:
+            drawing = rows.integers(staging.DO_SAMPLE) > 0
+            scores = torch.where(drawing, filtered(scores, rows, features), scores)
+        if features.stages & Stage.RENORMALIZE:
+            scores = torch.where(rows.integers(staging.RENORMALIZE) > 0, scores.log_softmax(-1), scores)
+        return scores
+
+    def choose(self, scores: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+        """One token int32 [rows] per row of scores float32 [rows, vocab]: the best, or a draw."""
+        tokens = argmax(scores)
+        if features.sampling:
+            # The largest is 0 already, unless a filter has dropped it or the scores were never shifted.
+            if features.scores or features.calls or features.stages & Stage.TYPICAL:
+                scores = scores - scores.amax(-1, keepdim=True)
+            exponential = noise.exponential(rows.params, rows.positions, scores.shape[1])
+            drawn = (scores - exponential.log_()).argmax(-1).int()
+            tokens = torch.where(rows.params[:, staging.DO_SAMPLE] > 0, drawn, tokens)
+        return tokens
+
+
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities float32 [rows] of tokens under logits [rows, vocab]."""
+    scores = logits.float()
+    return scores.gather(1, tokens[:, None].long())[:, 0] - scores.logsumexp(-1)

@@ -1,0 +1,60 @@
+"""Scores and logits of a batch, step by step, from what its rows brought."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from hf_async_batching.handle import GenerationHandle
+
+Kind = Literal["scores", "logits"]
+
+
+def stack_steps(
+    handles: list[GenerationHandle], kind: Kind, lengths: list[int], device: torch.device
+) -> tuple[torch.Tensor, ...] | None:
+    """What `generate` returns: per step float32 [batch, vocab], 0 for rows that had ended; None if not asked for.
+
+    Args:
+        handles: One per row; each has made its `lengths` at least.
+        kind: Which of the two.
+        lengths: Tokens of each row's own, up to its end.
+        device: Where the outcome is to lie.
+    """
+    rows = [handle.made(kind) for handle in handles]
+    if rows[0] is None:
+        return None
+    return tuple(_stack(rows, lengths, step, device) for step in range(max(lengths)))
+
+
+class StepScores:
+    """The scores that `generate` shows its criteria: those of all steps so far.
+
+    Args:
+        handles: One per row.
+        device: Where they are to lie.
+    """
+
+    def __init__(self, handles: list[GenerationHandle], device: torch.device) -> None:
+        self._handles = handles
+        self._device = device
+        self._steps: tuple[torch.Tensor, ...] = ()
+
+    def after(self, live: list[bool]) -> tuple[torch.Tensor, ...]:
+        """All of them, one step later.
+
+        Args:
+            live: Rows that had not ended before this step; their tokens have arrived.
+        """
+        step = len(self._steps)
+        rows = [handle.made("scores") for handle in self._handles]
+        lengths = [step + 1 if alive else 0 for alive in live]
+        self._steps += (_stack(rows, lengths, step, self._device),)
+        return self._steps
+
+
+def _stack(rows: list[list[torch.Tensor] | None], lengths: list[int], step: int, device: torch.device) -> torch.Tensor:
+    brought = [row[step] if row is not None and step < length else None for row, length in zip(rows, lengths)]
+    nothing = torch.zeros_like(next(one for one in brought if one is not None))
+    return torch.stack([nothing if one is None else one for one in brought]).to(device)

@@ -1,0 +1,56 @@
+"""What people wrap around a model: PEFT, torch.compile, data parallelism. Served is the model inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from transformers import PreTrainedModel
+
+from hf_async_batching.errors import UnsupportedModelError
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside `PeftModel`, `torch.compile(model)` and data parallel wrappers.
+
+    Raises:
+        UnsupportedModelError: There is none, it cannot generate, or a wrapper adds something that is not served.
+    """
+    given = model
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
+                raise _prompt_learning(type(model).__name__)
+            model = model.get_base_model()
+        else:
+            raise UnsupportedModelError(
+                f"`model` must be a transformers PreTrainedModel that can generate, got {type(given).__name__}"
+            )
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"`model` must be a transformers PreTrainedModel that can generate, got {type(given).__name__}"
+        )
+    return model
+
+
+def check_call(model: PreTrainedModel) -> None:
+    """Refuse what a wrapper has put onto the model for the call that is under way.
+
+    Raises:
+        UnsupportedModelError: PEFT feeds learned prompts in through `prepare_inputs_for_generation`, which the engine
+            does not call.
+    """
+    own = vars(model).get("prepare_inputs_for_generation")
+    if own is not None and getattr(own, "__self__", model) is not model:
+        raise _prompt_learning(type(own.__self__).__name__)
+
+
+def _prompt_learning(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is not served: it prepends learned prompts to every input; use plain `model.generate` for it"
+    )

@@ -1,0 +1,226 @@
+"""Processors that the engine does not know get what they get in `generate`, and harm nobody but their own request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, greedy_alone, tiny_model
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+
+from hf_async_batching import BatchingConfig, GenerationManager
+
+IDS = torch.tensor([[0, 0, 0, 9, 10, 11], [12, 13, 14, 15, 16, 17], [0, 18, 19, 20, 21, 22]])
+MASK = (IDS != 0).long()
+
+
+class Recorder(LogitsProcessor):
+    """Keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls.append((input_ids.clone(), scores.clone()))
+        return scores
+
+
+class Sure(LogitsProcessor):
+    """Leaves one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(scores, float("-inf"))
+        only[:, self.token] = scores[:, self.token]
+        return only
+
+
+class Fails(LogitsProcessor):
+    def __init__(self, length: int, error: Exception) -> None:
+        self.length, self.error = length, error
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] >= self.length:
+            raise self.error
+        return scores
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("Llama")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def manager(model: Any, request: pytest.FixtureRequest) -> Any:
+    with GenerationManager(model, BatchingConfig(page_size=16, depth=request.param, debug=True)) as manager:
+        yield manager
+
+
+def test_each_row_sees_its_own_history_and_scores(model: Any, manager: Any) -> None:
+    """Those of `generate` row by row, padding included."""
+    plain, ours = Recorder(), Recorder()
+    arguments = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 6, "do_sample": False}
+    arguments |= {"eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**arguments, logits_processor=LogitsProcessorList([plain]))
+    out = model.generate(**arguments, logits_processor=LogitsProcessorList([ours]), custom_generate=manager.bind())
+    assert torch.equal(out, expected)
+    assert len(plain.calls) == 6
+    assert len(ours.calls) == 18
+    seen = {tuple(ids[0].tolist()): scores for ids, scores in ours.calls}
+    for ids, scores in plain.calls:
+        for row in range(3):
+            got = seen.pop(tuple(ids[row].tolist()))
+            torch.testing.assert_close(got, scores[row : row + 1], rtol=1e-4, atol=1e-4)
+    assert not seen
+    assert all(ids.dtype == torch.int64 and ids.shape[0] == 1 for ids, _ in ours.calls)
+    assert all(scores.dtype == torch.float32 and scores.shape == (1, VOCAB) for _, scores in ours.calls)
+
+
+def test_prompts_that_are_padded_on_the_right_are_shown_as_they_are(model: Any, manager: Any) -> None:
+    recorder = Recorder()
+    ids = torch.tensor([[9, 10, 11, 0, 0]])
+    out = model.generate(
+        ids, attention_mask=(ids != 0).long(), max_new_tokens=3, do_sample=False, eos_token_id=None,
+        logits_processor=LogitsProcessorList([recorder]), custom_generate=manager.bind(),
+    )  # fmt: skip
+    assert [call[0].tolist() for call, _ in recorder.calls] == [out[0, : 5 + i].tolist() for i in range(3)]
+    assert out[0, 5:].tolist() == greedy_alone(model, [9, 10, 11], 3, eos_token_id=None, pad_token_id=0)
+
+
+def test_a_model_in_half_precision_shows_scores_in_float32(model: Any) -> None:
+    recorder = Recorder()
+    with GenerationManager(tiny_model("Llama").bfloat16(), BatchingConfig(page_size=16)) as manager:
+        manager.submit([5, 6, 7], max_new_tokens=3, do_sample=False, logits_processor=[recorder]).result(60)
+    assert {scores.dtype for _, scores in recorder.calls} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        # A caller's processor stands between the config's own and the warpers.
+        {"logits_processor": [Sure(40)], "suppress_tokens": [40], "forced_eos_token_id": 30},
+        {"logits_processor": [Sure(40), MinLengthLogitsProcessor(10, 40)]},
+        {"logits_processor": [MinLengthLogitsProcessor(10, 40), Sure(40)], "min_new_tokens": 3},
+        # One of the config's own kinds takes its place.
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(3.0)], "repetition_penalty": 1.1},
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(3.0)], "sequence_bias": {(40,): 8.0}},
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=5)]},
+        # Out of order, and twice.
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(2.0), RepetitionPenaltyLogitsProcessor(3.0)]},
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(2.0)], "suppress_tokens": [41, 42]},
+        {"logits_processor": [TemperatureLogitsWarper(0.5)], "do_sample": True, "temperature": 0.5, "top_k": 1},
+        {"logits_processor": [TemperatureLogitsWarper(0.5)]},
+        {"logits_processor": [TopKLogitsWarper(1)], "do_sample": True, "top_k": 7},
+    ],
+    ids=str,
+)
+def test_the_order_is_that_of_generate(model: Any, manager: Any, arguments: dict[str, Any]) -> None:
+    arguments = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": [2, 40], "pad_token_id": 0, **arguments}
+    arguments["logits_processor"] = LogitsProcessorList(arguments["logits_processor"])
+    arguments |= {"return_dict_in_generate": True, "output_scores": True}
+    ids = torch.tensor([[5, 9, 7, 9, 8, 6]])
+    plain = model.generate(ids, **arguments)
+    got = model.generate(ids, **arguments, custom_generate=manager.bind())
+    assert torch.equal(got.sequences, plain.sequences)
+    for ours, theirs in zip(got.scores, plain.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_one_that_raises_ends_its_own_request(manager: Any, model: Any) -> None:
+    error = RuntimeError("no more of this")
+    prompts = [[5 + i, 6, 7] for i in range(6)]
+    handles = [
+        manager.submit(
+            prompt, max_new_tokens=12, do_sample=False, eos_token_id=None,
+            **({"logits_processor": [Fails(8, error)]} if i == 2 else {}),
+        )
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match="no more of this") as caught:
+        handles[2].result(60)
+    assert caught.value is error
+    usual = greedy_alone(model, prompts[2], 12, eos_token_id=None, pad_token_id=0)
+    assert handles[2].token_ids == usual[:5], "what was made before is not lost"
+    for i, (prompt, handle) in enumerate(zip(prompts, handles, strict=True)):
+        if i != 2:
+            assert handle.result(60).token_ids == greedy_alone(model, prompt, 12, eos_token_id=None, pad_token_id=0)
+    assert manager.stats().running == 0
+
+
+def test_one_that_raises_in_a_surplus_step_harms_nobody(manager: Any, model: Any) -> None:
+    """The request has ended before, with success."""
+    tokens = greedy_alone(model, [5, 6, 7], 5, eos_token_id=None, pad_token_id=0)
+    end = tokens[-1]
+    fails = Fails(3 + tokens.index(end) + 1, RuntimeError("surplus"))
+    handle = manager.submit([5, 6, 7], max_new_tokens=40, do_sample=False, eos_token_id=end, logits_processor=[fails])
+    assert handle.result(60).token_ids == tokens[: tokens.index(end) + 1]
+
+
+def test_scores_of_another_shape_are_refused(manager: Any) -> None:
+    handle = manager.submit([5, 6], max_new_tokens=3, logits_processor=[lambda ids, scores: scores[:, :5]])
+    with pytest.raises(ValueError, match=r"`logits_processor` returned scores of shape \(1, 5\), expected \(1, 97\)"):
+        handle.result(60)
+
+
+def test_a_processor_may_write_to_its_scores(manager: Any, model: Any) -> None:
+    """In a step with others, and with the logits themselves to be returned."""
+
+    def write(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores.fill_(-1.0)
+        scores[:, 33] = 1.0
+        return scores
+
+    other = manager.submit([7, 8], max_new_tokens=5, do_sample=False, eos_token_id=None)
+    result = manager.submit(
+        [5, 6], max_new_tokens=5, do_sample=False, eos_token_id=None, logits_processor=[write],
+        return_dict_in_generate=True, output_logits=True,
+    ).result(60)  # fmt: skip
+    assert result.token_ids == [33] * 5
+    assert all(line.std() > 0.1 for line in result.logits)
+    assert other.result(60).token_ids == greedy_alone(model, [7, 8], 5, eos_token_id=None, pad_token_id=0)
+
+
+def test_prefix_functions_get_the_number_of_their_row(model: Any, manager: Any) -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def allowed(row: int, tokens: torch.Tensor) -> list[int]:
+        seen.add((row, int(tokens[5])))
+        return [30 + row]
+
+    out = model.generate(
+        IDS, attention_mask=MASK, max_new_tokens=4, do_sample=False, prefix_allowed_tokens_fn=allowed,
+        custom_generate=manager.bind(),
+    )  # fmt: skip
+    assert out[:, 6:].tolist() == [[30] * 4, [31] * 4, [32] * 4]
+    assert seen == {(0, 11), (1, 17), (2, 22)}
+
+
+def test_nothing_unsatisfiable_passes(manager: Any) -> None:
+    handle = manager.submit([5, 6], max_new_tokens=3, prefix_allowed_tokens_fn=lambda row, tokens: [])
+    with pytest.raises(ValueError, match="prefix_allowed_tokens_fn"):
+        handle.result(60)
+
+
+def test_sampling_draws_from_what_a_processor_leaves(manager: Any) -> None:
+    def two(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        out = torch.full_like(scores, float("-inf"))
+        out[:, 60], out[:, 61] = 0.0, 1.0
+        return out
+
+    handles = [
+        manager.submit([5, 6], max_new_tokens=10, do_sample=True, seed=i, eos_token_id=None, logits_processor=[two])
+        for i in range(40)
+    ]
+    tokens = [token for handle in handles for token in handle.result(120).token_ids]
+    assert set(tokens) == {60, 61}
+    assert 0.66 < tokens.count(61) / len(tokens) < 0.80, "of 400, 0.731 are expected"

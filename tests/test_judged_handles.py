@@ -1,0 +1,261 @@
+"""`submit` with stopping criteria: nothing beyond the stop is seen, nobody waits for a criterion."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from support.criteria import Raises, RowWise
+from support.tiny_models import EOS, greedy_alone, ragged_prompts, tiny_model
+from support.tiny_tokenizer import tiny_tokenizer
+from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+
+from hf_async_batching import BatchingConfig, GenerationManager
+
+CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
+PROMPTS = ragged_prompts(5, 30, seed=3)
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("Llama")
+
+
+@pytest.fixture(scope="module")
+def manager(model: Any) -> Any:
+    with GenerationManager(model, CONFIG) as manager:
+        yield manager
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def idle(manager: Any) -> None:
+    deadline = time.monotonic() + 20
+    while manager.stats().rows_in_use:
+        assert time.monotonic() < deadline, "rows go on"
+        time.sleep(0.01)
+
+
+def stop_at(expected: list[int], at: int) -> set[int]:
+    """The token at which a greedy completion stops for the first time at or before `at`."""
+    return {expected[at]}
+
+
+def cut(expected: list[int], tokens: set[int]) -> list[int]:
+    end = next(i for i, token in enumerate(expected) if token in tokens)
+    return expected[: end + 1]
+
+
+def test_stop_strings_end_requests_where_generate_ends_them(model: Any, manager: Any, tokenizer: Any) -> None:
+    handles, expected = [], []
+    for prompt in PROMPTS:
+        text = tokenizer.decode(greedy_alone(model, prompt, 40, eos_token_id=None))
+        strings = [text[21:24], "zzzzzz"]
+        arguments = {"max_new_tokens": 40, "stop_strings": strings, "tokenizer": tokenizer}
+        expected.append(greedy_alone(model, prompt, eos_token_id=None, **arguments))
+        handles.append(manager.submit(prompt, **GREEDY, **arguments))
+    assert [handle.result(60).token_ids for handle in handles] == expected
+    assert all(len(tokens) < 40 for tokens in expected)
+    assert {handle.result().finish_reason for handle in handles} == {"stop"}
+    metrics = handles[0].result().metrics
+    assert metrics.queue_seconds is not None and metrics.time_to_first_token is not None
+    idle(manager)
+
+
+@pytest.mark.parametrize("way", ["iterator", "async"])
+def test_readers_see_nothing_beyond_the_stop(model: Any, manager: Any, way: str) -> None:
+    full = greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
+    tokens = stop_at(full, 11)
+    for own in (StopStringCriteria(tiny_tokenizer(), "zzzz"), RowWise(tokens)):
+        handle = manager.submit(
+            torch.tensor(PROMPTS[1]), max_new_tokens=40, stopping_criteria=[own, RowWise(tokens)], **GREEDY
+        )
+        if way == "iterator":
+            seen = list(handle)
+        else:
+
+            async def read(handle: Any = handle) -> list[int]:
+                return [token async for token in handle]
+
+            seen = asyncio.run(read())
+        assert seen == cut(full, tokens) == handle.token_ids == handle.result(60).token_ids
+        assert handle.result().finish_reason == "stop"
+        assert handle.done
+
+
+def test_a_criterion_is_called_once_for_each_token(model: Any, manager: Any) -> None:
+    prompt = PROMPTS[2]
+    plain, ours = RowWise(set()), RowWise(set())
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, max_new_tokens=9, stopping_criteria=StoppingCriteriaList([plain]), **GREEDY, pad_token_id=0
+    )
+    handle = manager.submit(torch.tensor(prompt), max_new_tokens=9, stopping_criteria=[ours], **GREEDY)
+    result = handle.result(60)
+    assert result.token_ids == out[0, len(prompt) :].tolist()
+    assert result.finish_reason == "length"
+    assert ours.calls == plain.calls
+
+
+def test_scores_of_what_was_shown(model: Any, manager: Any) -> None:
+    full = greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
+    tokens = stop_at(full, 7)
+    seen: list[int] = []
+
+    class Counts(RowWise):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(len(scores))
+            assert scores[-1][0].argmax() == input_ids[0, -1]
+            return super().__call__(input_ids, None)
+
+    result = manager.submit(
+        PROMPTS[1],
+        max_new_tokens=40,
+        stopping_criteria=[Counts(tokens)],
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        **GREEDY,
+    ).result(60)
+    assert result.token_ids == cut(full, tokens)
+    assert len(result.scores) == len(result.logits) == len(result.token_ids) == len(seen)
+    assert seen == list(range(1, len(seen) + 1))
+    assert [int(scores.argmax()) for scores in result.scores] == result.token_ids
+
+
+def test_reasons(model: Any, manager: Any) -> None:
+    full = greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
+    ends = stop_at(full, 7)
+    both = manager.submit(
+        PROMPTS[1], max_new_tokens=40, do_sample=False, eos_token_id=[*ends, EOS], stopping_criteria=[RowWise(ends)]
+    )
+    assert (both.result(60).token_ids, both.result().finish_reason) == (cut(full, ends), "eos")
+    eos = manager.submit(
+        PROMPTS[1], max_new_tokens=40, do_sample=False, eos_token_id=[*ends, EOS], max_time=1e9, logprobs=True
+    )
+    assert (eos.result(60).token_ids, eos.result().finish_reason) == (cut(full, ends), "eos")
+    assert len(eos.result().logprobs) == len(eos.token_ids)
+    length = manager.submit(PROMPTS[1], max_new_tokens=5, max_time=1e9, **GREEDY)
+    assert (length.result(60).token_ids, length.result().finish_reason) == (full[:5], "length")
+    mine = manager.submit(
+        PROMPTS[1], max_new_tokens=5, max_time=1e9, stopping_criteria=[MaxTimeCriteria(0.0)], **GREEDY
+    )
+    assert (mine.result(60).token_ids, mine.result().finish_reason) == (full[:1], "stop"), "the caller's own counts"
+
+
+def test_time_is_up_without_anybody_reading(manager: Any) -> None:
+    handle = manager.submit([5, 6, 7], max_new_tokens=500, max_time=0.2, **GREEDY)
+    deadline = time.monotonic() + 30
+    while not handle.done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert handle.result().finish_reason in ("stop", "length")
+
+
+def test_a_criterion_that_raises_reaches_its_caller_alone(model: Any, manager: Any) -> None:
+    innocent = manager.submit(PROMPTS[1], max_new_tokens=60, max_time=1e9, **GREEDY)
+    guilty = manager.submit(PROMPTS[2], max_new_tokens=400, stopping_criteria=[Raises(4)], **GREEDY)
+    with pytest.raises(ZeroDivisionError, match="own mistake"):
+        guilty.result(60)
+    assert guilty.token_ids == greedy_alone(model, PROMPTS[2], 3, eos_token_id=None), "what passed is kept"
+    with pytest.raises(ZeroDivisionError):
+        list(guilty)
+    assert innocent.result(60).token_ids == greedy_alone(model, PROMPTS[1], 60, eos_token_id=None)
+    idle(manager)
+
+
+class Stuck(StoppingCriteria):
+    def __init__(self) -> None:
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.entered.set()
+        assert self.release.wait(60)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_a_stuck_criterion_holds_up_nobody_and_can_be_cancelled(model: Any, manager: Any, tokenizer: Any) -> None:
+    stuck = Stuck()
+    handle = manager.submit(PROMPTS[1], max_new_tokens=50, stopping_criteria=[stuck], **GREEDY)
+    assert stuck.entered.wait(60)
+    others = [
+        manager.submit(prompt, max_new_tokens=20, stop_strings="zzzz", tokenizer=tokenizer, **GREEDY)
+        for prompt in PROMPTS
+    ]
+    for prompt, other in zip(PROMPTS, others, strict=True):
+        assert other.result(60).token_ids == greedy_alone(model, prompt, 20, eos_token_id=None)
+    assert handle.token_ids == [] and not handle.done
+    handle.cancel()
+    result = handle.result(20)
+    assert (result.token_ids, result.finish_reason) == ([], "cancelled")
+    idle(manager)
+    stuck.release.set()
+
+
+def test_cancelling_keeps_what_was_shown(model: Any, manager: Any) -> None:
+    handle = manager.submit(PROMPTS[1], max_new_tokens=480, max_time=1e9, **GREEDY)
+    reader = iter(handle)
+    first = [next(reader) for _ in range(3)]
+    handle.cancel()
+    result = handle.result(20)
+    assert result.finish_reason == "cancelled"
+    assert result.token_ids[:3] == first
+    assert result.token_ids == greedy_alone(model, PROMPTS[1], len(result.token_ids), eos_token_id=None)
+    idle(manager)
+
+
+def test_closing_fails_the_handle(model: Any) -> None:
+    with GenerationManager(model, CONFIG) as manager:
+        handles = [
+            manager.submit(PROMPTS[1], max_new_tokens=480, max_time=1e9, **GREEDY),
+            manager.submit(PROMPTS[1], max_new_tokens=480, stopping_criteria=[RowWise(set())], **GREEDY),
+        ]
+        for handle in handles:
+            next(iter(handle))
+    for handle in handles:
+        with pytest.raises(RuntimeError, match="closed"):
+            handle.result(20)
+
+
+def test_threads_go_when_nobody_needs_them(model: Any) -> None:
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if "criteria" in thread.name]
+
+    manager = GenerationManager(model, CONFIG)
+    for _ in range(3):
+        handles = [manager.submit(prompt, max_new_tokens=20, max_time=1e9, **GREEDY) for prompt in PROMPTS]
+        handles += [
+            manager.submit(prompt, max_new_tokens=20, stopping_criteria=[RowWise({5})], **GREEDY) for prompt in PROMPTS
+        ]
+        assert threads().count("hf_async_batching criteria") <= 1
+        for handle in handles:
+            handle.result(60)
+        deadline = time.monotonic() + 20
+        while threads():
+            assert time.monotonic() < deadline, threads()
+            time.sleep(0.01)
+    # A manager that nobody holds finishes what it has.
+    last = manager.submit(PROMPTS[0], max_new_tokens=30, max_time=1e9, **GREEDY)
+    del manager
+    gc.collect()
+    assert len(last.result(60).token_ids) == 30
+
+
+def test_mistakes_are_told_before_anything_is_queued(manager: Any, tokenizer: Any) -> None:
+    steps = manager.stats().steps
+    with pytest.raises(ValueError, match="`stop_strings` needs the model's tokenizer"):
+        manager.submit([5], stop_strings="a", max_new_tokens=3)
+    for bad in ([], [""], [5], ""):
+        with pytest.raises(ValueError, match="`stop_strings`"):
+            manager.submit([5], stop_strings=bad, tokenizer=tokenizer, max_new_tokens=3)
+    time.sleep(0.05)
+    assert manager.stats().steps == steps
