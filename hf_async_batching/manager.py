@@ -531,7 +531,7 @@ class GenerationManager:
         with self._lock:
             model = self._require_model()
             check_call(model)
-            weights, autocast = Weights.of(model), Autocast.of_this_thread(model.device.type)
+            weights, autocast = self._weights_of(model), Autocast.of_this_thread(model.device.type)
             worker = self._worker
             if worker is not None and self._made_for is not None:
                 before = self._made_for[0]
@@ -556,7 +556,7 @@ class GenerationManager:
                     assembly = assemble(model, self._engine_config, self._group)
                 # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
                 # are as they were before, so that a switch that comes in between is seen by the next request.
-                self._made_for = weights.placed_as(Weights.of(model)), autocast
+                self._made_for = weights.placed_as(self._weights_of(model)), autocast
                 self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
@@ -571,6 +571,12 @@ class GenerationManager:
                 self._finalizer = weakref.finalize(self, self._worker.drain)
                 self._finalizer.atexit = False
             return self._worker
+
+    def _weights_of(self, model: PreTrainedModel) -> Weights:
+        # Layers of a spread model put their parts of weights in the weights' places while they run.
+        if self._group is not None and self._made_for is not None:
+            return self._made_for[0]
+        return Weights.of(model)
 
     def _forget(self, worker: Worker) -> None:
         with self._lock:
