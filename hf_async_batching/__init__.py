@@ -4,13 +4,16 @@
 """
 
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.dataset import DatasetProgress, generate_dataset
 from hf_async_batching.drop_in import generate
 from hf_async_batching.errors import (
+    DatasetRowError,
     EngineClosedError,
     EngineFailedError,
     HfAsyncBatchingError,
     QueueFullError,
     RequestTooLongError,
+    ResumeMismatchError,
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
@@ -24,6 +27,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchingConfig",
+    "DatasetProgress",
+    "DatasetRowError",
     "EngineClosedError",
     "EngineFailedError",
     "GenerationHandle",
@@ -33,11 +38,13 @@ __all__ = [
     "QueueFullError",
     "RequestMetrics",
     "RequestTooLongError",
+    "ResumeMismatchError",
     "Stats",
     "StepRecord",
     "Timeline",
     "UnsupportedArgumentError",
     "UnsupportedModelError",
     "generate",
+    "generate_dataset",
     "get_manager",
 ]

@@ -6,6 +6,7 @@ import logging
 import time
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import Sections
+from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
+from hf_async_batching.tensor_parallel.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +50,13 @@ class Assembly:
 
 
 @torch.inference_mode()
-def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
+def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | None = None) -> Assembly:
     """Make an engine that is ready to serve, whose forward runs under the calling thread's autocast.
 
     Args:
         model: The user's model; not changed.
         config: Settings.
+        group: The ranks over which the model is spread, which all do this at the same time.
 
     Raises:
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
@@ -71,14 +75,10 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         # It has no pages to save: with as many as its rows can use, none is ever asked to give up some.
         logger.info("num_pages = automatic (%s is computed row by row)", forward.name)
         config = replace(config, num_pages=None)
-    resolved = config.resolve(
-        forward.layers,
-        context,
-        forward.device,
-        free_memory(forward.device),
-        forward.weight_bytes,
-        forward.state_bytes,
-    )
+    free = free_memory(forward.device)
+    if group is not None:
+        free = group.least(free)  # rows and pages have the same numbers on all ranks
+    resolved = config.resolve(forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes)
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
@@ -92,7 +92,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
     )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
-        config.cuda_graphs
+        config.cuda_graphs is not False
         and forward.capturable
         and device.supports_graphs
         and not backend.reads_back
@@ -108,7 +108,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig) -> Assembly:
         num_pages=resolved.num_pages,
         writes=max_writes,
     )
-    pipeline = Pipeline(
+    make_pipeline = partial(LeadingPipeline, group) if group is not None and group.leads else Pipeline
+    pipeline = make_pipeline(
         device,
         state,
         runner,

@@ -48,7 +48,7 @@ class BatchingConfig:
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
         attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.
-        cuda_graphs: Capture decode steps as CUDA graphs.
+        cuda_graphs: Capture decode steps as CUDA graphs. Default: yes, but for a model that is spread over ranks.
         compile: Compile the model's layers with torch.compile. Serving starts uncompiled; a thread compiles beside it,
             and the engine changes over when that is done and its logits agree. Default: on CUDA.
         fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights are moved into
@@ -73,7 +73,7 @@ class BatchingConfig:
     max_waiting: int = 4096
     idle_timeout: float | None = 60.0
     attention_backend: BackendName = "auto"
-    cuda_graphs: bool = True
+    cuda_graphs: bool | None = None
     compile: bool | None = None
     fuse_weights: bool | None = None
     attach_check: bool = True
@@ -110,6 +110,17 @@ class BatchingConfig:
     def fuses_weights(self, device: torch.device) -> bool:
         """`fuse_weights` with its default filled in."""
         return device.type == "cuda" if self.fuse_weights is None else self.fuse_weights
+
+    def for_ranks(self) -> BatchingConfig:
+        """For a model that is spread over ranks: its layers have collectives, and weights that are parts of tensors.
+
+        Raises:
+            ValueError: `compile` or `fuse_weights` is asked for.
+        """
+        for name in ("compile", "fuse_weights"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is not served with tensor parallelism; leave it out")
+        return replace(self, compile=False, fuse_weights=False, cuda_graphs=bool(self.cuda_graphs))
 
     def resolve(
         self,

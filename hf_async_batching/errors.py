@@ -38,3 +38,20 @@ def does_not_fit(error: Exception) -> bool:
     """
     known = (TypeError, AttributeError, LookupError, ValueError, AssertionError, NotImplementedError)
     return type(error) is RuntimeError or isinstance(error, known)
+
+
+class DatasetRowError(HfAsyncBatchingError, ValueError):
+    """A row of a dataset cannot be served, under `on_error="raise"`. `index` is the row's.
+
+    Args:
+        message: What is wrong, and what to do.
+        index: Of the row in its dataset.
+    """
+
+    def __init__(self, message: str, index: int = -1) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class ResumeMismatchError(HfAsyncBatchingError, ValueError):
+    """What a folder holds was made with other arguments, another model or other data; the message says which."""

@@ -87,6 +87,7 @@ class GenerationHandle:
         self._reason: str | None = None
         self._error: BaseException | None = None
         self._done = threading.Event()
+        self._callbacks: list[Callable[[GenerationHandle], object]] = []
         self._changed = threading.Condition()
         self._watchers = 0
         self._async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -129,6 +130,17 @@ class GenerationHandle:
         """End the request now; its row and pages are freed. Without effect on one that has ended."""
         if not self._done.is_set():
             self._cancel(self)
+
+    def add_done_callback(self, callback: Callable[[GenerationHandle], object]) -> None:
+        """Call `callback(handle)` when the request has ended, or now if it has.
+
+        It runs in the engine's thread, which waits for it: it must do no more than hand the handle on, and not raise.
+        """
+        with self._changed:
+            if not self._done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback(self)
 
     @property
     def done(self) -> bool:
@@ -241,7 +253,10 @@ class GenerationHandle:
 
     def _end(self) -> None:
         self._ended = time.perf_counter()
-        self._done.set()
+        with self._changed:  # whoever adds a callback does so before this, or finds the request ended
+            self._done.set()
+        for callback in self._callbacks:
+            callback(self)
         wake((self,))
 
     def _metrics(self) -> RequestMetrics:

@@ -49,6 +49,8 @@ from hf_async_batching.scheduler import features_of
 from hf_async_batching.sequence import Sequence
 from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
+from hf_async_batching.tensor_parallel.follower import Follower
+from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable
 from hf_async_batching.timeline import Timeline, records_after
 from hf_async_batching.weights import Weights
 from hf_async_batching.worker import Worker
@@ -90,9 +92,11 @@ class GenerationManager:
     def _setup(
         self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig | None, model: PreTrainedModel
     ) -> None:
+        self._group = RankGroup.of(model)
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
         check_servable(model)
         self.config = config or BatchingConfig()
+        self._engine_config = self.config if self._group is None else self.config.for_ranks()
         self._get_model = get_model
         self._lock = threading.RLock()
         self._worker: Worker | None = None
@@ -156,6 +160,69 @@ class GenerationManager:
             QueueFullError: `max_waiting` requests wait already.
             EngineClosedError: The manager was closed.
         """
+        arguments = {
+            "logits_processor": logits_processor,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "stopping_criteria": stopping_criteria,
+            "tokenizer": tokenizer,
+            "inputs_embeds": inputs_embeds,
+        }
+        request, criteria, history = self._prepare(
+            input_ids,
+            generation_config,
+            seed=seed,
+            logprobs=logprobs,
+            request_id=request_id,
+            **arguments,
+            **generate_arguments,
+        )
+        handle = self.submit_request(request)
+        if not criteria:
+            return handle
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
+        return self._criteria_thread.judge(handle, request, criteria, device, history)
+
+    def make_request(
+        self,
+        input_ids: list[int] | torch.Tensor,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: Seed | None = None,
+        logprobs: bool = False,
+        **generate_arguments: Any,
+    ) -> Request:
+        """The request that `submit` would queue, for `submit_requests`; see `submit` for arguments and errors.
+
+        Raises:
+            UnsupportedArgumentError: `stop_strings` and `max_time` are not part of a request.
+        """
+        request, criteria, _ = self._prepare(
+            input_ids, generation_config, seed=seed, logprobs=logprobs, **generate_arguments
+        )
+        if criteria:
+            raise UnsupportedArgumentError("`stop_strings` and `max_time` are looked after by `submit` only")
+        return request
+
+    def _prepare(
+        self,
+        input_ids: list[int] | torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        *,
+        logits_processor: list[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        seed: Seed | None = None,
+        logprobs: bool = False,
+        request_id: str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **generate_arguments: Any,
+    ) -> tuple[Request, StoppingCriteriaList, list[int]]:
+        """A request, the criteria that are asked beside the engine, and the prompt's tokens as these see them."""
         model: Any = self._require_model()
         prompt = _prompt_of(input_ids, inputs_embeds)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
@@ -194,11 +261,7 @@ class GenerationManager:
             request = replace(request, prompt_embeddings=inputs_embeds.detach().clone())
             if input_ids is None:
                 check_history(request)
-        handle = self.submit_request(request)
-        if not criteria:
-            return handle
-        device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
-        return self._criteria_thread.judge(handle, request, criteria, device, history)
+        return request, criteria, history
 
     def _recipe(
         self,
@@ -255,6 +318,8 @@ class GenerationManager:
                 continue  # it stopped on its own just now; `_require_worker` waits for the end of that
             for request in requests:
                 _check_limits(request, assembly)
+                if self._group is not None:
+                    check_sendable(request)
             requests = self._with_embeddings(requests, assembly)
             handles = [
                 GenerationHandle(
@@ -379,6 +444,15 @@ class GenerationManager:
         return Timeline(records_after(assembly.engine.records.copy(), after), name)
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model that is served.
+
+        Raises:
+            EngineClosedError: The manager was closed.
+        """
+        return self._require_model()
+
+    @property
     def closed(self) -> bool:
         """Whether `close()` was called."""
         return self._closed
@@ -397,11 +471,40 @@ class GenerationManager:
             timeout: Seconds to wait for the step that is running; None waits for it.
         """
         with self._lock:
-            self._closed = True
+            first, self._closed = not self._closed, True
             worker = self._worker
         if worker is not None:
             worker.stop(timeout)
+        if first and self._group is not None and self._group.leads:
+            self._group.send(Quit())
         _open_managers.discard(self)
+
+    # -- several ranks --------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests go to this manager: always, but on the ranks of a spread model other than 0."""
+        return self._group is None or self._group.leads
+
+    @property
+    def spread(self) -> bool:
+        """Whether the model is spread over ranks."""
+        return self._group is not None
+
+    def follow(self) -> None:
+        """On the ranks of a spread model other than 0: do what rank 0's manager says, until it is closed.
+
+        Raises:
+            UnsupportedArgumentError: This is not such a rank.
+            EngineFailedError: The ranks do not compute the same.
+        """
+        if self._group is None or self._group.leads:
+            raise UnsupportedArgumentError("follow() is for the ranks of a spread model other than 0")
+        model = self._require_model()
+        device = model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        Follower(self._group, lambda: assemble(model, self._engine_config, self._group)).follow()
 
     def __enter__(self) -> GenerationManager:
         return self
@@ -450,10 +553,14 @@ class GenerationManager:
         return model
 
     def _require_worker(self) -> Worker:
+        if not self.leads:
+            raise UnsupportedArgumentError(
+                "requests of a model that is spread over ranks go to rank 0's manager; on the others call follow()"
+            )
         with self._lock:
             model = self._require_model()
             check_call(model)
-            weights, autocast = Weights.of(model), Autocast.of_this_thread(model.device.type)
+            weights, autocast = self._weights_of(model), Autocast.of_this_thread(model.device.type)
             worker = self._worker
             if worker is not None and self._made_for is not None:
                 before = self._made_for[0]
@@ -472,11 +579,13 @@ class GenerationManager:
                 worker.memory_free.wait()
                 self._worker = None
             if self._worker is None:
+                if self._group is not None:
+                    self._group.send(Start())
                 with autocast():
-                    assembly = assemble(model, self.config)
+                    assembly = assemble(model, self._engine_config, self._group)
                 # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
                 # are as they were before, so that a switch that comes in between is seen by the next request.
-                self._made_for = weights.placed_as(Weights.of(model)), autocast
+                self._made_for = weights.placed_as(self._weights_of(model)), autocast
                 if self._depth is not None:
                     assembly.engine.depth = min(self._depth, assembly.config.depth)
                 self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
@@ -493,6 +602,12 @@ class GenerationManager:
                 self._finalizer = weakref.finalize(self, self._worker.drain)
                 self._finalizer.atexit = False
             return self._worker
+
+    def _weights_of(self, model: PreTrainedModel) -> Weights:
+        # Layers of a spread model put their parts of weights in the weights' places while they run.
+        if self._group is not None and self._made_for is not None:
+            return self._made_for[0]
+        return Weights.of(model)
 
     def _forget(self, worker: Worker) -> None:
         with self._lock:

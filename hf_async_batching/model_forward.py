@@ -174,7 +174,8 @@ class ModelForward:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads: all parameters but an embedding that is only looked up."""
-        seen: dict[int, int] = {id(p): p.nbytes for p in self.view.parameters()}
+        # Of a weight that is spread over ranks, this rank's part.
+        seen: dict[int, int] = {id(p): getattr(p, "_local_tensor", p).nbytes for p in self.view.parameters()}
         view: Any = self.view
         embedding, output = view.get_input_embeddings(), view.get_output_embeddings()
         if output is not None and getattr(output, "weight", None) is not embedding.weight:

@@ -19,6 +19,7 @@ from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.quantization import adjust, alias, has_state
 from hf_async_batching.rebinding import rebound
 from hf_async_batching.sharing import tensors_within
+from hf_async_batching.tensor_parallel.shared_modules import parallel_modules, unique_objects
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,11 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         memo[id(quantizer)] = quantizer
+    shared = {id(one): one for one in (*parallel_modules(model), *unique_objects(model))}
+    memo.update(shared)
     for module in modules:
+        if id(module) in shared:
+            continue
         for attribute in _HOOKS:
             hooks = module.__dict__.get(attribute)
             if hooks:
@@ -84,7 +89,7 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             vars(memo[key]).update(copy.deepcopy(vars(parameter), memo))
         copies = {id(module): memo[id(module)] for module in modules}
         for module in modules:
-            if not isinstance(module, OptimizedModule):
+            if not isinstance(module, OptimizedModule) and id(module) not in shared:
                 _finish(module, copies, memo)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
@@ -141,7 +146,10 @@ def _announce(model: PreTrainedModel) -> None:
             hooked.append(name or type(model).__name__)
         forward = _innermost_forward(module)
         if not (
-            forward is None or isinstance(module, OptimizedModule) or getattr(forward, "__self__", None) is module
+            vars(module).get("_is_hooked")
+            or forward is None
+            or isinstance(module, OptimizedModule)
+            or getattr(forward, "__self__", None) is module
         ):
             replaced.append(name or type(model).__name__)
     for names, what in ((hooked, "forward hooks"), (replaced, "a `forward` that was set on the instance")):
@@ -172,7 +180,7 @@ def _refuse_split(model: PreTrainedModel) -> None:
             "example device_map={'': 0}, or use plain `model.generate`."
         )
     # By name: importing torch.distributed takes a while, and not every build has it.
-    if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
+    if not parallel_modules(model) and any(type(tensor).__name__ == "DTensor" for tensor in tensors):
         raise UnsupportedModelError(
             f"{name} is not served: its weights are sharded over processes; use plain `model.generate`."
         )

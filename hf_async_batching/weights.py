@@ -85,7 +85,9 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if type(tensor) is nn.Parameter or not is_wrapped(tensor):
         return [tensor]
     wrapped: Any = tensor
-    return [part for name in wrapped.__tensor_flatten__()[0] for part in _parts(getattr(wrapped, name))]
+    inner = [getattr(wrapped, name) for name in wrapped.__tensor_flatten__()[0]]
+    # A tensor that is spread over ranks names its mesh, too.
+    return [part for one in inner if isinstance(one, torch.Tensor) for part in _parts(one)]
 
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:

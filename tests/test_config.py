@@ -191,3 +191,13 @@ def test_every_field_is_documented() -> None:
     assert BatchingConfig.__doc__ is not None
     for field in dataclasses.fields(BatchingConfig):
         assert f"\n        {field.name}: " in BatchingConfig.__doc__
+
+
+def test_for_a_model_that_is_spread_over_ranks() -> None:
+    config = BatchingConfig(depth=3).for_ranks()
+    assert (config.depth, config.compile, config.fuse_weights, config.cuda_graphs) == (3, False, False, False)
+    assert BatchingConfig(cuda_graphs=True).for_ranks().cuda_graphs is True
+    with pytest.raises(ValueError, match="`compile`"):
+        BatchingConfig(compile=True).for_ranks()
+    with pytest.raises(ValueError, match="`fuse_weights`"):
+        BatchingConfig(fuse_weights=True).for_ranks()

@@ -97,3 +97,17 @@ def test_the_end_wakes_an_event_loop() -> None:
     assert len(loop.scheduled) == 1
     with pytest.raises(ValueError, match="broken"):
         handle.result(0)
+
+
+def test_done_callbacks() -> None:
+    handle, seen = GenerationHandle("a", lambda handle: None), []
+    handle.add_done_callback(seen.append)
+    assert seen == []
+    handle._finish("length")
+    assert seen == [handle]
+    handle.add_done_callback(seen.append)
+    assert seen == [handle, handle]
+    failed = GenerationHandle("b", lambda handle: None)
+    failed.add_done_callback(seen.append)
+    failed._fail(ValueError("no"))
+    assert seen[2] is failed

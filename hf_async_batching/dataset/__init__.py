@@ -1,0 +1,6 @@
+"""A model over a whole dataset: `generate_dataset`."""
+
+from hf_async_batching.dataset.generate import generate_dataset
+from hf_async_batching.dataset.progress import DatasetProgress
+
+__all__ = ["DatasetProgress", "generate_dataset"]

@@ -1,0 +1,241 @@
+"""`generate_dataset`: its arguments, and which way a dataset goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.dataset.consumer import OnError
+from hf_async_batching.dataset.in_folder import load_folder, through_folder
+from hf_async_batching.dataset.in_memory import completed_dataset, completed_rows, completed_stream
+from hf_async_batching.dataset.output_columns import OutputColumns
+from hf_async_batching.dataset.progress import DatasetProgress
+from hf_async_batching.dataset.prompts import PromptFunction
+from hf_async_batching.dataset.ranks import Ranks, find_ranks
+from hf_async_batching.dataset.row_requests import split_arguments
+from hf_async_batching.dataset.runs import make_requests
+from hf_async_batching.dataset.settings import Settings, row_parameter_columns
+from hf_async_batching.dataset.source import DatasetSource, PlainSource, StreamSource
+from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.manager import GenerationManager
+from hf_async_batching.registry import get_manager
+from hf_async_batching.request import MAX_SEED
+
+
+def generate_dataset(
+    model: PreTrainedModel | GenerationManager,
+    dataset: Any,
+    tokenizer: Any = None,
+    *,
+    prompt: str | PromptFunction = "prompt",
+    generation_config: GenerationConfig | None = None,
+    row_parameters: Mapping[str, str] | list[str] | None = None,
+    seed: int = 0,
+    resume_dir: str | Path | None = None,
+    on_error: OnError = "raise",
+    logprobs: bool = False,
+    chat: bool = False,
+    system_prompt: str | None = None,
+    chat_template_arguments: Mapping[str, Any] | None = None,
+    skip_special_tokens: bool = True,
+    output_columns: Mapping[str, str | None] | None = None,
+    progress: bool | None = None,
+    callback: Callable[[DatasetProgress], object] | None = None,
+    window: int = 8192,
+    shard_rows: int | None = None,
+    tokenize_threads: int | None = None,
+    features: Any = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    batching_config: BatchingConfig | None = None,
+    **generate_arguments: Any,
+) -> Any:
+    """Complete every row of a dataset, and return it with the completions as new columns.
+
+    >>> dataset = generate_dataset(model, dataset, tokenizer, prompt="question", max_new_tokens=40)  # doctest: +SKIP
+
+    Args:
+        model: A causal language model, or a manager that serves one.
+        dataset: A `datasets` `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, or any iterable of
+            dictionaries.
+        tokenizer: The model's; None where prompts are token ids, and then there is no text.
+        prompt: A column, or a function of the row (a dictionary, as `dataset[i]` gives it; called in several threads
+            at once). A text is tokenized, a list of messages goes through the chat template, a list of token ids is
+            taken as it is.
+        generation_config: As for `model.generate`, for all rows; the model's own where None.
+        row_parameters: Generation parameters that rows have of their own: `{"max_new_tokens": "budget"}`, parameter to
+            column, or a list of names that are both. Fields of `GenerationConfig`, "seed" and "stop". A None in a row
+            leaves it with what is common to all.
+        seed: Of everything that is sampled: a request's own follows from it, the row's index and the completion's. A
+            row's own seed is what `submit(seed=...)` would get.
+        resume_dir: A folder to which finished rows are written as they come. A run that ended early goes on from there
+            when it is called again with the same arguments, and ends with the same dataset.
+        on_error: A row that cannot be served (None, an empty prompt, one that is too long, ...) raises
+            `DatasetRowError`, or "record" keeps the error in a column and goes on.
+        logprobs: Also keep the log-probabilities of the chosen tokens.
+        chat: Make a text the user's message of a chat.
+        system_prompt: Begins every chat that has no system message; implies `chat`.
+        chat_template_arguments: For the chat template, such as `{"enable_thinking": False}`.
+        skip_special_tokens: In the text.
+        output_columns: Names of the new columns in place of `text`: "completion", `token_ids`: "completion_ids",
+            `finish_reason`, `prompt_tokens`, `completion_tokens`, `logprobs`: "completion_logprobs", `error`; None
+            leaves one out. With several completions per row (`num_return_sequences`), all but `prompt_tokens` and
+            `error` hold lists.
+        progress: Draw a bar; None: where standard error is a terminal.
+        callback: Gets a `DatasetProgress` about twice a second, in the calling thread.
+        window: Rows that may be unfinished at once. Bounds memory, and is what longest-first has to choose from.
+        shard_rows: Rows per Parquet file in `resume_dir`; chosen by itself where None.
+        tokenize_threads: Threads that tokenize; at most four by default.
+        features: Of a stream whose first rows do not show them.
+        rank: Of this process among those that share the dataset, each with a copy of the model, and all with one
+            `resume_dir`. Found by itself under `accelerate launch` and `torchrun`.
+        world_size: Number of these processes.
+        batching_config: Settings of the model's shared manager, where this call is the one that makes it.
+        generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
+
+    Returns:
+        What was given, with the new columns, in the same order: a `Dataset` for a `Dataset`, and so on; a list for a
+        list. For streams without `resume_dir`, and for other iterables, a stream, whose rows are completed while it is
+        read. With a model that is spread over ranks by transformers' tensor parallelism, all ranks call this; without
+        `resume_dir` those other than 0 get None.
+
+    Raises:
+        DatasetRowError: A row cannot be served, and `on_error` is "raise".
+        ResumeMismatchError: `resume_dir` holds a run with other arguments or data; the message names each difference.
+        ValueError: An argument is out of range, or a column is not there.
+        UnsupportedArgumentError: An argument that is not served.
+        OSError: `resume_dir` cannot be written. What was written before is kept.
+        KeyboardInterrupt: What is finished has been written to `resume_dir`.
+    """
+    if on_error not in ("record", "raise"):
+        raise ValueError(f"`on_error` must be 'record' or 'raise', got {on_error!r}")
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}")
+    for name, value in (("window", window), ("shard_rows", shard_rows), ("tokenize_threads", tokenize_threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if tokenizer is None and (chat or system_prompt is not None):
+        raise ValueError("`chat` and `system_prompt` need a `tokenizer`")
+    count, arguments = split_arguments(generation_config, generate_arguments)
+    with _managed(model, batching_config) as manager:
+        ranks = find_ranks(rank, world_size)
+        if manager.spread:
+            # All processes are ranks of one model, which does the rows one after the other.
+            ranks = Ranks()
+        elif ranks.size > 1 and resume_dir is None:
+            raise ValueError(
+                f"{ranks.size} processes share this dataset (WORLD_SIZE): pass `resume_dir`, a folder that all of "
+                "them see, in which their shares meet; or world_size=1, rank=0 for each to do everything"
+            )
+        settings = Settings(
+            manager=manager,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            generation_config=generation_config,
+            arguments=arguments,
+            row_parameters=row_parameter_columns(row_parameters),
+            num_completions=count,
+            seed=seed,
+            logprobs=logprobs,
+            chat=chat,
+            system_prompt=system_prompt,
+            chat_template_arguments=dict(chat_template_arguments or {}),
+            skip_special_tokens=skip_special_tokens,
+            columns=OutputColumns(output_columns, several=count > 1, text=tokenizer is not None, logprobs=logprobs),
+            on_error=on_error,
+            resume_dir=Path(resume_dir) if resume_dir is not None else None,
+            shard_rows=shard_rows,
+            ranks=ranks,
+            features=features,
+            window=window,
+            tokenize_threads=tokenize_threads,
+            progress=progress,
+            callback=callback,
+        )
+        if not manager.leads:
+            manager.follow()
+            return _of_each_split(dataset, partial(_followed, settings))
+        make_requests(settings, "").check()
+        return _of_each_split(dataset, partial(_generate, settings))
+
+
+@contextmanager
+def _managed(model: Any, config: BatchingConfig | None) -> Iterator[GenerationManager]:
+    if isinstance(model, GenerationManager):
+        if config is not None and config != model.config:
+            raise UnsupportedArgumentError(
+                "`batching_config` has no effect on a manager that is there; pass it to GenerationManager"
+            )
+        if model.spread:
+            raise UnsupportedArgumentError(
+                "give generate_dataset a model that is spread over ranks itself, not its manager, on every rank"
+            )
+        yield model
+    elif (getattr(model, "_tp_size", None) or 1) > 1:
+        # Closed at the end: until then the other ranks do what this one says.
+        with GenerationManager(model, config) as manager:
+            yield manager
+    else:
+        yield get_manager(model, config)
+
+
+def _of_each_split(dataset: Any, complete: Callable[[Any, str], Any]) -> Any:
+    if _kind(dataset) in ("DatasetDict", "IterableDatasetDict"):
+        return type(dataset)({name: complete(split, str(name)) for name, split in dataset.items()})
+    return complete(dataset, "")
+
+
+def _followed(settings: Settings, dataset: Any, split: str) -> Any:
+    """What a rank of a spread model has that did not lead: what the one that did has written."""
+    kind = _kind(dataset)
+    if settings.resume_dir is None or kind not in ("Dataset", "IterableDataset"):
+        return None
+    source = DatasetSource(dataset, []) if kind == "Dataset" else StreamSource(dataset, [], settings.features)
+    return load_folder(settings, source, split, kind)
+
+
+def _kind(dataset: Any) -> str:
+    """The name of a class of `datasets`, which need not be installed for plain rows."""
+    names = ("DatasetDict", "IterableDatasetDict", "Dataset", "IterableDataset")
+    for base in type(dataset).__mro__:
+        if base.__name__ in names and base.__module__.partition(".")[0] == "datasets":
+            return base.__name__
+    return ""
+
+
+def _generate(settings: Settings, dataset: Any, split: str) -> Any:
+    kind = _kind(dataset)
+    source: DatasetSource | StreamSource | PlainSource
+    if kind == "Dataset":
+        source = DatasetSource(dataset, settings.needed_columns)
+    elif kind == "IterableDataset":
+        source = StreamSource(dataset, settings.needed_columns, settings.features)
+    elif isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, Mapping)):
+        source = PlainSource(dataset)
+    else:
+        raise ValueError(
+            "`dataset` must be of one of `datasets`' classes or an iterable of dictionaries, got "
+            f"{type(dataset).__name__}"
+        )
+    if source.column_names is not None:
+        settings.check_columns(source.column_names)
+    if isinstance(source, PlainSource):
+        if settings.manager.spread and source.num_rows is None:
+            raise ValueError("`dataset`: a model that is spread over ranks needs a list, or a `datasets` dataset")
+        if settings.resume_dir is not None:
+            raise ValueError("`resume_dir` needs a `datasets` dataset; for a list: datasets.Dataset.from_list(rows)")
+        rows = completed_rows(settings, source, split)
+        return list(rows) if source.num_rows is not None else rows
+    if settings.resume_dir is not None:
+        return through_folder(settings, source, split, kind)
+    if isinstance(source, DatasetSource):
+        return completed_dataset(settings, dataset, source, split)
+    if settings.manager.spread:
+        raise ValueError("a stream on a model that is spread over ranks needs `resume_dir`: all ranks read it there")
+    return completed_stream(settings, source, split)

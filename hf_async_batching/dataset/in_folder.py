@@ -1,0 +1,116 @@
+"""Runs that write to a folder, and go on from what is in it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hf_async_batching.dataset.consumer import Consumer
+from hf_async_batching.dataset.resume_store import ResumeStore, shard_paths
+from hf_async_batching.dataset.row import Chunk
+from hf_async_batching.dataset.runs import make_progress, make_run, where
+from hf_async_batching.dataset.settings import Settings
+from hf_async_batching.dataset.source import DatasetSource, StreamSource
+from hf_async_batching.errors import ResumeMismatchError
+
+logger = logging.getLogger(__name__)
+
+
+def through_folder(settings: Settings, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
+    """Complete what is missing in `resume_dir`, and load all of it.
+
+    Args:
+        settings: Of the call; with a `resume_dir`.
+        source: The rows.
+        split: Of a dictionary of datasets; its folder in `resume_dir`.
+        kind: "Dataset" or "IterableDataset", which is what comes back.
+    """
+    from datasets import Features
+
+    assert settings.resume_dir is not None
+    folder = settings.folder(split)
+    features = Features({**source.features, **settings.columns.features()})
+    store = ResumeStore(
+        folder,
+        settings.fingerprint(split, source.num_rows),
+        features,
+        settings.columns,
+        num_rows=source.num_rows,
+        shard_rows=settings.shard_rows,
+        ranks=settings.ranks,
+    )
+    progress = make_progress(settings, source.num_rows, split)
+
+    def chunks() -> Iterator[Chunk]:
+        end = 0
+        for chunk in source.chunks():
+            yield chunk
+            end = chunk.start + chunk.table.num_rows
+        store.read_all(end)
+
+    def wanted(chunk: Chunk) -> list[int]:
+        indices = store.read(chunk)
+        progress.resumed(chunk.table.num_rows - len(indices))
+        return indices
+
+    run = make_run(settings, chunks(), split, wanted)
+    consumer = Consumer(run, progress, settings.on_error, where(split))
+    try:
+        with consumer as finished:
+            for result in finished:
+                store.add(result)
+                run.release(result.index)
+        store.finish()
+    except BaseException as error:
+        kept = store.abort(consumer.left)
+        if isinstance(error, ResumeMismatchError):
+            raise
+        total = f" of {source.num_rows}" if source.num_rows is not None else ""
+        logger.warning(
+            "%s: %d%s rows%s are kept in %s; call again with the same arguments and resume_dir=%r to go on",
+            "interrupted" if isinstance(error, KeyboardInterrupt) else f"ended by {type(error).__name__}",
+            kept,
+            total,
+            where(split),
+            folder,
+            str(settings.resume_dir),
+        )
+        raise
+    return load_folder(settings, source, split, kind)
+
+
+def load_folder(settings: Settings, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
+    """The finished shards as what was given; see `through_folder`."""
+    from datasets import Dataset, Features, IterableDataset
+
+    features = Features({**source.features, **settings.columns.features()})
+    paths = shard_paths(settings.folder(split))
+    loaded: Any
+    if not paths:
+        loaded = Dataset(features.arrow_schema.empty_table())
+        loaded = loaded if kind == "Dataset" else loaded.to_iterable_dataset()
+    elif kind == "Dataset":
+        with _quiet():
+            loaded = Dataset.from_parquet(paths, features=features)
+    else:
+        loaded = IterableDataset.from_parquet(paths, features=features)
+    unused = settings.columns.names.get("error")
+    return loaded.remove_columns(unused) if settings.on_error == "raise" and unused is not None else loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar that `datasets` draws even where nobody sees it."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or sys.stderr.isatty():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

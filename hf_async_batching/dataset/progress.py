@@ -1,0 +1,137 @@
+"""How far a run is, for people and for programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_async_batching.manager import GenerationManager
+
+SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetProgress:
+    """How far a run is.
+
+    Attributes:
+        split: Of a `DatasetDict`; empty otherwise.
+        rows: Finished ones, those of earlier runs included.
+        total: All rows; None for streams.
+        resumed: Rows that earlier runs had finished.
+        failed: Finished rows with an error.
+        tokens: New tokens of this run's finished rows.
+        tokens_per_second: New tokens of all of the engine's requests, over the last two seconds.
+        running: Requests that the engine computes.
+        waiting: Requests that wait for a place.
+        seconds: Since the run began.
+        remaining_seconds: An estimate; None where none can be made.
+    """
+
+    split: str
+    rows: int
+    total: int | None
+    resumed: int
+    failed: int
+    tokens: int
+    tokens_per_second: float
+    running: int
+    waiting: int
+    seconds: float
+    remaining_seconds: float | None
+
+
+class Progress:
+    """Counts rows, draws a bar where somebody sees it, and calls back at most twice a second.
+
+    Args:
+        manager: Whose figures are shown.
+        total: Rows; None for streams.
+        split: Of a `DatasetDict`.
+        bar: Whether to draw one; None: where standard error is a terminal.
+        callback: Called in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        manager: GenerationManager,
+        total: int | None,
+        *,
+        split: str = "",
+        bar: bool | None = None,
+        callback: Callable[[DatasetProgress], object] | None = None,
+    ) -> None:
+        self._manager = manager
+        self._total = total
+        self._split = split
+        self._callback = callback
+        self._rows = self._resumed = self._failed = self._tokens = 0
+        self._began = self._last = time.perf_counter()
+        self._bar: Any = None
+        if bar or (bar is None and sys.stderr.isatty()):
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, desc=split or None, unit=" rows", dynamic_ncols=True)
+
+    def resumed(self, rows: int) -> None:
+        """Rows that an earlier run has finished."""
+        self._resumed += rows
+        self._rows += rows
+        if self._bar is not None:
+            self._bar.initial += rows
+            self._bar.update(rows)
+
+    def finished(self, tokens: int, failed: bool) -> None:
+        """One row is finished."""
+        self._rows += 1
+        self._tokens += tokens
+        self._failed += failed
+
+    def show(self, *, at_once: bool = False) -> None:
+        """Tell how far the run is, if that is due."""
+        now = time.perf_counter()
+        if (self._bar is None and self._callback is None) or (now - self._last < SECONDS and not at_once):
+            return
+        self._last = now
+        state = self.state()
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"{state.tokens_per_second:,.0f} tok/s, {state.running} running, {state.waiting} waiting"
+                + (f", {state.failed} failed" if state.failed else ""),
+                refresh=False,
+            )
+            self._bar.update(state.rows - self._bar.n)
+            self._bar.refresh()
+        if self._callback is not None:
+            self._callback(state)
+
+    def state(self) -> DatasetProgress:
+        """How far the run is."""
+        stats = self._manager.stats()
+        seconds = time.perf_counter() - self._began
+        done = self._rows - self._resumed
+        remaining = None
+        if self._total is not None and done:
+            remaining = seconds / done * (self._total - self._rows)
+        return DatasetProgress(
+            split=self._split,
+            rows=self._rows,
+            total=self._total,
+            resumed=self._resumed,
+            failed=self._failed,
+            tokens=self._tokens,
+            tokens_per_second=stats.tokens_per_second,
+            running=stats.running,
+            waiting=stats.waiting,
+            seconds=seconds,
+            remaining_seconds=remaining,
+        )
+
+    def close(self) -> None:
+        """Show the last state, and end the bar."""
+        self.show(at_once=True)
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,122 @@
+"""What `generate_dataset` was asked for, once it is checked and its defaults are filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from hf_async_batching.dataset.consumer import OnError
+from hf_async_batching.dataset.fingerprint import (
+    Fingerprint,
+    fingerprint_of_config,
+    fingerprint_of_function,
+    fingerprint_of_model,
+    fingerprint_of_tokenizer,
+)
+from hf_async_batching.dataset.output_columns import OutputColumns
+from hf_async_batching.dataset.progress import DatasetProgress
+from hf_async_batching.dataset.prompts import PromptFunction
+from hf_async_batching.dataset.ranks import Ranks
+from hf_async_batching.generation_fields import INSTALLED
+from hf_async_batching.manager import GenerationManager
+
+_ALIASES = {"stop": "stop_strings"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of one call; see `generate_dataset` for what each is."""
+
+    manager: GenerationManager
+    tokenizer: Any
+    prompt: str | PromptFunction
+    generation_config: GenerationConfig | None
+    arguments: Mapping[str, Any]
+    row_parameters: Mapping[str, str]
+    num_completions: int
+    seed: int
+    logprobs: bool
+    chat: bool
+    system_prompt: str | None
+    chat_template_arguments: Mapping[str, Any]
+    skip_special_tokens: bool
+    columns: OutputColumns
+    on_error: OnError
+    resume_dir: Path | None
+    shard_rows: int | None
+    ranks: Ranks
+    features: Any
+    window: int
+    tokenize_threads: int | None
+    progress: bool | None
+    callback: Callable[[DatasetProgress], object] | None
+
+    @property
+    def needed_columns(self) -> list[str] | None:
+        """What prompts and parameters are made of; None for whole rows."""
+        return [self.prompt, *self.row_parameters.values()] if isinstance(self.prompt, str) else None
+
+    def folder(self, split: str) -> Path:
+        """Where a split's rows are written."""
+        assert self.resume_dir is not None
+        return self.resume_dir / split if split else self.resume_dir
+
+    def check_columns(self, column_names: list[str]) -> None:
+        """Refuse columns that are not there, and names of new ones that are.
+
+        Raises:
+            ValueError: Names the column and what there is.
+        """
+        wanted = [("prompt", self.prompt)] if isinstance(self.prompt, str) else []
+        wanted += [(f"row_parameters[{name!r}]", column) for name, column in self.row_parameters.items()]
+        for argument, column in wanted:
+            if column not in column_names:
+                raise ValueError(
+                    f"`{argument}`: the dataset has no column {column!r}; it has {', '.join(map(repr, column_names))}"
+                )
+        self.columns.check(column_names)
+
+    def fingerprint(self, split: str, num_rows: int | None) -> Fingerprint:
+        """What decides the outputs."""
+        prompt = self.prompt if isinstance(self.prompt, str) else f"function {fingerprint_of_function(self.prompt)}"
+        return {
+            "model": fingerprint_of_model(self.manager.model),
+            "tokenizer": fingerprint_of_tokenizer(self.tokenizer),
+            "generation": fingerprint_of_config(self.manager.model, self.generation_config, self.arguments),
+            "prompt": prompt,
+            "row_parameters": dict(self.row_parameters),
+            "num_return_sequences": self.num_completions,
+            "seed": self.seed,
+            "logprobs": self.logprobs,
+            "chat": self.chat,
+            "system_prompt": self.system_prompt,
+            "chat_template_arguments": {k: repr(v) for k, v in self.chat_template_arguments.items()},
+            "skip_special_tokens": self.skip_special_tokens,
+            "output_columns": dict(self.columns.names),
+            "split": split,
+            "rows": num_rows,
+        }
+
+
+def row_parameter_columns(given: Mapping[str, str] | list[str] | None) -> dict[str, str]:
+    """Generation parameter to column, from a mapping or from names that both share.
+
+    Raises:
+        ValueError: A parameter that rows cannot have.
+    """
+    mapping = dict(given) if isinstance(given, Mapping) else {name: name for name in given or ()}
+    columns = {_ALIASES.get(name, name): column for name, column in mapping.items()}
+    for name in columns:
+        if name == "num_return_sequences":
+            raise ValueError(
+                "`row_parameters`: `num_return_sequences` is the same for all rows; pass it as an argument"
+            )
+        if name != "seed" and name not in INSTALLED:
+            raise ValueError(
+                f"`row_parameters`: GenerationConfig has no {name!r}; rows can have its fields, 'seed' and 'stop'"
+            )
+    return columns

@@ -1,0 +1,81 @@
+"""What each rank of a tensor-parallel run does: `torchrun ... -m support.tensor_parallel_job FOLDER`.
+
+Rank 0 writes FOLDER/result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import distributed
+from transformers import AutoModelForCausalLM
+
+from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, generate_dataset
+from support.tiny_models import ragged_prompts
+
+PROMPTS = ragged_prompts(12, 40, seed=3)
+NEW = {"max_new_tokens": 16, "do_sample": False}
+SAMPLED = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.5, "top_k": 20, "min_new_tokens": 3}
+ROWS = Dataset.from_dict({"prompt": PROMPTS})
+
+
+def config(depth: int, **changes: Any) -> BatchingConfig:
+    """Few rows and pages: requests are preempted."""
+    fields = {"max_rows": 4, "page_size": 16, "max_batch_tokens": 32, "num_pages": 8, "debug": True, **changes}
+    return BatchingConfig(depth=depth, **fields)
+
+
+def serve(manager: GenerationManager) -> dict[str, Any]:
+    """Many requests, some cancelled; twice, with the engine closed in between by its idle time-out."""
+    greedy = [manager.submit(prompt, **NEW) for prompt in PROMPTS]
+    sampled = [manager.submit(prompt, seed=i, logprobs=True, **SAMPLED) for i, prompt in enumerate(PROMPTS)]
+    manager.submit(PROMPTS[3], max_new_tokens=90).cancel()
+    result = {
+        "greedy": [handle.result().token_ids for handle in greedy],
+        "sampled": [handle.result().token_ids for handle in sampled],
+        "preemptions": manager.stats().preemptions,
+    }
+    worker = manager._worker
+    assert worker is not None
+    worker.memory_free.wait()
+    result["again"] = manager.submit(PROMPTS[5], **NEW).result().token_ids
+    return result
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, result = distributed.get_rank(), {}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto", dtype=torch.float32).eval()
+    before = dict(vars(model.model.layers[0].self_attn.q_proj))
+    for depth in (1, 2):
+        with GenerationManager(model, config(depth, idle_timeout=0.5)) as manager:
+            manager.warmup() if manager.leads else None
+            if manager.leads:
+                result[f"depth {depth}"] = serve(manager)
+            else:
+                with pytest.raises(UnsupportedArgumentError, match="follow"):
+                    manager.submit(PROMPTS[0])
+                manager.follow()
+    plain = generate_dataset(model, ROWS, batching_config=config(2), **NEW)
+    kept = generate_dataset(model, ROWS, batching_config=config(2), resume_dir=folder / "run", **NEW)
+    assert (plain is None) == (rank != 0)
+    result["dataset"] = kept["completion_ids"][:]  # every rank has it
+    assert dict(vars(model.model.layers[0].self_attn.q_proj)) == before, "the user's layer has changed"
+    assert model.model.layers[0].self_attn.config._attn_implementation != "hf_async_batching"
+    print(f"rank {rank}: {len(result['dataset'])} rows", flush=True)
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
