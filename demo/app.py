@@ -44,6 +44,7 @@ DEVICE_VARIABLE = "HF_ASYNC_BATCHING_DEVICE"
 # Streams of chats that run at once, and what waits beyond them with a place in Gradio's own queue.
 CONCURRENT_CHATS = 128
 _QUEUE_SIZE = 512
+_QUEUE_LOOK_SECONDS = 0.02
 _WALLS, _WAITING_WALLS = 4, 16
 _WAITING_COMPARISONS = 8
 _HISTORY_KEY, _JOB_KEY = "hf_async_batching.chat", "hf_async_batching.job"
@@ -141,6 +142,9 @@ def build_app(backend: Backend) -> gr.Blocks:
         app.unload(leave)
         add_endpoints(backend, service, walls, comparisons, datasets, meter, read_prompts(prompts))
     app.queue(default_concurrency_limit=CONCURRENT_CHATS, max_size=_QUEUE_SIZE)
+    # Gradio looks for new events a thousand times a second, and each look takes the interpreter from the engine.
+    app._queue.sleep_when_free = _QUEUE_LOOK_SECONDS
+    app._queue.progress_update_sleep_when_free = _QUEUE_LOOK_SECONDS
     return app
 
 

@@ -11,6 +11,8 @@ from .wall import DECODING, DONE, FAILED, OVER, PREFILL, STOPPED, WAITING, Wall
 
 # Of values that reach a page together, it sees the last one only. Each frame repeats the changes of the ones before.
 _REPEATED = 4
+# Where much is written, fewer, so that a phone keeps up.
+_LARGEST = 32_000
 
 
 class Frames:
@@ -32,6 +34,8 @@ class Frames:
         changes = self.wall.tick()
         self._number += 1
         self._recent.append(dump([self._number, changes]))
+        while len(self._recent) > 2 and sum(map(len, self._recent)) > _LARGEST:
+            self._recent.popleft()
         head = dump({"run": self.run, "n": self._number, "over": self.wall.over, "sum": self.summary()})
         return f'{head[:-1]},"d":[{",".join(self._recent)}]}}'
 

@@ -170,7 +170,7 @@ def compare_parts() -> CompareParts:
             min_width=250,
         )
         chats = gr.Slider(1, MOST_CHATS, value=16, step=1, label="Chats", scale=2, min_width=130, buttons=[])
-        longest = gr.Slider(8, 512, value=64, step=8, label="New tokens", scale=2, min_width=130, buttons=[])
+        longest = gr.Slider(8, 512, value=64, step=8, label="Tokens", scale=2, min_width=130, buttons=[])
         run = gr.Button("Run", variant="primary", elem_id="run", scale=1, min_width=_BUTTON_WIDTH)
         stop = gr.Button("Stop", variant="stop", elem_id="stop-run", visible=False, scale=1, min_width=_BUTTON_WIDTH)
     view = gr.HTML(

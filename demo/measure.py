@@ -56,14 +56,13 @@ for line in sys.stdin:
 
 
 def _run_wall(serving: Serving, prompts: Sequence[str], chats: int, tokens: int) -> Wall:
-    """Answer prompts with nobody watching: it is looked at twice a second."""
+    """Answer prompts with nobody watching: this thread sleeps until all of them have ended."""
     wall = Wall(serving, prompts, Settings(max_new_tokens=tokens, greedy=True), chats=chats)
     while not wall.over:
         wall.tick()
         for tile in wall.tiles:
-            if tile.handle is not None and not wall.over:
-                while not tile.handle.done:
-                    time.sleep(0.02)
+            if tile.handle is not None:
+                tile.handle.result()
     return wall
 
 
@@ -109,15 +108,18 @@ def overhead(serving: Serving, chats: int, tokens: int, repeats: int, browser: b
     app = build_app(backend)
     app.launch(server_port=port, quiet=True, prevent_thread_lock=True, **launch_options())
     speeds: dict[str, list[float]] = {"without": [], "with": []}
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
     frames: list[float] = []
     with (_in_browser if browser else _in_client)(f"http://127.0.0.1:{port}/") as watch:
         watch(chats, 8)
         for _ in range(repeats):
-            before = _forget(serving)
+            before, cpu = _forget(serving), time.process_time()
             _run_wall(serving, prompts, chats, tokens)
+            seconds["without"].append(time.process_time() - cpu)
             speeds["without"].append(_speed(serving.manager.timeline(after=before).steps))
-            before, began = _forget(serving), time.perf_counter()
+            before, began, cpu = _forget(serving), time.perf_counter(), time.process_time()
             frames.append(watch(chats, tokens) / (time.perf_counter() - began))
+            seconds["with"].append(time.process_time() - cpu)
             speeds["with"].append(_speed(serving.manager.timeline(after=before).steps))
             print({name: [round(value, 1) for value in values] for name, values in speeds.items()}, file=sys.stderr)
     app.close(verbose=False)
@@ -130,6 +132,8 @@ def overhead(serving: Serving, chats: int, tokens: int, repeats: int, browser: b
         "all": speeds,
         "frames_per_second": round(statistics.median(frames), 1),
         "percent": round(100 * medians["with"] / medians["without"], 1),
+        # Of this process, engine and server together; other load on the machine does not count.
+        "cpu_seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
     }
 
 

@@ -61,7 +61,7 @@ hfab.compare = function (root, props, watch) {
     if (state.same !== undefined && state.same !== null) parts.push(`the same tokens in ${state.same} of ${two.chats} chats`);
     if (one.chats !== two.chats || Math.abs(one.tokens - two.tokens) > 0.02 * one.tokens) parts.push("the runs had different work");
     if (one.others + two.others > 0) parts.push("other requests were in the same batch");
-    if (!root.dataset.gpu || root.dataset.gpu === "false") parts.push("on a CPU a step runs while it is launched, so that there is nothing to overlap");
+    if (!root.dataset.gpu || root.dataset.gpu === "false") parts.push("on a CPU a step runs while it is launched: there is nothing to overlap, and what differs is noise");
     return `${parts.join("; ")}.`;
   }
 

@@ -24,7 +24,7 @@ WATCH_SHIFTS = """() => { window.shifts = 0; new PerformanceObserver(list => {
     // Within a tile, text moves up because there is more of it.
     if (!entry.hadRecentInput && entry.sources.some(({ node }) => node && !node.parentElement?.closest(".tile")))
       window.shifts += entry.value;
-}).observe({ type: "layout-shift", buffered: true }); }"""
+}).observe({ type: "layout-shift", buffered: BUFFERED }); }"""
 
 
 @pytest.fixture
@@ -126,6 +126,15 @@ def test_the_page_loads_with_live_figures_and_no_complaints(open_page: Callable[
     assert tuple(page.locator(".panel dt").all_inner_texts()) == FIGURES
     assert page.locator("[data-loading]").is_hidden()
     assert "384 KV pages" in str(page.locator("[data-f=pages]").get_attribute("title"))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_jumps_while_the_page_loads(open_page: Callable[..., Page], width: int) -> None:
+    page = open_page(width=width)
+    page.get_by_role("button", name="Select example 1").wait_for()
+    page.evaluate(WATCH_SHIFTS.replace("BUFFERED", "true"))
+    page.wait_for_function("document.querySelector('.panel').dataset.beats > 3")
+    assert page.evaluate("window.shifts") < 0.1, "more than what counts as good"
 
 
 def test_everything_to_press_or_fill_has_a_name(open_page: Callable[..., Page]) -> None:
@@ -277,7 +286,7 @@ def test_a_reload_keeps_the_conversation_and_ends_what_was_running(
 
 def test_sixteen_chats_run_to_their_ends(open_page: Callable[..., Page], served: Served) -> None:
     page = open_page()
-    page.evaluate(WATCH_SHIFTS)
+    page.evaluate(WATCH_SHIFTS.replace("BUFFERED", "false"))
     start_wall(page, 16, 60, turns=2)
     wait_for_wall(page)
     assert page.locator(".tile[data-state=done]").count() == 16
