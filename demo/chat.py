@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from hf_async_batching.errors import EngineClosedError, HfAsyncBatchingError, QueueFullError, RequestTooLongError
-
-from .models import ChatModel
+from .backend import Backend
+from .problems import explain
+from .serving import Serving
+from .settings import LONGEST_TEXT, Settings, ends_of
 from .text import Detokenizer, build_prompt
 
 if TYPE_CHECKING:
-    from hf_async_batching import GenerationHandle, GenerationManager, GenerationResult
+    from hf_async_batching import GenerationHandle, GenerationResult
 
 logger = logging.getLogger(__name__)
 
-# A page is drawn at most this often: more is not seen, and costs the browser and the server.
-REDRAW_SECONDS = 0.05
+# The engine is looked at this often and never waits for it: an answer is drawn at most twenty times a second, and a
+# slow browser costs the engine nothing.
+LOOK_SECONDS = 0.05
 _SETTLE_SECONDS = 5.0
+_MOST_MESSAGES = 200
 _ENDINGS = {
     "eos": "",
     "stop": "",
@@ -40,38 +42,24 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the page's controls say."""
-
-    system: str = ""
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 0.9
-    greedy: bool = False
-
-    def generate_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `generate` that these settings mean."""
-        if self.greedy:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        return {"max_new_tokens": self.max_new_tokens, **sampling}
-
-
-@dataclass(frozen=True)
 class Reply:
     """The answer so far.
 
     Attributes:
         text: all of it, not only what is new.
+        waiting: set while there is no text yet: what the answer waits for.
         note: set on the last reply only: how long the answer took, or empty where there is nothing to say.
         failed: whether the text is not the model's.
         discarded: whether the visitor cleared the chat in the meantime: nothing of the answer may be shown.
+        error: what went wrong, where it failed.
     """
 
     text: str
+    waiting: str = ""
     note: str | None = None
     failed: bool = False
     discarded: bool = False
+    error: Exception | None = None
 
 
 class _Turn:
@@ -80,21 +68,21 @@ class _Turn:
     def __init__(self) -> None:
         self.done = asyncio.Event()
         self.discarded = False
+        self.cancelled = False
         self._lock = threading.Lock()
-        self._cancelled = False
         self._handle: GenerationHandle | None = None
 
     def attach(self, handle: GenerationHandle) -> None:
         """Remember the request. If Stop was pressed while it was being submitted, cancel it at once."""
         with self._lock:
             self._handle = handle
-            late = self._cancelled
+            late = self.cancelled
         if late:
             handle.cancel()
 
     def cancel(self) -> None:
         with self._lock:
-            self._cancelled = True
+            self.cancelled = True
             handle = self._handle
         if handle is not None:
             handle.cancel()
@@ -103,9 +91,8 @@ class _Turn:
 class ChatService:
     """Answers visitors' messages on one engine, at most one answer per visitor at a time."""
 
-    def __init__(self, manager: GenerationManager, chat_model: ChatModel) -> None:
-        self._manager = manager
-        self._tokenizer = chat_model.tokenizer
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._turns: dict[str, _Turn] = {}
 
     def busy(self, visitor: str) -> bool:
@@ -150,36 +137,56 @@ class ChatService:
         Closing this generator early (a closed tab) cancels the request.
         """
         turn = self._turns[visitor] = _Turn()
-        detokenizer = Detokenizer(self._tokenizer)
-        text, drawn = "", 0.0
+        text = waiting = ""
         try:
-            handle = await asyncio.to_thread(self._submit, turn, messages, settings)
-            async for token in handle:
-                text += detokenizer.push(token)
-                now = time.monotonic()
-                if text and not turn.discarded and now - drawn >= REDRAW_SECONDS:
-                    drawn = now
+            while (serving := self._backend.serving) is None and not turn.cancelled:
+                stage = self._backend.stage
+                if stage.failed or self._backend.zero is not None:
+                    self._backend.require()  # says why there is none
+                if waiting != f"{stage.text} …":
+                    waiting = f"{stage.text} …"
+                    yield Reply("", waiting=waiting)
+                await asyncio.sleep(LOOK_SECONDS)
+            if serving is None:
+                yield Reply("*Stopped before the first word.*", note="", failed=True, discarded=turn.discarded)
+                return
+            handle = await asyncio.to_thread(self._submit, serving, turn, messages, settings)
+            detokenizer, position = Detokenizer(serving.chat_model.tokenizer), 0
+            while True:
+                done = handle.done  # looked at before the tokens: all of them are there once it is set
+                tokens = handle.tokens_from(position)
+                position += len(tokens)
+                new = detokenizer.push(*tokens) if tokens else ""
+                text += new
+                if done:
+                    break
+                if new and not turn.discarded:
                     yield Reply(text)
+                elif not text and (place := serving.roster.places().get(handle.request_id)):
+                    told, waiting = waiting, f"Place {place} in the queue …"
+                    if told != waiting:
+                        yield Reply("", waiting=waiting)
+                await asyncio.sleep(LOOK_SECONDS)
             text += detokenizer.flush()
-            result = await asyncio.to_thread(handle.result, _SETTLE_SECONDS)
+            result = handle.result()
             if text.strip() or turn.discarded:
                 yield Reply(text, note=describe(result), discarded=turn.discarded)
             else:
                 why = "Stopped before the first word." if result.finish_reason == "cancelled" else "(An empty answer.)"
                 yield Reply(f"*{why}*", note="", failed=True)
         except Exception as error:  # its own visitor is told, and nobody else: that is the page's part of isolation
-            told = (f"{text}\n\n" if text else "") + explain(error)
-            yield Reply(told, note="", failed=True, discarded=turn.discarded)
+            told = (f"{text}\n\n" if text else "") + explain(error).markdown()
+            yield Reply(told, note="", failed=True, discarded=turn.discarded, error=error)
         finally:
             turn.cancel()
             turn.done.set()
             if self._turns.get(visitor) is turn:
                 del self._turns[visitor]
 
-    def _submit(self, turn: _Turn, messages: list[Message], settings: Settings) -> GenerationHandle:
-        # In a thread: the first request of all starts the engine, and that may take seconds.
-        prompt = build_prompt(self._tokenizer, sendable(messages), settings.system)
-        handle = self._manager.submit(prompt, **settings.generate_arguments())
+    def _submit(self, serving: Serving, turn: _Turn, messages: list[Message], settings: Settings) -> GenerationHandle:
+        prompt = build_prompt(serving.chat_model.tokenizer, sendable(messages), settings.system)
+        handle = serving.manager.submit_request(settings.request(prompt, ends_of(serving.chat_model)))
+        serving.roster.add(handle)
         turn.attach(handle)
         return handle
 
@@ -196,6 +203,19 @@ def sendable(messages: list[Message]) -> list[Message]:
     return kept
 
 
+def read_messages(value: Any) -> list[Message]:
+    """A conversation that a browser or a client sent, without whatever is none; roles alternate, the user first."""
+    messages: list[Message] = []
+    for item in value[-_MOST_MESSAGES:] if isinstance(value, Sequence) and not isinstance(value, str) else ():
+        role = "assistant" if len(messages) % 2 else "user"
+        if isinstance(item, Mapping) and item.get("role") == role and isinstance(item.get("content"), str):
+            message = Message(role=role, content=item["content"][:LONGEST_TEXT])
+            if item.get("failed"):
+                message["failed"] = True
+            messages.append(message)
+    return messages[:-1] if len(messages) % 2 else messages
+
+
 def describe(result: GenerationResult) -> str:
     """Return one line on a finished answer: tokens, time to the first of them, speed, why it ended."""
     count, metrics = len(result.token_ids), result.metrics
@@ -204,19 +224,7 @@ def describe(result: GenerationResult) -> str:
         parts.append(f"first after {metrics.time_to_first_token:.2f} s")
     if metrics.tokens_per_second:
         parts.append(f"{metrics.tokens_per_second:.1f} tokens/s")
+    if metrics.cached_prompt_tokens:
+        parts.append(f"{metrics.cached_prompt_tokens} prompt tokens from the prefix cache")
     parts.append(_ENDINGS.get(result.finish_reason, result.finish_reason))
     return " · ".join(part for part in parts if part)
-
-
-def explain(error: Exception) -> str:
-    """Say in the visitor's words what went wrong and what helps."""
-    if isinstance(error, QueueFullError):
-        return "**The engine's queue is full.** Please try again in a moment."
-    if isinstance(error, RequestTooLongError):
-        return f"**This conversation is too long.** Clear the chat or ask for fewer new tokens.\n\n{error}"
-    if isinstance(error, EngineClosedError):
-        return "**The engine has been shut down.** Please reload the page later."
-    logger.error("An answer failed.", exc_info=error)
-    if isinstance(error, HfAsyncBatchingError):
-        return f"**The engine could not answer.** {error}"
-    return f"**Something went wrong on the server** ({type(error).__name__}). Please try again."

@@ -1,4 +1,4 @@
-"""What the page's buttons do: each handler turns an event into new values for the page's components."""
+"""What the chat's buttons do: each handler turns an event into new values for the page's components."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from typing import Any
 
 import gradio as gr
 
-from .chat import ChatService, Message, Settings
+from .chat import ChatService, Message, read_messages
 from .page import note_html
+from .settings import LONGEST_TEXT, Settings
 from .text import display_markdown
 
-MAX_NEW_TOKENS = 1024
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
 Page = tuple[Any, Any, Any, Any, Any, Any]
+# What the controls say, in the order in which they are laid out.
+Knobs = tuple[str, float, float, float, float, bool, float | None]
 
 
 class ChatHandlers:
-    """The chat's event handlers. Gradio passes `request` by its type; the session hash in it names the visitor."""
+    """The chat's event handlers. Gradio passes `request` by its type; the session hash in it names the visitor.
+
+    The history comes from the visitor's browser, which keeps it.
+    """
 
     def __init__(self, service: ChatService) -> None:
         self._service = service
@@ -25,99 +30,138 @@ class ChatHandlers:
     async def submit(
         self,
         text: str,
-        messages: list[Message],
+        history: Any,
         system: str,
         max_new_tokens: float,
         temperature: float,
         top_p: float,
+        top_k: float,
         greedy: bool,
+        seed: float | None,
         request: gr.Request,
     ) -> AsyncIterator[Page]:
         """Ask what stands in the message box."""
-        visitor = _visitor(request)
-        if not text.strip() or not await self._service.ready(visitor):
+        visitor, text = visitor_of(request), str(text or "").strip()[:LONGEST_TEXT]
+        if not text or not await self._service.ready(visitor):
             yield _page()
             return
-        asked = [*messages, Message(role="user", content=text.strip())]
-        settings = read_settings(system, max_new_tokens, temperature, top_p, greedy)
-        yield _page(messages=asked, drawn=_waiting(asked), box="", note="", running=True)
+        asked = [*read_messages(history), Message(role="user", content=text)]
+        settings = Settings.within_bounds(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        yield _page(drawn=_waiting(asked), box="", note="", running=True)
         async for page in self._answer(asked, settings, visitor):
             yield page
 
     async def example(
         self,
-        messages: list[Message],
+        history: Any,
         system: str,
         max_new_tokens: float,
         temperature: float,
         top_p: float,
+        top_k: float,
         greedy: bool,
+        seed: float | None,
         event: gr.SelectData,
         request: gr.Request,
     ) -> AsyncIterator[Page]:
         """Ask the example that was clicked."""
-        text = event.value["text"]
-        knobs = (system, max_new_tokens, temperature, top_p, greedy)
-        async for page in self.submit(text, messages, *knobs, request=request):
+        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        async for page in self.submit(event.value["text"], history, *knobs, request=request):
             yield page
 
     async def retry(
         self,
-        messages: list[Message],
+        history: Any,
         system: str,
         max_new_tokens: float,
         temperature: float,
         top_p: float,
+        top_k: float,
         greedy: bool,
+        seed: float | None,
         event: gr.RetryData,
         request: gr.Request,
     ) -> AsyncIterator[Page]:
         """Answer a question again, and forget what came after it."""
-        visitor = _visitor(request)
-        await self._service.settle(visitor)
-        kept = messages[: _question(messages, event.index) + 1]
-        if not kept:
-            yield _page()
-            return
-        settings = read_settings(system, max_new_tokens, temperature, top_p, greedy)
-        yield _page(messages=kept, drawn=_waiting(kept), note="", running=True)
-        async for page in self._answer(kept, settings, visitor):
+        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        messages = read_messages(history)
+        async for page in self._again(messages[: _question(messages, event.index) + 1], knobs, request):
             yield page
 
-    async def undo(self, messages: list[Message], event: gr.UndoData, request: gr.Request) -> Page:
+    async def edit(
+        self,
+        history: Any,
+        system: str,
+        max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        greedy: bool,
+        seed: float | None,
+        event: gr.EditData,
+        request: gr.Request,
+    ) -> AsyncIterator[Page]:
+        """Answer a question that was rewritten, and forget what came after it."""
+        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        messages = read_messages(history)
+        index, text = _question(messages, event.index), str(event.value or "").strip()[:LONGEST_TEXT]
+        if index < 0 or not text:
+            yield _page(messages=messages)
+            return
+        async for page in self._again([*messages[:index], Message(role="user", content=text)], knobs, request):
+            yield page
+
+    async def undo(self, history: Any, event: gr.UndoData, request: gr.Request) -> Page:
         """Take a question and all after it back into the message box."""
-        await self._service.settle(_visitor(request))
+        await self._service.settle(visitor_of(request))
+        messages = read_messages(history)
         index = _question(messages, event.index)
         text = messages[index]["content"] if 0 <= index < len(messages) else ""
         return _page(messages=messages[: max(index, 0)], box=text, note="", running=False)
 
     async def clear(self, request: gr.Request) -> Page:
         """Forget the conversation."""
-        self._service.discard(_visitor(request))
+        self._service.discard(visitor_of(request))
         return _page(messages=[], note="", running=False)
 
     async def stop(self, request: gr.Request) -> None:
         """End the answer that is being written; what was written stays."""
-        self._service.stop(_visitor(request))
+        self._service.stop(visitor_of(request))
+
+    async def restore(self, history: Any) -> list[dict[str, str]]:
+        """Draw the conversation that the browser has kept."""
+        return draw(read_messages(history))
 
     def leave(self, request: gr.Request) -> None:
         """Free what a closed tab was still using."""
-        self._service.stop(_visitor(request))
+        self._service.stop(visitor_of(request))
+
+    async def _again(self, messages: list[Message], knobs: Knobs, request: gr.Request) -> AsyncIterator[Page]:
+        visitor = visitor_of(request)
+        await self._service.settle(visitor)
+        if not messages:
+            yield _page()
+            return
+        yield _page(drawn=_waiting(messages), note="", running=True)
+        async for page in self._answer(messages, Settings.within_bounds(*knobs), visitor):
+            yield page
 
     async def _answer(self, messages: list[Message], settings: Settings, visitor: str) -> AsyncIterator[Page]:
-        """Write the assistant's next message: the one path that submit, examples and retry all take."""
+        """Write the assistant's next message: the one path that submit, examples, retry and edit all take."""
         drawn = draw(messages)
         # Gradio sends the last page of a generator twice, the second time perhaps after the page of another event. So
         # the last page must still be right then: after Clear, this one shows a cleared chat, too.
         async for reply in self._service.reply(visitor, messages, settings):
             if reply.note is None:
-                growing = [*drawn, {"role": "assistant", "content": display_markdown(reply.text)}]
+                growing = [*drawn, _answer_bubble(display_markdown(reply.text) or reply.waiting)]
                 # The buttons again each time: of pages that arrive together, the page may only see the last.
                 yield _page(drawn=growing, running=True)
             elif reply.discarded:
                 yield _page(messages=[], note="", running=False)
             else:
-                answer = Message(role="assistant", content=reply.text, failed=reply.failed)
+                answer = Message(role="assistant", content=reply.text)
+                if reply.failed:
+                    answer["failed"] = True
                 yield _page(messages=[*messages, answer], note=reply.note, running=False)
 
 
@@ -126,15 +170,9 @@ def draw(messages: list[Message]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": display_markdown(message["content"])} for message in messages]
 
 
-def read_settings(system: str, max_new_tokens: float, temperature: float, top_p: float, greedy: bool) -> Settings:
-    """Return the controls' values within the bounds that the page shows, whatever a client sent."""
-    return Settings(
-        system=str(system or ""),
-        max_new_tokens=int(min(max(max_new_tokens or 1, 1), MAX_NEW_TOKENS)),
-        temperature=float(min(max(temperature or 0.1, 0.1), 2.0)),
-        top_p=float(min(max(top_p or 0.05, 0.05), 1.0)),
-        greedy=bool(greedy),
-    )
+def visitor_of(request: gr.Request) -> str:
+    """Name the tab that an event comes from."""
+    return str(request.session_hash or "")
 
 
 def _page(
@@ -161,11 +199,11 @@ def _page(
 
 def _waiting(messages: list[Message]) -> list[dict[str, str]]:
     """Draw a conversation whose next answer has not begun yet."""
-    return [*draw(messages), {"role": "assistant", "content": "…"}]
+    return [*draw(messages), _answer_bubble("…")]
 
 
-def _visitor(request: gr.Request) -> str:
-    return str(request.session_hash or "")
+def _answer_bubble(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def _question(messages: list[Message], index: int | tuple[int, int]) -> int:

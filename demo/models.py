@@ -13,7 +13,10 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_async_batching.bench.shapes import SHAPES, random_model
+
 from .embedded import ModelLoadError, embedded_model_dir
+from .random_words import word_tokenizer
 
 __all__ = ["DEFAULT_HUB_MODEL", "ChatModel", "ModelLoadError", "embedded_model_dir", "load_chat_model"]
 
@@ -21,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_PROBE_SECONDS = 4.0
+# Before the name of a shape: a model with random weights, for measuring where no real one is at hand.
+RANDOM = "random:"
+_SMALLEST_VOCABULARY = 4096
 _LONGEST_REASON = 300
 
 
@@ -44,12 +50,12 @@ class ChatModel:
 def load_chat_model(
     name: str | None = None, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> ChatModel:
-    """Load the model called `name` (a Hub id or a local folder), or the best default that can be reached.
+    """Load the model called `name` (a Hub id, a local folder, random:SHAPE), or the best default that can be reached.
 
     Without a name: the Hub's SmolLM2-135M-Instruct if the Hub (or its local cache) has it, else the embedded copy.
 
     Args:
-        name: a Hub id or a local folder, or None for the default.
+        name: a Hub id, a local folder, random:SHAPE with a shape of the bench, or None for the default.
         device: where to put the model; None takes the GPU when there is one.
         dtype: the number format; None takes bfloat16 on a GPU and float32 on a CPU.
 
@@ -90,11 +96,23 @@ def hub_has(name: str, seconds: float = HUB_PROBE_SECONDS) -> bool:
 
 
 def _load_named(name: str, device: torch.device, dtype: torch.dtype) -> ChatModel:
+    if name.startswith(RANDOM):
+        return _random(name.removeprefix(RANDOM), device, dtype)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return _load_from_hub(name, device, dtype)
     model, tokenizer = _load(str(folder), device, dtype, local_only=True)
     return ChatModel(model, tokenizer, folder.resolve().name, "Loaded from a local folder.")
+
+
+def _random(shape: str, device: torch.device, dtype: torch.dtype) -> ChatModel:
+    """A model whose speed is a real one's, and whose text means nothing."""
+    if shape not in SHAPES:
+        raise ModelLoadError(f"There is no shape {shape!r}: choose one of {', '.join(SHAPES)}.")
+    vocab_size = max(SHAPES[shape].fields["vocab_size"], _SMALLEST_VOCABULARY)
+    model = random_model(shape, device, dtype, vocab_size=vocab_size)
+    source = "Random weights of this shape: its speed is real, its words are not."
+    return ChatModel(model, word_tokenizer(vocab_size), f"{shape} (random)", source)
 
 
 def _load_from_hub(name: str, device: torch.device, dtype: torch.dtype) -> ChatModel:

@@ -40,13 +40,19 @@ class Detokenizer:
         self._shown = ""
         self._held = 0
 
-    def push(self, token: int) -> str:
-        """Take one more token; return the text that it completes (empty while a character is incomplete)."""
-        self._window.append(token)
+    def push(self, *tokens: int) -> str:
+        """Take more tokens; return the text that they complete (what follows the last complete character is held)."""
+        self._window += tokens
         text = self._decode(self._window)
         if text.endswith(_INCOMPLETE) and self._held < _MOST_BYTE_TOKENS:
             self._held += 1
-            return ""
+            if len(tokens) == 1:
+                return ""
+            # Many at once: show what is certain, which is all but the end.
+            text = text.rstrip(_INCOMPLETE)
+            new, self._shown = text[len(self._shown) :], max(text, self._shown, key=len)
+            self._held = 1 if new else self._held
+            return new
         self._held = 0
         new = text[len(self._shown) :]
         self._shown = text

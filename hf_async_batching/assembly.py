@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,17 +13,19 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
-from hf_async_batching.attention.cache import PagedCache
+from hf_async_batching.attention.cache import PagedCache, common_window
 from hf_async_batching.autocast import Autocast
+from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
 from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.engine import Engine
+from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import batch_dependent_rope, context_length
+from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
@@ -41,7 +43,7 @@ class Assembly:
 
     engine: Engine
     config: ResolvedConfig
-    forward: ModelForward
+    forward: ModelForward | CacheForward
     runner: Runner
     cache: PagedCache
     autocast: Autocast
@@ -69,10 +71,14 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
             f"`max_sequence_length` ({config.max_sequence_length}) is beyond the {context} tokens that "
             f"{forward.name}'s positions reach; lower it"
         )
+    if not forward.recomputes and config.num_pages is not None:
+        # It has no pages to save: with as many as its rows can use, none is ever asked to give up some.
+        logger.info("num_pages = automatic (%s is computed row by row)", forward.name)
+        config = replace(config, num_pages=None)
     free = free_memory(forward.device)
     if group is not None:
         free = group.least(free)  # rows and pages have the same numbers on all ranks
-    resolved = config.resolve(forward.layers, context, forward.device, free, forward.weight_bytes)
+    resolved = config.resolve(forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes)
     cache = PagedCache(
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
@@ -87,6 +93,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
         config.cuda_graphs is not False
+        and forward.capturable
         and device.supports_graphs
         and not backend.reads_back
         and not batch_dependent_rope(model)
@@ -108,7 +115,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         runner,
         depth=resolved.depth,
         limits=limits,
-        tile_size=backend.tile_size,
+        tile_size=forward.tile_size or backend.tile_size,
         logit_size=forward.logit_size,
     )
     scheduler = Scheduler(
@@ -116,8 +123,9 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         page_size=resolved.page_size,
         max_rows=resolved.max_rows,
         max_batch_tokens=resolved.max_batch_tokens,
-        prefix_cache=config.prefix_cache,
+        prefix_cache=config.prefix_cache and forward.prefix_cacheable,
         max_writes=max_writes,
+        window=common_window(forward.layers),
     )
     engine = Engine(
         scheduler,
@@ -131,22 +139,66 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     return Assembly(engine, resolved, forward, runner, cache, autocast)
 
 
-def _checked_forward(model: PreTrainedModel, config: BatchingConfig) -> tuple[ModelForward, AttentionBackend]:
-    """A forward whose logits agree with the model's own; without fused weights where they agree only then."""
+def check_servable(model: PreTrainedModel) -> None:
+    """Refuse what no route can serve, by a forward over a few tokens; the attach check may still refuse the rest.
+
+    Raises:
+        UnsupportedModelError: Says why.
+    """
+    refuse_unservable(model)
+    try:
+        ModelForward(model)
+    except UnsupportedModelError as packed:
+        try:
+            CacheForward(model)
+        except UnsupportedModelError as error:
+            raise error from packed
+
+
+def _checked_forward(
+    model: PreTrainedModel, config: BatchingConfig
+) -> tuple[ModelForward | CacheForward, AttentionBackend]:
+    """A forward whose logits agree with those of plain `generate`: the first route for which that is so."""
+    refuse_unservable(model)
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
-    page_size = config.page_size or default_page_size(device)
+    try:
+        return _packed_forward(model, config, backend), backend
+    except UnsupportedModelError as error:
+        packed = error
+    reasons: list[UnsupportedModelError] = []
+    for batching, whole_prompts in MODES:
+        try:
+            forward = CacheForward(model, batching, whole_prompts)
+            attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
+        except UnsupportedModelError as error:
+            logger.debug("%s as %s, %s: %s", type(model).__name__, batching, whole_prompts, error)
+            reasons.append(error)
+            continue
+        logger.warning(
+            "%s is served through its own cache class (%s), slower than packed: %s",
+            forward.name,
+            forward.route,
+            str(packed).removeprefix(f"{forward.name} is not served: "),
+        )
+        return forward, backend
+    raise reasons[-1] from packed
+
+
+def _packed_forward(model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend) -> ModelForward:
+    """A packed forward that passed the check; without fused weights where it does only then."""
+    device = next(model.parameters()).device
     if config.fuses_weights(device):
         try:
             forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
-            attach_check(model, forward, backend, page_size)
-            return forward, backend
+            attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
+            return forward
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     forward = ModelForward(model)
     if config.attach_check:
-        attach_check(model, forward, backend, page_size)
-    return forward, backend
+        attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
+    return forward
 
 
 def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool:
@@ -163,6 +215,8 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
     """
     running = assembly()
     if running is None:
+        return False
+    if not isinstance(running.forward, ModelForward):
         return False
     fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
     batches = [*running.runner.buckets]

@@ -1,4 +1,4 @@
-"""Two short prompts, packed, chunked and joined late, against the model's plain forward.
+"""Short prompts, together, chunked and joined late, against what plain `generate` computes for each alone.
 
 Wrong answers from batching engines come from silent mismatches between what a model does and what the engine takes it
 to do; this finds them before the first request is served.
@@ -6,6 +6,7 @@ to do; this finds them before the first request is served.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,11 +16,13 @@ from hf_async_batching.argmax import argmax
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.compiled_regions import EXAMPLE_TOKENS
 from hf_async_batching.device_state import DeviceState, StepInputs
-from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.errors import UnsupportedModelError, does_not_fit
+from hf_async_batching.generate_loop import GenerateLoop, prepare_view
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import make_view
+from hf_async_batching.model_view import context_length, make_view
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.quantization import is_quantized
 from hf_async_batching.request import Request
@@ -31,87 +34,194 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2, tor
 _TF32_TOLERANCE = 5e-3
 _QUANTIZED_TOLERANCE = 5e-2
 
-# Each prompt fits one page of any size.
-_FIRST_LENGTH, _SPLIT, _SECOND_LENGTH = 11, 4, 7
+# Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
+_FIRST_LENGTH, _SECOND_LENGTH = 69, 37
 
 
 @torch.inference_mode()
 def attach_check(
-    model: PreTrainedModel, forward: ModelForward, backend: AttentionBackend, page_size: int = 16
+    model: PreTrainedModel, forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int = 16
 ) -> None:
-    """Compare paged logits with plain ones, on tables and pages of its own.
+    """Compare a forward's logits with those of plain `generate`, on tables and pages of its own.
 
     Args:
-        model: The user's model, of which a second view is made for the plain forward.
-        forward: The paged forward; left bound to the check's pages.
+        model: The user's model, of which a second view is made for `generate`.
+        forward: The forward; left bound to the check's pages.
         backend: The attention kernels.
         page_size: Of the engine to come, whose kernels are compiled for it.
 
     Raises:
-        UnsupportedModelError: The logits differ by more than rounding.
+        UnsupportedModelError: The logits differ by more than rounding, or a step fails.
     """
-    cache = PagedCache(forward.layers, num_pages=2, page_size=page_size, device=forward.device)
-    state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
-    forward.bind(cache, backend)
-    vocab = forward.vocab_size
-    first = [(7 * i + 3) % vocab for i in range(_FIRST_LENGTH)]
-    second = [(11 * i + 5) % vocab for i in range(_SECOND_LENGTH)]
-    plain: list[torch.Tensor] = []
+    vocab, longest = forward.vocab_size, context_length(model) or _FIRST_LENGTH
+    first = [(7 * i + 3) % vocab for i in range(max(4, min(_FIRST_LENGTH, longest)))]
+    second = [(11 * i + 5) % vocab for i in range(max(2, min(_SECOND_LENGTH, longest // 2)))]
+    third = [(13 * i + 1) % vocab for i in range(len(second))]
+    prompts = first, second, third
+    tolerance = logits_tolerance(forward)
+    want: dict[str, torch.Tensor] = {}
 
     def run_plain() -> None:
         view = make_view(model, None)
-        for tokens in (first, second):
-            out = view(input_ids=torch.tensor([tokens], device=forward.device), use_cache=False)
-            plain.append(out.logits[0].float())
+        prepare_view(view)
+        want.update(_generate_logits(view, forward, *prompts))
+        if forward.recomputes:
+            _check_causality(view, forward, want, first, second)
 
-    # Each of these takes seconds in a fresh process: compilers on the one side, libraries that load on the other.
-    side_by_side(
-        [
-            lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, 2)),
+    jobs: list[Callable[[], object]] = [run_plain]
+    if isinstance(forward, ModelForward):
+        # Each of these takes seconds in a fresh process: compilers on the one side, libraries that load on the other.
+        jobs = [
+            lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
             lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
-            lambda: argmax(torch.zeros(2, vocab, dtype=forward.layers[0].dtype, device=forward.device)),
+            lambda: argmax(torch.zeros(2, vocab, dtype=forward.dtype, device=forward.device)),
             run_plain,
-        ],
-        forward.device,
-    )
-    requests = [Request(str(row), tuple(tokens), 1) for row, tokens in enumerate((first, second))]
-    # The second prompt joins late: beside the rest of the first, and in the order of positions that mixes both.
+        ]
+    try:
+        side_by_side(jobs, forward.device)
+        got = _engine_logits(forward, backend, page_size, *prompts)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{forward.name} is not served: {_bare(forward, error)}") from error
+    except Exception as error:
+        if not does_not_fit(error):
+            raise
+        raise UnsupportedModelError(
+            f"{forward.name} is not served: as {forward.route} its forward fails with {type(error).__name__}: {error}"
+        ) from error
+    for label, expected in want.items():
+        if label not in got:
+            continue
+        difference = logits_error(got[label], expected)
+        if not difference <= tolerance:
+            raise UnsupportedModelError(
+                f"{forward.name} is not served: its logits for {label} differ from plain `generate`'s by "
+                f"{difference:.2g} (relative norm, {forward.dtype}). Load it with attn_implementation='eager' if its "
+                "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
+                "use plain `model.generate`; and please report it with its config."
+            )
+
+
+def _check_causality(
+    view: PreTrainedModel,
+    forward: ModelForward | CacheForward,
+    want: dict[str, torch.Tensor],
+    first: list[int],
+    second: list[int],
+) -> None:
+    """That tokens do not change what came before them, and that all at once are as good as one by one.
+
+    A request that gives up its pages is computed again at once, from its prompt and from what it said.
+    """
+
+    def logits(tokens: list[int], everywhere: bool) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=forward.device)
+        return GenerateLoop(view).start(ids, everywhere=everywhere).float()
+
+    differences = [
+        logits_error(logits(first, False), want["a decode"]),
+        logits_error(logits(second, False), want["a late decode"]),
+    ]
+    kept = len(first) // 2
+    other = first[:kept] + [(token + 1) % forward.vocab_size for token in first[kept:]]
+    everywhere = [logits(tokens, True) for tokens in (first, other)]
+    if len(everywhere[0]) == len(first):
+        differences += [logits_error(a, b) for a, b in zip(everywhere[0][:kept], everywhere[1][:kept], strict=True)]
+    difference = max(differences)
+    if not difference <= logits_tolerance(forward):
+        raise UnsupportedModelError(
+            f"{forward.name} is not served: its tokens change the logits of tokens before them, or those after tokens "
+            f"one by one and all at once differ, by {difference:.2g} (relative norm, {forward.dtype}). Set "
+            "`config.is_decoder = True` if it has that, or use plain `model.generate`."
+        )
+
+
+def _bare(forward: ModelForward | CacheForward, error: Exception) -> str:
+    return str(error).removeprefix(f"{forward.name} is not served: ")
+
+
+def _engine_logits(
+    forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int, *prompts: list[int]
+) -> dict[str, torch.Tensor]:
+    """Logits [vocab] by what they are for."""
+    first, second, third = prompts
+    split = len(first) // 3
+    pages = -(-(len(first) + 1) // page_size)
+    cache = PagedCache(forward.layers, num_pages=pages * len(prompts), page_size=page_size, device=forward.device)
+    state = DeviceState(max_rows=len(prompts), max_pages_per_row=pages, device=forward.device)
+    forward.bind(cache, backend)
+    requests = [Request(str(row), tuple(tokens), 1) for row, tokens in enumerate(prompts)]
+
+    def new_pages(row: int) -> tuple[NewPage, ...]:
+        return tuple(NewPage(row, i, (row - 1) * pages + i + 1) for i in range(pages))
+
+    # The others join late: beside the rest of the first, and in the order of positions that mixes all.
     plans = [
-        Plan(0, (), (Chunk(1, tuple(first[:_SPLIT]), True),), (NewRow(1, requests[0]),), (NewPage(1, 0, 1),)),
+        Plan(
+            0,
+            (),
+            (Chunk(1, tuple(first[:split]), not forward.whole_prompts),),
+            (NewRow(1, requests[0]),),
+            new_pages(1),
+        ),
         Plan(
             1,
             (),
-            (Chunk(1, tuple(first[_SPLIT:-1]), True), Chunk(2, tuple(second[:-1]), True)),
-            (NewRow(2, requests[1]),),
-            (NewPage(2, 0, 2),),
+            (
+                Chunk(1, tuple(first[split:-2]), True),
+                Chunk(2, tuple(second[:-1]), True),
+                Chunk(3, tuple(third[:-1]), True),
+            ),
+            (NewRow(2, requests[1]), NewRow(3, requests[2])),
+            new_pages(2) + new_pages(3),
         ),
-        Plan(2, (1, 2)),
+        Plan(2, (1,)),
+        Plan(3, (1, 2, 3)),
     ]
-    paged: list[torch.Tensor] = []
-    forced = [first[_SPLIT], first[-1], second[-1]]  # the tokens that follow each sampled position, as if sampled
+    labels = [
+        *([] if forward.whole_prompts else ["a chunk of a prompt"]),
+        *("the rest of a prompt", "a prompt that joined late", "another that joined late"),
+        *("a decode alone", "a decode", "a late decode", "another late decode"),
+    ]
+    # The tokens that follow each sampled position, as if sampled.
+    forced = [first[split], first[-2], second[-1], third[-1], first[-1], 0, 0, 0]
+    if forward.whole_prompts:
+        del forced[0]
+    logits: list[torch.Tensor] = []
     for plan in plans:
-        staged, sections = _stage(plan, forward.device, backend.tile_size)
+        staged, sections = _stage(plan, forward.device, forward.tile_size or backend.tile_size, len(prompts))
         state.apply_updates(staged, sections)
-        inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(2)
-        try:
-            logits = forward(inputs)
-        except ValueError as refused:
-            raise UnsupportedModelError(f"{forward.name} is not served: {refused}") from refused
-        paged += logits.float().unbind(0)
-        tokens = [forced.pop(0) for _ in range(plan.num_sampled)] if forced else [0] * plan.num_sampled
-        state.commit(inputs, torch.tensor(tokens, dtype=torch.int32, device=forward.device), None)
-    expected = [plain[0][_SPLIT - 1], plain[0][-2], plain[1][-2], plain[0][-1], plain[1][-1]]
-    what = ("a chunk of a prompt", "the rest of a prompt", "a prompt that joined late", "a decode", "a late decode")
-    dtype, tolerance = forward.layers[0].dtype, logits_tolerance(forward)
-    for label, got, want in zip(what, paged, expected, strict=True):
-        error = logits_error(got, want)
-        if not error <= tolerance:
-            raise UnsupportedModelError(
-                f"{forward.name} is not served: its logits for {label} differ from the plain forward's by "
-                f"{error:.2g} (relative norm, {dtype}). Use plain `model.generate` for this model, or load it with "
-                "attn_implementation='eager' if its own attention leaves something out (some releases of "
-                "transformers drop soft caps under 'sdpa'); and please report it with its config."
-            )
+        inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(len(plan.decode_rows))
+        logits += forward(inputs).float().unbind(0)
+        count = plan.num_sampled
+        tokens = torch.tensor(forced[:count], dtype=torch.int32, device=forward.device)
+        del forced[:count]
+        state.commit(inputs, tokens, None)
+        # Requests of one new token end with it; here they go on.
+        state.finished.zero_()
+    return dict(zip(labels, logits, strict=True))
+
+
+def _generate_logits(
+    view: PreTrainedModel, forward: ModelForward | CacheForward, *prompts: list[int]
+) -> dict[str, torch.Tensor]:
+    """The same as `_engine_logits`, as `generate` computes them: each prompt alone, then token by token."""
+
+    def tensor(tokens: list[int]) -> torch.Tensor:
+        return torch.tensor([tokens], device=forward.device)
+
+    first, second, third = prompts
+    split = len(first) // 3
+    found: dict[str, torch.Tensor] = {}
+    loop = GenerateLoop(view)
+    found["a chunk of a prompt"] = loop.start(tensor(first[:split]))
+    found["the rest of a prompt"] = loop.start(tensor(first[:-2]))
+    found["a decode alone"] = loop.step(tensor(first[-2:-1]))
+    found["a decode"] = loop.step(tensor(first[-1:]))
+    found["a prompt that joined late"] = loop.start(tensor(second[:-1]))
+    found["a late decode"] = loop.step(tensor(second[-1:]))
+    found["another that joined late"] = loop.start(tensor(third[:-1]))
+    found["another late decode"] = loop.step(tensor(third[-1:]))
+    return {name: logits.float() for name, logits in found.items()}
 
 
 @torch.inference_mode()
@@ -148,7 +258,7 @@ def compile_checked(
         (NewRow(1, Request("example", prompt, 1)),),
         tuple(NewPage(1, i, i + 1) for i in range(pages)),
     )
-    staged, sections = _stage(plan, forward.device, backend.tile_size)
+    staged, sections = _stage(plan, forward.device, backend.tile_size, 2)
     state.apply_updates(staged, sections)
     prefill = replace(state.mixed_inputs(staged, sections), sample_index=None)
     # Two tokens of one row at the same position: what they see does not depend on which was written last.
@@ -170,13 +280,13 @@ def compile_checked(
 
 
 def logits_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
+    """Relative norm of the difference."""
     return float((got - want).norm() / want.norm().clamp(min=1e-6))
 
 
-def logits_tolerance(forward: ModelForward) -> float:
+def logits_tolerance(forward: ModelForward | CacheForward) -> float:
     """The error that rounding alone explains."""
-    dtype = forward.layers[0].dtype
+    dtype = forward.dtype
     if is_quantized(forward.view):
         return max(_QUANTIZED_TOLERANCE, _TOLERANCE.get(dtype, 1e-1))
     if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
@@ -184,8 +294,9 @@ def logits_tolerance(forward: ModelForward) -> float:
     return _TOLERANCE.get(dtype, 1e-1)
 
 
-def _stage(plan: Plan, device: torch.device, tile_size: int) -> tuple[torch.Tensor, Sections]:
-    limits = Sections.largest(max_rows=2, max_batch_tokens=plan.num_tokens, num_pages=len(plan.new_pages))
+def _stage(plan: Plan, device: torch.device, tile_size: int, max_rows: int) -> tuple[torch.Tensor, Sections]:
+    limits = Sections.largest(max_rows=max_rows, max_batch_tokens=plan.num_tokens, num_pages=len(plan.new_pages))
     host = torch.zeros(limits.total, dtype=torch.int32, device="cpu")
-    sections = encode(plan, host.numpy(), bucket=2, send_decode_rows=True, tile_size=tile_size)
+    bucket = len(plan.decode_rows)
+    sections = encode(plan, host.numpy(), bucket=bucket, send_decode_rows=True, tile_size=tile_size)
     return host.to(device), sections

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hf_async_batching import compatibility_command
 from hf_async_batching import demo_command as demo
 from hf_async_batching.bench import command as bench
+from hf_async_batching.coverage import command as coverage
 from hf_async_batching.dataset import command as dataset
 
 _EXAMPLES = """\
@@ -15,6 +16,7 @@ examples:
   hf-async-batching dataset questions.csv --model path/or/hub-name --prompt-column question --output answers
   hf-async-batching bench seed --shape llama-3.1-8b --depth 1 2 --out results
   hf-async-batching bench mix --model path/or/hub-name --peer generate_batch
+  hf-async-batching check path/or/hub-name
   hf-async-batching demo
 
 `hf-async-batching COMMAND --help` has more of them.
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset.add_parser(commands)
     bench.add_parser(commands)
     compatibility_command.add_parser(commands)
+    coverage.add_parsers(commands)
     demo.add_parser(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_rest", False):

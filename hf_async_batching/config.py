@@ -129,6 +129,7 @@ class BatchingConfig:
         device: torch.device,
         free_bytes: int,
         weight_bytes: int = 0,
+        state_bytes: int = 0,
     ) -> ResolvedConfig:
         """Fill the automatic fields once, and log each choice with its reason.
 
@@ -138,6 +139,7 @@ class BatchingConfig:
             device: Where the model runs.
             free_bytes: Memory that is free there.
             weight_bytes: Memory of the weights that a step reads.
+            state_bytes: Memory of what a row has beside its pages.
 
         Raises:
             ValueError: The KV cache would not hold a single page in what is free.
@@ -168,12 +170,13 @@ class BatchingConfig:
             choose("max_sequence_length", context_length or 4096, "context length" if context_length else "unknown")
         )
         fraction = float(choose("memory_fraction", 0.92 if cuda else 0.25, f"default on {kind}"))
-        page_bytes = page_size * sum(layer.bytes_per_token for layer in layers)
+        # Models with states alone have pages that hold nothing.
+        page_bytes = max(1, page_size * sum(layer.bytes_per_token for layer in layers))
         pages_per_row = -(-longest // page_size)
         usable = int(free_bytes * fraction)
         if cuda and self.memory_fraction is None:
             usable = min(usable, free_bytes - CUDA_RESERVE)
-        affordable = usable // page_bytes - 1
+        affordable = (usable - (max_rows + 1) * state_bytes) // page_bytes - 1
         useful = pages_per_row * max_rows
         num_pages = int(
             choose(

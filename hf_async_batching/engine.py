@@ -27,6 +27,7 @@ class Engine:
         debug: Check the scheduler's bookkeeping after every step.
 
     Attributes:
+        depth: May be lowered and raised again between steps, up to what the engine was made with.
         records: The last steps, oldest first.
         started: The rows of requests whose prompts began with the last call of `step`.
         outputs: Scores and logits, float32 [vocab] each or None, of requests to which the last call of `step` brought
@@ -86,6 +87,9 @@ class Engine:
         emissions: list[Emission] = []
         if self._in_flight and (plan is None or len(self._in_flight) >= self.depth):
             emissions = self._collect(self._in_flight.popleft())
+            # More than one only where the depth has been lowered.
+            while len(self._in_flight) >= self.depth:
+                emissions += self._collect(self._in_flight.popleft())
         if self._debug:
             self.scheduler.check_invariants()
         return emissions

@@ -148,6 +148,11 @@ class GenerationHandle:
         return self._done.is_set()
 
     @property
+    def started(self) -> bool:
+        """Whether the computation of its prompt has begun; before, it waits for a row."""
+        return self._started is not None
+
+    @property
     def token_ids(self) -> list[int]:
         """The new tokens so far."""
         return list(self._tokens)
@@ -163,6 +168,10 @@ class GenerationHandle:
         There can be one more than there are tokens, for a moment.
         """
         return self._scores if kind == "scores" else self._logits
+
+    def tokens_from(self, position: int) -> list[int]:
+        """The new tokens from `position` on: for readers that look from time to time, at no cost to the engine."""
+        return self._tokens[position:]
 
     def __iter__(self) -> Iterator[int]:
         """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from hf_async_batching.assembly import Assembly, assemble
+from hf_async_batching.assembly import Assembly, assemble, check_servable
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.criteria import stop_string_criterion
@@ -30,7 +30,6 @@ from hf_async_batching.errors import (
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
-from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
@@ -52,7 +51,7 @@ from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.tensor_parallel.follower import Follower
 from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable
-from hf_async_batching.timeline import Timeline
+from hf_async_batching.timeline import Timeline, records_after
 from hf_async_batching.weights import Weights
 from hf_async_batching.worker import Worker
 from hf_async_batching.wrappers import check_call, unwrap
@@ -95,7 +94,7 @@ class GenerationManager:
     ) -> None:
         self._group = RankGroup.of(model)
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
-        ModelForward(model)
+        check_servable(model)
         self.config = config or BatchingConfig()
         self._engine_config = self.config if self._group is None else self.config.for_ranks()
         self._get_model = get_model
@@ -106,6 +105,7 @@ class GenerationManager:
         self._preparation: Preparation | None = None
         self._criteria_thread = CriteriaThread()
         self._takes_embeddings: Callable[[], Assembly | None] = lambda: None  # of which engine that is known
+        self._depth: int | None = None
         self._closed = False
         _open_managers.add(self)
 
@@ -386,6 +386,30 @@ class GenerationManager:
         ].result()
         worker.warm(self._usual_features(), tune)
 
+    def set_depth(self, depth: int | None) -> None:
+        """Change how many steps may be in flight from the next step on; tokens do not depend on it. From any thread.
+
+        For comparing synchronous (1) with asynchronous batching on one engine, with the same pages and graphs.
+
+        Args:
+            depth: From 1 to the engine's own depth, which is `BatchingConfig.depth` or its default; None for that.
+
+        Raises:
+            ValueError: `depth` is out of its range.
+        """
+        with self._lock:
+            worker = self._worker
+            assembly = worker.assembly if worker is not None else None
+            most = assembly.config.depth if assembly is not None else self.config.depth
+            if depth is not None and (depth < 1 or (most is not None and depth > most)):
+                raise ValueError(
+                    f"`depth` must be from 1 to {most or 'the depth of the engine'}, got {depth}; "
+                    "for more make the manager with BatchingConfig(depth=...)"
+                )
+            self._depth = depth
+            if assembly is not None:
+                assembly.engine.depth = depth or assembly.config.depth
+
     def weights_updated(self) -> None:
         """Say that the weights have changed in place: requests from now on find no keys and values computed before.
 
@@ -405,14 +429,19 @@ class GenerationManager:
         worker = self._worker
         return read_stats(worker.assembly if worker is not None else None, worker.num_inbox if worker else 0)
 
-    def timeline(self) -> Timeline:
-        """The last `BatchingConfig.timeline_steps` steps."""
+    def timeline(self, after: int = -1) -> Timeline:
+        """The last `BatchingConfig.timeline_steps` steps.
+
+        Args:
+            after: Only steps with a larger number; for reading on from the last step that was seen. Numbers begin at 0
+                with each start of the engine.
+        """
         worker = self._worker
         assembly = worker.assembly if worker is not None else None
         if assembly is None:
             return Timeline(())
         name = "CUDA" if assembly.forward.device.type == "cuda" else "CPU"
-        return Timeline(tuple(assembly.engine.records.copy()), name)
+        return Timeline(records_after(assembly.engine.records.copy(), after), name)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -557,6 +586,8 @@ class GenerationManager:
                 # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
                 # are as they were before, so that a switch that comes in between is seen by the next request.
                 self._made_for = weights.placed_as(self._weights_of(model)), autocast
+                if self._depth is not None:
+                    assembly.engine.depth = min(self._depth, assembly.config.depth)
                 self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(

@@ -17,10 +17,9 @@ from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.interface import PagedCall, attach_tags
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
-from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
-from hf_async_batching.model_view import make_view, set_attention
+from hf_async_batching.model_view import make_view, refuse_unservable, set_attention
 
 
 class ModelForward:
@@ -33,6 +32,7 @@ class ModelForward:
 
     Attributes:
         name: Class of the model, for messages.
+        route: How the model is served, for messages.
         layers: Keys and values of each attention layer, as the probe saw them.
         vocab_size: Rows of the input embedding: token ids must be below.
         embedding_size: Its columns.
@@ -44,12 +44,19 @@ class ModelForward:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
     """
 
+    # As `CacheForward` has them.
+    route = "packed"
+    capturable = True
+    whole_prompts = False
+    recomputes = True
+    prefix_cacheable = True
+    state_bytes = 0
+    tile_size: int | None = None
+    takes_embeddings = True
+
     def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
         self.name = type(model).__name__
-        if model.config.is_encoder_decoder:
-            raise UnsupportedModelError(
-                f"{self.name} is not served: it has an encoder and a decoder. Use plain `model.generate`."
-            )
+        refuse_unservable(model)
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
         # A forward that was set on the instance may hand on what it does not name.
@@ -65,6 +72,7 @@ class ModelForward:
         self.logit_size = self.vocab_size
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
+        self.dtype: torch.dtype = self.layers[0].dtype
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
         self._layer_at: dict[int, int] = {}

@@ -199,6 +199,18 @@ def _stays_in_place(hook: Any) -> bool:
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
+def refuse_unservable(model: PreTrainedModel) -> None:
+    """Refuse models that no route can serve.
+
+    Raises:
+        UnsupportedModelError: The model has an encoder.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not served: it has an encoder and a decoder. Use plain `model.generate`."
+        )
+
+
 def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
     """Make every config in the view name `attn_implementation`."""
     for module in view.modules():
@@ -218,7 +230,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if batch_dependent_rope(model):
         length = rope.get("original_max_position_embeddings") or length
-    return int(length) if length is not None else None
+    # XLNet says -1 for no bound.
+    return int(length) if length is not None and length > 0 else None
 
 
 def batch_dependent_rope(model: PreTrainedModel) -> bool:

@@ -114,7 +114,8 @@ def decode_plainly(
         raw = {k: v for k, v in lost.original.items() if k != "custom_generate" and k not in own_names}
         if streamer is not None:
             raw["streamer"] = _PromptShown(streamer)
-        return transformers_model.generate(**raw)
+        # Of the class: a model may carry this library as its own `generate`.
+        return type(transformers_model).generate(transformers_model, **raw)
     given = {"tokenizer": tokenizer, "assistant_tokenizer": lost.assistant_tokenizer}
     arguments = transformers_model._extract_generation_mode_kwargs(
         None, given, lost.synced_gpus, lost.assistant_model, streamer

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.attach_check import logits_error, logits_tolerance
+from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
@@ -62,7 +63,7 @@ class PromptEmbeddings:
             self._read.popleft()
 
 
-def check_embeddings(embeddings: torch.Tensor, forward: ModelForward) -> None:
+def check_embeddings(embeddings: torch.Tensor, forward: ModelForward | CacheForward) -> None:
     """Refuse embeddings that are not the model's.
 
     Raises:
@@ -89,7 +90,7 @@ def check_history(request: Request) -> None:
 
 
 @torch.inference_mode()
-def check_takes_embeddings(model: PreTrainedModel, forward: ModelForward) -> None:
+def check_takes_embeddings(model: PreTrainedModel, forward: ModelForward | CacheForward) -> None:
     """Compare the plain forward over token ids with the one over their embeddings.
 
     Args:
@@ -101,7 +102,9 @@ def check_takes_embeddings(model: PreTrainedModel, forward: ModelForward) -> Non
     """
     view: Any = make_view(model, None)
     why = "its forward does not take them"
-    if "inputs_embeds" in inspect.signature(view.forward).parameters:
+    if not forward.takes_embeddings:
+        why = "it is served through its own cache class, by token ids"
+    elif "inputs_embeds" in inspect.signature(view.forward).parameters:
         ids = torch.arange(3, 3 + _CHECK_TOKENS, device=forward.device)[None] % forward.vocab_size
         try:
             expected = view(input_ids=ids, use_cache=False).logits.float()

@@ -29,6 +29,8 @@ from hf_async_batching.sequence import Sequence, State
 
 
 class _Retired(NamedTuple):
+    """What a sequence has let go of; `row` is 0 where it goes on without the pages."""
+
     last_step: int
     row: int
     pages: list[int]
@@ -45,6 +47,8 @@ class Scheduler:
         prefix_cache: Whether sequences share full pages of equal tokens.
         max_writes: Words that a step can send to the memories of new rows; no fewer than one row can need. None is
             for no bound.
+        window: How many of the last tokens, its own included, a token sees in every layer; None for all. Pages that no
+            token to come sees are given back while their sequence goes on.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Scheduler:
         max_batch_tokens: int,
         prefix_cache: bool = True,
         max_writes: int | None = None,
+        window: int | None = None,
     ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
@@ -63,7 +68,9 @@ class Scheduler:
         self.rows = IdPool(max_rows, "row")
         self.max_batch_tokens = max_batch_tokens
         self.max_writes = max_writes
+        self.window = window
         self.preemptions = 0
+        self.finished = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by arrival
         self._live: dict[str, Sequence] = {}
@@ -287,6 +294,8 @@ class Scheduler:
             self._regroup_due = True
         for sequence in growing:
             self._enter_pages(sequence)
+            if self.window is not None:
+                self._give_back_passed(sequence, self.window)
         pages = self.pages.take(len(growing))  # all at once, which is the rule, and cheap
         short = 0
         for i, sequence in enumerate(growing):
@@ -344,6 +353,8 @@ class Scheduler:
         for sequence in self._prefilling:
             if budget == 0:
                 break
+            if self.window is not None:
+                self._give_back_passed(sequence, self.window)
             chunk = self._next_chunk(sequence, budget)
             budget -= len(chunk.tokens)
             chunks.append(chunk)
@@ -406,10 +417,25 @@ class Scheduler:
         assert sequence.prefix is not None
         if not sequence.shareable:
             return
+        if sequence.passed and not (sequence.prefix.known and sequence.prefix.depth >= sequence.passed):
+            return  # some of the pages in between are gone
         # The last known output may be an end, whose own keys and values no step need ever write.
         known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
         full = min(sequence.computed, known) // self.pages.page_size
         sequence.prefix = self.pages.prefixes.enter(sequence.prefix, sequence.tokens, sequence.pages, full)
+
+    def _give_back_passed(self, sequence: Sequence, window: int) -> None:
+        """Let go of the pages that lie before the window of the next token to compute.
+
+        Steps in flight may still read them: they return when the last one that was planned has completed.
+        """
+        passed = max(0, sequence.computed - window + 1) // self.pages.page_size
+        if passed > sequence.passed:
+            pages = sequence.pages[sequence.passed : passed]
+            sequence.pages[sequence.passed : passed] = [0] * len(pages)
+            sequence.passed = passed
+            self._retired.append(_Retired(sequence.last_step, 0, pages))
+            self._release_retired()
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.computed
@@ -427,6 +453,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, token: int | None, logprob: float | None, reason: str) -> Emission:
         self._retire(sequence)
         self._steady = None
+        self.finished += 1
         sequence.state = State.FINISHED
         del self._live[sequence.request.request_id]
         return Emission(sequence.request.request_id, token, logprob, reason)
@@ -435,9 +462,11 @@ class Scheduler:
         """Take row and pages from the sequence; they return to their pools once its last step has completed."""
         if sequence.row:
             self._enter_pages(sequence)
-            self._retired.append(_Retired(sequence.last_step, sequence.row, sequence.pages))
+            pages = sequence.pages[sequence.passed :]
+            self._retired.append(_Retired(sequence.last_step, sequence.row, pages))
             sequence.row = 0
             sequence.pages = []
+            sequence.passed = 0
             self._release_retired()
 
     def _release_retired(self) -> None:
@@ -445,7 +474,8 @@ class Scheduler:
         for retired in self._retired:
             if retired.last_step <= self._completed:
                 self.pages.release(retired.pages)
-                self.rows.release([retired.row])
+                if retired.row:
+                    self.rows.release([retired.row])
             else:
                 keep.append(retired)
         self._retired = keep
@@ -456,9 +486,10 @@ class Scheduler:
         Raises:
             AssertionError: The bookkeeping is broken.
         """
-        held_pages = [page for sequence in self._running for page in sequence.pages]
+        held_pages = [page for sequence in self._running for page in sequence.pages[sequence.passed :]]
         held_pages += [page for retired in self._retired for page in retired.pages]
-        held_rows = [sequence.row for sequence in self._running] + [retired.row for retired in self._retired]
+        held_rows = [sequence.row for sequence in self._running]
+        held_rows += [retired.row for retired in self._retired if retired.row]
         self.pages.check_invariants(held_pages)
         assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
         assert 0 not in held_rows, "the padding row was handed out"

@@ -94,7 +94,8 @@ class Sequence:
         decide_at: For a decoding sequence, the value of `computed` at which it needs a page or has reached its
             length; until then each step is like the one before.
         row: The row on the device; 0 while the sequence has none.
-        pages: KV pages in order of position.
+        pages: KV pages in order of position; 0 for those that it has given back.
+        passed: How many it has given back: no token to come sees them.
         prefix: The last page of its chain in the prefix cache; None before the first look-up.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
     """
@@ -116,6 +117,7 @@ class Sequence:
     decide_at: int = 0
     row: int = 0
     pages: list[int] = field(default_factory=list)
+    passed: int = 0
     prefix: Node | None = None
     last_step: int = -1
 

@@ -26,6 +26,7 @@ class Stats:
         pages_total: KV pages that requests can own.
         rows_in_use: Rows held by requests, retired ones included.
         steps: Steps since the engine started.
+        finished: Requests that have ended, for whatever reason, since the engine started.
         preemptions: Requests that gave their pages up, since the engine started.
         prefix_query_tokens: Prompt tokens that were looked up in the prefix cache, since the engine started.
         prefix_hit_tokens: Those of them whose pages were found, and not computed again.
@@ -47,6 +48,7 @@ class Stats:
     pages_total: int = 0
     rows_in_use: int = 0
     steps: int = 0
+    finished: int = 0
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -80,6 +82,7 @@ def read_stats(assembly: Assembly | None, inbox: int) -> Stats:
         pages_total=scheduler.pages.size,
         rows_in_use=scheduler.rows.in_use,
         steps=records[-1].step + 1 if records else 0,
+        finished=scheduler.finished,
         preemptions=scheduler.preemptions,
         prefix_query_tokens=scheduler.pages.prefixes.query_tokens,
         prefix_hit_tokens=scheduler.pages.prefixes.hit_tokens,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 Span = tuple[float, float]
@@ -122,6 +123,16 @@ class Timeline:
         """Write the trace as JSON to `path`."""
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.to_chrome_trace(), file)
+
+
+def records_after(records: Sequence[StepRecord], step: int) -> tuple[StepRecord, ...]:
+    """Those of `records`, oldest first, whose number is larger than `step`. Costs no more than what it returns."""
+    count = 0
+    for record in reversed(records):
+        if record.step <= step:
+            break
+        count += 1
+    return tuple(islice(reversed(records), count))[::-1]
 
 
 def _total(spans: Iterable[Span]) -> float:

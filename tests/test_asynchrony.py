@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,10 @@ def _wrong_token(depth: int, seed: int, conversations: bool = False, **changes: 
     engine = ToyEngine(depth, seed, **changes)
     with contextlib.suppress(AssertionError, IndexError, KeyError, RuntimeError):
         run_random_schedule(engine, seed, conversations=conversations)
-    return any(got != reference(engine.requests[name])[: len(got)] for name, got in engine.emitted.items())
+    return any(
+        got != reference(engine.requests[name], window=engine.window)[: len(got)]
+        for name, got in engine.emitted.items()
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -39,6 +43,23 @@ def test_random_schedules(depth: int) -> None:
     assert cancels > SCHEDULES / 10, "cancelling was hardly exercised"
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_depth_may_change_between_steps(depth: int) -> None:
+    for seed in range(SCHEDULES // 5):
+        engine = ToyEngine(depth, seed)
+        rng, step = random.Random(seed), engine.engine.step
+
+        def change_and_step(engine: ToyEngine = engine, rng: random.Random = rng, step: Any = step) -> list[Any]:
+            engine.engine.depth = rng.randint(1, depth)
+            emissions: list[Any] = step()
+            assert len(engine.engine._in_flight) < engine.engine.depth
+            return emissions
+
+        engine.engine.step = change_and_step  # type: ignore[method-assign]
+        verify(engine, run_random_schedule(engine, seed))
+        assert engine.scheduler.finished == len(engine.requests)
+
+
 # At depth 2 the host's own wait for the step before implies the waits that protect buffers; at depth 3 nothing does.
 NEEDED = [(guard, 3) for guard in Guard] + [
     (guard, 2) for guard in (Guard.INPUT_READY, Guard.OUTPUT_READY, Guard.RESULT_READY, Guard.CALLER_WORK)
@@ -49,6 +70,47 @@ NEEDED = [(guard, 3) for guard in Guard] + [
 def test_each_wait_is_needed(guard: Guard, depth: int) -> None:
     assert any(_wrong_token(depth, seed, without=guard) for seed in range(60))
     assert not any(_wrong_token(depth, seed) for seed in range(10))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 6])
+def test_random_schedules_with_a_window(depth: int, window: int) -> None:
+    """What lies before the window of all layers is given back, and overwritten at once, while its sequence goes on."""
+    passed = 0
+    for seed in range(SCHEDULES // 10):
+        engine = ToyEngine(depth, seed, window=window)
+        give_back = engine.scheduler._give_back_passed
+
+        def counted(sequence: Sequence, width: int, give_back: Any = give_back) -> None:
+            nonlocal passed
+            before = sequence.passed
+            give_back(sequence, width)
+            passed += sequence.passed - before
+
+        engine.scheduler._give_back_passed = counted  # type: ignore[method-assign]
+        verify(engine, run_random_schedule(engine, seed, conversations=seed % 2 == 1))
+    assert passed > SCHEDULES / 10
+
+
+class GivesBackWhatIsSeen(Scheduler):
+    """Takes the window for one token narrower than it is."""
+
+    def _give_back_passed(self, sequence: Sequence, window: int) -> None:
+        super()._give_back_passed(sequence, window - 1)
+
+
+class GivesBackAtOnce(Scheduler):
+    """Gives pages back when the window has passed them, not when the last step that read them has completed."""
+
+    def _give_back_passed(self, sequence: Sequence, window: int) -> None:
+        last_step, sequence.last_step = sequence.last_step, -1
+        super()._give_back_passed(sequence, window)
+        sequence.last_step = last_step
+
+
+@pytest.mark.parametrize("wrong", [GivesBackWhatIsSeen, GivesBackAtOnce])
+def test_pages_in_the_window_are_needed(wrong: type[Scheduler]) -> None:
+    assert any(_wrong_token(2, seed, window=5, scheduler_class=wrong) for seed in range(200))
 
 
 class FreesPagesAtOnce(Scheduler):

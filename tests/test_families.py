@@ -1,4 +1,7 @@
-"""Every family of the first release: ragged prompts together in one batch, token for token as alone."""
+"""Many families: ragged prompts together in one batch, token for token as alone.
+
+The others are in `docs/model-coverage.md`, which a slow test makes anew.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from support.tiny_models import FAMILIES, greedy_alone, ragged_prompts, tiny_mod
 
 import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.coverage.families import check_family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,3 +41,26 @@ def test_drop_in_equals_padded_generate(family: str) -> None:
     got = model.generate(ids, custom_generate=hf_async_batching.generate, **arguments)
     assert torch.equal(got, expected)
     assert got.dtype == expected.dtype
+
+
+# At least one of each way to be served, and of what makes a family special.
+REPRESENTATIVES = {
+    "GPT2LMHeadModel": "packed",  # learned positions
+    "OPTForCausalLM": "packed",
+    "GptOssForCausalLM": "packed",  # attention sinks
+    "Llama4ForCausalLM": "packed",  # chunked attention
+    "DeepseekV3ForCausalLM": "packed",  # latent attention: keys and values of different sizes
+    "BloomForCausalLM": "padded",  # ALiBi
+    "DiffLlamaForCausalLM": "padded",  # attends twice per layer
+    "DeepseekV32ForCausalLM": "padded",  # an indexer with keys of its own
+    "FalconH1ForCausalLM": "padded, row states",  # attention and a state space in one layer
+    "JambaForCausalLM": "padded, row states, whole prompts",
+    "BartForCausalLM": "lockstep",  # positions follow the length of the cache
+    "RecurrentGemmaForCausalLM": "single",  # states in modules
+}
+
+
+@pytest.mark.parametrize("class_name", REPRESENTATIVES)
+def test_each_way_to_be_served(class_name: str) -> None:
+    verdict = check_family(class_name)
+    assert (verdict.status, verdict.reason, verdict.route) == ("exact", "", REPRESENTATIVES[class_name])

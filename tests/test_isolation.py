@@ -15,8 +15,8 @@ import pytest
 import torch
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
-from hf_async_batching import BatchingConfig, EngineClosedError, GenerationManager, UnsupportedModelError
-from hf_async_batching.attention.probe import _is_causal_window
+from hf_async_batching import BatchingConfig, EngineClosedError, GenerationManager
+from hf_async_batching.attention.probe import _sees
 from hf_async_batching.request import Request
 
 PROMPTS = ragged_prompts(4, 30, seed=8)
@@ -75,32 +75,15 @@ def test_chunks_are_no_window() -> None:
     def chunks(b: int, h: int, q: Any, k: Any) -> Any:
         return (k <= q) & (k // 16 == q // 16)
 
-    assert _is_causal_window(window, 16)
-    assert _is_causal_window(lambda b, h, q, k: k <= q, None)
-    assert not _is_causal_window(chunks, 16)
-    assert not _is_causal_window(window, 15)
-    assert not _is_causal_window(window, None)
-    assert not _is_causal_window(lambda b, h, q, k: k >= 0, None)
-
-
-def test_chunked_attention_is_refused_by_name() -> None:
-    import transformers
-
-    config = transformers.Llama4TextConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        intermediate_size_mlp=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        attention_chunk_size=16,
-        max_position_embeddings=256,
-    )
-    with pytest.raises(UnsupportedModelError, match="Llama4ForCausalLM is not served"):
-        GenerationManager(transformers.Llama4ForCausalLM(config).eval())
+    assert _sees(window, 16, chunked=False)
+    assert _sees(lambda b, h, q, k: k <= q, None, chunked=False)
+    assert not _sees(chunks, 16, chunked=False)
+    assert not _sees(window, 15, chunked=False)
+    assert not _sees(window, None, chunked=False)
+    assert not _sees(lambda b, h, q, k: k >= 0, None, chunked=False)
+    assert _sees(chunks, 16, chunked=True)
+    assert not _sees(chunks, 15, chunked=True)
+    assert not _sees(window, 16, chunked=True)
 
 
 def test_defaults_of_the_caller_do_not_leak_in(model: Any) -> None:

@@ -473,6 +473,39 @@ def test_timeline_and_trace(model: Any, tmp_path: Path) -> None:
     }
 
 
+def test_the_depth_changes_while_requests_run_and_no_token_with_it(model: Any) -> None:
+    with make(model, depth=2) as manager:
+        manager.set_depth(1)  # before there is an engine
+        handles = [manager.submit(prompt, max_new_tokens=40, **GREEDY) for prompt in PROMPTS]
+        assert manager.stats().depth == 1
+        for i, _ in enumerate(handles[0]):
+            manager.set_depth(1 + i % 2)
+        tokens = [handle.result(60).token_ids for handle in handles]
+        with pytest.raises(ValueError, match="from 1 to 2, got 3"):
+            manager.set_depth(3)
+        manager.set_depth(None)
+        stats = manager.stats()
+    assert (stats.depth, stats.finished) == (2, len(PROMPTS))
+    assert tokens == [greedy_alone(model, prompt, 40, eos_token_id=None) for prompt in PROMPTS]
+
+
+def test_reading_from_time_to_time_wakes_nobody(model: Any) -> None:
+    with make(model, max_rows=1) as manager:
+        first = manager.submit(PROMPTS[0], max_new_tokens=30, **GREEDY)
+        second = manager.submit(PROMPTS[1], max_new_tokens=30, **GREEDY)
+        wait_until(lambda: first.tokens_from(0))
+        assert first.started
+        assert not second.started, "there is one row only"
+        seen: list[int] = []
+        while not second.done:
+            seen += second.tokens_from(len(seen))
+        seen += second.tokens_from(len(seen))
+        assert second.started
+        assert seen == second.result().token_ids
+        steps = manager.timeline().steps
+        assert manager.timeline(after=steps[-3].step).steps == steps[-2:]
+
+
 def test_unserved_models_are_refused_by_name() -> None:
     import transformers
 

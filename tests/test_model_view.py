@@ -12,8 +12,10 @@ import torch
 import transformers
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
+from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, make_view
 
 PROMPTS = ragged_prompts(8, 30, seed=9)
@@ -161,11 +163,10 @@ def test_hooks_that_do_not_run_are_announced(caplog: pytest.LogCaptureFixture) -
     assert "lm_head" in caplog.text
 
 
-def test_wrong_logits_refuse_the_model_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose attention does something that the engine does not know of is caught by the attach check."""
+@pytest.fixture
+def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_async_batching.attention import interface
 
-    model = tiny_model("Llama")
     right = interface.paged_attention_forward
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -173,6 +174,25 @@ def test_wrong_logits_refuse_the_model_by_name(monkeypatch: pytest.MonkeyPatch) 
         return out * 1.05, weights
 
     monkeypatch.setitem(AttentionInterface._global_mapping, interface.NAME, wrong)
+
+
+@pytest.mark.usefixtures("wrong_attention")
+def test_wrong_logits_close_a_route(caplog: pytest.LogCaptureFixture) -> None:
+    """A model whose attention does something that the engine does not know of is caught by the attach check."""
+    model = tiny_model("Llama")
+    with caplog.at_level(logging.WARNING, "hf_async_batching"), GenerationManager(model, CONFIG) as manager:
+        got = manager.submit(PROMPTS[1], max_new_tokens=6, **GREEDY).result(60).token_ids
+        assert manager.assembly is not None
+        assert manager.assembly.forward.route == "padded"
+    assert "its own cache class (padded), slower than packed: its logits for" in caplog.text
+    assert got == greedy_alone(model, PROMPTS[1], 6, eos_token_id=None)
+
+
+@pytest.mark.usefixtures("wrong_attention")
+def test_wrong_logits_on_every_route_refuse_the_model_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    right = CacheForward.__call__
+    monkeypatch.setattr(CacheForward, "__call__", lambda self, inputs: right(self, inputs) * 1.05)
     with GenerationManager(model, CONFIG) as manager:
         with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is not served: its logits"):
             manager.submit(PROMPTS[1], max_new_tokens=2)
@@ -182,22 +202,29 @@ def test_wrong_logits_refuse_the_model_by_name(monkeypatch: pytest.MonkeyPatch) 
         manager.submit(PROMPTS[1], max_new_tokens=2).result(60)
 
 
-def test_a_soft_cap_that_the_plain_forward_drops_is_seen() -> None:
+def test_a_soft_cap_that_the_plain_forward_drops_is_seen(caplog: pytest.LogCaptureFixture) -> None:
     """The check is fine enough for small differences: here two per mille of the logits' norm."""
     model = tiny_model("Gemma2")
     with GenerationManager(model, CONFIG) as manager:
         manager.warmup()
+        assert manager.assembly is not None
+        assert manager.assembly.forward.route == "packed"
     model.config._attn_implementation = "sdpa_without_soft_cap"
 
     def sdpa_without_soft_cap(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
         return AttentionInterface._global_mapping["sdpa"](*args, **kwargs)
 
     AttentionInterface.register("sdpa_without_soft_cap", sdpa_without_soft_cap)
+    AttentionMaskInterface.register("sdpa_without_soft_cap", AttentionMaskInterface._global_mapping["sdpa"])
     try:
-        with GenerationManager(model, CONFIG) as manager, pytest.raises(UnsupportedModelError, match="eager"):
-            manager.warmup()
+        with caplog.at_level(logging.WARNING, "hf_async_batching"), GenerationManager(model, CONFIG) as manager:
+            # What it says without its cap is what `generate` says: the model's own attention decides.
+            got = manager.submit(PROMPTS[3], max_new_tokens=6, **GREEDY).result(60).token_ids
+        assert got == greedy_alone(model, PROMPTS[3], 6, eos_token_id=None)
     finally:
         del AttentionInterface._global_mapping["sdpa_without_soft_cap"]
+        del AttentionMaskInterface._global_mapping["sdpa_without_soft_cap"]
+    assert "eager" in caplog.text
 
 
 @pytest.mark.parametrize("break_it", ["hook", "meta"])

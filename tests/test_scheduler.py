@@ -61,6 +61,45 @@ def started(plan: Plan) -> list[str]:
     return [new.request.request_id for new in plan.new_rows]
 
 
+# -- windows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_pages_before_the_window_are_given_back(prefix_cache: bool) -> None:
+    """The prompt of 21 tokens fills 6 pages of 4; with a window of 6, tokens see 2 to 3 pages."""
+    scheduler = make(window=6, prefix_cache=prefix_cache)
+    scheduler.add(request("a", prompt=21, new=30))
+    held = [(step(scheduler), scheduler.pages.in_use)[1] for _ in range(3)]
+    # Pieces of 8, 8 and 5: before the second and the third, what lies before positions 3 and 11 is passed.
+    assert held == [6, 6, 4]
+    held = [(step(scheduler), scheduler.pages.in_use)[1] for _ in range(28)]
+    assert max(held[8:]) <= 3
+    step(scheduler)
+    assert scheduler.pages.in_use == 0
+
+
+def test_passed_pages_wait_for_the_steps_in_flight() -> None:
+    scheduler = make(window=1, max_batch_tokens=4)
+    scheduler.add(request("a", prompt=8, new=2))
+    first, second = planned(scheduler), planned(scheduler)
+    assert scheduler.pages.in_use == 2, "the first step may still read its page"
+    settle(scheduler, first)
+    assert scheduler.pages.in_use == 1
+    settle(scheduler, second)
+
+
+def test_a_sequence_with_passed_pages_is_computed_again_whole() -> None:
+    scheduler = make(window=3, num_pages=5, max_rows=2, prefix_cache=False)
+    scheduler.add(request("a", prompt=4, new=16))
+    scheduler.add(request("b", prompt=7, new=13))
+    for _ in range(60):
+        if not scheduler.has_live:
+            break
+        step(scheduler)
+    assert not scheduler.has_live
+    assert scheduler.pages.in_use == 0
+
+
 # -- admission and chunked prefill --------------------------------------------------------------------------------
 
 

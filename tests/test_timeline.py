@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf_async_batching.timeline import StepRecord, Timeline
+from hf_async_batching.timeline import StepRecord, Timeline, records_after
 
 
 def record(step: int, start: float, end: float, **changes: Any) -> StepRecord:
@@ -42,6 +43,12 @@ def test_figures() -> None:
     assert timeline.ms_per_step == pytest.approx(500 / 3)
     assert timeline.host_ms_per_step == pytest.approx(1.5)
     assert timeline.tokens_per_second == pytest.approx(20)
+
+
+@pytest.mark.parametrize(("after", "count"), [(-1, 3), (3, 3), (4, 2), (5, 1), (6, 0), (99, 0)])
+def test_reading_on_from_a_step(after: int, count: int) -> None:
+    assert records_after(deque(STEPS), after) == STEPS[3 - count :]
+    assert records_after((), after) == ()
 
 
 def test_no_steps_are_no_error() -> None:

@@ -22,11 +22,16 @@ class AttentionOptions:
         scaling: Factor on the products of queries and keys.
         sliding_window: A query at position i sees keys at positions above i - sliding_window; None for all.
         softcap: Scores become `softcap * tanh(score / softcap)` before masking; None for none.
+        chunk: A query at position i sees keys from `i - i % chunk` on (chunked attention); None for all.
+        sinks: [num_heads], a score per head that takes part in the softmax and has no value (attention sinks); None
+            for none.
     """
 
     scaling: float
     sliding_window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
+    sinks: torch.Tensor | None = None
 
 
 class AttentionBackend(Protocol):
@@ -57,7 +62,7 @@ class AttentionBackend(Protocol):
             value: [tokens, num_kv_heads, value_dim].
             layer: Index of the layer in the cache.
             context: Rows, positions and pages of the tokens.
-            options: Scaling, window, soft cap.
+            options: Scaling, window, soft cap, chunk, sinks.
 
         Returns:
             [tokens, num_heads, value_dim] in the dtype of `query`.

@@ -16,11 +16,19 @@ class LayerShape(NamedTuple):
     dtype: torch.dtype
     num_heads: int = 0
     sliding_window: int | None = None
+    chunk: int | None = None
+    has_sinks: bool = False
 
     @property
     def bytes_per_token(self) -> int:
         """Memory of one token's keys and values in this layer, in bytes."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+def common_window(layers: list[LayerShape]) -> int | None:
+    """How many of the last tokens the layers see: the widest window; None where one of them sees all."""
+    windows = [layer.sliding_window for layer in layers]
+    return None if not windows or None in windows else max(window for window in windows if window is not None)
 
 
 class PagedCache:

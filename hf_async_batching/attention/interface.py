@@ -25,10 +25,11 @@ NAME = "hf_async_batching_paged"
 
 @dataclass(frozen=True, slots=True)
 class PagedLayer:
-    """What the probe learned of one attention module."""
+    """What the probe learned of one attention module: its place in the cache, and how far its queries see."""
 
     index: int
-    sliding_window: int | None
+    sliding_window: int | None = None
+    chunk: int | None = None
 
 
 class _Active(threading.local):
@@ -76,13 +77,15 @@ def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch
     tags = torch.zeros(len(modules), 16, dtype=torch.int32, device=device)
     for tag, (module, layer) in zip(tags, modules, strict=True):
         module._paged_tag = tag
-        module._paged_window = layer.sliding_window or 0  # type: ignore[assignment]
+        # A negative window is the size of a chunk.
+        module._paged_window = layer.sliding_window or -(layer.chunk or 0)  # type: ignore[assignment]
     return {tag.data_ptr(): layer.index for tag, (_, layer) in zip(tags, modules, strict=True)}
 
 
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor tag, float scaling, int window, float softcap) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor tag, float scaling, int window, float softcap,"
+    " Tensor? sinks) -> Tensor"
 )
 
 
@@ -94,11 +97,13 @@ def _attention(
     scaling: float,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     call: PagedCall = _active.call
     context = call.context
     assert context.backend is not None
-    options = AttentionOptions(scaling, window or None, softcap or None)
+    seen = window if window > 0 else None
+    options = AttentionOptions(scaling, seen, softcap or None, -window if window < 0 else None, sinks)
     out: torch.Tensor = context.backend.attend(query, key, value, call.layer_at[tag.data_ptr()], context, options)
     return out
 
@@ -111,6 +116,7 @@ def _attention_shape(
     scaling: float,  # noqa: ARG001
     window: int,  # noqa: ARG001
     softcap: float,  # noqa: ARG001
+    sinks: torch.Tensor | None,  # noqa: ARG001
 ) -> torch.Tensor:
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
 
@@ -129,6 +135,7 @@ def paged_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     paged: PagedCall | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -142,6 +149,7 @@ def paged_attention_forward(
         attention_mask: Must be None: who sees whom follows from the context.
         scaling: Factor on the scores; `key_dim ** -0.5` where None.
         softcap: See `AttentionOptions`.
+        s_aux: [num_heads], the sinks of `AttentionOptions`.
         paged: The step, where the family passes keyword arguments on.
 
     Returns:
@@ -153,7 +161,7 @@ def paged_attention_forward(
     query, key, value = lowered(query, key, value)
     # Not `is_compiling()`: that is true in every thread while one of them compiles.
     if torch.compiler.is_dynamo_compiling():
-        return _traced(module, query, key, value, scaling, softcap), None
+        return _traced(module, query, key, value, scaling, softcap, s_aux), None
     call = paged if paged is not None else _active.call
     if call is None:
         raise RuntimeError(
@@ -167,6 +175,8 @@ def paged_attention_forward(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         sliding_window=layer.sliding_window,
         softcap=softcap,
+        chunk=layer.chunk,
+        sinks=s_aux,
     )
     assert call.context.backend is not None
     # A batch of one: packed tokens take the place of the batch dimension.
@@ -188,6 +198,7 @@ def _traced(
     value: torch.Tensor,
     scaling: float | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     out: torch.Tensor = torch.ops.hf_async_batching.attention(
         query[0].transpose(0, 1),
@@ -197,6 +208,7 @@ def _traced(
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         module._paged_window,
         softcap or 0.0,
+        sinks,
     )
     return out[None]
 

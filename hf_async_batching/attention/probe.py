@@ -18,14 +18,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from hf_async_batching.attention.cache import LayerShape
 from hf_async_batching.attention.interface import PagedLayer
 from hf_async_batching.autocast import lowered
-from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.errors import UnsupportedModelError, does_not_fit
 
 NAME = "hf_async_batching_probe"
 PROBE_TOKENS = 2
 
 # Arguments that change the result of attention and that the kernels do not know.
-_UNSERVED = ("s_aux", "position_bias", "head_mask", "block_mask", "cu_seq_lens_q")
-_WINDOW = "_hf_async_batching_window"
+_UNSERVED = ("position_bias", "head_mask", "block_mask", "cu_seq_lens_q")
+_SEEN = "_hf_async_batching_seen"
 
 
 class Findings(NamedTuple):
@@ -76,6 +76,12 @@ def probe(model_name: str, forward: Callable[..., Any]) -> Findings:
         layers, shapes, contexts = _recorder.layers, _recorder.shapes, _recorder.contexts
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{model_name} is not served: {error}") from error
+    except Exception as error:
+        if not does_not_fit(error):
+            raise
+        raise UnsupportedModelError(
+            f"{model_name} is not served: its forward fails over packed tokens ({type(error).__name__}: {error})"
+        ) from error
     finally:
         _recorder.__init__()  # type: ignore[misc]
     if not layers:
@@ -97,24 +103,31 @@ def _probe_mask(
     local_size: int | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    if use_vmap or not _is_causal_window(mask_function, local_size):
-        raise UnsupportedModelError("its attention mask is neither causal nor a causal sliding window")
+    seen: tuple[int | None, int | None]
+    if not use_vmap and _sees(mask_function, local_size, chunked=False):
+        seen = (local_size, None)
+    # transformers reports the chunks of chunked attention as windows, too.
+    elif not use_vmap and local_size is not None and _sees(mask_function, local_size, chunked=True):
+        seen = (None, local_size)
+    else:
+        raise UnsupportedModelError("its attention mask is neither causal nor a causal sliding window, nor chunked")
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
-    setattr(mask, _WINDOW, local_size)
+    setattr(mask, _SEEN, seen)
     return mask
 
 
-def _is_causal_window(mask_function: Callable[..., Any], window: int | None) -> bool:
+def _sees(mask_function: Callable[..., Any], window: int | None, *, chunked: bool) -> bool:
     """Whether a mask lets a query see exactly the last `window` keys (all where None), looked at around the edges.
 
-    transformers reports the chunks of chunked attention as a window, too; at a chunk's edge they differ.
+    With `chunked`: those of its chunk of `window` tokens.
     """
     width = window if window is not None else 1000
     for query in (0, 1, width - 1, width, width + 1, 2 * width - 1, 2 * width):
-        for key in {0, 1, query - width, query - width + 1, query, query + 1}:
+        first = query - query % width if chunked else query - width + 1
+        for key in {0, 1, first - 1, first, query - width, query - width + 1, query, query + 1}:
             if query < 0 or key < 0:
                 continue
-            expected = key <= query and (window is None or key > query - window)
+            expected = key <= query and (window is None or key >= first)
             try:
                 seen = bool(mask_function(0, 0, *(torch.tensor(i, device="cpu") for i in (query, key))))
             except (IndexError, RuntimeError):
@@ -131,6 +144,7 @@ def _probe_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     paged: object = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -145,15 +159,17 @@ def _probe_attention(
         raise UnsupportedModelError(f"{name} attends in both directions")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2] == PROBE_TOKENS:
         raise UnsupportedModelError(f"{name} attends over something else than the tokens of its input")
+    if s_aux is not None and s_aux.shape != (query.shape[1],):
+        raise UnsupportedModelError(f"{name} has attention sinks of the shape {tuple(s_aux.shape)}")
+    chunk = None
     if attention_mask is not None:
-        if not hasattr(attention_mask, _WINDOW):
+        if not hasattr(attention_mask, _SEEN):
             raise UnsupportedModelError(f"{name} builds its own attention mask")
         # The mask decides: some families name a window in the call that their mask does not use, and the reverse.
-        sliding_window = getattr(attention_mask, _WINDOW)
-    _recorder.layers[id(module)] = PagedLayer(len(_recorder.layers), sliding_window)
-    _recorder.shapes.append(
-        LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, query.shape[1], sliding_window)
-    )
+        sliding_window, chunk = getattr(attention_mask, _SEEN)
+    _recorder.layers[id(module)] = PagedLayer(len(_recorder.layers), sliding_window, chunk)
+    seen = (sliding_window, chunk, s_aux is not None)
+    _recorder.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, query.shape[1], *seen))
     _recorder.contexts.append(paged is _CONTEXT)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 

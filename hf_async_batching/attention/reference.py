@@ -49,11 +49,13 @@ class ReferenceBackend:
             begin = 0
             if options.sliding_window is not None:
                 begin = max(0, tile.first_position - options.sliding_window + 1)
+            if options.chunk is not None:
+                begin = max(begin, tile.first_position - tile.first_position % options.chunk)
             queries = query[tile.first_query : tile.first_query + tile.num_queries]
             row_keys = _gather(keys, tile.pages, begin, end)
             row_values = _gather(values, tile.pages, begin, end)
             out[tile.first_query : tile.first_query + tile.num_queries] = _attend_row(
-                queries, row_keys, row_values, tile.first_position - begin, options
+                queries, row_keys, row_values, begin, tile.first_position, options
             )
         return out
 
@@ -116,9 +118,9 @@ def _gather(cache: torch.Tensor, pages: list[int], begin: int, end: int) -> torc
 
 
 def _attend_row(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, options: AttentionOptions
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin: int, position: int, options: AttentionOptions
 ) -> torch.Tensor:
-    """Attention of consecutive queries of one row; the first query stands at index `offset` of the keys.
+    """Attention of consecutive queries of one row, the first at `position`, over its keys from position `begin` on.
 
     Shapes: query [L, H, D], key [S, K, D], value [S, K, Dv]; returns [L, H, Dv].
     """
@@ -126,16 +128,18 @@ def _attend_row(
     num_keys, num_kv_heads = key.shape[:2]
     q, k, v = query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None]
     mask = None
-    plain_causal = offset == 0 and options.sliding_window is None
-    if num_queries > 1 and (not plain_causal or options.softcap is not None):
-        distance = torch.arange(offset, offset + num_queries, device=query.device)[:, None] - torch.arange(
-            num_keys, device=query.device
-        )
-        mask = distance >= 0
+    by_hand = options.softcap is not None or options.sinks is not None
+    plain_causal = begin == position and options.sliding_window is None and options.chunk is None
+    if num_queries > 1 and (not plain_causal or by_hand):
+        queries = torch.arange(position, position + num_queries, device=query.device)[:, None]
+        keys = torch.arange(begin, begin + num_keys, device=query.device)
+        mask = keys <= queries
         if options.sliding_window is not None:
-            mask &= distance < options.sliding_window
-    if options.softcap is not None:
-        return _softcapped(q, k, v, mask, options.scaling, options.softcap)
+            mask &= keys > queries - options.sliding_window
+        if options.chunk is not None:
+            mask &= keys >= queries - queries % options.chunk
+    if by_hand:
+        return _by_hand(q, k, v, mask, options)
     if num_queries == 1:
         # The heads of a group share their keys: as queries of one head they need neither a copy nor a mask.
         q = q.reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
@@ -153,14 +157,18 @@ def _attend_row(
     return out[0].transpose(0, 1)
 
 
-def _softcapped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float
+def _by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, options: AttentionOptions
 ) -> torch.Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.matmul(q, k.transpose(2, 3)) * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(weights, v)[0].transpose(0, 1)
+    return torch.matmul(weights[..., : v.shape[2]], v)[0].transpose(0, 1)

@@ -73,6 +73,8 @@ class TritonBackend:
             scaling=options.scaling,
             sliding_window=options.sliding_window,
             softcap=options.softcap,
+            chunk=options.chunk,
+            sinks=options.sinks,
             config=self._settings.prefill(Problem.of(query, keys, values, options), layer, options),
             out=out,
         )
@@ -99,6 +101,8 @@ class TritonBackend:
             scaling=options.scaling,
             sliding_window=options.sliding_window,
             softcap=options.softcap,
+            chunk=options.chunk,
+            sinks=options.sinks,
             config=self._settings.decode(Problem.of(query, keys, values, options), layer, options, query.shape[0]),
             counters=self._counters,
             new=new,
@@ -112,10 +116,16 @@ class TritonBackend:
                 continue
             problem = Problem(
                 layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim, page_size, layer.dtype,
-                layer.sliding_window, False,
+                layer.sliding_window or -(layer.chunk or 0) or None, False,
             )  # fmt: skip
             example = _Example(layer, page_size, device)
-            options = AttentionOptions(layer.key_dim**-0.5, layer.sliding_window)
+            options = AttentionOptions(
+                layer.key_dim**-0.5,
+                layer.sliding_window,
+                None,
+                layer.chunk,
+                example.sinks if layer.has_sinks else None,
+            )
             # The one that takes longest first.
             jobs[layer, "prefill"] = partial(example.prefill, self._settings.prefill(problem, 0, options), options)
             for batch in sorted(set(batches)):
@@ -141,6 +151,7 @@ class _Example:
         self._values = zeros(1, page_size, layer.num_kv_heads, layer.value_dim, dtype=layer.dtype)
         self._key, self._value = self._keys[0, :2], self._values[0, :2]
         self._query = zeros(2, layer.num_heads, layer.key_dim, dtype=layer.dtype)
+        self.sinks = zeros(layer.num_heads, dtype=layer.dtype)
         self._table, self._index, self._counters = zeros(1, 3), zeros(4), zeros(_COUNTERS)
 
     def write(self) -> None:
@@ -149,13 +160,14 @@ class _Example:
     def decode(self, config: DecodeConfig, options: AttentionOptions) -> None:
         decode_attention(
             self._query, self._keys, self._values, self._table, self._index[:2], self._index[:2],
-            scaling=options.scaling, sliding_window=options.sliding_window, config=config, counters=self._counters,
-            new=(self._key, self._value),
+            scaling=options.scaling, sliding_window=options.sliding_window, chunk=options.chunk, sinks=options.sinks,
+            config=config, counters=self._counters, new=(self._key, self._value),
         )  # fmt: skip
 
     def prefill(self, config: BlockSizes, options: AttentionOptions) -> None:
         index = self._index[:1]
         prefill_attention(
             self._query, self._keys, self._values, self._table, index, index, index, index,
-            scaling=options.scaling, sliding_window=options.sliding_window, config=config,
+            scaling=options.scaling, sliding_window=options.sliding_window, chunk=options.chunk, sinks=options.sinks,
+            config=config,
         )  # fmt: skip

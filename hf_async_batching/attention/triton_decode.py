@@ -7,12 +7,13 @@ this file is not checked as typed code. `triton_kernels` is the typed door to it
 Names used here and in `triton_prefill`, all compile-time constants: HEAD_DIM and VALUE_DIM are the real head sizes,
 BLOCK_D and BLOCK_DV the same rounded up to powers of two; GROUP is the number of query heads that share a key-value
 head; BLOCK_M and BLOCK_N are the query rows and the cached tokens that one matrix product takes; WINDOW is 0 when
-there is no sliding window. Scores are kept in base 2 (the host folds log2(e) into `score_scale` and `cap`), since the
-hardware has exp2 and not exp.
+there is no sliding window, and minus the size of a chunk where attention is chunked. Scores are kept in base 2 (the
+host folds log2(e) into `score_scale` and `cap`), since the hardware has exp2 and not exp.
 
 The online softmax is Milakov and Gimelshein's (2018) as used by FlashAttention (Dao et al., 2022); dividing one query
 over many programs along its context is Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); pages are PagedAttention's
-(Kwon et al., 2023).
+(Kwon et al., 2023). Attention sinks (Xiao et al., 2023; the learned ones of GPT-OSS) are where a softmax begins: with
+their score as its maximum and 1 as its sum.
 """
 
 from typing import NamedTuple
@@ -232,6 +233,7 @@ def decode_kernel(
     value_stride_head,
     score_scale,
     cap,
+    sinks,
     max_splits,
     blocks_per_split,
     NEW: tl.constexpr,
@@ -245,6 +247,7 @@ def decode_kernel(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -276,6 +279,8 @@ def decode_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(context - WINDOW, 0)
+    if WINDOW < 0:
+        begin = tl.maximum(context - 1, 0) // (-WINDOW) * (-WINDOW)
     cached = context
     if NEW:
         cached = tl.maximum(context - 1, 0)
@@ -317,6 +322,11 @@ def decode_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        # They count once: in the first part.
+        here = group_heads < tl.where(split == 0, GROUP, 0)
+        row_maximum = tl.load(sinks + heads, mask=here, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+        row_sum = tl.where(here, 1.0, 0.0)
     same = tl.zeros([BLOCK_M], tl.int32)
     accumulator, row_maximum, row_sum = attend_blocks(
         accumulator, row_maximum, row_sum, queries, key_cache, value_cache, pages, kv_head, first_block, last_block,

@@ -156,6 +156,8 @@ def decode_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     counters: torch.Tensor | None = None,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -179,6 +181,9 @@ def decode_attention(
         scaling: multiplies the scores; positive.
         sliding_window: how many of the last tokens are visible, the current one included; None for all.
         softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
+        chunk: tokens before the last multiple of it are hidden; None for none. Not together with a window.
+        sinks: [num_heads], contiguous: scores, not scaled, that take part in each softmax and have no value; None for
+            none.
         config: how the work is divided; None asks `default_decode_config`.
         counters: [at least `decode_programs`], int32, zeros before the first call and after each. Calls that may run
             at the same time need counters of their own. Without, or with too few, a second kernel combines.
@@ -200,7 +205,8 @@ def decode_attention(
         _check_heads("new[0]", key, (batch, kv_heads, head_dim), key_cache.dtype)
         _check_heads("new[1]", value, (batch, kv_heads, head_dim_v), value_cache.dtype)
     group = _check_query(query, batch, kv_heads, head_dim, key_cache, value_cache)
-    window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
+    window, score_scale, cap = _check_options(scaling, sliding_window, softcap, chunk)
+    _check_sinks(sinks, kv_heads * group)
     if config is None:
         config = default_decode_config(batch, kv_heads, group, head_dim, head_dim_v, query.dtype, query.device)
     splits = config.splits
@@ -223,12 +229,13 @@ def decode_attention(
         decode_kernel[(programs, splits, batch)](
             query, key, value, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
             counters if fused else rows, page_table.shape[1], query.stride(0), query.stride(1), key.stride(0),
-            key.stride(1), value.stride(0), value.stride(1), score_scale, cap, splits,
-            max(1, config.tokens_per_split // config.n), NEW=new is not None,
+            key.stride(1), value.stride(0), value.stride(1), score_scale, cap, query if sinks is None else sinks,
+            splits, max(1, config.tokens_per_split // config.n), NEW=new is not None,
             SPLIT=splits > 1, FUSED=fused, PDL=config.pdl, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
-            VALUE_DIM=head_dim_v, PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=m,
-            BLOCK_N=config.n, BLOCK_D=power_of_two(head_dim), BLOCK_DV=block_dv, num_warps=config.warps,
-            num_stages=config.stages, **({"launch_pdl": True} if config.pdl else {}),
+            VALUE_DIM=head_dim_v, PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None,
+            HAS_SINKS=sinks is not None, BLOCK_M=m, BLOCK_N=config.n, BLOCK_D=power_of_two(head_dim),
+            BLOCK_DV=block_dv, num_warps=config.warps, num_stages=config.stages,
+            **({"launch_pdl": True} if config.pdl else {}),
         )  # fmt: skip
         if splits > 1 and not fused:
             block_s = power_of_two(splits, at_least=2)
@@ -252,6 +259,8 @@ def prefill_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: torch.Tensor | None = None,
     config: BlockSizes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -272,6 +281,8 @@ def prefill_attention(
         scaling: multiplies the scores; positive.
         sliding_window: as in `decode_attention`.
         softcap: as in `decode_attention`.
+        chunk: as in `decode_attention`.
+        sinks: as in `decode_attention`.
         config: what one program takes on; None asks `prefill_block_sizes`.
         out: [T, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
@@ -288,7 +299,8 @@ def prefill_attention(
     _check_index("tile_query_lengths", tile_query_lengths, tiles)
     _check_index("tile_first_positions", tile_first_positions, tiles)
     group = _check_query(query, query.shape[0], kv_heads, head_dim, key_cache, value_cache)
-    window, score_scale, cap = _check_options(scaling, sliding_window, softcap)
+    window, score_scale, cap = _check_options(scaling, sliding_window, softcap, chunk)
+    _check_sinks(sinks, kv_heads * group)
     # Zeros, since the NaN that empty memory may hold would spread from padding tokens through the layers to page 0.
     output = (
         query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
@@ -303,9 +315,10 @@ def prefill_attention(
             query, key_cache, value_cache, page_table,
             tile_rows, tile_query_starts, tile_query_lengths, tile_first_positions, output,
             page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
+            query if sinks is None else sinks,
             TILE=PREFILL_TILE, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
-            PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, BLOCK_M=sizes.m,
-            BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
+            PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
+            BLOCK_M=sizes.m, BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),
             BLOCK_DV=power_of_two(head_dim_v), num_warps=sizes.warps, num_stages=sizes.stages,
             **({"maxnreg": sizes.registers} if sizes.registers else {}),
         )  # fmt: skip
@@ -379,14 +392,27 @@ def _check_out(out: torch.Tensor, query: torch.Tensor, head_dim_v: int) -> torch
     return out
 
 
-def _check_options(scaling: float, sliding_window: int | None, softcap: float | None) -> tuple[int, float, float]:
-    """Returns the window (0 for none) and the two factors of the scores, in base 2, as the kernels take them."""
+def _check_sinks(sinks: torch.Tensor | None, heads: int) -> None:
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks must be contiguous [{heads}], got {tuple(sinks.shape)}")
+
+
+def _check_options(
+    scaling: float, sliding_window: int | None, softcap: float | None, chunk: int | None
+) -> tuple[int, float, float]:
+    """Returns the window and the two factors of the scores, in base 2, as the kernels take them.
+
+    The window is 0 for none, and minus the size of a chunk.
+    """
     if scaling <= 0:
         raise ValueError(f"scaling must be positive, got {scaling}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
+    if chunk is not None and (chunk < 1 or sliding_window is not None):
+        raise ValueError(f"chunk must be at least 1, and not beside a sliding_window, or None, got {chunk}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
+    window = sliding_window or -(chunk or 0)
     if softcap is None:
-        return sliding_window or 0, scaling * _LOG2_E, 0.0
-    return sliding_window or 0, 2 * _LOG2_E * scaling / softcap, softcap * _LOG2_E
+        return window, scaling * _LOG2_E, 0.0
+    return window, 2 * _LOG2_E * scaling / softcap, softcap * _LOG2_E

@@ -94,6 +94,7 @@ def prefill_kernel(
     query_stride_head,
     score_scale,
     cap,
+    sinks,
     TILE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -102,6 +103,7 @@ def prefill_kernel(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -138,6 +140,9 @@ def prefill_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        row_maximum = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+        row_sum += 1.0
     begin = 0
     visible_from = tl.zeros([BLOCK_M], tl.int32)
     # Blocks that end before the first query are seen whole by all: no masks there, which is most of a long prompt.
@@ -146,7 +151,11 @@ def prefill_kernel(
         begin = tl.maximum(earliest - WINDOW + 1, 0)
         visible_from = positions - WINDOW + 1
         masked_block = begin // BLOCK_N
-    else:
+    if WINDOW < 0:
+        begin = earliest // (-WINDOW) * (-WINDOW)
+        visible_from = positions // (-WINDOW) * (-WINDOW)
+        masked_block = begin // BLOCK_N
+    if WINDOW == 0:
         accumulator, row_maximum, row_sum = attend_blocks(
             accumulator, row_maximum, row_sum, queries, key_cache, value_cache, pages, kv_head, 0, masked_block,
             begin, context, visible_from, positions + 1, score_scale, cap, KV_HEADS, HEAD_DIM, VALUE_DIM, PAGE_SIZE,

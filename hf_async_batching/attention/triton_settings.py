@@ -56,7 +56,7 @@ class Problem(NamedTuple):
         """
         return cls(
             query.shape[1], keys.shape[2], keys.shape[3], values.shape[3], keys.shape[1], query.dtype,
-            options.sliding_window, options.softcap is not None,
+            options.sliding_window or -(options.chunk or 0) or None, options.softcap is not None,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -178,7 +178,8 @@ def _decode_run(
         def launch() -> None:
             decode_attention(
                 query, keys, values, table, index, lengths, scaling=options.scaling,
-                sliding_window=options.sliding_window, softcap=options.softcap, config=config, counters=counters,
+                sliding_window=options.sliding_window, softcap=options.softcap, chunk=options.chunk,
+                sinks=options.sinks, config=config, counters=counters,
             )  # fmt: skip
 
         return launch
@@ -200,7 +201,8 @@ def _prefill_run(
         def launch() -> None:
             prefill_attention(
                 query, keys, values, table, tile_rows, starts, lengths, starts, scaling=options.scaling,
-                sliding_window=options.sliding_window, softcap=options.softcap, config=config,
+                sliding_window=options.sliding_window, softcap=options.softcap, chunk=options.chunk,
+                sinks=options.sinks, config=config,
             )  # fmt: skip
 
         return launch

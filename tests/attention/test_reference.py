@@ -48,6 +48,8 @@ def oracle(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: 
     """One query [heads, key_dim] over what it may see, newest last, head by head in float64."""
     window = case.options.sliding_window or len(keys)
     first = max(0, len(keys) - window)
+    if case.options.chunk is not None:
+        first = (len(keys) - 1) // case.options.chunk * case.options.chunk
     out = []
     for head in range(case.heads):
         group = head // (case.heads // case.kv_heads)
@@ -55,7 +57,10 @@ def oracle(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: 
         if case.options.softcap is not None:
             scores = case.options.softcap * torch.tanh(scores / case.options.softcap)
         weights = torch.exp(scores - scores.max())
-        out.append(weights / weights.sum() @ values[first:, group].double())
+        total = weights.sum()
+        if case.options.sinks is not None:
+            total += torch.exp(case.options.sinks[head].double() - scores.max())
+        out.append(weights / total @ values[first:, group].double())
     return torch.stack(out)
 
 
@@ -145,6 +150,21 @@ def test_attention(page_size: int, shuffled: bool, window: int | None, softcap: 
     options = AttentionOptions(SCALING, window, softcap)
     case = Case(page_size=page_size, shuffled=shuffled, options=options, decode=decode)
     check(case, DECODE if decode else MIXED)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_chunked_attention(chunk: int, decode: bool) -> None:
+    case = Case(options=AttentionOptions(SCALING, chunk=chunk), decode=decode)
+    check(case, DECODE if decode else MIXED)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_attention_sinks(window: int | None, softcap: float | None, decode: bool) -> None:
+    options = AttentionOptions(SCALING, window, softcap, sinks=torch.linspace(-4, 6, 4))
+    check(Case(options=options, decode=decode), DECODE if decode else MIXED)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 2), (1, 1)])

@@ -109,17 +109,37 @@ class Cache:
         self.value[page, :slots] = math.nan
 
     def attend(
-        self, query: torch.Tensor, row: int, position: int, window: int | None, softcap: float | None
+        self,
+        query: torch.Tensor,
+        row: int,
+        position: int,
+        window: int | None,
+        softcap: float | None,
+        chunk: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The oracle: one query [num_heads, head_dim] at one position."""
-        begin = 0 if window is None else max(0, position - window + 1)
+        begin = visible_from(position, window, chunk)
         group = query.shape[0] // self.kv_heads
         keys = self.keys[row][begin : position + 1].double().repeat_interleave(group, 1)
         values = self.values[row][begin : position + 1].double().repeat_interleave(group, 1)
         scores = torch.einsum("hd,jhd->hj", query.cpu().double(), keys) * SCALING
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        return torch.einsum("hj,jhd->hd", scores.softmax(-1), values)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.cpu().double()[:, None]], 1)
+        return torch.einsum("hj,jhd->hd", scores.softmax(-1)[:, : len(values)], values)
+
+
+def visible_from(position: int, window: int | None, chunk: int | None) -> int:
+    if chunk is not None:
+        return position - position % chunk
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def some_sinks(heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """From one that hardly counts to one that outweighs all keys."""
+    return torch.linspace(-4, 6, heads, device=DEVICE).to(dtype)
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -155,6 +175,8 @@ def check_decode(
     tokens_per_split: int = 1,
     window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    with_sinks: bool = False,
     spread: float = 1.0,
 ) -> None:
     """Decodes rows 1, 2, … in reverse order behind a padding entry; `spread` makes the scores larger."""
@@ -163,10 +185,11 @@ def check_decode(
     heads, size = group * cache.kv_heads, cache.key.shape[3]
     query = queries(len(rows), heads, size, cache.dtype, spread)
     expected = torch.zeros(len(rows), heads, cache.value.shape[3], dtype=torch.float64)
+    sinks = some_sinks(heads, cache.dtype) if with_sinks else None
     for entry, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if length:
-            expected[entry] = cache.attend(query[entry], row, length - 1, window, softcap)
-            cache.release(row, 0 if window is None else max(0, length - window))
+            expected[entry] = cache.attend(query[entry], row, length - 1, window, softcap, chunk, sinks)
+            cache.release(row, visible_from(length - 1, window, chunk))
     chosen = None
     if splits is not None:
         chosen = config(
@@ -175,7 +198,8 @@ def check_decode(
     counters, out = zero_counters(), torch.full(expected.shape, math.nan, dtype=cache.dtype, device=DEVICE)
     actual = kernels.decode_attention(
         query, cache.key, cache.value, cache.table, int32(rows), int32(lengths),
-        scaling=SCALING, sliding_window=window, softcap=softcap, config=chosen, counters=counters, out=out,
+        scaling=SCALING, sliding_window=window, softcap=softcap, chunk=chunk, sinks=sinks, config=chosen,
+        counters=counters, out=out,
     )  # fmt: skip
     assert actual is out
     assert (actual[0] == 0).all()
@@ -192,7 +216,8 @@ def check_decode(
     cache.key[pages, offsets] = cache.value[pages, offsets] = math.nan
     actual = kernels.decode_attention(
         query, cache.key, cache.value, cache.table, int32(rows), int32(lengths),
-        scaling=SCALING, sliding_window=window, softcap=softcap, config=chosen, counters=counters, new=new,
+        scaling=SCALING, sliding_window=window, softcap=softcap, chunk=chunk, sinks=sinks, config=chosen,
+        counters=counters, new=new,
     )  # fmt: skip
     assert (actual[0] == 0).all(), "the padding entry's new token is not used"
     check(actual, expected, cache.dtype)
@@ -234,6 +259,26 @@ def test_decode_float16() -> None:
 def test_decode_splits_and_windows(splits: int, window: int | None, fused: bool) -> None:
     contexts = [1, 2, 16, 33, 129, 200]
     check_decode(Cache(contexts, head_dim=16, page_size=16), contexts, 2, splits=splits, window=window, fused=fused)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 16, 24, 150])
+def test_decode_chunks(splits: int, chunk: int) -> None:
+    contexts = [1, 2, 16, 24, 25, 129, 200]
+    check_decode(Cache(contexts, head_dim=16), contexts, 2, splits=splits, chunk=chunk)
+
+
+@pytest.mark.parametrize(("splits", "fused"), [(1, True), (3, True), (3, False)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (None, 2.0)])
+def test_decode_sinks(splits: int, fused: bool, window: int | None, softcap: float | None) -> None:
+    contexts = [1, 16, 200]
+    cache = Cache(contexts, kv_heads=2, head_dim=16)
+    check_decode(cache, contexts, 3, splits=splits, fused=fused, window=window, softcap=softcap, with_sinks=True)
+
+
+def test_decode_sinks_of_bfloat16_and_many_heads() -> None:
+    cache = Cache([100, 3], head_dim=64, dtype=torch.bfloat16)
+    check_decode(cache, [100, 3], 40, splits=2, with_sinks=True)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -419,6 +464,8 @@ def check_prefill(
     tile: int = TILE,
     window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    with_sinks: bool = False,
 ) -> None:
     """Prefills chunks (row, first position, tokens) as tiles, with padding tiles and uncovered tokens between."""
     heads, size = group * cache.kv_heads, cache.key.shape[3]
@@ -426,17 +473,20 @@ def check_prefill(
     query = queries(total, heads, size, cache.dtype)
     expected = torch.zeros(total, heads, cache.value.shape[3], dtype=torch.float64)
     tiles, start = [], 0
+    sinks = some_sinks(heads, cache.dtype) if with_sinks else None
     for row, first, count in chunks:
         for index in range(count):
-            expected[start + index] = cache.attend(query[start + index], row, first + index, window, softcap)
+            expected[start + index] = cache.attend(
+                query[start + index], row, first + index, window, softcap, chunk, sinks
+            )
         for offset in range(0, count, tile):
             tiles.append((row, start + offset, min(tile, count - offset), first + offset))
         tiles.append((0, 0, 0, 0))
-        cache.release(row, 0 if window is None else max(0, first - window + 1))
+        cache.release(row, visible_from(first, window, chunk))
         start += count + 1
     actual = kernels.prefill_attention(
         query, cache.key, cache.value, cache.table, *(int32(list(column)) for column in zip(*tiles, strict=True)),
-        scaling=SCALING, sliding_window=window, softcap=softcap,
+        scaling=SCALING, sliding_window=window, softcap=softcap, chunk=chunk, sinks=sinks,
     )  # fmt: skip
     check(actual, expected, cache.dtype)
 
@@ -471,6 +521,21 @@ def test_prefill_windows_and_softcap(group: int, window: int, softcap: float | N
     cache = Cache([100, 90, 20], head_dim=16)
     chunks = [(1, 51, 49), (2, 89, 1), (3, 0, 20)]
     check_prefill(cache, chunks, group, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 7, 40, 64])
+def test_prefill_chunks(group: int, chunk: int) -> None:
+    cache = Cache([100, 90, 20], head_dim=16)
+    check_prefill(cache, [(1, 51, 49), (2, 89, 1), (3, 0, 20)], group, chunk=chunk)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (None, 1.5)])
+def test_prefill_sinks(group: int, window: int | None, softcap: float | None) -> None:
+    cache = Cache([100, 90, 20], kv_heads=2, head_dim=16)
+    chunks = [(1, 51, 49), (2, 89, 1), (3, 0, 20)]
+    check_prefill(cache, chunks, group, window=window, softcap=softcap, with_sinks=True)
 
 
 def test_prefill_softcap_without_window() -> None:

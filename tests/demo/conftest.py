@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import os
 import shutil
+import socket
 import sys
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from support.demo import MACHINE, FakeManager, Served
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 # The demo is a folder of the repository, not part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from demo.app import build_app
+from demo.backend import Backend
+from demo.models import load_chat_model
+from demo.page import launch_options
+from demo.roster import Roster
+from demo.serving import Serving, serve
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -35,6 +41,7 @@ CHROMIUM_FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-quic",
 ]
 
 
@@ -55,83 +62,42 @@ def unavailable() -> Callable[[str], None]:
     return end
 
 
-@dataclass
-class FakeHandle:
-    """Streams `tokens`, one every `delay` seconds, until it is cancelled."""
-
-    tokens: Sequence[int]
-    delay: float
-    request_id: int
-    error: Exception | None = None
-    given: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def __post_init__(self) -> None:
-        self._cancelled = threading.Event()
-
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self._stream()
-
-    async def _stream(self) -> AsyncIterator[int]:
-        for token in self.tokens:
-            await asyncio.sleep(self.delay)
-            if self._cancelled.is_set():
-                self.finish_reason = "cancelled"
-                return
-            self.given.append(token)
-            yield token
-        if self.error is not None:
-            raise self.error
-        self.finish_reason = "eos"
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def result(self, timeout: float | None = None) -> Any:
-        metrics = SimpleNamespace(queue_seconds=0.0, time_to_first_token=0.25, tokens_per_second=20.0)
-        return SimpleNamespace(token_ids=self.given, finish_reason=self.finish_reason, metrics=metrics)
-
-
-class FakeManager:
-    """Takes the calls that the demo makes of a `GenerationManager`, and remembers them."""
-
-    def __init__(self, tokens: Sequence[int] = (), delay: float = 0.0, error: Exception | None = None) -> None:
-        self.tokens, self.delay, self.error = tokens, delay, error
-        self.refuse: Exception | None = None
-        self.handles: list[FakeHandle] = []
-        self.calls: list[dict[str, Any]] = []
-        self.prompts: list[list[int]] = []
-        self._ids = itertools.count(1)
-
-    def submit(self, input_ids: list[int], **arguments: Any) -> FakeHandle:
-        if self.refuse is not None:
-            raise self.refuse
-        self.prompts.append(input_ids)
-        self.calls.append(arguments)
-        handle = FakeHandle(self.tokens, self.delay, next(self._ids), self.error)
-        self.handles.append(handle)
-        return handle
-
-    def stats(self) -> Any:
-        running = sum(handle.finish_reason is None for handle in self.handles)
-        return SimpleNamespace(
-            running=running,
-            waiting=0,
-            tokens_per_second=20.5 * running,
-            busy_fraction=0.93 if running else 0.0,
-            pages_in_use=7 * running,
-            pages_total=1024,
-        )
-
-
 @pytest.fixture
 def make_manager() -> Callable[..., FakeManager]:
     """Make stand-ins for the engine."""
     return FakeManager
+
+
+@pytest.fixture
+def make_backend(byte_tokenizer: Any) -> Callable[[Any], Backend]:
+    """Make a backend of a stand-in for the engine."""
+
+    def make(manager: Any) -> Backend:
+        model = SimpleNamespace(generation_config=GenerationConfig(), device=torch.device("cpu"), dtype=torch.float32)
+        chat_model: Any = SimpleNamespace(tokenizer=byte_tokenizer, model=model, name="fake", source="Made up.")
+        return Backend(Serving(manager, chat_model, MACHINE, 1, Roster()))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def serving() -> Iterator[Serving]:
+    """A real engine around a tiny model with random weights."""
+    made = serve(load_chat_model("random:tiny", device="cpu"), MACHINE, max_rows=16, num_pages=384)
+    yield made
+    made.manager.close()
+
+
+@pytest.fixture(scope="session")
+def served(serving: Serving) -> Iterator[Served]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    backend = Backend(serving)
+    app = build_app(backend)
+    app.launch(server_name="127.0.0.1", server_port=port, quiet=True, prevent_thread_lock=True, **launch_options())
+    yield Served(f"http://127.0.0.1:{port}/", serving, backend)
+    app.close(verbose=False)
 
 
 @pytest.fixture(scope="session")

@@ -6,21 +6,23 @@ import asyncio
 import threading
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from demo.chat import ChatService, Message, Reply, Settings, sendable
+from demo.backend import Backend
+from demo.chat import ChatService, Message, Reply, read_messages, sendable
+from demo.settings import Settings
 from hf_async_batching.errors import EngineClosedError, HfAsyncBatchingError, QueueFullError, RequestTooLongError
+from hf_async_batching.request import SamplingParams
 
 DEFAULT = Settings()
 QUESTION: list[Message] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
-def make_service(byte_tokenizer: Any) -> Callable[[Any], ChatService]:
-    return lambda manager: ChatService(manager, SimpleNamespace(tokenizer=byte_tokenizer))  # type: ignore[arg-type]
+def make_service(make_backend: Any) -> Callable[[Any], ChatService]:
+    return lambda manager: ChatService(make_backend(manager))
 
 
 async def collect(service: ChatService, settings: Settings = DEFAULT) -> list[Reply]:
@@ -41,26 +43,62 @@ def test_an_answer_streams_and_ends_with_a_note(byte_tokenizer: Any, make_manage
 
 
 def test_fast_tokens_are_drawn_together(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
-    service = make_service(make_manager(byte_tokenizer("x" * 2000).input_ids))
+    service = make_service(make_manager(byte_tokenizer("x" * 2000).input_ids, delay=0.0002))
     assert len(asyncio.run(collect(service))) < 60
 
 
-@pytest.mark.parametrize(
-    ("settings", "arguments"),
-    [
-        (Settings(max_new_tokens=5, greedy=True), {"max_new_tokens": 5, "do_sample": False}),
-        (
-            Settings(max_new_tokens=5, temperature=0.5, top_p=0.8),
-            {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.8},
-        ),
-    ],
-)
-def test_settings_reach_the_engine(
-    make_manager: Any, make_service: Any, settings: Settings, arguments: dict[str, Any]
-) -> None:
+def test_settings_reach_the_engine(make_manager: Any, make_service: Any) -> None:
     manager = make_manager()
-    asyncio.run(collect(make_service(manager), settings))
-    assert manager.calls == [arguments]
+    asyncio.run(collect(make_service(manager), Settings(max_new_tokens=5, temperature=0.5, top_p=0.8, seed=3)))
+    (request,) = manager.requests
+    assert request.max_new_tokens == 5
+    assert request.sampling == SamplingParams(True, 0.5, top_p=0.8, seed=3)
+
+
+def test_a_place_in_the_queue_is_told(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
+    manager = make_manager(byte_tokenizer("ok").input_ids)
+    manager.start = False
+    service = make_service(manager)
+
+    async def run() -> list[Reply]:
+        first = asyncio.create_task(collect(service))
+        while not manager.handles:
+            await asyncio.sleep(0.01)
+        replies = []
+        async for reply in service.reply("another", QUESTION, Settings()):
+            replies.append(reply)
+            if reply.waiting:
+                for handle in manager.handles:
+                    handle.started = True
+        await first
+        return replies
+
+    replies = asyncio.run(run())
+    assert replies[0].waiting == "Place 2 in the queue …"
+    assert replies[-1].text == "ok"
+
+
+def test_a_question_waits_for_the_model(byte_tokenizer: Any, make_manager: Any, make_backend: Any) -> None:
+    ready = make_backend(make_manager(byte_tokenizer("ok").input_ids)).serving
+    backend, release = Backend(), threading.Event()
+
+    def load(report: Any) -> Any:
+        report(2, "Unpacking")
+        release.wait(20)
+        return ready
+
+    async def run() -> list[Reply]:
+        replies = []
+        async for reply in ChatService(backend).reply("visitor", QUESTION, Settings()):
+            replies.append(reply)
+            if "Unpacking" in reply.waiting:
+                release.set()
+        return replies
+
+    backend.start(load)
+    replies = asyncio.run(run())
+    assert "Unpacking …" in [reply.waiting for reply in replies]
+    assert replies[-1].text == "ok"
 
 
 @pytest.mark.parametrize(
@@ -109,14 +147,14 @@ def test_stop_keeps_what_was_written(byte_tokenizer: Any, make_manager: Any, mak
 def test_stop_before_the_request_is_submitted_cancels_it(make_manager: Any, make_service: Any) -> None:
     manager = make_manager([1] * 1000, delay=0.01)
     service, entered, release = make_service(manager), threading.Event(), threading.Event()
-    submit = manager.submit
+    submit = manager.submit_request
 
     def slow(*arguments: Any, **named: Any) -> Any:
         entered.set()
         release.wait(5)
         return submit(*arguments, **named)
 
-    manager.submit = slow
+    manager.submit_request = slow
 
     async def run() -> list[Reply]:
         task = asyncio.create_task(collect(service))
@@ -168,3 +206,30 @@ def test_failed_turns_are_not_sent_to_the_model() -> None:
         {"role": "user", "content": "3"},
     ]
     assert [message["content"] for message in sendable(messages)] == ["1", "one", "3"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        None,
+        "text",
+        [1, 2],
+        [{"role": "assistant", "content": "hi"}],
+        [{"role": "user", "content": {"path": "/etc/passwd"}}],
+        [{"role": "user", "content": "a question without an answer"}],
+    ],
+)
+def test_what_is_no_conversation_is_none(sent: Any) -> None:
+    assert read_messages(sent) == []
+
+
+def test_a_conversation_comes_back_from_the_browser() -> None:
+    kept = [
+        {"role": "user", "content": "1"},
+        {"role": "system", "content": "obey"},
+        {"role": "assistant", "content": "one", "failed": True, "extra": 7},
+    ]
+    assert read_messages(kept) == [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "one", "failed": True},
+    ]

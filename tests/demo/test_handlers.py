@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from demo.chat import ChatService, Message
-from demo.handlers import MAX_NEW_TOKENS, ChatHandlers, Page, read_settings
+from demo.handlers import ChatHandlers, Page
 
-KNOBS = ("", 64, 0.7, 0.9, False)
+KNOBS = ("", 64, 0.7, 0.9, 0, False, None)
 VISITOR: Any = SimpleNamespace(session_hash="visitor")
 TURNS: list[Message] = [
     {"role": "user", "content": "1 <b>"},
@@ -23,12 +23,8 @@ TURNS: list[Message] = [
 
 
 @pytest.fixture
-def make_handlers(byte_tokenizer: Any) -> Callable[[Any], ChatHandlers]:
-    def make(manager: Any) -> ChatHandlers:
-        chat_model: Any = SimpleNamespace(tokenizer=byte_tokenizer)
-        return ChatHandlers(ChatService(manager, chat_model))
-
-    return make
+def make_handlers(make_backend: Any) -> Callable[[Any], ChatHandlers]:
+    return lambda manager: ChatHandlers(ChatService(make_backend(manager)))
 
 
 async def collect(pages: AsyncIterator[Page]) -> list[Page]:
@@ -44,12 +40,11 @@ def test_a_question_is_shown_at_once_and_its_answer_kept(
 ) -> None:
     handlers = make_handlers(make_manager(byte_tokenizer("Hello <you>").input_ids))
     pages = asyncio.run(collect(handlers.submit(" Hi ", [], *KNOBS, request=VISITOR)))
-    history, chatbot, box, _, send, stop = pages[0]
-    assert history == [{"role": "user", "content": "Hi"}]
+    _, chatbot, box, _, send, stop = pages[0]
     assert [message["content"] for message in chatbot] == ["Hi", "…"]
     assert (box, send["visible"], stop["visible"]) == ("", False, True)
     history, chatbot, _, note, send, stop = pages[-1]
-    assert history[-1] == {"role": "assistant", "content": "Hello <you>", "failed": False}
+    assert history[-1] == {"role": "assistant", "content": "Hello <you>"}
     assert chatbot[-1]["content"] == r"Hello \<you>"
     assert "tokens/s" in note
     assert (send["visible"], stop["visible"]) == (True, False)
@@ -117,7 +112,22 @@ def test_undo_takes_the_question_back(make_manager: Any, make_handlers: Any, ind
     assert page[2] == text
 
 
-def test_settings_stay_within_bounds() -> None:
-    settings = read_settings("Be brief.", 10**9, -5, 7, True)
-    assert (settings.max_new_tokens, settings.temperature, settings.top_p) == (MAX_NEW_TOKENS, 0.1, 1.0)
-    assert read_settings("", 0, 0, 0, False).max_new_tokens == 1
+def test_an_edited_question_is_answered_anew(byte_tokenizer: Any, make_manager: Any, make_handlers: Any) -> None:
+    manager = make_manager(byte_tokenizer("zwei").input_ids)
+    edited: Any = SimpleNamespace(index=2, value=" 2, in German ", previous_value="2")
+    pages = asyncio.run(collect(make_handlers(manager).edit(TURNS, *KNOBS, event=edited, request=VISITOR)))
+    assert [message["content"] for message in pages[-1][0]] == ["1 <b>", "one", "2, in German", "zwei"]
+    assert "2, in German" in byte_tokenizer.decode(manager.prompts[0])
+
+
+def test_a_question_edited_to_nothing_stays(make_manager: Any, make_handlers: Any) -> None:
+    manager = make_manager()
+    edited: Any = SimpleNamespace(index=0, value=" ", previous_value="1 <b>")
+    (page,) = asyncio.run(collect(make_handlers(manager).edit(TURNS, *KNOBS, event=edited, request=VISITOR)))
+    assert page[0] == TURNS
+    assert manager.prompts == []
+
+
+def test_a_kept_conversation_is_drawn_again(make_manager: Any, make_handlers: Any) -> None:
+    drawn = asyncio.run(make_handlers(make_manager()).restore(TURNS))
+    assert [message["content"] for message in drawn] == [r"1 \<b>", "one", "2", "two"]

@@ -23,6 +23,17 @@ def test_streamed_text_is_the_text_and_never_breaks_a_character(byte_tokenizer: 
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("size", [2, 3, 7, 40])
+def test_many_tokens_at_once_make_the_same_text(byte_tokenizer: Any, size: int) -> None:
+    text = "Grüße, 日本語 👩‍🚀! " * 20
+    ids = byte_tokenizer(text).input_ids
+    detokenizer = Detokenizer(byte_tokenizer)
+    pieces = [detokenizer.push(*ids[i : i + size]) for i in range(0, len(ids), size)]
+    assert "".join([*pieces, detokenizer.flush()]) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert size < 7 or all(pieces), "what is complete is not held back"
+
+
 def test_half_a_character_at_the_end_is_dropped(byte_tokenizer: Any) -> None:
     ids = byte_tokenizer("ok 👩").input_ids[:-1]
     assert "".join(stream(byte_tokenizer, ids)) == "ok "

@@ -43,7 +43,7 @@ def test_every_step_generates_with_the_weights_of_that_step(tmp_path: Path, adap
         got = plain(**{**arguments, "generation_config": sure}, custom_generate=hf_async_batching.generate)
         assert torch.equal(got, want)
         answers.append(got)
-        return plain(**arguments, custom_generate=hf_async_batching.generate)
+        return plain(**arguments, custom_generate=hf_async_batching.generate, seed=len(answers))
 
     # The object is the caller's: whatever calls its `generate` from now on, TRL too, uses the engine.
     model.generate = generate

@@ -90,6 +90,18 @@ class Shape(NamedTuple):
     size_v: int
     window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
+    sinks: bool = False
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What the layer asks of attention."""
+        return {
+            "scaling": 0.1,
+            "sliding_window": self.window,
+            "softcap": self.softcap,
+            "chunk": self.chunk,
+            "sinks": torch.empty(self.heads, dtype=dtype) if self.sinks else None,
+        }
 
 
 SHAPES = {
@@ -98,6 +110,8 @@ SHAPES = {
     "gemma": Shape(8, 4, 256, 256, window=512, softcap=50.0),
     "odd": Shape(4, 4, 192, 128),
     "many": Shape(40, 1, 80, 80),
+    "sinks": Shape(64, 8, 64, 64, window=128, sinks=True),
+    "chunked": Shape(40, 8, 128, 128, chunk=8192),
 }
 
 
@@ -119,7 +133,7 @@ def decode(shape: Shape, dtype: torch.dtype, **changes: Any) -> None:
     )
     kernels.decode_attention(
         torch.empty(32, shape.heads, shape.size, dtype=dtype), **_attention(shape, dtype), rows=index,
-        context_lengths=index, scaling=0.1, sliding_window=shape.window, softcap=shape.softcap, counters=counters,
+        context_lengths=index, **shape.options(dtype), counters=counters,
         config=rule._replace(**changes),
         new=(
             torch.empty(32, shape.kv_heads, shape.size, dtype=dtype),
@@ -134,8 +148,8 @@ def prefill(shape: Shape, dtype: torch.dtype, **arguments: Any) -> None:
     index = torch.zeros(4, dtype=torch.int32)
     kernels.prefill_attention(
         torch.empty(64, shape.heads, shape.size, dtype=dtype), **_attention(shape, dtype), tile_rows=index,
-        tile_query_starts=index, tile_query_lengths=index, tile_first_positions=index, scaling=0.1,
-        sliding_window=shape.window, softcap=shape.softcap, **arguments,
+        tile_query_starts=index, tile_query_lengths=index, tile_first_positions=index,
+        **shape.options(dtype), **arguments,
     )  # fmt: skip
 
 

@@ -39,13 +39,14 @@ def _slot(token: int, position: int, weight: int) -> int:
     return token * 1009 + position + 77_777 * weight
 
 
-def reference(request: Request, weight: int = WEIGHT) -> list[int]:
+def reference(request: Request, weight: int = WEIGHT, window: int | None = None) -> list[int]:
     """The tokens of a request, by the definition of the toy model alone."""
     tokens = list(request.prompt)
     while len(tokens) - len(request.prompt) < request.max_new_tokens:
         state = weight
         for position, token in enumerate(tokens):
-            state = _mix(state, _slot(token, position, weight))
+            if window is None or position >= len(tokens) - window:
+                state = _mix(state, _slot(token, position, weight))
         tokens.append(state % VOCAB)
         if tokens[-1] in request.eos_token_ids:
             break
@@ -55,7 +56,8 @@ def reference(request: Request, weight: int = WEIGHT) -> list[int]:
 class ToyForward:
     """The model: one int64 per page slot."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
+        self.window = window
         self.pages = torch.zeros(num_pages + 1, page_size, dtype=torch.int64)
         self.weight = torch.zeros(1, dtype=torch.int64)
         self.owners: dict[int, Request] = {}
@@ -78,7 +80,8 @@ class ToyForward:
         logits = torch.zeros(len(sampled), VOCAB)
         for out, i in enumerate(sampled):
             state = weight
-            for position in range(positions[i] + 1):
+            begin = 0 if self.window is None else max(0, positions[i] + 1 - self.window)
+            for position in range(begin, positions[i] + 1):
                 memory = before if position < first[rows[i]] else after
                 state = _mix(state, memory[table[rows[i]][position // size]][position % size])
             logits[out, state % VOCAB] = 1.0
@@ -105,6 +108,7 @@ class ToyEngine:
     fused: bool = False
     outputs: bool = False
     remembers: bool = False
+    window: int | None = None
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -116,7 +120,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
-        self.forward = ToyForward(self.num_pages, self.page_size)
+        self.forward = ToyForward(self.num_pages, self.page_size, self.window)
         self.state = DeviceState(
             max_rows=self.max_rows,
             max_pages_per_row=self.num_pages,
@@ -149,6 +153,7 @@ class ToyEngine:
             max_rows=self.max_rows,
             max_batch_tokens=self.max_batch_tokens,
             max_writes=self.num_pages * self.page_size,
+            window=self.window,
         )
         # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
         self.scheduler.pages.on_release = self._scribble_pages
@@ -270,7 +275,7 @@ def _continued(rng: random.Random, engine: ToyEngine, systems: list[tuple[int, .
 def verify(engine: ToyEngine, requests: dict[str, Request], weight: int = WEIGHT) -> None:
     """Every token right, every request ended, every page and row back."""
     for request_id, request in requests.items():
-        got, want = engine.emitted.get(request_id, []), reference(request, weight)
+        got, want = engine.emitted.get(request_id, []), reference(request, weight, engine.window)
         if engine.reasons[request_id] == "cancelled":
             assert got == want[: len(got)], f"request {request_id}: {got} is no prefix of {want}"
         else:

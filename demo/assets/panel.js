@@ -1,0 +1,144 @@
+// The engine's live panel: asks for the pulse a few times a second while the page is seen, and draws it.
+hfab.panel = function (root, server) {
+  const $ = selector => root.querySelector(selector);
+  const cells = Object.fromEntries([...root.querySelectorAll("[data-f]")].map(cell => [cell.dataset.f, cell]));
+  const bars = Object.fromEntries([...root.querySelectorAll("[data-bar]")].map(bar => [bar.dataset.bar, bar]));
+  const lanes = new hfab.Lanes($("[data-lanes]"), $("[data-tip]"));
+  const plot = $("[data-plot]");
+  let history = [], now = 0, facts = "";
+
+  const put = (name, text) => { if (cells[name] && cells[name].textContent !== text) cells[name].textContent = text; };
+  const number = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
+
+  function figures(f) {
+    if (f.running === undefined) return;
+    put("tokens_per_second", number(f.tokens_per_second, f.tokens_per_second < 1000 ? 1 : 0));
+    put("running", number(f.running));
+    put("rows", `of ${number(f.rows)} rows`);
+    put("waiting", number(f.waiting));
+    put("busy_of", `${f.busy_of} busy`);
+    for (const name of ["busy", "mbu", "prefix_hits"]) {
+      put(name, `${number(f[name])} %`);
+      bars[name].style.width = `${Math.min(100, f[name])}%`;
+    }
+    put("ms_per_step", `${number(f.ms_per_step, f.ms_per_step < 10 ? 2 : 0)} ms`);
+    put("host", `host ${number(f.host_ms_per_step, 2)} ms`);
+    put("pages", number(f.pages));
+    cells.pages.title = `${number(f.pages)} of ${number(f.pages_total)} KV pages in use`;
+    bars.pages.style.width = `${f.pages_total ? (100 * f.pages) / f.pages_total : 0}%`;
+    put("requests_per_second", `${number(f.requests_per_second, f.requests_per_second < 10 ? 2 : 0)}/s`);
+    put("depth", `depth ${f.depth}: ${f.depth > 1 ? "async" : "sync"}`);
+  }
+
+  function loading([stage, stages, text, failed]) {
+    const box = $("[data-loading]"), busy = stage <= stages;
+    box.hidden = !busy;
+    box.classList.toggle("failed", failed);
+    if (!busy) return;
+    const told = failed ? `The model is not there. ${text}` : `${stage}/${stages} · ${text}`;
+    if ($("[data-stage]").textContent !== told) $("[data-stage]").textContent = told;
+    $("[data-loaded]").style.width = `${(100 * (stage - 0.5)) / stages}%`;
+  }
+
+  function line(values) {
+    const text = JSON.stringify(values);
+    if (text === facts || !values.length) return;
+    facts = text;
+    $("[data-facts]").title = values.map(pair => pair.filter(Boolean).join(" ")).join(" · ");
+    $("[data-facts]").replaceChildren(
+      ...values.map(([name, value]) => {
+        const item = document.createElement("span"), bold = document.createElement("b");
+        bold.textContent = value;
+        if (name) item.append(`${name} `, bold);
+        else item.textContent = value;
+        return item;
+      })
+    );
+  }
+
+  function draw() {
+    const fitted = hfab.fit(plot);
+    if (!fitted) return;
+    const { context, width, height } = fitted, base = height - 14;
+    const at = seconds => width + ((seconds - now) / 60) * width;
+    const top = Math.max(1, ...history.map(point => point[1])) * 1.08;
+    const most = Math.max(1, ...history.map(point => point[2] + point[3])) * 1.08;
+    const path = (index, value, scale) => {
+      context.beginPath();
+      history.forEach((point, i) => {
+        // Nobody looked for a while: the line must not bridge what was never measured.
+        const gap = !i || point[0] - history[i - 1][0] > 4;
+        context[gap ? "moveTo" : "lineTo"](at(point[0]), base - (value(point) / scale) * (base - 4));
+      });
+    };
+    context.strokeStyle = hfab.color(plot, "track");
+    context.lineWidth = 1;
+    context.beginPath();
+    for (const part of [0, 0.5, 1]) { context.moveTo(0, Math.round(base - part * (base - 4)) + 0.5); context.lineTo(width, Math.round(base - part * (base - 4)) + 0.5); }
+    context.stroke();
+    if (history.length) {
+      context.fillStyle = hfab.color(plot, "batch");
+      path(2, point => point[2], most);
+      context.lineTo(at(history[history.length - 1][0]), base);
+      context.lineTo(at(history[0][0]), base);
+      context.fill();
+      context.strokeStyle = hfab.color(plot, "compute");
+      context.lineWidth = 2;
+      context.lineJoin = "round";
+      path(1, point => point[1], top);
+      context.stroke();
+    }
+    context.fillStyle = hfab.color(plot, "faint");
+    context.font = "11px system-ui, sans-serif";
+    context.textAlign = "left";
+    context.fillText("60 s ago", 0, height - 2);
+    context.textAlign = "right";
+    context.fillText("now", width, height - 2);
+  }
+
+  // The last steps, but none from before a long pause.
+  function recent(steps) {
+    let first = Math.max(0, steps.length - 12);
+    for (let i = first + 1; i < steps.length - 2; i++) if (steps[i][4][0] - steps[i - 1][5][1] > 150_000) first = i;
+    return steps.slice(first);
+  }
+
+  let failures = 0;
+  async function beat() {
+    let pause = 350;
+    try {
+      if (!document.hidden && root.isConnected) {
+        const pulse = await server.pulse(now || null);
+        if (now - pulse.now > 1 || failures > 3) history = [];  // another server, with another clock
+        now = pulse.now;
+        history.push(...pulse.history);
+        history = history.filter(point => point[0] > now - 62);
+        root.classList.remove("lost");
+        failures = 0;
+        line(pulse.facts);
+        loading(pulse.stage);
+        figures(pulse.figures);
+        if (pulse.steps.steps) lanes.show(recent(pulse.steps.steps));
+        draw();
+        root.dataset.beats = Number(root.dataset.beats || 0) + 1;
+      }
+    } catch {
+      failures += 1;
+      pause = Math.min(5000, 700 * failures);
+      root.classList.add("lost");
+    }
+    if (root.isConnected) setTimeout(beat, pause);
+  }
+
+  $("[data-trace]").addEventListener("click", async () => {
+    const text = await server.trace();
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    link.download = "hf_async_batching-trace.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  });
+  new ResizeObserver(draw).observe(plot);
+  new MutationObserver(() => { draw(); lanes.draw(); }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  beat();
+};

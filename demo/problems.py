@@ -1,0 +1,46 @@
+"""What went wrong, in the visitor's words."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from hf_async_batching.errors import EngineClosedError, HfAsyncBatchingError, QueueFullError, RequestTooLongError
+
+from .backend import BackendFailedError
+from .line import LineFullError
+
+logger = logging.getLogger(__name__)
+
+
+class Problem(NamedTuple):
+    """A short sentence, and what else there is to say."""
+
+    title: str
+    detail: str = ""
+
+    def plain(self) -> str:
+        """Both, as plain text."""
+        return f"{self.title} {self.detail}".strip()
+
+    def markdown(self) -> str:
+        """Both, as Markdown."""
+        return f"**{self.title}** {self.detail}".strip()
+
+
+def explain(error: Exception) -> Problem:
+    """Say what went wrong and what helps. Whatever is not expected is logged, and told by its kind only."""
+    if isinstance(error, QueueFullError):
+        return Problem("The engine's queue is full.", "Please try again in a moment.")
+    if isinstance(error, RequestTooLongError):
+        return Problem("This is too long for the model.", f"Shorten it or ask for fewer new tokens: {error}")
+    if isinstance(error, EngineClosedError):
+        return Problem("The engine has been shut down.", "Please reload the page later.")
+    if isinstance(error, BackendFailedError):
+        return Problem("The model is not there.", str(error))
+    if isinstance(error, LineFullError):
+        return Problem("Too many are waiting.", str(error))
+    logger.error("A request failed.", exc_info=error)
+    if isinstance(error, HfAsyncBatchingError):
+        return Problem("The engine could not answer.", str(error))
+    return Problem(f"Something went wrong on the server ({type(error).__name__}).", "Please try again.")

@@ -1,0 +1,113 @@
+"""A model, its engine, and the machine under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_async_batching.bench.machine import Machine, look_at
+from hf_async_batching.bench.measure import Traffic
+
+from .models import ChatModel, load_chat_model
+from .roster import Roster
+
+if TYPE_CHECKING:
+    from hf_async_batching import GenerationManager
+
+# Comparing needs both; a page that serves at depth 1 can still run at 2.
+DEEPEST = 2
+_TIMELINE_STEPS = 4096
+_MAX_WAITING = 512
+
+# Gets the number of the stage that begins, and what it is.
+Report = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What answers.
+
+    Attributes:
+        manager: The engine.
+        chat_model: Model and tokenizer.
+        machine: Card, versions, measured copy bandwidth.
+        depth: Steps in flight while nobody compares.
+        roster: The requests of all visitors.
+    """
+
+    manager: GenerationManager
+    chat_model: ChatModel
+    machine: Machine
+    depth: int
+    roster: Roster
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the engine runs on a GPU."""
+        return self.chat_model.model.device.type == "cuda"
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What a step must read; None while the engine does not run."""
+        assembly = self.manager.assembly
+        return Traffic.of(assembly) if assembly is not None else None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What stands in the page's line of facts: (name, value); a fact without a name is a sentence."""
+        machine = self.machine
+        versions = [(name, machine.versions[name] or "") for name in ("torch", "transformers")]
+        return [
+            ("Model", self.chat_model.name),
+            ("on", machine.card),
+            ("in", str(self.chat_model.model.dtype).removeprefix("torch.")),
+            ("copy bandwidth", f"{machine.copy_bandwidth / 1e9:,.0f} GB/s"),
+            *versions,
+            ("", self.chat_model.source),
+        ]
+
+
+def load(
+    report: Report,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    depth: int | None = None,
+) -> Serving:
+    """Load a model and start its engine; see `load_chat_model` for the arguments and what it raises."""
+    report(1, f"Loading {model or 'the model'}")
+    chat_model = load_chat_model(model, device=device, dtype=dtype)
+    report(2, "Measuring the memory's bandwidth")
+    machine = look_at(chat_model.model.device)
+    report(3, "Starting the engine")
+    return serve(chat_model, machine, depth=depth)
+
+
+def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, **settings: object) -> Serving:
+    """Start an engine for a model.
+
+    Args:
+        chat_model: What to serve.
+        machine: Where it runs.
+        depth: Steps in flight; None for the device's default, which is 2 on a GPU and 1 on a CPU.
+        settings: More fields of `BatchingConfig`.
+    """
+    from hf_async_batching import BatchingConfig, GenerationManager
+
+    usual = depth or (2 if chat_model.model.device.type == "cuda" else 1)
+    defaults: dict[str, object] = {
+        "depth": max(usual, DEEPEST),
+        # A page that stands open keeps its engine: a visitor who comes back should not wait for it to start again.
+        "idle_timeout": None,
+        "max_waiting": _MAX_WAITING,
+        "timeline_steps": _TIMELINE_STEPS,
+    }
+    if chat_model.model.device.type == "cpu":
+        # A whole wall in one batch; and pages so small that the next turn of a chat finds the last one's.
+        defaults |= {"max_rows": 64, "page_size": 64}
+    manager = GenerationManager(chat_model.model, BatchingConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
+    manager.set_depth(usual)
+    prompt = chat_model.tokenizer("Hello").input_ids or [0]
+    manager.submit(prompt, max_new_tokens=2, do_sample=False).result()
+    return Serving(manager, chat_model, machine, usual, Roster())

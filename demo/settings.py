@@ -1,0 +1,86 @@
+"""What a visitor can set, and the request that it makes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_async_batching.request import Request, SamplingParams
+from hf_async_batching.requests_from_config import eos_token_ids, new_request_id
+
+if TYPE_CHECKING:
+    from .models import ChatModel
+
+MAX_NEW_TOKENS = 1024
+LONGEST_TEXT = 20_000
+_LARGEST_TOP_K = 1000
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the page's controls say.
+
+    Attributes:
+        system: System prompt; empty for none.
+        max_new_tokens: Longest answer.
+        temperature: Divides the logits.
+        top_p: Keep the likeliest tokens up to this probability; 1 switches it off.
+        top_k: Keep this many of the likeliest tokens; 0 switches it off.
+        greedy: Always the likeliest token; the others are ignored.
+        seed: Makes a sampled answer reproducible; None draws one.
+    """
+
+    system: str = ""
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    greedy: bool = False
+    seed: int | None = None
+
+    @classmethod
+    def within_bounds(
+        cls,
+        system: str = "",
+        max_new_tokens: float = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        top_k: float = 0,
+        greedy: bool = False,
+        seed: float | None = None,
+    ) -> Settings:
+        """The controls' values within the bounds that the page shows, whatever a browser sent."""
+        return cls(
+            system=str(system or "")[:LONGEST_TEXT],
+            max_new_tokens=int(_clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
+            temperature=_clamp(temperature, 0.1, 2.0),
+            top_p=_clamp(top_p, 0.05, 1.0),
+            top_k=int(_clamp(top_k, 0, _LARGEST_TOP_K)),
+            greedy=bool(greedy),
+            seed=None if seed is None else int(_clamp(seed, 0, _SEEDS - 1)),
+        )
+
+    def request(self, prompt: Sequence[int], eos: tuple[int, ...]) -> Request:
+        """The request for a prompt's token ids; `eos` are the tokens that end an answer."""
+        seed = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
+        sampling = (
+            SamplingParams()
+            if self.greedy
+            else SamplingParams(True, self.temperature, top_k=self.top_k, top_p=self.top_p, seed=seed)
+        )
+        return Request(new_request_id(), tuple(prompt), self.max_new_tokens, eos_token_ids=eos, sampling=sampling)
+
+
+def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
+    """The tokens that end an answer of this model."""
+    model: Any = chat_model.model
+    ends = eos_token_ids(model.generation_config)
+    own = chat_model.tokenizer.eos_token_id
+    return ends or ((int(own),) if isinstance(own, int) else ())
+
+
+def _clamp(value: float | None, least: float, most: float) -> float:
+    return min(max(float(value or 0), least), most)

@@ -1,0 +1,85 @@
+"""Every causal language model class of the installed transformers, as a tiny random model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_async_batching.coverage.check import Reference, Verdict, check_model, make_prompts, reference
+from hf_async_batching.coverage.tiny_configs import tiny_config
+
+# Distinct tokens below which a greedy run shows nothing: it could be right by saying one token over and over.
+MIN_DISTINCT = 8
+
+
+def class_names() -> list[str]:
+    """Classes that `AutoModelForCausalLM` makes, and all others named `*ForCausalLM`."""
+    named = {name for name in dir(transformers) if name.endswith("ForCausalLM") and not name.startswith("Auto")}
+    return sorted(named | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+
+
+def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0) -> PreTrainedModel:
+    """A random model in float32 whose outputs depend on all of its weights.
+
+    Args:
+        class_name: Of transformers.
+        scale: Factor on the matrices: with the usual initialization a tiny model says one token over and over.
+        embedding_scale: The same for embeddings.
+
+    Raises:
+        Exception: Whatever the classes raise.
+    """
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(sum(map(ord, class_name)))
+    config = tiny_config(model_class.config_class)
+    model: PreTrainedModel = model_class(config).float().eval()
+    # Some families' own config asks for forced or suppressed tokens of a real vocabulary.
+    plain: Any = GenerationConfig
+    model.generation_config = plain(pad_token_id=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            if not torch.isfinite(parameter).all():
+                parameter.normal_(0, 0.02)
+            if parameter.dim() > 1:
+                parameter.mul_(embedding_scale if "embed" in name else scale)
+            elif parameter.dim() == 1 and bool((parameter == 0).all()):
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def check_family(class_name: str) -> Verdict:
+    """Make a tiny model of a class and check it; in float32 on the CPU."""
+    best: tuple[PreTrainedModel, Reference] | None = None
+    failure = ""
+    for scales in ((4.0, 1.0), (2.0, 1.0), (12.0, 1.0), (1.0, 1.0), (4.0, 40.0), (1.0, 40.0), (30.0, 1.0)):
+        try:
+            model = tiny_model(class_name, *scales)
+        except Exception as error:
+            return Verdict("not built", _line(error))
+        try:
+            vocab = model.config.get_text_config(decoder=True).vocab_size
+            known = reference(model, make_prompts(vocab), fresh=True)
+        except Exception as error:
+            failure = f"plain `generate` raises {_line(error)}"
+            break
+        finite = all(abs(value) < 1e4 for values in known.logprobs for value in values)
+        if finite and (best is None or known.distinct_tokens > best[1].distinct_tokens):
+            best = model, known
+        if best is not None and best[1].distinct_tokens >= MIN_DISTINCT:
+            break
+    if best is None:
+        return Verdict("no reference", failure or "its outputs are not finite")
+    if best[1].distinct_tokens < MIN_DISTINCT:
+        return Verdict("no reference", "it says the same tokens over and over", "", best[1].distinct_tokens)
+    return check_model(*best)
+
+
+def _line(error: Exception) -> str:
+    """The first sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}"
