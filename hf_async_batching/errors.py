@@ -31,15 +31,6 @@ class UnsupportedArgumentError(HfAsyncBatchingError, NotImplementedError):
     """A `generate` argument that the engine does not serve."""
 
 
-def does_not_fit(error: Exception) -> bool:
-    """Whether an error tells that a family is called in a way that it does not know, and not that a device failed.
-
-    Shapes that do not match are plain `RuntimeError`s; torch's own failures are subclasses.
-    """
-    known = (TypeError, AttributeError, LookupError, ValueError, AssertionError, NotImplementedError)
-    return type(error) is RuntimeError or isinstance(error, known)
-
-
 class DatasetRowError(HfAsyncBatchingError, ValueError):
     """A row of a dataset cannot be served, under `on_error="raise"`. `index` is the row's.
 
@@ -55,3 +46,12 @@ class DatasetRowError(HfAsyncBatchingError, ValueError):
 
 class ResumeMismatchError(HfAsyncBatchingError, ValueError):
     """What a folder holds was made with other arguments, another model or other data; the message says which."""
+
+
+def does_not_fit(error: Exception) -> bool:
+    """Whether an error tells that a family is called in a way that it does not know, and not that a device failed.
+
+    Shapes that do not match are plain `RuntimeError`s; torch's own failures are subclasses.
+    """
+    known = (TypeError, AttributeError, LookupError, ValueError, AssertionError, NotImplementedError)
+    return type(error) is RuntimeError or isinstance(error, known)

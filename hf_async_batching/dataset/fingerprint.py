@@ -47,7 +47,8 @@ def digest(*parts: bytes | str) -> str:
 def fingerprint_of_model(model: PreTrainedModel) -> Fingerprint:
     """Class, config, dtype, and a checksum of a few values of each weight."""
     config = model.config.to_diff_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+    # Some of these are set by loading and saving.
+    for name in ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     return {
         "class": type(model).__name__,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from support.character_tokenizer import character_tokenizer
 from support.tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 from hf_async_batching.dataset.fingerprint import (
     differences,
@@ -28,9 +29,12 @@ def test_differences_have_names() -> None:
     ]
 
 
-def test_models() -> None:
+def test_models(tmp_path: Path) -> None:
     model = tiny_model("Llama")
     first = fingerprint_of_model(model)
+    model.save_pretrained(tmp_path)
+    assert fingerprint_of_model(model) == first
+    assert fingerprint_of_model(AutoModelForCausalLM.from_pretrained(tmp_path)) == first
     assert fingerprint_of_model(tiny_model("Llama")) == first
     assert fingerprint_of_model(tiny_model("Llama", seed=1))["weights"] != first["weights"]
     assert fingerprint_of_model(tiny_model("Llama").to(torch.bfloat16))["dtype"] == "bfloat16"
