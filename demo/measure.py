@@ -81,12 +81,17 @@ def together(serving: Serving, chats: int, tokens: int, repeats: int) -> dict[st
     """Tokens/s of chats at once and one after another; the medians, and their ratio."""
     prompts = read_prompts(asset("prompts.txt"))
     speeds: dict[str, list[float]] = {"one_after_another": [], "together": []}
+    per_cpu: dict[str, list[float]] = {"one_after_another": [], "together": []}
     for _ in range(repeats):
         _forget(serving)
+        cpu = time.process_time()
         walls = [_run_wall(serving, [prompts[i % len(prompts)]], 1, tokens) for i in range(chats)]
         speeds["one_after_another"].append(sum(wall.tokens for wall in walls) / sum(wall.seconds for wall in walls))
+        per_cpu["one_after_another"].append(sum(wall.tokens for wall in walls) / (time.process_time() - cpu))
         _forget(serving)
+        cpu = time.process_time()
         wall = _run_wall(serving, prompts, chats, tokens)
+        per_cpu["together"].append(wall.tokens / (time.process_time() - cpu))
         speeds["together"].append(wall.tokens / wall.seconds)
         print({name: [round(value, 1) for value in values] for name, values in speeds.items()}, file=sys.stderr)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
@@ -96,6 +101,8 @@ def together(serving: Serving, chats: int, tokens: int, repeats: int) -> dict[st
         "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
         "all": speeds,
         "ratio": round(medians["together"] / medians["one_after_another"], 2),
+        # Other load on the machine does not count here.
+        "tokens_per_cpu_second": {name: round(statistics.median(values), 1) for name, values in per_cpu.items()},
     }
 
 
