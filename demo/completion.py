@@ -2,61 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from .chat import Message
-from .problems import explain
+from hf_async_batching.dataset import DatasetProgress, generate_dataset
+
 from .serving import Serving
 from .settings import Settings, ends_of
-from .text import build_prompt
 
-if TYPE_CHECKING:
-    from hf_async_batching import GenerationHandle
-
-_DONE = "done.jsonl"
-# More than are computed at once, so that the batch stays full; the others come when these are done.
-_IN_FLIGHT = 96
-_LOOK_SECONDS = 0.1
+# Rows that are with the engine at once: enough for a full batch, and other visitors do not wait for a whole table.
+_WINDOW = 96
+_COLUMNS = {"text": "completion", "finish_reason": "finish_reason", "error": "error"}
+_LEFT_OUT = ("token_ids", "prompt_tokens", "completion_tokens")
 
 
-@dataclass(frozen=True)
-class RowProgress:
-    """How far a run is.
-
-    Attributes:
-        rows: Rows that are done, those of an earlier run included.
-        total: All rows.
-        resumed: Rows that an earlier run had done.
-        failed: Rows without a completion, which say why.
-        tokens: New tokens of this run.
-        seconds: Since this run began.
-    """
-
-    rows: int
-    total: int
-    resumed: int
-    failed: int
-    tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens over the time of this run."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def remaining_seconds(self) -> float | None:
-        """At the pace of this run; None before its first row is done."""
-        done = self.rows - self.resumed
-        return self.seconds / done * (self.total - self.rows) if done else None
+class _StoppedError(Exception):
+    """The visitor has had enough."""
 
 
 def complete_table(
@@ -65,9 +28,9 @@ def complete_table(
     column: str,
     settings: Settings,
     folder: Path,
-    wanted: Callable[[RowProgress], bool],
+    wanted: Callable[[DatasetProgress], bool],
 ) -> Dataset | None:
-    """Answer every row of a table as a chat message; blocks, and looks at the engine ten times a second.
+    """Answer every row of a table as a chat message; blocks.
 
     Args:
         serving: The engine.
@@ -75,75 +38,45 @@ def complete_table(
         column: Which column holds the prompts.
         settings: System prompt and sampling.
         folder: Keeps what is done; a run that was stopped goes on from there.
-        wanted: Is told how far the run is, and says whether to go on.
+        wanted: Is told about twice a second how far the run is, and says whether to go on.
 
     Returns:
-        The table with the columns `completion`, `finish_reason` and `error`; None where the run was stopped.
+        The table with the completion, why it ended, and what went wrong where a row has none; None where the run was
+        stopped.
     """
-    tokenizer, ends = serving.chat_model.tokenizer, ends_of(serving.chat_model)
-    done = _read(folder / _DONE)
-    resumed, tokens, began = len(done), 0, time.perf_counter()
-    left = deque(index for index in range(len(table)) if index not in done)
-    prompts = table[column]
-    live: dict[int, GenerationHandle] = {}
+
+    def look(progress: DatasetProgress) -> None:
+        if not wanted(progress):
+            raise _StoppedError
+
+    names: dict[str, str | None] = {kind: _free(name, table) for kind, name in _COLUMNS.items()}
     try:
-        with (folder / _DONE).open("a", encoding="utf-8") as file:
-
-            def keep(index: int, row: dict[str, Any]) -> None:
-                done[index] = row
-                file.write(json.dumps({"index": index, **row}, ensure_ascii=False) + "\n")
-
-            while left or live:
-                while left and len(live) < _IN_FLIGHT:
-                    index = left.popleft()
-                    try:
-                        asked = Message(role="user", content=str(prompts[index] or ""))
-                        request = settings.request(build_prompt(tokenizer, [asked], settings.system), ends)
-                        live[index] = serving.manager.submit_request(request)
-                        serving.roster.add(live[index])
-                    except Exception as error:  # the row says so; the others go on
-                        keep(index, _failed(error))
-                for index in [index for index, handle in live.items() if handle.done]:
-                    row, count = _finished(live.pop(index), tokenizer)
-                    tokens += count
-                    keep(index, row)
-                file.flush()
-                failed = sum(bool(row["error"]) for row in done.values())
-                seconds = time.perf_counter() - began
-                if not wanted(RowProgress(len(done), len(table), resumed, failed, tokens, seconds)):
-                    return None
-                if live:
-                    time.sleep(_LOOK_SECONDS)
-    finally:
-        for handle in live.values():
-            handle.cancel()
-    for name in ("completion", "finish_reason", "error"):
-        values = [done[index][name] for index in range(len(table))]
-        table = table.remove_columns(name) if name in table.column_names else table
-        table = table.add_column(name, values)
-    return table
+        completed: Dataset = generate_dataset(
+            serving.manager,
+            table,
+            serving.chat_model.tokenizer,
+            prompt=column,
+            chat=True,
+            system_prompt=settings.system or None,
+            resume_dir=folder / "done",
+            on_error="record",
+            output_columns={**names, **dict.fromkeys(_LEFT_OUT)},
+            seed=settings.seed or 0,
+            window=_WINDOW,
+            progress=False,
+            callback=look,
+            rank=0,
+            world_size=1,
+            eos_token_id=list(ends_of(serving.chat_model)) or None,
+            **settings.generate_arguments(),
+        )
+    except _StoppedError:
+        return None
+    return completed
 
 
-def _finished(handle: GenerationHandle, tokenizer: Any) -> tuple[dict[str, Any], int]:
-    try:
-        result = handle.result()
-    except Exception as error:  # the row says so; the others go on
-        return _failed(error), 0
-    text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
-    return {"completion": text, "finish_reason": result.finish_reason, "error": ""}, len(result.token_ids)
-
-
-def _failed(error: Exception) -> dict[str, Any]:
-    return {"completion": "", "finish_reason": "", "error": explain(error).plain()}
-
-
-def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """What is done, but for a last line that was cut off."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            rows[row.pop("index")] = row
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return rows
+def _free(name: str, table: Dataset) -> str:
+    """A name that no column has."""
+    while name in table.column_names:
+        name += "_"
+    return name

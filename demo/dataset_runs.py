@@ -15,8 +15,10 @@ from typing import Any
 import gradio as gr
 from datasets import Dataset
 
+from hf_async_batching.dataset import DatasetProgress
+
 from .backend import Backend
-from .completion import RowProgress, complete_table
+from .completion import complete_table
 from .handlers import visitor_of
 from .problems import explain
 from .settings import Settings
@@ -56,12 +58,12 @@ class Job:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hf_async_batching-")))
     stopped: bool = False
     running: bool = False
-    progress: RowProgress | None = None
+    progress: DatasetProgress | None = None
     result: Dataset | None = None
     file: Path | None = None
     error: str = ""
 
-    def wanted(self, progress: RowProgress) -> bool:
+    def wanted(self, progress: DatasetProgress) -> bool:
         """Take note of how far it is."""
         self.progress = progress
         return not self.stopped

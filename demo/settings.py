@@ -63,6 +63,13 @@ class Settings:
             seed=None if seed is None else int(_clamp(seed, 0, _SEEDS - 1)),
         )
 
+    def generate_arguments(self) -> dict[str, Any]:
+        """What these settings are as arguments of `generate`, without system prompt and seed."""
+        if self.greedy:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
     def request(self, prompt: Sequence[int], eos: tuple[int, ...]) -> Request:
         """The request for a prompt's token ids; `eos` are the tokens that end an answer."""
         seed = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
