@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -42,6 +41,10 @@ _SHOWN_PROMPTS = 3
 Page = tuple[Any, Any, Any, Any, Any, Any]
 
 
+def _make_folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="hf_async_batching-", ignore_cleanup_errors=True)
+
+
 @dataclass
 class Job:
     """A table that is being completed, or was.
@@ -55,13 +58,18 @@ class Job:
     settings: Settings
     kind: str
     name: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hf_async_batching-")))
+    temporary: TemporaryDirectory[str] = field(default_factory=_make_folder)
     stopped: bool = False
     running: bool = False
     progress: DatasetProgress | None = None
     result: Dataset | None = None
     file: Path | None = None
     error: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its rows are kept; goes with the job."""
+        return Path(self.temporary.name)
 
     def wanted(self, progress: DatasetProgress) -> bool:
         """Take note of how far it is."""
@@ -126,7 +134,7 @@ class DatasetRuns:
         self._jobs[job.name] = job
         idle = [name for name, other in self._jobs.items() if not other.running and other is not job]
         for name in idle[: max(0, len(self._jobs) - _KEPT_JOBS)]:
-            shutil.rmtree(self._jobs.pop(name).folder, ignore_errors=True)
+            self._jobs.pop(name).temporary.cleanup()
 
     # -- the page's events ----------------------------------------------------------------------------------------
 
