@@ -19,7 +19,7 @@ from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
-from hf_async_batching.model_view import make_view, refuse_unservable, set_attention
+from hf_async_batching.model_view import embedding_shape, make_view, refuse_unservable, set_attention
 
 
 class ModelForward:
@@ -66,9 +66,7 @@ class ModelForward:
         }
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
-        embedding: Any = self.view.get_input_embeddings()
-        self.vocab_size: int = embedding.weight.shape[0]
-        self.embedding_size: int = embedding.weight.shape[1]
+        self.vocab_size, self.embedding_size = embedding_shape(self.view)
         self.logit_size = self.vocab_size
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
