@@ -27,7 +27,7 @@ from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
 from hf_async_batching.generate_loop import CACHE_NAMES, GenerateLoop, prepare_view
-from hf_async_batching.model_view import make_view
+from hf_async_batching.model_view import embedding_shape, make_view
 from hf_async_batching.row_cache import RowCache
 
 Batching = Literal["padded", "lockstep", "single"]
@@ -101,11 +101,7 @@ class CacheForward:
         prepare_view(self.view)
         self.device: torch.device = next(self.view.parameters()).device
         self.dtype: torch.dtype = torch.float32
-        embedding: Any = self.view.get_input_embeddings()
-        if embedding is None or not hasattr(embedding, "weight"):
-            raise UnsupportedModelError(f"{self.name} is not served: it has no embedding of token ids")
-        self.vocab_size: int = embedding.weight.shape[0]
-        self.embedding_size: int = embedding.weight.shape[1]
+        self.vocab_size, self.embedding_size = embedding_shape(self.view)
         self.logit_size = self.vocab_size
         self.whole_prompts = whole_prompts
         self.recomputes = batching != "single"

@@ -17,9 +17,11 @@ from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.interface import PagedCall, attach_tags
 from hf_async_batching.compiled_regions import compile_regions
 from hf_async_batching.device_state import StepInputs
+from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
-from hf_async_batching.model_view import make_view, refuse_unservable, set_attention
+from hf_async_batching.model_view import embedding_shape, make_view, refuse_unservable, set_attention
+from hf_async_batching.token_mixing import refuse_mixing, refuse_states
 
 
 class ModelForward:
@@ -66,9 +68,7 @@ class ModelForward:
         }
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
-        embedding: Any = self.view.get_input_embeddings()
-        self.vocab_size: int = embedding.weight.shape[0]
-        self.embedding_size: int = embedding.weight.shape[1]
+        self.vocab_size, self.embedding_size = embedding_shape(self.view)
         self.logit_size = self.vocab_size
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
@@ -90,8 +90,19 @@ class ModelForward:
             logits = self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
             self.logit_size = logits.shape[-1]
 
-        with torch.inference_mode(), watch_linears(self.view) as seen:
-            return attention_probe.probe(self.name, forward), seen
+        def run(tokens: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(len(tokens), device=self.device)
+            return attention_probe.without_attention(lambda: self._call(tokens, positions, None, {}))
+
+        with torch.inference_mode():
+            with watch_linears(self.view) as seen:
+                findings = attention_probe.probe(self.name, forward)
+            try:
+                refuse_states(self.view)
+                refuse_mixing(run, tokens, self.vocab_size)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{self.name} is not served: {error}") from error
+        return findings, seen
 
     def _fuse(self, seen: LinearCalls, skinny: bool) -> int:
         groups = parallel_projections(self.view, seen)

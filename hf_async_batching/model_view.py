@@ -211,6 +211,21 @@ def refuse_unservable(model: PreTrainedModel) -> None:
         )
 
 
+def embedding_shape(view: PreTrainedModel) -> tuple[int, int]:
+    """Rows and columns of the embedding of token ids.
+
+    Raises:
+        UnsupportedModelError: There is none, or there are several.
+    """
+    embedding = view.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None:
+        raise UnsupportedModelError(
+            f"{type(view).__name__} is not served: it has no embedding of token ids. Use plain `model.generate`."
+        )
+    return weight.shape[0], weight.shape[1]
+
+
 def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
     """Make every config in the view name `attn_implementation`."""
     for module in view.modules():

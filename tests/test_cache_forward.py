@@ -117,3 +117,12 @@ def test_the_model_is_left_alone() -> None:
         serve(manager, expected.prompts[:1])
     assert (model.generation_config, model.config.to_dict(), model.config._attn_implementation) == before
     assert model.generation_config is before[0]
+
+
+def test_sparse_attention_is_checked_where_it_leaves_keys_out() -> None:
+    """AXK2's picks other keys for a token at once and one by one: no row of it may be computed again."""
+    model = tiny_model("AXK2ForCausalLM", index_topk=90)
+    with GenerationManager(model, BatchingConfig(page_size=16)) as manager:
+        manager.submit([5, 6, 7], max_new_tokens=2, do_sample=False).result(60)
+        assert manager.assembly is not None
+        assert manager.assembly.forward.route == "single"

@@ -29,6 +29,7 @@ from hf_async_batching import (
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
+from hf_async_batching.coverage.families import tiny_model as make_family
 from hf_async_batching.request import Request
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
@@ -509,6 +510,9 @@ def test_reading_from_time_to_time_wakes_nobody(model: Any) -> None:
 def test_unserved_models_are_refused_by_name() -> None:
     import transformers
 
+    musicgen = make_family("MusicgenForCausalLM")
+    with pytest.raises(UnsupportedModelError, match="MusicgenForCausalLM is not served: it has no embedding"):
+        GenerationManager(musicgen)
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )

@@ -92,6 +92,15 @@ def probe(model_name: str, forward: Callable[..., Any]) -> Findings:
     return Findings(layers, shapes, all(contexts))
 
 
+def without_attention(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a forward of a view under the probe's attention returns: there every layer's attention gives zeros."""
+    _recorder.__init__()  # type: ignore[misc]
+    try:
+        return forward()
+    finally:
+        _recorder.__init__()  # type: ignore[misc]
+
+
 def _probe_mask(
     *,
     batch_size: int,

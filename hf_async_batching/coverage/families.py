@@ -22,20 +22,21 @@ def class_names() -> list[str]:
     return sorted(named | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
 
 
-def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0) -> PreTrainedModel:
+def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0, **changes: Any) -> PreTrainedModel:
     """A random model in float32 whose outputs depend on all of its weights.
 
     Args:
         class_name: Of transformers.
         scale: Factor on the matrices: with the usual initialization a tiny model says one token over and over.
         embedding_scale: The same for embeddings.
+        changes: Fields of the config that are set to something else.
 
     Raises:
         Exception: Whatever the classes raise.
     """
     model_class = getattr(transformers, class_name)
     torch.manual_seed(sum(map(ord, class_name)))
-    config = tiny_config(model_class.config_class)
+    config = tiny_config(model_class.config_class, **changes)
     model: PreTrainedModel = model_class(config).float().eval()
     # Some families' own config asks for forced or suppressed tokens of a real vocabulary.
     plain: Any = GenerationConfig

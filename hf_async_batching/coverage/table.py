@@ -56,14 +56,15 @@ def check_families(names: Iterable[str], *, workers: int = 2, timeout: float = 6
             process.start()
             sender.close()
             running[receiver] = todo.pop(), process, time.monotonic() + timeout
-        ready = set(wait(list(running), 1.0))
+        first_deadline = min(deadline for _, _, deadline in running.values())
+        ready = set(wait(list(running), max(0.0, first_deadline - time.monotonic())))
         for receiver, (name, process, deadline) in list(running.items()):
             if receiver in ready:
                 try:
                     verdict = receiver.recv()
                 except EOFError:
                     verdict = Verdict("failed", "the process ended without a word")
-            elif time.monotonic() > deadline:
+            elif time.monotonic() >= deadline:
                 verdict = Verdict("failed", f"not done after {timeout:g} seconds")
             else:
                 continue
