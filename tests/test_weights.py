@@ -178,7 +178,7 @@ def test_live_requests_fail_where_their_weights_are_taken_away() -> None:
         model.to(torch.bfloat16)
         assert served(manager) == expected(model)
         # By the manager, or by a step that met the new weights before it.
-        with pytest.raises((EngineClosedError, EngineFailedError), match="moved|dtype"):
+        with pytest.raises((EngineClosedError, EngineFailedError), match=r"moved|dtype"):
             handle.result(60)
 
 
