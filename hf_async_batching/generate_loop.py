@@ -58,7 +58,9 @@ class GenerateLoop:
             self._ids, self.arguments = input_ids, prepared
             return input_ids
 
-        self._view.generate(tokens, attention_mask=torch.ones_like(tokens), custom_generate=take)
+        # Of the class: a model may carry this library as its own `generate`, and its view then does, too.
+        view: Any = type(self._view)
+        view.generate(self._view, tokens, attention_mask=torch.ones_like(tokens), custom_generate=take)
 
     def start(self, tokens: torch.Tensor, *, everywhere: bool = False) -> torch.Tensor:
         """Compute a prompt.
