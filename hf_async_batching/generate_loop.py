@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.wrappers import transformers_generate
 
 # Names under which families take and return their cache.
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -58,9 +59,8 @@ class GenerateLoop:
             self._ids, self.arguments = input_ids, prepared
             return input_ids
 
-        # Of the class: a model may carry this library as its own `generate`, and its view then does, too.
-        view: Any = type(self._view)
-        view.generate(self._view, tokens, attention_mask=torch.ones_like(tokens), custom_generate=take)
+        generate = transformers_generate(self._view)
+        generate(tokens, attention_mask=torch.ones_like(tokens), custom_generate=take)
 
     def start(self, tokens: torch.Tensor, *, everywhere: bool = False) -> torch.Tensor:
         """Compute a prompt.

@@ -17,6 +17,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_async_batching.errors import HfAsyncBatchingError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.lost_arguments import LostArguments
+from hf_async_batching.wrappers import transformers_generate
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,7 @@ def decode_plainly(
         raw = {k: v for k, v in lost.original.items() if k != "custom_generate" and k not in own_names}
         if streamer is not None:
             raw["streamer"] = _PromptShown(streamer)
-        # Of the class: a model may carry this library as its own `generate`.
-        return type(transformers_model).generate(transformers_model, **raw)
+        return transformers_generate(transformers_model)(**raw)
     given = {"tokenizer": tokenizer, "assistant_tokenizer": lost.assistant_tokenizer}
     arguments = transformers_model._extract_generation_mode_kwargs(
         None, given, lost.synced_gpus, lost.assistant_model, streamer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -54,3 +56,15 @@ def _prompt_learning(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name} is not served: it prepends learned prompts to every input; use plain `model.generate` for it"
     )
+
+
+def transformers_generate(model: Any) -> Callable[..., Any]:
+    """transformers' own `generate` of a model's class, whatever the object or a subclass of the caller's puts over it.
+
+    Either may be this library: a call that it makes itself must not come back to it.
+    """
+    for base in type(model).__mro__:
+        method: Any = base.__dict__.get("generate")
+        if method is not None and str(method.__module__).startswith(("transformers.", "transformers_modules.")):
+            return partial(method, model)
+    return partial(type(model).generate, model)
