@@ -39,6 +39,7 @@ from hf_async_batching.prepared_call import (
     with_stop_strings,
 )
 from hf_async_batching.requests_from_config import Seed
+from hf_async_batching.wrappers import transformers_generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +181,13 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
             refuse_encoder(model)  # before it has run for nothing
             _refuse_token_healing(transformers_model, given)
             _take_stop_strings(transformers_model, given, settings)
-            # Of the class: a model may carry this library as its own `generate`.
-            out: GenerateOutput = type(transformers_model).generate(
-                transformers_model, custom_generate=prepared, **given
-            )
+            out: GenerateOutput = transformers_generate(transformers_model)(custom_generate=prepared, **given)
             return out
         except (UnsupportedArgumentError, UnsupportedModelError) as error:
             if not settings.plain or any(call.submitted for call in calls):
                 raise
             note(model, error, settings.seed, calls[-1].config if calls else None)
-        plain: GenerateOutput = type(transformers_model).generate(transformers_model, **raw)
+        plain: GenerateOutput = transformers_generate(transformers_model)(**raw)
         return plain
 
 

@@ -67,4 +67,5 @@ def transformers_generate(model: Any) -> Callable[..., Any]:
         method: Any = base.__dict__.get("generate")
         if method is not None and str(method.__module__).startswith(("transformers.", "transformers_modules.")):
             return partial(method, model)
-    return partial(type(model).generate, model)
+    own = getattr(type(model), "generate", None)  # a wrapper's, PEFT's for one; others look into the model for theirs
+    return partial(own, model) if own is not None else model.generate
