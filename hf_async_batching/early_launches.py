@@ -10,6 +10,7 @@ with one is found here, and compiled again without early launches.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _WAIT, _LAUNCH, _STORE = "gdc_wait()", "gdc_launch_dependents()", "tl.store("
 _judged: dict[str, bool] = {}
 
 
+@functools.cache
 def device_launches_early(device: torch.device) -> bool:
     """Whether a device can launch kernels before the one ahead of them has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -6,7 +6,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble, check_servable
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.criteria import stop_string_criterion
 from hf_async_batching.errors import (
     EngineClosedError,
-    RequestTooLongError,
     UnsupportedArgumentError,
 )
 from hf_async_batching.generation_fields import check_fields
@@ -44,11 +42,10 @@ from hf_async_batching.requests_from_config import (
     new_request_id,
     seeds_of_rows,
 )
-from hf_async_batching.row_layout import RuleKind
 from hf_async_batching.scheduler import features_of
 from hf_async_batching.sequence import Sequence
-from hf_async_batching.staging import MAX_EOS
 from hf_async_batching.stats import Stats, read_stats
+from hf_async_batching.submission import check_limits, criteria_of, prompt_of
 from hf_async_batching.tensor_parallel.follower import Follower
 from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable
 from hf_async_batching.timeline import Timeline, records_after
@@ -224,7 +221,7 @@ class GenerationManager:
     ) -> tuple[Request, StoppingCriteriaList, list[int]]:
         """A request, the criteria that are asked beside the engine, and the prompt's tokens as these see them."""
         model: Any = self._require_model()
-        prompt = _prompt_of(input_ids, inputs_embeds)
+        prompt = prompt_of(input_ids, inputs_embeds)
         config, unknown = model._prepare_generation_config(generation_config, **generate_arguments)
         if unknown:
             raise TypeError(
@@ -252,7 +249,7 @@ class GenerationManager:
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
         (number,) = seeds_of_rows(seed, 1)
-        criteria = _criteria_of(config, stopping_criteria, tokenizer)
+        criteria = criteria_of(config, stopping_criteria, tokenizer)
         # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
         history = prompt if input_ids is not None else []
         recipe = self._recipe(history, config, max_new_tokens, number, logprobs, extra)
@@ -317,7 +314,7 @@ class GenerationManager:
             if assembly is None:
                 continue  # it stopped on its own just now; `_require_worker` waits for the end of that
             for request in requests:
-                _check_limits(request, assembly)
+                check_limits(request, assembly)
                 if self._group is not None:
                     check_sendable(request)
             requests = self._with_embeddings(requests, assembly)
@@ -619,82 +616,6 @@ def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:
     function = method()
     if function is not None:
         function(worker)
-
-
-def _prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
-    if input_ids is None and inputs_embeds is not None:
-        return [0] * len(inputs_embeds)  # nobody looks these up
-    if input_ids is None:
-        raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
-    prompt = _prompt_list(input_ids)
-    if inputs_embeds is not None and len(prompt) != len(inputs_embeds):
-        raise ValueError(
-            f"`inputs_embeds` has {len(inputs_embeds)} positions and `input_ids` {len(prompt)} tokens; pass as many "
-            "of one as of the other, or leave `input_ids` out"
-        )
-    return prompt
-
-
-def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.dim() != 1 or input_ids.is_floating_point():
-            raise ValueError(
-                f"`input_ids` must be a 1-D integer tensor or a list of ints, got shape {tuple(input_ids.shape)} and "
-                f"dtype {input_ids.dtype}; submit the rows of a batch one by one, without their padding"
-            )
-        tokens: list[int] = input_ids.tolist()
-        return tokens
-    if isinstance(input_ids, Iterable) and not isinstance(input_ids, (str, bytes)):
-        prompt = list(input_ids)
-        if all(isinstance(token, int) for token in prompt):
-            return prompt
-    raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
-
-
-def _criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
-    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
-    own = StoppingCriteriaList(own or ())
-    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
-    made = StoppingCriteriaList()
-    if config.max_time is not None and MaxTimeCriteria not in kinds:
-        made.append(MaxTimeCriteria(config.max_time))
-    if config.stop_strings is not None and StopStringCriteria not in kinds:
-        made.append(stop_string_criterion(config.stop_strings, tokenizer))
-    return StoppingCriteriaList([*made, *own])
-
-
-def _check_limits(request: Request, assembly: Assembly) -> None:
-    vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
-    for token in request.prompt:
-        if not 0 <= token < vocab:
-            raise ValueError(
-                f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens"
-            )
-    if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
-        raise UnsupportedArgumentError(
-            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served here "
-            f"(got {len(request.eos_token_ids)}); use `submit`, or pass fewer `eos_token_id`s"
-        )
-    logits = assembly.forward.logit_size
-    for rule in request.logits.rules:
-        beyond = [token for token in (*rule.prefix, rule.token) if token >= logits]
-        if beyond and rule.kind is not RuleKind.SUPPRESS:
-            raise ValueError(
-                f"`sequence_bias`, `bad_words_ids` or a forced token names token ids {beyond}, outside of the model's "
-                f"vocabulary of {logits} tokens"
-            )
-    length = len(request.prompt)
-    if length + request.max_new_tokens > limit:
-        settings = assembly.config.settings
-        by_context = limit == settings.max_sequence_length
-        bound = f"the limit of {limit} tokens per request" if by_context else f"the whole KV cache of {limit} tokens"
-        remedy = "shorten the prompt or " if length >= limit else "lower `max_new_tokens` or "
-        remedy += (
-            "raise BatchingConfig(max_sequence_length=...)" if by_context else "raise BatchingConfig(num_pages=...)"
-        )
-        raise RequestTooLongError(
-            f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
-        )
 
 
 @atexit.register

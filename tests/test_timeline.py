@@ -8,26 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.step_records import record
 
-from hf_async_batching.timeline import StepRecord, Timeline, records_after
-
-
-def record(step: int, start: float, end: float, **changes: Any) -> StepRecord:
-    """A step computed from `start` to `end`; planning took 1 ms and settling 0.5 ms."""
-    fields: dict[str, Any] = {
-        "step": step,
-        "decode_rows": 3,
-        "prompt_tokens": 0,
-        "tokens": 3,
-        "context_tokens": 30,
-        "plan": (start - 0.002, start - 0.001),
-        "settle": (end + 0.001, end + 0.0015),
-        "compute": (start, end),
-        "h2d": None,
-        "d2h": (end, end + 0.0005),
-    }
-    return StepRecord(**{**fields, **changes})
-
+from hf_async_batching.timeline import Timeline, records_after
 
 STEPS = (
     record(4, 10.0, 10.2, prompt_tokens=50, h2d=(9.999, 9.9995)),

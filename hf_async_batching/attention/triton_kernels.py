@@ -29,6 +29,7 @@ from hf_async_batching.attention.triton_prefill import (
     prefill_kernel,
     write_kv_kernel,
 )
+from hf_async_batching.early_launches import device_launches_early
 
 __all__ = [
     "MAX_SPLITS",
@@ -91,9 +92,10 @@ def default_decode_config(
     if splits == 1 and dtype != torch.float32 and device.type == "cuda":
         # Few programs, each with a whole context: more of it on its way. Measured on an H200.
         stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
     # With hardly a program in each split's first wave, the last of them would combine all parts alone.
-    return DecodeConfig(splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=early)
+    return DecodeConfig(
+        splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=device_launches_early(device)
+    )
 
 
 def decode_programs(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_async_batching.arguments import count
 from hf_async_batching.bench import report
 from hf_async_batching.bench.accuracy import Accuracy, equal_fraction, equal_to_generate, sample, teacher_forced
 from hf_async_batching.bench.machine import Machine, look_at
@@ -101,11 +102,11 @@ def add_parser(commands: Any) -> None:
     add("workloads", nargs="*", metavar="WORKLOAD", help=f"what to serve: {', '.join(WORKLOADS)}")
     add("--shape", metavar="NAME", help="random weights of this shape (see below)")
     add("--model", metavar="NAME", help="a model's folder or its name on the Hub, instead of a shape")
-    add("--depth", type=_count, nargs="+", default=[1, 2], metavar="N", help="steps in flight, one run each (1 2)")
+    add("--depth", type=count, nargs="+", default=[1, 2], metavar="N", help="steps in flight, one run each (1 2)")
     add("--engine", action="store_true", help="step the engine directly, without GenerationManager's thread")
     add("--peer", nargs="+", default=[], choices=PEERS, metavar="NAME", help=f"also run: {', '.join(PEERS)}")
     add("--peer-limit", type=float, default=300.0, metavar="S", help="give a peer's run up after S seconds (300)")
-    add("--repeats", type=_count, default=1, metavar="N", help="counted runs; the one with the median time counts (1)")
+    add("--repeats", type=count, default=1, metavar="N", help="counted runs; the one with the median time counts (1)")
     add("--accuracy", type=int, default=2, metavar="N", help="check N requests against the plain forward (2; 0: none)")
     add("--sampling", metavar="FIELDS", help="draw tokens, as in 'temperature=0.8,top_k=50'; not checked for accuracy")
     add("--device", choices=("cuda", "cpu"), help="where to run (cuda where there is one)")
@@ -113,23 +114,16 @@ def add_parser(commands: Any) -> None:
     add("--out", type=Path, metavar="DIR", help="write the JSON and the picture of each workload there")
     add("--timeline", type=Path, metavar="FILE", help="draw the picture of a saved JSON, and do nothing else")
     sizes = parser.add_argument_group("smaller work, for quick runs")
-    sizes.add_argument("--rows", type=_count, metavar="N", help="requests; of chat: conversations")
-    sizes.add_argument("--prompt", type=_count, metavar="N", help="prompt tokens; of mix: at most; of chat: shared")
-    sizes.add_argument("--new", type=_count, metavar="N", help="new tokens; of mix and chat: at most")
-    sizes.add_argument("--turns", type=_count, metavar="N", help="of chat: messages per conversation")
+    sizes.add_argument("--rows", type=count, metavar="N", help="requests; of chat: conversations")
+    sizes.add_argument("--prompt", type=count, metavar="N", help="prompt tokens; of mix: at most; of chat: shared")
+    sizes.add_argument("--new", type=count, metavar="N", help="new tokens; of mix and chat: at most")
+    sizes.add_argument("--turns", type=count, metavar="N", help="of chat: messages per conversation")
     settings = parser.add_argument_group("settings of the engine (BatchingConfig), the defaults where not given")
     for name in _SIZES:
-        settings.add_argument(f"--{name.replace('_', '-')}", type=_count, metavar="N")
+        settings.add_argument(f"--{name.replace('_', '-')}", type=count, metavar="N")
     for switch, setting in _SWITCHES.items():
         settings.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"{setting}=False")
     parser.set_defaults(run=partial(_run, parser))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_async_batching.arguments import count
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.dataset.generate import generate_dataset
 from hf_async_batching.dataset.input_files import InputError, read_input
@@ -83,7 +84,7 @@ def add_parser(commands: Any) -> None:
     rows = parser.add_argument_group("which rows")
     rows.add_argument("--config", metavar="NAME", help="of a dataset with several configurations")
     rows.add_argument("--split", metavar="NAME", help="train where there is one; otherwise the only one")
-    rows.add_argument("--limit", type=_count, metavar="N", help="the first N rows")
+    rows.add_argument("--limit", type=count, metavar="N", help="the first N rows")
     rows.add_argument("--streaming", action="store_true", help="do not download or convert the dataset first")
     prompts = parser.add_argument_group("their prompts")
     column = prompts.add_mutually_exclusive_group()
@@ -93,8 +94,8 @@ def add_parser(commands: Any) -> None:
     prompts.add_argument("--chat", action="store_true", help="make a text the user's message of a chat")
     prompts.add_argument("--system-prompt", metavar="TEXT", help="begin every chat with it; implies --chat")
     making = parser.add_argument_group("their completions")
-    making.add_argument("--max-new-tokens", type=_count, metavar="N", help="per completion")
-    making.add_argument("--num-return-sequences", type=_count, metavar="N", help="completions per row (1)")
+    making.add_argument("--max-new-tokens", type=count, metavar="N", help="per completion")
+    making.add_argument("--num-return-sequences", type=count, metavar="N", help="completions per row (1)")
     making.add_argument(
         "--do-sample", action=argparse.BooleanOptionalAction, help="draw at random; as the model's own config says"
     )
@@ -111,16 +112,9 @@ def add_parser(commands: Any) -> None:
     engine = parser.add_argument_group("the engine")
     engine.add_argument("--device", metavar="D", help="cuda, cuda:1, cpu, ... (cuda where there is one)")
     engine.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    engine.add_argument("--max-rows", type=_count, metavar="N", help="rows that are computed at once")
-    engine.add_argument("--window", type=_count, default=8192, metavar="N", help="unfinished rows in memory (8192)")
+    engine.add_argument("--max-rows", type=count, metavar="N", help="rows that are computed at once")
+    engine.add_argument("--window", type=count, default=8192, metavar="N", help="unfinished rows in memory (8192)")
     parser.set_defaults(run=partial(_run, parser))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 
+from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.linear.skinny_kernel import skinny_linear_kernel
 
 MAX_ROWS = 64
@@ -133,7 +134,7 @@ def skinny_linear(
     output = x.new_empty((*x.shape[:-1], n))
     partial = x.new_empty((setting.splits, rows, n), dtype=torch.float32) if setting.splits > 1 else output
     blocks = -(-k // setting.block_k)
-    early = launches_early(x.device)
+    early = device_launches_early(x.device)
     options = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         skinny_linear_kernel[(triton.cdiv(n, setting.block_n), setting.splits)](
@@ -155,9 +156,3 @@ def shared_memory_limit(device: torch.device) -> int:
         return 99 * 1024
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
-
-
-@functools.cache
-def launches_early(device: torch.device) -> bool:
-    """Whether kernels can be launched before the one ahead of them has ended (compute capability 9.0 and above)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.demo import MACHINE, wait_until_idle
+from support.step_records import record
 
 from demo.backend import STAGES, Backend, BackendFailedError
 from demo.pulse import Pulse, drawn_steps, figures_of
@@ -16,23 +17,6 @@ from demo.serving import Serving
 from demo.settings import Settings
 from hf_async_batching.bench.measure import Traffic
 from hf_async_batching.stats import Stats
-from hf_async_batching.timeline import StepRecord
-
-
-def record(step: int, start: float, end: float, **changes: Any) -> StepRecord:
-    fields: dict[str, Any] = {
-        "step": step,
-        "decode_rows": 3,
-        "prompt_tokens": 0,
-        "tokens": 3,
-        "context_tokens": 30,
-        "plan": (start - 0.002, start - 0.001),
-        "settle": (end + 0.001, end + 0.0015),
-        "compute": (start, end),
-        "h2d": None,
-        "d2h": (end, end + 0.0005),
-    }
-    return StepRecord(**{**fields, **changes})
 
 
 def test_steps_are_drawn_from_the_first_of_them_on() -> None:

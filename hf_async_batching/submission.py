@@ -1,0 +1,105 @@
+"""What `GenerationManager.submit` is given: read, and checked against an engine's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+
+from hf_async_batching.assembly import Assembly
+from hf_async_batching.criteria import stop_string_criterion
+from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
+from hf_async_batching.request import Request
+from hf_async_batching.row_layout import RuleKind
+from hf_async_batching.staging import MAX_EOS
+
+
+def prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
+    """Token ids of a prompt; placeholders where only embeddings [length, hidden] are given.
+
+    Raises:
+        ValueError: Neither is given, they do not fit together, or the ids are no whole numbers.
+    """
+    if input_ids is None and inputs_embeds is not None:
+        return [0] * len(inputs_embeds)  # nobody looks these up
+    if input_ids is None:
+        raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
+    prompt = _prompt_list(input_ids)
+    if inputs_embeds is not None and len(prompt) != len(inputs_embeds):
+        raise ValueError(
+            f"`inputs_embeds` has {len(inputs_embeds)} positions and `input_ids` {len(prompt)} tokens; pass as many "
+            "of one as of the other, or leave `input_ids` out"
+        )
+    return prompt
+
+
+def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
+    if isinstance(input_ids, torch.Tensor):
+        if input_ids.dim() != 1 or input_ids.is_floating_point():
+            raise ValueError(
+                f"`input_ids` must be a 1-D integer tensor or a list of ints, got shape {tuple(input_ids.shape)} and "
+                f"dtype {input_ids.dtype}; submit the rows of a batch one by one, without their padding"
+            )
+        tokens: list[int] = input_ids.tolist()
+        return tokens
+    if isinstance(input_ids, Iterable) and not isinstance(input_ids, (str, bytes)):
+        prompt = list(input_ids)
+        if all(isinstance(token, int) for token in prompt):
+            return prompt
+    raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
+
+
+def criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
+    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
+    own = StoppingCriteriaList(own or ())
+    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
+    made = StoppingCriteriaList()
+    if config.max_time is not None and MaxTimeCriteria not in kinds:
+        made.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None and StopStringCriteria not in kinds:
+        made.append(stop_string_criterion(config.stop_strings, tokenizer))
+    return StoppingCriteriaList([*made, *own])
+
+
+def check_limits(request: Request, assembly: Assembly) -> None:
+    """Refuse a request that an engine cannot serve.
+
+    Raises:
+        ValueError: It names a token that the model does not have.
+        RequestTooLongError: Prompt and new tokens exceed the limit of a request, or the cache.
+        UnsupportedArgumentError: It has more end-of-sequence tokens than its rules can hold.
+    """
+    vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
+    for token in request.prompt:
+        if not 0 <= token < vocab:
+            raise ValueError(
+                f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens"
+            )
+    if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
+        raise UnsupportedArgumentError(
+            f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served here "
+            f"(got {len(request.eos_token_ids)}); use `submit`, or pass fewer `eos_token_id`s"
+        )
+    logits = assembly.forward.logit_size
+    for rule in request.logits.rules:
+        beyond = [token for token in (*rule.prefix, rule.token) if token >= logits]
+        if beyond and rule.kind is not RuleKind.SUPPRESS:
+            raise ValueError(
+                f"`sequence_bias`, `bad_words_ids` or a forced token names token ids {beyond}, outside of the model's "
+                f"vocabulary of {logits} tokens"
+            )
+    length = len(request.prompt)
+    if length + request.max_new_tokens > limit:
+        settings = assembly.config.settings
+        by_context = limit == settings.max_sequence_length
+        bound = f"the limit of {limit} tokens per request" if by_context else f"the whole KV cache of {limit} tokens"
+        remedy = "shorten the prompt or " if length >= limit else "lower `max_new_tokens` or "
+        remedy += (
+            "raise BatchingConfig(max_sequence_length=...)" if by_context else "raise BatchingConfig(num_pages=...)"
+        )
+        raise RequestTooLongError(
+            f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
+        )
