@@ -6,13 +6,13 @@ import gc
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.engine_threads import engine_threads
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, GenerationManager
@@ -104,13 +104,15 @@ def test_defaults_of_the_caller_do_not_leak_in(model: Any) -> None:
 
 
 def test_a_dropped_manager_finishes_and_goes(model: Any) -> None:
+    before = engine_threads()
     manager = GenerationManager(model, BatchingConfig(page_size=16, idle_timeout=None))
     handle = manager.submit(PROMPTS[1], max_new_tokens=30, **GREEDY)
+    (thread,) = engine_threads() - before
     del manager
     gc.collect()
     assert len(handle.result(30).token_ids) == 30
     deadline = time.monotonic() + 20
-    while any(thread.name == "hf_async_batching" for thread in threading.enumerate()):
+    while thread.is_alive():
         assert time.monotonic() < deadline, "the thread of a manager that nobody holds goes on"
         time.sleep(0.02)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.engine_threads import engine_threads
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import (
@@ -548,6 +549,7 @@ def test_interpreter_exit_never_hangs() -> None:
 
 
 def test_concurrent_submitters_start_one_engine(model: Any) -> None:
+    before = engine_threads()
     with make(model) as manager:
         results: list[Any] = []
 
@@ -559,10 +561,12 @@ def test_concurrent_submitters_start_one_engine(model: Any) -> None:
             thread.start()
         for thread in threads:
             thread.join()
+        (engine,) = engine_threads() - before
     assert len(results) == 24
     for prompt, tokens in results[:8]:
         assert tokens == greedy_alone(model, prompt, 10, eos_token_id=None)
-    assert sum(thread.name == "hf_async_batching" and thread.is_alive() for thread in threading.enumerate()) == 0
+    engine.join(10)
+    assert not engine.is_alive()
 
 
 def test_config_eos_of_the_model_is_used(model: Any) -> None:
