@@ -27,6 +27,7 @@ from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
@@ -83,12 +84,15 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
     )
     forward.bind(cache, backend)
+    # A row goes on from any of its tokens where these are what it has; a state that goes on with them is not.
+    drafted = MAX_DRAFTED if isinstance(forward, ModelForward) else 0
     state = DeviceState(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
         device=forward.device,
         max_length=resolved.max_sequence_length,
         vocab_size=max(forward.vocab_size, forward.logit_size),
+        max_samples=resolved.max_rows + drafted,
     )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
@@ -107,6 +111,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         max_batch_tokens=resolved.max_batch_tokens,
         num_pages=resolved.num_pages,
         writes=max_writes,
+        drafted=drafted,
     )
     make_pipeline = partial(LeadingPipeline, group) if group is not None and group.leads else Pipeline
     pipeline = make_pipeline(
@@ -126,6 +131,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         prefix_cache=config.prefix_cache and forward.prefix_cacheable,
         max_writes=max_writes,
         window=common_window(forward.layers),
+        draft_rows=config.prompt_lookup_rows if drafted else 0,
     )
     engine = Engine(
         scheduler,

@@ -118,7 +118,8 @@ ENTRIES: tuple[Entry, ...] = (
     _no_effect("low_memory", _BEAMS),
     _refused("penalty_alpha", "contrastive search", (None, 0.0)),
     _refused("dola_layers", "DoLa decoding"),
-    _refused("prompt_lookup_num_tokens", "speculative decoding"),
+    _honoured("prompt_lookup_num_tokens", "in the batch, while few requests run; also where tokens are drawn"),
+    _honoured("max_matching_ngram_size"),
     _refused("assistant_early_exit", "speculative decoding"),
     _refused("speculation_type", "speculative decoding"),
     _refused("use_mtp", "speculative decoding", (None, False)),
@@ -129,7 +130,6 @@ ENTRIES: tuple[Entry, ...] = (
     _no_effect("assistant_lookbehind", _ASSISTANT),
     _no_effect("target_lookbehind", _ASSISTANT),
     _no_effect("assistant_ensemble_weight", _ASSISTANT),
-    _no_effect("max_matching_ngram_size", _ASSISTANT),
     _no_effect("is_assistant", _BOOKKEEPING),
     # caches and compilation
     _refused("cache_implementation", "the engine has pages of its own", _CACHES),

@@ -44,6 +44,8 @@ class BatchingConfig:
         prefix_cache: Keep full pages of finished and live requests, and let a prompt that begins with the same tokens
             start after them. Outputs do not depend on it. Weights that change in place in a way that torch does not
             count need `GenerationManager.weights_updated()`.
+        prompt_lookup_rows: Requests with `prompt_lookup_num_tokens` draft while no more requests than this run, and
+            none waits; 0 for never. Outputs do not depend on it.
         max_waiting: Requests that may wait for a row; one more raises `QueueFullError`.
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
@@ -70,6 +72,7 @@ class BatchingConfig:
     num_pages: int | None = None
     memory_fraction: float | None = None
     prefix_cache: bool = True
+    prompt_lookup_rows: int = 4
     max_waiting: int = 4096
     idle_timeout: float | None = 60.0
     attention_backend: BackendName = "auto"
@@ -85,6 +88,8 @@ class BatchingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.prompt_lookup_rows < 0:
+            raise ValueError(f"`prompt_lookup_rows` must not be negative, got {self.prompt_lookup_rows}")
         if self.page_size is not None and self.page_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"`page_size` must be 16, 32, 64, 128 or 256, got {self.page_size}")
         if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:

@@ -49,6 +49,7 @@ class DeviceState:
         fused: Whether decode steps use the Triton kernels; None for CUDA with Triton.
         max_length: Tokens that a row can reach; of what its memory holds.
         vocab_size: Token ids are below; likewise.
+        max_samples: Tokens that a step can sample; None for `max_rows`.
 
     Attributes:
         last_token: int32 [rows], the token that was sampled last for the row.
@@ -58,8 +59,8 @@ class DeviceState:
         params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
         memory: What rows remember beyond that, where they need to.
-        out_tokens: int32 [max_rows], tokens of the step that ran last, in plan order.
-        out_logprobs: float32 [max_rows], their log-probabilities where asked for.
+        out_tokens: int32 [max_samples], tokens of the step that ran last, in plan order.
+        out_logprobs: float32 [max_samples], their log-probabilities where asked for.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class DeviceState:
         fused: bool | None = None,
         max_length: int = 0,
         vocab_size: int = 0,
+        max_samples: int | None = None,
     ) -> None:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -81,8 +83,9 @@ class DeviceState:
         self.page_table = table(max_rows + 1, max_pages_per_row)
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
-        self.out_tokens = table(max_rows)
-        self.out_logprobs = table(max_rows, dtype=torch.float32)
+        max_samples = max_rows if max_samples is None else max_samples
+        self.out_tokens = table(max_samples)
+        self.out_logprobs = table(max_samples, dtype=torch.float32)
         if fused is None:
             fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         self._fused = fused
@@ -212,6 +215,8 @@ class DeviceState:
             assert context.tile_rows is not None and context.tile_lengths is not None
             self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
         rows = self.sampled_rows(inputs)
+        # A row that has several positions sampled goes on from a token that the host will give: what is kept of them
+        # here does not matter.
         records = self.params[rows]
         is_eos = (records[:, FIRST_EOS:] == tokens[:, None]).any(1)
         is_last = self.next_positions(inputs) + 1 >= records[:, MAX_LENGTH]

@@ -80,6 +80,8 @@ class Engine:
             self.outputs, self.failed = {}, []
         plan = self.scheduler.plan()
         self.started = plan.new_rows if plan is not None else ()
+        if self.started and any([new_row.again for new_row in self.started]):
+            self.started = tuple(new_row for new_row in self.started if not new_row.again)
         if plan is not None:
             self._in_flight.append(self.pipeline.launch(plan, started))
         elif not self._in_flight and self.scheduler.has_live:
@@ -109,8 +111,9 @@ class Engine:
             StepRecord(
                 step=plan.step,
                 decode_rows=len(plan.decode_rows),
-                prompt_tokens=plan.num_tokens - len(plan.decode_rows),
-                tokens=plan.num_sampled,
+                prompt_tokens=plan.num_prompt_tokens,
+                # Of drafts, those that were right.
+                tokens=sum(new.token is not None for new in emissions) if plan.drafts else plan.num_sampled,
                 context_tokens=plan.context_tokens,
                 # Where work runs while it is being launched, that part is not the host's.
                 plan=(launch.planned_at, compute[0] if self.device.runs_inline else launch.launched_at),

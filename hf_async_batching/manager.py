@@ -42,9 +42,9 @@ from hf_async_batching.requests_from_config import (
     new_request_id,
     seeds_of_rows,
 )
-from hf_async_batching.scheduler import features_of
 from hf_async_batching.sequence import Sequence
 from hf_async_batching.stats import Stats, read_stats
+from hf_async_batching.step_needs import features_of
 from hf_async_batching.submission import check_limits, criteria_of, prompt_of
 from hf_async_batching.tensor_parallel.follower import Follower
 from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable

@@ -66,7 +66,7 @@ class Pipeline:
         tile_size: int,
         logit_size: int = 0,
     ) -> None:
-        max_rows = limits.samples
+        max_samples = limits.samples
         self._device = device
         self._state = state
         self._runner = runner
@@ -75,10 +75,10 @@ class Pipeline:
         self._host_input = [device.host_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
         self._host_input_arrays = [buffer.numpy() for buffer in self._host_input]
         self._staging = [device.device_buffer(limits.total, torch.int32) for _ in range(SLOTS)]
-        self._output = [_Prefix(device.device_buffer(max_rows, torch.int32)) for _ in range(SLOTS)]
-        self._output_logprobs = [_Prefix(device.device_buffer(max_rows, torch.float32)) for _ in range(SLOTS)]
-        self._result = [_Prefix(device.host_buffer(max_rows, torch.int32)) for _ in range(depth)]
-        self._result_logprobs = [_Prefix(device.host_buffer(max_rows, torch.float32)) for _ in range(depth)]
+        self._output = [_Prefix(device.device_buffer(max_samples, torch.int32)) for _ in range(SLOTS)]
+        self._output_logprobs = [_Prefix(device.device_buffer(max_samples, torch.float32)) for _ in range(SLOTS)]
+        self._result = [_Prefix(device.host_buffer(max_samples, torch.int32)) for _ in range(depth)]
+        self._result_logprobs = [_Prefix(device.host_buffer(max_samples, torch.float32)) for _ in range(depth)]
         self._failures: dict[int, dict[int, Exception]] = {}
         # Scores and logits, a line per position that wants them; made when they are wanted, larger when more are.
         self._logit_size = logit_size

@@ -13,25 +13,28 @@ from hf_async_batching.request import Request
 class Chunk(NamedTuple):
     """A piece of a prompt: `tokens` go to the positions after those that the row has computed so far.
 
-    `samples` is true for the last piece, whose last position yields the first new token.
+    `samples` counts the positions at its end that yield a token: 0; or 1 for the last piece of a prompt; or all, where
+    `tokens` are a request's last one and a draft.
     """
 
     row: int
     tokens: tuple[int, ...]
-    samples: bool
+    samples: int
 
 
 class NewRow(NamedTuple):
     """A row that a request takes over in this step; the device tables of the row are set from `request`.
 
     `start` is how many of its tokens stand in its pages already: the first piece of its prompt begins there. `known`
-    holds them where the row's memory needs them.
+    holds them where the row's memory needs them. `again` is whether it is the row's own request, which goes on from
+    another place than the tables know.
     """
 
     row: int
     request: Request
     start: int = 0
     known: tuple[int, ...] = ()
+    again: bool = False
 
 
 class NewPage(NamedTuple):
@@ -153,13 +156,23 @@ class Plan:
         return len(self.decode_rows) + sum(len(chunk.tokens) for chunk in self.chunks)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Query tokens of prompts."""
+        return sum(len(chunk.tokens) for chunk in self.chunks if chunk.samples < 2)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there are drafts in it."""
+        return any(chunk.samples > 1 for chunk in self.chunks)
+
+    @property
     def num_wanted(self) -> int:
         """Sampled positions whose scores or logits are returned."""
         return sum(run.stop - run.start for run in self.wanted)
 
     @property
     def num_sampled(self) -> int:
-        """Tokens that the step samples: one per decode row, then one per sampling chunk, in this order."""
+        """Tokens that the step samples: one per decode row, then those of the chunks, in this order."""
         return len(self.decode_rows) + sum(chunk.samples for chunk in self.chunks)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_async_batching.logits_params import LogitsParams, Stage
+from hf_async_batching.prompt_lookup import DEFAULT_NGRAM
 from hf_async_batching.row_layout import MAX_PADDING
 
 MAX_SEED = 2**63
@@ -126,6 +127,9 @@ class Request:
             `called_processors`.
         output_scores: Whether the scores that tokens are chosen by are returned.
         output_logits: Whether the model's own logits are returned.
+        lookup_tokens: Tokens that a step may compute ahead, copied from earlier ones (see `prompt_lookup`); 0 is none.
+            The request's tokens do not depend on it.
+        lookup_ngram: How many of the last tokens must have stood before, at most; at least 1.
         prompt_embeddings: What the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:
@@ -143,6 +147,8 @@ class Request:
     processors: Any = None
     output_scores: bool = False
     output_logits: bool = False
+    lookup_tokens: int = 0
+    lookup_ngram: int = DEFAULT_NGRAM
     prompt_embeddings: object | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -157,6 +163,11 @@ class Request:
             raise ValueError(
                 f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}; when it comes from `max_length`, "
                 f"raise `max_length` above the prompt's {len(self.prompt)} tokens"
+            )
+        if self.lookup_tokens < 0 or self.lookup_ngram < 1:
+            raise ValueError(
+                "`lookup_tokens` must not be negative, and `lookup_ngram` at least 1, got "
+                f"{self.lookup_tokens} and {self.lookup_ngram}"
             )
         if self.min_new_tokens < 0:
             raise ValueError(f"`min_new_tokens` must not be negative, got {self.min_new_tokens}")

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_async_batching.processor_reader import Recipe
+from hf_async_batching.prompt_lookup import DEFAULT_NGRAM
 from hf_async_batching.request import MAX_SEED, Request
 
 # Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
@@ -96,7 +97,18 @@ def build_request(
         processors=processors,
         output_scores=returned and bool(config.output_scores),
         output_logits=returned and bool(config.output_logits),
+        lookup_tokens=_at_least_one(config, "prompt_lookup_num_tokens", 0),
+        lookup_ngram=_at_least_one(config, "max_matching_ngram_size", DEFAULT_NGRAM),
     )
+
+
+def _at_least_one(config: GenerationConfig, name: str, default: int) -> int:
+    value = getattr(config, name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, or None, got {value!r}")
+    return value
 
 
 def eos_token_ids(config: GenerationConfig) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ The policy is first come, first served, and every choice follows from it:
 - A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens.
 - When pages run out, the youngest sequence gives up its pages and is computed again later (preemption by
   recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
+- While few sequences run, those that asked for it compute drafts (see `drafting`).
 
 Ids are retired, not freed: pages and rows return to their pools when the last step that could touch them completed.
 """
@@ -16,16 +17,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import reduce
-from operator import or_
 from typing import NamedTuple
 
+from hf_async_batching.drafting import Drafted, Drafting, settle_drafts
 from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
-from hf_async_batching.plan import NO_BOUNDS, Bounds, Call, Chunk, Features, NewPage, NewRow, Plan, Result, Run
+from hf_async_batching.plan import NO_BOUNDS, Call, Chunk, Features, NewPage, NewRow, Plan, Result, Run
+from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
 from hf_async_batching.sequence import Sequence, State
+from hf_async_batching.step_needs import features_of, rare_needs
 
 
 class _Retired(NamedTuple):
@@ -49,6 +50,7 @@ class Scheduler:
             for no bound.
         window: How many of the last tokens, its own included, a token sees in every layer; None for all. Pages that no
             token to come sees are given back while their sequence goes on.
+        draft_rows: Nobody drafts while more sequences than this run; 0 is never.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Scheduler:
         prefix_cache: bool = True,
         max_writes: int | None = None,
         window: int | None = None,
+        draft_rows: int = 0,
     ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
@@ -69,6 +72,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_writes = max_writes
         self.window = window
+        self.drafting = Drafting(self.pages, draft_rows)
         self.preemptions = 0
         self.finished = 0
         self._waiting: deque[Sequence] = deque()
@@ -76,6 +80,7 @@ class Scheduler:
         self._live: dict[str, Sequence] = {}
         self._retired: list[_Retired] = []
         self._sampled: dict[int, list[Sequence]] = {}  # step in flight -> whose tokens it brings, in plan order
+        self._drafts: dict[int, list[Drafted]] = {}  # step in flight -> the drafts in it
         self._step = 0
         self._completed = -1
         self._arrivals = 0
@@ -84,6 +89,7 @@ class Scheduler:
         self._regroup_due = False
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
+        self._drafters: list[Sequence] = []
         self._planned_decoding: list[Sequence] = []
         self._decode_rows: tuple[int, ...] = ()
         self._planned_sampled: list[Sequence] = []
@@ -153,9 +159,13 @@ class Scheduler:
         """The next step, or None where no sequence can move before a step in flight completes."""
         new_rows: list[NewRow] = []
         new_pages: list[NewPage] = []
+        if self._regroup_due:
+            self._regroup()
+        if self._drafters:
+            self._choose_drafts()
         decoding, short_of_pages = self._plan_decodes(new_pages)
         budget = self.max_batch_tokens - len(decoding)
-        chunks, prefilled = self._plan_prefills(budget)
+        chunks, prefilled = self._plan_prefills(budget, new_rows, new_pages)
         budget -= sum(len(chunk.tokens) for chunk in chunks)
         if not short_of_pages:
             admitted, joined = self._admit(budget, new_rows, new_pages)
@@ -180,7 +190,11 @@ class Scheduler:
             sequence.planned += chunk.samples
             sequence.last_step = step
         if any([chunk.samples for chunk in chunks]):
-            sampled = decoding + [s for s, chunk in zip(prefilled, chunks, strict=True) if chunk.samples]
+            sampled = decoding[:]
+            for sequence, chunk in zip(prefilled, chunks, strict=True):
+                if chunk.samples > 1:
+                    self._drafts.setdefault(step, []).append(Drafted(sequence, len(sampled), sequence.draft))
+                sampled += [sequence] * chunk.samples
         # A minimum length wears off as tokens are planned; all else changes with the sequences only.
         if prefilled or self._had_prefills or sampled is not self._planned_sampled or self._features.min_length:
             self._planned_sampled, self._had_prefills = sampled, bool(prefilled)
@@ -189,7 +203,7 @@ class Scheduler:
         wanted: tuple[Run, ...] = ()
         bounds = NO_BOUNDS
         if self._features.eager:
-            calls, wanted, bounds = _rare(sampled)
+            calls, wanted, bounds = rare_needs(sampled)
         # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
         # it. That suffices, because steps run in the order of their plans on one stream.
         for sequence in prefilled:
@@ -230,7 +244,14 @@ class Scheduler:
         logprobs: list[float | None] = [None] * len(sampled)
         if result.logprobs is not None:
             logprobs[:] = result.logprobs
-        emissions = self._settle(sampled, result.tokens, logprobs)
+        tokens = result.tokens
+        drafts = self._drafts.pop(result.step, ()) if self._drafts else ()
+        if drafts:
+            sampled, tokens, logprobs = self.drafting.check(drafts, sampled, tokens, logprobs)
+        emissions = self._settle(sampled, tokens, logprobs)
+        if drafts:
+            settle_drafts([draft.sequence for draft in drafts])
+            self._regroup_due = True
         self._completed = result.step
         if self._retired:
             self._release_retired()
@@ -269,6 +290,11 @@ class Scheduler:
         return emissions
 
     # -- planning -------------------------------------------------------------------------------------------------
+
+    def _choose_drafts(self) -> None:
+        """Let sequences that can draft do so, or go on as the others do."""
+        few = not self._waiting and len(self._running) <= self.drafting.max_rows
+        self._regroup_due |= self.drafting.choose(self._drafters, few)
 
     def _plan_decodes(self, new_pages: list[NewPage]) -> tuple[list[Sequence], bool]:
         """The sequences that decode one token each, oldest first, and whether any lacks a page."""
@@ -318,8 +344,9 @@ class Scheduler:
     def _regroup(self) -> None:
         """Sort the running sequences, all by arrival, into those that decode and those whose prompts are computed."""
         decoding, prefilling = State.DECODING, State.PREFILLING
-        self._decoding = [s for s in self._running if s.state is decoding and s.wants_more]
+        self._decoding = [s for s in self._running if s.state is decoding and s.wants_more and not s.held]
         self._prefilling = [s for s in self._running if s.state is prefilling]
+        self._drafters = [s for s in self._running if s.lookup is not None]
         self._regroup_due = False
 
     def _make_room(self, sequence: Sequence, short: int) -> bool:
@@ -344,10 +371,16 @@ class Scheduler:
         self._retire(sequence)
         sequence.state = State.WAITING
         sequence.computed = 0
+        sequence.held = sequence.restarts = False
+        sequence.draft = ()
         # Everyone in the queue is younger: running sequences are always older than waiting ones.
         self._waiting.appendleft(sequence)
 
-    def _plan_prefills(self, budget: int) -> tuple[list[Chunk], list[Sequence]]:
+    def _plan_prefills(
+        self, budget: int, new_rows: list[NewRow], new_pages: list[NewPage]
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        """Pieces of prompts that are under way, and drafts."""
+        can_draft = MAX_DRAFTED
         chunks: list[Chunk] = []
         prefilled: list[Sequence] = []
         for sequence in self._prefilling:
@@ -355,6 +388,10 @@ class Scheduler:
                 break
             if self.window is not None:
                 self._give_back_passed(sequence, self.window)
+            if sequence.restarts:
+                self.drafting.begin(sequence, min(can_draft, budget - 1), new_pages)
+                can_draft -= len(sequence.draft)
+                new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed, again=True))
             chunk = self._next_chunk(sequence, budget)
             budget -= len(chunk.tokens)
             chunks.append(chunk)
@@ -438,15 +475,20 @@ class Scheduler:
             self._release_retired()
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        self._regroup_due = True
         start = sequence.computed
+        if sequence.draft:
+            piece = (*sequence.tokens[start:], *sequence.draft)
+            sequence.computed += len(piece)
+            sequence.state = State.VERIFYING
+            return Chunk(sequence.row, piece, len(piece))
         end = min(start + budget, len(sequence.tokens))
         sequence.computed = end
         samples = end == len(sequence.tokens)
         if samples:
             sequence.state = State.DECODING
             sequence.decide_later(self.pages.page_size)
-        self._regroup_due = True
-        return Chunk(sequence.row, tuple(sequence.tokens[start:end]), samples)
+        return Chunk(sequence.row, tuple(sequence.tokens[start:end]), int(samples))
 
     # -- endings --------------------------------------------------------------------------------------------------
 
@@ -504,56 +546,6 @@ class Scheduler:
         assert all(
             sequence.computed + 1 == sequence.planned for sequence in self._running if sequence.state is State.DECODING
         ), "a token that no step computes, or that two do"
-
-
-def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
-    """What a step needs that samples for some sequences, and computes prompts of some."""
-    candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
-    features = Features(
-        sampling=bool(candidates),
-        candidates=-1 if -1 in candidates else max(candidates, default=0),
-        min_length=any([sequence.computed < sequence.min_length for sequence in sampled]),
-        logprobs=any([sequence.logprobs for sequence in sampled]),
-    )
-    needs = [sequence.needs for sequence in sampled if sequence.needs is not None]
-    # What a row has seen is kept from its first token on, also by steps that sample nothing for it.
-    kept = needs + [sequence.needs for sequence in prefilled if sequence.needs is not None]
-    if not kept:
-        return features
-    classes = {need.top_k for need in needs}
-    return replace(
-        features,
-        top_k=-1 if -1 in classes else max(classes, default=0),
-        seen=any([need.seen for need in kept]),
-        penalty=any([need.penalty for need in needs]),
-        stages=reduce(or_, [need.stages for need in needs], 0),
-        memory=any([need.memory for need in kept]),
-        calls=any([need.calls for need in needs]),
-        scores=any([need.scores for need in needs]),
-        logits=any([need.logits for need in needs]),
-    )
-
-
-def _rare(sampled: list[Sequence]) -> tuple[tuple[Call, ...], tuple[Run, ...], Bounds]:
-    """What a step needs beside its features, where these are rare. Its sequences are planned already."""
-    calls: list[Call] = []
-    wanted: list[Run] = []
-    history = rules = ngram = 0
-    for index, sequence in enumerate(sampled):
-        needs, request = sequence.needs, sequence.request
-        if needs is None:
-            continue
-        if needs.scores or needs.logits:
-            start = index
-            names: tuple[str, ...] = (sequence.request_id,)
-            if wanted and wanted[-1].stop == index:
-                before = wanted.pop()
-                start, names = before.start, before.request_ids + names
-            wanted.append(Run(start, index + 1, names))
-        if needs.calls:
-            calls.append(Call(index, sequence.row, sequence.computed, request))
-        elif needs.memory:
-            history = max(history, len(request.padding) + sequence.computed)
-            rules = max(rules, len(request.logits.rules))
-            ngram = max(ngram, request.logits.ngram)
-    return tuple(calls), tuple(wanted), Bounds(history, rules, ngram)
+        assert all(not sequence.held or sequence.state is State.DECODING for sequence in self._running), (
+            "a sequence is held that does not decode"
+        )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from hf_async_batching.logits_params import Stage
 from hf_async_batching.prefix_cache import Node
+from hf_async_batching.prompt_lookup import PromptLookup
 from hf_async_batching.request import Request
 from hf_async_batching.row_layout import RULE_WORDS
 
@@ -18,6 +19,7 @@ class State(enum.Enum):
     WAITING = "waiting"
     PREFILLING = "prefilling"
     DECODING = "decoding"
+    VERIFYING = "verifying"
     FINISHED = "finished"
 
 
@@ -45,6 +47,11 @@ class Needs(NamedTuple):
     scores: bool
     logits: bool
     fixed_writes: int
+
+    @property
+    def forbids_drafts(self) -> bool:
+        """Whether a token's choice depends on tokens before it beyond the logits, or brings more than the token."""
+        return bool(self.stages or self.seen or self.memory or self.calls or self.scores or self.logits)
 
     @classmethod
     def of(cls, request: Request) -> Needs | None:
@@ -98,6 +105,10 @@ class Sequence:
         passed: How many it has given back: no token to come sees them.
         prefix: The last page of its chain in the prefix cache; None before the first look-up.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
+        lookup: Where its drafts come from; None where it makes none.
+        held: Whether it decodes no further until its tokens in flight have arrived.
+        draft: Tokens that are computed, or about to be, behind its last one.
+        restarts: Whether what the device's tables hold of its row is not what it goes on from.
     """
 
     request: Request
@@ -120,6 +131,10 @@ class Sequence:
     passed: int = 0
     prefix: Node | None = None
     last_step: int = -1
+    lookup: PromptLookup | None = field(init=False)
+    held: bool = False
+    draft: tuple[int, ...] = ()
+    restarts: bool = False
 
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
@@ -138,6 +153,9 @@ class Sequence:
         self.logprobs = sampling.logprobs
         self.shareable = self.request.prompt_embeddings is None
         self.needs = Needs.of(self.request)
+        self.lookup = None
+        if self.request.lookup_tokens and self.shareable and not (self.needs and self.needs.forbids_drafts):
+            self.lookup = PromptLookup(self.request.lookup_tokens, self.request.lookup_ngram, self.eos)
 
     @property
     def placeholders(self) -> int:

@@ -93,9 +93,12 @@ class Sections(NamedTuple):
         return self.writes_start + self.writes * 3
 
     @classmethod
-    def largest(cls, *, max_rows: int, max_batch_tokens: int, num_pages: int, writes: int = 0) -> Sections:
-        """Sizes that no step exceeds."""
-        return cls(max_rows, num_pages, max_rows, max_batch_tokens, max_rows, max_batch_tokens + max_rows, writes)
+    def largest(
+        cls, *, max_rows: int, max_batch_tokens: int, num_pages: int, writes: int = 0, drafted: int = 0
+    ) -> Sections:
+        """Sizes that no step exceeds; `drafted` positions are sampled beyond one per row."""
+        samples, tiles = max_rows + drafted, max_batch_tokens + max_rows
+        return cls(max_rows, num_pages, max_rows, max_batch_tokens, samples, tiles, writes)
 
 
 def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, tile_size: int) -> Sections:
@@ -151,8 +154,7 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
             for offset in range(0, length, tile_size)
         ]
         query += length
-        if chunk.samples:
-            samples.append(query - 1)
+        samples += range(query - chunk.samples, query)
     section(len(samples))[:] = samples
     section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
     return Sections(new_rows, new_pages, tokens=num_tokens, samples=len(samples), tiles=len(tiles), writes=writes)

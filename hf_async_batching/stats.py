@@ -31,6 +31,8 @@ class Stats:
         prefix_query_tokens: Prompt tokens that were looked up in the prefix cache, since the engine started.
         prefix_hit_tokens: Those of them whose pages were found, and not computed again.
         prefix_pages: KV pages that no request holds and the prefix cache still knows; they count as free.
+        drafted_tokens: Tokens that prompt lookup had computed ahead, since the engine started.
+        accepted_tokens: Those of them that were right.
         depth: Steps in flight at once.
         page_size: Tokens per page.
         cache_bytes: Memory of the KV cache.
@@ -53,6 +55,8 @@ class Stats:
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     prefix_pages: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     depth: int = 0
     page_size: int = 0
     cache_bytes: int = 0
@@ -87,6 +91,8 @@ def read_stats(assembly: Assembly | None, inbox: int) -> Stats:
         prefix_query_tokens=scheduler.pages.prefixes.query_tokens,
         prefix_hit_tokens=scheduler.pages.prefixes.hit_tokens,
         prefix_pages=scheduler.pages.prefixes.num_unheld,
+        drafted_tokens=scheduler.drafting.drafted,
+        accepted_tokens=scheduler.drafting.accepted,
         depth=engine.depth,
         page_size=assembly.config.page_size,
         cache_bytes=assembly.cache.num_bytes,

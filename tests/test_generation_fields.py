@@ -26,7 +26,6 @@ ASKS: dict[str, Any] = {
     "token_healing": True,
     "output_attentions": True,
     "output_hidden_states": True,
-    "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 2,
     "speculation_type": "mtp",
     "penalty_alpha": 0.6,

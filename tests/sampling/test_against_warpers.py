@@ -19,8 +19,8 @@ from hf_async_batching.processor_reader import CallRow, read_processors
 from hf_async_batching.request import Request
 from hf_async_batching.row_memory import RowMemory
 from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.scheduler import _rare, features_of
 from hf_async_batching.sequence import Sequence
+from hf_async_batching.step_needs import features_of, rare_needs
 
 VOCAB = 32
 DRAWS = 20_000
@@ -83,7 +83,7 @@ def rows_of(requests: list[Request]) -> tuple[SampledRows, Features]:
     sequences = [Sequence(one, 0) for one in requests]
     for sequence in sequences:
         sequence.computed = len(sequence.tokens)
-    _, _, bounds = _rare(sequences)
+    _, _, bounds = rare_needs(sequences)
     positions = torch.tensor([len(one.prompt) for one in requests])
     rows = torch.arange(1, count + 1, dtype=torch.int32)
     return SampledRows(params, positions, rows, memory, bounds), features_of(sequences, [])

@@ -20,8 +20,8 @@ from hf_async_batching.plan import Features, NewRow, Plan
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.row_memory import RowMemory
 from hf_async_batching.sampling import SampledRows, Sampler, fused
-from hf_async_batching.scheduler import features_of
 from hf_async_batching.sequence import Sequence
+from hf_async_batching.step_needs import features_of
 
 # Triton 3.9 announces a change of a compiler default that makes no difference here.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -20,6 +20,7 @@ from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine import Engine
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Plan
+from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Emission, Scheduler
@@ -109,6 +110,7 @@ class ToyEngine:
     outputs: bool = False
     remembers: bool = False
     window: int | None = None
+    draft_rows: int = 0
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -128,6 +130,7 @@ class ToyEngine:
             fused=self.fused,
             max_length=self.num_pages * self.page_size,
             vocab_size=VOCAB,
+            max_samples=self.max_rows + MAX_DRAFTED,
         )
         graphs = self.device.supports_graphs
         self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
@@ -143,6 +146,7 @@ class ToyEngine:
             max_batch_tokens=self.max_batch_tokens,
             num_pages=self.num_pages,
             writes=self.num_pages * self.page_size,
+            drafted=MAX_DRAFTED,
         )
         pipeline = Pipeline(
             self.device, self.state, self.runner, depth=self.depth, limits=limits, tile_size=3, logit_size=VOCAB
@@ -154,6 +158,7 @@ class ToyEngine:
             max_batch_tokens=self.max_batch_tokens,
             max_writes=self.num_pages * self.page_size,
             window=self.window,
+            draft_rows=self.draft_rows,
         )
         # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
         self.scheduler.pages.on_release = self._scribble_pages
@@ -198,6 +203,8 @@ class ToyEngine:
             wanted = {"output_scores": rng.random() < 0.7, "output_logits": rng.random() < 0.7}
         if self.remembers and rng.random() < 0.7:
             wanted["processors"] = self._remember(prompt)
+        if self.draft_rows and rng.random() < 0.8:
+            wanted["lookup_tokens"] = rng.randint(1, 6)
         return wanted
 
     def _remember(self, prompt: tuple[int, ...]) -> Any:
