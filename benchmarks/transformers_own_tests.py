@@ -1,6 +1,7 @@
 """Runs transformers' own generation tests through the plug: its `GenerationTesterMixin`, greedy and sampling.
 
-    python -m benchmarks.transformers_own_tests CHECKOUT [--families llama gemma2] [--out PAGE.md]
+    pip install parameterized timeout-decorator
+    python -m benchmarks.transformers_own_tests CHECKOUT [--families llama gemma2] [--out PAGE.md --tests-of TEXT]
 
 CHECKOUT is a clone of transformers at the installed release: its wheels hold no tests. Nothing of transformers is
 patched: each family's own test class is subclassed, and its models are subclasses whose `generate` names the plug.
@@ -47,7 +48,13 @@ FAMILIES = [
     "qwen3_moe",
     "starcoder2",
 ]
-WANTED = re.compile(r"test_(greedy|sample)_generate")
+# Those that search otherwise, or ask for the cache itself, are not for us.
+WANTED = re.compile(
+    r"test_((greedy|sample)_generate"
+    r"|prompt_lookup_decoding"
+    r"|generate_(without_input_ids|from_(random_)?inputs_embeds|methods_with_logits_to_keep|with_and_without_position_ids))"
+    r"(?!.*(beam|static_cache))"
+)
 
 Outcome = tuple[str, str]
 
@@ -127,15 +134,15 @@ def outcomes(families: list[str]) -> Iterator[tuple[str, str, Outcome]]:
                 yield family, name, outcome
 
 
-def report(found: list[tuple[str, str, Outcome]]) -> str:
-    """The outcomes as a page."""
+def report(found: list[tuple[str, str, Outcome]], tests_of: str) -> str:
+    """The outcomes as a page; `tests_of` says where the tests are from."""
     counts = Counter(outcome[0] for _, _, outcome in found)
     lines = [
         "# transformers' own generation tests through the plug",
         "",
         f"`GenerationTesterMixin`, greedy and sampling, transformers {transformers.__version__}: "
         + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        + ". Made by `python -m benchmarks.transformers_own_tests CHECKOUT`.",
+        + f". Made by `python -m benchmarks.transformers_own_tests CHECKOUT`{tests_of and '; tests: ' + tests_of}.",
         "",
         "| family | test | outcome | reason |",
         "| --- | --- | --- | --- |",
@@ -151,6 +158,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tests-of", default="", help="where CHECKOUT is from, for the page")
     arguments = parser.parse_args()
     if not (arguments.checkout / "tests" / "generation" / "test_utils.py").exists():
         parser.error(f"{arguments.checkout} holds no tests/generation/test_utils.py; give a clone of transformers")
@@ -160,7 +168,7 @@ def main() -> int:
         print(f"{family:12} {name:50} {outcome[0]:15} {outcome[1][:120]}", flush=True)
         found.append((family, name, outcome))
     if arguments.out is not None:
-        arguments.out.write_text(report(found))
+        arguments.out.write_text(report(found, arguments.tests_of))
     return int(not found or any(outcome[0] == "failed" for _, _, outcome in found))
 
 

@@ -76,7 +76,7 @@ class Drafting:
             sequence.restarts = True
         elif was_held:
             assert sequence.lookup is not None
-            sequence.lookup.judged(len(sequence.tokens), 0)
+            sequence.lookup.judged(0, 0, len(sequence.tokens))
 
     def _has_place(self, sequence: Sequence) -> bool:
         """Whether there is a page for the last token, one that is drafted, and one behind it."""
@@ -123,7 +123,7 @@ class Drafting:
             self.drafted += len(draft)
             self.accepted += accepted
             assert sequence.lookup is not None
-            sequence.lookup.judged(len(sequence.tokens) + accepted + 1, accepted)
+            sequence.lookup.judged(len(draft), accepted, len(sequence.tokens) + accepted + 1)
         kept = [position for position in range(len(sampled)) if position not in dropped]
         return [sampled[i] for i in kept], [tokens[i] for i in kept], [logprobs[i] for i in kept]
 

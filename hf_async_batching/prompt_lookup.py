@@ -23,7 +23,8 @@ _LONGEST_REST = 32
 class PromptLookup:
     """Finds drafts for one sequence.
 
-    After a draft of which nothing was right it rests for a token, after the next one for two, and so on up to 32.
+    Wrong drafts cost time: after one of which nothing was right the next is half as long, and it rests for a token
+    before that, after another one for two, and so on up to 32; until something is right again.
 
     Args:
         num_tokens: Tokens of a draft, at most.
@@ -37,6 +38,7 @@ class PromptLookup:
         self._ends = ends
         self._history = np.empty(0, np.int64)
         self._known = 0
+        self._length = num_tokens
         self._rest = 0
         self._resumes_at = 0
 
@@ -61,7 +63,7 @@ class PromptLookup:
             found = longer
         if not len(found):
             return ()
-        length = min(self._num_tokens, limit)
+        length = min(self._length, limit)
         # The latest place that has enough behind it; the first one has the most.
         enough = found[found <= count - length]
         start = int(enough[-1]) if len(enough) else int(found[0])
@@ -69,8 +71,18 @@ class PromptLookup:
         end = next((i for i, token in enumerate(draft) if token in self._ends), len(draft))
         return tuple(draft[:end])
 
-    def judged(self, length: int, accepted: int) -> None:
-        """Remember how many tokens of the last draft were right, in a sequence that has `length` tokens by now."""
+    def judged(self, drafted: int, accepted: int, length: int) -> None:
+        """Remember what became of a draft.
+
+        Args:
+            drafted: Its tokens; 0 where there was none after all.
+            accepted: How many of them were right.
+            length: Tokens of the sequence by now.
+        """
+        if accepted:
+            self._length = self._num_tokens
+        elif drafted:
+            self._length = max(1, self._length // 2)
         self._rest = 0 if accepted else min(max(1, 2 * self._rest), _LONGEST_REST)
         self._resumes_at = length + self._rest
 

@@ -82,15 +82,15 @@ def test_rest_after_wrong_drafts() -> None:
     lookup, tokens = PromptLookup(2, 2, frozenset()), [1, 2, 3, 1, 2]
     rests = []
     for _ in range(8):
-        lookup.judged(len(tokens), 0)
+        lookup.judged(0, 0, len(tokens))
         before = len(tokens)
         while not lookup.find(tokens, 5):
             tokens.append((1, 2, 3)[len(tokens) % 3])
         rests.append(len(tokens) - before)
     assert rests == [1, 2, 4, 8, 16, 32, 32, 32]
-    lookup.judged(len(tokens), 1)
+    lookup.judged(2, 1, len(tokens))
     assert lookup.find(tokens, 5)
-    lookup.judged(len(tokens), 0)
+    lookup.judged(2, 0, len(tokens))
     assert not lookup.find(tokens, 5)
     assert lookup.find([*tokens, (1, 2, 3)[len(tokens) % 3]], 5), "it begins anew after a right one"
 
@@ -98,3 +98,18 @@ def test_rest_after_wrong_drafts() -> None:
 @pytest.mark.parametrize(("sampled", "accepted"), [([5, 6, 7, 8], 3), ([5, 6, 9, 8], 2), ([9, 6, 7, 8], 0)])
 def test_accepted(sampled: list[int], accepted: int) -> None:
     assert num_accepted((5, 6, 7), sampled) == accepted
+
+
+def test_drafts_become_shorter_until_one_is_right() -> None:
+    tokens = list(range(50)) * 3
+    lookup = PromptLookup(10, 2, frozenset())
+
+    def next_length(drafted: int, accepted: int) -> int:
+        lookup.judged(drafted, accepted, 0)  # so that it has rested by now
+        return len(lookup.find(tokens, 100))
+
+    assert len(lookup.find(tokens, 100)) == 10
+    assert next_length(10, 3) == 10
+    assert [next_length(10, 0) for _ in range(5)] == [5, 2, 1, 1, 1]
+    assert next_length(1, 1) == 10
+    assert next_length(0, 0) == 10, "there was no draft, which says nothing of their length"

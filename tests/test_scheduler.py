@@ -770,7 +770,7 @@ class Device:
 
     def run(self, plan: Plan) -> Result:
         """A step, whose tokens follow from what stands in the pages of a row."""
-        for row, owner, start, _ in plan.new_rows:
+        for row, owner, start, *_ in plan.new_rows:
             self.lengths[row], self.tables[row], self.owners[row] = start, {}, owner
         for row, index, page in plan.new_pages:
             assert index == len(self.tables[row]), "pages come in order"
