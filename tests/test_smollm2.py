@@ -77,7 +77,7 @@ def test_the_prompts_are_what_they_should_be(smollm2: Any) -> None:
     assert 600 < max(lengths) <= 700
 
 
-@pytest.mark.parametrize(("depth", "page_size"), CONFIGS[:3])
+@pytest.mark.parametrize(("depth", "page_size"), CONFIGS[:2])
 def test_64_threads(smollm2: Any, outputs: Any, depth: int, page_size: int) -> None:
     """Every token is the arg-max of the model's plain forward, and every configuration gives the same tokens."""
     model, prompts, new_tokens = smollm2
