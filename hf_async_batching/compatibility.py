@@ -98,7 +98,7 @@ ENTRIES: tuple[Entry, ...] = (
     _honoured("watermarking_config", _CALLED),
     # outputs
     _honoured("num_return_sequences"),
-    _honoured("return_dict_in_generate", "without `past_key_values`: the cache is shared"),
+    _honoured("return_dict_in_generate", "without the cache, which is shared"),
     _honoured("output_scores", "0 for rows that have ended"),
     _honoured("output_logits", "0 for rows that have ended"),
     _refused("output_attentions", "the attention kernels keep no weights", (None, False)),

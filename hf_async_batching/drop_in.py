@@ -101,7 +101,7 @@ def generate(
     Returns:
         What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
         token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
-        whose `sequences` they are (there is no `past_key_values` to return: the cache is shared). Its `scores` and
+        whose `sequences` they are (there is no cache to return: it is shared). Its `scores` and
         `logits`, where asked for, are those of `generate`, but 0 for rows that have ended.
 
     Raises:

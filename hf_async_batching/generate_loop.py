@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.wrappers import transformers_generate
 
-# Names under which families take and return their cache.
-CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Names under which families take and return their cache; `cache` is that of transformers 5.24 for all.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 def prepare_view(view: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ def check_model_inputs(
             if value.shape[-1] == shape[1] and _are_default_positions(value, mask, shape[1]):
                 continue
             raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
-        if name in ("past_key_values", "cache_params") and _is_empty(value):
+        if name in ("cache", "past_key_values", "cache_params") and _is_empty(value):
             continue
         if name == "mm_encoder_outputs" and not value:  # of no image
             continue

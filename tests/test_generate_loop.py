@@ -7,7 +7,7 @@ import torch
 
 from hf_async_batching.coverage.check import make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.generate_loop import GenerateLoop, prepare_view
+from hf_async_batching.generate_loop import CACHE_NAMES, GenerateLoop, prepare_view
 from hf_async_batching.model_view import make_view
 
 NEW = 6
@@ -56,5 +56,6 @@ def test_the_users_generation_config_is_not_asked() -> None:
     with torch.inference_mode():
         loop = GenerateLoop(view)
         loop.start(torch.tensor([[5, 6]]))
-    assert type(loop.arguments["past_key_values"]).__name__ == "DynamicCache"
+    caches = [type(loop.arguments[name]).__name__ for name in CACHE_NAMES if name in loop.arguments]
+    assert caches == ["DynamicCache"]
     assert model.generation_config.to_dict() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -124,16 +125,18 @@ def test_anything_else_that_the_forward_might_read_is_refused() -> None:
         assert check_model_inputs({name: None}, IDS) == (None, None)
 
 
-def test_a_cache_that_holds_tokens_is_refused(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_that_holds_tokens_is_refused(model: PreTrainedModel, name: str) -> None:
     cache = DynamicCache(config=model.config)
-    check_model_inputs({"past_key_values": cache}, IDS)
+    check_model_inputs({name: cache}, IDS)
+    taken = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
-        model(input_ids=IDS[:, :2], past_key_values=cache)
+        model(input_ids=IDS[:, :2], **{taken: cache})
     assert cache.get_seq_length() == 2
-    with pytest.raises(UnsupportedArgumentError, match="`past_key_values` is not served"):
-        check_model_inputs({"past_key_values": cache}, IDS)
-    with pytest.raises(UnsupportedArgumentError, match="`past_key_values` is not served"):
-        check_model_inputs({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, IDS)
+    with pytest.raises(UnsupportedArgumentError, match=f"`{name}` is not served"):
+        check_model_inputs({name: cache}, IDS)
+    with pytest.raises(UnsupportedArgumentError, match=f"`{name}` is not served"):
+        check_model_inputs({name: ((torch.zeros(1), torch.zeros(1)),)}, IDS)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1, 4, 4), (1, 4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_async_batching.bench.workloads import Workload
+from hf_async_batching.generate_loop import CACHE_NAMES
 from hf_async_batching.request import Request
 
 # Positions whose logits are in memory at once: 512 of a vocabulary of 128K take 0.25 GiB in float32.
@@ -83,16 +85,18 @@ def teacher_forced(
     same = total = 0
     worst = largest = 0.0
     seen: set[int] = set()
+    taken = inspect.signature(model.forward).parameters
+    cache_name = next((name for name in CACHE_NAMES if name in taken), "past_key_values")
     for request in requests:
         new = tokens[request.request_id]
         # The last token predicts nothing that was generated.
         ids = torch.tensor([*request.prompt, *new], device=model.device)[None, :-1]
         wanted = torch.tensor(new, device=model.device)
-        cache = DynamicCache(config=model.config)
+        cache = {cache_name: DynamicCache(config=model.config)}
         for start in range(0, ids.shape[1], slice_size):
             # The position that predicts new token j is len(prompt) - 1 + j.
             first = start - (len(request.prompt) - 1)
-            logits = model(ids[:, start : start + slice_size], past_key_values=cache, use_cache=True).logits[0]
+            logits = model(ids[:, start : start + slice_size], use_cache=True, **cache).logits[0]
             logits = logits[max(0, -first) :].float()
             if not len(logits):
                 continue
