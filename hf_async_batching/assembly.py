@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.attach_check import attach_check, compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
-from hf_async_batching.attention.cache import PagedCache, common_window
+from hf_async_batching.attention.cache import PagedCache, group_layers
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
@@ -79,9 +79,17 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     free = free_memory(forward.device)
     if group is not None:
         free = group.least(free)  # rows and pages have the same numbers on all ranks
-    resolved = config.resolve(forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes)
+    # Other routes hand a model one table for all of its layers.
+    groups = group_layers(forward.layers, apart=isinstance(forward, ModelForward))
+    resolved = config.resolve(
+        forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes, groups
+    )
     cache = PagedCache(
-        forward.layers, num_pages=resolved.num_pages, page_size=resolved.page_size, device=forward.device
+        forward.layers,
+        num_pages=resolved.num_pages,
+        page_size=resolved.page_size,
+        device=forward.device,
+        groups=groups,
     )
     forward.bind(cache, backend)
     # A row goes on from any of its tokens where these are what it has; a state that goes on with them is not.
@@ -93,6 +101,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         max_length=resolved.max_sequence_length,
         vocab_size=max(forward.vocab_size, forward.logit_size),
         max_samples=resolved.max_rows + drafted,
+        groups=groups.count,
     )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
     graphs = (
@@ -130,7 +139,9 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         max_batch_tokens=resolved.max_batch_tokens,
         prefix_cache=config.prefix_cache and forward.prefix_cacheable,
         max_writes=max_writes,
-        window=common_window(forward.layers),
+        window=groups.window,
+        groups=groups.count,
+        kept=groups.kept,
         draft_rows=config.prompt_lookup_rows if drafted else 0,
     )
     engine = Engine(

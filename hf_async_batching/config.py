@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from hf_async_batching.attention.backend import BackendName
-from hf_async_batching.attention.cache import LayerShape
+from hf_async_batching.attention.cache import LayerGroups, LayerShape, group_layers
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class BatchingConfig:
             weights of 8 GiB and more, 4096 from 3 GiB, 8192 below; 256 on the CPU; never below `max_rows`.
         max_sequence_length: Tokens that one request may reach, prompt and completion. Default: the model's context
             length.
-        num_pages: KV pages. Default: as many as `memory_fraction` allows, but no more than `max_rows` requests of
-            `max_sequence_length` tokens can fill.
+        num_pages: KV pages, of all layers each. Default: as many as `memory_fraction` allows, but no more than
+            `max_rows` requests of `max_sequence_length` tokens can fill.
         memory_fraction: Share of the memory that is free when the engine starts which the KV cache may take. Default:
             0.92 on CUDA, where at least 1.5 GiB are left for the steps themselves; 0.25 on the CPU.
         prefix_cache: Keep full pages of finished and live requests, and let a prompt that begins with the same tokens
@@ -135,6 +135,7 @@ class BatchingConfig:
         free_bytes: int,
         weight_bytes: int = 0,
         state_bytes: int = 0,
+        groups: LayerGroups | None = None,
     ) -> ResolvedConfig:
         """Fill the automatic fields once, and log each choice with its reason.
 
@@ -145,6 +146,7 @@ class BatchingConfig:
             free_bytes: Memory that is free there.
             weight_bytes: Memory of the weights that a step reads.
             state_bytes: Memory of what a row has beside its pages.
+            groups: Which layers share a page; None for all.
 
         Raises:
             ValueError: The KV cache would not hold a single page in what is free.
@@ -176,14 +178,15 @@ class BatchingConfig:
         )
         fraction = float(choose("memory_fraction", 0.92 if cuda else 0.25, f"default on {kind}"))
         # Models with states alone have pages that hold nothing.
-        page_bytes = max(1, page_size * sum(layer.bytes_per_token for layer in layers))
+        groups = groups or group_layers(layers, apart=False)
+        page_bytes = max(1, groups.page_bytes(layers, page_size))
         pages_per_row = -(-longest // page_size)
         usable = int(free_bytes * fraction)
         if cuda and self.memory_fraction is None:
             usable = min(usable, free_bytes - CUDA_RESERVE)
         affordable = (usable - (max_rows + 1) * state_bytes) // page_bytes - 1
-        useful = pages_per_row * max_rows
-        num_pages = int(
+        useful = pages_per_row * max_rows * groups.count
+        num_pages = groups.count * (self.num_pages or 0) or int(
             choose(
                 "num_pages",
                 min(affordable, useful),
@@ -192,10 +195,11 @@ class BatchingConfig:
                 else f"{max_rows} rows of {longest} tokens",
             )
         )
-        if num_pages < 1:
+        if num_pages < groups.count:
             raise ValueError(
-                f"the KV cache needs at least one page of {page_bytes / GIB:.3f} GiB, and {fraction:.0%} of "
-                f"{free_bytes / GIB:.2f} GiB free memory does not hold it; free memory or raise `memory_fraction`"
+                f"the KV cache needs at least one page of {groups.count * page_bytes / GIB:.3f} GiB, and "
+                f"{fraction:.0%} of {free_bytes / GIB:.2f} GiB free memory does not hold it; free memory or raise "
+                "`memory_fraction`"
             )
         for name, choice in why.items():
             logger.info("%s = %s", name, choice)
@@ -206,14 +210,13 @@ class BatchingConfig:
             max_rows=max_rows,
             max_batch_tokens=budget,
             max_sequence_length=longest,
-            num_pages=num_pages,
+            num_pages=num_pages // groups.count,
             memory_fraction=fraction,
             compile=self.compiles(device),
             fuse_weights=self.fuses_weights(device),
         )
-        return ResolvedConfig(
-            depth, page_size, max_rows, budget, min(longest, num_pages * page_size), num_pages, pages_per_row, chosen
-        )
+        reach = min(longest, num_pages // groups.count * page_size)
+        return ResolvedConfig(depth, page_size, max_rows, budget, reach, num_pages, pages_per_row, chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +225,7 @@ class ResolvedConfig:
 
     Attributes:
         max_sequence_length: Tokens that one request may reach: bounded by the setting and by the whole cache.
+        num_pages: KV pages of a group of layers (see `LayerGroups`), of all groups together.
         pages_per_row: Width of the page table.
         settings: The configuration with its fields filled.
     """

@@ -50,12 +50,13 @@ class DeviceState:
         max_length: Tokens that a row can reach; of what its memory holds.
         vocab_size: Token ids are below; likewise.
         max_samples: Tokens that a step can sample; None for `max_rows`.
+        groups: Groups of layers that have pages of their own.
 
     Attributes:
         last_token: int32 [rows], the token that was sampled last for the row.
         lengths: int32 [rows], tokens whose keys and values are in the cache.
         finished: int32 [rows], 1 for a row whose request ends with `last_token`.
-        page_table: int32 [rows, max_pages_per_row].
+        page_table: int32 [rows, max_pages_per_row], or [groups, rows, max_pages_per_row].
         params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
         memory: What rows remember beyond that, where they need to.
@@ -73,6 +74,7 @@ class DeviceState:
         max_length: int = 0,
         vocab_size: int = 0,
         max_samples: int | None = None,
+        groups: int = 1,
     ) -> None:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -80,7 +82,9 @@ class DeviceState:
         self.last_token = table(max_rows + 1)
         self.lengths = table(max_rows + 1)
         self.finished = table(max_rows + 1)
-        self.page_table = table(max_rows + 1, max_pages_per_row)
+        self._groups = groups
+        shape = (max_rows + 1, max_pages_per_row)
+        self.page_table = table(*shape) if groups == 1 else table(groups, *shape)
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
         max_samples = max_rows if max_samples is None else max_samples
@@ -111,7 +115,10 @@ class DeviceState:
             self.memory.start(rows)
         if sections.new_pages:
             row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
-            self.page_table[row, index] = page
+            if self._groups == 1:
+                self.page_table[row, index] = page
+            else:
+                self.page_table[index % self._groups, row, index // self._groups] = page
         if sections.writes:
             row, column, value = staged[sections.writes_start : sections.updates_end].view(3, -1).unbind(0)
             self.memory.write(row, column, value, self.params)

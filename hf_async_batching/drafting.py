@@ -80,7 +80,8 @@ class Drafting:
 
     def _has_place(self, sequence: Sequence) -> bool:
         """Whether there is a page for the last token, one that is drafted, and one behind it."""
-        return self._pages.available > 0 or len(sequence.tokens) + 2 <= len(sequence.pages) * self._pages.page_size
+        pages = self._pages
+        return pages.available >= pages.groups or len(sequence.tokens) + 2 <= pages.room_in(len(sequence.pages))
 
     def begin(self, sequence: Sequence, limit: int, new_pages: list[NewPage]) -> None:
         """Settle the draft of a sequence that restarts in this step: what it has pages for, or gets now.
@@ -91,7 +92,7 @@ class Drafting:
             new_pages: Gets the pages that it gets.
         """
         sequence.restarts = False
-        length, size = len(sequence.tokens), self._pages.page_size
+        length = len(sequence.tokens)
         sequence.draft = sequence.draft[:limit]
         # One more token than is drafted, so that there is always a page to go on in.
         missing = self._pages.pages_for(length + len(sequence.draft) + 1) - len(sequence.pages)
@@ -99,7 +100,7 @@ class Drafting:
             return
         taken = self._pages.take(missing)
         if taken is None:
-            sequence.draft = sequence.draft[: max(0, len(sequence.pages) * size - length - 1)]
+            sequence.draft = sequence.draft[: max(0, self._pages.room_in(len(sequence.pages)) - length - 1)]
             return
         for page in taken:
             new_pages.append(NewPage(sequence.row, len(sequence.pages), page))

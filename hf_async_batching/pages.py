@@ -76,20 +76,44 @@ class PageAllocator(IdPool):
         num_pages: Pages that requests can own (the padding page not counted).
         page_size: Tokens in a page.
         prefix_cache: Whether full pages become known by their tokens.
+        groups: Groups of layers. Tokens stand in a page of each; the pages of one position follow each other in
+            every list, with 0 for one that is gone.
+        kept: How many of the first groups see all tokens; 0 where there is one group, and a window.
+        window: How many of the last tokens the others see; None where all are kept.
 
     Attributes:
         prefixes: The known pages.
     """
 
-    def __init__(self, num_pages: int, page_size: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        prefix_cache: bool = True,
+        *,
+        groups: int = 1,
+        kept: int = 1,
+        window: int | None = None,
+    ) -> None:
         super().__init__(num_pages, "page")
         self.page_size = page_size
-        self.prefixes = PrefixCache(page_size, prefix_cache)
+        self.groups = groups
+        self.kept = kept
+        self.window = window
+        self.prefixes = PrefixCache(page_size, prefix_cache, groups=groups, kept=kept, window=window)
         self._holders = [0] * (num_pages + 1)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.page_size)
+        return -(-num_tokens // self.page_size) * self.groups
+
+    def room_in(self, num_pages: int) -> int:
+        """Tokens that so many pages hold, in order of position."""
+        return num_pages // self.groups * self.page_size
+
+    def num_passed(self, position: int) -> int:
+        """How many pages of each group that is not kept lie before the window of the token at `position`."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
     @property
     def available(self) -> int:
@@ -116,6 +140,8 @@ class PageAllocator(IdPool):
     def share(self, pages: Iterable[int]) -> None:
         """Hold known pages, alone or together with others."""
         for page in pages:
+            if not page:
+                continue
             if not self._holders[page]:
                 self.prefixes.hold(page)
             self._holders[page] += 1
@@ -145,7 +171,7 @@ class PageAllocator(IdPool):
 
     def are_own(self, pages: Iterable[int]) -> bool:
         """Whether each page has a single holder, and nobody else can find it."""
-        return all([self._holders[page] == 1 and page not in self.prefixes for page in pages])
+        return all([self._holders[page] == 1 and page not in self.prefixes for page in pages if page])
 
     def weights_updated(self) -> None:
         """Forget what the pages hold; see `PrefixCache.weights_updated`."""

@@ -38,7 +38,7 @@ class NewRow(NamedTuple):
 
 
 class NewPage(NamedTuple):
-    """Page `page` becomes the `ordinal`-th page of `row`."""
+    """Page `page` becomes the `ordinal`-th page of `row`; the groups' pages of one position follow each other."""
 
     row: int
     ordinal: int

@@ -7,6 +7,9 @@ granularity of vLLM's automatic prefix caching.)
 
 A page that nobody holds stays known until its memory is wanted. It is then given up least recently used first, where
 using a page uses all pages before it, so that a page always goes before the one that it continues.
+
+Where layers come in groups, the tokens of a place in the tree stand in a page of each. Those of the groups that see a
+window only can be given up alone. A chain is of use as far as it has them all where the next token looks.
 """
 
 from __future__ import annotations
@@ -16,22 +19,22 @@ from collections.abc import Iterable, Sequence
 
 
 class Node:
-    """A known page.
+    """A known page, or one of each group of layers.
 
     Attributes:
-        page: Number of the page; 0 for the root.
-        tokens: Its tokens.
-        depth: Pages on the path from the root, this one included.
-        parent: The page before it; None for the root.
+        pages: Numbers of the pages, one for each group, 0 for one that is gone; none for the root.
+        tokens: Their tokens.
+        depth: Nodes on the path from the root, this one included.
+        parent: What it continues; None for the root.
         weights: Version of the weights that computed it.
-        known: False once its page was given up: nothing must be entered below it any more.
-        children: The pages that continue it, by their tokens.
+        known: False once its pages were given up: nothing must be entered below it any more.
+        children: What continues it, by their tokens.
     """
 
-    __slots__ = ("children", "depth", "known", "page", "parent", "tokens", "weights")
+    __slots__ = ("children", "depth", "known", "pages", "parent", "tokens", "weights")
 
-    def __init__(self, page: int, tokens: tuple[int, ...], parent: Node | None, weights: int) -> None:
-        self.page = page
+    def __init__(self, pages: list[int], tokens: tuple[int, ...], parent: Node | None, weights: int) -> None:
+        self.pages = pages
         self.tokens = tokens
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.parent = parent
@@ -40,13 +43,13 @@ class Node:
         self.children: dict[tuple[int, ...], Node] = {}
 
     def path(self) -> list[int]:
-        """The pages from the first one to this one."""
-        pages = [0] * self.depth
+        """The pages from the first node to this one, those of one node together."""
+        nodes: list[Node] = []
         node: Node | None = self
         while node is not None and node.depth:
-            pages[node.depth - 1] = node.page
+            nodes.append(node)
             node = node.parent
-        return pages
+        return [page for node in reversed(nodes) for page in node.pages]
 
 
 class PrefixCache:
@@ -57,6 +60,9 @@ class PrefixCache:
     Args:
         page_size: Tokens in a page.
         enabled: Where False, no page ever becomes known.
+        groups: See `PageAllocator`, likewise the others.
+        kept: The first groups, whose pages a node cannot do without.
+        window: How far the other groups see.
 
     Attributes:
         query_tokens: Prompt tokens that were looked up.
@@ -64,13 +70,19 @@ class PrefixCache:
         evictions: Known pages that were given up because their memory was wanted.
     """
 
-    def __init__(self, page_size: int, enabled: bool = True) -> None:
+    def __init__(
+        self, page_size: int, enabled: bool = True, *, groups: int = 1, kept: int = 1, window: int | None = None
+    ) -> None:
         self.page_size = page_size
         self.enabled = enabled
+        self._groups = groups
+        # Where there is one group, its page is what makes the node, whether or not it is kept for ever.
+        self._kept = max(1, kept)
+        self._window = window
         self.query_tokens = 0
         self.hit_tokens = 0
         self.evictions = 0
-        self._root = Node(0, (), None, 0)
+        self._root = Node([], (), None, 0)
         self._nodes: dict[int, Node] = {}
         self._unheld: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
@@ -109,14 +121,41 @@ class PrefixCache:
             node = child
         return node
 
+    def usable(self, node: Node) -> Node:
+        """The last node on the way to `node` behind which a sequence can go on.
+
+        All pages that the next token sees must be there.
+        """
+        if self._groups == 1:
+            return node
+        candidate = node
+        while candidate.depth:
+            seen = self.first_seen(candidate.depth)
+            whole = candidate
+            while whole.depth > seen and all(whole.pages):
+                assert whole.parent is not None
+                whole = whole.parent
+            if whole.depth == seen:
+                return candidate
+            # Whoever goes on behind any node from here to there needs what is missing there.
+            assert whole.parent is not None
+            candidate = whole.parent
+        return candidate
+
+    def first_seen(self, depth: int) -> int:
+        """How many nodes lie before all that the token behind `depth` nodes sees in the groups with a window."""
+        return 0 if self._window is None else max(0, depth * self.page_size - self._window + 1) // self.page_size
+
     def enter(self, node: Node, tokens: Sequence[int], pages: Sequence[int], count: int) -> Node:
         """Make the first `count` pages of a sequence known. Where others hold the same tokens already, those stay.
+
+        Of a node that has given pages of windows up, the sequence's own take their place.
 
         Args:
             node: What `find` or `enter` returned last for this sequence.
             tokens: Its tokens, at least `count` pages of them.
-            pages: Its pages.
-            count: How many are full, and written by steps that have been planned.
+            pages: Its pages, of all groups.
+            count: How many of each group are full, and written by steps that have been planned.
 
         Returns:
             The last known page of the chain.
@@ -128,10 +167,15 @@ class PrefixCache:
         for index in range(node.depth, count):
             key = self._key(tokens, index)
             child = node.children.get(key)
+            own = pages[index * self._groups : (index + 1) * self._groups]
             if child is None:
-                child = Node(pages[index], key, node, node.weights)
-                node.children[key] = child
-                self._nodes[child.page] = child
+                child = node.children[key] = Node([*own], key, node, node.weights)
+                self._nodes.update((page, child) for page in own if page)
+            elif self._groups > 1:
+                for group in range(self._kept, self._groups):
+                    if own[group] and not child.pages[group]:
+                        child.pages[group] = own[group]
+                        self._nodes[own[group]] = child
             node = child
         return node
 
@@ -165,8 +209,9 @@ class PrefixCache:
                 deepest = node
         # All of the path, and not only these pages: a page before them may be an equal one of somebody else's.
         while deepest is not None:
-            if deepest.page in self._unheld:
-                self._unheld.move_to_end(deepest.page)
+            for page in deepest.pages[: self._kept]:
+                if page in self._unheld:
+                    self._unheld.move_to_end(page)
             deepest = deepest.parent
         return unknown
 
@@ -180,7 +225,11 @@ class PrefixCache:
         """
         freed: list[int] = []
         while len(freed) < count:
-            top = self._nodes[next(iter(self._unheld))]
+            page = next(iter(self._unheld))
+            top = self._nodes[page]
+            if top.pages.index(page) >= self._kept:
+                freed += self._forget(top, self._kept)
+                continue
             assert top.parent is not None
             del top.parent.children[top.tokens]
             below = [top]
@@ -190,12 +239,22 @@ class PrefixCache:
                     below += node.children.values()
                     node.children.clear()
                 node.known = False
-                del self._nodes[node.page]
-                # One that is still held goes on as an unknown page of those who hold it.
-                if node.page in self._unheld:
-                    del self._unheld[node.page]
-                    freed.append(node.page)
+                freed += self._forget(node, 0)
         self.evictions += len(freed)
+        return freed
+
+    def _forget(self, node: Node, first: int) -> list[int]:
+        """Take the pages of the groups from `first` on from a node; those that nobody holds."""
+        freed: list[int] = []
+        for group in range(first, len(node.pages)):
+            page = node.pages[group]
+            if page:
+                node.pages[group] = 0
+                del self._nodes[page]
+                # One that is still held goes on as an unknown page of those who hold it.
+                if page in self._unheld:
+                    del self._unheld[page]
+                    freed.append(page)
         return freed
 
     def weights_updated(self) -> list[int]:
@@ -207,7 +266,7 @@ class PrefixCache:
         freed = list(self._unheld)
         self._unheld.clear()
         self._nodes.clear()
-        self._root = Node(0, (), None, self._root.weights + 1)
+        self._root = Node([], (), None, self._root.weights + 1)
         return freed
 
     def check_invariants(self) -> None:
@@ -222,13 +281,17 @@ class PrefixCache:
         while below:
             node = below.pop()
             for key, child in node.children.items():
-                assert self._nodes[child.page] is child, "a page that is found is not known"
+                known = [page for page in child.pages if page]
+                assert all(self._nodes[page] is child for page in known), "a page that is found is not known"
+                assert all(child.pages[: self._kept]), "a node without a page that makes it"
                 assert child.parent is node and child.tokens == key and child.known, "a page is in the wrong place"
+                found += len(known)
+                last = max([age.get(page, -1) for page in child.pages[: self._kept]])
                 above: Node | None = node
-                while child.page in age and above is not None:
-                    assert age[child.page] < age.get(above.page, len(age)), "a page would go after what it continues"
+                while last >= 0 and above is not None:
+                    first = min([age.get(page, len(age)) for page in above.pages[: self._kept]], default=len(age))
+                    assert last < first, "a page would go after what it continues"
                     above = above.parent
-            found += len(node.children)
             below += node.children.values()
         assert found == len(self._nodes), "a known page is not found"
         assert all(page in self._nodes for page in self._unheld), "an unknown page is kept"

@@ -23,6 +23,7 @@ from hf_async_batching.drafting import Drafted, Drafting, settle_drafts
 from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
 from hf_async_batching.plan import NO_BOUNDS, Call, Chunk, Features, NewPage, NewRow, Plan, Result, Run
+from hf_async_batching.prefix_cache import Node
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
 from hf_async_batching.sequence import Sequence, State
@@ -48,8 +49,10 @@ class Scheduler:
         prefix_cache: Whether sequences share full pages of equal tokens.
         max_writes: Words that a step can send to the memories of new rows; no fewer than one row can need. None is
             for no bound.
-        window: How many of the last tokens, its own included, a token sees in every layer; None for all. Pages that no
-            token to come sees are given back while their sequence goes on.
+        window: How many of the last tokens, its own included, a token sees in the layers of some groups; None for all.
+            Pages that no token to come sees are given back while their sequence goes on.
+        groups: Groups of layers, each with pages of its own; see `PageAllocator`.
+        kept: How many of the first groups see all tokens.
         draft_rows: Nobody drafts while more sequences than this run; 0 is never.
     """
 
@@ -63,15 +66,16 @@ class Scheduler:
         prefix_cache: bool = True,
         max_writes: int | None = None,
         window: int | None = None,
+        groups: int = 1,
+        kept: int = 0,
         draft_rows: int = 0,
     ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
-        self.pages = PageAllocator(num_pages, page_size, prefix_cache)
+        self.pages = PageAllocator(num_pages, page_size, prefix_cache, groups=groups, kept=kept, window=window)
         self.rows = IdPool(max_rows, "row")
         self.max_batch_tokens = max_batch_tokens
         self.max_writes = max_writes
-        self.window = window
         self.drafting = Drafting(self.pages, draft_rows)
         self.preemptions = 0
         self.finished = 0
@@ -320,25 +324,27 @@ class Scheduler:
             self._regroup_due = True
         for sequence in growing:
             self._enter_pages(sequence)
-            if self.window is not None:
-                self._give_back_passed(sequence, self.window)
-        pages = self.pages.take(len(growing))  # all at once, which is the rule, and cheap
+            if self.pages.window is not None:
+                self._give_back_passed(sequence)
+        groups = self.pages.groups
+        pages = self.pages.take(len(growing) * groups)  # all at once, which is the rule, and cheap
         short = 0
         for i, sequence in enumerate(growing):
             if pages is not None:
-                page = pages[i]
+                taken = pages[i * groups : (i + 1) * groups]
             elif sequence.state is not State.DECODING:
                 continue  # it gave up its pages for an older one just now
             elif self._make_room(sequence, short):
-                taken = self.pages.take(1)
-                assert taken is not None
-                page = taken[0]
+                more = self.pages.take(groups)
+                assert more is not None
+                taken = more
             else:
                 short += 1
                 continue
-            new_pages.append(NewPage(sequence.row, len(sequence.pages), page))
-            sequence.pages.append(page)
-            sequence.decide_later(self.pages.page_size)
+            for page in taken:
+                new_pages.append(NewPage(sequence.row, len(sequence.pages), page))
+                sequence.pages.append(page)
+            sequence.decide_later(self.pages.room_in(len(sequence.pages)))
         return short
 
     def _regroup(self) -> None:
@@ -354,9 +360,10 @@ class Scheduler:
 
         `short` pages are spoken for by older sequences that go without in this step.
         """
-        while not self.pages.available:
+        groups = self.pages.groups
+        while self.pages.available < groups:
             on_their_way = self.pages.num_coming_back(page for retired in self._retired for page in retired.pages)
-            if on_their_way > short:
+            if self.pages.available + on_their_way >= (short + 1) * groups:
                 return False
             victim = self._running[-1]
             self._preempt(victim)
@@ -386,8 +393,8 @@ class Scheduler:
         for sequence in self._prefilling:
             if budget == 0:
                 break
-            if self.window is not None:
-                self._give_back_passed(sequence, self.window)
+            if self.pages.window is not None:
+                self._give_back_passed(sequence)
             if sequence.restarts:
                 self.drafting.begin(sequence, min(can_draft, budget - 1), new_pages)
                 can_draft -= len(sequence.draft)
@@ -411,16 +418,18 @@ class Scheduler:
             # Where it waits on, the next look-up goes on from here.
             # Of a prompt of embeddings the tokens say nothing: it starts at the root, and nobody finds its pages.
             looked_up = sequence.tokens if sequence.shareable else sequence.tokens[:1]
-            sequence.prefix = self.pages.prefixes.find(sequence.prefix, looked_up)
-            shared = sequence.prefix.path()
+            found = self.pages.prefixes.find(sequence.prefix, looked_up)
+            sequence.prefix = self.pages.prefixes.usable(found)
+            shared = self._path_to(sequence.prefix)
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
-            needed = self.pages.pages_for(len(sequence.tokens) + 1) - self.pages.num_held(shared)
+            needed = self.pages.pages_for(len(sequence.tokens) + 1)
+            needed -= self.pages.num_held(shared) + shared.count(0)
             if needed > self.pages.available:
                 break
             # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
             if len(new_pages) + self.pages.pages_for(len(sequence.tokens)) > self.pages.size:
                 break
-            words = sequence.writes(len(shared) * self.pages.page_size)
+            words = sequence.writes(self.pages.room_in(len(shared)))
             if words and self.max_writes is not None and writes + words > self.max_writes:
                 break
             writes += words
@@ -443,7 +452,8 @@ class Scheduler:
         assert row is not None and own is not None
         sequence.row = row[0]
         sequence.pages = shared + own
-        sequence.computed = len(shared) * self.pages.page_size
+        sequence.computed = self.pages.room_in(len(shared))
+        sequence.passed = shared.count(0) and self.pages.num_passed(sequence.computed)
         sequence.state = State.PREFILLING
         self._running.append(sequence)
         if sequence.last_step < 0:  # one that was preempted has been counted
@@ -454,25 +464,38 @@ class Scheduler:
         assert sequence.prefix is not None
         if not sequence.shareable:
             return
-        if sequence.passed and not (sequence.prefix.known and sequence.prefix.depth >= sequence.passed):
+        gone = sequence.passed and not self.pages.kept
+        if gone and not (sequence.prefix.known and sequence.prefix.depth >= sequence.passed):
             return  # some of the pages in between are gone
         # The last known output may be an end, whose own keys and values no step need ever write.
         known = max(len(sequence.request.prompt), len(sequence.tokens) - 1)
         full = min(sequence.computed, known) // self.pages.page_size
         sequence.prefix = self.pages.prefixes.enter(sequence.prefix, sequence.tokens, sequence.pages, full)
 
-    def _give_back_passed(self, sequence: Sequence, window: int) -> None:
+    def _give_back_passed(self, sequence: Sequence) -> None:
         """Let go of the pages that lie before the window of the next token to compute.
 
         Steps in flight may still read them: they return when the last one that was planned has completed.
         """
-        passed = max(0, sequence.computed - window + 1) // self.pages.page_size
+        passed = self.pages.num_passed(sequence.computed)
         if passed > sequence.passed:
-            pages = sequence.pages[sequence.passed : passed]
-            sequence.pages[sequence.passed : passed] = [0] * len(pages)
+            groups, kept = self.pages.groups, self.pages.kept
+            pages: list[int] = []
+            for start in range(sequence.passed * groups, passed * groups, groups):
+                pages += sequence.pages[start + kept : start + groups]
+                sequence.pages[start + kept : start + groups] = [0] * (groups - kept)
             sequence.passed = passed
             self._retired.append(_Retired(sequence.last_step, 0, pages))
             self._release_retired()
+
+    def _path_to(self, node: Node) -> list[int]:
+        """The pages that a sequence shares which starts behind a node; 0 for those that it never sees."""
+        pages = node.path()
+        groups, kept = self.pages.groups, self.pages.kept
+        if groups > 1:
+            for start in range(0, self.pages.prefixes.first_seen(node.depth) * groups, groups):
+                pages[start + kept : start + groups] = [0] * (groups - kept)
+        return pages
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         self._regroup_due = True
@@ -487,7 +510,7 @@ class Scheduler:
         samples = end == len(sequence.tokens)
         if samples:
             sequence.state = State.DECODING
-            sequence.decide_later(self.pages.page_size)
+            sequence.decide_later(self.pages.room_in(len(sequence.pages)))
         return Chunk(sequence.row, tuple(sequence.tokens[start:end]), int(samples))
 
     # -- endings --------------------------------------------------------------------------------------------------
@@ -504,7 +527,7 @@ class Scheduler:
         """Take row and pages from the sequence; they return to their pools once its last step has completed."""
         if sequence.row:
             self._enter_pages(sequence)
-            pages = sequence.pages[sequence.passed :]
+            pages = [page for page in sequence.pages if page] if sequence.passed else sequence.pages
             self._retired.append(_Retired(sequence.last_step, sequence.row, pages))
             sequence.row = 0
             sequence.pages = []
@@ -528,7 +551,7 @@ class Scheduler:
         Raises:
             AssertionError: The bookkeeping is broken.
         """
-        held_pages = [page for sequence in self._running for page in sequence.pages[sequence.passed :]]
+        held_pages = [page for sequence in self._running for page in sequence.pages if page]
         held_pages += [page for retired in self._retired for page in retired.pages]
         held_rows = [sequence.row for sequence in self._running]
         held_rows += [retired.row for retired in self._retired if retired.row]
@@ -536,11 +559,12 @@ class Scheduler:
         assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
         assert 0 not in held_rows, "the padding row was handed out"
         for sequence in self._running:
-            to_write = sequence.pages[sequence.computed // self.pages.page_size :]
+            to_write = sequence.pages[self.pages.groups * (sequence.computed // self.pages.page_size) :]
+            assert 0 not in to_write, "a page that will be written was given back"
             assert self.pages.are_own(to_write), "a page that is shared, or can be, will be written"
         arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
         assert arrivals == sorted(arrivals), "somebody overtook the queue"
-        assert all(sequence.computed <= len(sequence.pages) * self.pages.page_size for sequence in self._running), (
+        assert all(sequence.computed <= self.pages.room_in(len(sequence.pages)) for sequence in self._running), (
             "a token without a page"
         )
         assert all(

@@ -101,8 +101,8 @@ class Sequence:
         decide_at: For a decoding sequence, the value of `computed` at which it needs a page or has reached its
             length; until then each step is like the one before.
         row: The row on the device; 0 while the sequence has none.
-        pages: KV pages in order of position; 0 for those that it has given back.
-        passed: How many it has given back: no token to come sees them.
+        pages: KV pages in order of position, those of all groups together; 0 for those that it has given back.
+        passed: Before how many, counted in one group, it has given back what no token to come sees.
         prefix: The last page of its chain in the prefix cache; None before the first look-up.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
         lookup: Where its drafts come from; None where it makes none.
@@ -174,6 +174,6 @@ class Sequence:
             return 0
         return needs.fixed_writes + start
 
-    def decide_later(self, page_size: int) -> None:
-        """Set `decide_at` by the pages that it has; for a sequence that decodes."""
-        self.decide_at = min(len(self.pages) * page_size, self.max_length - 1)
+    def decide_later(self, room: int) -> None:
+        """Set `decide_at` by the tokens that its pages hold; for a sequence that decodes."""
+        self.decide_at = min(room, self.max_length - 1)

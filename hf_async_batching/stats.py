@@ -22,7 +22,8 @@ class Stats:
         busy_fraction: Share of the time in which the device computed a step, 0 to 1.
         ms_per_step: Mean time per step while there was work, in milliseconds.
         host_ms_per_step: Mean host time per step, in milliseconds.
-        pages_in_use: KV pages held by requests, retired ones included.
+        pages_in_use: KV pages held by requests, retired ones included. Where layers with a window and such without
+            have pages of their own, each of them counts.
         pages_total: KV pages that requests can own.
         rows_in_use: Rows held by requests, retired ones included.
         steps: Steps since the engine started.

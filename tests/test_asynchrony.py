@@ -24,10 +24,7 @@ def _wrong_token(depth: int, seed: int, conversations: bool = False, **changes: 
     engine = ToyEngine(depth, seed, **changes)
     with contextlib.suppress(AssertionError, IndexError, KeyError, RuntimeError):
         run_random_schedule(engine, seed, conversations=conversations)
-    return any(
-        got != reference(engine.requests[name], window=engine.window)[: len(got)]
-        for name, got in engine.emitted.items()
-    )
+    return any(got != engine.reference(engine.requests[name])[: len(got)] for name, got in engine.emitted.items())
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -81,10 +78,10 @@ def test_random_schedules_with_a_window(depth: int, window: int) -> None:
         engine = ToyEngine(depth, seed, window=window)
         give_back = engine.scheduler._give_back_passed
 
-        def counted(sequence: Sequence, width: int, give_back: Any = give_back) -> None:
+        def counted(sequence: Sequence, give_back: Any = give_back) -> None:
             nonlocal passed
             before = sequence.passed
-            give_back(sequence, width)
+            give_back(sequence)
             passed += sequence.passed - before
 
         engine.scheduler._give_back_passed = counted  # type: ignore[method-assign]
@@ -92,25 +89,75 @@ def test_random_schedules_with_a_window(depth: int, window: int) -> None:
     assert passed > SCHEDULES / 10
 
 
+# Pages of one layer that sees all and of two kinds that see a window; of two and one; of one and one.
+GROUPS = [{"groups": 3, "kept": 1}, {"groups": 3, "kept": 2}, {"groups": 2, "kept": 1}]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("window", [1, 6])
+def test_random_schedules_with_groups_of_layers(depth: int, groups: dict[str, int], window: int) -> None:
+    """Pages of groups with a window are given back alone, found again where they are still known, and taken anew."""
+    passed = hits = preemptions = evictions = 0
+    for seed in range(SCHEDULES // 10):
+        pages = (8 + seed % 3) * groups["groups"]
+        engine = ToyEngine(depth, seed, window=window, num_pages=pages, draft_rows=seed % 3, **groups)
+        give_back = engine.scheduler._give_back_passed
+
+        def counted(sequence: Sequence, give_back: Any = give_back) -> None:
+            nonlocal passed
+            before = sequence.passed
+            give_back(sequence)
+            passed += sequence.passed - before
+
+        engine.scheduler._give_back_passed = counted  # type: ignore[method-assign]
+        verify(engine, run_random_schedule(engine, seed, num_requests=9, conversations=seed % 4 > 0))
+        hits += engine.scheduler.pages.prefixes.hit_tokens
+        evictions += engine.scheduler.pages.prefixes.evictions
+        preemptions += engine.scheduler.preemptions
+    assert passed > SCHEDULES / 10
+    assert hits > SCHEDULES
+    assert evictions > SCHEDULES / 10
+    assert preemptions
+
+
 class GivesBackWhatIsSeen(Scheduler):
     """Takes the window for one token narrower than it is."""
 
-    def _give_back_passed(self, sequence: Sequence, window: int) -> None:
-        super()._give_back_passed(sequence, window - 1)
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes, prefix_cache=False)  # which would leave them as they are for a while
+        assert self.pages.window is not None
+        self.pages.window -= 1
 
 
 class GivesBackAtOnce(Scheduler):
     """Gives pages back when the window has passed them, not when the last step that read them has completed."""
 
-    def _give_back_passed(self, sequence: Sequence, window: int) -> None:
+    def _give_back_passed(self, sequence: Sequence) -> None:
         last_step, sequence.last_step = sequence.last_step, -1
-        super()._give_back_passed(sequence, window)
+        super()._give_back_passed(sequence)
         sequence.last_step = last_step
 
 
+class FindsWhatIsGone(Scheduler):
+    """Lets a sequence start behind pages some of which were given up."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.pages.prefixes.usable = lambda node: node  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("wrong", [GivesBackWhatIsSeen, GivesBackAtOnce])
-def test_pages_in_the_window_are_needed(wrong: type[Scheduler]) -> None:
-    assert any(_wrong_token(2, seed, window=5, scheduler_class=wrong) for seed in range(200))
+@pytest.mark.parametrize("groups", [{}, *GROUPS], ids=str)
+def test_pages_in_the_window_are_needed(wrong: type[Scheduler], groups: dict[str, int]) -> None:
+    sizes = {**groups, "num_pages": 8 * groups.get("groups", 1)}
+    assert any(_wrong_token(2, seed, window=5, scheduler_class=wrong, **sizes) for seed in range(200))
+
+
+def test_pages_that_were_given_up_are_needed() -> None:
+    sizes = {"groups": 2, "kept": 1, "num_pages": 16, "debug": False}
+    assert any(_wrong_token(2, seed, True, window=9, scheduler_class=FindsWhatIsGone, **sizes) for seed in range(200))
+    assert not any(_wrong_token(2, seed, True, window=9, **sizes) for seed in range(20))
 
 
 class FreesPagesAtOnce(Scheduler):

@@ -1,10 +1,16 @@
-"""Keys and values in pages, one pair of tensors per attention layer."""
+"""Keys and values in pages."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+# Beyond, a step would send too many entries of page tables.
+_MOST_GROUPS = 16
+# Of a page's memory, where the layers do not come out even.
+_MOST_WASTE = 0.15
 
 
 class LayerShape(NamedTuple):
@@ -25,35 +31,97 @@ class LayerShape(NamedTuple):
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-def common_window(layers: list[LayerShape]) -> int | None:
-    """How many of the last tokens the layers see: the widest window; None where one of them sees all."""
+@dataclass(frozen=True, slots=True)
+class LayerGroups:
+    """Which layers share a page.
+
+    Where some layers see all tokens and others a window, a page of all layers would have to stay for the sake of the
+    former. There each group of layers has pages of its own, all of one size, and those of the latter go when the
+    window has passed them. (Groups of equal size over one pool are vLLM's hybrid KV cache manager.)
+
+    Attributes:
+        group_of: The group of each layer; those that see all come first.
+        place_of: Its place in the group's pages.
+        count: Groups.
+        kept: How many of the first of them see all.
+        window: How many of the last tokens, its own included, a token sees in the layers of the others; None where
+            all are kept.
+    """
+
+    group_of: list[int]
+    place_of: list[int]
+    count: int
+    kept: int
+    window: int | None
+
+    def page_bytes(self, layers: list[LayerShape], page_size: int) -> int:
+        """Memory of a page, in bytes."""
+        places = {place: layer.bytes_per_token for place, layer in zip(self.place_of, layers, strict=True)}
+        return page_size * sum(places.values())
+
+
+def group_layers(layers: list[LayerShape], apart: bool = True) -> LayerGroups:
+    """The groups of a model's layers.
+
+    Args:
+        layers: In order.
+        apart: Whether there may be more than one.
+    """
     windows = [layer.sliding_window for layer in layers]
-    return None if not windows or None in windows else max(window for window in windows if window is not None)
+    narrow = [i for i, window in enumerate(windows) if window is not None]
+    wide = [i for i, window in enumerate(windows) if window is None]
+    window = max([window for window in windows if window is not None], default=None)
+    sizes = {(layer.num_kv_heads, layer.key_dim, layer.value_dim, layer.dtype) for layer in layers}
+    if apart and narrow and wide and len(sizes) == 1:
+        size = min(len(narrow), len(wide))
+        kept, others = -(-len(wide) // size), -(-len(narrow) // size)
+        count = kept + others
+        if count <= _MOST_GROUPS and 1 - len(layers) / (count * size) <= _MOST_WASTE:
+            group_of, place_of = [0] * len(layers), [0] * len(layers)
+            for first, members in ((0, wide), (kept, narrow)):
+                for number, layer in enumerate(members):
+                    group_of[layer], place_of[layer] = first + number // size, number % size
+            return LayerGroups(group_of, place_of, count, kept, window)
+    all_narrow = bool(narrow) and not wide
+    return LayerGroups(
+        [0] * len(layers), list(range(len(layers))), 1, int(not all_narrow), window if all_narrow else None
+    )
 
 
 class PagedCache:
-    """The KV cache.
+    """The KV cache: a pair of tensors per layer, or per place in a group of layers, which then share them.
 
     Args:
         layers: Shape of each attention layer, in order of layer index.
         num_pages: Pages that requests can own; there is one more, page 0, for padding.
         page_size: Tokens per page.
         device: Where the pages live.
+        groups: Which layers share a page; None for all.
 
     Attributes:
         keys: Per layer [pages, page_size, num_kv_heads, key_dim].
         values: Per layer [pages, page_size, num_kv_heads, value_dim].
+        group_of: The group of each layer; None where there is one.
     """
 
-    def __init__(self, layers: list[LayerShape], *, num_pages: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: list[LayerShape],
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        groups: LayerGroups | None = None,
+    ) -> None:
         def pages(layer: LayerShape, dim: int) -> torch.Tensor:
             return torch.zeros(num_pages + 1, page_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device)
 
+        place_of = list(range(len(layers))) if groups is None else groups.place_of
+        firsts = [place_of.index(place) for place in range(max(place_of, default=-1) + 1)]
+        keys = [pages(layers[i], layers[i].key_dim) for i in firsts]
+        values = [pages(layers[i], layers[i].value_dim) for i in firsts]
         self.page_size = page_size
-        self.keys = [pages(layer, layer.key_dim) for layer in layers]
-        self.values = [pages(layer, layer.value_dim) for layer in layers]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all pages, in bytes."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        self.keys = [keys[place] for place in place_of]
+        self.values = [values[place] for place in place_of]
+        self.group_of = groups.group_of if groups is not None and groups.count > 1 else None
+        self.num_bytes = sum(tensor.nbytes for tensor in (*keys, *values))

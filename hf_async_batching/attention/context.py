@@ -20,7 +20,8 @@ class AttentionContext:
     runs of consecutive tokens of one row. The rows that decode come first there, one token and one tile each.
 
     Attributes:
-        page_table: int32 [rows, max_pages_per_row].
+        page_table: int32 [rows, max_pages_per_row]; [groups, rows, max_pages_per_row] where the cache has groups of
+            layers.
         rows: int32 [tokens], row of each query token.
         positions: int32 [tokens], position of each query token in its row.
         decode: Whether this is a decode step.
@@ -49,3 +50,14 @@ class AttentionContext:
     cache: PagedCache | None = None
     backend: AttentionBackend | None = None
     host_lists: dict[str, object] = field(default_factory=dict)
+
+    def table_of(self, layer: int) -> torch.Tensor:
+        """int32 [rows, max_pages_per_row], the page table of a layer."""
+        assert self.cache is not None
+        if self.cache.group_of is None:
+            return self.page_table
+        tables = self.host_lists.get("tables")
+        if not isinstance(tables, tuple):
+            tables = self.host_lists["tables"] = self.page_table.unbind(0)
+        table: torch.Tensor = tables[self.cache.group_of[layer]]
+        return table

@@ -39,12 +39,11 @@ class ReferenceBackend:
     ) -> torch.Tensor:
         assert context.cache is not None
         keys, values = context.cache.keys[layer], context.cache.values[layer]
-        page_size = context.cache.page_size
-        slots = _slots(context, page_size)
+        slots = _slots(context, layer)
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, key)
         values.view(-1, *values.shape[2:]).index_copy_(0, slots, value)
         out = query.new_empty(*query.shape[:2], value.shape[-1])
-        for tile in _tiles(context, page_size):
+        for tile in _tiles(context, layer):
             end = tile.first_position + tile.num_queries
             begin = 0
             if options.sliding_window is not None:
@@ -66,18 +65,29 @@ class ReferenceBackend:
         pass
 
 
-def _slots(context: AttentionContext, page_size: int) -> torch.Tensor:
-    slots = context.host_lists.get("slots")
+def _group(context: AttentionContext, layer: int) -> int:
+    assert context.cache is not None
+    return 0 if context.cache.group_of is None else context.cache.group_of[layer]
+
+
+def _slots(context: AttentionContext, layer: int) -> torch.Tensor:
+    name = f"slots {_group(context, layer)}"
+    slots = context.host_lists.get(name)
     if not isinstance(slots, torch.Tensor):
-        positions = context.positions.long()
-        slots = context.page_table[context.rows, positions // page_size].long() * page_size + positions % page_size
-        context.host_lists["slots"] = slots
+        assert context.cache is not None
+        page_size, positions = context.cache.page_size, context.positions.long()
+        table = context.table_of(layer)
+        slots = table[context.rows, positions // page_size].long() * page_size + positions % page_size
+        context.host_lists[name] = slots
     return slots
 
 
-def _tiles(context: AttentionContext, page_size: int) -> list[_Tile]:
-    tiles = context.host_lists.get("tiles")
+def _tiles(context: AttentionContext, layer: int) -> list[_Tile]:
+    name = f"tiles {_group(context, layer)}"
+    tiles = context.host_lists.get(name)
     if not isinstance(tiles, list):
+        assert context.cache is not None
+        page_size, table = context.cache.page_size, context.table_of(layer)
         if context.decode:
             rows, positions = context.rows.tolist(), context.positions.tolist()
             runs = list(zip(rows, range(len(rows)), [1] * len(rows), positions, strict=True))
@@ -94,11 +104,11 @@ def _tiles(context: AttentionContext, page_size: int) -> list[_Tile]:
                 )
             )
         tiles = [
-            _Tile(first, count, position, context.page_table[row, : -(-(position + count) // page_size)].tolist())
+            _Tile(first, count, position, table[row, : -(-(position + count) // page_size)].tolist())
             for row, first, count, position in runs
             if count
         ]
-        context.host_lists["tiles"] = tiles
+        context.host_lists[name] = tiles
     return tiles
 
 

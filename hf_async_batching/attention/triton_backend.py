@@ -52,7 +52,7 @@ class TritonBackend:
         if context.decode:
             return self._decode(query, (key, value), layer, context, options, None)
         keys, values = context.cache.keys[layer], context.cache.values[layer]
-        write_kv(key, value, keys, values, context.page_table, context.rows, context.positions)
+        write_kv(key, value, keys, values, context.table_of(layer), context.rows, context.positions)
         assert context.tile_rows is not None and context.tile_queries is not None
         assert context.tile_lengths is not None and context.tile_positions is not None
         # Zeros, since the NaN that empty memory may hold would spread from tokens of no tile to the scratch page.
@@ -65,7 +65,7 @@ class TritonBackend:
             query,
             keys,
             values,
-            context.page_table,
+            context.table_of(layer),
             context.tile_rows[decodes:],
             context.tile_queries[decodes:],
             context.tile_lengths[decodes:],
@@ -95,7 +95,7 @@ class TritonBackend:
             query,
             keys,
             values,
-            context.page_table,
+            context.table_of(layer),
             context.rows[: query.shape[0]],
             context.context_lengths,
             scaling=options.scaling,

@@ -40,14 +40,17 @@ def _slot(token: int, position: int, weight: int) -> int:
     return token * 1009 + position + 77_777 * weight
 
 
-def reference(request: Request, weight: int = WEIGHT, window: int | None = None) -> list[int]:
+def reference(
+    request: Request, weight: int = WEIGHT, window: int | None = None, groups: int = 1, kept: int = 0
+) -> list[int]:
     """The tokens of a request, by the definition of the toy model alone."""
     tokens = list(request.prompt)
     while len(tokens) - len(request.prompt) < request.max_new_tokens:
         state = weight
-        for position, token in enumerate(tokens):
-            if window is None or position >= len(tokens) - window:
-                state = _mix(state, _slot(token, position, weight))
+        for group in range(groups):
+            for position, token in enumerate(tokens):
+                if window is None or group < kept or position >= len(tokens) - window:
+                    state = _mix(state, _slot(token, position, weight) + group)
         tokens.append(state % VOCAB)
         if tokens[-1] in request.eos_token_ids:
             break
@@ -55,10 +58,14 @@ def reference(request: Request, weight: int = WEIGHT, window: int | None = None)
 
 
 class ToyForward:
-    """The model: one int64 per page slot."""
+    """The model: one int64 per page slot. Each group of layers reads its own pages, one after the other."""
 
-    def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, window: int | None = None, groups: int = 1, kept: int = 0
+    ) -> None:
         self.window = window
+        self.groups = groups
+        self.kept = kept
         self.pages = torch.zeros(num_pages + 1, page_size, dtype=torch.int64)
         self.weight = torch.zeros(1, dtype=torch.int64)
         self.owners: dict[int, Request] = {}
@@ -67,12 +74,13 @@ class ToyForward:
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         context = inputs.context
         size = self.pages.shape[1]
-        table = context.page_table.tolist()
+        tables = context.page_table.tolist() if self.groups > 1 else [context.page_table.tolist()]
         rows, positions, weight = context.rows.tolist(), inputs.position_ids.tolist(), int(self.weight)
         before = self.pages.tolist()
         first: dict[int, int] = {}  # row -> where the tokens of this step begin
         for row, position, token in zip(rows, positions, inputs.token_ids.tolist(), strict=True):
-            self.pages[table[row][position // size], position % size] = _slot(token, position, weight)
+            for group, table in enumerate(tables):
+                self.pages[table[row][position // size], position % size] = _slot(token, position, weight) + group
             first.setdefault(row, position)
             if row and position >= len(self.owners[row].prompt) and token in self.owners[row].eos_token_ids:
                 self.written_after_the_end += 1
@@ -81,10 +89,11 @@ class ToyForward:
         logits = torch.zeros(len(sampled), VOCAB)
         for out, i in enumerate(sampled):
             state = weight
-            begin = 0 if self.window is None else max(0, positions[i] + 1 - self.window)
-            for position in range(begin, positions[i] + 1):
-                memory = before if position < first[rows[i]] else after
-                state = _mix(state, memory[table[rows[i]][position // size]][position % size])
+            for group, table in enumerate(tables):
+                sees_all = self.window is None or group < self.kept
+                for position in range(0 if sees_all else max(0, positions[i] + 1 - self.window), positions[i] + 1):
+                    memory = before if position < first[rows[i]] else after
+                    state = _mix(state, memory[table[rows[i]][position // size]][position % size])
             logits[out, state % VOCAB] = 1.0
         return logits
 
@@ -110,6 +119,8 @@ class ToyEngine:
     outputs: bool = False
     remembers: bool = False
     window: int | None = None
+    groups: int = 1
+    kept: int = 0
     draft_rows: int = 0
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
@@ -122,7 +133,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
-        self.forward = ToyForward(self.num_pages, self.page_size, self.window)
+        self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
         self.state = DeviceState(
             max_rows=self.max_rows,
             max_pages_per_row=self.num_pages,
@@ -131,6 +142,7 @@ class ToyEngine:
             max_length=self.num_pages * self.page_size,
             vocab_size=VOCAB,
             max_samples=self.max_rows + MAX_DRAFTED,
+            groups=self.groups,
         )
         graphs = self.device.supports_graphs
         self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
@@ -158,6 +170,8 @@ class ToyEngine:
             max_batch_tokens=self.max_batch_tokens,
             max_writes=self.num_pages * self.page_size,
             window=self.window,
+            groups=self.groups,
+            kept=self.kept,
             draft_rows=self.draft_rows,
         )
         # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
@@ -166,6 +180,10 @@ class ToyEngine:
         self.engine = Engine(self.scheduler, pipeline, self.device, depth=self.depth, debug=self.debug)
         # The caller's stream is still writing the weights when the first request comes.
         self.write_weight(WEIGHT)
+
+    def reference(self, request: Request, weight: int = WEIGHT) -> list[int]:
+        """The tokens of a request, by the definition of this engine's model."""
+        return reference(request, weight, self.window, self.groups, self.kept)
 
     def write_weight(self, weight: int) -> None:
         """Change the model in place, on the caller's stream, which later steps wait for."""
@@ -181,7 +199,7 @@ class ToyEngine:
             self.state.last_token[row] = self._random.randrange(VOCAB)
             self.state.finished[row] = self._random.randrange(2)
             self.state.lengths[row] = self._random.randrange(self.num_pages * self.page_size)
-            self.state.page_table[row] = self._random.randrange(1, self.num_pages + 1)
+            self.state.page_table[..., row, :] = self._random.randrange(1, self.num_pages + 1)
 
     def step(self) -> None:
         """One step; keeps what it emitted."""
@@ -237,7 +255,7 @@ def run_random_schedule(
     With `conversations`, prompts begin with one of two system prompts, or with an earlier request and its completion.
     """
     rng = random.Random(seed)
-    capacity = engine.num_pages * engine.page_size
+    capacity = engine.num_pages // engine.groups * engine.page_size
     requests = engine.requests
     cancelled = rng.choice((0.0, 0.0, 0.05))
     systems = [_tokens(rng, rng.randint(4, 13)) for _ in range(2)]
@@ -282,7 +300,7 @@ def _continued(rng: random.Random, engine: ToyEngine, systems: list[tuple[int, .
 def verify(engine: ToyEngine, requests: dict[str, Request], weight: int = WEIGHT) -> None:
     """Every token right, every request ended, every page and row back."""
     for request_id, request in requests.items():
-        got, want = engine.emitted.get(request_id, []), reference(request, weight, engine.window)
+        got, want = engine.emitted.get(request_id, []), engine.reference(request, weight)
         if engine.reasons[request_id] == "cancelled":
             assert got == want[: len(got)], f"request {request_id}: {got} is no prefix of {want}"
         else:
