@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from functools import wraps
 from typing import Any
@@ -88,7 +89,7 @@ def test_wrappers_of_other_libraries_do_not_hide_it(model: Any, monkeypatch: pyt
         return plain(self, *args, **kwargs)
 
     # Without torch's wrapper the tokenizer is out of sight, and nothing else.
-    bare = plain.__wrapped__
+    bare = inspect.unwrap(plain)
 
     for replacement, sees_all in ((wrapped, True), (hidden, True), (bare, False)):
         monkeypatch.setattr(GenerationMixin, "generate", replacement)

@@ -131,10 +131,15 @@ def test_every_way_in() -> None:
 
 def test_adapters_of_transformers_itself() -> None:
     model = tiny_model("Llama")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    try:
+        tiny_model("Llama").add_adapter(adapter)
+    except ValueError as error:  # a release of transformers can ask for one of peft that is still to come
+        pytest.skip(str(error))
     before = expected(model)
     with make(model) as manager:
         assert served(manager) == before
-        model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        model.add_adapter(adapter)
         after = expected(model)
         assert after != before
         assert served(manager) == after
