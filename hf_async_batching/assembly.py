@@ -80,7 +80,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     if group is not None:
         free = group.least(free)  # rows and pages have the same numbers on all ranks
     # Other routes hand a model one table for all of its layers.
-    groups = group_layers(forward.layers, apart=isinstance(forward, ModelForward))
+    longest = config.max_sequence_length or context
+    groups = group_layers(forward.layers, isinstance(forward, ModelForward), longest)
     resolved = config.resolve(
         forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes, groups
     )

@@ -83,8 +83,11 @@ class DeviceState:
         self.lengths = table(max_rows + 1)
         self.finished = table(max_rows + 1)
         self._groups = groups
-        shape = (max_rows + 1, max_pages_per_row)
-        self.page_table = table(*shape) if groups == 1 else table(groups, *shape)
+        if groups == 1:
+            self.page_table = table(max_rows + 1, max_pages_per_row)
+        else:
+            # A table that does not begin on 16 bytes would have kernels of its own, compiled while a step waits.
+            self.page_table = table(groups, max_rows + 1, -(-max_pages_per_row // 4) * 4)
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
         max_samples = max_rows if max_samples is None else max_samples

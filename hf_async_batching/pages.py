@@ -146,8 +146,12 @@ class PageAllocator(IdPool):
                 self.prefixes.hold(page)
             self._holders[page] += 1
 
-    def release(self, ids: Iterable[int]) -> None:
+    def release(self, ids: Iterable[int], *, touch: bool = True) -> None:
         """Give back the pages that one sequence held.
+
+        Args:
+            ids: The pages.
+            touch: Whether what they continue counts as used just now.
 
         Raises:
             RuntimeError: Nobody held a page: the bookkeeping of the caller is broken.
@@ -159,7 +163,7 @@ class PageAllocator(IdPool):
             self._holders[page] -= 1
             if not self._holders[page]:
                 unheld.append(page)
-        super().release(self.prefixes.let_go(unheld))
+        super().release(self.prefixes.let_go(unheld, touch=touch))
 
     def num_held(self, pages: Iterable[int]) -> int:
         """How many of the pages somebody holds: sharing these takes nothing from what is available."""

@@ -157,8 +157,9 @@ class Plan:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Query tokens of prompts."""
-        return sum(len(chunk.tokens) for chunk in self.chunks if chunk.samples < 2)
+        """Query tokens of prompts, and of requests that are computed again."""
+        again = {new_row.row for new_row in self.new_rows if new_row.again}
+        return sum(len(chunk.tokens) for chunk in self.chunks if chunk.row not in again)
 
     @property
     def drafts(self) -> bool:

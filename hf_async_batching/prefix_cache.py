@@ -191,8 +191,12 @@ class PrefixCache:
         """Somebody holds a known page that nobody held."""
         del self._unheld[page]
 
-    def let_go(self, pages: Iterable[int]) -> list[int]:
+    def let_go(self, pages: Iterable[int], *, touch: bool = True) -> list[int]:
         """Nobody holds these pages, which one sequence held, any more.
+
+        Args:
+            pages: The pages.
+            touch: Whether what they continue counts as used just now; it must where they make their nodes.
 
         Returns:
             Those that are not known, and so mean nothing from now on.
@@ -208,7 +212,7 @@ class PrefixCache:
             if deepest is None or node.depth > deepest.depth:
                 deepest = node
         # All of the path, and not only these pages: a page before them may be an equal one of somebody else's.
-        while deepest is not None:
+        while touch and deepest is not None:
             for page in deepest.pages[: self._kept]:
                 if page in self._unheld:
                     self._unheld.move_to_end(page)

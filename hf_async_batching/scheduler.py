@@ -94,6 +94,7 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._drafters: list[Sequence] = []
+        self._were_few = False
         self._planned_decoding: list[Sequence] = []
         self._decode_rows: tuple[int, ...] = ()
         self._planned_sampled: list[Sequence] = []
@@ -298,7 +299,9 @@ class Scheduler:
     def _choose_drafts(self) -> None:
         """Let sequences that can draft do so, or go on as the others do."""
         few = not self._waiting and len(self._running) <= self.drafting.max_rows
-        self._regroup_due |= self.drafting.choose(self._drafters, few)
+        if few or self._were_few:  # else nobody is held or has a draft to give up
+            self._regroup_due |= self.drafting.choose(self._drafters, few)
+        self._were_few = few
 
     def _plan_decodes(self, new_pages: list[NewPage]) -> tuple[list[Sequence], bool]:
         """The sequences that decode one token each, oldest first, and whether any lacks a page."""
@@ -352,7 +355,8 @@ class Scheduler:
         decoding, prefilling = State.DECODING, State.PREFILLING
         self._decoding = [s for s in self._running if s.state is decoding and s.wants_more and not s.held]
         self._prefilling = [s for s in self._running if s.state is prefilling]
-        self._drafters = [s for s in self._running if s.lookup is not None]
+        if self.drafting.max_rows:
+            self._drafters = [s for s in self._running if s.lookup is not None]
         self._regroup_due = False
 
     def _make_room(self, sequence: Sequence, short: int) -> bool:
@@ -418,8 +422,8 @@ class Scheduler:
             # Where it waits on, the next look-up goes on from here.
             # Of a prompt of embeddings the tokens say nothing: it starts at the root, and nobody finds its pages.
             looked_up = sequence.tokens if sequence.shareable else sequence.tokens[:1]
-            found = self.pages.prefixes.find(sequence.prefix, looked_up)
-            sequence.prefix = self.pages.prefixes.usable(found)
+            sequence.found = self.pages.prefixes.find(sequence.found, looked_up)
+            sequence.prefix = self.pages.prefixes.usable(sequence.found)
             shared = self._path_to(sequence.prefix)
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
             needed = self.pages.pages_for(len(sequence.tokens) + 1)
@@ -538,7 +542,8 @@ class Scheduler:
         keep: list[_Retired] = []
         for retired in self._retired:
             if retired.last_step <= self._completed:
-                self.pages.release(retired.pages)
+                # One that goes on has its place in the tree, and touches it when it ends.
+                self.pages.release(retired.pages, touch=retired.row > 0 or not self.pages.kept)
                 if retired.row:
                     self.rows.release([retired.row])
             else:

@@ -103,7 +103,8 @@ class Sequence:
         row: The row on the device; 0 while the sequence has none.
         pages: KV pages in order of position, those of all groups together; 0 for those that it has given back.
         passed: Before how many, counted in one group, it has given back what no token to come sees.
-        prefix: The last page of its chain in the prefix cache; None before the first look-up.
+        found: What the last look-up in the prefix cache found, from which the next goes on; None before the first.
+        prefix: The last node of its own chain there: what of `found` it could use, and then what it entered.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
         lookup: Where its drafts come from; None where it makes none.
         held: Whether it decodes no further until its tokens in flight have arrived.
@@ -129,6 +130,7 @@ class Sequence:
     row: int = 0
     pages: list[int] = field(default_factory=list)
     passed: int = 0
+    found: Node | None = None
     prefix: Node | None = None
     last_step: int = -1
     lookup: PromptLookup | None = field(init=False)

@@ -83,3 +83,9 @@ def test_entries_go_to_the_tables_of_their_groups() -> None:
     assert state.page_table[:, 1, 0].tolist() == [10, 11, 12]
     assert state.page_table[:, 2, 1].tolist() == [23, 0, 25]
     assert int(state.page_table.sum()) == 10 + 11 + 12 + 23 + 25
+
+
+def test_every_groups_table_begins_on_16_bytes() -> None:
+    state = DeviceState(max_rows=256, max_pages_per_row=63, device=torch.device("cpu"), groups=3)
+    assert state.page_table.shape == (3, 257, 64)
+    assert {table.data_ptr() % 16 for table in state.page_table} == {state.page_table.data_ptr() % 16}

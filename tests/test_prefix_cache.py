@@ -165,6 +165,83 @@ def test_other_weights_find_nothing() -> None:
     assert found(cache, A + D + C) == [31]
 
 
+# -- groups of layers ------------------------------------------------------------------------------------------------
+# Two groups, pages of two tokens: page 1x sees all, page 2x sees a window of 3 tokens, which is its own and the last.
+
+
+def chain_of(cache: PrefixCache, tokens: tuple[int, ...], *pages: int) -> Node:
+    return cache.enter(cache.find(None, tokens), tokens, pages, len(pages) // 2)
+
+
+def usable(cache: PrefixCache, tokens: tuple[int, ...]) -> list[int]:
+    cache.check_invariants()
+    return cache.usable(cache.find(None, tokens)).path()
+
+
+def test_a_node_has_a_page_of_each_group() -> None:
+    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    chain_of(cache, A + B, 11, 21, 12, 22)
+    assert usable(cache, A + B + C) == [11, 21, 12, 22]
+    assert all(page in cache for page in (11, 21, 12, 22))
+    assert [cache.first_seen(depth) for depth in range(5)] == [0, 0, 1, 2, 3], (
+        "a token behind n nodes sees one of them"
+    )
+
+
+def test_pages_of_windows_go_alone_and_what_sees_them_is_of_no_use() -> None:
+    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    chain_of(cache, A + B + C, 11, 21, 12, 22, 13, 23)
+    assert cache.let_go([22], touch=False) == []
+    assert cache.evict() == [22]
+    assert 22 not in cache
+    assert found(cache, A + B + C + D) == [11, 21, 12, 0, 13, 23]
+    assert usable(cache, A + B + C + D) == [11, 21, 12, 0, 13, 23], "the last two tokens are all that is seen"
+    assert usable(cache, A + B + (9,)) == [11, 21], "behind the second node its own page is missing"
+    cache.let_go([23, 21], touch=False)
+    assert cache.evict(2) == [23, 21]
+    assert usable(cache, A + B + C + D) == []
+    assert found(cache, A + B + C + D) == [11, 0, 12, 0, 13, 0]
+    assert cache.evictions == 3
+
+
+def test_who_computes_a_node_again_fills_its_gaps() -> None:
+    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    chain_of(cache, A + B, 11, 21, 12, 22)
+    cache.let_go([22], touch=False)
+    cache.evict()
+    node = cache.usable(cache.find(None, A + B + C))
+    assert node.path() == [11, 21]
+    assert cache.enter(node, A + B + C, [11, 21, 32, 42, 33, 43], 3).path() == [11, 21, 12, 42, 33, 43]
+    assert 42 in cache
+    assert 32 not in cache, "the page of those that see all was there"
+    assert usable(cache, A + B + C + D) == [11, 21, 12, 42, 33, 43]
+
+
+def test_a_page_that_makes_its_node_takes_the_others_along() -> None:
+    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    chain_of(cache, A + B, 11, 21, 12, 22)
+    cache.let_go([11, 21, 12])  # 22 is held by somebody
+    assert cache.evict() == [21]
+    assert 22 in cache
+    assert cache.evict() == [12], "what continues a page goes before it"
+    assert 22 not in cache, "it goes on as its holder's"
+    assert cache.evict() == [11]
+    cache.check_invariants()
+
+
+def test_pages_of_windows_are_given_up_where_they_passed_first() -> None:
+    """A sequence that goes on gives pages back without touching those that it goes on from."""
+    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    chain_of(cache, A, 11, 21)
+    chain_of(cache, C + D, 13, 23, 14, 24)
+    cache.let_go([11])
+    cache.let_go([23], touch=False)
+    cache.let_go([13, 14])
+    assert cache.evict() == [11]
+    assert cache.evict() == [23]
+    cache.check_invariants()
+
+
 def test_switched_off() -> None:
     cache = PrefixCache(2, enabled=False)
     chain(cache, A + B, 11, 12)

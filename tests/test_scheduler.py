@@ -14,6 +14,7 @@ import pytest
 
 import hf_async_batching
 import hf_async_batching.scheduler as scheduler_module
+from hf_async_batching.pages import IdPool
 from hf_async_batching.plan import Features, Plan, Result
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.scheduler import Emission, Scheduler
@@ -59,6 +60,31 @@ def chunk_sizes(plan: Plan) -> list[tuple[int, int, bool]]:
 
 def started(plan: Plan) -> list[str]:
     return [new.request.request_id for new in plan.new_rows]
+
+
+# -- groups of layers -------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_is_not_looked_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what was found is of no use, because pages of windows were given up."""
+    scheduler = make(num_pages=24, max_rows=4, max_batch_tokens=40, window=4, groups=2, kept=1)
+    scheduler.add(request("a", prompt=20, new=1))
+    step(scheduler)
+    prefixes = scheduler.pages.prefixes
+    for node in set(prefixes._nodes.values()):
+        IdPool.release(scheduler.pages, prefixes._forget(node, 1))
+    keys: list[int] = []
+    key = type(prefixes)._key
+    monkeypatch.setattr(type(prefixes), "_key", lambda self, *args: keys.append(1) or key(self, *args))
+    for name in "bc":
+        scheduler.add(request(name, prompt=16, new=8))
+    scheduler.add(Request("d", request("a", prompt=20).prompt, 4))
+    step(scheduler)
+    keys.clear()
+    for _ in range(3):
+        step(scheduler)
+    assert (scheduler.num_waiting, scheduler.rows.available) == (1, 2), "it waits for pages"
+    assert keys == []
 
 
 # -- windows --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 _MOST_GROUPS = 16
 # Of a page's memory, where the layers do not come out even.
 _MOST_WASTE = 0.15
+# Of the layers, for so many more pages to be worth the host's while.
+_FEWEST_NARROW = 0.25
 
 
 class LayerShape(NamedTuple):
@@ -60,19 +63,21 @@ class LayerGroups:
         return page_size * sum(places.values())
 
 
-def group_layers(layers: list[LayerShape], apart: bool = True) -> LayerGroups:
+def group_layers(layers: list[LayerShape], apart: bool = True, longest: int | None = None) -> LayerGroups:
     """The groups of a model's layers.
 
     Args:
         layers: In order.
         apart: Whether there may be more than one.
+        longest: Tokens that a request can reach; None where unknown.
     """
     windows = [layer.sliding_window for layer in layers]
     narrow = [i for i, window in enumerate(windows) if window is not None]
     wide = [i for i, window in enumerate(windows) if window is None]
     window = max([window for window in windows if window is not None], default=None)
     sizes = {(layer.num_kv_heads, layer.key_dim, layer.value_dim, layer.dtype) for layer in layers}
-    if apart and narrow and wide and len(sizes) == 1:
+    pays = window is not None and window < (longest or math.inf) and len(narrow) >= _FEWEST_NARROW * len(layers)
+    if apart and pays and wide and len(sizes) == 1:
         size = min(len(narrow), len(wide))
         kept, others = -(-len(wide) // size), -(-len(narrow) // size)
         count = kept + others

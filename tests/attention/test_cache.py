@@ -27,6 +27,7 @@ def layers(pattern: str) -> list[LayerShape]:
         ("nnnnnw" * 4 + "nn", 7, 1, 128),  # Gemma-3: 4 and 22, two places of 28 empty
         ("wwwn", 4, 3, 128),
         ("w" * 20 + "n", 1, 1, None),  # too many tables
+        ("wwwwn", 1, 1, None),  # little to gain
         ("nnnww", 1, 1, None),  # a quarter of the memory would be empty
     ],
 )
@@ -42,6 +43,11 @@ def test_groups(pattern: str, count: int, kept: int, window: int | None) -> None
     assert alone.count == 1
     assert alone.page_bytes(shapes, 16) == 16 * sum(shape.bytes_per_token for shape in shapes)
     assert groups.page_bytes(shapes, 16) * count <= 1.2 * alone.page_bytes(shapes, 16)
+
+
+def test_windows_that_nobody_outgrows_make_no_groups() -> None:
+    assert group_layers(layers("nw"), longest=128).count == 1
+    assert group_layers(layers("nw"), longest=129).count == group_layers(layers("nw"), longest=None).count == 2
 
 
 def test_layers_of_several_sizes_share_their_pages() -> None:
