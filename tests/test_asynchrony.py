@@ -99,7 +99,7 @@ GROUPS = [{"groups": 3, "kept": 1}, {"groups": 3, "kept": 2}, {"groups": 2, "kep
 def test_random_schedules_with_groups_of_layers(depth: int, groups: dict[str, int], window: int) -> None:
     """Pages of groups with a window are given back alone, found again where they are still known, and taken anew."""
     passed = hits = preemptions = evictions = 0
-    for seed in range(SCHEDULES // 10):
+    for seed in range(SCHEDULES // 20):
         pages = (8 + seed % 3) * groups["groups"]
         engine = ToyEngine(depth, seed, window=window, num_pages=pages, draft_rows=seed % 3, **groups)
         give_back = engine.scheduler._give_back_passed
@@ -115,9 +115,9 @@ def test_random_schedules_with_groups_of_layers(depth: int, groups: dict[str, in
         hits += engine.scheduler.pages.prefixes.hit_tokens
         evictions += engine.scheduler.pages.prefixes.evictions
         preemptions += engine.scheduler.preemptions
-    assert passed > SCHEDULES / 10
-    assert hits > SCHEDULES
-    assert evictions > SCHEDULES / 10
+    assert passed > SCHEDULES / 20
+    assert hits > SCHEDULES / 2
+    assert evictions > SCHEDULES / 20
     assert preemptions
 
 

@@ -21,7 +21,7 @@ from hf_async_batching.prompt_lookup import PromptLookup
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.scheduler import Scheduler
 
-SCHEDULES = 150
+SCHEDULES = 90
 
 
 class Oracle(PromptLookup):
