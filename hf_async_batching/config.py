@@ -89,7 +89,7 @@ class BatchingConfig:
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
         if self.prompt_lookup_rows < 0:
-            raise ValueError(f"`prompt_lookup_rows` must not be negative, got {self.prompt_lookup_rows}")
+            raise ValueError(f"`prompt_lookup_rows` must be 0 or more, got {self.prompt_lookup_rows}")
         if self.page_size is not None and self.page_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"`page_size` must be 16, 32, 64, 128 or 256, got {self.page_size}")
         if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:

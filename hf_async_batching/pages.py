@@ -99,7 +99,6 @@ class PageAllocator(IdPool):
         self.page_size = page_size
         self.groups = groups
         self.kept = kept
-        self.window = window
         self.prefixes = PrefixCache(page_size, prefix_cache, groups=groups, kept=kept, window=window)
         self._holders = [0] * (num_pages + 1)
 
@@ -110,10 +109,6 @@ class PageAllocator(IdPool):
     def room_in(self, num_pages: int) -> int:
         """Tokens that so many pages hold, in order of position."""
         return num_pages // self.groups * self.page_size
-
-    def num_passed(self, position: int) -> int:
-        """How many pages of each group that is not kept lie before the window of the token at `position`."""
-        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
     @property
     def available(self) -> int:

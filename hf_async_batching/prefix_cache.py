@@ -78,7 +78,7 @@ class PrefixCache:
         self._groups = groups
         # Where there is one group, its page is what makes the node, whether or not it is kept for ever.
         self._kept = max(1, kept)
-        self._window = window
+        self.window = window
         self.query_tokens = 0
         self.hit_tokens = 0
         self.evictions = 0
@@ -130,7 +130,7 @@ class PrefixCache:
             return node
         candidate = node
         while candidate.depth:
-            seen = self.first_seen(candidate.depth)
+            seen = self.num_passed(candidate.depth * self.page_size)
             whole = candidate
             while whole.depth > seen and all(whole.pages):
                 assert whole.parent is not None
@@ -142,9 +142,9 @@ class PrefixCache:
             candidate = whole.parent
         return candidate
 
-    def first_seen(self, depth: int) -> int:
-        """How many nodes lie before all that the token behind `depth` nodes sees in the groups with a window."""
-        return 0 if self._window is None else max(0, depth * self.page_size - self._window + 1) // self.page_size
+    def num_passed(self, position: int) -> int:
+        """How many pages of each group with a window lie before all that the token at `position` sees there."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
     def enter(self, node: Node, tokens: Sequence[int], pages: Sequence[int], count: int) -> Node:
         """Make the first `count` pages of a sequence known. Where others hold the same tokens already, those stay.

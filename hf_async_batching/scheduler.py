@@ -327,7 +327,7 @@ class Scheduler:
             self._regroup_due = True
         for sequence in growing:
             self._enter_pages(sequence)
-            if self.pages.window is not None:
+            if self.pages.prefixes.window is not None:
                 self._give_back_passed(sequence)
         groups = self.pages.groups
         pages = self.pages.take(len(growing) * groups)  # all at once, which is the rule, and cheap
@@ -397,7 +397,7 @@ class Scheduler:
         for sequence in self._prefilling:
             if budget == 0:
                 break
-            if self.pages.window is not None:
+            if self.pages.prefixes.window is not None:
                 self._give_back_passed(sequence)
             if sequence.restarts:
                 self.drafting.begin(sequence, min(can_draft, budget - 1), new_pages)
@@ -457,7 +457,7 @@ class Scheduler:
         sequence.row = row[0]
         sequence.pages = shared + own
         sequence.computed = self.pages.room_in(len(shared))
-        sequence.passed = shared.count(0) and self.pages.num_passed(sequence.computed)
+        sequence.passed = shared.count(0) and self.pages.prefixes.num_passed(sequence.computed)
         sequence.state = State.PREFILLING
         self._running.append(sequence)
         if sequence.last_step < 0:  # one that was preempted has been counted
@@ -481,7 +481,7 @@ class Scheduler:
 
         Steps in flight may still read them: they return when the last one that was planned has completed.
         """
-        passed = self.pages.num_passed(sequence.computed)
+        passed = self.pages.prefixes.num_passed(sequence.computed)
         if passed > sequence.passed:
             groups, kept = self.pages.groups, self.pages.kept
             pages: list[int] = []
@@ -497,7 +497,8 @@ class Scheduler:
         pages = node.path()
         groups, kept = self.pages.groups, self.pages.kept
         if groups > 1:
-            for start in range(0, self.pages.prefixes.first_seen(node.depth) * groups, groups):
+            passed = self.pages.prefixes.num_passed(self.pages.room_in(len(pages)))
+            for start in range(0, passed * groups, groups):
                 pages[start + kept : start + groups] = [0] * (groups - kept)
         return pages
 

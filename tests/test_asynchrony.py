@@ -69,6 +69,20 @@ def test_each_wait_is_needed(guard: Guard, depth: int) -> None:
     assert not any(_wrong_token(depth, seed) for seed in range(10))
 
 
+def count_passed(scheduler: Scheduler) -> list[int]:
+    """How many pages of a group each look at a window gives back, from now on."""
+    counts: list[int] = []
+    give_back = scheduler._give_back_passed
+
+    def counted(sequence: Sequence) -> None:
+        before = sequence.passed
+        give_back(sequence)
+        counts.append(sequence.passed - before)
+
+    scheduler._give_back_passed = counted  # type: ignore[method-assign]
+    return counts
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("window", [1, 6])
 def test_random_schedules_with_a_window(depth: int, window: int) -> None:
@@ -76,16 +90,9 @@ def test_random_schedules_with_a_window(depth: int, window: int) -> None:
     passed = 0
     for seed in range(SCHEDULES // 10):
         engine = ToyEngine(depth, seed, window=window)
-        give_back = engine.scheduler._give_back_passed
-
-        def counted(sequence: Sequence, give_back: Any = give_back) -> None:
-            nonlocal passed
-            before = sequence.passed
-            give_back(sequence)
-            passed += sequence.passed - before
-
-        engine.scheduler._give_back_passed = counted  # type: ignore[method-assign]
+        counts = count_passed(engine.scheduler)
         verify(engine, run_random_schedule(engine, seed, conversations=seed % 2 == 1))
+        passed += sum(counts)
     assert passed > SCHEDULES / 10
 
 
@@ -102,16 +109,9 @@ def test_random_schedules_with_groups_of_layers(depth: int, groups: dict[str, in
     for seed in range(SCHEDULES // 20):
         pages = (8 + seed % 3) * groups["groups"]
         engine = ToyEngine(depth, seed, window=window, num_pages=pages, draft_rows=seed % 3, **groups)
-        give_back = engine.scheduler._give_back_passed
-
-        def counted(sequence: Sequence, give_back: Any = give_back) -> None:
-            nonlocal passed
-            before = sequence.passed
-            give_back(sequence)
-            passed += sequence.passed - before
-
-        engine.scheduler._give_back_passed = counted  # type: ignore[method-assign]
+        counts = count_passed(engine.scheduler)
         verify(engine, run_random_schedule(engine, seed, num_requests=9, conversations=seed % 4 > 0))
+        passed += sum(counts)
         hits += engine.scheduler.pages.prefixes.hit_tokens
         evictions += engine.scheduler.pages.prefixes.evictions
         preemptions += engine.scheduler.preemptions
@@ -126,8 +126,8 @@ class GivesBackWhatIsSeen(Scheduler):
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes, prefix_cache=False)  # which would leave them as they are for a while
-        assert self.pages.window is not None
-        self.pages.window -= 1
+        assert self.pages.prefixes.window is not None
+        self.pages.prefixes.window -= 1
 
 
 class GivesBackAtOnce(Scheduler):

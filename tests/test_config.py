@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_async_batching.attention.cache import LayerShape
+from hf_async_batching.attention.cache import LayerShape, group_layers
 from hf_async_batching.config import GIB, BatchingConfig, ResolvedConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -34,6 +34,7 @@ def resolve(
         ("max_sequence_length", (0,), (1,)),
         ("num_pages", (0,), (1,)),
         ("memory_fraction", (0.0, -0.5, 1.01, float("nan")), (1e-3, 1.0)),
+        ("prompt_lookup_rows", (-1,), (0, 4)),
         ("max_waiting", (0,), (1,)),
         ("idle_timeout", (0, -1.0), (0.1, None)),
         ("attention_backend", ("flash", "", None), ("auto", "torch", "triton")),
@@ -138,6 +139,23 @@ def test_the_budget_and_the_rows_follow_each_other() -> None:
     assert resolve(CUDA, max_rows=3, weights=16 * GIB).max_batch_tokens == 2048
     assert resolve(CUDA, max_batch_tokens=20).max_rows == 20
     assert resolve(CUDA, max_batch_tokens=9000).max_rows == 256
+
+
+def test_pages_of_groups_of_layers() -> None:
+    """A page holds one of two layers: twice as many fit, and what is given counts pages of both."""
+    layers = [LAYERS[0], LAYERS[0]._replace(sliding_window=128)]
+    groups, page = group_layers(layers), 256 * TOKEN_BYTES // 2
+
+    def resolved(free: int, **fields: Any) -> ResolvedConfig:
+        return BatchingConfig(**fields).resolve(layers, 1000, CPU, free, groups=groups)
+
+    chosen = resolved(4 * 21 * page)
+    assert (chosen.num_pages, chosen.max_sequence_length, chosen.settings.num_pages) == (20, 1000, 10)
+    assert resolved(64 * GIB).num_pages == 2 * resolve().num_pages
+    given = resolved(64 * GIB, num_pages=3)
+    assert (given.num_pages, given.max_sequence_length, given.settings.num_pages) == (6, 768, 3)
+    with pytest.raises(ValueError, match="at least one page"):
+        resolved(4 * 2 * page)
 
 
 def test_pages_that_memory_allows() -> None:

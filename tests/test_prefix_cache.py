@@ -183,7 +183,7 @@ def test_a_node_has_a_page_of_each_group() -> None:
     chain_of(cache, A + B, 11, 21, 12, 22)
     assert usable(cache, A + B + C) == [11, 21, 12, 22]
     assert all(page in cache for page in (11, 21, 12, 22))
-    assert [cache.first_seen(depth) for depth in range(5)] == [0, 0, 1, 2, 3], (
+    assert [cache.num_passed(2 * depth) for depth in range(5)] == [0, 0, 1, 2, 3], (
         "a token behind n nodes sees one of them"
     )
 
