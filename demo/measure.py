@@ -22,7 +22,6 @@ import argparse
 import json
 import logging
 import re
-import shutil
 import socket
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from typing import Any
 from hf_async_batching.timeline import StepRecord
 
 from .backend import STAGES, Backend
+from .browser import launch, press_section, set_numbers
 from .page import asset, launch_options
 from .runs import read_prompts
 from .serving import Serving, load
@@ -43,7 +43,6 @@ from .settings import Settings
 from .wall import Wall
 
 _START_SECONDS = 900.0
-_FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 _WATCH = """
 import sys
 from gradio_client import Client
@@ -166,25 +165,23 @@ def _in_browser(url: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(_FLAGS))
+        browser = launch(playwright)
         page = browser.new_page()
         page.goto(url)
         page.get_by_label("number input for Chats at once").wait_for()
-        page.get_by_role("button", name="Prompts and settings").click()
+        press_section(page, "Prompts and settings")
         page.get_by_label("Greedy").first.check()
 
-        def number(label: str, value: float) -> None:
-            page.get_by_label(f"number input for {label}", exact=True).fill(str(value))
-            page.get_by_label(f"number input for {label}", exact=True).press("Tab")
-
         def watch(chats: int, tokens: int) -> float:
-            for label, value in (
-                ("Questions per chat", 1),
-                ("Max new tokens per answer", tokens),
-                ("Seconds between two starts", 0),
-                ("Chats at once", chats),
-            ):
-                number(label, value)
+            set_numbers(
+                page,
+                {
+                    "Questions per chat": 1,
+                    "Max new tokens per answer": tokens,
+                    "Seconds between two starts": 0,
+                    "Chats at once": chats,
+                },
+            )
             page.evaluate(
                 "document.querySelector('.wall').dataset.over = document.querySelector('.wall').dataset.frames = ''"
             )

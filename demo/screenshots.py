@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .browser import launch, set_numbers
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -15,15 +16,6 @@ if TYPE_CHECKING:
 QUESTION = "Write a Python function that reverses a list, and explain it."
 # The first answer may have to wait for the engine to start.
 _WAIT_MS = 300_000
-_FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-)
 # Where a picture is worth more bytes than this, it becomes a JPEG.
 _LARGEST_PNG = 290_000
 
@@ -62,7 +54,7 @@ def take(browser: Browser, url: str, folder: Path, view: View) -> list[Path]:
         "document.querySelector('[data-loading]')?.hidden && document.querySelector('[data-facts] b')"
     )
     desktop = view.width > 640
-    _number(page, "Chats at once", view.chats)
+    set_numbers(page, {"Chats at once": view.chats})
     page.get_by_role("button", name=re.compile("^Start")).click()
     if desktop:
         page.get_by_label("Your message").fill(QUESTION)
@@ -88,12 +80,6 @@ def take(browser: Browser, url: str, folder: Path, view: View) -> list[Path]:
     return taken
 
 
-def _number(page: Page, label: str, value: int) -> None:
-    box = page.get_by_label(f"number input for {label}", exact=True)
-    box.fill(str(value))
-    box.press("Tab")
-
-
 def _shoot(page: Page, folder: Path, name: str) -> Path:
     path = folder / f"demo-{name}.png"
     page.screenshot(path=path)
@@ -116,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # The system's browser where there is one, else the one that Playwright installed.
-        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
+        browser = launch(playwright)
         for view in VIEWS:
             if arguments.only in (None, view.name):
                 for picture in take(browser, arguments.url, arguments.folder, view):

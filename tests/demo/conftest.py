@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demo.app import build_app
 from demo.backend import Backend
+from demo.browser import launch
 from demo.models import load_chat_model
 from demo.page import launch_options
 from demo.roster import Roster
@@ -34,15 +34,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -126,10 +117,9 @@ def browser(unavailable: Callable[[str], None]) -> Iterator[Browser]:
     except ImportError as error:
         unavailable(f"no browser tests without Playwright: {error}")
         raise
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         try:
-            chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+            chromium = launch(playwright)
         except Error as error:
             unavailable(f"no Chromium to run the page in: {error.message.splitlines()[0]}")
             raise

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.demo import Served, wait_until_idle
 
+from demo.browser import press_section, set_numbers
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -58,24 +60,13 @@ def open_page(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]
     assert [text for text in complaints if not any(known in text for known in open_one.forgiven)] == []  # type: ignore[attr-defined]
 
 
-def set_number(page: Page, label: str, value: int) -> None:
-    box = page.get_by_label(f"number input for {label}", exact=True)
-    box.fill(str(value))
-    box.press("Tab")
-
-
-def show(page: Page, section: str) -> None:
-    page.get_by_role("button", name=section).click()
-
-
 def start_wall(page: Page, chats: int, tokens: int, prompts: str | None = None, turns: int = 1) -> None:
-    show(page, "Prompts and settings")
-    set_number(page, "Max new tokens per answer", tokens)
-    set_number(page, "Questions per chat", turns)
+    press_section(page, "Prompts and settings")
+    set_numbers(page, {"Max new tokens per answer": tokens, "Questions per chat": turns})
     if prompts is not None:
         page.get_by_label("Prompts, one per line").fill(prompts)
-    show(page, "Prompts and settings")
-    set_number(page, "Chats at once", chats)
+    press_section(page, "Prompts and settings")
+    set_numbers(page, {"Chats at once": chats})
     page.get_by_role("button", name=re.compile(rf"Start {chats} chats?$")).click()
     page.wait_for_function("n => document.querySelectorAll('.tile').length === n", arg=chats)
 
@@ -85,16 +76,23 @@ def wait_for_wall(page: Page) -> None:
     page.get_by_role("button", name=re.compile("^Start")).wait_for()
 
 
-def ask(page: Page, text: str, tokens: int) -> None:
+def set_longest(page: Page, tokens: int) -> None:
     if not page.get_by_label("System prompt", exact=True).is_visible():
-        show(page, "System prompt and sampling")
-    page.locator("#columns").get_by_label("number input for Max new tokens", exact=True).last.fill(str(tokens))
-    page.locator("#columns").get_by_label("number input for Max new tokens", exact=True).last.press("Tab")
+        press_section(page, "System prompt and sampling")
+    set_numbers(page, {"Max new tokens": tokens})
+
+
+def send(page: Page, text: str) -> None:
     asked = page.locator("#chat .user.message").count()
     page.get_by_label("Your message").fill(text)
     page.get_by_label("Your message").press("Enter")
     # From here on the page shows Stop, until the answer has ended.
     page.locator("#chat .user.message").nth(asked).wait_for()
+
+
+def ask(page: Page, text: str, tokens: int) -> None:
+    set_longest(page, tokens)
+    send(page, text)
 
 
 def answer(page: Page) -> str:
@@ -103,9 +101,10 @@ def answer(page: Page) -> str:
 
 
 def wait_for_words(page: Page, length: int) -> None:
-    """Wait until the last answer has grown to `length` characters."""
+    """Wait until the last answer has grown to `length` characters; what it waits for ends in an ellipsis."""
     page.wait_for_function(
-        "n => [...document.querySelectorAll('#chat .bot.message')].at(-1)?.innerText.trim().length > n",
+        """n => { const text = [...document.querySelectorAll('#chat .bot.message')].at(-1)?.innerText.trim();
+                  return text?.length > n && !text.endsWith('…'); }""",
         arg=length,
         timeout=ANSWER_MS,
     )
@@ -198,7 +197,9 @@ def test_a_closed_tab_frees_its_row(open_page: Callable[..., Page], served: Serv
 def test_two_visitors_share_the_batch(open_page: Callable[..., Page], served: Served) -> None:
     pages = [open_page(), open_page()]
     for page in pages:
-        ask(page, "Tell me a long story.", 1000)
+        set_longest(page, 1000)
+    for page in pages:
+        send(page, "Tell me a long story.")
     for page in pages:
         wait_for_words(page, 10)
     assert served.serving.manager.stats().running == 2
@@ -210,7 +211,7 @@ def test_two_visitors_share_the_batch(open_page: Callable[..., Page], served: Se
 def test_markup_from_users_is_shown_as_text(open_page: Callable[..., Page]) -> None:
     page = open_page()
     text = "<script>window.pwned = 1</script> <img src=x onerror='window.pwned = 1'> <b>bold</b>"
-    ask(page, text, 4)
+    ask(page, text, 8)
     wait_for_end(page)
     assert page.locator("#chat .user.message").inner_text().strip() == text
     assert page.evaluate("window.pwned") is None
@@ -221,13 +222,13 @@ def test_an_over_long_prompt_is_answered_in_the_chat(open_page: Callable[..., Pa
     ask(page, "7" * 19_000, 16)
     wait_for_end(page)
     assert "too long" in answer(page)
-    ask(page, "Hi", 4)
+    ask(page, "Hi", 8)
     page.locator("#note p", has_text="tokens").wait_for(timeout=ANSWER_MS)
 
 
 def test_retry_undo_and_clear(open_page: Callable[..., Page], served: Served) -> None:
     page = open_page()
-    show(page, "System prompt and sampling")
+    press_section(page, "System prompt and sampling")
     page.get_by_label("Greedy", exact=False).last.check()
     page.wait_for_function("document.querySelectorAll('.knobs input[type=range]:disabled').length === 3")
     ask(page, "What is the capital of France?", 16)
@@ -320,7 +321,7 @@ def test_a_wall_is_drawn_ten_times_a_second_and_chats_join_and_leave(open_page: 
     page.wait_for_function("document.querySelectorAll('.tile').length === 12")
     page.get_by_role("button", name="Stop chat 2", exact=True).click()
     page.locator(".tile[data-state=stopped]").wait_for()
-    assert page.locator(".tile[data-state=decoding]").count() > 3
+    page.locator(".tile[data-state=decoding]").nth(3).wait_for()
     page.get_by_role("button", name="Stop all").click()
     wait_for_wall(page)
     assert page.locator(".tile[data-state=stopped]").count() == 12
@@ -348,7 +349,7 @@ def test_a_closed_tab_frees_its_wall(open_page: Callable[..., Page], served: Ser
 def test_sync_and_async_side_by_side(open_page: Callable[..., Page], served: Served) -> None:
     page = open_page()
     page.get_by_role("tab", name="Sync ↔ async").click()
-    set_number(page, "Chats", 6)
+    set_numbers(page, {"Chats": 6})
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_function("document.querySelector('.compare').dataset.over === 'true'", timeout=ANSWER_MS)
     rows = {
