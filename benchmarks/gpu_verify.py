@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,76 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
             what = f"{family} depth {depth}, captured {captured}, {'compiled' if compiled else 'not compiled'}"
             out[what] = same
             print(f"{what}: {same} of 8 equal", flush=True)
+    out |= _drafts(device, [f for f in ("Llama", "Gemma3Text") if f in (only or FAMILIES)])
     return out | _grown_contexts(device, [f for f in ("Llama", "Mistral") if f in (only or FAMILIES)])
+
+
+def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
+    """Prompt lookup that is told what follows, wrong now and then: captured steps with drafts, token for token."""
+    from support.tiny_models import ragged_prompts, tiny_model
+
+    import hf_async_batching.sequence as sequences
+    from hf_async_batching.prompt_lookup import PromptLookup
+    from hf_async_batching.runner import Captured, Runner
+
+    out: dict[str, Any] = {}
+    texts: list[list[int]] = []
+
+    class Told(PromptLookup):
+        def find(self, tokens: Sequence[int], limit: int) -> tuple[int, ...]:
+            length = len(tokens)
+            text = next((text for text in texts if text[:length] == list(tokens)), [])
+            draft = text[length : length + min(limit, self._num_tokens)]
+            return (*draft[:-1], draft[-1] ^ (length % 3 == 0)) if draft else ()
+
+    captured = [0]
+    capture = Runner._capture
+
+    def count(runner: Runner, key: Captured, work: Any) -> Any:
+        graph = capture(runner, key, work)
+        captured[0] += key.drafts and graph is not None
+        return graph
+
+    own, sequences.PromptLookup = sequences.PromptLookup, Told  # type: ignore[misc]
+    Runner._capture = count  # type: ignore[method-assign]
+    try:
+        for family in families:
+            model = tiny_model(family, max_position_embeddings=1024).to(device)
+            prompts = ragged_prompts(4, 30, seed=12)
+            want = [_generate_alone(model, prompt, 120, eos_token_id=None) for prompt in prompts]
+            texts[:] = [prompt + tokens for prompt, tokens in zip(prompts, want, strict=True)]
+            for depth, compiled in ((1, False), (2, False), (2, True)):
+                config = BatchingConfig(depth=depth, page_size=16, num_pages=200, compile=compiled, debug=True)
+                captured[0] = 0
+                with GenerationManager(model, config) as manager:
+                    if compiled:
+                        manager.warmup()
+                    got: list[list[int]] = []
+                    for rows in (1, 4):  # each of them twice, so that its steps are captured
+                        for _ in range(2):
+                            handles = [
+                                manager.submit(
+                                    p,
+                                    max_new_tokens=120,
+                                    do_sample=False,
+                                    eos_token_id=None,
+                                    prompt_lookup_num_tokens=5,
+                                )
+                                for p in prompts[:rows]
+                            ]
+                            got += [handle.result(300).token_ids for handle in handles]
+                    stats = manager.stats()
+                what = f"{family} drafts depth {depth}, {'compiled' if compiled else 'not compiled'}"
+                out[what] = same = sum(a == b for a, b in zip(got, [want[0]] * 2 + want * 2, strict=True))
+                print(
+                    f"{what}: {same} of 10 equal, {stats.accepted_tokens} of {stats.drafted_tokens} accepted, "
+                    f"{captured[0]} graphs with drafts",
+                    flush=True,
+                )
+    finally:
+        sequences.PromptLookup = own  # type: ignore[misc]
+        Runner._capture = capture  # type: ignore[method-assign]
+    return out
 
 
 def _grown_contexts(device: torch.device, families: list[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hf_async_batching.model_view import batch_dependent_rope, context_length, r
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
-from hf_async_batching.runner import Runner
+from hf_async_batching.runner import MOST_DRAFTED, Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import Sections
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
@@ -95,6 +95,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     forward.bind(cache, backend)
     # A row goes on from any of its tokens where these are what it has; a state that goes on with them is not.
     drafted = MAX_DRAFTED if isinstance(forward, ModelForward) else 0
+    max_drafted = min(MOST_DRAFTED, resolved.max_rows + drafted, resolved.max_batch_tokens) if drafted else 0
     state = DeviceState(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
@@ -102,6 +103,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         max_length=resolved.max_sequence_length,
         vocab_size=max(forward.vocab_size, forward.logit_size),
         max_samples=resolved.max_rows + drafted,
+        max_drafted=max_drafted,
         groups=groups.count,
     )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
@@ -113,7 +115,15 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         and not batch_dependent_rope(model)
     )
     autocast = Autocast.of_this_thread(forward.device.type)
-    runner = Runner(forward, state, device, max_rows=resolved.max_rows, graphs=graphs, autocast=autocast)
+    runner = Runner(
+        forward,
+        state,
+        device,
+        max_rows=resolved.max_rows,
+        max_drafted=max_drafted,
+        graphs=graphs,
+        autocast=autocast,
+    )
     # As much as one row can need: its rules, padding, and all of its tokens if their pages were found.
     max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     limits = Sections.largest(

@@ -177,6 +177,7 @@ class Pipeline:
             bucket=self._runner.bucket_for(len(plan.decode_rows)),
             send_decode_rows=send_rows,
             tile_size=self._tile_size,
+            drafted=self._runner.drafted_bucket(plan),
         )
         if send_rows:
             self._resident_rows = plan.decode_rows

@@ -162,6 +162,12 @@ class Plan:
         return sum(len(chunk.tokens) for chunk in self.chunks if chunk.row not in again)
 
     @property
+    def only_goes_on(self) -> bool:
+        """Whether all of its pieces are tokens that follow what their rows have computed: last ones, and drafts."""
+        again = {new_row.row for new_row in self.new_rows if new_row.again}
+        return all(chunk.row in again for chunk in self.chunks)
+
+    @property
     def drafts(self) -> bool:
         """Whether there are drafts in it."""
         return any(chunk.samples > 1 for chunk in self.chunks)

@@ -1,7 +1,8 @@
 """What happens on the device in one step: carry-over, forward, sampling, update of the row tables.
 
 Decode steps come in buckets, so that each can be captured once as a CUDA graph. A bucket is run as it is the first
-time it is needed (which also compiles its kernels) and captured the second time.
+time it is needed (which also compiles its kernels) and captured the second time. So do steps with drafts, whose few
+tokens would otherwise cost a small model more to launch than they save. Other steps with prompts are run as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -33,6 +34,9 @@ MAX_FAILED_CAPTURES = 3
 # In place of features, for the graph of a forward alone.
 FORWARD = None
 
+# Tokens of the largest step with drafts that is captured.
+MOST_DRAFTED = 128
+
 Forward = Callable[[StepInputs], torch.Tensor]
 
 
@@ -40,6 +44,19 @@ def decode_buckets(max_rows: int) -> list[int]:
     """Sizes of decode steps that get a graph: 1, 2, 4, 8, then steps of 8 to 64, 16 to 128, 32 above."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 32, 32)]
     return [*[size for size in sizes if size < max_rows], max_rows]
+
+
+def drafted_buckets(most: int) -> list[int]:
+    """Sizes of steps with drafts that get a graph: up to `most` entries, of which at least one is padding."""
+    return [size for size in (8, 16, 24, 32, 48, 64, 96, MOST_DRAFTED) if size <= most]
+
+
+class Captured(NamedTuple):
+    """What a graph was captured of: entries, what is done with the logits, and whether they are drafts."""
+
+    size: int
+    features: Features | None
+    drafts: bool = False
 
 
 @runtime_checkable
@@ -58,12 +75,14 @@ class Runner:
         state: The row tables.
         device: Where graphs are captured.
         max_rows: The largest decode step.
-        graphs: Whether decode steps are captured.
+        max_drafted: Entries of the largest step with drafts that is captured; 0 where none is.
+        graphs: Whether steps are captured.
         autocast: What the forward runs under.
 
     Attributes:
         buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
-        captured: Graphs by bucket and features; of steps with rare features the forward alone, under `FORWARD`.
+        drafted_buckets: Those of steps with drafts.
+        captured: Graphs by what they were captured of; of steps with rare features the forward alone, under `FORWARD`.
         rare: What the step that ran last brings beyond tokens; None where its features are not rare.
     """
 
@@ -74,6 +93,7 @@ class Runner:
         device: Device,
         *,
         max_rows: int,
+        max_drafted: int = 0,
         graphs: bool,
         autocast: Autocast | None = None,
     ) -> None:
@@ -85,9 +105,11 @@ class Runner:
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
-        self._seen: set[tuple[int, Features | None]] = set()
-        self._failed_captures = 0
-        self.captured: dict[tuple[int, Features | None], Graph] = {}
+        self.drafted_buckets = drafted_buckets(max_drafted) if graphs else []
+        self._seen: set[Captured] = set()
+        # Of decode steps, and of steps with drafts.
+        self._failed_captures = [0, 0]
+        self.captured: dict[Captured, Graph] = {}
         self._offered: Forward | None = None
         # Inputs and logits of captured forwards.
         self._forwards: dict[int, tuple[StepInputs, torch.Tensor]] = {}
@@ -103,6 +125,13 @@ class Runner:
         if not self.buckets:
             return num_rows
         return self.buckets[bisect.bisect_left(self.buckets, num_rows)]
+
+    def drafted_bucket(self, plan: Plan) -> int:
+        """Entries that a step with drafts is padded to; 0 for one that is run as it is."""
+        if not plan.chunks or plan.features.eager or not self.drafted_buckets or not plan.only_goes_on:
+            return 0
+        # The padded samples need a padded token to point to.
+        return next((size for size in self.drafted_buckets if size > plan.num_tokens), 0)
 
     def offer(self, forward: Forward) -> None:
         """Use another forward from the next step on, and capture anew. From any thread."""
@@ -150,7 +179,10 @@ class Runner:
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.apply_updates(staged, sections)
         self.rare = None
-        if plan.chunks:
+        if sections.tokens > plan.num_tokens:
+            self._state.keep_drafted(staged, sections)
+            self._drafted(sections.tokens, features)
+        elif plan.chunks:
             inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
             embeddings = self._prompt_embeddings.pieces(plan)
             if embeddings:
@@ -175,10 +207,16 @@ class Runner:
             self._seen.clear()
 
     def _decode(self, bucket: int, features: Features) -> None:
-        key = (bucket, features)
-        graph = self._graph(key, lambda: self._step(self._state.decode_inputs(bucket), features))
+        self._replay(Captured(bucket, features), lambda: self._step(self._state.decode_inputs(bucket), features))
+
+    def _drafted(self, size: int, features: Features) -> None:
+        key = Captured(size, features, drafts=True)
+        self._replay(key, lambda: self._step(self._state.drafted_inputs(size), features))
+
+    def _replay(self, key: Captured, work: Kernel) -> None:
+        graph = self._graph(key, work)
         if graph is None:
-            self._step(self._state.decode_inputs(bucket), features)
+            work()
         else:
             graph.replay()
 
@@ -189,7 +227,7 @@ class Runner:
             inputs = self._state.decode_inputs(bucket)
             self._forwards[bucket] = inputs, self._kept(self._run_forward(inputs))
 
-        graph = self._graph((bucket, FORWARD), run)
+        graph = self._graph(Captured(bucket, FORWARD), run)
         if graph is None:
             run()
             return self._forwards.pop(bucket)
@@ -207,29 +245,31 @@ class Runner:
             self._logits = logits.new_zeros(shape)
         return self._logits[: logits.shape[0]].copy_(logits)
 
-    def _graph(self, key: tuple[int, Features | None], work: Kernel) -> Graph | None:
+    def _graph(self, key: Captured, work: Kernel) -> Graph | None:
         """The graph of a step, captured the second time that it is asked for; None where there is none."""
         graph = self.captured.get(key)
-        if graph is None and self.buckets and key in self._seen:
+        if graph is None and key in self._seen and (self.drafted_buckets if key.drafts else self.buckets):
             graph = self._capture(key, work)
         if graph is None:
             self._seen.add(key)
         return graph
 
-    def _capture(self, key: tuple[int, Features | None], work: Kernel) -> Graph | None:
-        bucket, features = key
+    def _capture(self, key: Captured, work: Kernel) -> Graph | None:
+        steps = "steps with drafts" if key.drafts else "decode steps"
         try:
             graph = self._device.capture(work)
         except RuntimeError as error:
             # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
-            self._failed_captures += 1
-            if self._failed_captures == MAX_FAILED_CAPTURES:
-                logger.warning("decode steps cannot be captured as CUDA graphs and run without: %s", error)
-                self.buckets = []
+            self._failed_captures[key.drafts] += 1
+            if self._failed_captures[key.drafts] == MAX_FAILED_CAPTURES:
+                logger.warning("%s cannot be captured as CUDA graphs and run without: %s", steps, error)
+                self.drafted_buckets = []
+                if not key.drafts:
+                    self.buckets = []
             logger.debug("a capture failed", exc_info=True)
             return None
         self.captured[key] = graph
-        logger.info("captured decode step of %d rows, %s", bucket, features or "forward alone")
+        logger.info("captured %s of %d entries, %s", steps, key.size, key.features or "forward alone")
         return graph
 
     def _run_forward(self, inputs: StepInputs) -> torch.Tensor:

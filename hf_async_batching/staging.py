@@ -10,7 +10,8 @@ Layout of the array, section after section (sizes in `Sections`)::
     samples     [samples]                index into tokens of each sampled position
     tiles       [4, tiles]               row, first query, number of queries, offset within the row's piece
 
-Either the decode section is used (every row decodes one token) or the last three are (prompts are in the step).
+Either the decode section is used (every row decodes one token) or the last three are (prompts are in the step). A step
+that is to be captured although it has drafts is padded, too: with tokens of row 0, and samples and tiles of these.
 Floats travel as their bit patterns.
 """
 
@@ -101,7 +102,9 @@ class Sections(NamedTuple):
         return cls(max_rows, num_pages, max_rows, max_batch_tokens, samples, tiles, writes)
 
 
-def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, tile_size: int) -> Sections:
+def encode(
+    plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, tile_size: int, drafted: int = 0
+) -> Sections:
     """Write a step's inputs to `out`.
 
     Args:
@@ -110,6 +113,7 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
         bucket: Entries of the decode section, at least `len(plan.decode_rows)`.
         send_decode_rows: Whether the decode section is written in a step without prompts.
         tile_size: Query tokens per tile of prefill attention.
+        drafted: Entries that each section of a step with drafts is padded to, more than it has tokens; 0 for none.
 
     Returns:
         The sizes that were written.
@@ -137,7 +141,9 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
         return Sections(new_rows, new_pages, decode=bucket, writes=writes)
 
     num_decodes, num_tokens = len(plan.decode_rows), plan.num_tokens
-    tokens = section(3 * num_tokens).reshape(3, num_tokens)
+    size = drafted or num_tokens
+    tokens = section(3 * size).reshape(3, size)
+    tokens[:, num_tokens:] = 0
     tokens[0, :num_decodes] = CARRY_OVER
     tokens[1, :num_decodes] = plan.decode_rows
     tokens[2, :num_decodes] = 0
@@ -155,9 +161,12 @@ def encode(plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, ti
         ]
         query += length
         samples += range(query - chunk.samples, query)
+    if drafted:
+        samples += [num_tokens] * (drafted - len(samples))
+        tiles += [(0, num_tokens, 0, 0)] * (drafted - len(tiles))
     section(len(samples))[:] = samples
     section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
-    return Sections(new_rows, new_pages, tokens=num_tokens, samples=len(samples), tiles=len(tiles), writes=writes)
+    return Sections(new_rows, new_pages, tokens=size, samples=len(samples), tiles=len(tiles), writes=writes)
 
 
 def _write_memories(plan: Plan, section: Callable[[int], IntArray]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -43,6 +44,11 @@ class Sure(LogitsProcessor):
         only = torch.full_like(scores, float("-inf"))
         only[:, self.token] = scores[:, self.token]
         return only
+
+
+def named(arguments: dict[str, Any]) -> str:
+    """Name a test by what does not change from run to run: workers of pytest-xdist compare the names."""
+    return re.sub(" object at 0x[0-9a-f]+", "", str(arguments))
 
 
 class Fails(LogitsProcessor):
@@ -122,7 +128,7 @@ def test_a_model_in_half_precision_shows_scores_in_float32(model: Any) -> None:
         {"logits_processor": [TemperatureLogitsWarper(0.5)]},
         {"logits_processor": [TopKLogitsWarper(1)], "do_sample": True, "top_k": 7},
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_order_is_that_of_generate(model: Any, manager: Any, arguments: dict[str, Any]) -> None:
     arguments = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": [2, 40], "pad_token_id": 0, **arguments}

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.oracle import Oracle
 from support.tiny_models import EOS, greedy_alone, ragged_prompts, tiny_model
-from support.toy_engine import VOCAB, ToyEngine, reference, run_random_schedule, verify
+from support.toy_engine import ToyEngine, run_random_schedule, verify
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.coverage import families
@@ -22,24 +23,6 @@ from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.scheduler import Scheduler
 
 SCHEDULES = 90
-
-
-class Oracle(PromptLookup):
-    """Knows what follows, and is wrong at a random place every other time."""
-
-    rng = random.Random(0)
-    window: int | None = None
-
-    def find(self, tokens: Sequence[int], limit: int) -> tuple[int, ...]:
-        length = min(limit, self._num_tokens)
-        if length < 1 or self.rng.random() < 0.2:
-            return ()
-        draft = reference(Request("what follows", tuple(tokens), length), window=self.window)
-        if self.rng.random() < 0.5:
-            place = self.rng.randrange(length)
-            draft[place] = (draft[place] + 1) % VOCAB
-        end = next((i for i, token in enumerate(draft) if token in self._ends), length)
-        return tuple(draft[:end])
 
 
 @pytest.fixture

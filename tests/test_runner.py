@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+from typing import Any
 
 import pytest
 import torch
+from support.oracle import Oracle
 from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
@@ -13,9 +16,9 @@ from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.plan import Features, Plan
+from hf_async_batching.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.request import Request
-from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, decode_buckets
+from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, decode_buckets, drafted_buckets
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
 
@@ -73,6 +76,72 @@ def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
             assert device.captures == len(engine.runner.captured) + min(failures, device.captures)
     assert captures > 40
     assert (replays > 200) == (failures < 100)
+
+
+class DraftsCannotBeCaptured(FakeGraphDevice):
+    """Refuses what is not a decode step."""
+
+    refused = 0
+
+    def capture(self, work: Kernel) -> Graph:
+        if "drafted_inputs" in work.__code__.co_names:
+            self.refused += 1
+            raise RuntimeError("cannot be captured")
+        return super().capture(work)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("make_device", [FakeGraphDevice, DraftsCannotBeCaptured])
+def test_steps_with_drafts_are_captured_too(
+    depth: int, make_device: type[FakeGraphDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_async_batching.sequence.PromptLookup", Oracle)
+    monkeypatch.setattr(Oracle, "rng", random.Random(0))
+    replayed: list[int] = []
+    sizes: set[int] = set()
+    original = DeviceState.drafted_inputs
+    monkeypatch.setattr(
+        DeviceState, "drafted_inputs", lambda self, size: replayed.append(size) or original(self, size)
+    )
+    for seed in range(60):
+        device = make_device()
+        engine = ToyEngine(depth, seed, device=device, draft_rows=4, max_batch_tokens=24, num_pages=24)
+        verify(engine, run_random_schedule(engine, seed, conversations=seed % 3 == 0))
+        assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
+        drafts = {key.size for key in engine.runner.captured if key.drafts}
+        sizes |= drafts
+        assert engine.runner.buckets, "decode steps keep their graphs"
+        if isinstance(device, DraftsCannotBeCaptured):
+            assert device.refused <= MAX_FAILED_CAPTURES
+            assert not drafts
+            assert engine.runner.drafted_buckets == [] or device.refused < MAX_FAILED_CAPTURES
+    if make_device is FakeGraphDevice:
+        assert sizes >= {8, 16}
+        assert len(replayed) > 40
+
+
+def test_what_is_captured_of_steps_with_drafts() -> None:
+    assert drafted_buckets(0) == []
+    assert drafted_buckets(7) == []
+    assert drafted_buckets(1000) == [8, 16, 24, 32, 48, 64, 96, 128]
+    runner = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=24).runner
+    request = Request("a", (1, 2), 9)
+    again = NewRow(1, request, 2, again=True)
+
+    def bucket(*lengths: int, **changes: Any) -> int:
+        chunks = tuple(Chunk(row, tuple(range(length)), length) for row, length in enumerate(lengths, start=1))
+        plan = Plan(0, (3, 4), chunks, **{"new_rows": (again, again._replace(row=2)), **changes})
+        return runner.drafted_bucket(plan)
+
+    assert bucket(4) == 8
+    assert bucket(3, 2) == 8
+    assert bucket(6) == 16, "one entry is padding"
+    assert bucket(21) == 24
+    assert bucket(22) == 0, "too large"
+    assert bucket(3, 2, new_rows=(again, NewRow(2, request))) == 0, "a prompt beside it"
+    assert bucket(3, features=Features(logits=True)) == 0
+    assert runner.drafted_bucket(Plan(0, (3, 4))) == 0
+    assert ToyEngine(1, 0, max_batch_tokens=24).runner.drafted_buckets == [], "no graphs, no padding"
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -152,7 +221,7 @@ def test_warming_captures_every_bucket_and_disturbs_nobody() -> None:
     for _ in range(4):
         engine.step()
     engine.engine.pipeline.warm(Features())
-    assert {bucket for bucket, features in engine.runner.captured if features == Features()} == {1, 2, 4, 7}
+    assert {key.size for key in engine.runner.captured if key.features == Features()} == {1, 2, 4, 7}
     before = device.captures
     while engine.engine.has_work:
         engine.step()
@@ -234,8 +303,8 @@ def test_rare_steps_capture_the_forward_alone(depth: int) -> None:
         engine = ToyEngine(depth, seed, device=device, max_rows=5, num_pages=24, remembers=True, outputs=True)
         verify(engine, run_random_schedule(engine, seed, num_requests=10))
         assert not engine.wrong_histories
-        forwards = [bucket for bucket, features in engine.runner.captured if features is FORWARD]
-        assert not any(features.eager for _, features in engine.runner.captured if features is not FORWARD)
+        forwards = [key.size for key in engine.runner.captured if key.features is FORWARD]
+        assert not any(key.features.eager for key in engine.runner.captured if key.features is not FORWARD)
         histories += engine.histories
         made += sum(map(len, engine.made.values()))
         captures += len(forwards)

@@ -20,12 +20,12 @@ SENTINEL = -77
 
 
 def encoded(
-    plan: Plan, *, bucket: int | None = None, send: bool = True, tile_size: int = 4
+    plan: Plan, *, bucket: int | None = None, send: bool = True, tile_size: int = 4, drafted: int = 0
 ) -> tuple[Sections, list[int]]:
     """Sections and the array; nothing may be written beyond the promised total."""
     out = np.full(2000, SENTINEL, np.int32)
     size = len(plan.decode_rows) if bucket is None else bucket
-    sections = encode(plan, out, bucket=size, send_decode_rows=send, tile_size=tile_size)
+    sections = encode(plan, out, bucket=size, send_decode_rows=send, tile_size=tile_size, drafted=drafted)
     assert (out[sections.total :] == SENTINEL).all(), "more was written than announced"
     assert (out[: sections.total] != SENTINEL).all(), "less was written than announced"
     return sections, out[: sections.total].tolist()
@@ -208,6 +208,17 @@ def test_prompts_beside_decoding_rows() -> None:
         (3, 11, 2, 0),
         (5, 13, 1, 0),
     ]
+
+
+def test_a_step_with_drafts_is_padded_by_tokens_of_row_zero() -> None:
+    plan = Plan(0, (2, 5), (Chunk(3, (10, 11, 12), 3),))
+    sections, array = encoded(plan, tile_size=2, drafted=8)
+    assert (sections.tokens, sections.samples, sections.tiles) == (8, 8, 8)
+    found = decoded(sections, array)
+    carried = [(CARRY_OVER, 2, 0), (CARRY_OVER, 5, 0)]
+    assert found["tokens"] == [*carried, (10, 3, 0), (11, 3, 1), (12, 3, 2), *[(0, 0, 0)] * 3]
+    assert found["samples"] == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert found["tiles"] == [(2, 0, 1, 0), (5, 1, 1, 0), (3, 2, 2, 0), (3, 4, 1, 2), *[(0, 5, 0, 0)] * 4]
 
 
 def test_a_step_that_samples_nothing() -> None:

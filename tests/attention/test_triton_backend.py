@@ -122,6 +122,27 @@ def test_tokens_of_no_tile_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (out[:-1] == 0).all(-1).any()
 
 
+def test_padding_changes_nothing() -> None:
+    """Tokens of row 0, and tiles without tokens, as a step with drafts has them that is captured."""
+    runs, options = [(20, 1), (90, 6), (31, 3)], AttentionOptions(0.25)
+    plain, padded = Step(runs, 0), Step(runs, 0)
+    count, context = len(plain.query), padded.context
+    for name in ("query", "key", "value"):
+        given = getattr(padded, name)
+        setattr(padded, name, torch.cat([given, given.new_full((16 - count, *given.shape[1:]), math.nan)]))
+    context.rows = torch.cat([context.rows, int32([0] * (16 - count))])
+    context.positions = torch.cat([context.positions, int32([0] * (16 - count))])
+    for name, value in (("tile_rows", 0), ("tile_queries", count), ("tile_lengths", 0), ("tile_positions", 0)):
+        given = getattr(context, name)
+        setattr(context, name, torch.cat([given, int32([value] * (16 - len(given)))]))
+    backend = TritonBackend(DEVICE)
+    for actual, wanted in zip(padded.attend(backend, options), plain.attend(backend, options), strict=True):
+        assert torch.equal(actual[:count], wanted)
+        assert not actual[count:].any()
+    for actual, wanted in zip(padded.cache.keys, plain.cache.keys, strict=True):
+        assert torch.equal(actual[1:], wanted[1:]), "padding is written to the scratch page"
+
+
 def test_each_backend_has_counters_of_its_own_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = triton_backend.decode_attention

@@ -133,6 +133,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
+        self.max_drafted = min(self.max_rows + MAX_DRAFTED, self.max_batch_tokens)
         self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
         self.state = DeviceState(
             max_rows=self.max_rows,
@@ -142,10 +143,18 @@ class ToyEngine:
             max_length=self.num_pages * self.page_size,
             vocab_size=VOCAB,
             max_samples=self.max_rows + MAX_DRAFTED,
+            max_drafted=self.max_drafted,
             groups=self.groups,
         )
         graphs = self.device.supports_graphs
-        self.runner = Runner(self.forward, self.state, self.device, max_rows=self.max_rows, graphs=graphs)
+        self.runner = Runner(
+            self.forward,
+            self.state,
+            self.device,
+            max_rows=self.max_rows,
+            max_drafted=self.max_drafted,
+            graphs=graphs,
+        )
         run = self.runner.run
 
         def run_for_owners(plan: Plan, *rest: Any) -> None:
