@@ -16,7 +16,7 @@ def make(name: str = "a", **changes: Any) -> GenerationHandle:
     return GenerationHandle(name, lambda handle: None, **changes)
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.engine_threads import engine_threads
+from support.pace import slowed
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, GenerationManager
@@ -43,8 +44,8 @@ def test_odd_values_are_served_and_hurt_nobody(model: Any, arguments: dict[str, 
     with GenerationManager(model, CONFIG) as manager:
         innocent = manager.submit(PROMPTS[1], max_new_tokens=40, **GREEDY)
         odd = manager.submit(PROMPTS[2], **arguments)
-        assert len(odd.result(30).token_ids) == count
-        assert innocent.result(30).token_ids == greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
+        assert len(odd.result(60).token_ids) == count
+        assert innocent.result(60).token_ids == greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
         if "temperature" in arguments:
             assert odd.result().token_ids == greedy_alone(model, PROMPTS[2], 4, eos_token_id=None)
 
@@ -54,7 +55,7 @@ def test_requests_made_by_hand_are_checked(model: Any) -> None:
         twins = [Request("twin", (5, 6), 2), Request("twin", (5, 6), 2)]
         with pytest.raises(ValueError, match="must differ"):
             manager.submit_requests(twins)
-        assert len(manager.submit_request(twins[0]).result(30).token_ids) == 2
+        assert len(manager.submit_request(twins[0]).result(60).token_ids) == 2
     with pytest.raises(ValueError, match="must be an integer"):
         Request("half", (5,), 2.5)  # type: ignore[arg-type]
 
@@ -62,10 +63,10 @@ def test_requests_made_by_hand_are_checked(model: Any) -> None:
 def test_cancelling_an_ended_handle_leaves_its_successor_alone(model: Any) -> None:
     with GenerationManager(model, CONFIG) as manager:
         first = manager.submit([5], max_new_tokens=1, request_id="same", **GREEDY)
-        first.result(30)
+        first.result(60)
         second = manager.submit([5], max_new_tokens=30, request_id="same", **GREEDY)
         first._cancel(first)  # as if it had been on its way when the request ended
-        assert second.result(30).finish_reason == "length"
+        assert second.result(60).finish_reason == "length"
 
 
 def test_chunks_are_no_window() -> None:
@@ -93,7 +94,7 @@ def test_defaults_of_the_caller_do_not_leak_in(model: Any) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with GenerationManager(model, CONFIG) as manager:
-            result = manager.submit(PROMPTS[1], max_new_tokens=6, logprobs=True, **GREEDY).result(30)
+            result = manager.submit(PROMPTS[1], max_new_tokens=6, logprobs=True, **GREEDY).result(60)
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(before)
@@ -110,8 +111,8 @@ def test_a_dropped_manager_finishes_and_goes(model: Any) -> None:
     (thread,) = engine_threads() - before
     del manager
     gc.collect()
-    assert len(handle.result(30).token_ids) == 30
-    deadline = time.monotonic() + 20
+    assert len(handle.result(60).token_ids) == 30
+    deadline = time.monotonic() + 60
     while thread.is_alive():
         assert time.monotonic() < deadline, "the thread of a manager that nobody holds goes on"
         time.sleep(0.02)
@@ -120,22 +121,23 @@ def test_a_dropped_manager_finishes_and_goes(model: Any) -> None:
 def test_weights_moved_under_a_live_request_end_it_with_the_reason() -> None:
     model = tiny_model("Llama")
     with GenerationManager(model, CONFIG) as manager:
-        handle = manager.submit(PROMPTS[1], max_new_tokens=400, **GREEDY)
-        next(iter(handle))
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+        with slowed(manager):
+            handle = manager.submit(PROMPTS[1], max_new_tokens=400, **GREEDY)
+            next(iter(handle))
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
         after = manager.submit(PROMPTS[2], max_new_tokens=5, **GREEDY)
         with pytest.raises(EngineClosedError, match="weights were moved"):
-            handle.result(30)
-        assert after.result(30).token_ids == greedy_alone(model, PROMPTS[2], 5, eos_token_id=None)
+            handle.result(60)
+        assert after.result(60).token_ids == greedy_alone(model, PROMPTS[2], 5, eos_token_id=None)
 
 
 def test_replaced_buffers_are_noticed() -> None:
     model = tiny_model("Llama")
     with GenerationManager(model, CONFIG) as manager:
-        manager.submit(PROMPTS[2], max_new_tokens=3, **GREEDY).result(30)
+        manager.submit(PROMPTS[2], max_new_tokens=3, **GREEDY).result(60)
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.37
-        got = manager.submit(PROMPTS[2], max_new_tokens=8, **GREEDY).result(30).token_ids
+        got = manager.submit(PROMPTS[2], max_new_tokens=8, **GREEDY).result(60).token_ids
     assert got == greedy_alone(model, PROMPTS[2], 8, eos_token_id=None)
 
 
@@ -165,18 +167,16 @@ def test_exit_waits_for_no_long_step() -> None:
         hf_async_batching.generate(model, torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
         manager = hf_async_batching.get_manager(model)
         engine = manager.assembly.engine
-        step, engine.step = engine.step, lambda: time.sleep(120) or step()
+        step, engine.step = engine.step, lambda: time.sleep(900) or step()
         manager.submit([5], max_new_tokens=4)
         time.sleep(0.3)
         """
     )
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 60

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.criteria import Raises, RowWise
+from support.pace import held, slowed
 from support.tiny_models import EOS, greedy_alone, ragged_prompts, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
@@ -39,7 +40,7 @@ def tokenizer() -> Any:
 
 
 def idle(manager: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while manager.stats().rows_in_use:
         assert time.monotonic() < deadline, "rows go on"
         time.sleep(0.01)
@@ -202,11 +203,12 @@ def test_a_stuck_criterion_holds_up_nobody_and_can_be_cancelled(model: Any, mana
 
 
 def test_cancelling_keeps_what_was_shown(model: Any, manager: Any) -> None:
-    handle = manager.submit(PROMPTS[1], max_new_tokens=480, max_time=1e9, **GREEDY)
-    reader = iter(handle)
-    first = [next(reader) for _ in range(3)]
-    handle.cancel()
-    result = handle.result(20)
+    with slowed(manager):
+        handle = manager.submit(PROMPTS[1], max_new_tokens=480, max_time=1e9, **GREEDY)
+        reader = iter(handle)
+        first = [next(reader) for _ in range(3)]
+        handle.cancel()
+        result = handle.result(60)
     assert result.finish_reason == "cancelled"
     assert result.token_ids[:3] == first
     assert result.token_ids == greedy_alone(model, PROMPTS[1], len(result.token_ids), eos_token_id=None)
@@ -214,7 +216,7 @@ def test_cancelling_keeps_what_was_shown(model: Any, manager: Any) -> None:
 
 
 def test_closing_fails_the_handle(model: Any) -> None:
-    with GenerationManager(model, CONFIG) as manager:
+    with GenerationManager(model, CONFIG) as manager, slowed(manager):
         handles = [
             manager.submit(PROMPTS[1], max_new_tokens=480, max_time=1e9, **GREEDY),
             manager.submit(PROMPTS[1], max_new_tokens=480, stopping_criteria=[RowWise(set())], **GREEDY),
@@ -232,14 +234,16 @@ def test_threads_go_when_nobody_needs_them(model: Any) -> None:
 
     manager = GenerationManager(model, CONFIG)
     for _ in range(3):
-        handles = [manager.submit(prompt, max_new_tokens=20, max_time=1e9, **GREEDY) for prompt in PROMPTS]
-        handles += [
-            manager.submit(prompt, max_new_tokens=20, stopping_criteria=[RowWise({5})], **GREEDY) for prompt in PROMPTS
-        ]
+        with held(manager):
+            handles = [manager.submit(prompt, max_new_tokens=20, max_time=1e9, **GREEDY) for prompt in PROMPTS]
+            handles += [
+                manager.submit(prompt, max_new_tokens=20, stopping_criteria=[RowWise({5})], **GREEDY)
+                for prompt in PROMPTS
+            ]
         assert threads().count("hf_async_batching criteria") <= 1
         for handle in handles:
             handle.result(60)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while threads():
             assert time.monotonic() < deadline, threads()
             time.sleep(0.01)

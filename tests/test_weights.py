@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pace import slowed
 from support.tiny_models import VOCAB, greedy_alone, ragged_prompts, tiny_model
 from torch import nn
 
@@ -174,8 +175,9 @@ def test_a_move_off_the_device_refuses_and_hurts_nobody_else() -> None:
 def test_live_requests_fail_where_their_weights_are_taken_away() -> None:
     model = tiny_model("Llama")
     with GenerationManager(model, BatchingConfig(page_size=16, max_batch_tokens=64)) as manager:
-        handle = manager.submit(PROMPTS[3], **{**GREEDY, "max_new_tokens": 400})
-        model.to(torch.bfloat16)
+        with slowed(manager):
+            handle = manager.submit(PROMPTS[3], **{**GREEDY, "max_new_tokens": 400})
+            model.to(torch.bfloat16)
         assert served(manager) == expected(model)
         # By the manager, or by a step that met the new weights before it.
         with pytest.raises((EngineClosedError, EngineFailedError), match=r"moved|dtype"):

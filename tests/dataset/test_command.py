@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,9 @@ def test_sigterm_is_an_interrupt(model_dir: Path, tmp_path: Path) -> None:
         cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while process.poll() is None and not list((tmp_path / "out.unfinished").glob("work/*.journal")):
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 130, error
     assert "interrupted" in error
     assert "--resume goes on" in error

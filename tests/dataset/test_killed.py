@@ -48,7 +48,7 @@ def check_rows(folder: Path, rows: int) -> None:
 
 @pytest.mark.parametrize(("stream", "kills"), [(False, 20), (True, 5)])
 def test_random_moments(tmp_path: Path, stream: bool, kills: int) -> None:
-    work = {"rows": 120, "shard_rows": 25, "new": 8, "window": 24, "stream": stream}
+    work = {"rows": 120, "shard_rows": 25, "new": 8, "window": 24, "stream": stream, "slow": 0.004}
     expected = job("run", tmp_path / "undisturbed", **work)
     killed = job("kill", tmp_path / "killed", kills=kills, within=0.05, seed=kills, **work)
     assert killed["files"] == expected["files"]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +228,10 @@ def run_code(code: str, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
-    started = time.monotonic()
     done = run_code(INTERRUPTED, str(tmp_path / "run"))
     # Usually by the signal; libraries that run code of their own at exit make it a plain failure.
     assert done.returncode in (-signal.SIGINT, 1), done.stderr
     assert "KeyboardInterrupt" in done.stderr
-    assert time.monotonic() - started < 120
     message = next(line for line in done.stderr.splitlines() if "interrupted" in line)
     kept = int(message.split("interrupted: ")[1].split(" of 400 rows are kept")[0])
     assert kept >= 20

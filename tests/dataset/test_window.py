@@ -19,7 +19,7 @@ def test_room_for_so_many_unfinished_rows() -> None:
     waiting = enters(window, [3, 4])
     assert waiting.is_alive()
     window.leave(2)
-    waiting.join(5)
+    waiting.join(60)
     assert not waiting.is_alive()
     assert len(window) == 4
 
@@ -35,7 +35,7 @@ def test_the_oldest_row_holds_reading_back() -> None:
     waiting = enters(window, [6])
     assert waiting.is_alive()  # row 0 is not finished, and 6 is too far from it
     window.leave(0)
-    waiting.join(5)
+    waiting.join(60)
     assert not waiting.is_alive()
     assert len(window) == 1
 
@@ -47,7 +47,7 @@ def test_more_than_the_window_enters_when_it_is_empty() -> None:
     assert waiting.is_alive()
     for index in range(5):
         window.leave(index)
-    waiting.join(5)
+    waiting.join(60)
     assert not waiting.is_alive()
     assert window.enter([])
 
@@ -60,5 +60,5 @@ def test_closed() -> None:
     thread.start()
     time.sleep(0.02)
     window.close()
-    thread.join(5)
+    thread.join(60)
     assert results == [False]

@@ -30,7 +30,7 @@ async def collect(service: ChatService, settings: Settings = DEFAULT) -> list[Re
 
 
 def test_an_answer_streams_and_ends_with_a_note(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
-    manager = make_manager(byte_tokenizer("Hällo 👩").input_ids, delay=0.06)
+    manager = make_manager(byte_tokenizer("Hällo 👩").input_ids, per_look=2)
     service = make_service(manager)
     replies = asyncio.run(collect(service))
     texts = [reply.text for reply in replies]
@@ -43,8 +43,8 @@ def test_an_answer_streams_and_ends_with_a_note(byte_tokenizer: Any, make_manage
 
 
 def test_fast_tokens_are_drawn_together(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
-    service = make_service(make_manager(byte_tokenizer("x" * 2000).input_ids, delay=0.0002))
-    assert len(asyncio.run(collect(service))) < 60
+    service = make_service(make_manager(byte_tokenizer("x" * 2000).input_ids, per_look=200))
+    assert len(asyncio.run(collect(service))) < 15
 
 
 def test_settings_reach_the_engine(make_manager: Any, make_service: Any) -> None:
@@ -127,7 +127,7 @@ def test_failures_are_answers(
 
 
 def test_stop_keeps_what_was_written(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
-    service = make_service(make_manager(byte_tokenizer("word " * 100).input_ids, delay=0.01))
+    service = make_service(make_manager(byte_tokenizer("word " * 100).input_ids, per_look=5))
 
     async def run() -> Reply:
         last = Reply("")
@@ -145,20 +145,20 @@ def test_stop_keeps_what_was_written(byte_tokenizer: Any, make_manager: Any, mak
 
 
 def test_stop_before_the_request_is_submitted_cancels_it(make_manager: Any, make_service: Any) -> None:
-    manager = make_manager([1] * 1000, delay=0.01)
+    manager = make_manager([1] * 1000, per_look=5)
     service, entered, release = make_service(manager), threading.Event(), threading.Event()
     submit = manager.submit_request
 
     def slow(*arguments: Any, **named: Any) -> Any:
         entered.set()
-        release.wait(5)
+        assert release.wait(60)
         return submit(*arguments, **named)
 
     manager.submit_request = slow
 
     async def run() -> list[Reply]:
         task = asyncio.create_task(collect(service))
-        await asyncio.to_thread(entered.wait, 5)
+        assert await asyncio.to_thread(entered.wait, 60)
         service.stop("visitor")
         release.set()
         return await task
@@ -170,7 +170,7 @@ def test_stop_before_the_request_is_submitted_cancels_it(make_manager: Any, make
 
 
 def test_a_closed_tab_frees_its_request(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
-    manager = make_manager(byte_tokenizer("word " * 100).input_ids, delay=0.01)
+    manager = make_manager(byte_tokenizer("word " * 100).input_ids, per_look=5)
     service = make_service(manager)
 
     async def run() -> None:
@@ -184,12 +184,12 @@ def test_a_closed_tab_frees_its_request(byte_tokenizer: Any, make_manager: Any, 
 
 
 def test_settle_waits_for_the_end_of_the_answer(byte_tokenizer: Any, make_manager: Any, make_service: Any) -> None:
-    service = make_service(make_manager(byte_tokenizer("word " * 100).input_ids, delay=0.01))
+    service = make_service(make_manager(byte_tokenizer("word " * 100).input_ids, per_look=5))
 
     async def run() -> Reply:
         task = asyncio.create_task(collect(service))
-        await asyncio.sleep(0.1)
-        assert service.busy("visitor")
+        while not service.busy("visitor"):
+            await asyncio.sleep(0.01)
         await service.settle("visitor")
         assert not service.busy("visitor")
         return (await task)[-1]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from support.demo import wait_until_idle
+from support.pace import slowed
 
 from demo.backend import Backend
 from demo.completion import complete_table
@@ -158,7 +159,8 @@ def test_the_tab_runs_stops_resumes_and_hands_out(serving: Serving, tmp_path: Pa
         assert [row["ask"] for row in rows] == [f"{i}?" for i in range(60)]
         assert all(row["completion"] for row in rows)
 
-    asyncio.run(run())
+    with slowed(serving.manager):
+        asyncio.run(run())
     wait_until_idle(serving)
 
 

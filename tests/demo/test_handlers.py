@@ -58,13 +58,16 @@ def test_an_empty_question_is_not_asked(make_manager: Any, make_handlers: Any, t
 
 
 def test_a_second_question_waits_for_the_first_answer(make_manager: Any, make_handlers: Any) -> None:
-    manager = make_manager([1] * 20, delay=0.01)
+    manager = make_manager([1] * 40, per_look=1)
     handlers = make_handlers(manager)
 
     async def run() -> None:
         first = asyncio.create_task(collect(handlers.submit("1", [], *KNOBS, request=VISITOR)))
-        await asyncio.sleep(0.1)
+        while not manager.handles:
+            await asyncio.sleep(0.01)
         await collect(handlers.submit("2", [], *KNOBS, request=VISITOR))
+        assert not first.done()
+        await handlers.stop(VISITOR)
         await first
 
     asyncio.run(run())
@@ -72,7 +75,7 @@ def test_a_second_question_waits_for_the_first_answer(make_manager: Any, make_ha
 
 
 def test_after_clear_no_page_shows_the_answer(byte_tokenizer: Any, make_manager: Any, make_handlers: Any) -> None:
-    manager = make_manager(byte_tokenizer("word " * 200).input_ids, delay=0.01)
+    manager = make_manager(byte_tokenizer("word " * 200).input_ids, per_look=2)
     handlers = make_handlers(manager)
     pages: list[Page] = []
 

@@ -24,6 +24,7 @@ from datasets import Dataset
 from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
 from hf_async_batching.dataset.journal import read_journal
 from support.character_tokenizer import character_tokenizer
+from support.pace import slowed
 from support.tiny_models import tiny_model
 
 CALLS = ("fsync", "replace", "link", "unlink")
@@ -41,7 +42,7 @@ def run(arguments: dict[str, Any], model: Any = None) -> Any:
     dataset: Any = make_dataset(arguments["rows"])
     if arguments.get("stream"):
         dataset = dataset.to_iterable_dataset()
-    with GenerationManager(model or tiny_model("Llama"), config) as manager:
+    with GenerationManager(model or tiny_model("Llama"), config) as manager, slowed(manager, arguments.get("slow", 0)):
         return generate_dataset(
             manager,
             dataset,

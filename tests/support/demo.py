@@ -18,34 +18,36 @@ MACHINE = Machine("CPU, 1 threads", 5e9, {"torch": "2", "transformers": "5"})
 
 @dataclass
 class FakeHandle:
-    """Has one more of `tokens` every `delay` seconds until it is cancelled; `error` is what it ends with."""
+    """Has `per_look` more of `tokens` each time that somebody asks for them, or all of them where that is 0.
+
+    `error` is what it ends with.
+    """
 
     tokens: Sequence[int]
-    delay: float
+    per_look: int
     request_id: str
     error: Exception | None = None
     cancelled: bool = False
     started: bool = True
 
     def __post_init__(self) -> None:
-        self._began = time.monotonic()
-        self._ended_at = float("inf")
+        self._looks = 0
 
     @property
     def given(self) -> list[int]:
-        seconds = min(time.monotonic(), self._ended_at) - self._began
-        return list(self.tokens[: int(seconds / self.delay) if self.delay else None]) if self.started else []
+        return list(self.tokens[: self._looks * self.per_look if self.per_look else None]) if self.started else []
 
     @property
     def done(self) -> bool:
         return self.cancelled or (self.started and len(self.given) == len(self.tokens))
 
     def tokens_from(self, position: int) -> list[int]:
+        if not self.cancelled:
+            self._looks += 1
         return self.given[position:]
 
     def cancel(self) -> None:
         if not self.done:
-            self._ended_at = time.monotonic()
             self.cancelled = True
 
     def result(self, timeout: float | None = None) -> Any:
@@ -66,8 +68,8 @@ class FakeHandle:
 class FakeManager:
     """Takes the calls that the demo makes of a `GenerationManager`, and remembers them."""
 
-    def __init__(self, tokens: Sequence[int] = (), delay: float = 0.0, error: Exception | None = None) -> None:
-        self.tokens, self.delay, self.error = tokens, delay, error
+    def __init__(self, tokens: Sequence[int] = (), per_look: int = 0, error: Exception | None = None) -> None:
+        self.tokens, self.per_look, self.error = tokens, per_look, error
         self.refuse: Exception | None = None
         self.start = True
         self.handles: list[FakeHandle] = []
@@ -88,7 +90,7 @@ class FakeManager:
             raise self.refuse
         self.requests += requests
         made = [
-            FakeHandle(self.tokens, self.delay, request.request_id, self.error, started=self.start)
+            FakeHandle(self.tokens, self.per_look, request.request_id, self.error, started=self.start)
             for request in requests
         ]
         self.handles += made
@@ -104,7 +106,7 @@ class Served:
     backend: Backend
 
 
-def wait_until_idle(serving: Serving, seconds: float = 30.0) -> None:
+def wait_until_idle(serving: Serving, seconds: float = 120.0) -> None:
     """Wait until the engine has freed everything."""
     deadline = time.monotonic() + seconds
     while (stats := serving.manager.stats()).running or stats.waiting or stats.pages_in_use or stats.rows_in_use:
