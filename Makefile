@@ -9,6 +9,9 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 # On a machine without a GPU the kernels run in Triton's interpreter; CUDA builds of torch bring their own Triton.
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "dev" || echo "dev,interpreter")
 
+# Two processes: whole files of tests each, some of which share what is slow to make. Empty for one.
+PARALLEL ?= --numprocesses=2 --dist=loadfile
+
 .PHONY: demo test quality style env clean
 
 # Set up anew when the project's requirements change.
@@ -25,7 +28,7 @@ demo: env
 	$(BIN)/python -m demo.app $(ARGS)
 
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 quality: env
 	$(BIN)/ruff check .

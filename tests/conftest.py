@@ -1,6 +1,17 @@
 """Settings that must be made before anything else is imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# Several processes run the tests (pytest-xdist): they share the processors, but not the folder into which transformers
+# copies modules, file by file.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import torch
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pace import held
 from transformers import PreTrainedModel
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
@@ -36,7 +37,8 @@ def known(class_name: str) -> tuple[PreTrainedModel, Reference]:
 
 def serve(manager: GenerationManager, prompts: list[list[int]], cancelled: int | None = None) -> list[list[int]]:
     arguments: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    handles = [manager.submit(prompt, **arguments) for prompt in prompts]
+    with held(manager):
+        handles = [manager.submit(prompt, **arguments) for prompt in prompts]
     if cancelled is not None:
         next(iter(handles[cancelled]))
         handles[cancelled].cancel()

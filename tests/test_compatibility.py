@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pace import held
 from support.tiny_models import EOS, VOCAB, tiny_model
 from transformers import PreTrainedModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
@@ -226,10 +227,11 @@ def test_histories_survive_preemption_and_found_pages(model: Any, depth: int) ->
     config = BatchingConfig(page_size=16, num_pages=14, max_rows=5, max_batch_tokens=48, depth=depth, debug=True)
     with GenerationManager(model, config) as manager:
         for _ in range(2):
-            handles = [
-                manager.submit(prompt, max_new_tokens=40, do_sample=False, **kind)
-                for prompt, kind in zip(prompts, kinds, strict=True)
-            ]
+            with held(manager):
+                handles = [
+                    manager.submit(prompt, max_new_tokens=40, do_sample=False, **kind)
+                    for prompt, kind in zip(prompts, kinds, strict=True)
+                ]
             for prompt, kind, handle in zip(prompts, kinds, handles, strict=True):
                 plain = model.generate(
                     torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0, **kind

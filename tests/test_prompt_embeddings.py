@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support.criteria import RowWise
+from support.pace import held
 from support.tiny_models import VOCAB, greedy_alone, ragged_prompts, tiny_model
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -163,10 +164,11 @@ def test_preempted_requests_are_computed_again(model: Any, depth: int) -> None:
     given = [soft(model, length, i) for i, length in enumerate(lengths)]
     config = BatchingConfig(page_size=16, max_batch_tokens=32, max_rows=4, num_pages=9, depth=depth, debug=True)
     with GenerationManager(model, config) as manager:
-        handles = [
-            manager.submit(inputs_embeds=embeddings, max_new_tokens=60, do_sample=False, eos_token_id=None)
-            for embeddings in given
-        ]
+        with held(manager):
+            handles = [
+                manager.submit(inputs_embeds=embeddings, max_new_tokens=60, do_sample=False, eos_token_id=None)
+                for embeddings in given
+            ]
         got = [handle.result(120).token_ids for handle in handles]
         assert manager.stats().preemptions > 0, "nobody was preempted"
     for embeddings, tokens in zip(given, got, strict=True):

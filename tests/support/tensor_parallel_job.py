@@ -33,6 +33,8 @@ def config(depth: int, **changes: Any) -> BatchingConfig:
 
 def serve(manager: GenerationManager) -> dict[str, Any]:
     """Many requests, some cancelled; twice, with the engine closed in between by its idle time-out."""
+    worker = manager._worker
+    assert worker is not None
     greedy = [manager.submit(prompt, **NEW) for prompt in PROMPTS]
     sampled = [manager.submit(prompt, seed=i, logprobs=True, **SAMPLED) for i, prompt in enumerate(PROMPTS)]
     manager.submit(PROMPTS[3], max_new_tokens=90).cancel()
@@ -41,8 +43,6 @@ def serve(manager: GenerationManager) -> dict[str, Any]:
         "sampled": [handle.result().token_ids for handle in sampled],
         "preemptions": manager.stats().preemptions,
     }
-    worker = manager._worker
-    assert worker is not None
     worker.memory_free.wait()
     result["again"] = manager.submit(PROMPTS[5], **NEW).result().token_ids
     return result
