@@ -29,9 +29,9 @@ from hf_async_batching.model_view import batch_dependent_rope, context_length, r
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
-from hf_async_batching.runner import MOST_DRAFTED, Runner
+from hf_async_batching.runner import MOST_PADDED, Runner
 from hf_async_batching.scheduler import Scheduler
-from hf_async_batching.staging import Sections
+from hf_async_batching.staging import NO_PADDING, Padding, Sections
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
 from hf_async_batching.tensor_parallel.rank_group import RankGroup
 
@@ -95,15 +95,17 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     forward.bind(cache, backend)
     # A row goes on from any of its tokens where these are what it has; a state that goes on with them is not.
     drafted = MAX_DRAFTED if isinstance(forward, ModelForward) else 0
-    max_drafted = min(MOST_DRAFTED, resolved.max_rows + drafted, resolved.max_batch_tokens) if drafted else 0
+    max_samples = resolved.max_rows + drafted
+    packed = isinstance(forward, ModelForward)
+    largest = Padding(min(MOST_PADDED, resolved.max_batch_tokens), max_samples) if packed else NO_PADDING
     state = DeviceState(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
         device=forward.device,
         max_length=resolved.max_sequence_length,
         vocab_size=max(forward.vocab_size, forward.logit_size),
-        max_samples=resolved.max_rows + drafted,
-        max_drafted=max_drafted,
+        max_samples=max_samples,
+        padding=largest,
         groups=groups.count,
     )
     # Rotary frequencies that follow the longest sequence are compared on the host, which no graph can do.
@@ -120,7 +122,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         state,
         device,
         max_rows=resolved.max_rows,
-        max_drafted=max_drafted,
+        largest=largest,
         graphs=graphs,
         autocast=autocast,
     )

@@ -50,7 +50,8 @@ class BatchingConfig:
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
         attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.
-        cuda_graphs: Capture decode steps as CUDA graphs. Default: yes, but for a model that is spread over ranks.
+        cuda_graphs: Capture decode steps, and those with few tokens of prompts, as CUDA graphs. Default: yes, but for
+            a model that is spread over ranks.
         compile: Compile the model's layers with torch.compile. Serving starts uncompiled; a thread compiles beside it,
             and the engine changes over when that is done and its logits agree. Default: on CUDA.
         fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights are moved into

@@ -17,7 +17,7 @@ import torch
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.plan import Features
 from hf_async_batching.row_memory import RowMemory
-from hf_async_batching.staging import FIRST_EOS, MAX_LENGTH, PARAMS, START, Sections
+from hf_async_batching.staging import FIRST_EOS, MAX_LENGTH, NO_PADDING, PARAMS, START, Padding, Sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class DeviceState:
         max_length: Tokens that a row can reach; of what its memory holds.
         vocab_size: Token ids are below; likewise.
         max_samples: Tokens that a step can sample; None for `max_rows`.
-        max_drafted: Entries of the largest step with drafts that is captured.
+        padding: The largest step with prompts that is captured.
         groups: Groups of layers that have pages of their own.
 
     Attributes:
@@ -60,7 +60,7 @@ class DeviceState:
         page_table: int32 [rows, max_pages_per_row], or [groups, rows, max_pages_per_row].
         params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
-        drafted: int32 [8 * max_drafted], tokens, samples and tiles of a step with drafts, where graphs find them.
+        padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, where its graph finds them.
         memory: What rows remember beyond that, where they need to.
         out_tokens: int32 [max_samples], tokens of the step that ran last, in plan order.
         out_logprobs: float32 [max_samples], their log-probabilities where asked for.
@@ -76,7 +76,7 @@ class DeviceState:
         max_length: int = 0,
         vocab_size: int = 0,
         max_samples: int | None = None,
-        max_drafted: int = 0,
+        padding: Padding = NO_PADDING,
         groups: int = 1,
     ) -> None:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -93,7 +93,7 @@ class DeviceState:
             self.page_table = table(groups, max_rows + 1, -(-max_pages_per_row // 4) * 4)
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
-        self.drafted = table(8 * max_drafted)
+        self.padded = table(padding.sections.total)
         max_samples = max_rows if max_samples is None else max_samples
         self.out_tokens = table(max_samples)
         self.out_logprobs = table(max_samples, dtype=torch.float32)
@@ -184,14 +184,17 @@ class DeviceState:
         )
         return StepInputs(token_ids.long(), positions.long(), samples, context)
 
-    def keep_drafted(self, staged: torch.Tensor, sections: Sections) -> None:
-        """Take a padded step with drafts out of its staged array, which lies elsewhere each time."""
+    def keep_padded(self, staged: torch.Tensor, sections: Sections) -> None:
+        """Take the inputs of a padded step out of its staged array, where they begin elsewhere each time."""
         size = sections.total - sections.updates_end
-        self.drafted[:size] = staged[sections.updates_end : sections.total]
+        self.padded[:size] = staged[sections.updates_end : sections.total]
 
-    def drafted_inputs(self, size: int) -> StepInputs:
-        """Carry-over for a padded step with drafts that was kept, of `size` entries per section."""
-        return self.mixed_inputs(self.drafted[: 8 * size], Sections(tokens=size, samples=size, tiles=size))
+    def padded_inputs(self, padding: Padding) -> StepInputs:
+        """Carry-over for a padded step that was kept.
+
+        None of its tokens are known to decode: how many do changes from step to step, and is no constant of a graph.
+        """
+        return self.mixed_inputs(self.padded[: padding.sections.total], padding.sections)
 
     def note(self, inputs: StepInputs, features: Features) -> None:
         """Enter the inputs of a step into the memories of its rows, where some row needs that."""

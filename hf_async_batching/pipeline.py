@@ -177,7 +177,7 @@ class Pipeline:
             bucket=self._runner.bucket_for(len(plan.decode_rows)),
             send_decode_rows=send_rows,
             tile_size=self._tile_size,
-            drafted=self._runner.drafted_bucket(plan),
+            padding=self._runner.padding_for(plan, self._tile_size) if plan.chunks else None,
         )
         if send_rows:
             self._resident_rows = plan.decode_rows

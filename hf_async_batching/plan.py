@@ -155,17 +155,15 @@ class Plan:
         """Query tokens of the step."""
         return len(self.decode_rows) + sum(len(chunk.tokens) for chunk in self.chunks)
 
+    def num_tiles(self, size: int) -> int:
+        """Tiles of at most `size` query tokens: one per decode row, then those of the chunks."""
+        return len(self.decode_rows) + sum(-(-len(chunk.tokens) // size) for chunk in self.chunks)
+
     @property
     def num_prompt_tokens(self) -> int:
         """Query tokens of prompts, and of requests that are computed again."""
         again = {new_row.row for new_row in self.new_rows if new_row.again}
         return sum(len(chunk.tokens) for chunk in self.chunks if chunk.row not in again)
-
-    @property
-    def only_goes_on(self) -> bool:
-        """Whether all of its pieces are tokens that follow what their rows have computed: last ones, and drafts."""
-        again = {new_row.row for new_row in self.new_rows if new_row.again}
-        return all(chunk.row in again for chunk in self.chunks)
 
     @property
     def drafts(self) -> bool:

@@ -57,6 +57,12 @@ class PromptEmbeddings:
             query += len(chunk.tokens)
         return tuple(pieces)
 
+    def concerns(self, plan: Plan) -> bool:
+        """Whether a step that comes next may read embeddings."""
+        return any(new_row.request.prompt_embeddings is not None for new_row in plan.new_rows) or (
+            bool(self._rows) and any(chunk.row in self._rows for chunk in plan.chunks)
+        )
+
     def completed(self, step: int) -> None:
         """Let go of what only steps up to `step` have read."""
         while self._read and self._read[0][0] <= step:

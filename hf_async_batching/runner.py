@@ -1,8 +1,10 @@
 """What happens on the device in one step: carry-over, forward, sampling, update of the row tables.
 
 Decode steps come in buckets, so that each can be captured once as a CUDA graph. A bucket is run as it is the first
-time it is needed (which also compiles its kernels) and captured the second time. So do steps with drafts, whose few
-tokens would otherwise cost a small model more to launch than they save. Other steps with prompts are run as they are.
+time it is needed (which also compiles its kernels) and captured the second time.
+
+So do steps with prompts or drafts that have few tokens: launching their kernels one by one would take the host longer
+than the device needs. With more tokens than `MOST_PADDED` it does not, and these are run as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from hf_async_batching.plan import Features, Plan
 from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
-from hf_async_batching.staging import Sections
+from hf_async_batching.staging import NO_PADDING, Padding, Sections
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,10 @@ MAX_FAILED_CAPTURES = 3
 # In place of features, for the graph of a forward alone.
 FORWARD = None
 
-# Tokens of the largest step with drafts that is captured.
-MOST_DRAFTED = 128
+# Tokens of the largest step with prompts that is captured.
+MOST_PADDED = 1024
+_PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MOST_PADDED)
+_PADDED_ENTRIES = (16, 64)
 
 Forward = Callable[[StepInputs], torch.Tensor]
 
@@ -46,17 +50,11 @@ def decode_buckets(max_rows: int) -> list[int]:
     return [*[size for size in sizes if size < max_rows], max_rows]
 
 
-def drafted_buckets(most: int) -> list[int]:
-    """Sizes of steps with drafts that get a graph: up to `most` entries, of which at least one is padding."""
-    return [size for size in (8, 16, 24, 32, 48, 64, 96, MOST_DRAFTED) if size <= most]
-
-
 class Captured(NamedTuple):
-    """What a graph was captured of: entries, what is done with the logits, and whether they are drafts."""
+    """What a graph was captured of: rows of a decode step, or the sizes of another; what is done with the logits."""
 
-    size: int
+    size: int | Padding
     features: Features | None
-    drafts: bool = False
 
 
 @runtime_checkable
@@ -75,13 +73,13 @@ class Runner:
         state: The row tables.
         device: Where graphs are captured.
         max_rows: The largest decode step.
-        max_drafted: Entries of the largest step with drafts that is captured; 0 where none is.
+        largest: The largest step with prompts that is captured; of no tokens where none is.
         graphs: Whether steps are captured.
         autocast: What the forward runs under.
 
     Attributes:
         buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
-        drafted_buckets: Those of steps with drafts.
+        paddings: Tokens of steps with prompts that get one.
         captured: Graphs by what they were captured of; of steps with rare features the forward alone, under `FORWARD`.
         rare: What the step that ran last brings beyond tokens; None where its features are not rare.
     """
@@ -93,7 +91,7 @@ class Runner:
         device: Device,
         *,
         max_rows: int,
-        max_drafted: int = 0,
+        largest: Padding = NO_PADDING,
         graphs: bool,
         autocast: Autocast | None = None,
     ) -> None:
@@ -105,9 +103,10 @@ class Runner:
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
-        self.drafted_buckets = drafted_buckets(max_drafted) if graphs else []
+        self.paddings = [tokens for tokens in _PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
+        self._most_entries = largest.entries
         self._seen: set[Captured] = set()
-        # Of decode steps, and of steps with drafts.
+        # Of decode steps, and of those with prompts.
         self._failed_captures = [0, 0]
         self.captured: dict[Captured, Graph] = {}
         self._offered: Forward | None = None
@@ -126,12 +125,18 @@ class Runner:
             return num_rows
         return self.buckets[bisect.bisect_left(self.buckets, num_rows)]
 
-    def drafted_bucket(self, plan: Plan) -> int:
-        """Entries that a step with drafts is padded to; 0 for one that is run as it is."""
-        if not plan.chunks or plan.features.eager or not self.drafted_buckets or not plan.only_goes_on:
-            return 0
+    def padding_for(self, plan: Plan, tile_size: int) -> Padding | None:
+        """What a step with prompts is padded to; None for one that is run as it is."""
+        if plan.features.eager or not self.paddings or self._prompt_embeddings.concerns(plan):
+            return None
         # The padded samples need a padded token to point to.
-        return next((size for size in self.drafted_buckets if size > plan.num_tokens), 0)
+        tokens = next((tokens for tokens in self.paddings if tokens > plan.num_tokens), None)
+        if tokens is None:
+            return None
+        entries, most = max(plan.num_sampled, plan.num_tiles(tile_size)), min(tokens, self._most_entries)
+        if entries > most:
+            return None
+        return Padding(tokens, next((size for size in _PADDED_ENTRIES if entries <= size < most), most))
 
     def offer(self, forward: Forward) -> None:
         """Use another forward from the next step on, and capture anew. From any thread."""
@@ -179,12 +184,13 @@ class Runner:
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.apply_updates(staged, sections)
         self.rare = None
-        if sections.tokens > plan.num_tokens:
-            self._state.keep_drafted(staged, sections)
-            self._drafted(sections.tokens, features)
-        elif plan.chunks:
-            inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
+        if plan.chunks:
             embeddings = self._prompt_embeddings.pieces(plan)
+            if sections.tokens > plan.num_tokens:
+                self._state.keep_padded(staged, sections)
+                self._padded(Padding(sections.tokens, sections.samples), features)
+                return
+            inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
             if embeddings:
                 inputs = replace(inputs, embeddings=embeddings)
             if features.eager:
@@ -209,9 +215,8 @@ class Runner:
     def _decode(self, bucket: int, features: Features) -> None:
         self._replay(Captured(bucket, features), lambda: self._step(self._state.decode_inputs(bucket), features))
 
-    def _drafted(self, size: int, features: Features) -> None:
-        key = Captured(size, features, drafts=True)
-        self._replay(key, lambda: self._step(self._state.drafted_inputs(size), features))
+    def _padded(self, padding: Padding, features: Features) -> None:
+        self._replay(Captured(padding, features), lambda: self._step(self._state.padded_inputs(padding), features))
 
     def _replay(self, key: Captured, work: Kernel) -> None:
         graph = self._graph(key, work)
@@ -248,28 +253,30 @@ class Runner:
     def _graph(self, key: Captured, work: Kernel) -> Graph | None:
         """The graph of a step, captured the second time that it is asked for; None where there is none."""
         graph = self.captured.get(key)
-        if graph is None and key in self._seen and (self.drafted_buckets if key.drafts else self.buckets):
+        sizes = self.paddings if isinstance(key.size, Padding) else self.buckets
+        if graph is None and sizes and key in self._seen:
             graph = self._capture(key, work)
         if graph is None:
             self._seen.add(key)
         return graph
 
     def _capture(self, key: Captured, work: Kernel) -> Graph | None:
-        steps = "steps with drafts" if key.drafts else "decode steps"
+        padded = isinstance(key.size, Padding)
+        steps = "steps with prompts" if padded else "decode steps"
         try:
             graph = self._device.capture(work)
         except RuntimeError as error:
             # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
-            self._failed_captures[key.drafts] += 1
-            if self._failed_captures[key.drafts] == MAX_FAILED_CAPTURES:
+            self._failed_captures[padded] += 1
+            if self._failed_captures[padded] == MAX_FAILED_CAPTURES:
                 logger.warning("%s cannot be captured as CUDA graphs and run without: %s", steps, error)
-                self.drafted_buckets = []
-                if not key.drafts:
+                self.paddings = []
+                if not padded:
                     self.buckets = []
             logger.debug("a capture failed", exc_info=True)
             return None
         self.captured[key] = graph
-        logger.info("captured %s of %d entries, %s", steps, key.size, key.features or "forward alone")
+        logger.info("captured %s of size %s, %s", steps, key.size, key.features or "forward alone")
         return graph
 
     def _run_forward(self, inputs: StepInputs) -> torch.Tensor:

@@ -10,8 +10,8 @@ Layout of the array, section after section (sizes in `Sections`)::
     samples     [samples]                index into tokens of each sampled position
     tiles       [4, tiles]               row, first query, number of queries, offset within the row's piece
 
-Either the decode section is used (every row decodes one token) or the last three are (prompts are in the step). A step
-that is to be captured although it has drafts is padded, too: with tokens of row 0, and samples and tiles of these.
+Either the decode section is used (every row decodes one token) or the last three are (prompts are in the step). Of a
+step that is to be captured these are padded, too: with tokens of row 0, samples of these, and tiles without tokens.
 Floats travel as their bit patterns.
 """
 
@@ -67,6 +67,18 @@ CARRY_OVER = -1
 _ONE = int(np.array([1.0], np.float32).view(np.int32)[0])
 
 
+class Padding(NamedTuple):
+    """What a step with prompts is padded to: more `tokens` than it has, and `entries` samples and tiles."""
+
+    tokens: int
+    entries: int
+
+    @property
+    def sections(self) -> Sections:
+        """Sizes of the sections, if there were no others."""
+        return Sections(tokens=self.tokens, samples=self.entries, tiles=self.entries)
+
+
 class Sections(NamedTuple):
     """Sizes of the sections, in entries."""
 
@@ -102,8 +114,17 @@ class Sections(NamedTuple):
         return cls(max_rows, num_pages, max_rows, max_batch_tokens, samples, tiles, writes)
 
 
+NO_PADDING = Padding(0, 0)
+
+
 def encode(
-    plan: Plan, out: IntArray, *, bucket: int, send_decode_rows: bool, tile_size: int, drafted: int = 0
+    plan: Plan,
+    out: IntArray,
+    *,
+    bucket: int,
+    send_decode_rows: bool,
+    tile_size: int,
+    padding: Padding | None = None,
 ) -> Sections:
     """Write a step's inputs to `out`.
 
@@ -113,7 +134,7 @@ def encode(
         bucket: Entries of the decode section, at least `len(plan.decode_rows)`.
         send_decode_rows: Whether the decode section is written in a step without prompts.
         tile_size: Query tokens per tile of prefill attention.
-        drafted: Entries that each section of a step with drafts is padded to, more than it has tokens; 0 for none.
+        padding: What a step with prompts is padded to, if it is.
 
     Returns:
         The sizes that were written.
@@ -141,7 +162,7 @@ def encode(
         return Sections(new_rows, new_pages, decode=bucket, writes=writes)
 
     num_decodes, num_tokens = len(plan.decode_rows), plan.num_tokens
-    size = drafted or num_tokens
+    size = num_tokens if padding is None else padding.tokens
     tokens = section(3 * size).reshape(3, size)
     tokens[:, num_tokens:] = 0
     tokens[0, :num_decodes] = CARRY_OVER
@@ -161,9 +182,9 @@ def encode(
         ]
         query += length
         samples += range(query - chunk.samples, query)
-    if drafted:
-        samples += [num_tokens] * (drafted - len(samples))
-        tiles += [(0, num_tokens, 0, 0)] * (drafted - len(tiles))
+    if padding is not None:
+        samples += [num_tokens] * (padding.entries - len(samples))
+        tiles += [(0, num_tokens, 0, 0)] * (padding.entries - len(tiles))
     section(len(samples))[:] = samples
     section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
     return Sections(new_rows, new_pages, tokens=size, samples=len(samples), tiles=len(tiles), writes=writes)

@@ -18,9 +18,9 @@ from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.request import Request
-from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, decode_buckets, drafted_buckets
+from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, MOST_PADDED, decode_buckets
 from hf_async_batching.sampling import SampledRows
-from hf_async_batching.staging import CARRY_OVER, PARAMS, Sections
+from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
 
 
 class FakeGraph:
@@ -70,78 +70,98 @@ def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
         replays += device.replays
         captures += device.captures
         if failures == 100:
-            assert device.captures <= MAX_FAILED_CAPTURES
-            assert engine.runner.buckets == [] or device.captures < MAX_FAILED_CAPTURES
+            # Of decode steps, and of those with prompts.
+            assert device.captures <= 2 * MAX_FAILED_CAPTURES
+            assert engine.runner.buckets == [] or device.captures < 2 * MAX_FAILED_CAPTURES
         else:
             assert device.captures == len(engine.runner.captured) + min(failures, device.captures)
     assert captures > 40
     assert (replays > 200) == (failures < 100)
 
 
-class DraftsCannotBeCaptured(FakeGraphDevice):
-    """Refuses what is not a decode step."""
+class OnlyDecodeSteps(FakeGraphDevice):
+    """Refuses to capture steps with prompts."""
 
     refused = 0
 
     def capture(self, work: Kernel) -> Graph:
-        if "drafted_inputs" in work.__code__.co_names:
+        if "padded_inputs" in work.__code__.co_names:
             self.refused += 1
             raise RuntimeError("cannot be captured")
         return super().capture(work)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("make_device", [FakeGraphDevice, DraftsCannotBeCaptured])
-def test_steps_with_drafts_are_captured_too(
-    depth: int, make_device: type[FakeGraphDevice], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("make_device", [FakeGraphDevice, OnlyDecodeSteps])
+@pytest.mark.parametrize("draft_rows", [0, 4])
+def test_small_steps_with_prompts_or_drafts_are_captured_too(
+    depth: int, make_device: type[FakeGraphDevice], draft_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_async_batching.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "rng", random.Random(0))
-    replayed: list[int] = []
-    sizes: set[int] = set()
-    original = DeviceState.drafted_inputs
-    monkeypatch.setattr(
-        DeviceState, "drafted_inputs", lambda self, size: replayed.append(size) or original(self, size)
-    )
-    for seed in range(60):
+    padded: list[Padding] = []
+    captured: set[Padding] = set()
+    original = DeviceState.padded_inputs
+    monkeypatch.setattr(DeviceState, "padded_inputs", lambda self, size: padded.append(size) or original(self, size))
+    for seed in range(40):
         device = make_device()
-        engine = ToyEngine(depth, seed, device=device, draft_rows=4, max_batch_tokens=24, num_pages=24)
+        engine = ToyEngine(depth, seed, device=device, draft_rows=draft_rows, max_batch_tokens=24, num_pages=24)
         verify(engine, run_random_schedule(engine, seed, conversations=seed % 3 == 0))
         assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
-        drafts = {key.size for key in engine.runner.captured if key.drafts}
-        sizes |= drafts
+        prompts = {key.size for key in engine.runner.captured if isinstance(key.size, Padding)}
+        captured |= prompts
         assert engine.runner.buckets, "decode steps keep their graphs"
-        if isinstance(device, DraftsCannotBeCaptured):
+        if isinstance(device, OnlyDecodeSteps):
             assert device.refused <= MAX_FAILED_CAPTURES
-            assert not drafts
-            assert engine.runner.drafted_buckets == [] or device.refused < MAX_FAILED_CAPTURES
+            assert not prompts
+            assert engine.runner.paddings == [] or device.refused < MAX_FAILED_CAPTURES
+    assert len(padded) > 60
     if make_device is FakeGraphDevice:
-        assert sizes >= {8, 16}
-        assert len(replayed) > 40
+        assert captured >= {Padding(8, 8), Padding(16, 16), Padding(24, 16)}
 
 
-def test_what_is_captured_of_steps_with_drafts() -> None:
-    assert drafted_buckets(0) == []
-    assert drafted_buckets(7) == []
-    assert drafted_buckets(1000) == [8, 16, 24, 32, 48, 64, 96, 128]
-    runner = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=24).runner
-    request = Request("a", (1, 2), 9)
-    again = NewRow(1, request, 2, again=True)
+def test_a_graph_finds_its_inputs_where_they_always_are() -> None:
+    """Not in the staged array, of which there are two, and in which they begin elsewhere each time."""
+    state = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=24).state
+    padding = Padding(8, 8)
+    for staged in (torch.arange(100, dtype=torch.int32) % 4, torch.arange(100, dtype=torch.int32) % 3):
+        sections = padding.sections._replace(new_pages=2)
+        state.keep_padded(staged, sections)
+        assert torch.equal(state.padded[:64], staged[6:70])
+    context = state.padded_inputs(padding).context
+    assert context.tile_queries is not None
+    assert context.tile_queries.untyped_storage().data_ptr() == state.padded.untyped_storage().data_ptr()
 
-    def bucket(*lengths: int, **changes: Any) -> int:
-        chunks = tuple(Chunk(row, tuple(range(length)), length) for row, length in enumerate(lengths, start=1))
-        plan = Plan(0, (3, 4), chunks, **{"new_rows": (again, again._replace(row=2)), **changes})
-        return runner.drafted_bucket(plan)
 
-    assert bucket(4) == 8
-    assert bucket(3, 2) == 8
-    assert bucket(6) == 16, "one entry is padding"
-    assert bucket(21) == 24
-    assert bucket(22) == 0, "too large"
-    assert bucket(3, 2, new_rows=(again, NewRow(2, request))) == 0, "a prompt beside it"
-    assert bucket(3, features=Features(logits=True)) == 0
-    assert runner.drafted_bucket(Plan(0, (3, 4))) == 0
-    assert ToyEngine(1, 0, max_batch_tokens=24).runner.drafted_buckets == [], "no graphs, no padding"
+def test_which_steps_with_prompts_are_captured() -> None:
+    runner = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=1024, max_rows=40).runner
+    assert runner.paddings[0] == 8
+    assert runner.paddings[-1] == MOST_PADDED
+
+    def padding(*lengths: int, decodes: int = 0, samples: int | None = 1, **changes: Any) -> Padding | None:
+        chunks = [Chunk(1 + i, (7,) * n, n if samples is None else samples) for i, n in enumerate(lengths)]
+        plan = Plan(0, tuple(range(10, 10 + decodes)), tuple(chunks), **changes)
+        return runner.padding_for(plan, 128)
+
+    assert padding(4) == Padding(8, 8)
+    assert padding(7) == Padding(8, 8)
+    assert padding(8) == Padding(16, 16), "one token is padding"
+    assert padding(20, decodes=3) == Padding(24, 16)
+    assert padding(20, decodes=16) == Padding(48, 48)
+    assert padding(70, decodes=16) == Padding(96, 64)
+    assert padding(70, samples=None) == Padding(96, 96), "drafts are sampled throughout"
+    assert padding(800, decodes=28) == Padding(1024, 64)
+    assert padding(800, decodes=90) == Padding(1024, 104), "all that a step can sample"
+    assert padding(1023) == Padding(1024, 16)
+    assert padding(1024) is None, "too many tokens"
+    assert padding(200, samples=None) is None, "more samples than there are entries"
+    assert padding(4, features=Features(logits=True)) is None
+    embeds = Request("a", (0, 0, 0), 9, prompt_embeddings=torch.zeros(3, 2))
+    assert padding(2, new_rows=(NewRow(1, embeds),), samples=0) is None
+    runner._prompt_embeddings.pieces(Plan(0, (), (Chunk(1, (0, 0), 0),), (NewRow(1, embeds),)))
+    assert padding(1) is None, "the last piece of it"
+    assert ToyEngine(1, 0, max_batch_tokens=24).runner.paddings == [], "no graphs, no padding"
+    assert ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=7).runner.paddings == []
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -14,18 +14,18 @@ from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.row_layout import HISTORY_START, Rule, RuleKind
-from hf_async_batching.staging import CARRY_OVER, MAX_EOS, PARAMS, Sections, encode
+from hf_async_batching.staging import CARRY_OVER, MAX_EOS, PARAMS, Padding, Sections, encode
 
 SENTINEL = -77
 
 
 def encoded(
-    plan: Plan, *, bucket: int | None = None, send: bool = True, tile_size: int = 4, drafted: int = 0
+    plan: Plan, *, bucket: int | None = None, send: bool = True, tile_size: int = 4, padding: Padding | None = None
 ) -> tuple[Sections, list[int]]:
     """Sections and the array; nothing may be written beyond the promised total."""
     out = np.full(2000, SENTINEL, np.int32)
     size = len(plan.decode_rows) if bucket is None else bucket
-    sections = encode(plan, out, bucket=size, send_decode_rows=send, tile_size=tile_size, drafted=drafted)
+    sections = encode(plan, out, bucket=size, send_decode_rows=send, tile_size=tile_size, padding=padding)
     assert (out[sections.total :] == SENTINEL).all(), "more was written than announced"
     assert (out[: sections.total] != SENTINEL).all(), "less was written than announced"
     return sections, out[: sections.total].tolist()
@@ -210,15 +210,16 @@ def test_prompts_beside_decoding_rows() -> None:
     ]
 
 
-def test_a_step_with_drafts_is_padded_by_tokens_of_row_zero() -> None:
+def test_padding_is_tokens_of_row_zero() -> None:
     plan = Plan(0, (2, 5), (Chunk(3, (10, 11, 12), 3),))
-    sections, array = encoded(plan, tile_size=2, drafted=8)
-    assert (sections.tokens, sections.samples, sections.tiles) == (8, 8, 8)
+    assert (plan.num_sampled, plan.num_tiles(2)) == (5, 4)
+    sections, array = encoded(plan, tile_size=2, padding=Padding(8, 6))
+    assert sections == Padding(8, 6).sections
     found = decoded(sections, array)
     carried = [(CARRY_OVER, 2, 0), (CARRY_OVER, 5, 0)]
     assert found["tokens"] == [*carried, (10, 3, 0), (11, 3, 1), (12, 3, 2), *[(0, 0, 0)] * 3]
-    assert found["samples"] == [0, 1, 2, 3, 4, 5, 5, 5]
-    assert found["tiles"] == [(2, 0, 1, 0), (5, 1, 1, 0), (3, 2, 2, 0), (3, 4, 1, 2), *[(0, 5, 0, 0)] * 4]
+    assert found["samples"] == [0, 1, 2, 3, 4, 5], "the last one is padding"
+    assert found["tiles"] == [(2, 0, 1, 0), (5, 1, 1, 0), (3, 2, 2, 0), (3, 4, 1, 2), *[(0, 5, 0, 0)] * 2]
 
 
 def test_a_step_that_samples_nothing() -> None:

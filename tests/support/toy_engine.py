@@ -24,7 +24,7 @@ from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Emission, Scheduler
-from hf_async_batching.staging import Sections
+from hf_async_batching.staging import Padding, Sections
 
 VOCAB = 29
 EOS = 7
@@ -133,7 +133,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
-        self.max_drafted = min(self.max_rows + MAX_DRAFTED, self.max_batch_tokens)
+        largest = Padding(self.max_batch_tokens, self.max_rows + MAX_DRAFTED)
         self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
         self.state = DeviceState(
             max_rows=self.max_rows,
@@ -143,7 +143,7 @@ class ToyEngine:
             max_length=self.num_pages * self.page_size,
             vocab_size=VOCAB,
             max_samples=self.max_rows + MAX_DRAFTED,
-            max_drafted=self.max_drafted,
+            padding=largest,
             groups=self.groups,
         )
         graphs = self.device.supports_graphs
@@ -152,7 +152,7 @@ class ToyEngine:
             self.state,
             self.device,
             max_rows=self.max_rows,
-            max_drafted=self.max_drafted,
+            largest=largest,
             graphs=graphs,
         )
         run = self.runner.run
