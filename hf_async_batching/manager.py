@@ -358,7 +358,8 @@ class GenerationManager:
     def warmup(self, *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
 
-        Steps are captured for greedy decoding and, where the model's own generation config samples, for that.
+        Steps are captured for greedy decoding and, where the model's own generation config samples, for that; those
+        with few tokens of prompts when their sizes have come up a few times.
 
         Args:
             tune: First measure the settings of the kernels on this card (some minutes, once: what was measured is

@@ -3,14 +3,15 @@
 Decode steps come in buckets, so that each can be captured once as a CUDA graph. A bucket is run as it is the first
 time it is needed (which also compiles its kernels) and captured the second time.
 
-So do steps with prompts or drafts that have few tokens: launching their kernels one by one would take the host longer
-than the device needs. With more tokens than `MOST_PADDED` it does not, and these are run as they are.
+So do steps with prompts or drafts that have few tokens, after some uses: launching their kernels one by one would take
+the host longer than the device needs. With more tokens than `MOST_PADDED` it does not, and these are run as they are.
 """
 
 from __future__ import annotations
 
 import bisect
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -40,6 +41,10 @@ FORWARD = None
 MOST_PADDED = 1024
 _PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MOST_PADDED)
 _PADDED_ENTRIES = (16, 64)
+
+# So often a step is run before it is captured. A capture takes as long as some uncaptured steps do; a decode step comes
+# again at once, while one with prompts may be the last of its size.
+DECODE_USES, PADDED_USES = 1, 4
 
 Forward = Callable[[StepInputs], torch.Tensor]
 
@@ -105,7 +110,7 @@ class Runner:
         self.buckets = decode_buckets(max_rows) if graphs else []
         self.paddings = [tokens for tokens in _PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
         self._most_entries = largest.entries
-        self._seen: set[Captured] = set()
+        self._uses: Counter[Captured] = Counter()
         # Of decode steps, and of those with prompts.
         self._failed_captures = [0, 0]
         self.captured: dict[Captured, Graph] = {}
@@ -210,7 +215,7 @@ class Runner:
             self._replaced.append((self._step_number, list(self.captured.values())))
             self._forward = offered
             self.captured, self._forwards = {}, {}
-            self._seen.clear()
+            self._uses.clear()
 
     def _decode(self, bucket: int, features: Features) -> None:
         self._replay(Captured(bucket, features), lambda: self._step(self._state.decode_inputs(bucket), features))
@@ -251,13 +256,13 @@ class Runner:
         return self._logits[: logits.shape[0]].copy_(logits)
 
     def _graph(self, key: Captured, work: Kernel) -> Graph | None:
-        """The graph of a step, captured the second time that it is asked for; None where there is none."""
+        """The graph of a step, captured once it was asked for often enough; None where there is none."""
         graph = self.captured.get(key)
-        sizes = self.paddings if isinstance(key.size, Padding) else self.buckets
-        if graph is None and sizes and key in self._seen:
+        sizes, uses = (self.paddings, PADDED_USES) if isinstance(key.size, Padding) else (self.buckets, DECODE_USES)
+        if graph is None and sizes and self._uses[key] >= uses:
             graph = self._capture(key, work)
         if graph is None:
-            self._seen.add(key)
+            self._uses[key] += 1
         return graph
 
     def _capture(self, key: Captured, work: Kernel) -> Graph | None:

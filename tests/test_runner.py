@@ -18,7 +18,7 @@ from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.request import Request
-from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, MOST_PADDED, decode_buckets
+from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, MOST_PADDED, PADDED_USES, decode_buckets
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
 
@@ -99,6 +99,7 @@ def test_small_steps_with_prompts_or_drafts_are_captured_too(
 ) -> None:
     monkeypatch.setattr("hf_async_batching.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "rng", random.Random(0))
+    monkeypatch.setattr("hf_async_batching.runner.PADDED_USES", 1)  # so that short schedules capture, too
     padded: list[Padding] = []
     captured: set[Padding] = set()
     original = DeviceState.padded_inputs
@@ -118,6 +119,20 @@ def test_small_steps_with_prompts_or_drafts_are_captured_too(
     assert len(padded) > 60
     if make_device is FakeGraphDevice:
         assert captured >= {Padding(8, 8), Padding(16, 16), Padding(24, 16)}
+
+
+def test_a_step_with_prompts_is_captured_when_its_size_has_come_up_a_few_times() -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(1, 0, device=device, max_batch_tokens=24)
+    for i in range(PADDED_USES + 2):
+        request = Request(str(i), (1, 2, 3 + i), 1)
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+        engine.step()
+        while engine.engine.has_work:
+            engine.step()
+        assert (device.captures, device.replays) == ((0, 0) if i < PADDED_USES else (1, i + 1 - PADDED_USES))
+    verify(engine, engine.requests)
 
 
 def test_a_graph_finds_its_inputs_where_they_always_are() -> None:
