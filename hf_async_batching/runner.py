@@ -42,7 +42,7 @@ MOST_PADDED = 1024
 _PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MOST_PADDED)
 _PADDED_ENTRIES = (16, 64)
 
-# So often a step is run before it is captured. A capture takes as long as some uncaptured steps do; a decode step comes
+# So often a step is run before it is captured. That takes as long as some uncaptured steps do; a decode step comes
 # again at once, while one with prompts may be the last of its size.
 DECODE_USES, PADDED_USES = 1, 4
 
