@@ -4,6 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Several processes run the tests (pytest-xdist): they share the processors, but not the folder into which transformers
 # copies modules, file by file.
@@ -20,3 +23,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Nothing in the tests needs the Hub; without this each look for it waits for a time-out where there is none.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Files that take a minute or more: begun first, they are not what one process still does while the other has ended.
+_LONG = ("test_smollm2.py", "test_readme.py", "test_app.py", "test_killed.py", "test_resume.py", "test_two_ranks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first where several processes run the tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        names = {name: place for place, name in enumerate(_LONG)}
+        items.sort(key=lambda item: names.get(Path(item.path).name, len(names)))
