@@ -29,9 +29,9 @@ from hf_async_batching.model_view import batch_dependent_rope, context_length, r
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
-from hf_async_batching.runner import MOST_PADDED, Runner
+from hf_async_batching.runner import Runner, largest_padding
 from hf_async_batching.scheduler import Scheduler
-from hf_async_batching.staging import NO_PADDING, Padding, Sections
+from hf_async_batching.staging import NO_PADDING, Sections
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
 from hf_async_batching.tensor_parallel.rank_group import RankGroup
 
@@ -96,8 +96,10 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     # A row goes on from any of its tokens where these are what it has; a state that goes on with them is not.
     drafted = MAX_DRAFTED if isinstance(forward, ModelForward) else 0
     max_samples = resolved.max_rows + drafted
-    packed = isinstance(forward, ModelForward)
-    largest = Padding(min(MOST_PADDED, resolved.max_batch_tokens), max_samples) if packed else NO_PADDING
+    largest = NO_PADDING
+    # Of several ranks all must capture a step or none, which nothing here sees to when a capture fails.
+    if isinstance(forward, ModelForward) and group is None:
+        largest = largest_padding(resolved.max_batch_tokens, max_samples, forward.weight_bytes)
     state = DeviceState(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
@@ -130,7 +132,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     limits = Sections.largest(
         max_rows=resolved.max_rows,
-        max_batch_tokens=resolved.max_batch_tokens,
+        max_batch_tokens=max(resolved.max_batch_tokens, largest.tokens),
         num_pages=resolved.num_pages,
         writes=max_writes,
         drafted=drafted,

@@ -249,7 +249,7 @@ class DeviceState:
         self.finished[rows] = (is_eos | is_last).int()
         self.last_token[rows] = tokens
         for table in (self.lengths, self.finished, self.last_token):
-            table[:1] = 0  # the padding row, which stands for many entries at once
+            table[:1].zero_()  # the padding row, which stands for many entries at once
         self.out_tokens[: tokens.shape[0]] = tokens
         if logprobs is not None:
             self.out_logprobs[: tokens.shape[0]] = logprobs

@@ -136,7 +136,7 @@ class Plan:
         calls: Where processors are called, in the order of the sampled positions.
         wanted: Sampled positions whose scores or logits are returned.
         bounds: Sizes of what rare features look at.
-        context_tokens: Tokens whose keys and values the step reads, over all of its rows; for measurements only.
+        context_tokens: Tokens whose keys and values the step reads, over all of its rows.
     """
 
     step: int

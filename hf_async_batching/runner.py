@@ -37,10 +37,22 @@ MAX_FAILED_CAPTURES = 3
 # In place of features, for the graph of a forward alone.
 FORWARD = None
 
-# Tokens of the largest step with prompts that is captured.
-MOST_PADDED = 1024
-_PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MOST_PADDED)
+# Tokens of the largest step with prompts that is captured. The larger sizes have room for a few rows that decode
+# beside a prompt of a usual length.
+MOST_PADDED = 1032
+_PADDED_TOKENS = (8, 16, 24, 32, 48, 72, 104, 136, 200, 264, 392, 520, 776, MOST_PADDED)
 _PADDED_ENTRIES = (16, 64)
+
+# Computing that many tokens takes a model of so many bytes about as long as launching its kernels takes the host.
+_PADDED_WEIGHTS = 16e9
+
+# In a captured step one program reads all of a decoding row's context, which takes too long where few rows have more
+# than this many tokens each.
+MOST_PADDED_CONTEXT = 8192
+
+# What graphs of steps with prompts there are at most, and up to which memory of all graphs, in bytes.
+MOST_PADDED_GRAPHS = 64
+_MOST_GRAPH_BYTES = 1 << 30
 
 # So often a step is run before it is captured. That takes as long as some uncaptured steps do; a decode step comes
 # again at once, while one with prompts may be the last of its size.
@@ -53,6 +65,19 @@ def decode_buckets(max_rows: int) -> list[int]:
     """Sizes of decode steps that get a graph: 1, 2, 4, 8, then steps of 8 to 64, 16 to 128, 32 above."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 32, 32)]
     return [*[size for size in sizes if size < max_rows], max_rows]
+
+
+def largest_padding(max_batch_tokens: int, max_samples: int, weight_bytes: int) -> Padding:
+    """The largest step with prompts that is worth capturing.
+
+    Args:
+        max_batch_tokens: Tokens of the largest step.
+        max_samples: Tokens that a step can sample.
+        weight_bytes: What a step reads of the model.
+    """
+    worth = int(MOST_PADDED * min(1.0, _PADDED_WEIGHTS / max(weight_bytes, 1)))
+    # A step that is full has room for padding, too.
+    return Padding(min(worth, max_batch_tokens + 8), max_samples)
 
 
 class Captured(NamedTuple):
@@ -111,7 +136,7 @@ class Runner:
         self.paddings = [tokens for tokens in _PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
         self._most_entries = largest.entries
         self._uses: Counter[Captured] = Counter()
-        # Of decode steps, and of those with prompts.
+        # One after the other, of decode steps and of those with prompts.
         self._failed_captures = [0, 0]
         self.captured: dict[Captured, Graph] = {}
         self._offered: Forward | None = None
@@ -133,6 +158,8 @@ class Runner:
     def padding_for(self, plan: Plan, tile_size: int) -> Padding | None:
         """What a step with prompts is padded to; None for one that is run as it is."""
         if plan.features.eager or not self.paddings or self._prompt_embeddings.concerns(plan):
+            return None
+        if plan.decode_rows and plan.context_tokens > MOST_PADDED_CONTEXT * (len(plan.decode_rows) + len(plan.chunks)):
             return None
         # The padded samples need a padded token to point to.
         tokens = next((tokens for tokens in self.paddings if tokens > plan.num_tokens), None)
@@ -160,6 +187,7 @@ class Runner:
             self._forward.tune(self.buckets)
         self._replaced.append((self._step_number, list(self.captured.values())))
         self.captured, self._forwards = {}, {}
+        self._uses.clear()  # what the new settings compile is compiled before a capture
 
     @torch.inference_mode()
     def warm(self, features: Features) -> None:
@@ -258,12 +286,19 @@ class Runner:
     def _graph(self, key: Captured, work: Kernel) -> Graph | None:
         """The graph of a step, captured once it was asked for often enough; None where there is none."""
         graph = self.captured.get(key)
-        sizes, uses = (self.paddings, PADDED_USES) if isinstance(key.size, Padding) else (self.buckets, DECODE_USES)
-        if graph is None and sizes and self._uses[key] >= uses:
+        if graph is None and self._is_due(key):
             graph = self._capture(key, work)
         if graph is None:
             self._uses[key] += 1
         return graph
+
+    def _is_due(self, key: Captured) -> bool:
+        if not isinstance(key.size, Padding):
+            return bool(self.buckets) and self._uses[key] >= DECODE_USES
+        if not self.paddings or self._uses[key] < PADDED_USES:
+            return False
+        count = sum(isinstance(other.size, Padding) for other in self.captured)
+        return count < MOST_PADDED_GRAPHS and self._device.graph_bytes() < _MOST_GRAPH_BYTES
 
     def _capture(self, key: Captured, work: Kernel) -> Graph | None:
         padded = isinstance(key.size, Padding)
@@ -278,8 +313,11 @@ class Runner:
                 self.paddings = []
                 if not padded:
                     self.buckets = []
+            if padded:
+                del self._uses[key]  # tried again after as many uses
             logger.debug("a capture failed", exc_info=True)
             return None
+        self._failed_captures[padded] = 0
         self.captured[key] = graph
         logger.info("captured %s of size %s, %s", steps, key.size, key.features or "forward alone")
         return graph

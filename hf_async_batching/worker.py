@@ -183,7 +183,10 @@ class Worker:
         except Exception:
             logger.exception("the engine did not close cleanly")
         del assembly
-        return_memory(self._device)
+        try:
+            return_memory(self._device)
+        except Exception:  # of a device that has failed
+            logger.exception("the engine's memory did not return")
         self.memory_free.set()
         self._on_stop(self)
 

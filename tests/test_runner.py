@@ -18,7 +18,16 @@ from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.request import Request
-from hf_async_batching.runner import FORWARD, MAX_FAILED_CAPTURES, MOST_PADDED, PADDED_USES, decode_buckets
+from hf_async_batching.runner import (
+    FORWARD,
+    MAX_FAILED_CAPTURES,
+    MOST_PADDED,
+    MOST_PADDED_CONTEXT,
+    PADDED_USES,
+    Captured,
+    decode_buckets,
+    largest_padding,
+)
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
 
@@ -163,12 +172,17 @@ def test_which_steps_with_prompts_are_captured() -> None:
     assert padding(8) == Padding(16, 16), "one token is padding"
     assert padding(20, decodes=3) == Padding(24, 16)
     assert padding(20, decodes=16) == Padding(48, 48)
-    assert padding(70, decodes=16) == Padding(96, 64)
-    assert padding(70, samples=None) == Padding(96, 96), "drafts are sampled throughout"
-    assert padding(800, decodes=28) == Padding(1024, 64)
-    assert padding(800, decodes=90) == Padding(1024, 104), "all that a step can sample"
-    assert padding(1023) == Padding(1024, 16)
-    assert padding(1024) is None, "too many tokens"
+    assert padding(70, decodes=16) == Padding(104, 64)
+    assert padding(70, samples=None) == Padding(72, 72), "drafts are sampled throughout"
+    assert padding(800, decodes=28) == Padding(1032, 64)
+    assert padding(800, decodes=90) == Padding(1032, 104), "all that a step can sample"
+    assert padding(128, decodes=2) == Padding(136, 16)
+    assert padding(1024) == Padding(1032, 16), "a full step"
+    assert padding(1032) is None, "too many tokens"
+    many = 3 * MOST_PADDED_CONTEXT
+    assert padding(4, decodes=2, context_tokens=many) == Padding(8, 8)
+    assert padding(4, decodes=2, context_tokens=many + 1) is None, "few rows with long contexts"
+    assert padding(4, context_tokens=many) == Padding(8, 8)
     assert padding(200, samples=None) is None, "more samples than there are entries"
     assert padding(4, features=Features(logits=True)) is None
     embeds = Request("a", (0, 0, 0), 9, prompt_embeddings=torch.zeros(3, 2))
@@ -176,7 +190,50 @@ def test_which_steps_with_prompts_are_captured() -> None:
     runner._prompt_embeddings.pieces(Plan(0, (), (Chunk(1, (0, 0), 0),), (NewRow(1, embeds),)))
     assert padding(1) is None, "the last piece of it"
     assert ToyEngine(1, 0, max_batch_tokens=24).runner.paddings == [], "no graphs, no padding"
-    assert ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=7).runner.paddings == []
+
+
+def test_the_largest_step_with_prompts_that_is_worth_capturing() -> None:
+    assert largest_padding(2048, 320, int(1e9)) == Padding(MOST_PADDED, 320)
+    assert largest_padding(512, 320, int(1e9)) == Padding(520, 320), "a full step has room for padding"
+    assert largest_padding(2048, 320, int(64e9)) == Padding(MOST_PADDED // 4, 320), "large models compute longer"
+
+
+def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, full in ((2, False), (99, False), (99, True)):
+        monkeypatch.setattr("hf_async_batching.runner.MOST_PADDED_GRAPHS", most)
+        device = FakeGraphDevice()
+        if full:
+            monkeypatch.setattr(device, "graph_bytes", lambda: 1 << 30)
+        runner = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=40).runner
+        for tokens in runner.paddings[:4] * (PADDED_USES + 2):
+            runner._padded(Padding(tokens, 8), Features())
+        assert len(runner.captured) == (0 if full else min(most, 4))
+
+
+def test_a_failed_capture_is_not_counted_for_ever() -> None:
+    """What worked is kept, and a capture that succeeds begins the count anew."""
+    device = FakeGraphDevice()
+    runner = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=40).runner
+
+    def use(tokens: int, times: int = PADDED_USES + 1) -> None:
+        for _ in range(times):
+            runner._padded(Padding(tokens, 8), Features())
+
+    use(8)
+    for tokens in (16, 24):  # each of them fails once, and is then captured
+        device.captures, device.failures = 0, 1
+        use(tokens)
+        assert Captured(Padding(tokens, 8), Features()) not in runner.captured
+        use(tokens, PADDED_USES - 1)
+        assert Captured(Padding(tokens, 8), Features()) not in runner.captured, "not at once"
+        use(tokens, 1)
+        assert Captured(Padding(tokens, 8), Features()) in runner.captured
+    device.captures, device.failures = 0, 99
+    use(32, (MAX_FAILED_CAPTURES + 3) * (PADDED_USES + 1))
+    assert runner.paddings == []
+    assert device.captures == MAX_FAILED_CAPTURES
+    assert runner.buckets
+    assert len(runner.captured) == 3
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
