@@ -61,7 +61,7 @@ def test_200_rows_killed_20_times(tmp_path: Path) -> None:
 
     draw, moments = random.Random(20), []
     for _ in range(20):
-        wanted = min(rows_kept(folder) + draw.randint(0, 18), 190)
+        wanted = min(rows_kept(folder) + draw.randint(0, 12), 165)
         child = in_child(lambda: run(folder))
         status = None
         while status is None and rows_kept(folder) < wanted:
