@@ -168,7 +168,18 @@ class Runner:
         entries, most = max(plan.num_sampled, plan.num_tiles(tile_size)), min(tokens, self._most_entries)
         if entries > most:
             return None
-        return Padding(tokens, next((size for size in _PADDED_ENTRIES if entries <= size < most), most))
+        padding = Padding(tokens, next((size for size in _PADDED_ENTRIES if entries <= size < most), most))
+        # What will never be captured is not padded for nothing.
+        return padding if self._may_capture_more() or Captured(padding, plan.features) in self.captured else None
+
+    def _may_capture_more(self) -> bool:
+        """Whether there is room for graphs of further steps with prompts, and they can be captured."""
+        count = sum(isinstance(key.size, Padding) for key in self.captured)
+        return (
+            self._failed_captures[True] < MAX_FAILED_CAPTURES
+            and count < MOST_PADDED_GRAPHS
+            and self._device.graph_bytes() < _MOST_GRAPH_BYTES
+        )
 
     def offer(self, forward: Forward) -> None:
         """Use another forward from the next step on, and capture anew. From any thread."""
@@ -185,9 +196,7 @@ class Runner:
         self._adopt()
         if isinstance(self._forward, Tunable):
             self._forward.tune(self.buckets)
-        self._replaced.append((self._step_number, list(self.captured.values())))
-        self.captured, self._forwards = {}, {}
-        self._uses.clear()  # what the new settings compile is compiled before a capture
+        self._forget_graphs()
 
     @torch.inference_mode()
     def warm(self, features: Features) -> None:
@@ -240,10 +249,14 @@ class Runner:
     def _adopt(self) -> None:
         offered, self._offered = self._offered, None
         if offered is not None:
-            self._replaced.append((self._step_number, list(self.captured.values())))
             self._forward = offered
-            self.captured, self._forwards = {}, {}
-            self._uses.clear()
+            self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """Capture anew, after runs that compile what the new steps need."""
+        self._replaced.append((self._step_number, list(self.captured.values())))
+        self.captured, self._forwards = {}, {}
+        self._uses.clear()
 
     def _decode(self, bucket: int, features: Features) -> None:
         self._replay(Captured(bucket, features), lambda: self._step(self._state.decode_inputs(bucket), features))
@@ -293,12 +306,9 @@ class Runner:
         return graph
 
     def _is_due(self, key: Captured) -> bool:
-        if not isinstance(key.size, Padding):
-            return bool(self.buckets) and self._uses[key] >= DECODE_USES
-        if not self.paddings or self._uses[key] < PADDED_USES:
-            return False
-        count = sum(isinstance(other.size, Padding) for other in self.captured)
-        return count < MOST_PADDED_GRAPHS and self._device.graph_bytes() < _MOST_GRAPH_BYTES
+        if isinstance(key.size, Padding):
+            return self._uses[key] >= PADDED_USES and self._may_capture_more()
+        return bool(self.buckets) and self._uses[key] >= DECODE_USES
 
     def _capture(self, key: Captured, work: Kernel) -> Graph | None:
         padded = isinstance(key.size, Padding)
@@ -310,9 +320,8 @@ class Runner:
             self._failed_captures[padded] += 1
             if self._failed_captures[padded] == MAX_FAILED_CAPTURES:
                 logger.warning("%s cannot be captured as CUDA graphs and run without: %s", steps, error)
-                self.paddings = []
                 if not padded:
-                    self.buckets = []
+                    self.buckets, self.paddings = [], []
             if padded:
                 del self._uses[key]  # tried again after as many uses
             logger.debug("a capture failed", exc_info=True)

@@ -124,7 +124,6 @@ def test_small_steps_with_prompts_or_drafts_are_captured_too(
         if isinstance(device, OnlyDecodeSteps):
             assert device.refused <= MAX_FAILED_CAPTURES
             assert not prompts
-            assert engine.runner.paddings == [] or device.refused < MAX_FAILED_CAPTURES
     assert len(padded) > 60
     if make_device is FakeGraphDevice:
         assert captured >= {Padding(8, 8), Padding(16, 16), Padding(24, 16)}
@@ -206,8 +205,11 @@ def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest
             monkeypatch.setattr(device, "graph_bytes", lambda: 1 << 30)
         runner = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=40).runner
         for tokens in runner.paddings[:4] * (PADDED_USES + 2):
-            runner._padded(Padding(tokens, 8), Features())
+            runner._padded(Padding(tokens, min(tokens, 16)), Features())
         assert len(runner.captured) == (0 if full else min(most, 4))
+        # What is captured goes on, what will never be is not padded.
+        going = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) is not None for n in (4, 12, 20, 28)]
+        assert going == [not full] * 2 + [most > 2 and not full] * 2
 
 
 def test_a_failed_capture_is_not_counted_for_ever() -> None:
@@ -230,10 +232,12 @@ def test_a_failed_capture_is_not_counted_for_ever() -> None:
         assert Captured(Padding(tokens, 8), Features()) in runner.captured
     device.captures, device.failures = 0, 99
     use(32, (MAX_FAILED_CAPTURES + 3) * (PADDED_USES + 1))
-    assert runner.paddings == []
     assert device.captures == MAX_FAILED_CAPTURES
     assert runner.buckets
     assert len(runner.captured) == 3
+    padded = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) for n in (4, 12, 20, 28)]
+    assert padded[0] == Padding(8, 8), "what was captured goes on"
+    assert padded[3] is None
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -370,6 +374,7 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
     runner.warm(Features())
     runner.tune()
     assert not runner.captured, "captured steps keep the settings that they were captured with"
+    assert not runner._uses, "what new settings compile is compiled before a capture, not in it"
 
     class Forward:
         tuned: list[int] | None = None
