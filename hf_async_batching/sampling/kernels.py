@@ -100,12 +100,12 @@ def _load(logits, seen, offsets, mask, penalty, HAS_SEEN: tl.constexpr):
 
 @triton.jit
 def group_maxima_kernel(
-    logits, logits_stride, seen, seen_stride, rows, params, maxima, sums, vocab, groups,
+    logits, logits_stride, seen, seen_stride, rows, records, maxima, sums, vocab, groups,
     PARAMS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_FREE: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of each of TILE groups; where a nucleus will be searched, also its sum of exponentials."""
     entry = tl.program_id(0).to(tl.int64)
-    record = params + entry * PARAMS
+    record = records + entry * PARAMS
     group = tl.program_id(1) * TILE + tl.arange(0, TILE)
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     seen_row = seen
@@ -126,7 +126,7 @@ def group_maxima_kernel(
 
 @triton.jit
 def bounds_kernel(
-    logits, logits_stride, seen, seen_stride, rows, params, maxima, sums, lows, totals, tokens, vocab, groups,
+    logits, logits_stride, seen, seen_stride, rows, records, maxima, sums, lows, totals, tokens, vocab, groups,
     PARAMS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_FREE: tl.constexpr,
 ):  # fmt: skip
     """The arg-max of rows that draw nothing; of rows without top-k, the least that a drawn logit can be.
@@ -134,7 +134,7 @@ def bounds_kernel(
     That is written to `lows` as an ordered integer, and the mass of the row, relative to its largest, to `totals`.
     """
     entry = tl.program_id(0).to(tl.int64)
-    record = params + entry * PARAMS
+    record = records + entry * PARAMS
     group = tl.arange(0, GROUPS)
     if (tl.load(record + _DO_SAMPLE) == 0) | (tl.load(record + _TOP_K) == 0):
         largest = tl.load(maxima + entry * groups + group, mask=group < groups, other=float("-inf"))
@@ -172,13 +172,13 @@ def bounds_kernel(
 
 @triton.jit
 def perturbed_kernel(
-    logits, logits_stride, seen, seen_stride, rows, params, positions, maxima, lows, best, best_tokens, vocab, groups,
+    logits, logits_stride, seen, seen_stride, rows, records, positions, maxima, lows, best, best_tokens, vocab, groups,
     PARAMS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
     HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
     """The arg-min of E / p over TILES tiles of a row without top-k, among logits of at least its bound."""
     entry = tl.program_id(0).to(tl.int64)
-    record = params + entry * PARAMS
+    record = records + entry * PARAMS
     if (tl.load(record + _DO_SAMPLE) != 0) & (tl.load(record + _TOP_K) == 0):
         group = tl.arange(0, GROUPS)
         largest = tl.load(maxima + entry * groups + group, mask=group < groups, other=float("-inf"))
@@ -227,14 +227,14 @@ def _search(
 
 @triton.jit
 def accept_kernel(
-    logits, logits_stride, seen, seen_stride, rows, params, positions, maxima, totals, best, best_tokens, tokens,
+    logits, logits_stride, seen, seen_stride, rows, records, positions, maxima, totals, best, best_tokens, tokens,
     vocab, groups, splits, tiles,
     PARAMS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
     """The token of a row without top-k: the first in the race that lies in the nucleus."""
     entry = tl.program_id(0).to(tl.int64)
-    record = params + entry * PARAMS
+    record = records + entry * PARAMS
     if (tl.load(record + _DO_SAMPLE) != 0) & (tl.load(record + _TOP_K) == 0):
         split = tl.arange(0, SPLITS)
         race = tl.load(best + entry * splits + split, mask=split < splits, other=float("inf"))
@@ -305,14 +305,14 @@ def _compact(
 
 @triton.jit
 def draw_bounded_kernel(
-    logits, logits_stride, seen, seen_stride, rows, params, positions, maxima, chosen, values, value_tokens, tokens,
+    logits, logits_stride, seen, seen_stride, rows, records, positions, maxima, chosen, values, value_tokens, tokens,
     vocab, groups,
     PARAMS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, CAPACITY: tl.constexpr,
     HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
     """The token of a row with top-k."""
     entry = tl.program_id(0).to(tl.int64)
-    record = params + entry * PARAMS
+    record = records + entry * PARAMS
     top_k = tl.load(record + _TOP_K)
     if (tl.load(record + _DO_SAMPLE) != 0) & (top_k > 0):
         line = logits + entry * logits_stride

@@ -20,17 +20,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
+# How a launch specializes is the same for all cards.
+_BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
 class Launch(NamedTuple):
@@ -55,23 +50,11 @@ def recording(label: str) -> Iterator[list[Launch]]:
     recorded: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        signature, constants, attributes = {}, {}, {}
-        for index, param in enumerate(self.params):
-            value = values.get(param.name, param.default)
-            if isinstance(value, torch.Tensor):
-                signature[param.name] = "*" + _TYPES[value.dtype]
-                aligned = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
-            elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
-                signature[param.name], constants[param.name], aligned = "constexpr", value, False
-            elif isinstance(value, float):
-                signature[param.name], aligned = "fp32", False
-            else:
-                signature[param.name], aligned = "i32", value % 16 == 0 and not param.do_not_specialize
-            if aligned:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        recorded.append(Launch(label, self, signature, constants, attributes, options))
+        # By Triton's own code, which a name of a parameter can break where the interpreter does not mind it.
+        bind = create_function_from_signature(self.signature, self.params, _BACKEND)
+        packed = self._pack_args(_BACKEND, kwargs, *bind(*args, **kwargs))
+        options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+        recorded.append(Launch(label, self, *packed[1:], options))
 
     original = JITFunction.run
     JITFunction.run = run
