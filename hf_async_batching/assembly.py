@@ -99,7 +99,9 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     largest = NO_PADDING
     # Of several ranks all must capture a step or none, which nothing here sees to when a capture fails.
     if isinstance(forward, ModelForward) and group is None:
-        largest = largest_padding(resolved.max_batch_tokens, max_samples, forward.weight_bytes)
+        largest = largest_padding(
+            resolved.max_batch_tokens, resolved.max_rows, max_samples, forward.weight_bytes
+        )
     state = DeviceState(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
@@ -135,7 +137,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         max_batch_tokens=max(resolved.max_batch_tokens, largest.tokens),
         num_pages=resolved.num_pages,
         writes=max_writes,
-        drafted=drafted,
+        drafted=max(drafted, largest.sections.samples - resolved.max_rows),
     )
     make_pipeline = partial(LeadingPipeline, group) if group is not None and group.leads else Pipeline
     pipeline = make_pipeline(

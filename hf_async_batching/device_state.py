@@ -94,7 +94,7 @@ class DeviceState:
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
         self.padded = table(padding.sections.total)
-        max_samples = max_rows if max_samples is None else max_samples
+        max_samples = max(max_rows if max_samples is None else max_samples, padding.sections.samples)
         self.out_tokens = table(max_samples)
         self.out_logprobs = table(max_samples, dtype=torch.float32)
         if fused is None:
@@ -190,11 +190,8 @@ class DeviceState:
         self.padded[:size] = staged[sections.updates_end : sections.total]
 
     def padded_inputs(self, padding: Padding) -> StepInputs:
-        """Carry-over for a padded step that was kept.
-
-        None of its tokens are known to decode: how many do changes from step to step, and is no constant of a graph.
-        """
-        return self.mixed_inputs(self.padded[: padding.sections.total], padding.sections)
+        """Carry-over for a padded step that was kept."""
+        return self.mixed_inputs(self.padded[: padding.sections.total], padding.sections, padding.decodes)
 
     def note(self, inputs: StepInputs, features: Features) -> None:
         """Enter the inputs of a step into the memories of its rows, where some row needs that."""

@@ -38,20 +38,18 @@ MAX_FAILED_CAPTURES = 3
 FORWARD = None
 
 # Tokens of the largest step with prompts that is captured. The larger sizes have room for a few rows that decode
-# beside a prompt of a usual length.
+# beside a prompt of a usual length; 296 holds SPREAD_TOKENS and what rows that decode are padded by.
 MOST_PADDED = 1032
-_PADDED_TOKENS = (8, 16, 24, 32, 48, 72, 104, 136, 200, 264, 392, 520, 776, MOST_PADDED)
+_PADDED_TOKENS = (8, 16, 24, 32, 48, 72, 104, 136, 200, 296, 392, 520, 776, MOST_PADDED)
 _PADDED_ENTRIES = (16, 64)
+# By so much a step is padded where rows decode in it.
+_DECODE_ROOM = 31
 
 # Computing that many tokens takes a model of so many bytes about as long as launching its kernels takes the host.
 _PADDED_WEIGHTS = 16e9
 
-# In a captured step one program reads all of a decoding row's context, which takes too long where few rows have more
-# than this many tokens each.
-MOST_PADDED_CONTEXT = 8192
-
 # What graphs of steps with prompts there are at most, and up to which memory of all graphs, in bytes.
-MOST_PADDED_GRAPHS = 64
+MOST_PADDED_GRAPHS = 96
 _MOST_GRAPH_BYTES = 1 << 30
 
 # So often a step is run before it is captured. That takes as long as some uncaptured steps do; a decode step comes
@@ -67,17 +65,28 @@ def decode_buckets(max_rows: int) -> list[int]:
     return [*[size for size in sizes if size < max_rows], max_rows]
 
 
-def largest_padding(max_batch_tokens: int, max_samples: int, weight_bytes: int) -> Padding:
+def padded_decodes(max_rows: int) -> list[int]:
+    """How many rows that decode a captured step with prompts has room for: 0, 8, then steps of 32 to 256, 128 above.
+
+    Coarser than `decode_buckets`, since these count for each number of tokens. An entry too many costs next to nothing:
+    its attention reads one token, and with so few tokens the time of a step is that of reading the weights.
+    """
+    sizes = [0, 8, *range(32, 256, 32), *range(256, max_rows + 128, 128)]
+    return [*[size for size in sizes if size < max_rows], max_rows]
+
+
+def largest_padding(max_batch_tokens: int, max_rows: int, max_samples: int, weight_bytes: int) -> Padding:
     """The largest step with prompts that is worth capturing.
 
     Args:
         max_batch_tokens: Tokens of the largest step.
+        max_rows: Rows that can decode in it.
         max_samples: Tokens that a step can sample.
         weight_bytes: What a step reads of the model.
     """
     worth = int(MOST_PADDED * min(1.0, _PADDED_WEIGHTS / max(weight_bytes, 1)))
     # A step that is full has room for padding, too.
-    return Padding(min(worth, max_batch_tokens + 8), max_samples)
+    return Padding(min(worth, max_batch_tokens + 1 + _DECODE_ROOM), max_samples, max_rows)
 
 
 class Captured(NamedTuple):
@@ -135,6 +144,7 @@ class Runner:
         self.buckets = decode_buckets(max_rows) if graphs else []
         self.paddings = [tokens for tokens in _PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
         self._most_entries = largest.entries
+        self._padded_decodes = padded_decodes(max_rows)
         self._uses: Counter[Captured] = Counter()
         # One after the other, of decode steps and of those with prompts.
         self._failed_captures = [0, 0]
@@ -159,16 +169,18 @@ class Runner:
         """What a step with prompts is padded to; None for one that is run as it is."""
         if plan.features.eager or not self.paddings or self._prompt_embeddings.concerns(plan):
             return None
-        if plan.decode_rows and plan.context_tokens > MOST_PADDED_CONTEXT * (len(plan.decode_rows) + len(plan.chunks)):
-            return None
+        rows = len(plan.decode_rows)
+        decodes = self._padded_decodes[bisect.bisect_left(self._padded_decodes, rows)]
         # The padded samples need a padded token to point to.
-        tokens = next((tokens for tokens in self.paddings if tokens > plan.num_tokens), None)
+        needed = decodes + plan.num_tokens - rows
+        tokens = next((tokens for tokens in self.paddings if tokens > needed), None)
         if tokens is None:
             return None
-        entries, most = max(plan.num_sampled, plan.num_tiles(tile_size)), min(tokens, self._most_entries)
+        entries = max(plan.num_sampled, plan.num_tiles(tile_size)) - rows
+        most = min(tokens - decodes, self._most_entries)
         if entries > most:
             return None
-        padding = Padding(tokens, next((size for size in _PADDED_ENTRIES if entries <= size < most), most))
+        padding = Padding(tokens, next((size for size in _PADDED_ENTRIES if entries <= size < most), most), decodes)
         # What will never be captured is not padded for nothing.
         return padding if self._may_capture_more() or Captured(padding, plan.features) in self.captured else None
 
@@ -230,7 +242,7 @@ class Runner:
             embeddings = self._prompt_embeddings.pieces(plan)
             if sections.tokens > plan.num_tokens:
                 self._state.keep_padded(staged, sections)
-                self._padded(Padding(sections.tokens, sections.samples), features)
+                self._padded(sections.padding, features)
                 return
             inputs = self._state.mixed_inputs(staged, sections, len(plan.decode_rows))
             if embeddings:

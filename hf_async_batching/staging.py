@@ -68,19 +68,27 @@ _ONE = int(np.array([1.0], np.float32).view(np.int32)[0])
 
 
 class Padding(NamedTuple):
-    """What a step with prompts is padded to: more `tokens` than it has, and `entries` samples and tiles."""
+    """What a step with prompts is padded to.
+
+    Attributes:
+        tokens: Query tokens, more than the step has.
+        entries: Samples and tiles of its prompts.
+        decodes: Tokens, samples and tiles of the rows that decode, which are the first.
+    """
 
     tokens: int
     entries: int
+    decodes: int = 0
 
     @property
     def sections(self) -> Sections:
         """Sizes of the sections, if there were no others."""
-        return Sections(tokens=self.tokens, samples=self.entries, tiles=self.entries)
+        count = self.decodes + self.entries
+        return Sections(tokens=self.tokens, samples=count, tiles=count, decodes=self.decodes)
 
 
 class Sections(NamedTuple):
-    """Sizes of the sections, in entries."""
+    """Sizes of the sections, in entries; of a padded step also how many of its tokens are kept for what decodes."""
 
     new_rows: int = 0
     new_pages: int = 0
@@ -89,6 +97,12 @@ class Sections(NamedTuple):
     samples: int = 0
     tiles: int = 0
     writes: int = 0
+    decodes: int = 0
+
+    @property
+    def padding(self) -> Padding:
+        """What a step was padded to that has these sections."""
+        return Padding(self.tokens, self.samples - self.decodes, self.decodes)
 
     @property
     def total(self) -> int:
@@ -161,16 +175,20 @@ def encode(
         decode[len(plan.decode_rows) :] = 0
         return Sections(new_rows, new_pages, decode=bucket, writes=writes)
 
-    num_decodes, num_tokens = len(plan.decode_rows), plan.num_tokens
+    num_decodes = len(plan.decode_rows)
+    lead = num_decodes if padding is None else padding.decodes
+    num_tokens = lead + plan.num_tokens - num_decodes
     size = num_tokens if padding is None else padding.tokens
     tokens = section(3 * size).reshape(3, size)
+    tokens[:, num_decodes:lead] = 0
     tokens[:, num_tokens:] = 0
     tokens[0, :num_decodes] = CARRY_OVER
     tokens[1, :num_decodes] = plan.decode_rows
     tokens[2, :num_decodes] = 0
     samples = list(range(num_decodes))
     tiles = [(row, query, 1, 0) for query, row in enumerate(plan.decode_rows)]
-    query = num_decodes
+    tiles += [(0, query, 0, 0) for query in range(num_decodes, lead)]
+    query = lead
     for chunk in plan.chunks:
         length = len(chunk.tokens)
         tokens[0, query : query + length] = chunk.tokens
@@ -183,11 +201,12 @@ def encode(
         query += length
         samples += range(query - chunk.samples, query)
     if padding is not None:
-        samples += [num_tokens] * (padding.entries - len(samples))
-        tiles += [(0, num_tokens, 0, 0)] * (padding.entries - len(tiles))
+        samples += [num_tokens] * (lead + padding.entries - len(samples))
+        tiles += [(0, num_tokens, 0, 0)] * (lead + padding.entries - len(tiles))
     section(len(samples))[:] = samples
     section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
-    return Sections(new_rows, new_pages, tokens=size, samples=len(samples), tiles=len(tiles), writes=writes)
+    decodes = 0 if padding is None else lead
+    return Sections(new_rows, new_pages, 0, size, len(samples), len(tiles), writes, decodes)
 
 
 def _write_memories(plan: Plan, section: Callable[[int], IntArray]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
 from typing import Any
 
@@ -22,11 +23,11 @@ from hf_async_batching.runner import (
     FORWARD,
     MAX_FAILED_CAPTURES,
     MOST_PADDED,
-    MOST_PADDED_CONTEXT,
     PADDED_USES,
     Captured,
     decode_buckets,
     largest_padding,
+    padded_decodes,
 )
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
@@ -126,7 +127,8 @@ def test_small_steps_with_prompts_or_drafts_are_captured_too(
             assert not prompts
     assert len(padded) > 60
     if make_device is FakeGraphDevice:
-        assert captured >= {Padding(8, 8), Padding(16, 16), Padding(24, 16)}
+        assert {size.tokens for size in captured} >= {8, 16, 24}
+        assert {size.decodes for size in captured} == {0, 4}
 
 
 def test_a_step_with_prompts_is_captured_when_its_size_has_come_up_a_few_times() -> None:
@@ -169,19 +171,20 @@ def test_which_steps_with_prompts_are_captured() -> None:
     assert padding(4) == Padding(8, 8)
     assert padding(7) == Padding(8, 8)
     assert padding(8) == Padding(16, 16), "one token is padding"
-    assert padding(20, decodes=3) == Padding(24, 16)
-    assert padding(20, decodes=16) == Padding(48, 48)
-    assert padding(70, decodes=16) == Padding(104, 64)
+    assert padding(15, decodes=3) == Padding(24, 16, 8)
+    assert padding(16, decodes=3) == Padding(32, 16, 8)
+    assert padding(15, decodes=9) == Padding(48, 16, 32), "few sizes for what decodes"
+    assert padding(60, decodes=32) == Padding(104, 16, 32)
+    assert padding(3, 1, 2, decodes=40) == Padding(48, 8, 40), "no more entries than tokens"
     assert padding(70, samples=None) == Padding(72, 72), "drafts are sampled throughout"
-    assert padding(800, decodes=28) == Padding(1032, 64)
-    assert padding(800, decodes=90) == Padding(1032, 104), "all that a step can sample"
-    assert padding(128, decodes=2) == Padding(136, 16)
+    assert padding(80, samples=None, decodes=1) == Padding(104, 96, 8)
+    assert padding(800, 40, samples=1, decodes=28) == Padding(1032, 16, 32)
+    assert padding(*[9] * 20, decodes=28) == Padding(296, 64, 32)
+    assert padding(*[9] * 70, decodes=28) == Padding(776, 104, 32), "all that a step can sample"
+    assert padding(224, decodes=40) == Padding(296, 16, 40)
+    assert padding(128) == Padding(136, 16)
     assert padding(1024) == Padding(1032, 16), "a full step"
     assert padding(1032) is None, "too many tokens"
-    many = 3 * MOST_PADDED_CONTEXT
-    assert padding(4, decodes=2, context_tokens=many) == Padding(8, 8)
-    assert padding(4, decodes=2, context_tokens=many + 1) is None, "few rows with long contexts"
-    assert padding(4, context_tokens=many) == Padding(8, 8)
     assert padding(200, samples=None) is None, "more samples than there are entries"
     assert padding(4, features=Features(logits=True)) is None
     embeds = Request("a", (0, 0, 0), 9, prompt_embeddings=torch.zeros(3, 2))
@@ -192,9 +195,19 @@ def test_which_steps_with_prompts_are_captured() -> None:
 
 
 def test_the_largest_step_with_prompts_that_is_worth_capturing() -> None:
-    assert largest_padding(2048, 320, int(1e9)) == Padding(MOST_PADDED, 320)
-    assert largest_padding(512, 320, int(1e9)) == Padding(520, 320), "a full step has room for padding"
-    assert largest_padding(2048, 320, int(64e9)) == Padding(MOST_PADDED // 4, 320), "large models compute longer"
+    assert largest_padding(2048, 256, 320, int(1e9)) == Padding(MOST_PADDED, 320, 256)
+    assert largest_padding(512, 256, 320, int(1e9)) == Padding(544, 320, 256), "a full step has room for padding"
+    assert largest_padding(2048, 256, 320, int(64e9)).tokens == MOST_PADDED // 4, "large models compute longer"
+
+
+def test_room_for_what_decodes_in_a_captured_step_with_prompts() -> None:
+    assert padded_decodes(1) == [0, 1]
+    assert padded_decodes(40) == [0, 8, 32, 40]
+    assert padded_decodes(600) == [0, 8, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 600]
+    for rows in (*range(1, 300), 1000):
+        sizes = padded_decodes(rows)
+        assert sizes == sorted(set(sizes))
+        assert all(b - a <= 32 for a, b in itertools.pairwise(sizes) if b <= 256), "_DECODE_ROOM"
 
 
 def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

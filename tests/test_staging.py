@@ -213,13 +213,28 @@ def test_prompts_beside_decoding_rows() -> None:
 def test_padding_is_tokens_of_row_zero() -> None:
     plan = Plan(0, (2, 5), (Chunk(3, (10, 11, 12), 3),))
     assert (plan.num_sampled, plan.num_tiles(2)) == (5, 4)
-    sections, array = encoded(plan, tile_size=2, padding=Padding(8, 6))
-    assert sections == Padding(8, 6).sections
+    sections, array = encoded(plan, tile_size=2, padding=Padding(8, 4, 2))
+    assert sections == Padding(8, 4, 2).sections
     found = decoded(sections, array)
     carried = [(CARRY_OVER, 2, 0), (CARRY_OVER, 5, 0)]
     assert found["tokens"] == [*carried, (10, 3, 0), (11, 3, 1), (12, 3, 2), *[(0, 0, 0)] * 3]
     assert found["samples"] == [0, 1, 2, 3, 4, 5], "the last one is padding"
     assert found["tiles"] == [(2, 0, 1, 0), (5, 1, 1, 0), (3, 2, 2, 0), (3, 4, 1, 2), *[(0, 5, 0, 0)] * 2]
+
+
+def test_padding_of_rows_that_decode_stands_before_the_prompts() -> None:
+    plan = Plan(0, (2, 5), (Chunk(3, (10, 11, 12), 1), Chunk(4, (13,), 0)))
+    padding = Padding(10, 5, 4)
+    sections, array = encoded(plan, tile_size=2, padding=padding)
+    assert sections == padding.sections == Sections(tokens=10, samples=9, tiles=9, decodes=4)
+    assert sections.padding == padding
+    found = decoded(sections, array)
+    carried = [(CARRY_OVER, 2, 0), (CARRY_OVER, 5, 0)]
+    prompts = [(10, 3, 0), (11, 3, 1), (12, 3, 2), (13, 4, 0)]
+    assert found["tokens"] == [*carried, *[(0, 0, 0)] * 2, *prompts, *[(0, 0, 0)] * 2]
+    assert found["samples"] == [0, 1, 6, *[8] * 6]
+    tiles = [(2, 0, 1, 0), (5, 1, 1, 0), (0, 2, 0, 0), (0, 3, 0, 0), (3, 4, 2, 0), (3, 6, 1, 2), (4, 7, 1, 0)]
+    assert found["tiles"] == [*tiles, *[(0, 8, 0, 0)] * 2]
 
 
 def test_a_step_that_samples_nothing() -> None:

@@ -143,6 +143,31 @@ def test_padding_changes_nothing() -> None:
         assert torch.equal(actual[1:], wanted[1:]), "padding is written to the scratch page"
 
 
+def test_room_for_rows_that_decode_changes_nothing() -> None:
+    """Entries of row 0 between what decodes and what does not, as a captured step with prompts has them."""
+    runs, options, at, count = [(20, 1), (90, 1), (31, 3)], AttentionOptions(0.25), 2, 3
+    plain, padded = Step(runs, at), Step(runs, at)
+    context = padded.context
+
+    def widen(given: torch.Tensor, values: torch.Tensor | float) -> torch.Tensor:
+        return torch.cat([given[:at], given.new_zeros(count, *given.shape[1:]) + values, given[at:]])
+
+    for name, value in (("query", 1.0), ("key", math.nan), ("value", math.nan)):
+        setattr(padded, name, widen(getattr(padded, name), value))
+    for name, value in (("rows", 0), ("positions", 0), ("context_lengths", 1), ("tile_rows", 0), ("tile_lengths", 0)):
+        setattr(context, name, widen(getattr(context, name), value))
+    queries = context.tile_queries + count * (context.tile_queries >= at).int()
+    context.tile_queries = widen(queries, at + torch.arange(count, device=queries.device).int())
+    context.tile_positions = widen(context.tile_positions, 0)
+    context.num_decodes = at + count
+    backend = TritonBackend(DEVICE)
+    for actual, wanted in zip(padded.attend(backend, options), plain.attend(backend, options), strict=True):
+        assert torch.equal(torch.cat([actual[:at], actual[at + count :]]), wanted)
+        assert not actual[at : at + count].any()
+    for actual, wanted in zip(padded.cache.keys, plain.cache.keys, strict=True):
+        assert torch.equal(actual[1:], wanted[1:]), "padding is written to the scratch page"
+
+
 def test_each_backend_has_counters_of_its_own_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = triton_backend.decode_attention

@@ -133,7 +133,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
         self.device = self.device or SimulatedDevice(self.seed, self.without)
-        largest = Padding(self.max_batch_tokens + 8, self.max_rows + MAX_DRAFTED)
+        largest = Padding(self.max_batch_tokens + 32, self.max_rows + MAX_DRAFTED, self.max_rows)
         self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
         self.state = DeviceState(
             max_rows=self.max_rows,
