@@ -32,6 +32,7 @@ from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner, largest_padding
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import NO_PADDING, Sections
+from hf_async_batching.tensor_parallel.agreed_captures import with_agreed_captures
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
 from hf_async_batching.tensor_parallel.rank_group import RankGroup
 
@@ -97,7 +98,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     drafted = MAX_DRAFTED if isinstance(forward, ModelForward) else 0
     max_samples = resolved.max_rows + drafted
     largest = NO_PADDING
-    # Of several ranks all must capture a step or none, which nothing here sees to when a capture fails.
+    # Of several ranks all must capture a step or none, but each would count the memory of its own graphs.
     if isinstance(forward, ModelForward) and group is None:
         largest = largest_padding(
             resolved.max_batch_tokens, resolved.max_rows, max_samples, forward.weight_bytes
@@ -124,7 +125,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     runner = Runner(
         forward,
         state,
-        device,
+        device if group is None else with_agreed_captures(device, group),
         max_rows=resolved.max_rows,
         largest=largest,
         graphs=graphs,
@@ -160,6 +161,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         groups=groups.count,
         kept=groups.kept,
         draft_rows=config.prompt_lookup_rows if drafted else 0,
+        admission=config.admission,
     )
     engine = Engine(
         scheduler,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from hf_async_batching.admission import Admission
 from hf_async_batching.attention.backend import BackendName
 from hf_async_batching.attention.cache import LayerGroups, LayerShape, group_layers
 
@@ -46,12 +47,15 @@ class BatchingConfig:
             count need `GenerationManager.weights_updated()`.
         prompt_lookup_rows: Requests with `prompt_lookup_num_tokens` draft while no more requests than this run, and
             none waits; 0 for never. Outputs do not depend on it.
+        admission: Which of the requests that wait starts next. "fcfs": the one that came first. "longest_first": the
+            one with the largest `max_new_tokens`, and prompts are computed piece by piece beside rows that decode,
+            for work of which only the end counts; first tokens come later. Outputs do not depend on it.
         max_waiting: Requests that may wait for a row; one more raises `QueueFullError`.
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
         attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.
-        cuda_graphs: Capture decode steps, and those with few tokens of prompts, as CUDA graphs. Default: yes, but for
-            a model that is spread over ranks.
+        cuda_graphs: Capture decode steps as CUDA graphs, and those with few tokens of prompts unless the model is
+            spread over ranks. Default: on CUDA.
         compile: Compile the model's layers with torch.compile. Serving starts uncompiled; a thread compiles beside it,
             and the engine changes over when that is done and its logits agree. Default: on CUDA.
         fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights are moved into
@@ -74,6 +78,7 @@ class BatchingConfig:
     memory_fraction: float | None = None
     prefix_cache: bool = True
     prompt_lookup_rows: int = 4
+    admission: Admission = "fcfs"
     max_waiting: int = 4096
     idle_timeout: float | None = 60.0
     attention_backend: BackendName = "auto"
@@ -101,6 +106,8 @@ class BatchingConfig:
             raise ValueError(
                 f"`attention_backend` must be 'auto', 'torch' or 'triton', got {self.attention_backend!r}"
             )
+        if self.admission not in ("fcfs", "longest_first"):
+            raise ValueError(f"`admission` must be 'fcfs' or 'longest_first', got {self.admission!r}")
         if self.timeline_steps < 1:
             raise ValueError(f"`timeline_steps` must be at least 1, got {self.timeline_steps}")
         if self.max_rows and self.max_batch_tokens and self.max_batch_tokens < self.max_rows:
@@ -126,7 +133,7 @@ class BatchingConfig:
         for name in ("compile", "fuse_weights"):
             if getattr(self, name):
                 raise ValueError(f"`{name}` is not served with tensor parallelism; leave it out")
-        return replace(self, compile=False, fuse_weights=False, cuda_graphs=bool(self.cuda_graphs))
+        return replace(self, compile=False, fuse_weights=False)
 
     def resolve(
         self,

@@ -155,6 +155,11 @@ class Pipeline:
         self._device.launch(Stream.COMPUTE, lambda: self._runner.warm(features))
         self._resident_rows = None
 
+    def tune(self) -> None:
+        """Measure kernel settings between two steps, once the device has nothing else to do."""
+        self.drain()
+        self._runner.tune()
+
     def drain(self) -> None:
         """Wait until the device has nothing to do."""
         for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H):

@@ -1,12 +1,13 @@
 """Turns sequences into the next plan: admission, chunked prefill, preemption. No torch, no threads.
 
-The policy is first come, first served, and every choice follows from it:
+The policy is first come, first served (or `admission`'s other one), and every choice follows from it:
 
-- Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of arrival.
+- Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of admission.
 - A sequence is admitted when a row is free and pages for all its known tokens are; nobody overtakes the head of the
   queue, so nobody starves.
-- A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens.
-- When pages run out, the youngest sequence gives up its pages and is computed again later (preemption by
+- A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens. Where the step
+  itself computes much more of that chain, it starts with the next one.
+- When pages run out, the sequence that was admitted last gives up its pages and is computed again later (preemption by
   recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
 - While few sequences run, those that asked for it compute drafts (see `drafting`).
 
@@ -15,10 +16,10 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from hf_async_batching.admission import Admission, WaitingQueue, found_a_step_later, spread_budget
 from hf_async_batching.drafting import Drafted, Drafting, settle_drafts
 from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
@@ -54,6 +55,7 @@ class Scheduler:
         groups: Groups of layers, each with pages of its own; see `PageAllocator`.
         kept: How many of the first groups see all tokens.
         draft_rows: Nobody drafts while more sequences than this run; 0 is never.
+        admission: In which order requests start.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Scheduler:
         groups: int = 1,
         kept: int = 0,
         draft_rows: int = 0,
+        admission: Admission = "fcfs",
     ) -> None:
         if max_batch_tokens < max_rows:
             raise ValueError(f"`max_batch_tokens` ({max_batch_tokens}) must be at least `max_rows` ({max_rows})")
@@ -79,8 +82,9 @@ class Scheduler:
         self.drafting = Drafting(self.pages, draft_rows)
         self.preemptions = 0
         self.finished = 0
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # by arrival
+        self._waiting = WaitingQueue(admission, max_rows)
+        self._spreads = admission == "longest_first"
+        self._running: list[Sequence] = []  # in the order of their admission
         self._live: dict[str, Sequence] = {}
         self._retired: list[_Retired] = []
         self._sampled: dict[int, list[Sequence]] = {}  # step in flight -> whose tokens it brings, in plan order
@@ -120,7 +124,7 @@ class Scheduler:
         sequence = Sequence(request, self._arrivals)
         self._arrivals += 1
         self._live[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def cancel(self, request_id: str) -> Emission | None:
         """End a request now. Its tokens in flight are dropped. Returns None where the request has ended already."""
@@ -170,10 +174,12 @@ class Scheduler:
             self._choose_drafts()
         decoding, short_of_pages = self._plan_decodes(new_pages)
         budget = self.max_batch_tokens - len(decoding)
+        if self._spreads and len(self._waiting) <= self.rows.available:
+            budget = spread_budget(budget, self._running, self._waiting, decoding=len(decoding))
         chunks, prefilled = self._plan_prefills(budget, new_rows, new_pages)
         budget -= sum(len(chunk.tokens) for chunk in chunks)
         if not short_of_pages:
-            admitted, joined = self._admit(budget, new_rows, new_pages)
+            admitted, joined = self._admit(budget, new_rows, new_pages, prefilled)
             chunks += admitted
             prefilled += joined
         if not decoding and not chunks:
@@ -351,7 +357,7 @@ class Scheduler:
         return short
 
     def _regroup(self) -> None:
-        """Sort the running sequences, all by arrival, into those that decode and those whose prompts are computed."""
+        """Sort the running sequences, in the order of their admission, into those that decode and those whose prompts are computed."""
         decoding, prefilling = State.DECODING, State.PREFILLING
         self._decoding = [s for s in self._running if s.state is decoding and s.wants_more and not s.held]
         self._prefilling = [s for s in self._running if s.state is prefilling]
@@ -384,8 +390,7 @@ class Scheduler:
         sequence.computed = 0
         sequence.held = sequence.restarts = False
         sequence.draft = ()
-        # Everyone in the queue is younger: running sequences are always older than waiting ones.
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
 
     def _plan_prefills(
         self, budget: int, new_rows: list[NewRow], new_pages: list[NewPage]
@@ -410,13 +415,14 @@ class Scheduler:
         return chunks, prefilled
 
     def _admit(
-        self, budget: int, new_rows: list[NewRow], new_pages: list[NewPage]
+        self, budget: int, new_rows: list[NewRow], new_pages: list[NewPage], under_way: list[Sequence]
     ) -> tuple[list[Chunk], list[Sequence]]:
+        """First pieces of prompts; `under_way` are the sequences of which the step computes later ones."""
         chunks: list[Chunk] = []
         prefilled: list[Sequence] = []
         writes = 0
         while self._waiting and budget > 0 and self.rows.available:
-            sequence = self._waiting[0]
+            sequence = self._waiting.head
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
             # Where it waits on, the next look-up goes on from here.
@@ -424,6 +430,10 @@ class Scheduler:
             looked_up = sequence.tokens if sequence.shareable else sequence.tokens[:1]
             sequence.found = self.pages.prefixes.find(sequence.found, looked_up)
             sequence.prefix = self.pages.prefixes.usable(sequence.found)
+            if self.pages.prefixes.enabled and found_a_step_later(
+                sequence, [*under_way, *prefilled], self.pages.page_size
+            ):
+                break
             shared = self._path_to(sequence.prefix)
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
             needed = self.pages.pages_for(len(sequence.tokens) + 1)
@@ -437,7 +447,7 @@ class Scheduler:
             if words and self.max_writes is not None and writes + words > self.max_writes:
                 break
             writes += words
-            self._waiting.popleft()
+            self._waiting.pop()
             self._start(sequence, shared)
             known = tuple(sequence.tokens[: sequence.computed]) if words else ()
             new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed, known))
@@ -568,8 +578,10 @@ class Scheduler:
             to_write = sequence.pages[self.pages.groups * (sequence.computed // self.pages.page_size) :]
             assert 0 not in to_write, "a page that will be written was given back"
             assert self.pages.are_own(to_write), "a page that is shared, or can be, will be written"
-        arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
-        assert arrivals == sorted(arrivals), "somebody overtook the queue"
+        self._waiting.check_invariants()
+        if not self._spreads:
+            arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
+            assert arrivals == sorted(arrivals), "somebody overtook the queue"
         assert all(sequence.computed <= self.pages.room_in(len(sequence.pages)) for sequence in self._running), (
             "a token without a page"
         )

@@ -281,8 +281,7 @@ class _Warming:
     def run(self, assembly: Assembly) -> None:
         try:
             if self._tune:
-                assembly.engine.pipeline.drain()
-                assembly.runner.tune()
+                assembly.engine.pipeline.tune()
             for features in self._features:
                 assembly.engine.pipeline.warm(features)
         except Exception as error:

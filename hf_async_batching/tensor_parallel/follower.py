@@ -13,7 +13,7 @@ from hf_async_batching.assembly import Assembly
 from hf_async_batching.errors import EngineFailedError
 from hf_async_batching.memory import return_memory
 from hf_async_batching.plan import Launch
-from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, Step, Warm, checksum
+from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, Step, Tune, Warm, checksum
 
 
 class Follower:
@@ -67,6 +67,8 @@ class _Engine:
                 self._step(message)
             elif isinstance(message, Warm):
                 self._pipeline.warm(message.features)
+            elif isinstance(message, Tune):
+                self._pipeline.tune()
             else:
                 return
 

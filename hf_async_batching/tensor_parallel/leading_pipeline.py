@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Features, Launch, Plan, Result
-from hf_async_batching.tensor_parallel.rank_group import End, RankGroup, Step, Warm, checksum
+from hf_async_batching.tensor_parallel.rank_group import End, RankGroup, Step, Tune, Warm, checksum
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ class LeadingPipeline(Pipeline):
         """Have every rank run and capture its decode buckets."""
         self._group.send(Warm(features))
         super().warm(features)
+
+    def tune(self) -> None:
+        """Have every rank measure kernel settings."""
+        self._group.send(Tune())
+        super().tune()
 
     def close(self) -> None:
         """Close every rank's engine."""

@@ -55,6 +55,11 @@ class Warm:
 
 
 @dataclass(frozen=True, slots=True)
+class Tune:
+    """Measure kernel settings, and capture anew: a rank must not replay what another one runs as it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """Close the engine."""
 
@@ -64,7 +69,7 @@ class Quit:
     """Stop following."""
 
 
-Message = Start | Step | Warm | End | Quit
+Message = Start | Step | Warm | Tune | End | Quit
 
 
 class RankGroup:

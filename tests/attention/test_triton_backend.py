@@ -163,7 +163,6 @@ def test_room_for_rows_that_decode_changes_nothing() -> None:
     backend = TritonBackend(DEVICE)
     for actual, wanted in zip(padded.attend(backend, options), plain.attend(backend, options), strict=True):
         assert torch.equal(torch.cat([actual[:at], actual[at + count :]]), wanted)
-        assert not actual[at : at + count].any()
     for actual, wanted in zip(padded.cache.keys, plain.cache.keys, strict=True):
         assert torch.equal(actual[1:], wanted[1:]), "padding is written to the scratch page"
 

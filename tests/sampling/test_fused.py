@@ -1,4 +1,7 @@
-"""The sampling kernels draw the tokens that the torch code draws, whatever rows share a step."""
+"""The sampling kernels draw the tokens that the torch code draws, whatever rows share a step.
+
+On the GPU where there is one, else in Triton's interpreter. Numbers are drawn on the CPU, so that both see the same.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ from hf_async_batching.sampling import SampledRows, Sampler, fused
 from hf_async_batching.sequence import Sequence
 from hf_async_batching.step_needs import features_of
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 # Triton 3.9 announces a change of a compiler default that makes no difference here.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -42,13 +47,14 @@ def rows_of(requests: list[Request], vocab: int, seed: int = 0) -> tuple[Sampled
     plan = Plan(0, (), new_rows=tuple(NewRow(i + 1, request) for i, request in enumerate(requests)))
     staged = np.zeros(100 * count, np.int32)
     sections = staging.encode(plan, staged, bucket=0, send_decode_rows=False, tile_size=1)
-    params = torch.from_numpy(staged[: sections.total].copy()).view(count, -1)[:, 1:]
-    memory = RowMemory(max_rows=count, max_length=8, vocab_size=vocab + 3, device=torch.device("cpu"))
+    params = torch.from_numpy(staged[: sections.total].copy()).to(DEVICE).view(count, -1)[:, 1:]
+    memory = RowMemory(max_rows=count, max_length=8, vocab_size=vocab + 3, device=DEVICE)
     memory.ensure(words=False, seen=True)
     assert memory.seen is not None
     memory.seen.copy_(torch.rand(memory.seen.shape, generator=generator) < 0.3)
-    positions = torch.randint(1, 3000, (count,), generator=generator)
-    rows = SampledRows(params, positions, torch.arange(1, count + 1, dtype=torch.int32), memory)
+    positions = torch.randint(1, 3000, (count,), generator=generator).to(DEVICE)
+    owners = torch.arange(1, count + 1, dtype=torch.int32, device=DEVICE)
+    rows = SampledRows(params, positions, owners, memory)
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
         sequence.computed = 1
@@ -56,6 +62,8 @@ def rows_of(requests: list[Request], vocab: int, seed: int = 0) -> tuple[Sampled
 
 
 def check(requests: list[Request], logits: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """The tokens, on the CPU."""
+    logits = logits.to(DEVICE)
     rows, features = rows_of(requests, logits.shape[1], seed)
     assert fused.serves(features)
     before = logits.clone()
@@ -69,7 +77,7 @@ def check(requests: list[Request], logits: torch.Tensor, seed: int = 0) -> torch
     assert not wrong, wrong
     assert torch.equal(logits, before)
     assert got.dtype == torch.int32
-    return got
+    return got.cpu()
 
 
 def random_requests(rng: random.Random, count: int) -> list[Request]:
@@ -122,7 +130,7 @@ def test_ties_with_the_kth_are_kept_up_to_the_capacity() -> None:
     assert ((got >= 100) & (got < 900)).all()
     assert len(set(got.tolist())) > 30
     flat, features = rows_of([asks(drawn(top_k=2, seed=i)) for i in range(5)], 5000)
-    beyond = fused.choose(torch.zeros(5, 5000), flat, features)
+    beyond = fused.choose(torch.zeros(5, 5000, device=DEVICE), flat, features)
     assert ((beyond >= 0) & (beyond < 1024)).all(), "more equal ones than there is room for: the first ones"
 
 
@@ -143,7 +151,7 @@ def test_a_tiny_temperature_is_the_arg_max() -> None:
 
 
 def test_a_penalty_without_draws() -> None:
-    logits = torch.randn(5, 1500, generator=torch.Generator().manual_seed(6)).bfloat16()
+    logits = torch.randn(5, 1500, generator=torch.Generator().manual_seed(6)).bfloat16().to(DEVICE)
     rows, features = rows_of([asks(SamplingParams(), 4.0) for _ in range(5)], 1500)
     assert features == Features(seen=True, penalty=True)
     got, _ = Sampler(fused=True)(logits, rows, features)
@@ -159,17 +167,18 @@ def test_what_both_draw_follows_the_distribution() -> None:
     requests = [asks(drawn(top_p=0.8, temperature=0.7, seed=i), 1.3) for i in range(count)]
     rows, features = rows_of(requests, vocab)
     assert rows.memory is not None and rows.memory.seen is not None
-    rows.memory.seen[:] = (torch.arange(vocab + 3) % 3 == 0).to(torch.uint8)
-    tokens, _ = Sampler(fused=False)(logits.expand(count, -1), rows, features)
+    rows.memory.seen[:] = (torch.arange(vocab + 3, device=DEVICE) % 3 == 0).to(torch.uint8)
+    on_device = logits.to(DEVICE)
+    tokens, _ = Sampler(fused=False)(on_device.expand(count, -1), rows, features)
     few = replace(rows, params=rows.params[:20], positions=rows.positions[:20])
-    assert torch.equal(Sampler(fused=True)(logits.expand(20, -1), few, features)[0], tokens[:20])
+    assert torch.equal(Sampler(fused=True)(on_device.expand(20, -1), few, features)[0], tokens[:20])
     penalized = torch.where(torch.arange(vocab) % 3 == 0, torch.where(logits < 0, logits * 1.3, logits / 1.3), logits)
     probabilities = (penalized / 0.7).softmax(-1)
     ordered, order = probabilities.sort(descending=True)
     kept = order[ordered.cumsum(0) - ordered < 0.8]
     expected = torch.zeros(vocab).index_put_((kept,), probabilities[kept])
     expected = expected / expected.sum() * count
-    counts = torch.bincount(tokens.long(), minlength=vocab).float()
+    counts = torch.bincount(tokens.cpu().long(), minlength=vocab).float()
     assert not counts[expected == 0].any()
     used = expected > 0
     statistic = float(((counts - expected)[used] ** 2 / expected[used]).sum())
@@ -178,9 +187,10 @@ def test_what_both_draw_follows_the_distribution() -> None:
 
 
 def test_marks_of_a_decode_step() -> None:
-    seen = torch.zeros(5, 300, dtype=torch.uint8)
+    seen = torch.zeros(5, 300, dtype=torch.uint8, device=DEVICE)
     seen[2, 7] = 2
-    fused.mark_seen(torch.tensor([3, 0, 2, 0], dtype=torch.int32), torch.tensor([299, 5, 7, 6]), seen)
+    rows = torch.tensor([3, 0, 2, 0], dtype=torch.int32, device=DEVICE)
+    fused.mark_seen(rows, torch.tensor([299, 5, 7, 6], device=DEVICE), seen)
     expected = torch.zeros_like(seen)
     expected[3, 299], expected[2, 7] = 1, 3
     assert torch.equal(seen, expected)
