@@ -9,9 +9,9 @@ python -m benchmarks.two_gpus tensor --shape tiny --device cpu --new 20
 by two that `accelerate launch` starts; every process has the whole model. Timed is from when all of them are warm to
 when the merged dataset is there.
 
-`tensor` compares greedy tokens of a small shape in float32 on one device and on two (`tp_plan="auto"` under torchrun),
-at depth 1 and 2, with captured graphs and without. Then it times --shape in bfloat16, 32 rows, on one and on two. Needs
-memory for the weights in --folder (/dev/shm where there is one).
+`tensor` compares greedy tokens of a small shape in float32 on one device and on two (`tp_plan="auto"` under
+torchrun), at depth 1 and 2, with captured graphs and without. Then it times --shape in bfloat16, 32 rows, on one and
+on two. Needs memory for the weights in --folder (/dev/shm where there is one).
 """
 
 from __future__ import annotations

@@ -100,9 +100,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     largest = NO_PADDING
     # Of several ranks all must capture a step or none, but each would count the memory of its own graphs.
     if isinstance(forward, ModelForward) and group is None:
-        largest = largest_padding(
-            resolved.max_batch_tokens, resolved.max_rows, max_samples, forward.weight_bytes
-        )
+        largest = largest_padding(resolved.max_batch_tokens, resolved.max_rows, max_samples, forward.weight_bytes)
     state = DeviceState(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
@@ -128,6 +126,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         device if group is None else with_agreed_captures(device, group),
         max_rows=resolved.max_rows,
         largest=largest,
+        spread=config.admission == "longest_first",
         graphs=graphs,
         autocast=autocast,
     )

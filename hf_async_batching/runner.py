@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from hf_async_batching.admission import SPREAD_TOKENS
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
@@ -68,11 +69,16 @@ def decode_buckets(max_rows: int) -> list[int]:
 def padded_decodes(max_rows: int) -> list[int]:
     """How many rows that decode a captured step with prompts has room for: 0, 8, then steps of 32 to 256, 128 above.
 
-    Coarser than `decode_buckets`, since these count for each number of tokens. An entry too many costs next to nothing:
-    its attention reads one token, and with so few tokens the time of a step is that of reading the weights.
+    Coarser than `decode_buckets`, since these count for each number of tokens. An entry too many costs next to
+    nothing: its attention reads one token, and with few tokens the time of a step is that of reading the weights.
     """
     sizes = [0, 8, *range(32, 256, 32), *range(256, max_rows + 128, 128)]
     return [*[size for size in sizes if size < max_rows], max_rows]
+
+
+def _padded_entries(entries: int, most: int) -> int:
+    """Samples and tiles that `entries` are padded to, of `most` at the most."""
+    return next((size for size in _PADDED_ENTRIES if entries <= size < most), most)
 
 
 def largest_padding(max_batch_tokens: int, max_rows: int, max_samples: int, weight_bytes: int) -> Padding:
@@ -113,6 +119,7 @@ class Runner:
         device: Where graphs are captured.
         max_rows: The largest decode step.
         largest: The largest step with prompts that is captured; of no tokens where none is.
+        spread: Whether prompts are spread over decode steps, so that these steps are captured in advance.
         graphs: Whether steps are captured.
         autocast: What the forward runs under.
 
@@ -131,6 +138,7 @@ class Runner:
         *,
         max_rows: int,
         largest: Padding = NO_PADDING,
+        spread: bool = False,
         graphs: bool,
         autocast: Autocast | None = None,
     ) -> None:
@@ -145,6 +153,13 @@ class Runner:
         self.paddings = [tokens for tokens in _PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
         self._most_entries = largest.entries
         self._padded_decodes = padded_decodes(max_rows)
+        spread_tokens = next((tokens for tokens in self.paddings if tokens > SPREAD_TOKENS + _DECODE_ROOM), 0)
+        self._spread: list[Padding] = []
+        if spread and spread_tokens:
+            most = min(spread_tokens, self._most_entries)
+            for decodes in self._padded_decodes:
+                room = min(most, spread_tokens - decodes)
+                self._spread += [Padding(spread_tokens, _padded_entries(1, room), decodes)] if room > 0 else []
         self._uses: Counter[Captured] = Counter()
         # One after the other, of decode steps and of those with prompts.
         self._failed_captures = [0, 0]
@@ -180,7 +195,7 @@ class Runner:
         most = min(tokens - decodes, self._most_entries)
         if entries > most:
             return None
-        padding = Padding(tokens, next((size for size in _PADDED_ENTRIES if entries <= size < most), most), decodes)
+        padding = Padding(tokens, _padded_entries(entries, most), decodes)
         # What will never be captured is not padded for nothing.
         return padding if self._may_capture_more() or Captured(padding, plan.features) in self.captured else None
 
@@ -212,7 +227,9 @@ class Runner:
 
     @torch.inference_mode()
     def warm(self, features: Features) -> None:
-        """Run and capture every bucket on the padding row; `decode_rows` is empty afterwards."""
+        """Run and capture every bucket on the padding row, and where prompts are spread the steps with them that come
+        up most; `decode_rows` is empty afterwards.
+        """
         self._adopt()
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.decode_rows.zero_()
@@ -222,6 +239,13 @@ class Runner:
                 self._decode_forward(bucket)
             else:
                 self._decode(bucket, features)
+        if not features.eager:
+            self._state.padded.zero_()
+            for padding in self._spread:
+                self._padded(padding, features)
+                # The first run has compiled what it needs.
+                self._uses[Captured(padding, features)] = PADDED_USES
+                self._padded(padding, features)
 
     @torch.inference_mode()
     def run(self, plan: Plan, staged: torch.Tensor, sections: Sections) -> None:

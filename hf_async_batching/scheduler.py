@@ -357,7 +357,7 @@ class Scheduler:
         return short
 
     def _regroup(self) -> None:
-        """Sort the running sequences, in the order of their admission, into those that decode and those whose prompts are computed."""
+        """Sort the running sequences, both kinds by admission: those that decode, those whose prompts are computed."""
         decoding, prefilling = State.DECODING, State.PREFILLING
         self._decoding = [s for s in self._running if s.state is decoding and s.wants_more and not s.held]
         self._prefilling = [s for s in self._running if s.state is prefilling]

@@ -25,6 +25,7 @@ from hf_async_batching.runner import (
     MOST_PADDED,
     PADDED_USES,
     Captured,
+    Runner,
     decode_buckets,
     largest_padding,
     padded_decodes,
@@ -192,6 +193,28 @@ def test_which_steps_with_prompts_are_captured() -> None:
     runner._prompt_embeddings.pieces(Plan(0, (), (Chunk(1, (0, 0), 0),), (NewRow(1, embeds),)))
     assert padding(1) is None, "the last piece of it"
     assert ToyEngine(1, 0, max_batch_tokens=24).runner.paddings == [], "no graphs, no padding"
+
+
+@pytest.mark.parametrize("admission", ["fcfs", "longest_first"])
+def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission: Any) -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission=admission)
+    runner = engine.runner
+    assert Padding(296, 16, 32) in {padded_like(runner, 200, 20), padded_like(runner, 232, 32)}
+    engine.state.padded.fill_(3)
+    runner.warm(Features())
+    prompts = {key.size for key in runner.captured if isinstance(key.size, Padding)}
+    assert prompts == ({Padding(296, 16, size) for size in (0, 8, 32, 40)} if admission == "longest_first" else set())
+    assert int(engine.state.lengths.sum()) == 0
+    before = device.captures
+    runner.warm(Features())
+    runner.warm(Features(logits=True))
+    assert device.captures == before + len(runner.buckets), "forwards alone"
+    verify(engine, run_random_schedule(engine, 3))
+
+
+def padded_like(runner: Runner, prompt: int, decodes: int) -> Padding | None:
+    return runner.padding_for(Plan(0, tuple(range(1, 1 + decodes)), (Chunk(99, (7,) * prompt, 1),)), 128)
 
 
 def test_the_largest_step_with_prompts_that_is_worth_capturing() -> None:

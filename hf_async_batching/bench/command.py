@@ -8,11 +8,12 @@ import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_async_batching.admission import Admission
 from hf_async_batching.arguments import count
 from hf_async_batching.bench import report
 from hf_async_batching.bench.accuracy import Accuracy, equal_fraction, equal_to_generate, sample, teacher_forced
@@ -36,6 +37,9 @@ examples:
 
   against transformers' own continuous batching and padded generate, on the same work in the same process:
     hf-async-batching bench mix --shape llama-3.1-8b --peer generate_batch generate
+
+  requests in the order in which they came, and longest first:
+    hf-async-batching bench mix --shape llama-3.1-8b --depth 2 --admission fcfs longest_first
 
   a small model, where the host is the bottleneck; the median of three runs:
     hf-async-batching bench small --shape qwen3-0.6b --depth 1 2 --repeats 3
@@ -121,6 +125,13 @@ def add_parser(commands: Any) -> None:
     settings = parser.add_argument_group("settings of the engine (BatchingConfig), the defaults where not given")
     for name in _SIZES:
         settings.add_argument(f"--{name.replace('_', '-')}", type=count, metavar="N")
+    settings.add_argument(
+        "--admission",
+        nargs="+",
+        choices=get_args(Admission),
+        default=["fcfs"],
+        help="one run each, at each depth (fcfs)",
+    )
     for switch, setting in _SWITCHES.items():
         settings.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"{setting}=False")
     parser.set_defaults(run=partial(_run, parser))
@@ -167,7 +178,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     # Before the model is made, which can take minutes.
-    configs = [_config(arguments, depth) for depth in arguments.depth]
+    configs = [_config(arguments, depth, order) for order in arguments.admission for depth in arguments.depth]
     model = _model(arguments, device, dtype)
     machine = look_at(device)
     print(f"{machine}; {str(dtype).removeprefix('torch.')}", flush=True)
@@ -177,7 +188,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _config(arguments: argparse.Namespace, depth: int) -> BatchingConfig:
+def _config(arguments: argparse.Namespace, depth: int, admission: Admission) -> BatchingConfig:
     """The settings of a run.
 
     Raises:
@@ -191,7 +202,7 @@ def _config(arguments: argparse.Namespace, depth: int) -> BatchingConfig:
                 raise BenchError(f"--{switch.replace('_', '-')}: BatchingConfig has no `{setting}` in this version")
             values[setting] = False
     try:
-        return BatchingConfig(depth=depth, timeline_steps=KEPT_STEPS, idle_timeout=None, **values)
+        return BatchingConfig(depth=depth, admission=admission, timeline_steps=KEPT_STEPS, idle_timeout=None, **values)
     except ValueError as error:
         raise BenchError(str(error)) from error
 

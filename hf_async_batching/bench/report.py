@@ -77,6 +77,8 @@ def run_row(measured: Measured, equal: float) -> str:
 def _variant(run: Run) -> list[str]:
     """What is unusual about a run."""
     off = [f"no {name.replace('_', ' ')}" for name in run.switched_off]
+    if run.settings["admission"] == "longest_first":
+        off.append("longest first")
     return [*off, *(["engine alone"] if run.driver == "engine" else [])]
 
 

@@ -16,7 +16,9 @@ from datasets import Dataset
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, generate_dataset
+from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, assembly, generate_dataset
+from hf_async_batching.attention.reference import ReferenceBackend
+from support.fake_graphs import RankDevice
 from support.tiny_models import ragged_prompts
 
 PROMPTS = ragged_prompts(12, 40, seed=3)
@@ -48,6 +50,25 @@ def serve(manager: GenerationManager) -> dict[str, Any]:
     return result
 
 
+def serve_captured(model: Any, rank: int) -> dict[str, Any]:
+    """With graphs, which are captured anew after kernels were measured; three captures in a row fail on rank 1."""
+    device = RankDevice(lambda number: rank == 1 and 2 < number < 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "make_device", lambda torch_device: device)
+        patch.setattr(ReferenceBackend, "reads_back", False)
+        with GenerationManager(model, config(2)) as manager:
+            if not manager.leads:
+                manager.follow()
+                return {"captures": device.captures, "failures": device.failures}
+            manager.warmup()
+            replayed = [manager.submit(prompt, **NEW) for prompt in PROMPTS]
+            result: dict[str, Any] = {"replayed": [handle.result().token_ids for handle in replayed]}
+            manager.warmup(tune=True)
+            greedy = [manager.submit(prompt, **NEW) for prompt in PROMPTS]
+            result["greedy"] = [handle.result().token_ids for handle in greedy]
+        return {**result, "captures": device.captures, "failures": device.failures}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -64,6 +85,9 @@ def main() -> None:
                 with pytest.raises(UnsupportedArgumentError, match="follow"):
                     manager.submit(PROMPTS[0])
                 manager.follow()
+    captured = [None] * distributed.get_world_size()
+    distributed.all_gather_object(captured, serve_captured(model, rank))
+    result["captured"] = captured
     plain = generate_dataset(model, ROWS, batching_config=config(2), **NEW)
     kept = generate_dataset(model, ROWS, batching_config=config(2), resume_dir=folder / "run", **NEW)
     assert (plain is None) == (rank != 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hf_async_batching.admission import Admission
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
@@ -122,6 +123,7 @@ class ToyEngine:
     groups: int = 1
     kept: int = 0
     draft_rows: int = 0
+    admission: Admission = "fcfs"
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -153,6 +155,7 @@ class ToyEngine:
             self.device,
             max_rows=self.max_rows,
             largest=largest,
+            spread=self.admission == "longest_first",
             graphs=graphs,
         )
         run = self.runner.run
@@ -164,10 +167,10 @@ class ToyEngine:
         self.runner.run = run_for_owners  # type: ignore[method-assign]
         limits = Sections.largest(
             max_rows=self.max_rows,
-            max_batch_tokens=self.max_batch_tokens + 8,
+            max_batch_tokens=largest.tokens,
             num_pages=self.num_pages,
             writes=self.num_pages * self.page_size,
-            drafted=MAX_DRAFTED,
+            drafted=largest.sections.samples - self.max_rows,
         )
         pipeline = Pipeline(
             self.device, self.state, self.runner, depth=self.depth, limits=limits, tile_size=3, logit_size=VOCAB
@@ -182,6 +185,7 @@ class ToyEngine:
             groups=self.groups,
             kept=self.kept,
             draft_rows=self.draft_rows,
+            admission=self.admission,
         )
         # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
         self.scheduler.pages.on_release = self._scribble_pages

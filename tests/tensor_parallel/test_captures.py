@@ -18,9 +18,6 @@ from hf_async_batching.attention.reference import ReferenceBackend
 from hf_async_batching.plan import Features
 from hf_async_batching.runner import MAX_FAILED_CAPTURES
 from hf_async_batching.tensor_parallel.agreed_captures import with_agreed_captures
-from hf_async_batching.tensor_parallel.follower import _Engine
-from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
-from hf_async_batching.tensor_parallel.rank_group import End, Tune
 
 Fails = Callable[[int], bool]
 
@@ -115,35 +112,3 @@ def test_steps_are_captured_unless_that_is_switched_off(
     assert sorted(key.size for key in made.runner.captured) == captured
     assert group.asked[agreed:] == [1] * len(captured), "each capture is agreed on"
     made.engine.close()
-
-
-def test_all_ranks_measure_kernels_and_capture_anew_where_rank_0_does() -> None:
-    """Else rank 0 would run what the others replay."""
-    sent: list[Any] = []
-    tuned: list[str] = []
-
-    class Group:
-        def send(self, message: Any) -> None:
-            sent.append(message)
-
-        def receive(self) -> Any:
-            return sent.pop(0)
-
-    class Tuned(LeadingPipeline):
-        def __init__(self) -> None:
-            self._group: Any = Group()
-            self._runner: Any = type("Runner", (), {"tune": lambda _: tuned.append("rank 0")})()
-
-        def drain(self) -> None:
-            tuned.append("drained")
-
-    leading = Tuned()
-    leading.tune()
-    assert sent == [Tune()]
-    assert tuned == ["drained", "rank 0"]
-    sent.append(End())
-    following: Any = object.__new__(_Engine)
-    following._group = leading._group
-    following._pipeline = type("Pipeline", (), {"tune": lambda _: tuned.append("rank 1")})()
-    following.run()
-    assert tuned == ["drained", "rank 0", "rank 1"]

@@ -51,4 +51,8 @@ def test_the_tokens_of_one_process(tmp_path: Path, family: str) -> None:
         assert served["sampled"] == sampled
         assert served["again"] == greedy[5]
         assert served["preemptions"] > 0
+    leading, following = result["captured"]
+    assert leading["replayed"] == leading["greedy"] == greedy
+    assert (leading["failures"], following["failures"]) == (0, 3)
+    assert leading["captures"] == following["captures"] == 6
     assert result["dataset"] == greedy

@@ -1,0 +1,241 @@
+"""The order of those that wait, prompts spread over steps, and waiting for a prefix that is being computed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from support.toy_engine import ToyEngine, run_random_schedule, verify
+
+from hf_async_batching import admission
+from hf_async_batching.admission import SPREAD_TOKENS, WORTH_WAITING, WaitingQueue, spread_budget
+from hf_async_batching.plan import Plan, Result
+from hf_async_batching.request import Request
+from hf_async_batching.scheduler import Scheduler
+from hf_async_batching.sequence import Sequence, State
+
+
+def sequence(arrival: int, prompt: int = 4, new: int = 8) -> Sequence:
+    return Sequence(Request(str(arrival), tuple(range(prompt)), new), arrival)
+
+
+def order(queue: WaitingQueue) -> list[int]:
+    queue.check_invariants()
+    return [waiting.arrival for waiting in queue]
+
+
+def test_first_come_first_served() -> None:
+    queue = WaitingQueue("fcfs", 2)
+    for arrival in range(4):
+        queue.add(sequence(arrival, new=10 * arrival + 1))
+    assert order(queue) == [0, 1, 2, 3]
+    assert queue.head.arrival == 0
+    assert queue.pop().arrival == 0
+    queue.put_back(sequence(0))
+    assert order(queue) == [0, 1, 2, 3]
+    assert len(queue) == 4
+
+
+def test_the_longest_first_but_nobody_waits_for_a_later_block() -> None:
+    queue = WaitingQueue("longest_first", 1)
+    for arrival, new in enumerate((5, 9, 5, 1, 99, 100, 3)):
+        queue.add(sequence(arrival, new=new))
+    assert order(queue) == [1, 0, 2, 3, 5, 4, 6], "blocks of four"
+    assert queue.pop().arrival == 1
+    preempted, another = sequence(7, new=1), sequence(8, new=1)
+    queue.put_back(another)
+    queue.put_back(preempted)
+    assert order(queue) == [7, 8, 0, 2, 3, 5, 4, 6]
+    assert queue.head is preempted
+    queue.remove(another)
+    queue.remove(next(waiting for waiting in queue if waiting.arrival == 3))
+    assert order(queue) == [7, 0, 2, 5, 4, 6]
+    assert [queue.pop().arrival for _ in range(len(queue))] == [7, 0, 2, 5, 4, 6]
+    assert not queue
+
+
+@pytest.mark.parametrize("name", ["fcfs", "longest_first"])
+def test_a_queue_in_disorder_is_found(name: Any) -> None:
+    queue = WaitingQueue(name, 4)
+    queue.add(sequence(0, new=2))
+    queue.add(sequence(1, new=1))
+    queue._new.reverse()
+    with pytest.raises(AssertionError, match="overtook"):
+        queue.check_invariants()
+
+
+# -- spreading ------------------------------------------------------------------------------------------------------
+
+
+def running(arrival: int, left: int, prompt_left: int = 0) -> Sequence:
+    """One that has `left` tokens to come, and so much of its prompt to compute."""
+    made = sequence(arrival, prompt=600, new=left + 10)
+    made.state = State.PREFILLING if prompt_left else State.DECODING
+    if prompt_left:
+        made.computed, made.max_length = 600 - prompt_left, 600 + left
+    else:
+        made.planned = 610
+        made.computed = 609
+    return made
+
+
+def test_prompts_take_the_room_beside_what_decodes() -> None:
+    decoding = [running(i, left=5000) for i in range(100)]
+    waiting = [sequence(200, prompt=5000, new=10)]
+    assert spread_budget(2000, decoding, waiting, decoding=100) == SPREAD_TOKENS - 100
+    assert spread_budget(50, decoding, waiting, decoding=100) == 50
+    assert spread_budget(2000, decoding, waiting, decoding=300) == SPREAD_TOKENS // 8, "they go on"
+    assert spread_budget(2000, decoding, [], decoding=100) == 2000, "there are none"
+
+
+def test_nobody_ends_after_the_one_that_ends_last() -> None:
+    assert spread_budget(2000, [], [sequence(i, prompt=500, new=100) for i in range(8)], decoding=0) == 2000
+    assert spread_budget(9000, [], [sequence(i, prompt=500, new=100) for i in range(8)], decoding=0) == 4000
+    waiting = [sequence(0, prompt=900, new=1000), sequence(1, prompt=900, new=999), sequence(2, prompt=500, new=10)]
+    assert spread_budget(2000, [], waiting, decoding=0) == 900, "900 in one step, 1,800 in two"
+    assert spread_budget(2000, [running(5, left=1004)], waiting, decoding=1) == 300, "the sixth step is early enough"
+    under_way = running(5, left=400, prompt_left=590)
+    assert spread_budget(2000, [under_way], [], decoding=0) == 590, "it is the last"
+    assert spread_budget(2000, [under_way, running(6, left=401)], [], decoding=1) == 295
+
+
+def ends(sizes: list[tuple[int, int]], budget: int, real: list[int] | None = None) -> list[list[int]]:
+    """Per request, the steps that computed its prompt and the one that brought its last token."""
+    scheduler = Scheduler(
+        num_pages=4000,
+        page_size=16,
+        max_rows=40,
+        max_batch_tokens=budget,
+        prefix_cache=False,
+        admission="longest_first",
+    )
+    for i, (prompt, new) in enumerate(sizes):
+        scheduler.add(Request(str(i), (3,) * prompt, new, eos_token_ids=(1,)))
+    made, seen = [0] * len(sizes), [[] for _ in sizes]
+    while scheduler.has_live:
+        plan = scheduler.plan()
+        assert plan is not None
+        rows = {sequence.row: int(sequence.request_id) for sequence in scheduler._running}
+        for chunk in plan.chunks:
+            seen[rows[chunk.row]].append(plan.step)
+        tokens = []
+        for sampled in scheduler._sampled[plan.step]:
+            made[int(sampled.request_id)] += 1
+            stops = real is not None and made[int(sampled.request_id)] >= real[int(sampled.request_id)]
+            tokens.append(1 if stops else 5)
+        for emission in scheduler.complete(Result(plan.step, tokens, None)):
+            if emission.finish_reason:
+                seen[int(emission.request_id)].append(plan.step)
+        scheduler.check_invariants()
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_spreading_makes_no_run_longer(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    sizes = [(rng.randint(1, 400), rng.randint(1, 300)) for _ in range(40)]
+    spread = ends(sizes, 512)
+    monkeypatch.setattr("hf_async_batching.scheduler.spread_budget", lambda budget, *_, **__: budget)
+    at_once = ends(sizes, 512)
+    last = max(steps[-1] for steps in at_once)
+    assert max(steps[-1] for steps in spread) <= last + 1
+    # What it is for: a step does not compute more than it has room for if it need not.
+    started = sorted(steps[0] for steps in spread)
+    assert started[-1] > max(steps[0] for steps in at_once) + 10
+    assert sum(len(steps) for steps in spread) > sum(len(steps) for steps in at_once)
+
+
+def test_who_ends_early_holds_nobody_up() -> None:
+    """`max_new_tokens` is what may come: prompts still fill what decode steps leave."""
+    rng = random.Random(3)
+    sizes = [(rng.randint(100, 400), rng.randint(200, 300)) for _ in range(40)]
+    spread = ends(sizes, 512, real=[4] * 40)
+    assert max(steps[-1] for steps in spread) <= sum(prompt for prompt, _ in sizes) / SPREAD_TOKENS + 8
+
+
+def test_who_needs_a_row_first_is_not_spread() -> None:
+    scheduler = Scheduler(num_pages=400, page_size=16, max_rows=2, max_batch_tokens=600, admission="longest_first")
+    for i in range(3):
+        scheduler.add(Request(str(i), (i,) * 300, 100 - 40 * i))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert plan.num_tokens == 600
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("draft_rows", [0, 4])
+def test_tokens_do_not_depend_on_it(depth: int, draft_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "SPREAD_TOKENS", 6)
+    monkeypatch.setattr(admission, "WORTH_WAITING", 4)
+    preemptions = 0
+    for seed in range(60):
+        engine = ToyEngine(depth, seed, num_pages=10, admission="longest_first", draft_rows=draft_rows)
+        verify(engine, run_random_schedule(engine, seed, num_requests=12, conversations=seed % 2 == 0))
+        preemptions += engine.scheduler.preemptions
+    assert preemptions > 10
+
+
+# -- a prefix that is being computed ----------------------------------------------------------------------------------
+
+
+def with_prompts(*prompts: tuple[int, ...], **changes: Any) -> tuple[Scheduler, list[list[str]]]:
+    """A scheduler, and which requests started in each of its first three steps."""
+    sizes = {"num_pages": 900, "page_size": 16, "max_rows": 8, "max_batch_tokens": 4000, **changes}
+    scheduler = Scheduler(**sizes)
+    for name, prompt in zip("abcdef", prompts, strict=False):
+        scheduler.add(Request(name, prompt, 9))
+    return scheduler, [[new.request.request_id for new in next_plan(scheduler).new_rows] for _ in range(3)]
+
+
+def next_plan(scheduler: Scheduler) -> Plan:
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.complete(Result(plan.step, [50] * plan.num_sampled, None))
+    scheduler.check_invariants()
+    return plan
+
+
+SHARED = tuple(range(WORTH_WAITING))
+
+
+def test_who_shares_a_long_prefix_starts_when_it_can_be_found() -> None:
+    scheduler, started = with_prompts((*SHARED, 1, 2), (*SHARED, 3, 4), (*SHARED, 5), (9, 9))
+    assert started == [["a"], ["b", "c", "d"], []]
+    assert scheduler.pages.prefixes.hit_tokens == 2 * WORTH_WAITING
+
+
+def test_a_long_prompt_is_followed_to_where_they_part() -> None:
+    _, started = with_prompts((*range(900), 1), (*range(900), 2), max_batch_tokens=300)
+    assert started == [["a"], [], []]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes"),
+    [
+        (((*SHARED, 1), (*SHARED, 2)), {"prefix_cache": False}),
+        (((*SHARED[:-16], 1), (*SHARED[:-16], 2)), {}),
+        (((*SHARED[:-1], 1, 2), (*SHARED[:-1], 3, 4)), {}),
+        (((*SHARED, 1), (1, *SHARED)), {}),
+    ],
+    ids=["no cache", "little is shared", "the last page differs", "nothing is shared"],
+)
+def test_who_would_find_little_does_not_wait(prompts: tuple[tuple[int, ...], ...], changes: dict[str, Any]) -> None:
+    assert with_prompts(*prompts, **changes)[1][0] == ["a", "b"]
+
+
+def test_what_is_known_already_does_not_count() -> None:
+    """Both find the first 256 tokens, and share 16 more."""
+    scheduler, _ = with_prompts((*SHARED, 1))
+    for name in "xy":
+        scheduler.add(Request(name, (*SHARED, *range(16), ord(name), *range(300)), 9))
+    assert [new.request.request_id for new in next_plan(scheduler).new_rows] == ["x", "y"]
+
+
+def test_nobody_waits_for_pages_of_other_weights() -> None:
+    scheduler = Scheduler(num_pages=900, page_size=16, max_rows=8, max_batch_tokens=WORTH_WAITING + 100)
+    scheduler.add(Request("a", (*SHARED, *range(200)), 9))
+    next_plan(scheduler)
+    scheduler.weights_updated()
+    scheduler.add(Request("b", (*SHARED, *range(200)), 9))
+    assert [new.request.request_id for new in next_plan(scheduler).new_rows] == ["b"]
