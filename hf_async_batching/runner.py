@@ -221,9 +221,12 @@ class Runner:
     def tune(self) -> None:
         """Measure kernel settings for the buckets; nothing may run on the device. Captured steps are captured anew."""
         self._adopt()
-        if isinstance(self._forward, Tunable):
-            self._forward.tune(self.buckets)
-        self._forget_graphs()
+        try:
+            if isinstance(self._forward, Tunable):
+                self._forward.tune(self.buckets)
+        finally:
+            # Also where measuring failed half-way: of several ranks all capture anew.
+            self._forget_graphs()
 
     @torch.inference_mode()
     def warm(self, features: Features) -> None:

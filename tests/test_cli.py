@@ -108,12 +108,14 @@ def check_document(contents: dict[str, Any], name: str) -> None:
 
 def test_settings_reach_the_engine(tmp_path: Path) -> None:
     settings = ["--page-size", "32", "--max-rows", "2", "--max-batch-tokens", "64", "--no-graphs", "--engine"]
+    settings += ["--admission", "longest_first"]
     assert main(["bench", "seed", *SMALL, *settings, "--depth", "3", "--accuracy", "0", "--out", str(tmp_path)]) == 0
     contents = json.loads((tmp_path / "seed-tiny.json").read_text())
     (run,) = contents["runs"]
     assert run["driver"] == "engine"
     assert run["depth"] == 3
     expected = {"page_size": 32, "max_rows": 2, "max_batch_tokens": 64, "cuda_graphs": False}
+    expected["admission"] = "longest_first"
     assert {name: run["settings"][name] for name in expected} == expected
     assert contents["accuracy"] is None
 

@@ -420,11 +420,18 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
 
         def tune(self, batches: list[int]) -> None:
             self.tuned = batches
+            if fails:
+                raise RuntimeError("no memory")
 
-    forward = Forward()
+    forward, fails = Forward(), False
     runner.offer(forward)
     runner.tune()
     assert forward.tuned == [1, 2, 4, 7]
+    runner.warm(Features())
+    fails = True
+    with pytest.raises(RuntimeError, match="no memory"):
+        runner.tune()
+    assert not runner.captured, "of several ranks all capture anew, also where one could not measure"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -1,8 +1,8 @@
 """Captures that succeed on all ranks of a model, or on none.
 
 NCCL wants a collective to be launched from a graph on every rank or on none (its user guide, "Using NCCL with CUDA
-Graphs"). And a rank that has given up capturing no longer pads its decode steps: its collectives would have other sizes
-than those of the rest.
+Graphs"). And a rank that has given up capturing no longer pads its decode steps: its collectives would have other
+sizes than those of the rest.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -45,6 +46,13 @@ def test_every_line_of_the_table_has_every_column() -> None:
     assert theirs[:4] == ["generate_batch, paged/sdpa", "2.00", "6", "10"]
     assert theirs[-1] == "50 % equal to the first row; rows=2; sdpa failed"
     assert broken == ["generate", *["-"] * (len(header) - 2), "failed: RuntimeError: a/b c"]
+
+
+def test_the_order_of_admission_is_named_where_it_is_another() -> None:
+    run = measured().run
+    other = replace(measured(), run=replace(run, settings={**run.settings, "admission": "longest_first"}))
+    assert "longest first" not in report.table([measured()], [], [1.0])
+    assert "depth 2, no cuda graphs, longest first, engine alone" in report.table([other], [], [1.0])
 
 
 def test_saved_steps_come_back() -> None:
