@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Literal
 
+from hf_async_batching.prefix_cache import Node
 from hf_async_batching.sequence import Sequence, State
 
 Admission = Literal["fcfs", "longest_first"]
@@ -33,7 +34,10 @@ fewer on an H200 (206) or an A100 (161), where nothing is lost by more.
 _BLOCK = 4
 
 WORTH_WAITING = 256
-"""Tokens found in the prefix cache for which a request waits a step: with fewer the step would cost more."""
+"""Tokens found in the prefix cache for which a request waits a step; fewer are not worth it."""
+
+MOST_PASSED = 64
+"""Requests that may wait so at a time: those behind them wait, too, which bounds the work of looking them all up."""
 
 
 class WaitingQueue:
@@ -60,15 +64,6 @@ class WaitingQueue:
     def put_back(self, sequence: Sequence) -> None:
         """One that was preempted: all of those that wait are younger, or started later."""
         self._preempted.appendleft(sequence)
-
-    @property
-    def head(self) -> Sequence:
-        """The next to start; there must be one."""
-        return self._preempted[0] if self._preempted else self._new[0]
-
-    def pop(self) -> Sequence:
-        """Take the head."""
-        return (self._preempted or self._new).popleft()
 
     def remove(self, sequence: Sequence) -> None:
         """Take one from wherever it stands."""
@@ -128,25 +123,29 @@ def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_si
     Args:
         sequence: About to start, looked up already.
         computed: Sequences of which the step that is being planned computes a piece, which counts as computed.
-        page_size: Tokens per page of one group of layers.
+        page_size: Tokens per page of one group of layers; `WORTH_WAITING` is a multiple of it.
     """
-    assert sequence.prefix is not None
-    if not sequence.shareable:
-        return False
-    begun = sequence.prefix.depth * page_size
-    limit = (len(sequence.tokens) - 1) // page_size * page_size
-    if limit - begun < WORTH_WAITING:
+    start = sequence.prefix
+    assert start is not None
+    begun = start.depth * page_size
+    reached = begun + WORTH_WAITING
+    # The last token must be computed whatever is known.
+    if not sequence.shareable or len(sequence.tokens) <= reached:
         return False
     for other in computed:
-        assert other.prefix is not None
-        end = min(other.computed // page_size * page_size, limit)
-        reached = begun + WORTH_WAITING
         if (
-            end >= reached
+            other.computed >= reached
             and other.shareable
-            and other.prefix.weights == sequence.prefix.weights
             and other.tokens[begun:reached] == sequence.tokens[begun:reached]
-            and other.tokens[:begun] == sequence.tokens[:begun]
+            and _goes_on_behind(other, start)
         ):
             return True
     return False
+
+
+def _goes_on_behind(sequence: Sequence, node: Node) -> bool:
+    """Whether a node is among the pages that a sequence began with or entered."""
+    own = sequence.prefix
+    while own is not None and own.depth > node.depth:
+        own = own.parent
+    return own is node

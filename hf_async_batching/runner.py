@@ -245,6 +245,8 @@ class Runner:
         if not features.eager:
             self._state.padded.zero_()
             for padding in self._spread:
+                if not self._may_capture_more():
+                    break
                 self._padded(padding, features)
                 # The first run has compiled what it needs.
                 self._uses[Captured(padding, features)] = PADDED_USES
@@ -360,7 +362,7 @@ class Runner:
             if self._failed_captures[padded] == MAX_FAILED_CAPTURES:
                 logger.warning("%s cannot be captured as CUDA graphs and run without: %s", steps, error)
                 if not padded:
-                    self.buckets, self.paddings = [], []
+                    self.buckets, self.paddings, self._spread = [], [], []
             if padded:
                 del self._uses[key]  # tried again after as many uses
             logger.debug("a capture failed", exc_info=True)

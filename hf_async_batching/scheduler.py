@@ -4,9 +4,9 @@ The policy is first come, first served (or `admission`'s other one), and every c
 
 - Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of admission.
 - A sequence is admitted when a row is free and pages for all its known tokens are; nobody overtakes the head of the
-  queue, so nobody starves.
+  queue when these are short, so nobody starves.
 - A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens. Where the step
-  itself computes much more of that chain, it starts with the next one.
+  itself computes much more of that chain, it starts with the next one; it keeps its place, and others start meanwhile.
 - When pages run out, the sequence that was admitted last gives up its pages and is computed again later (preemption by
   recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
 - While few sequences run, those that asked for it compute drafts (see `drafting`).
@@ -19,7 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hf_async_batching.admission import Admission, WaitingQueue, found_a_step_later, spread_budget
+from hf_async_batching.admission import (
+    MOST_PASSED,
+    Admission,
+    WaitingQueue,
+    found_a_step_later,
+    spread_budget,
+)
 from hf_async_batching.drafting import Drafted, Drafting, settle_drafts
 from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
@@ -174,7 +180,9 @@ class Scheduler:
             self._choose_drafts()
         decoding, short_of_pages = self._plan_decodes(new_pages)
         budget = self.max_batch_tokens - len(decoding)
-        if self._spreads and len(self._waiting) <= self.rows.available:
+        # Drafts are no prompts, and their rows would wait.
+        drafts = self._drafters and any(sequence.restarts for sequence in self._prefilling)
+        if self._spreads and not drafts and len(self._waiting) <= self.rows.available:
             budget = spread_budget(budget, self._running, self._waiting, decoding=len(decoding))
         chunks, prefilled = self._plan_prefills(budget, new_rows, new_pages)
         budget -= sum(len(chunk.tokens) for chunk in chunks)
@@ -420,9 +428,11 @@ class Scheduler:
         """First pieces of prompts; `under_way` are the sequences of which the step computes later ones."""
         chunks: list[Chunk] = []
         prefilled: list[Sequence] = []
-        writes = 0
-        while self._waiting and budget > 0 and self.rows.available:
-            sequence = self._waiting.head
+        writes = passed = 0
+        waiting = tuple(self._waiting) if budget > 0 and self.rows.available else ()
+        for sequence in waiting:
+            if budget <= 0 or not self.rows.available or passed == MOST_PASSED:
+                break
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
             # Where it waits on, the next look-up goes on from here.
@@ -433,7 +443,8 @@ class Scheduler:
             if self.pages.prefixes.enabled and found_a_step_later(
                 sequence, [*under_way, *prefilled], self.pages.page_size
             ):
-                break
+                passed += 1
+                continue
             shared = self._path_to(sequence.prefix)
             # One page beyond the known tokens, so that it is not preempted again by its own first token.
             needed = self.pages.pages_for(len(sequence.tokens) + 1)
@@ -447,7 +458,7 @@ class Scheduler:
             if words and self.max_writes is not None and writes + words > self.max_writes:
                 break
             writes += words
-            self._waiting.pop()
+            self._waiting.remove(sequence)
             self._start(sequence, shared)
             known = tuple(sequence.tokens[: sequence.computed]) if words else ()
             new_rows.append(NewRow(sequence.row, sequence.request, sequence.computed, known))
@@ -579,9 +590,6 @@ class Scheduler:
             assert 0 not in to_write, "a page that will be written was given back"
             assert self.pages.are_own(to_write), "a page that is shared, or can be, will be written"
         self._waiting.check_invariants()
-        if not self._spreads:
-            arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
-            assert arrivals == sorted(arrivals), "somebody overtook the queue"
         assert all(sequence.computed <= self.pages.room_in(len(sequence.pages)) for sequence in self._running), (
             "a token without a page"
         )

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
 from hf_async_batching import admission
@@ -30,9 +31,10 @@ def test_first_come_first_served() -> None:
     for arrival in range(4):
         queue.add(sequence(arrival, new=10 * arrival + 1))
     assert order(queue) == [0, 1, 2, 3]
-    assert queue.head.arrival == 0
-    assert queue.pop().arrival == 0
-    queue.put_back(sequence(0))
+    first = next(iter(queue))
+    queue.remove(first)
+    assert order(queue) == [1, 2, 3]
+    queue.put_back(first)
     assert order(queue) == [0, 1, 2, 3]
     assert len(queue) == 4
 
@@ -42,16 +44,16 @@ def test_the_longest_first_but_nobody_waits_for_a_later_block() -> None:
     for arrival, new in enumerate((5, 9, 5, 1, 99, 100, 3)):
         queue.add(sequence(arrival, new=new))
     assert order(queue) == [1, 0, 2, 3, 5, 4, 6], "blocks of four"
-    assert queue.pop().arrival == 1
+    queue.remove(next(iter(queue)))
     preempted, another = sequence(7, new=1), sequence(8, new=1)
     queue.put_back(another)
     queue.put_back(preempted)
     assert order(queue) == [7, 8, 0, 2, 3, 5, 4, 6]
-    assert queue.head is preempted
     queue.remove(another)
     queue.remove(next(waiting for waiting in queue if waiting.arrival == 3))
     assert order(queue) == [7, 0, 2, 5, 4, 6]
-    assert [queue.pop().arrival for _ in range(len(queue))] == [7, 0, 2, 5, 4, 6]
+    for waiting in [*queue]:
+        queue.remove(waiting)
     assert not queue
 
 
@@ -63,6 +65,10 @@ def test_a_queue_in_disorder_is_found(name: Any) -> None:
     queue._new.reverse()
     with pytest.raises(AssertionError, match="overtook"):
         queue.check_invariants()
+    scheduler = Scheduler(num_pages=9, page_size=16, max_rows=4, max_batch_tokens=8, admission=name)
+    scheduler._waiting = queue
+    with pytest.raises(AssertionError, match="overtook"):
+        scheduler.check_invariants()
 
 
 # -- spreading ------------------------------------------------------------------------------------------------------
@@ -163,6 +169,34 @@ def test_who_needs_a_row_first_is_not_spread() -> None:
     assert plan.num_tokens == 600
 
 
+def test_rows_that_decode_take_of_the_room() -> None:
+    scheduler = Scheduler(num_pages=4000, page_size=16, max_rows=40, max_batch_tokens=600, admission="longest_first")
+    for i in range(30):
+        scheduler.add(Request(str(i), (i, 1), 5000))
+    next_plan(scheduler)
+    scheduler.add(Request("late", (7,) * 2000, 10))
+    plan = next_plan(scheduler)
+    assert (len(plan.decode_rows), plan.num_tokens) == (30, SPREAD_TOKENS)
+
+
+def test_drafts_do_not_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "SPREAD_TOKENS", 8)
+    scheduler = Scheduler(
+        num_pages=400, page_size=16, max_rows=20, max_batch_tokens=400, admission="longest_first", draft_rows=20
+    )
+    for i in range(20):
+        scheduler.add(Request(str(i), (3, 4) * 8, 200, lookup_tokens=4))
+    drafting = 0
+    for _ in range(30):
+        plan = scheduler.plan()
+        assert plan is not None
+        if plan.drafts:
+            drafting += 1
+            assert len(plan.chunks) + len(plan.decode_rows) == 20, "all go on"
+        scheduler.complete(Result(plan.step, [3 + i % 2 for i in range(plan.num_sampled)], None))
+    assert drafting > 5
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("draft_rows", [0, 4])
 def test_tokens_do_not_depend_on_it(depth: int, draft_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +235,24 @@ SHARED = tuple(range(WORTH_WAITING))
 
 def test_who_shares_a_long_prefix_starts_when_it_can_be_found() -> None:
     scheduler, started = with_prompts((*SHARED, 1, 2), (*SHARED, 3, 4), (*SHARED, 5), (9, 9))
-    assert started == [["a"], ["b", "c", "d"], []]
+    assert started == [["a", "d"], ["b", "c"], []], "they keep their places, and hold nobody up"
     assert scheduler.pages.prefixes.hit_tokens == 2 * WORTH_WAITING
+
+
+def test_only_so_many_are_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_async_batching.scheduler.MOST_PASSED", 2)
+    _, started = with_prompts(*[(*SHARED, i) for i in range(3)], (9, 9))
+    assert started == [["a"], ["b", "c", "d"], []]
+
+
+def test_who_wants_what_a_later_piece_of_a_prompt_brings_waits_for_it() -> None:
+    scheduler = Scheduler(num_pages=900, page_size=16, max_rows=8, max_batch_tokens=1000)
+    scheduler.add(Request("a", (*range(1300), 1), 9))
+    next_plan(scheduler)
+    scheduler.add(Request("b", (*range(1300), 2), 9))
+    assert not next_plan(scheduler).new_rows
+    (started,) = next_plan(scheduler).new_rows
+    assert started.start == 1296
 
 
 def test_a_long_prompt_is_followed_to_where_they_part() -> None:
@@ -217,8 +267,9 @@ def test_a_long_prompt_is_followed_to_where_they_part() -> None:
         (((*SHARED[:-16], 1), (*SHARED[:-16], 2)), {}),
         (((*SHARED[:-1], 1, 2), (*SHARED[:-1], 3, 4)), {}),
         (((*SHARED, 1), (1, *SHARED)), {}),
+        ((SHARED, SHARED), {}),
     ],
-    ids=["no cache", "little is shared", "the last page differs", "nothing is shared"],
+    ids=["no cache", "little is shared", "the last page differs", "nothing is shared", "its last token is left over"],
 )
 def test_who_would_find_little_does_not_wait(prompts: tuple[tuple[int, ...], ...], changes: dict[str, Any]) -> None:
     assert with_prompts(*prompts, **changes)[1][0] == ["a", "b"]
@@ -230,6 +281,21 @@ def test_what_is_known_already_does_not_count() -> None:
     for name in "xy":
         scheduler.add(Request(name, (*SHARED, *range(16), ord(name), *range(300)), 9))
     assert [new.request.request_id for new in next_plan(scheduler).new_rows] == ["x", "y"]
+
+
+def test_what_stands_behind_something_else_is_not_the_same() -> None:
+    scheduler, _ = with_prompts((*[1] * 64, 5), (*[2] * 64, 5))
+    for head in (1, 2):
+        scheduler.add(Request(f"behind {head}", (*[head] * 64, *range(300), head), 9))
+    assert len(next_plan(scheduler).new_rows) == 2
+
+
+def test_nobody_waits_for_embeddings_or_with_them() -> None:
+    scheduler = Scheduler(num_pages=900, page_size=16, max_rows=8, max_batch_tokens=4000)
+    for name, embeds in (("a", True), ("b", True), ("c", False)):
+        vectors = torch.zeros(400, 2) if embeds else None
+        scheduler.add(Request(name, (0,) * 400, 9, prompt_embeddings=vectors))
+    assert len(next_plan(scheduler).new_rows) == 3
 
 
 def test_nobody_waits_for_pages_of_other_weights() -> None:

@@ -56,6 +56,17 @@ def wait_until(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize(("admission", "order"), [("fcfs", [0, 1, 2]), ("longest_first", [1, 2, 0])])
+def test_the_order_in_which_requests_start(model: Any, admission: Any, order: list[int]) -> None:
+    with make(model, max_rows=1, admission=admission) as manager:
+        prompts = [(4, 5), (6, 7, 8), (9,)]
+        requests = [
+            Request(str(i), prompt, new) for i, (prompt, new) in enumerate(zip(prompts, (2, 9, 5), strict=True))
+        ]
+        results = [handle.result() for handle in manager.submit_requests(requests)]
+    assert sorted(range(3), key=lambda i: results[i].metrics.queue_seconds) == order
+
+
 def test_results_metrics_and_logprobs(model: Any) -> None:
     with make(model) as manager:
         result = manager.submit(torch.tensor(PROMPTS[1]), max_new_tokens=6, logprobs=True, **GREEDY).result(60)

@@ -18,6 +18,7 @@ from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Chunk, Features, NewRow, Plan
+from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
 from hf_async_batching.runner import (
     FORWARD,
@@ -156,6 +157,10 @@ def test_a_graph_finds_its_inputs_where_they_always_are() -> None:
         assert torch.equal(state.padded[:64], staged[6:70])
     context = state.padded_inputs(padding).context
     assert context.tile_queries is not None
+    assert state.padded_inputs(Padding(8, 4, 4)).context.num_decodes == 4
+    runner = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=24, max_rows=9)
+    largest = Padding(24 + 32, 9 + MAX_DRAFTED, 9)
+    assert len(runner.state.out_tokens) == len(runner.state.out_logprobs) == largest.sections.samples
     assert context.tile_queries.untyped_storage().data_ptr() == state.padded.untyped_storage().data_ptr()
 
 
@@ -211,6 +216,18 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     runner.warm(Features(logits=True))
     assert device.captures == before + len(runner.buckets), "forwards alone"
     verify(engine, run_random_schedule(engine, 3))
+    many = ToyEngine(2, 0, device=FakeGraphDevice(), max_batch_tokens=400, max_rows=300, admission="longest_first")
+    assert all(padding.entries > 0 for padding in many.runner._spread)
+
+
+def test_what_cannot_be_captured_is_not_run_in_advance() -> None:
+    device = FakeGraphDevice(failures=99)
+    runner = ToyEngine(
+        2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission="longest_first"
+    ).runner
+    runner.warm(Features())
+    assert runner._spread == [], "given up with the decode steps"
+    assert device.captures == MAX_FAILED_CAPTURES
 
 
 def padded_like(runner: Runner, prompt: int, decodes: int) -> Padding | None:
