@@ -7,7 +7,8 @@ page       a page in a process of its own, driven through its API: a comparison 
 Where there is no package index (a GPU machine without a network), carry wheels: what ``gradio`` and ``datasets`` need
 beyond torch and transformers, each fetched with ``pip download --no-deps`` for the other machine's Python, installed
 with ``pip install --no-deps --no-index``; with ``--target``, into a folder called site-packages, since dill pickles
-packages elsewhere by value, which pyarrow does not survive. With Gradio 6.31 these are: gradio, gradio-client, hf-gradio, fastapi,
+packages elsewhere by value, which pyarrow does not survive. With Gradio 6.31 these are: gradio, gradio-client,
+hf-gradio, fastapi,
 starlette, uvicorn, httpx, httpcore, certifi, python-multipart, orjson, safehttpx, groovy, semantic-version, tomlkit,
 brotli, pydub, pandas, python-dateutil, pytz, tzdata, pillow, opentelemetry-api; datasets, dill, multiprocess, xxhash,
 pyarrow; and of what transformers brings in other versions (httpx and typer, with anyio, h11, click, rich, jinja2,
