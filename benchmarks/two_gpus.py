@@ -1,7 +1,7 @@
 """One model on two GPUs: data parallel over a dataset, and tensor parallel.
 
-python -m benchmarks.two_gpus data --out results        # two H100s: about a minute and a half
-python -m benchmarks.two_gpus tensor --out results      # about two minutes; writes the weights to --folder
+python -m benchmarks.two_gpus data --out results
+python -m benchmarks.two_gpus tensor --out results      # two minutes on two H100s; writes the weights to --folder
 python -m benchmarks.two_gpus data --shape tiny --device cpu --rows 60 --longest-prompt 60 --longest-new 20
 python -m benchmarks.two_gpus tensor --shape tiny --device cpu --new 20
 

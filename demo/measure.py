@@ -8,11 +8,10 @@ Where there is no package index (a GPU machine without a network), carry wheels:
 beyond torch and transformers, each fetched with ``pip download --no-deps`` for the other machine's Python, installed
 with ``pip install --no-deps --no-index``; with ``--target``, into a folder called site-packages, since dill pickles
 packages elsewhere by value, which pyarrow does not survive. With Gradio 6.31 these are: gradio, gradio-client,
-hf-gradio, fastapi,
-starlette, uvicorn, httpx, httpcore, certifi, python-multipart, orjson, safehttpx, groovy, semantic-version, tomlkit,
-brotli, pydub, pandas, python-dateutil, pytz, tzdata, pillow, opentelemetry-api; datasets, dill, multiprocess, xxhash,
-pyarrow; and of what transformers brings in other versions (httpx and typer, with anyio, h11, click, rich, jinja2,
-markupsafe, pydantic) whatever is missing there. Then, for one H100::
+hf-gradio, fastapi, starlette, uvicorn, httpx, httpcore, certifi, python-multipart, orjson, safehttpx, groovy,
+semantic-version, tomlkit, brotli, pydub, pandas, python-dateutil, pytz, tzdata, pillow, opentelemetry-api; datasets,
+dill, multiprocess, xxhash, pyarrow; and of what transformers brings in other versions (httpx and typer, with anyio,
+h11, click, rich, jinja2, markupsafe, pydantic) whatever is missing there. Then, for one H100::
 
     python -m demo.measure page --model random:qwen3-0.6b --chats 64 --tokens 512
     python -m demo.measure overhead --model random:qwen3-0.6b --chats 64 --tokens 512
