@@ -23,13 +23,6 @@ from hf_async_batching.sequence import Sequence, State
 
 Admission = Literal["fcfs", "longest_first"]
 
-SPREAD_TOKENS = 264
-"""Query tokens for which computing takes about as long as reading the weights.
-
-An H100's 989 TFLOP/s at 2 FLOP per weight and token against 3.35 TB/s at 2 bytes per weight (data sheet) make it 295;
-fewer on an H200 (206) or an A100 (161), where nothing is lost by more.
-"""
-
 # Requests in a block, by the rows that there are; nobody waits for requests of a later one.
 _BLOCK = 4
 
@@ -88,25 +81,24 @@ class WaitingQueue:
         assert keys == sorted(keys), "somebody overtook the queue"
 
 
-def spread_budget(budget: int, running: list[Sequence], waiting: Iterable[Sequence], *, decoding: int) -> int:
+def spread_budget(budget: int, running: list[Sequence], waiting: Iterable[Sequence], *, room: int) -> int:
     """Prompt tokens of a step where prompts are spread.
 
     Args:
         budget: How many there can be.
         running: Sequences with a row.
         waiting: All others, which can have one; in the order in which they will start.
-        decoding: How many of the running ones decode in the step.
+        room: How many there should be, next to what decodes.
 
     Returns:
-        As many as the step has room for next to what decodes, or more where a request would else end behind the one
-        that ends last; never above `budget`.
+        `room`, or more where a request would else end behind the one that ends last; never above `budget`.
     """
     prompts = [sequence for sequence in running if sequence.state is State.PREFILLING]
     prompts += waiting
     if not prompts:
         return budget
     last = max(sequence.max_length - sequence.planned for sequence in chain(running, prompts))
-    tokens, rate = 0, max(SPREAD_TOKENS - decoding, SPREAD_TOKENS // 8)
+    tokens, rate = 0, room
     for sequence in prompts:
         tokens += len(sequence.tokens) - sequence.computed
         steps = last - (sequence.max_length - sequence.planned) + 1

@@ -29,9 +29,10 @@ from hf_async_batching.model_view import batch_dependent_rope, context_length, r
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
-from hf_async_batching.runner import Runner, largest_padding
+from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.staging import NO_PADDING, Sections
+from hf_async_batching.step_sizes import largest_padding
 from hf_async_batching.tensor_parallel.agreed_captures import with_agreed_captures
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
 from hf_async_batching.tensor_parallel.rank_group import RankGroup

@@ -4,7 +4,8 @@ Decode steps come in buckets, so that each can be captured once as a CUDA graph.
 time it is needed (which also compiles its kernels) and captured the second time.
 
 So do steps with prompts or drafts that have few tokens, after some uses: launching their kernels one by one would take
-the host longer than the device needs. With more tokens than `MOST_PADDED` it does not, and these are run as they are.
+the host longer than the device needs. With more tokens than `step_sizes.MOST_PADDED` it does not, and these are run as
+they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from hf_async_batching.admission import SPREAD_TOKENS
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
@@ -29,6 +29,13 @@ from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
 from hf_async_batching.staging import NO_PADDING, Padding, Sections
+from hf_async_batching.step_sizes import (
+    PADDED_TOKENS,
+    SPREAD_TOKENS,
+    decode_buckets,
+    padded_decodes,
+    padded_entries,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +44,6 @@ MAX_FAILED_CAPTURES = 3
 
 # In place of features, for the graph of a forward alone.
 FORWARD = None
-
-# Tokens of the largest step with prompts that is captured. The larger sizes have room for a few rows that decode
-# beside a prompt of a usual length; 296 holds SPREAD_TOKENS and what rows that decode are padded by.
-MOST_PADDED = 1032
-_PADDED_TOKENS = (8, 16, 24, 32, 48, 72, 104, 136, 200, 296, 392, 520, 776, MOST_PADDED)
-_PADDED_ENTRIES = (16, 64)
-# By so much a step is padded where rows decode in it.
-_DECODE_ROOM = 31
-
-# Computing that many tokens takes a model of so many bytes about as long as launching its kernels takes the host.
-_PADDED_WEIGHTS = 16e9
 
 # What graphs of steps with prompts there are at most, and up to which memory of all graphs, in bytes.
 MOST_PADDED_GRAPHS = 96
@@ -58,41 +54,6 @@ _MOST_GRAPH_BYTES = 1 << 30
 DECODE_USES, PADDED_USES = 1, 4
 
 Forward = Callable[[StepInputs], torch.Tensor]
-
-
-def decode_buckets(max_rows: int) -> list[int]:
-    """Sizes of decode steps that get a graph: 1, 2, 4, 8, then steps of 8 to 64, 16 to 128, 32 above."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 32, 32)]
-    return [*[size for size in sizes if size < max_rows], max_rows]
-
-
-def padded_decodes(max_rows: int) -> list[int]:
-    """How many rows that decode a captured step with prompts has room for: 0, 8, then steps of 32 to 256, 128 above.
-
-    Coarser than `decode_buckets`, since these count for each number of tokens. An entry too many costs next to
-    nothing: its attention reads one token, and with few tokens the time of a step is that of reading the weights.
-    """
-    sizes = [0, 8, *range(32, 256, 32), *range(256, max_rows + 128, 128)]
-    return [*[size for size in sizes if size < max_rows], max_rows]
-
-
-def _padded_entries(entries: int, most: int) -> int:
-    """Samples and tiles that `entries` are padded to, of `most` at the most."""
-    return next((size for size in _PADDED_ENTRIES if entries <= size < most), most)
-
-
-def largest_padding(max_batch_tokens: int, max_rows: int, max_samples: int, weight_bytes: int) -> Padding:
-    """The largest step with prompts that is worth capturing.
-
-    Args:
-        max_batch_tokens: Tokens of the largest step.
-        max_rows: Rows that can decode in it.
-        max_samples: Tokens that a step can sample.
-        weight_bytes: What a step reads of the model.
-    """
-    worth = int(MOST_PADDED * min(1.0, _PADDED_WEIGHTS / max(weight_bytes, 1)))
-    # A step that is full has room for padding, too.
-    return Padding(min(worth, max_batch_tokens + 1 + _DECODE_ROOM), max_samples, max_rows)
 
 
 class Captured(NamedTuple):
@@ -150,16 +111,14 @@ class Runner:
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
-        self.paddings = [tokens for tokens in _PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
+        self.paddings = [tokens for tokens in PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
         self._most_entries = largest.entries
         self._padded_decodes = padded_decodes(max_rows)
-        spread_tokens = next((tokens for tokens in self.paddings if tokens > SPREAD_TOKENS + _DECODE_ROOM), 0)
         self._spread: list[Padding] = []
-        if spread and spread_tokens:
-            most = min(spread_tokens, self._most_entries)
+        if spread and SPREAD_TOKENS in self.paddings:
             for decodes in self._padded_decodes:
-                room = min(most, spread_tokens - decodes)
-                self._spread += [Padding(spread_tokens, _padded_entries(1, room), decodes)] if room > 0 else []
+                room = min(self._most_entries, SPREAD_TOKENS - decodes)
+                self._spread += [Padding(SPREAD_TOKENS, padded_entries(1, room), decodes)] if room > 0 else []
         self._uses: Counter[Captured] = Counter()
         # One after the other, of decode steps and of those with prompts.
         self._failed_captures = [0, 0]
@@ -195,7 +154,7 @@ class Runner:
         most = min(tokens - decodes, self._most_entries)
         if entries > most:
             return None
-        padding = Padding(tokens, _padded_entries(entries, most), decodes)
+        padding = Padding(tokens, padded_entries(entries, most), decodes)
         # What will never be captured is not padded for nothing.
         return padding if self._may_capture_more() or Captured(padding, plan.features) in self.captured else None
 

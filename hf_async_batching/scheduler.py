@@ -35,6 +35,7 @@ from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
 from hf_async_batching.sequence import Sequence, State
 from hf_async_batching.step_needs import features_of, rare_needs
+from hf_async_batching.step_sizes import padded_decodes, spread_room
 
 
 class _Retired(NamedTuple):
@@ -90,6 +91,7 @@ class Scheduler:
         self.finished = 0
         self._waiting = WaitingQueue(admission, max_rows)
         self._spreads = admission == "longest_first"
+        self._padded_decodes = padded_decodes(max_rows)
         self._running: list[Sequence] = []  # in the order of their admission
         self._live: dict[str, Sequence] = {}
         self._retired: list[_Retired] = []
@@ -183,7 +185,8 @@ class Scheduler:
         # Drafts are no prompts, and their rows would wait.
         drafts = self._drafters and any(sequence.restarts for sequence in self._prefilling)
         if self._spreads and not drafts and len(self._waiting) <= self.rows.available:
-            budget = spread_budget(budget, self._running, self._waiting, decoding=len(decoding))
+            room = spread_room(self._padded_decodes, len(decoding))
+            budget = spread_budget(budget, self._running, self._waiting, room=room)
         chunks, prefilled = self._plan_prefills(budget, new_rows, new_pages)
         budget -= sum(len(chunk.tokens) for chunk in chunks)
         if not short_of_pages:

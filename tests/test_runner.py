@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import random
 from typing import Any
 
@@ -23,16 +22,13 @@ from hf_async_batching.request import Request
 from hf_async_batching.runner import (
     FORWARD,
     MAX_FAILED_CAPTURES,
-    MOST_PADDED,
     PADDED_USES,
     Captured,
     Runner,
-    decode_buckets,
-    largest_padding,
-    padded_decodes,
 )
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
+from hf_async_batching.step_sizes import MOST_PADDED, SPREAD_TOKENS
 
 
 class FakeGraph:
@@ -58,16 +54,6 @@ class FakeGraphDevice(CpuDevice):
         if self.captures <= self.failures:
             raise RuntimeError("cannot be captured")
         return FakeGraph(work, self)
-
-
-def test_buckets_grow_to_the_largest_step() -> None:
-    assert decode_buckets(1) == [1]
-    assert decode_buckets(6) == [1, 2, 4, 6]
-    assert decode_buckets(40) == [1, 2, 4, 8, 16, 24, 32, 40]
-    for largest in (1, 5, 64, 100, 256):
-        buckets = decode_buckets(largest)
-        assert buckets == sorted(set(buckets))
-        assert buckets[-1] == largest
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -180,17 +166,17 @@ def test_which_steps_with_prompts_are_captured() -> None:
     assert padding(15, decodes=3) == Padding(24, 16, 8)
     assert padding(16, decodes=3) == Padding(32, 16, 8)
     assert padding(15, decodes=9) == Padding(48, 16, 32), "few sizes for what decodes"
-    assert padding(60, decodes=32) == Padding(104, 16, 32)
+    assert padding(60, decodes=32) == Padding(96, 16, 32)
     assert padding(3, 1, 2, decodes=40) == Padding(48, 8, 40), "no more entries than tokens"
-    assert padding(70, samples=None) == Padding(72, 72), "drafts are sampled throughout"
-    assert padding(80, samples=None, decodes=1) == Padding(104, 96, 8)
-    assert padding(800, 40, samples=1, decodes=28) == Padding(1032, 16, 32)
-    assert padding(*[9] * 20, decodes=28) == Padding(296, 64, 32)
-    assert padding(*[9] * 70, decodes=28) == Padding(776, 104, 32), "all that a step can sample"
-    assert padding(224, decodes=40) == Padding(296, 16, 40)
-    assert padding(128) == Padding(136, 16)
-    assert padding(1024) == Padding(1032, 16), "a full step"
-    assert padding(1032) is None, "too many tokens"
+    assert padding(63, samples=None) == Padding(64, 64), "drafts are sampled throughout"
+    assert padding(80, samples=None, decodes=1) == Padding(96, 88, 8)
+    assert padding(800, 40, samples=1, decodes=28) == Padding(1024, 16, 32)
+    assert padding(*[9] * 20, decodes=28) == Padding(256, 64, 32)
+    assert padding(*[9] * 70, decodes=28) == Padding(768, 104, 32), "all that a step can sample"
+    assert padding(215, decodes=40) == Padding(256, 16, 40)
+    assert padding(127) == Padding(128, 16)
+    assert padding(1023) == Padding(1024, 16), "the largest"
+    assert padding(1024) is None, "too many tokens"
     assert padding(200, samples=None) is None, "more samples than there are entries"
     assert padding(4, features=Features(logits=True)) is None
     embeds = Request("a", (0, 0, 0), 9, prompt_embeddings=torch.zeros(3, 2))
@@ -205,11 +191,13 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     device = FakeGraphDevice()
     engine = ToyEngine(2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission=admission)
     runner = engine.runner
-    assert Padding(296, 16, 32) in {padded_like(runner, 200, 20), padded_like(runner, 232, 32)}
+    assert padded_like(runner, SPREAD_TOKENS - 33, 32) == Padding(SPREAD_TOKENS, 16, 32), "what `spread_room` leaves"
     engine.state.padded.fill_(3)
     runner.warm(Features())
     prompts = {key.size for key in runner.captured if isinstance(key.size, Padding)}
-    assert prompts == ({Padding(296, 16, size) for size in (0, 8, 32, 40)} if admission == "longest_first" else set())
+    assert prompts == (
+        {Padding(SPREAD_TOKENS, 16, size) for size in (0, 8, 32, 40)} if admission == "longest_first" else set()
+    )
     assert int(engine.state.lengths.sum()) == 0
     before = device.captures
     runner.warm(Features())
@@ -232,22 +220,6 @@ def test_what_cannot_be_captured_is_not_run_in_advance() -> None:
 
 def padded_like(runner: Runner, prompt: int, decodes: int) -> Padding | None:
     return runner.padding_for(Plan(0, tuple(range(1, 1 + decodes)), (Chunk(99, (7,) * prompt, 1),)), 128)
-
-
-def test_the_largest_step_with_prompts_that_is_worth_capturing() -> None:
-    assert largest_padding(2048, 256, 320, int(1e9)) == Padding(MOST_PADDED, 320, 256)
-    assert largest_padding(512, 256, 320, int(1e9)) == Padding(544, 320, 256), "a full step has room for padding"
-    assert largest_padding(2048, 256, 320, int(64e9)).tokens == MOST_PADDED // 4, "large models compute longer"
-
-
-def test_room_for_what_decodes_in_a_captured_step_with_prompts() -> None:
-    assert padded_decodes(1) == [0, 1]
-    assert padded_decodes(40) == [0, 8, 32, 40]
-    assert padded_decodes(600) == [0, 8, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 600]
-    for rows in (*range(1, 300), 1000):
-        sizes = padded_decodes(rows)
-        assert sizes == sorted(set(sizes))
-        assert all(b - a <= 32 for a, b in itertools.pairwise(sizes) if b <= 256), "_DECODE_ROOM"
 
 
 def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
-from hf_async_batching import admission
-from hf_async_batching.admission import SPREAD_TOKENS, WORTH_WAITING, WaitingQueue, spread_budget
+from hf_async_batching import admission, step_sizes
+from hf_async_batching.admission import WORTH_WAITING, WaitingQueue, spread_budget
 from hf_async_batching.plan import Plan, Result
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.sequence import Sequence, State
+from hf_async_batching.step_sizes import SPREAD_TOKENS
 
 
 def sequence(arrival: int, prompt: int = 4, new: int = 8) -> Sequence:
@@ -89,21 +90,20 @@ def running(arrival: int, left: int, prompt_left: int = 0) -> Sequence:
 def test_prompts_take_the_room_beside_what_decodes() -> None:
     decoding = [running(i, left=5000) for i in range(100)]
     waiting = [sequence(200, prompt=5000, new=10)]
-    assert spread_budget(2000, decoding, waiting, decoding=100) == SPREAD_TOKENS - 100
-    assert spread_budget(50, decoding, waiting, decoding=100) == 50
-    assert spread_budget(2000, decoding, waiting, decoding=300) == SPREAD_TOKENS // 8, "they go on"
-    assert spread_budget(2000, decoding, [], decoding=100) == 2000, "there are none"
+    assert spread_budget(2000, decoding, waiting, room=164) == 164
+    assert spread_budget(50, decoding, waiting, room=164) == 50
+    assert spread_budget(2000, decoding, [], room=164) == 2000, "there are none"
 
 
 def test_nobody_ends_after_the_one_that_ends_last() -> None:
-    assert spread_budget(2000, [], [sequence(i, prompt=500, new=100) for i in range(8)], decoding=0) == 2000
-    assert spread_budget(9000, [], [sequence(i, prompt=500, new=100) for i in range(8)], decoding=0) == 4000
+    assert spread_budget(2000, [], [sequence(i, prompt=500, new=100) for i in range(8)], room=264) == 2000
+    assert spread_budget(9000, [], [sequence(i, prompt=500, new=100) for i in range(8)], room=264) == 4000
     waiting = [sequence(0, prompt=900, new=1000), sequence(1, prompt=900, new=999), sequence(2, prompt=500, new=10)]
-    assert spread_budget(2000, [], waiting, decoding=0) == 900, "900 in one step, 1,800 in two"
-    assert spread_budget(2000, [running(5, left=1004)], waiting, decoding=1) == 300, "the sixth step is early enough"
+    assert spread_budget(2000, [], waiting, room=264) == 900, "900 in one step, 1,800 in two"
+    assert spread_budget(2000, [running(5, left=1004)], waiting, room=264) == 300, "the sixth step is early enough"
     under_way = running(5, left=400, prompt_left=590)
-    assert spread_budget(2000, [under_way], [], decoding=0) == 590, "it is the last"
-    assert spread_budget(2000, [under_way, running(6, left=401)], [], decoding=1) == 295
+    assert spread_budget(2000, [under_way], [], room=264) == 590, "it is the last"
+    assert spread_budget(2000, [under_way, running(6, left=401)], [], room=264) == 295
 
 
 def ends(sizes: list[tuple[int, int]], budget: int, real: list[int] | None = None) -> list[list[int]]:
@@ -141,9 +141,9 @@ def ends(sizes: list[tuple[int, int]], budget: int, real: list[int] | None = Non
 def test_spreading_makes_no_run_longer(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     sizes = [(rng.randint(1, 400), rng.randint(1, 300)) for _ in range(40)]
-    spread = ends(sizes, 512)
+    spread = ends(sizes, 1000)
     monkeypatch.setattr("hf_async_batching.scheduler.spread_budget", lambda budget, *_, **__: budget)
-    at_once = ends(sizes, 512)
+    at_once = ends(sizes, 1000)
     last = max(steps[-1] for steps in at_once)
     assert max(steps[-1] for steps in spread) <= last + 1
     # What it is for: a step does not compute more than it has room for if it need not.
@@ -176,11 +176,11 @@ def test_rows_that_decode_take_of_the_room() -> None:
     next_plan(scheduler)
     scheduler.add(Request("late", (7,) * 2000, 10))
     plan = next_plan(scheduler)
-    assert (len(plan.decode_rows), plan.num_tokens) == (30, SPREAD_TOKENS)
+    assert (len(plan.decode_rows), plan.num_tokens) == (30, 30 + SPREAD_TOKENS - 33)
 
 
 def test_drafts_do_not_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "SPREAD_TOKENS", 8)
+    monkeypatch.setattr(step_sizes, "SPREAD_TOKENS", 8)
     scheduler = Scheduler(
         num_pages=400, page_size=16, max_rows=20, max_batch_tokens=400, admission="longest_first", draft_rows=20
     )
@@ -200,7 +200,7 @@ def test_drafts_do_not_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("draft_rows", [0, 4])
 def test_tokens_do_not_depend_on_it(depth: int, draft_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "SPREAD_TOKENS", 6)
+    monkeypatch.setattr(step_sizes, "SPREAD_TOKENS", 6)
     monkeypatch.setattr(admission, "WORTH_WAITING", 4)
     preemptions = 0
     for seed in range(60):

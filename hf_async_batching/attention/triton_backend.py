@@ -58,9 +58,6 @@ class TritonBackend:
         # Zeros, since the NaN that empty memory may hold would spread from tokens of no tile to the scratch page.
         out = query.new_zeros((*query.shape[:2], values.shape[-1]))
         decodes = context.num_decodes
-        if decodes:
-            # What decodes is written twice, so that one kernel serves mixed steps, too.
-            self._decode(query[:decodes], (key[:decodes], value[:decodes]), layer, context, options, out[:decodes])
         prefill_attention(
             query,
             keys,
@@ -78,6 +75,11 @@ class TritonBackend:
             config=self._settings.prefill(Problem.of(query, keys, values, options), layer, options),
             out=out,
         )
+        if decodes:
+            # What decodes is written twice, so that one kernel serves mixed steps, too. Behind the prompts, beside
+            # which it can run; it is bound by memory, and few prompts by how long one of them takes.
+            new, beside = (key[:decodes], value[:decodes]), context.tile_rows.numel() > decodes
+            self._decode(query[:decodes], new, layer, context, options, out[:decodes], beside=beside)
         return out
 
     def _decode(
@@ -88,6 +90,8 @@ class TritonBackend:
         context: AttentionContext,
         options: AttentionOptions,
         out: torch.Tensor | None,
+        *,
+        beside: bool = False,
     ) -> torch.Tensor:
         assert context.cache is not None and context.context_lengths is not None
         keys, values = context.cache.keys[layer], context.cache.values[layer]
@@ -107,6 +111,7 @@ class TritonBackend:
             counters=self._counters,
             new=new,
             out=out,
+            beside_prefill=beside,
         )
 
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:

@@ -208,7 +208,7 @@ def _combine_splits(
 
 # In a mixed step the rows are a slice of the staged inputs, which begins anywhere.
 @triton.jit(
-    do_not_specialize=["max_splits", "blocks_per_split", "max_pages"],
+    do_not_specialize=["max_splits", "blocks_per_split", "max_pages", "beside"],
     do_not_specialize_on_alignment=["rows", "context_lengths"],
 )
 def decode_kernel(
@@ -236,6 +236,7 @@ def decode_kernel(
     sinks,
     max_splits,
     blocks_per_split,
+    beside,
     NEW: tl.constexpr,
     SPLIT: tl.constexpr,
     FUSED: tl.constexpr,
@@ -258,9 +259,13 @@ def decode_kernel(
     The heads are the fastest grid axis: programs that run side by side then read neighbouring memory. Without SPLIT
     there is one split. With FUSED the last program to finish its split combines them all, and sets the counter by
     which it knew back to 0 for the next launch; without, `combine_kernel` must follow.
+
+    With `beside` the kernel before is `prefill_kernel`, which began when all before it had ended: what this one reads
+    is there, and it waits only before it stores its results and lets the next kernel start.
     """
-    if PDL:
-        gdc_wait()
+    if PDL:  # noqa: SIM102 - known when compiling, the other one is not
+        if beside == 0:
+            gdc_wait()
     GROUP_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) // GROUP_BLOCKS
     group_heads = tl.program_id(0) % GROUP_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -347,6 +352,8 @@ def decode_kernel(
         accumulator = accumulator * decay[:, None] + weight[:, None] * token_value.to(tl.float32)[None, :]
         row_maximum = maximum
     if PDL:
+        if beside != 0:
+            gdc_wait()
         gdc_launch_dependents()
 
     # No token at all gives zeros.

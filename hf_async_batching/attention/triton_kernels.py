@@ -164,6 +164,7 @@ def decode_attention(
     counters: torch.Tensor | None = None,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
+    beside_prefill: bool = False,
 ) -> torch.Tensor:
     """Attention of one query token for each entry of the batch over its row's pages.
 
@@ -192,6 +193,8 @@ def decode_attention(
         new: keys [B, num_kv_heads, head_dim] and values [B, num_kv_heads, head_dim_v] of the current tokens, any
             strides but 1 for the last dimension: written to their pages by this launch. None: they have been written.
         out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
+        beside_prefill: whether the launch just before on this stream is `prefill_attention`, of other rows: the two
+            may then run at the same time (where `config.pdl` is set).
 
     Returns:
         [B, num_heads, head_dim_v], contiguous, the dtype of `query`.
@@ -232,7 +235,7 @@ def decode_attention(
             query, key, value, key_cache, value_cache, page_table, rows, context_lengths, output, partial, log_sum,
             counters if fused else rows, page_table.shape[1], query.stride(0), query.stride(1), key.stride(0),
             key.stride(1), value.stride(0), value.stride(1), score_scale, cap, query if sinks is None else sinks,
-            splits, max(1, config.tokens_per_split // config.n), NEW=new is not None,
+            splits, max(1, config.tokens_per_split // config.n), int(beside_prefill), NEW=new is not None,
             SPLIT=splits > 1, FUSED=fused, PDL=config.pdl, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
             VALUE_DIM=head_dim_v, PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None,
             HAS_SINKS=sinks is not None, BLOCK_M=m, BLOCK_N=config.n, BLOCK_D=power_of_two(head_dim),
@@ -317,7 +320,7 @@ def prefill_attention(
             query, key_cache, value_cache, page_table,
             tile_rows, tile_query_starts, tile_query_lengths, tile_first_positions, output,
             page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
-            query if sinks is None else sinks,
+            query if sinks is None else sinks, EARLY=device_launches_early(query.device),
             TILE=PREFILL_TILE, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
             PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
             BLOCK_M=sizes.m, BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),

@@ -9,6 +9,7 @@ grouped queries (Dao, 2023).
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+from triton.language.extra.cuda import gdc_launch_dependents  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.attention.triton_decode import BlockSizes, attend_blocks, power_of_two
 
@@ -95,6 +96,7 @@ def prefill_kernel(
     score_scale,
     cap,
     sinks,
+    EARLY: tl.constexpr,
     TILE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -113,6 +115,10 @@ def prefill_kernel(
 
     The heads of a group stand side by side in the rows of the products, against the row's context.
     """
+    if EARLY:
+        # Few prompts leave most of the device idle. This kernel is launched the ordinary way, so that all before it
+        # have ended; whoever is launched early behind it waits for its end before using or storing anything of it.
+        gdc_launch_dependents()
     BLOCKS: tl.constexpr = (TILE * GROUP + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     # Later tiles of a prompt see more context; started first, they don't leave the device half idle at the end.

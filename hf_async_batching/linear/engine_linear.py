@@ -12,6 +12,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import nn
 
+from hf_async_batching.linear.library import gains_by_bias, library_linear
+
 MAX_STRIPS = 8192
 """Length of the kernel's counters: strips of outputs that one product may have."""
 
@@ -22,7 +24,7 @@ _library.define("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor counte
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
     few = _few_rows(x, weight, bias, counters) if x.is_cuda else None
-    return nn.functional.linear(x, weight, bias) if few is None else few
+    return library_linear(x, weight, bias) if few is None else few
 
 
 def _linear_add(
@@ -33,11 +35,11 @@ def _linear_add(
         few = _few_rows(x, weight, bias, counters, residual)
         if few is not None:
             return few
-        if bias is None and x.dtype.itemsize == 2:
+        if bias is None and x.dtype.itemsize == 2 and not gains_by_bias(x, weight):
             # The vendor's library adds in float32, before it rounds; in full precision its order of sums is kept.
             flat = torch.addmm(residual.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]), weight.t())
             return flat.view(residual.shape)
-    return nn.functional.linear(x, weight, bias) + residual
+    return library_linear(x, weight, bias) + residual
 
 
 def _few_rows(
@@ -144,7 +146,7 @@ class EngineLinear(nn.Linear):
             return result
         if self.skinny:
             return _linear(x, weight, bias, self.counters)
-        return nn.functional.linear(x, weight, bias)
+        return library_linear(x, weight, bias)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -1,0 +1,130 @@
+"""Where the steps of a workload spend their time: by kind of step, and by kernel within a few of them.
+
+python -m benchmarks.step_profile mix --shape llama-3.1-8b --admission fcfs longest_first --kernels 100 700
+python -m benchmarks.step_profile mix --shape tiny --device cpu --rows 6 --prompt 40 --new 20 --dtype float32
+
+The workload is served twice per admission; the second pass counts, and its requests share no prefix with those of the
+first. A step's time is from the end of the one before to its own end, so that gaps count; its floor is the bytes that
+it must read over the copy bandwidth measured in the same process. --kernels names steps: from each on, ten are watched
+by torch's profiler in a third pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from hf_async_batching.admission import Admission
+from hf_async_batching.bench.drive import ThroughEngine
+from hf_async_batching.bench.machine import look_at
+from hf_async_batching.bench.measure import Traffic
+from hf_async_batching.bench.shapes import SHAPES, random_model
+from hf_async_batching.bench.workloads import WORKLOADS, make_workload
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.step_sizes import decode_buckets
+from hf_async_batching.timeline import StepRecord
+
+WATCHED, MOST_KERNELS = 10, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--admission", nargs="+", choices=get_args(Admission), default=["fcfs"])
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--prompt", type=int)
+    parser.add_argument("--new", type=int)
+    parser.add_argument("--kernels", type=int, nargs="*", default=[], metavar="STEP")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    model, machine = random_model(arguments.shape, device, getattr(torch, arguments.dtype)), look_at(device)
+    sizes = {name: getattr(arguments, name) for name in ("rows", "prompt", "new") if getattr(arguments, name)}
+    for admission in arguments.admission:
+        work = [make_workload(arguments.workload, model.config.vocab_size, seed=seed, **sizes) for seed in range(3)]
+        config = BatchingConfig(
+            depth=arguments.depth,
+            admission=admission,
+            max_rows=len(work[0].first),
+            max_sequence_length=work[0].longest,
+            timeline_steps=1 << 20,
+        )
+        driver = ThroughEngine(model, config)
+        driver.start(replace(work[0].first[0], request_id="start", max_new_tokens=2))
+        driver.warmup()
+        driver.serve(work[0])
+        served = driver.serve(work[1])
+        print(f"\n{arguments.workload}, {arguments.shape}, {admission}: {served.seconds:.2f} s, {machine.card}")
+        by_kind(served.records, Traffic.of(driver.assembly), machine.copy_bandwidth)
+        if arguments.kernels:
+            watch(driver, work[2], sorted(arguments.kernels))
+        driver.close()
+
+
+def kind(step: StepRecord, buckets: Sequence[int]) -> tuple[str, int]:
+    """What a step is counted with: decode steps by their bucket, others by their tokens."""
+    if not step.prompt_tokens:
+        return "decode", next(bucket for bucket in buckets if bucket >= step.decode_rows)
+    tokens = step.decode_rows + step.prompt_tokens
+    return "with prompts", next((size for size in (64, 136, 200, 264, 296, 520, 1032) if tokens <= size), 2048)
+
+
+def by_kind(records: Sequence[StepRecord], traffic: Traffic, bandwidth: float) -> None:
+    """Print steps, their time and their floor, kind by kind."""
+    kinds: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    buckets = decode_buckets(max(step.decode_rows for step in records) or 1)
+    for before, after in itertools.pairwise(records):
+        floor = traffic.of_steps([after]) / bandwidth
+        kinds[kind(after, buckets)].append((after.compute[1] - before.compute[1], floor))
+    print(
+        "| steps | up to | count | seconds | ms/step | floor ms | MBU % |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    for (name, size), spans in sorted(kinds.items()):
+        seconds, floor = (sum(column) for column in zip(*spans, strict=True))
+        print(
+            f"| {name} | {size} | {len(spans)} | {seconds:.2f} | {1e3 * seconds / len(spans):.2f} "
+            f"| {1e3 * floor / len(spans):.2f} | {100 * floor / seconds:.1f} |"
+        )
+
+
+@torch.inference_mode()
+def watch(driver: ThroughEngine, workload: Any, firsts: Sequence[int]) -> None:
+    """Print the kernels of `WATCHED` steps from each of these on."""
+    engine = driver.assembly.engine
+    for request in workload.first:
+        engine.add(request)
+    for number in itertools.count():
+        if not engine.has_work:
+            return
+        if number not in firsts:
+            engine.step()
+            continue
+        cuda = torch.cuda.is_available()
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profile:
+            for _ in range(WATCHED):
+                if engine.has_work:
+                    engine.step()
+            if cuda:
+                torch.cuda.synchronize()
+        last = engine.records[-1]
+        print(
+            f"\nsteps {number} to {number + WATCHED - 1}: {last.decode_rows} rows, {last.prompt_tokens} prompt tokens"
+        )
+        times = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
+        for microseconds, event in sorted(times, key=lambda time: -time[0])[:MOST_KERNELS]:
+            per_step = microseconds / WATCHED / 1e3
+            print(f"{per_step:8.3f} ms/step {event.count / WATCHED:7.1f} launches  {event.key[:110]}")
+
+
+if __name__ == "__main__":
+    main()
