@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_async_batching.devices import Device
 from hf_async_batching.emission import Emission
+from hf_async_batching.newcomers import spare_seconds
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Launch, NewRow, Plan, Result
 from hf_async_batching.request import Request
@@ -54,6 +55,7 @@ class Engine:
         self.outputs: dict[str, tuple[Any, Any]] = {}
         self.failed: list[tuple[str, Exception]] = []
         self._in_flight: deque[Launch] = deque()
+        self._arrived = 0.0
         self._debug = debug
 
     def add(self, request: Request) -> None:
@@ -72,6 +74,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step is in flight or a request is live."""
         return bool(self._in_flight) or self.scheduler.has_live
+
+    def spare_seconds(self) -> float:
+        """How long the next step can wait for requests that would be in it; see `newcomers`."""
+        if self.device.runs_inline or not self.scheduler.has_room:
+            return 0.0
+        return spare_seconds(self.records, len(self._in_flight), self._arrived, time.perf_counter())
 
     def step(self) -> list[Emission]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
@@ -98,7 +106,7 @@ class Engine:
 
     def _collect(self, launch: Launch) -> list[Emission]:
         result = self.pipeline.collect(launch)
-        arrived = time.perf_counter()
+        arrived = self._arrived = time.perf_counter()
         for position, error in result.failures.items():
             self.failed += [(failed, error) for failed in self.scheduler.fail(result.step, (position,))]
         emissions = self.scheduler.complete(result)

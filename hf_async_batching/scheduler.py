@@ -161,6 +161,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def has_room(self) -> bool:
+        """Whether a request that came now could start with the next step: a row is free, and nobody waits for one."""
+        return self.rows.available > 0 and not self._waiting
+
+    @property
     def has_live(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._live)

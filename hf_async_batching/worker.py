@@ -237,6 +237,11 @@ class Worker:
                 self._forget(request_id)
                 _clear_frames(raised)
                 handle._fail(raised)
+            spare = engine.spare_seconds()
+            if spare > 0:
+                # To the end, whoever comes: others may follow, and the plan is not needed before.
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, spare)
 
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)

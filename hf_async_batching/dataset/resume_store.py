@@ -45,7 +45,7 @@ DEAD_SECONDS = 120.0
 """How long a rank whose shards are missing may not be there, before the others give up waiting for it."""
 
 _QUEUED = 1024
-_WAIT_SECONDS = 0.5
+_WAIT_SECONDS = 0.1
 _SHARDS_PER_RANK = 16
 _MOST_SHARD_ROWS = 1000
 
