@@ -159,6 +159,39 @@ def test_a_peer_that_fails_is_a_line_of_the_table(
     assert "failed: RuntimeError: broken" in capsys.readouterr().out
 
 
+def test_what_is_measured_is_kept_when_a_peer_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str, *_: Any, **__: Any) -> PeerRun:
+        if name == "generate_batch":
+            raise KeyboardInterrupt
+        return PeerRun(name, error="RuntimeError: broken")
+
+    monkeypatch.setattr(command, "run_peer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(
+            [
+                "bench",
+                "seed",
+                *SMALL,
+                "--accuracy",
+                "0",
+                "--peer",
+                "generate",
+                "generate_batch",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+    shown = capsys.readouterr().out
+    assert all(
+        name in shown for name in ("| hf_async_batching, depth 1", "| hf_async_batching, depth 2", "| generate ")
+    )
+    contents = json.loads((tmp_path / "seed-tiny.json").read_text())
+    assert [run["depth"] for run in contents["runs"]] == [1, 2]
+    assert [peer["name"] for peer in contents["peers"]] == ["generate"]
+
+
 def test_a_saved_measurement_is_drawn_again(tmp_path: Path) -> None:
     assert main(["bench", "seed", *SMALL, "--accuracy", "0", "--out", str(tmp_path)]) == 0
     first = (tmp_path / "seed-tiny.svg").read_text()

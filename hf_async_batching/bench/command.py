@@ -242,7 +242,9 @@ def _bench_workload(
         f"{workload.new_tokens:,} new tokens{f', {arguments.sampling}' if arguments.sampling else ''}\n",
         flush=True,
     )
-    measured = []
+    # Line by line, as they are made: who stops a long run keeps what it has shown.
+    print(report.header(), flush=True)
+    measured: list[Measured] = []
     for config in configs:
         # As long as the longest request and no longer; a warm-up request has some 16 tokens.
         config = replace(
@@ -251,23 +253,48 @@ def _bench_workload(
             max_waiting=max(config.max_waiting, 2 * len(workload.first)),
         )
         try:
-            measured.append(
-                measure(
-                    model,
-                    make,
-                    config,
-                    machine.copy_bandwidth,
-                    through_engine=arguments.engine,
-                    repeats=arguments.repeats,
-                )
+            one = measure(
+                model,
+                make,
+                config,
+                machine.copy_bandwidth,
+                through_engine=arguments.engine,
+                repeats=arguments.repeats,
             )
         except (HfAsyncBatchingError, ValueError) as error:
             raise BenchError(f"{name}: {error}") from error
+        measured.append(one)
+        print(report.run_row(one, equal_fraction(one.tokens, measured[0].tokens)), flush=True)
     # Drawn tokens are no arg-max.
     checked = arguments.accuracy if arguments.sampling is None else 0
     accuracy = _accuracy(model, workload, measured[0], checked)
-    peers: list[PeerRun] = [
-        run_peer(
+    peers: list[PeerRun] = []
+
+    def save() -> dict[str, Any]:
+        contents = report.document(
+            workload=workload,
+            model={
+                "name": label,
+                "random_weights": arguments.shape is not None,
+                "class": type(model).__name__,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            machine=machine,
+            measured=measured,
+            peers=peers,
+            equal=[equal_fraction(one.tokens, measured[0].tokens) for one in measured],
+            accuracy=accuracy,
+            arguments=sys.argv[1:] if arguments.argv is None else arguments.argv,
+        )
+        report.write(path, contents)
+        return contents
+
+    path = (arguments.out or Path()) / f"{name}-{label}.json"
+    for peer in arguments.peer:
+        if arguments.out is not None:
+            save()
+        run = run_peer(
             peer,
             model,
             make,
@@ -275,34 +302,13 @@ def _bench_workload(
             limit=arguments.peer_limit,
             prefix_cache=not arguments.no_prefix_cache,
         )
-        for peer in arguments.peer
-    ]
-    for run in peers:
         if run.error is None:
             run.equal_to_first_run = equal_fraction([run.tokens], measured[0].tokens[:1])
-    equal = [equal_fraction(one.tokens, measured[0].tokens) for one in measured]
-    print(report.table(measured, peers, equal))
+        peers.append(run)
+        print(report.peer_row(run), flush=True)
     print(f"\naccuracy: {accuracy or 'not checked'}", flush=True)
     if arguments.out is not None:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        contents = report.document(
-            workload=workload,
-            model={
-                "name": label,
-                "random_weights": arguments.shape is not None,
-                "class": type(model).__name__,
-                "parameters": parameters,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
-            machine=machine,
-            measured=measured,
-            peers=peers,
-            equal=equal,
-            accuracy=accuracy,
-            arguments=sys.argv[1:] if arguments.argv is None else arguments.argv,
-        )
-        path = arguments.out / f"{name}-{label}.json"
-        report.write(path, contents)
+        contents = save()
         print(f"wrote {path}")
         _draw(contents, path.with_suffix(".svg"))
     return accuracy is None or accuracy.holds

@@ -36,12 +36,6 @@ _COLUMNS = (
 )
 
 
-def table(measured: Sequence[Measured], peers: Sequence[PeerRun], equal: Sequence[float]) -> str:
-    """One row per run and peer, in markdown; a peer that failed says why. `equal` is `equal_fraction` per run."""
-    rows = [run_row(one, share) for one, share in zip(measured, equal, strict=True)]
-    return "\n".join([header(), *rows, *map(_peer_row, peers)])
-
-
 def header() -> str:
     """The first two lines of the table."""
     return f"{_line(_COLUMNS)}\n{_line(('---',) * len(_COLUMNS))}"
@@ -82,7 +76,8 @@ def _variant(run: Run) -> list[str]:
     return [*off, *(["engine alone"] if run.driver == "engine" else [])]
 
 
-def _peer_row(peer: PeerRun) -> str:
+def peer_row(peer: PeerRun) -> str:
+    """The line of a peer's run; of one that failed it says why."""
     name = _cell(f"{peer.name}, {peer.attention}" if peer.attention else peer.name)
     blank = (_NONE,) * (len(_COLUMNS) - 2)
     if peer.error is not None or peer.seconds is None:

@@ -36,7 +36,7 @@ def test_every_line_of_the_table_has_every_column() -> None:
     ran = PeerRun(
         "generate_batch", "paged|sdpa", {"rows": 2}, ["sdpa failed"], None, 2.0, 12, 6.0, 10.0, equal_to_first_run=0.5
     )
-    lines = report.table([measured()], [ran, failed], [1.0]).splitlines()
+    lines = [*report.header().splitlines(), report.run_row(measured(), 1.0), *map(report.peer_row, (ran, failed))]
     header, _, ours, theirs, broken = map(cells, lines)
     assert {len(cells(line)) for line in lines} == {len(header)}
     assert ours[0] == "hf_async_batching, depth 2, no cuda graphs, engine alone"
@@ -51,8 +51,8 @@ def test_every_line_of_the_table_has_every_column() -> None:
 def test_the_order_of_admission_is_named_where_it_is_another() -> None:
     run = measured().run
     other = replace(measured(), run=replace(run, settings={**run.settings, "admission": "longest_first"}))
-    assert "longest first" not in report.table([measured()], [], [1.0])
-    assert "depth 2, no cuda graphs, longest first, engine alone" in report.table([other], [], [1.0])
+    assert "longest first" not in report.run_row(measured(), 1.0)
+    assert "depth 2, no cuda graphs, longest first, engine alone" in report.run_row(other, 1.0)
 
 
 def test_saved_steps_come_back() -> None:
