@@ -1,6 +1,6 @@
 """One model on two GPUs: data parallel over a dataset, and tensor parallel.
 
-python -m benchmarks.two_gpus data --out results
+python -m benchmarks.two_gpus data --out results        # four minutes on two H100s
 python -m benchmarks.two_gpus tensor --out results      # two minutes on two H100s; writes the weights to --folder
 python -m benchmarks.two_gpus data --shape tiny --device cpu --rows 60 --longest-prompt 60 --longest-new 20
 python -m benchmarks.two_gpus tensor --shape tiny --device cpu --new 20
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("what", choices=["data", "tensor"])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", type=int, default=1200, help="of the dataset")
+    parser.add_argument("--rows", type=int, default=4000, help="of the dataset")
     parser.add_argument("--longest-prompt", type=int, default=1024)
     parser.add_argument("--longest-new", type=int, default=640)
     parser.add_argument("--new", type=int, default=256, help="tokens of each timed row of `tensor`")

@@ -66,9 +66,12 @@ def test_sampling_kernels() -> None:
 
 
 def test_programmatic_dependent_launch() -> None:
-    compiled = compile_kernels([90, 100], ["float16"], ["decode pdl", "skinny early"])
-    check(compiled, {"decode_kernel", "skinny_linear_kernel"})
-    assert all(kernel["waits"] for kernel in compiled)
+    compiled = compile_kernels([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"])
+    check(compiled, {"decode_kernel", "prefill_kernel", "skinny_linear_kernel"})
+    assert all(kernel["lets"] == 1 and kernel["waits first"] for kernel in compiled)
+    # At its start, or beside prompts before it stores. Prompts are launched the ordinary way.
+    waits = {"decode_kernel": 2, "prefill_kernel": 0, "skinny_linear_kernel": 1}
+    assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in compiled)
 
 
 @pytest.mark.slow

@@ -102,6 +102,29 @@ def test_a_mixed_step(
     assert calls["prefill"] == [(len(step.context.tile_rows) - num_decodes,)] * 2, "no decoding row is read twice"
 
 
+@pytest.mark.parametrize("prompts", [True, False])
+def test_what_decodes_runs_beside_prompts(prompts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind their launch, which lets it start; where there is none it must wait for what is before."""
+    step, order = Step(MIXED, 3), list[str | tuple[str, bool]]()
+    if not prompts:
+        for name in ("tile_rows", "tile_queries", "tile_lengths", "tile_positions"):
+            setattr(step.context, name, getattr(step.context, name)[:3])
+    decode, prefill = triton_backend.decode_attention, triton_backend.prefill_attention
+
+    def note_decode(*arguments: Any, **options: Any) -> torch.Tensor:
+        order.append(("decode", options["beside_prefill"]))
+        return decode(*arguments, **options)
+
+    def note_prefill(*arguments: Any, **options: Any) -> torch.Tensor:
+        order.append("prefill")
+        return prefill(*arguments, **options)
+
+    monkeypatch.setattr(triton_backend, "decode_attention", note_decode)
+    monkeypatch.setattr(triton_backend, "prefill_attention", note_prefill)
+    step.attend(TritonBackend(DEVICE), AttentionOptions(0.25))
+    assert order == ["prefill", ("decode", prompts)] * 2
+
+
 def test_a_decode_step(calls: dict[str, list[tuple[int, ...]]]) -> None:
     runs, options = [(20, 1), (0, 1), (90, 1)], AttentionOptions(0.25)
     expected = Step(runs, 3, decode=True).attend(ReferenceBackend(), options)

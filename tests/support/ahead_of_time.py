@@ -200,6 +200,14 @@ def sampling(dtype: torch.dtype) -> None:
             fused.choose(torch.empty(4, vocab, dtype=dtype), rows, features)
 
 
+def prefill_early(dtype: torch.dtype) -> None:
+    """As cards launch it that know early launches."""
+    from hf_async_batching.attention import triton_kernels as kernels
+
+    with mock.patch.object(kernels, "device_launches_early", return_value=True):
+        prefill(SHAPES["llama"], dtype)
+
+
 # Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {}
 for _name, _shape in SHAPES.items():
@@ -215,6 +223,7 @@ LAUNCHES["sampling"] = sampling
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {
     "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
+    "prefill early": prefill_early,
     "skinny early": skinny_early,
 }
 
@@ -238,7 +247,9 @@ def main() -> None:
         try:
             kernel = launch.compile(capability)
             about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-            about["waits"] = kernel.asm["ptx"].count("griddepcontrol.wait")
+            ptx = kernel.asm["ptx"]
+            about |= {"waits": ptx.count("griddepcontrol.wait"), "lets": ptx.count("griddepcontrol.launch_dependents")}
+            about["waits first"] = ptx.rfind("griddepcontrol.wait") < ptx.find("griddepcontrol.launch_dependents")
         except Exception as error:
             about["failed"] = f"{type(error).__name__}: {error}"
         return json.dumps(about)
