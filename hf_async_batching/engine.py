@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_async_batching.devices import Device
 from hf_async_batching.emission import Emission
-from hf_async_batching.newcomers import spare_seconds
+from hf_async_batching.newcomers import Patience
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Launch, NewRow, Plan, Result
 from hf_async_batching.request import Request
@@ -28,6 +28,7 @@ class Engine:
         debug: Check the scheduler's bookkeeping after every step.
 
     Attributes:
+        patience: How long plans can wait.
         depth: May be lowered and raised again between steps, up to what the engine was made with.
         records: The last steps, oldest first.
         started: The rows of requests whose prompts began with the last call of `step`.
@@ -56,6 +57,7 @@ class Engine:
         self.failed: list[tuple[str, Exception]] = []
         self._in_flight: deque[Launch] = deque()
         self._arrived = 0.0
+        self.patience = Patience()
         self._debug = debug
 
     def add(self, request: Request) -> None:
@@ -79,7 +81,7 @@ class Engine:
         """How long the next step can wait for requests that would be in it; see `newcomers`."""
         if self.device.runs_inline or not self.scheduler.has_room:
             return 0.0
-        return spare_seconds(self.records, len(self._in_flight), self._arrived, time.perf_counter())
+        return self.patience.spare_seconds(self.records, len(self._in_flight), self._arrived, time.perf_counter())
 
     def step(self) -> list[Emission]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""

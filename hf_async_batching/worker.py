@@ -240,8 +240,10 @@ class Worker:
             spare = engine.spare_seconds()
             if spare > 0:
                 # To the end, whoever comes: others may follow, and the plan is not needed before.
+                due = time.perf_counter() + spare
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, spare)
+                engine.patience.woke(time.perf_counter() - due)
 
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)

@@ -13,7 +13,7 @@ from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine
 
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.newcomers import MARGIN, RECENT, spare_seconds
+from hf_async_batching.newcomers import MARGIN, RECENT, Patience
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.timeline import StepRecord
@@ -25,23 +25,39 @@ def record(seconds: float = 0.010, plan: float = 0.001, settle: float = 0.0005) 
 
 def test_the_plan_is_made_shortly_before_it_is_due() -> None:
     records = [record()] * RECENT
-    assert spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.010 - 0.0015 - MARGIN)
-    assert spare_seconds(records, 1, 5.0, 5.004) == pytest.approx(0.006 - 0.0015 - MARGIN)
-    assert spare_seconds(records, 2, 5.0, 5.0) == pytest.approx(0.020 - 0.0015 - MARGIN)
+    assert Patience().spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.010 - 0.0015 - MARGIN)
+    assert Patience().spare_seconds(records, 1, 5.0, 5.004) == pytest.approx(0.006 - 0.0015 - MARGIN)
+    assert Patience().spare_seconds(records, 2, 5.0, 5.0) == pytest.approx(0.020 - 0.0015 - MARGIN)
+
+
+def test_who_wakes_up_late_waits_less() -> None:
+    patience, records = Patience(), [record()] * RECENT
+    patience.woke(-0.001)
+    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0065)
+    patience.woke(0.004)
+    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0025)
+    patience.woke(0.0001)
+    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0029), "it is forgotten slowly"
+    for _ in range(40):
+        patience.woke(0.0001)
+    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0064)
 
 
 def test_it_counts_the_shortest_step_and_the_slowest_host() -> None:
-    records = [record()] * RECENT
-    assert spare_seconds([*records, record(seconds=0.006)], 1, 0.0, 0.0) == pytest.approx(0.006 - 0.0015 - MARGIN)
-    assert spare_seconds([*records, record(plan=0.004)], 1, 0.0, 0.0) == pytest.approx(0.010 - 0.0045 - MARGIN)
-    assert spare_seconds([*records, record(settle=0.0035)], 1, 0.0, 0.0) == pytest.approx(0.010 - 0.0045 - MARGIN)
-    assert spare_seconds([record(seconds=0.001), *records], 1, 0.0, 0.0) > 0.006, "that was long ago"
-    assert spare_seconds([record(seconds=0.002)] * RECENT, 1, 0.0, 0.0) < 0, "short steps leave none"
+    def spare(*records: StepRecord) -> float:
+        return Patience().spare_seconds(records, 1, 0.0, 0.0)
+
+    usual = [record()] * RECENT
+    assert spare(*usual, record(seconds=0.006)) == pytest.approx(0.006 - 0.0015 - MARGIN)
+    assert spare(*usual, record(plan=0.004)) == pytest.approx(0.010 - 0.0045 - MARGIN)
+    assert spare(*usual, record(settle=0.0035)) == pytest.approx(0.010 - 0.0045 - MARGIN)
+    assert spare(record(seconds=0.001), *usual) == spare(*usual), "that was long ago"
+    assert spare(*[record(seconds=0.002)] * RECENT) < 0, "short steps leave none"
 
 
 def test_nothing_is_known_or_in_flight() -> None:
-    assert spare_seconds([record()] * (RECENT - 1), 1, 5.0, 5.0) == 0.0
-    assert spare_seconds([record()] * RECENT, 0, 5.0, 5.0) == 0.0, "the device waits for the plan"
+    assert Patience().spare_seconds([record()] * (RECENT - 1), 1, 5.0, 5.0) == 0.0
+    assert Patience().spare_seconds([record()] * RECENT, 0, 5.0, 5.0) == 0.0, "the device waits for the plan"
 
 
 def test_who_has_room() -> None:
@@ -61,7 +77,7 @@ def test_an_engine_asks_for_its_last_steps(monkeypatch: pytest.MonkeyPatch) -> N
     engine = ToyEngine(2, 0, max_rows=2).engine
     engine.add(Request("a", (1, 2), 30))
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("hf_async_batching.engine.spare_seconds", lambda *a: seen.append(a) or 0.25)
+    monkeypatch.setattr(engine.patience, "spare_seconds", lambda *a: seen.append(a) or 0.25)
     for _ in range(3):
         before = time.perf_counter()
         engine.step()
@@ -79,13 +95,15 @@ def test_an_engine_asks_for_its_last_steps(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @contextmanager
-def waiting_before_a_plan(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[GenerationManager]:
-    """An engine that waits once for so long, with one request under way, when this is entered."""
+def waiting_before_a_plan(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[GenerationManager, list[float]]]:
+    """An engine that waits once for so long, with one request under way, when this is entered; how late it woke."""
     with GenerationManager(tiny_model("Llama"), BatchingConfig(max_rows=4, max_sequence_length=512)) as manager:
         manager.warmup()
         assembly = manager.assembly
         assert assembly is not None
-        engine, waits, spares = assembly.engine, threading.Event(), iter([seconds])
+        engine, waits, spares, late = assembly.engine, threading.Event(), iter([seconds]), list[float]()
 
         def spare() -> float:
             if not engine.scheduler.num_running:
@@ -94,13 +112,14 @@ def waiting_before_a_plan(seconds: float, monkeypatch: pytest.MonkeyPatch) -> It
             return next(spares, 0.0)
 
         monkeypatch.setattr(engine, "spare_seconds", spare)
+        monkeypatch.setattr(engine.patience, "woke", late.append)
         manager.submit([5, 6, 7], max_new_tokens=400, eos_token_id=None)
         assert waits.wait(60)
-        yield manager
+        yield manager, late
 
 
 def test_who_comes_meanwhile_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    with waiting_before_a_plan(2.0, monkeypatch) as manager:
+    with waiting_before_a_plan(2.0, monkeypatch) as (manager, late):
         handles = [manager.submit([8] * 20, max_new_tokens=2, eos_token_id=None)]
         time.sleep(0.2)  # the first one does not end the wait
         handles.append(manager.submit([9] * 30, max_new_tokens=2, eos_token_id=None))
@@ -109,10 +128,12 @@ def test_who_comes_meanwhile_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> 
         assert manager.assembly is not None
         prompts = [step.prompt_tokens for step in manager.assembly.engine.records]
         assert 50 in prompts, "both in one step"
+    assert len(late) == 1
+    assert -0.01 < late[0] < 60
 
 
 def test_closing_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    with waiting_before_a_plan(120.0, monkeypatch) as manager:
+    with waiting_before_a_plan(120.0, monkeypatch) as (manager, _):
         began = time.perf_counter()
         manager.close()
         assert time.perf_counter() - began < 60
