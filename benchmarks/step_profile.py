@@ -28,7 +28,7 @@ from hf_async_batching.bench.measure import Traffic
 from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.workloads import WORKLOADS, make_workload
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.step_sizes import decode_buckets
+from hf_async_batching.step_sizes import PADDED_TOKENS, decode_buckets
 from hf_async_batching.timeline import StepRecord
 
 WATCHED, MOST_KERNELS = 10, 16
@@ -72,17 +72,17 @@ def main() -> None:
 
 
 def kind(step: StepRecord, buckets: Sequence[int]) -> tuple[str, int]:
-    """What a step is counted with: decode steps by their bucket, others by their tokens."""
+    """What a step is counted with: decode steps by their bucket, others by their size; the largest by tokens."""
     if not step.prompt_tokens:
         return "decode", next(bucket for bucket in buckets if bucket >= step.decode_rows)
     tokens = step.decode_rows + step.prompt_tokens
-    return "with prompts", next((size for size in (64, 136, 200, 264, 296, 520, 1032) if tokens <= size), 2048)
+    return "with prompts", next((size for size in PADDED_TOKENS if tokens < size), tokens)
 
 
 def by_kind(records: Sequence[StepRecord], traffic: Traffic, bandwidth: float) -> None:
     """Print steps, their time and their floor, kind by kind."""
     kinds: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    buckets = decode_buckets(max(step.decode_rows for step in records) or 1)
+    buckets = decode_buckets(max([1, *[step.decode_rows for step in records]]))
     for before, after in itertools.pairwise(records):
         floor = traffic.of_steps([after]) / bandwidth
         kinds[kind(after, buckets)].append((after.compute[1] - before.compute[1], floor))
@@ -103,27 +103,27 @@ def watch(driver: ThroughEngine, workload: Any, firsts: Sequence[int]) -> None:
     engine = driver.assembly.engine
     for request in workload.first:
         engine.add(request)
-    for number in itertools.count():
-        if not engine.has_work:
-            return
+    number, cuda = 0, torch.cuda.is_available()
+    while engine.has_work:
         if number not in firsts:
             engine.step()
+            number += 1
             continue
-        cuda = torch.cuda.is_available()
+        first = number
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profile:
-            for _ in range(WATCHED):
-                if engine.has_work:
-                    engine.step()
+            while engine.has_work and number < first + WATCHED:
+                engine.step()
+                number += 1
             if cuda:
                 torch.cuda.synchronize()
-        last = engine.records[-1]
+        last, count = engine.records[-1], number - first
         print(
-            f"\nsteps {number} to {number + WATCHED - 1}: {last.decode_rows} rows, {last.prompt_tokens} prompt tokens"
+            f"\nsteps {first} to {number - 1}: {last.decode_rows} rows, {last.prompt_tokens} prompt tokens in the last"
         )
         times = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
         for microseconds, event in sorted(times, key=lambda time: -time[0])[:MOST_KERNELS]:
-            per_step = microseconds / WATCHED / 1e3
-            print(f"{per_step:8.3f} ms/step {event.count / WATCHED:7.1f} launches  {event.key[:110]}")
+            per_step = microseconds / count / 1e3
+            print(f"{per_step:8.3f} ms/step {event.count / count:7.1f} launches  {event.key[:110]}")
 
 
 if __name__ == "__main__":

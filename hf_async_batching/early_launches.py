@@ -6,6 +6,9 @@ predecessor reads. Inductor puts such a wait in front of loads that need it, and
 kernel is right if it waits before it lets its successor start and before its first store: its predecessor, which
 did the same, and with it all others before, have then ended. A kernel without any load would not wait at all; code
 with one is found here, and compiled again without early launches.
+
+Our own kernels do the same, with one exception: behind prompts, whose kernel was launched the ordinary way, the decode
+kernel waits only before it stores its results (`attention/triton_decode.py` says why it may).
 """
 
 from __future__ import annotations

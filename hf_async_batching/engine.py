@@ -56,7 +56,6 @@ class Engine:
         self.outputs: dict[str, tuple[Any, Any]] = {}
         self.failed: list[tuple[str, Exception]] = []
         self._in_flight: deque[Launch] = deque()
-        self._arrived = 0.0
         self.patience = Patience()
         self._debug = debug
 
@@ -79,9 +78,15 @@ class Engine:
 
     def spare_seconds(self) -> float:
         """How long the next step can wait for requests that would be in it; see `newcomers`."""
-        if self.device.runs_inline or not self.scheduler.has_room:
+        # With more in flight, results would wait, too; with none the device waits for the plan.
+        if len(self._in_flight) != 1 or self.device.runs_inline or not self.scheduler.has_room:
             return 0.0
-        return self.patience.spare_seconds(self.records, len(self._in_flight), self._arrived, time.perf_counter())
+        plan = self._in_flight[0].plan
+        if plan.chunks:
+            return 0.0
+        return self.patience.spare_seconds(
+            self.records, len(plan.decode_rows), plan.context_tokens, time.perf_counter()
+        )
 
     def step(self) -> list[Emission]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
@@ -108,7 +113,7 @@ class Engine:
 
     def _collect(self, launch: Launch) -> list[Emission]:
         result = self.pipeline.collect(launch)
-        arrived = self._arrived = time.perf_counter()
+        arrived = time.perf_counter()
         for position, error in result.failures.items():
             self.failed += [(failed, error) for failed in self.scheduler.fail(result.step, (position,))]
         emissions = self.scheduler.complete(result)
@@ -116,6 +121,7 @@ class Engine:
             self._keep_outputs(launch.plan, result, emissions)
         compute = self._span(launch, "compute_start", "compute_done")
         assert compute is not None
+        self.patience.collected(arrived, compute[1])
         plan = launch.plan
         self.records.append(
             StepRecord(

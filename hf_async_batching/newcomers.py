@@ -2,7 +2,8 @@
 
 With two steps in flight a step is planned as soon as the one before the last has ended, a whole step before the device
 needs it. Who answers a message that has just been completed comes a moment too late for that plan, and would wait for
-that step and the next. So where there is room for another request the plan is made only shortly before it is due.
+that step and the next. So where there is room for another request, and the step in flight only decodes, the plan is
+made only shortly before it is due.
 """
 
 from __future__ import annotations
@@ -12,40 +13,60 @@ from itertools import islice
 
 from hf_async_batching.timeline import StepRecord
 
-RECENT = 16
-"""Steps that say how long steps take."""
+RECENT, ENOUGH = 16, 8
+"""Of the last `RECENT` steps so many must have been without prompts, to say how long one takes."""
 
 MARGIN = 2e-3
 """Seconds that stay between the plan and the moment at which it is due, for whatever holds the host up."""
 
-
-_FORGETTING = 0.9
+# What is left of a delay after each step.
+_FORGETTING = 0.97
+# A step's beginning is computed from the device's clock, which may drift, and drawn to the host's by this share.
+_DRAWN = 0.02
 
 
 class Patience:
-    """Says how long a plan can wait, and learns how late this process's threads wake up."""
+    """Says how long a plan can wait, and learns when steps begin and how late this process's threads wake up."""
 
     def __init__(self) -> None:
-        self._late = 0.0
+        self._began = self._ended = self._late = 0.0
 
-    def spare_seconds(self, records: Sequence[StepRecord], in_flight: int, arrived: float, now: float) -> float:
+    def collected(self, arrived: float, ended: float) -> None:
+        """Note that a step's result was read, so that the next one is under way.
+
+        Args:
+            arrived: When that was. The step ended before, and long before where the thread was held up.
+            ended: When the device ended the step, by its own clock; both of `time.perf_counter`.
+        """
+        computed = self._began + ended - self._ended
+        self._ended = ended
+        self._began = min(arrived, computed + _DRAWN * (arrived - computed))
+
+    def spare_seconds(self, records: Sequence[StepRecord], rows: int, context: int, now: float) -> float:
         """Seconds for which the next plan can wait without the device running dry; 0 or less for none.
 
-        Counts the shortest of the last `RECENT` steps, and the longest time that the host took for one of them.
+        Counts the shortest of the last steps, and the longest time that the host took for one of them. With fewer rows
+        or a shorter context a step gets shorter, but by no larger a share than these: all weights are read anyway.
 
         Args:
             records: Of the last steps, oldest first.
-            in_flight: Steps that have been launched and not collected.
-            arrived: When the last result arrived, which is when the first of them began.
-            now: The time; like `arrived` of `time.perf_counter`.
+            rows: That decode in the step in flight, the only one.
+            context: Tokens that its attention reads.
+            now: The time, of `time.perf_counter`.
         """
+        self._late *= _FORGETTING
         recent = list(islice(reversed(records), RECENT))
-        if not in_flight or len(recent) < RECENT:
+        steps = [
+            (record.compute[1] - record.compute[0])
+            * min(1.0, rows / record.decode_rows, context / record.context_tokens)
+            for record in recent
+            if not record.prompt_tokens
+        ]
+        if len(steps) < ENOUGH:
             return 0.0
-        step = min([record.compute[1] - record.compute[0] for record in recent])
         host = max([record.plan[1] - record.plan[0] + record.settle[1] - record.settle[0] for record in recent])
-        return arrived + in_flight * step - now - host - MARGIN - self._late
+        return self._began + min(steps) - now - host - MARGIN - self._late
 
     def woke(self, late: float) -> None:
         """Note how many seconds after the end of a wait its thread went on: others may have held Python's lock."""
-        self._late = max(late, _FORGETTING * self._late)
+        self._late = max(late, self._late)

@@ -4,7 +4,7 @@ Decode steps come in buckets, so that each can be captured once as a CUDA graph.
 time it is needed (which also compiles its kernels) and captured the second time.
 
 So do steps with prompts or drafts that have few tokens, after some uses: launching their kernels one by one would take
-the host longer than the device needs. With more tokens than `step_sizes.MOST_PADDED` it does not, and these are run as
+the host longer than the device needs. With `step_sizes.MOST_PADDED` tokens or more it does not, and these are run as
 they are.
 """
 
@@ -30,11 +30,11 @@ from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
 from hf_async_batching.staging import NO_PADDING, Padding, Sections
 from hf_async_batching.step_sizes import (
-    PADDED_TOKENS,
     SPREAD_TOKENS,
     decode_buckets,
     padded_decodes,
     padded_entries,
+    padded_tokens,
 )
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Runner:
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
-        self.paddings = [tokens for tokens in PADDED_TOKENS if tokens <= largest.tokens] if graphs else []
+        self.paddings = padded_tokens(largest) if graphs else []
         self._most_entries = largest.entries
         self._padded_decodes = padded_decodes(max_rows)
         self._spread: list[Padding] = []

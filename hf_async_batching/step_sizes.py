@@ -1,7 +1,7 @@
 """Which sizes steps are padded to, so that each can be captured once as a CUDA graph. No torch.
 
-Matrix products take their rows in tiles of 64 or 128, so that a few tokens beyond a multiple cost as much as another
-tile: on an H100 the products of an 8B model take 6.8 ms for 256 tokens, 7.3 for 264 and 8.0 for 384.
+Matrix products take their rows in tiles of 64 or 128, so that the first few tokens beyond a multiple cost much of what
+a tile does: on an H100 the products of an 8B model take 6.8 ms for 256 tokens, 7.3 for 264 and 8.0 for 384.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from hf_async_batching.staging import Padding
 SPREAD_TOKENS = 384
 """Query tokens that a step is filled up to where prompts are spread over decode steps, its padding included.
 
-Up to there a further token costs less than half of what it costs in a step full of prompts (on an H100, 9 against 20
-microseconds in an 8B model); with 512, more than that.
+Up to there a further token costs about half of what it costs in a step full of prompts (on an H100, 8 to 9 against 18
+microseconds of products in an 8B model); from there to 512, 12.
 """
 
 # Of steps with prompts; larger ones take the device longer than launching their kernels takes the host.
 PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, SPREAD_TOKENS, 512, 768, 1024)
-MOST_PADDED = PADDED_TOKENS[-1]
 _PADDED_ENTRIES = (16, 64)
-# By so much a step is padded where rows decode in it.
-_DECODE_ROOM = 31
+# By so much a full step is padded: one token that padded samples point to, and where rows decode in it, theirs.
+_ROOM = 32
+MOST_PADDED = PADDED_TOKENS[-1] + _ROOM
 
 # Computing that many tokens takes a model of so many bytes about as long as launching its kernels takes the host.
 _PADDED_WEIGHTS = 16e9
@@ -60,16 +60,24 @@ def largest_padding(max_batch_tokens: int, max_rows: int, max_samples: int, weig
     """
     worth = int(MOST_PADDED * min(1.0, _PADDED_WEIGHTS / max(weight_bytes, 1)))
     # A step that is full has room for padding, too.
-    return Padding(min(worth, max_batch_tokens + 1 + _DECODE_ROOM), max_samples, max_rows)
+    return Padding(min(worth, max_batch_tokens + _ROOM), max_samples, max_rows)
+
+
+def padded_tokens(largest: Padding) -> list[int]:
+    """Tokens of the steps with prompts that get a graph, of `largest_padding` at the most."""
+    sizes = [tokens for tokens in PADDED_TOKENS if tokens <= largest.tokens]
+    # A step with as many tokens as there can be, where that is one of the sizes itself.
+    return [*sizes, largest.tokens] if largest.tokens - _ROOM in sizes else sizes
 
 
 def spread_room(sizes: list[int], decoding: int) -> int:
-    """Prompt tokens next to `decoding` rows in a step of `SPREAD_TOKENS`; a few where the rows leave no room.
+    """Prompt tokens next to `decoding` rows in a step of `SPREAD_TOKENS`, or of the next size that leaves some room.
 
     Args:
         sizes: `padded_decodes` of the rows that there are.
         decoding: Rows that decode in the step.
     """
+    decodes, least = sizes[bisect.bisect_left(sizes, decoding)], SPREAD_TOKENS // 8
+    size = next((size for size in PADDED_TOKENS if size >= SPREAD_TOKENS and size > decodes + least), 0)
     # One token is padding: the padded samples need it to point to.
-    room = SPREAD_TOKENS - 1 - sizes[bisect.bisect_left(sizes, decoding)]
-    return max(room, SPREAD_TOKENS // 8)
+    return max(size - 1 - decodes, least)

@@ -238,7 +238,7 @@ class Worker:
                 _clear_frames(raised)
                 handle._fail(raised)
             spare = engine.spare_seconds()
-            if spare > 0:
+            if spare > 0 and self._accepting:
                 # To the end, whoever comes: others may follow, and the plan is not needed before.
                 due = time.perf_counter() + spare
                 with self._changed:

@@ -9,55 +9,113 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from support.clock_device import PLANNING, ClockDevice, timed_engine
 from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine
 
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.newcomers import MARGIN, RECENT, Patience
+from hf_async_batching.engine import Engine
+from hf_async_batching.newcomers import ENOUGH, MARGIN, RECENT, Patience
+from hf_async_batching.plan import Plan
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.timeline import StepRecord
 
+ROWS, CONTEXT = 4, 400
 
-def record(seconds: float = 0.010, plan: float = 0.001, settle: float = 0.0005) -> StepRecord:
-    return StepRecord(0, 1, 0, 1, 9, (1.0, 1.0 + plan), (2.0, 2.0 + settle), (1.5, 1.5 + seconds), None, None)
+
+def record(
+    seconds: float = 0.010,
+    plan: float = 0.001,
+    settle: float = 0.0005,
+    prompt_tokens: int = 0,
+    rows: int = ROWS,
+    context: int = CONTEXT,
+) -> StepRecord:
+    return StepRecord(
+        0, rows, prompt_tokens, 1, context, (1.0, 1.0 + plan), (2.0, 2.0 + settle), (1.5, 1.5 + seconds), None, None
+    )
+
+
+def began_at(seconds: float) -> Patience:
+    """As after a step that ended then, and whose result was read at once."""
+    patience = Patience()
+    patience.collected(seconds, seconds)
+    return patience
+
+
+def spare(*records: StepRecord, rows: int = ROWS, context: int = CONTEXT, now: float = 5.0) -> float:
+    return began_at(5.0).spare_seconds(records, rows, context, now)
+
+
+USUAL = [record()] * RECENT
 
 
 def test_the_plan_is_made_shortly_before_it_is_due() -> None:
-    records = [record()] * RECENT
-    assert Patience().spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.010 - 0.0015 - MARGIN)
-    assert Patience().spare_seconds(records, 1, 5.0, 5.004) == pytest.approx(0.006 - 0.0015 - MARGIN)
-    assert Patience().spare_seconds(records, 2, 5.0, 5.0) == pytest.approx(0.020 - 0.0015 - MARGIN)
-
-
-def test_who_wakes_up_late_waits_less() -> None:
-    patience, records = Patience(), [record()] * RECENT
-    patience.woke(-0.001)
-    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0065)
-    patience.woke(0.004)
-    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0025)
-    patience.woke(0.0001)
-    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0029), "it is forgotten slowly"
-    for _ in range(40):
-        patience.woke(0.0001)
-    assert patience.spare_seconds(records, 1, 5.0, 5.0) == pytest.approx(0.0064)
-
-
-def test_it_counts_the_shortest_step_and_the_slowest_host() -> None:
-    def spare(*records: StepRecord) -> float:
-        return Patience().spare_seconds(records, 1, 0.0, 0.0)
-
-    usual = [record()] * RECENT
-    assert spare(*usual, record(seconds=0.006)) == pytest.approx(0.006 - 0.0015 - MARGIN)
-    assert spare(*usual, record(plan=0.004)) == pytest.approx(0.010 - 0.0045 - MARGIN)
-    assert spare(*usual, record(settle=0.0035)) == pytest.approx(0.010 - 0.0045 - MARGIN)
-    assert spare(record(seconds=0.001), *usual) == spare(*usual), "that was long ago"
+    assert spare(*USUAL) == pytest.approx(0.010 - 0.0015 - MARGIN)
+    assert spare(*USUAL, now=5.004) == pytest.approx(0.006 - 0.0015 - MARGIN)
     assert spare(*[record(seconds=0.002)] * RECENT) < 0, "short steps leave none"
 
 
-def test_nothing_is_known_or_in_flight() -> None:
-    assert Patience().spare_seconds([record()] * (RECENT - 1), 1, 5.0, 5.0) == 0.0
-    assert Patience().spare_seconds([record()] * RECENT, 0, 5.0, 5.0) == 0.0, "the device waits for the plan"
+def test_it_counts_the_shortest_step_and_the_slowest_host() -> None:
+    assert spare(*USUAL, record(seconds=0.006)) == pytest.approx(0.006 - 0.0015 - MARGIN)
+    assert spare(*USUAL, record(plan=0.004)) == pytest.approx(0.010 - 0.0045 - MARGIN)
+    assert spare(*USUAL, record(settle=0.0035)) == pytest.approx(0.010 - 0.0045 - MARGIN)
+    assert spare(record(seconds=0.001), *USUAL) == spare(*USUAL), "that was long ago"
+    assert spare(*USUAL[1:], record(seconds=0.005)) < spare(*USUAL) and RECENT > ENOUGH > 4
+
+
+def test_steps_with_prompts_do_not_say_how_long_others_take() -> None:
+    prompts = [record(seconds=0.060, prompt_tokens=2048)] * RECENT
+    assert spare(*prompts) == 0.0
+    assert spare(*prompts, *USUAL[: ENOUGH - 1]) == 0.0
+    assert spare(*prompts, *USUAL[:ENOUGH]) == pytest.approx(0.010 - 0.0015 - MARGIN)
+    assert spare(*USUAL[: ENOUGH - 1]) == 0.0, "too few"
+
+
+def test_a_smaller_step_is_shorter() -> None:
+    assert spare(*USUAL, rows=ROWS - 1) == pytest.approx(0.0075 - 0.0015 - MARGIN)
+    assert spare(*USUAL, context=CONTEXT // 2) == pytest.approx(0.005 - 0.0015 - MARGIN)
+    assert spare(*USUAL, rows=ROWS - 1, context=CONTEXT // 2) == pytest.approx(0.005 - 0.0015 - MARGIN)
+    assert spare(*USUAL, rows=ROWS + 1, context=CONTEXT + 9) == spare(*USUAL), "a larger one may be no longer"
+
+
+def test_who_wakes_up_late_waits_less() -> None:
+    patience = began_at(5.0)
+
+    def now() -> float:
+        return patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.0)
+
+    patience.woke(-0.001)
+    assert now() == pytest.approx(0.0065)
+    patience.woke(0.004)
+    first = now()
+    assert 0.0025 < first < 0.0027
+    patience.woke(0.0001)
+    assert first < now() < 0.003, "it is forgotten slowly"
+    patience.woke(1.0)
+    assert now() < 0
+    assert any(now() > 0 for _ in range(300)), "also where nobody waits any more"
+
+
+def test_a_result_that_was_read_late_makes_no_step_begin_later() -> None:
+    """The device went on while the thread was held up."""
+    patience = began_at(5.0)
+    patience.collected(5.010, 5.010)
+    patience.collected(5.035, 5.020)  # 15 ms late
+    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.035) < -MARGIN
+    patience.collected(5.036, 5.030)
+    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.036) == pytest.approx(0.0005, abs=6e-4)
+    patience.collected(5.040, 5.040)
+    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.040) == pytest.approx(0.0065, abs=1e-6)
+
+
+def test_clocks_that_drift_are_brought_together() -> None:
+    patience, arrived, ended = began_at(5.0), 5.0, 5.0
+    for _ in range(1000):
+        arrived, ended = arrived + 0.0100, ended + 0.00999
+        patience.collected(arrived, ended)
+    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, arrived) > 0.0055
 
 
 def test_who_has_room() -> None:
@@ -73,25 +131,88 @@ def test_who_has_room() -> None:
     assert two.has_room
 
 
-def test_an_engine_asks_for_its_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ToyEngine(2, 0, max_rows=2).engine
-    engine.add(Request("a", (1, 2), 30))
+def test_when_an_engine_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ToyEngine(2, 0, max_rows=3).engine
     seen: list[tuple[Any, ...]] = []
+    collected: list[tuple[float, float]] = []
     monkeypatch.setattr(engine.patience, "spare_seconds", lambda *a: seen.append(a) or 0.25)
+    monkeypatch.setattr(engine.patience, "collected", lambda *a: collected.append(a))
+    assert engine.spare_seconds() == 0.0, "nothing is in flight"
+    engine.add(Request("a", (1, 2), 30))
+    engine.step()
+    assert engine.spare_seconds() == 0.0, "its prompt is in flight"
     for _ in range(3):
         before = time.perf_counter()
         engine.step()
     assert engine.spare_seconds() == 0.25
-    records, in_flight, arrived, now = seen[0]
-    assert records is engine.records and in_flight == 1
-    assert before < arrived <= now
+    records, rows, context, now = seen[0]
+    assert records is engine.records
+    assert (rows, context) == (1, engine.records[-1].context_tokens + 1)
+    assert before < collected[-1][0] < now <= time.perf_counter()
+    assert collected[-1][1] == engine.records[-1].compute[1]
+    monkeypatch.setattr(engine.device, "runs_inline", True)
+    assert engine.spare_seconds() == 0.0, "what runs inline is never ahead"
+    monkeypatch.setattr(engine.device, "runs_inline", False)
     engine.add(Request("b", (1, 2), 30))
     assert engine.spare_seconds() == 0.0, "somebody waits"
-    monkeypatch.setattr(engine.device, "runs_inline", True)
-    engine.step()
-    assert engine.scheduler.has_room is False
-    engine.cancel("b")
-    assert engine.spare_seconds() == 0.0, "what runs inline is never ahead"
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_at_other_depths_nothing_waits(depth: int) -> None:
+    """One step in flight would be too many to wait for at depth 1, and two would make results wait at depth 3."""
+    engine = ToyEngine(depth, 0, max_rows=2).engine
+    engine.patience.spare_seconds = lambda *_: 0.25  # type: ignore[method-assign]
+    engine.add(Request("a", (1, 2), 30))
+    for _ in range(5):
+        engine.step()
+    assert len(engine._in_flight) == depth - 1
+    assert engine.spare_seconds() == 0.0
+
+
+def serve(engine: Engine, device: ClockDevice, late: float = 0.0) -> int:
+    """As a worker does; each 25th step its thread is held up. Returns how often plans waited."""
+    waits, steps = 0, 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+        device.now += late * (steps % 25 == 0)
+        spare = engine.spare_seconds()
+        if spare > 0:
+            device.now += spare
+            engine.patience.woke(0.0)
+            waits += 1
+    return waits
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("late", [0.0, 0.007])
+def test_the_device_never_runs_dry(depth: int, late: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts first, then steps of which each is a little longer, until requests end."""
+
+    def seconds(plan: Plan) -> float:
+        return 0.060 if plan.chunks else 0.006 + 0.001 * len(plan.decode_rows) + 1e-6 * plan.context_tokens
+
+    toy, device = timed_engine(depth, seconds, monkeypatch)
+    for i in range(3):
+        toy.engine.add(Request(str(i), (1,) * 90, 60 + 40 * i))
+    waits = serve(toy.engine, device, late)
+    assert [gap for gap in device.gaps if gap > PLANNING + 1e-6] == []
+    assert waits > 60 if depth == 2 else waits < 3, "at the end one is left"
+
+
+def test_a_result_that_is_collected_late_is_no_reason_to_wait_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, device = timed_engine(2, lambda _: 0.020, monkeypatch)
+    collect, count = toy.engine.pipeline.collect, iter(range(1, 1000))
+
+    def held_up(launch: Any) -> Any:
+        result = collect(launch)
+        device.now += 0.015 * (next(count) % 25 == 0)
+        return result
+
+    monkeypatch.setattr(toy.engine.pipeline, "collect", held_up)
+    toy.engine.add(Request("a", (1, 2), 150))
+    assert serve(toy.engine, device) > 100
+    assert device.gaps == []
 
 
 @contextmanager
@@ -119,17 +240,18 @@ def waiting_before_a_plan(
 
 
 def test_who_comes_meanwhile_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    with waiting_before_a_plan(2.0, monkeypatch) as (manager, late):
+    with waiting_before_a_plan(3.0, monkeypatch) as (manager, late):
         handles = [manager.submit([8] * 20, max_new_tokens=2, eos_token_id=None)]
-        time.sleep(0.2)  # the first one does not end the wait
-        handles.append(manager.submit([9] * 30, max_new_tokens=2, eos_token_id=None))
+        time.sleep(0.2)  # neither the first one nor somebody who goes ends the wait
+        handles[0].cancel()
+        handles += [manager.submit([token] * 30, max_new_tokens=2, eos_token_id=None) for token in (9, 10)]
         for handle in handles:
             handle.result()
         assert manager.assembly is not None
         prompts = [step.prompt_tokens for step in manager.assembly.engine.records]
-        assert 50 in prompts, "both in one step"
+        assert 60 in prompts, "both in one step"
     assert len(late) == 1
-    assert -0.01 < late[0] < 60
+    assert -0.01 < late[0] < 2
 
 
 def test_closing_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +259,12 @@ def test_closing_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         began = time.perf_counter()
         manager.close()
         assert time.perf_counter() - began < 60
+
+
+def test_who_takes_no_more_requests_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with waiting_before_a_plan(0.01, monkeypatch) as (manager, late):
+        engine, worker = manager.assembly.engine, manager._worker  # type: ignore[union-attr]
+        monkeypatch.setattr(engine, "spare_seconds", lambda: 120.0 * (not worker.accepting))
+        worker.drain()
+        assert worker.memory_free.wait(60), "the request ends, and with it the engine"
+    assert len(late) == 1

@@ -28,7 +28,7 @@ from hf_async_batching.runner import (
 )
 from hf_async_batching.sampling import SampledRows
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
-from hf_async_batching.step_sizes import MOST_PADDED, SPREAD_TOKENS
+from hf_async_batching.step_sizes import MOST_PADDED, SPREAD_TOKENS, padded_decodes
 
 
 class FakeGraph:
@@ -175,8 +175,10 @@ def test_which_steps_with_prompts_are_captured() -> None:
     assert padding(*[9] * 70, decodes=28) == Padding(768, 104, 32), "all that a step can sample"
     assert padding(215, decodes=40) == Padding(256, 16, 40)
     assert padding(127) == Padding(128, 16)
-    assert padding(1023) == Padding(1024, 16), "the largest"
-    assert padding(1024) is None, "too many tokens"
+    assert padding(1023) == Padding(1024, 16)
+    assert padding(1024) == Padding(1056, 16), "a full step"
+    assert padding(992, decodes=32) == Padding(1056, 16, 32), "a full one with rows"
+    assert padding(1056) is None, "too many tokens"
     assert padding(200, samples=None) is None, "more samples than there are entries"
     assert padding(4, features=Features(logits=True)) is None
     embeds = Request("a", (0, 0, 0), 9, prompt_embeddings=torch.zeros(3, 2))
@@ -204,8 +206,20 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     runner.warm(Features(logits=True))
     assert device.captures == before + len(runner.buckets), "forwards alone"
     verify(engine, run_random_schedule(engine, 3))
-    many = ToyEngine(2, 0, device=FakeGraphDevice(), max_batch_tokens=400, max_rows=300, admission="longest_first")
-    assert all(padding.entries > 0 for padding in many.runner._spread)
+
+
+def test_which_steps_are_captured_in_advance() -> None:
+    def spread(largest: Padding, max_rows: int = 40) -> list[Padding]:
+        return Runner(
+            lambda _: torch.zeros(1), ToyEngine(1, 0).state, FakeGraphDevice(), max_rows=max_rows, largest=largest,
+            spread=True, graphs=True,
+        )._spread  # fmt: skip
+
+    assert spread(Padding(256, 40, 40)) == [], "so large none is captured"
+    many = spread(Padding(1024, 100, 512), 512)
+    assert {padding.decodes for padding in many} == {size for size in padded_decodes(512) if size < SPREAD_TOKENS}
+    assert all(padding.entries == 16 for padding in many)
+    assert {padding.entries for padding in spread(Padding(1024, 8, 40))} == {8}, "all that a step can sample"
 
 
 def test_what_cannot_be_captured_is_not_run_in_advance() -> None:

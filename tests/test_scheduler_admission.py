@@ -179,6 +179,17 @@ def test_rows_that_decode_take_of_the_room() -> None:
     assert (len(plan.decode_rows), plan.num_tokens) == (30, 30 + SPREAD_TOKENS - 33)
 
 
+def test_only_rows_that_decode_take_of_the_room() -> None:
+    scheduler = Scheduler(num_pages=4000, page_size=16, max_rows=40, max_batch_tokens=600, admission="longest_first")
+    for i in range(8):
+        scheduler.add(Request(str(i), (i, 1), 5000))
+    next_plan(scheduler)
+    scheduler.add(Request("late", (7,) * 2000, 10))
+    next_plan(scheduler)
+    plan = next_plan(scheduler)
+    assert (len(plan.decode_rows), plan.num_tokens) == (8, SPREAD_TOKENS - 1), "not the one whose prompt is computed"
+
+
 def test_drafts_do_not_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_sizes, "SPREAD_TOKENS", 8)
     scheduler = Scheduler(

@@ -13,6 +13,7 @@ from hf_async_batching.step_sizes import (
     largest_padding,
     padded_decodes,
     padded_entries,
+    padded_tokens,
     spread_room,
 )
 
@@ -30,6 +31,9 @@ def test_buckets_grow_to_the_largest_step() -> None:
 def test_the_largest_step_with_prompts_that_is_worth_capturing() -> None:
     assert largest_padding(2048, 256, 320, int(1e9)) == Padding(MOST_PADDED, 320, 256)
     assert largest_padding(512, 256, 320, int(1e9)) == Padding(544, 320, 256), "a full step has room for padding"
+    assert padded_tokens(Padding(544, 9, 9)) == [*PADDED_TOKENS[:12], 544]
+    assert padded_tokens(Padding(700, 9, 9)) == [*PADDED_TOKENS[:12]]
+    assert padded_tokens(Padding(MOST_PADDED, 9, 9)) == [*PADDED_TOKENS, MOST_PADDED]
     assert largest_padding(2048, 256, 320, int(64e9)).tokens == MOST_PADDED // 4, "large models compute longer"
 
 
@@ -40,7 +44,7 @@ def test_room_for_what_decodes_in_a_captured_step_with_prompts() -> None:
     for rows in (*range(1, 300), 1000):
         sizes = padded_decodes(rows)
         assert sizes == sorted(set(sizes))
-        assert all(b - a <= 32 for a, b in itertools.pairwise(sizes) if b <= 256), "_DECODE_ROOM"
+        assert all(b - a <= 32 for a, b in itertools.pairwise(sizes) if b <= 256), "_ROOM"
 
 
 def test_tokens_fill_the_tiles_of_a_product() -> None:
@@ -60,4 +64,7 @@ def test_prompts_fill_a_step_up_to_its_size() -> None:
     assert spread_room(sizes, 8) == SPREAD_TOKENS - 9
     assert spread_room(sizes, 9) == spread_room(sizes, 32) == SPREAD_TOKENS - 33
     assert spread_room(sizes, 33) == SPREAD_TOKENS - 65
-    assert spread_room(padded_decodes(1000), 500) == SPREAD_TOKENS // 8, "they go on"
+    assert spread_room(sizes, 256) == SPREAD_TOKENS - 257
+    more = padded_decodes(1400)
+    assert spread_room(more, 380) == 512 - 385, "the next size, where there is more room"
+    assert spread_room(more, 1400) == SPREAD_TOKENS // 8, "they go on"

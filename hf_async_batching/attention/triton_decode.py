@@ -261,7 +261,8 @@ def decode_kernel(
     which it knew back to 0 for the next launch; without, `combine_kernel` must follow.
 
     With `beside` the kernel before is `prefill_kernel`, which began when all before it had ended: what this one reads
-    is there, and it waits only before it stores its results and lets the next kernel start.
+    is there, and it waits only before it stores its results and lets the next kernel start. Keys and values of the new
+    tokens it stores before: they are there already, in rows that no prompt reads.
     """
     if PDL:  # noqa: SIM102 - known when compiling, the other one is not
         if beside == 0:
@@ -300,6 +301,8 @@ def decode_kernel(
         first_block += blocks * split // active_splits
         if split >= active_splits:
             if not FUSED:
+                if PDL:
+                    gdc_wait()
                 # Weight zero in the combination, which does not know how many splits there are.
                 nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
                 tl.store(partial_log_sum + flat_heads * max_splits + split, nothing, mask=group_mask)

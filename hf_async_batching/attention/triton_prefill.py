@@ -117,7 +117,7 @@ def prefill_kernel(
     """
     if EARLY:
         # Few prompts leave most of the device idle. This kernel is launched the ordinary way, so that all before it
-        # have ended; whoever is launched early behind it waits for its end before using or storing anything of it.
+        # have ended; whoever is launched early behind it waits for its end before using or storing results.
         gdc_launch_dependents()
     BLOCKS: tl.constexpr = (TILE * GROUP + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)

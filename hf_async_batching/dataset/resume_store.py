@@ -45,7 +45,7 @@ DEAD_SECONDS = 120.0
 """How long a rank whose shards are missing may not be there, before the others give up waiting for it."""
 
 _QUEUED = 1024
-_WAIT_SECONDS = 0.1
+_WAIT_SECONDS, _MOST_WAIT_SECONDS = 0.1, 1.0
 _SHARDS_PER_RANK = 16
 _MOST_SHARD_ROWS = 1000
 
@@ -172,6 +172,7 @@ class ResumeStore:
         assert num_rows is not None
         expected = [shard_name(number) for number in range(-(-num_rows // self._shard_rows))]
         seen_alive: dict[int, float] = {}
+        pause = _WAIT_SECONDS
         while missing := [name for name in expected if not (self._data / name).exists()]:
             now = time.monotonic()
             owners = sorted({int(name[5:11]) % self._ranks.size for name in missing})
@@ -184,7 +185,8 @@ class ResumeStore:
                     f"{len(missing)} of {len(expected)} shards in {self.folder} are missing, and there is no process "
                     f"of rank {', '.join(map(str, dead))}; start again with the same arguments to go on"
                 )
-            time.sleep(_WAIT_SECONDS)
+            time.sleep(pause)
+            pause = min(1.1 * pause, _MOST_WAIT_SECONDS)  # a shared disk is asked less and less
         if self._ranks.rank == 0 or self._ranks.size == 1:
             self.manifest.shards, self.manifest.num_rows = expected, num_rows
             self.manifest.write(self.folder)

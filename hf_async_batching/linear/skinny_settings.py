@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from hf_async_batching.linear import skinny, skinny_kernel
+from hf_async_batching.linear import library, skinny, skinny_kernel
+from hf_async_batching.linear.library import library_linear
 from hf_async_batching.linear.skinny import (
     LIBRARY,
     MAX_ROWS,
@@ -19,7 +20,7 @@ from hf_async_batching.linear.skinny import (
 )
 from hf_async_batching.tuning import Tuning, source_version
 
-KERNEL = f"skinny product {source_version(skinny_kernel.__file__, skinny.__file__)}"
+KERNEL = f"skinny product {source_version(skinny_kernel.__file__, skinny.__file__, library.__file__)}"
 
 # More than any L2 cache holds: a step reads each weight once, from memory.
 _ROTATED_BYTES = 256 << 20
@@ -85,7 +86,7 @@ def _products(
         def launch() -> None:
             for weight in turn:
                 if setting == LIBRARY:
-                    torch.nn.functional.linear(x, weight)
+                    library_linear(x, weight, None)
                 else:
                     skinny_linear(x, weight, None, counters, setting)
 

@@ -25,15 +25,18 @@ SAMPLING = {
 ROOT = Path(__file__).parents[2]
 
 
+def environment() -> dict[str, str]:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
 def compile_kernels(capabilities: list[int], dtypes: list[str], launches: list[str]) -> list[dict[str, object]]:
     """In a process of its own: in this one Triton may interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-W", "ignore", "-m", "support.ahead_of_time", *map(str, capabilities)]
     command += ["--dtypes", *dtypes]
     if launches:
         command += ["--launches", *launches]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     # A compiler that fails prints its whole input there, too.
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"launch"')]
@@ -72,6 +75,20 @@ def test_programmatic_dependent_launch() -> None:
     # At its start, or beside prompts before it stores. Prompts are launched the ordinary way.
     waits = {"decode_kernel": 2, "prefill_kernel": 0, "skinny_linear_kernel": 1}
     assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in compiled)
+
+
+def test_beside_prompts_the_same_code_runs() -> None:
+    """Nothing is compiled while requests are served."""
+    code = """
+import functools, torch
+from support.ahead_of_time import SHAPES, decode, recording
+with recording("x") as launches:
+    for beside in (False, True):
+        decode(SHAPES["llama"], torch.float16, splits=3, pdl=True, beside_prefill=beside)
+one, other = launches
+assert (one.signature, one.constants, one.attributes) == (other.signature, other.constants, other.attributes)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment())
 
 
 @pytest.mark.slow

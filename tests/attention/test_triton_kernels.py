@@ -310,6 +310,24 @@ def test_decode_of_short_contexts_leaves_the_partial_results_alone(monkeypatch: 
         assert any(tensor.isfinite().any() for tensor in partial) == touched
 
 
+def test_only_beside_prompts_the_kernel_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would not wait for the kernel before it."""
+    told = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **_: told.append(arguments[-1])
+
+    monkeypatch.setattr(kernels, "decode_kernel", Kernel())
+    cache = Cache([20], head_dim=16)
+    for beside in (False, True):
+        kernels.decode_attention(
+            queries(1, 2, 16, torch.float32), cache.key, cache.value, cache.table, int32([1]), int32([20]),
+            scaling=SCALING, beside_prefill=beside,
+        )  # fmt: skip
+    assert told == [0, 1]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: it decides which program is last")
 def test_decode_combines_in_the_order_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter

@@ -11,6 +11,10 @@ import torch
 from hf_async_batching.linear import engine_linear, library
 from hf_async_batching.linear.library import gains_by_bias, library_linear, zeros_for
 
+pytest.importorskip("triton")
+
+from hf_async_batching.linear import skinny, skinny_settings
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -19,9 +23,9 @@ def no_zeros_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_zeros", {})
 
 
-def gains(rows: int, n: int, k: int, **changes: Any) -> bool:
+def gains(rows: int, n: int, k: int, both: torch.dtype = torch.bfloat16, **changes: Any) -> bool:
     """As on a card of the kind that was measured."""
-    dtype = torch.bfloat16
+    dtype = both
     x = SimpleNamespace(is_cuda=True, dtype=dtype, device="h100", numel=lambda: rows * k)
     weight = SimpleNamespace(shape=(n, k), dtype=dtype)
     for name, value in changes.items():
@@ -38,9 +42,22 @@ def test_which_products_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gains(128, 4096, 4096)
     assert not gains(128, 28672, 14336), "not long beside the outputs"
     assert not gains(128, 40000, 90000), "more outputs than zeros"
-    assert not gains(128, 4096, 14336, dtype=torch.float32)
+    assert gains(128, 2048, 8192)
+    assert not gains(128, 2048, 8191), "short"
+    assert not gains(128, 4096, 14336, dtype=torch.float16), "of another dtype than the weight"
+    assert not gains(128, 4096, 14336, both=torch.float32)
     assert not gains(128, 4096, 14336, is_cuda=False)
     assert not gains(128, 4096, 14336, device="a100")
+
+
+def test_on_which_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for major in (8, 9, 10):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
+        library._chooses_so.cache_clear()
+        found.append(library._chooses_so(torch.device("cuda", 0)))
+    library._chooses_so.cache_clear()
+    assert found == [False, True, False], "those that were measured"
 
 
 @pytest.mark.parametrize("gained", [False, True])
@@ -69,6 +86,22 @@ def test_a_sum_behind_the_product(gained: bool, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(residual, kept), "others read it, too"
 
 
+def test_products_beyond_our_kernel_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    for module in (engine_linear, skinny_settings):
+        monkeypatch.setattr(module, "library_linear", lambda *a: calls.append(a) or torch.nn.functional.linear(*a))
+    x, weight = torch.randn(70, 64, device=DEVICE), torch.randn(48, 64, device=DEVICE)
+    counters = torch.zeros(engine_linear.MAX_STRIPS, dtype=torch.int32, device=DEVICE)
+    engine_linear._linear(x, weight, None, counters)
+    engine_linear._linear_add(x, weight, None, counters, torch.zeros(70, 48, device=DEVICE))
+    layer = torch.nn.Linear(64, 48, device=DEVICE)
+    engine_linear.convert(layer, counters, skinny=False)
+    layer(x)
+    assert len(calls) == 3
+    skinny_settings._products([weight], 70, counters)(skinny.LIBRARY)()
+    assert len(calls) > 3, "what is measured is what serves"
+
+
 def test_zeros_are_made_once_and_not_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.empty(2, 64, dtype=torch.float16, device=DEVICE), torch.empty(48, 64, device=DEVICE)
     fake: Any = SimpleNamespace(is_cuda=True, device=x.device, dtype=x.dtype)
@@ -79,6 +112,9 @@ def test_zeros_are_made_once_and_not_while_a_graph_is_captured(monkeypatch: pyte
     assert zeros is not None
     assert zeros.shape == (48,) and zeros.dtype == x.dtype and not zeros.any()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    other = zeros_for(torch.empty(2, 64, dtype=torch.bfloat16, device=DEVICE), weight)
+    assert other is not None
+    assert other.dtype == torch.bfloat16, "of each dtype"
     again = zeros_for(fake, weight)
     assert again is not None
     assert again.data_ptr() == zeros.data_ptr(), "captured graphs go on reading them"

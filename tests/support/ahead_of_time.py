@@ -107,7 +107,7 @@ def _attention(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def decode(shape: Shape, dtype: torch.dtype, **changes: Any) -> None:
+def decode(shape: Shape, dtype: torch.dtype, beside_prefill: bool = False, **changes: Any) -> None:
     from hf_async_batching.attention import triton_kernels as kernels
 
     index, counters = torch.zeros(32, dtype=torch.int32), torch.zeros(4096, dtype=torch.int32)
@@ -122,6 +122,7 @@ def decode(shape: Shape, dtype: torch.dtype, **changes: Any) -> None:
             torch.empty(32, shape.kv_heads, shape.size, dtype=dtype),
             torch.empty(32, shape.kv_heads, shape.size_v, dtype=dtype),
         ),
+        beside_prefill=beside_prefill,
     )  # fmt: skip
 
 
