@@ -14,7 +14,7 @@ from itertools import islice
 from hf_async_batching.timeline import StepRecord
 
 RECENT, ENOUGH = 16, 8
-"""Of the last `RECENT` steps so many must have been without prompts, to say how long one takes."""
+"""Of the last `RECENT` steps so many must have been of rows that decode alone, to say how long one takes."""
 
 MARGIN = 2e-3
 """Seconds that stay between the plan and the moment at which it is due, for whatever holds the host up."""
@@ -60,7 +60,8 @@ class Patience:
             (record.compute[1] - record.compute[0])
             * min(1.0, rows / record.decode_rows, context / record.context_tokens)
             for record in recent
-            if not record.prompt_tokens
+            # Neither with prompts nor with drafts, of which a step can be all.
+            if 0 < record.decode_rows == record.tokens and not record.prompt_tokens
         ]
         if len(steps) < ENOUGH:
             return 0.0

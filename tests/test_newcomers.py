@@ -31,9 +31,20 @@ def record(
     prompt_tokens: int = 0,
     rows: int = ROWS,
     context: int = CONTEXT,
+    tokens: int | None = None,
 ) -> StepRecord:
+    sampled = rows if tokens is None else tokens
     return StepRecord(
-        0, rows, prompt_tokens, 1, context, (1.0, 1.0 + plan), (2.0, 2.0 + settle), (1.5, 1.5 + seconds), None, None
+        0,
+        rows,
+        prompt_tokens,
+        sampled,
+        context,
+        (1.0, 1.0 + plan),
+        (2.0, 2.0 + settle),
+        (1.5, 1.5 + seconds),
+        None,
+        None,
     )
 
 
@@ -71,6 +82,12 @@ def test_steps_with_prompts_do_not_say_how_long_others_take() -> None:
     assert spare(*prompts, *USUAL[: ENOUGH - 1]) == 0.0
     assert spare(*prompts, *USUAL[:ENOUGH]) == pytest.approx(0.010 - 0.0015 - MARGIN)
     assert spare(*USUAL[: ENOUGH - 1]) == 0.0, "too few"
+
+
+def test_steps_with_drafts_do_not_either() -> None:
+    drafts = [record(seconds=0.030, rows=0, tokens=5), record(seconds=0.030, rows=2, tokens=9)] * RECENT
+    assert spare(*drafts) == 0.0
+    assert spare(*drafts, *USUAL[:ENOUGH]) == pytest.approx(0.010 - 0.0015 - MARGIN)
 
 
 def test_a_smaller_step_is_shorter() -> None:
@@ -198,6 +215,17 @@ def test_the_device_never_runs_dry(depth: int, late: float, monkeypatch: pytest.
     waits = serve(toy.engine, device, late)
     assert [gap for gap in device.gaps if gap > PLANNING + 1e-6] == []
     assert waits > 60 if depth == 2 else waits < 3, "at the end one is left"
+
+
+@pytest.mark.parametrize("lookup", [(3, 3, 3), (3, 0, 0)])
+def test_also_where_drafts_are_computed(lookup: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model repeats itself, so that drafts are right; they are whole steps, or stand beside rows that decode."""
+    toy, device = timed_engine(2, lambda plan: 0.008 + 0.001 * len(plan.chunks), monkeypatch, draft_rows=4)
+    for i, tokens in enumerate(lookup):
+        toy.engine.add(Request(str(i), (3,) * 9, 150, lookup_tokens=tokens))
+    serve(toy.engine, device)
+    drafted = [step for step in toy.engine.records if step.tokens > step.decode_rows and not step.prompt_tokens]
+    assert len(drafted) > 10
 
 
 def test_a_result_that_is_collected_late_is_no_reason_to_wait_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,11 +55,11 @@ class ClockDevice(CpuDevice):
 
 
 def timed_engine(
-    depth: int, seconds: Callable[[Plan], float], monkeypatch: pytest.MonkeyPatch
+    depth: int, seconds: Callable[[Plan], float], monkeypatch: pytest.MonkeyPatch, draft_rows: int = 0
 ) -> tuple[ToyEngine, ClockDevice]:
     """An engine whose model always says 3, on a `ClockDevice`; `planned` is called for each of its plans."""
     device = ClockDevice(seconds)
-    toy = ToyEngine(depth, 0, device=device, max_rows=4, num_pages=400, max_batch_tokens=9)
+    toy = ToyEngine(depth, 0, device=device, max_rows=4, num_pages=400, max_batch_tokens=9, draft_rows=draft_rows)
 
     def forward(inputs: Any) -> torch.Tensor:
         logits = torch.zeros(len(inputs.context.rows if inputs.sample_index is None else inputs.sample_index), VOCAB)
