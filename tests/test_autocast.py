@@ -28,6 +28,22 @@ def expected(model: Any, dtype: torch.dtype | None) -> list[list[int]]:
         return [greedy_alone(model, prompt, 12, eos_token_id=None) for prompt in PROMPTS]
 
 
+def right(model: Any, got: list[list[int]], dtype: torch.dtype | None) -> bool:
+    """Whether tokens are `generate`'s, but for ties: processors that multiply bfloat16 themselves (AVX-512 BF16, AMX)
+    sum in an order that depends on the batch. Then each must be within two roundings of the largest logit.
+    """
+    want = expected(model, dtype)
+    for prompt, tokens, wanted in zip(PROMPTS, got, want, strict=True):
+        if tokens == wanted:
+            continue
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].float()
+        gaps = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        if dtype != torch.bfloat16 or len(tokens) != len(wanted) or gaps.max() > 2 * 2**-7 * logits.abs().max():
+            return False
+    return True
+
+
 def served(manager: GenerationManager) -> list[list[int]]:
     handles = [manager.submit(prompt, **GREEDY) for prompt in PROMPTS]
     return [handle.result(60).token_ids for handle in handles]
@@ -39,7 +55,9 @@ def test_equal_to_generate_under_the_same_autocast(model: Any, dtype: torch.dtyp
     assert want != expected(model, None), "rounding changes nothing: this test would prove nothing"
     with GenerationManager(model, CONFIG) as manager:
         with torch.autocast("cpu", dtype):
-            assert served(manager) == want
+            got = served(manager)
+        assert right(model, got, dtype)
+        assert got != expected(model, None)
         assert manager.assembly is not None
         assert {layer.dtype for layer in manager.assembly.forward.layers} == {dtype}
 
@@ -59,16 +77,14 @@ def test_the_same_through_generate(model: Any) -> None:
 def test_states_alternate_and_do_not_mix(model: Any) -> None:
     """Callers under different states wait for each other: no batch and no cache holds requests of both."""
     dtypes = [None, torch.bfloat16, torch.float16]
-    want = {dtype: expected(model, dtype) for dtype in dtypes}
-    wrong: list[Any] = []
+    answers: list[tuple[torch.dtype | None, list[list[int]]]] = []
 
     def caller(dtype: torch.dtype | None) -> None:
         for _ in range(3):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 handles = [manager.submit(prompt, **GREEDY) for prompt in PROMPTS]
             # Waiting needs no autocast: the state is that of the submission.
-            if [handle.result(120).token_ids for handle in handles] != want[dtype]:
-                wrong.append(dtype)
+            answers.append((dtype, [handle.result(120).token_ids for handle in handles]))
 
     with GenerationManager(model, CONFIG) as manager:
         threads = [threading.Thread(target=caller, args=(dtype,)) for dtype in dtypes]
@@ -76,14 +92,17 @@ def test_states_alternate_and_do_not_mix(model: Any) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert wrong == []
+    assert len(answers) == 9
+    plain = expected(model, None)
+    assert [dtype for dtype, got in answers if not right(model, got, dtype) or (got == plain) != (dtype is None)] == []
 
 
 def test_live_requests_end_as_they_began(model: Any) -> None:
     with GenerationManager(model, CONFIG) as manager:
         long = manager.submit(PROMPTS[-1], **{**GREEDY, "max_new_tokens": 200})
         with torch.autocast("cpu", torch.bfloat16):
-            assert served(manager) == expected(model, torch.bfloat16)
+            got = served(manager)
+        assert right(model, got, torch.bfloat16) and got != expected(model, None)
         assert long.done, "the other state's engine started while this one's was still running"
         assert long.result(60).token_ids == greedy_alone(model, PROMPTS[-1], 200, eos_token_id=None)
 
@@ -95,15 +114,14 @@ def test_live_requests_end_as_they_began(model: Any) -> None:
 )
 def test_fused_and_compiled(settings: dict[str, Any]) -> None:
     model = tiny_model("Qwen3")
-    want = expected(model, torch.bfloat16)
     config = BatchingConfig(page_size=16, max_batch_tokens=64, **settings)
     with GenerationManager(model, config) as manager, torch.autocast("cpu", torch.bfloat16):
         manager.warmup()
         assert manager.assembly is not None
         assert manager.assembly.forward.packed_groups
-        # What is compiled rounds in other places; a flip is possible, and all of them are a mistake.
-        equal = sum(got == wanted for got, wanted in zip(served(manager), want, strict=True))
-    assert equal >= (6 if "compile" in settings else 8)
+        got = served(manager)
+    # What is compiled rounds in other places, too.
+    assert right(model, got, torch.bfloat16) and got != expected(model, None)
 
 
 def test_weights_cast_by_one_thread_are_not_seen_by_another() -> None:
@@ -121,7 +139,7 @@ def test_weights_cast_by_one_thread_are_not_seen_by_another() -> None:
         manager.weights_updated()
         second = served(manager)
     assert second != first
-    assert second == expected(model, torch.bfloat16)
+    assert right(model, second, torch.bfloat16)
 
 
 def test_what_is_captured() -> None:

@@ -90,8 +90,10 @@ def test_after_clear_no_page_shows_the_answer(byte_tokenizer: Any, make_manager:
         cleared = len(pages)
         second = asyncio.create_task(ask("Ho"))
         await first
-        assert len(pages) == cleared + 1
-        assert pages[-1][0] == pages[-1][1] == pages[cleared - 1][1] == []
+        # Nothing of the answer, and perhaps already the next question, which waits for its end.
+        assert pages[cleared - 1][1] == []
+        assert any(page[0] == page[1] == [] for page in pages[cleared:])
+        assert len(pages) <= cleared + 2 and "'Hi'" not in str(pages[cleared:])
         await asyncio.sleep(0.2)
         await handlers.stop(VISITOR)
         await second
