@@ -4,10 +4,10 @@ With "fcfs" requests start in the order in which they came. "longest_first" is f
 
 - Of the requests that wait the one that may become longest starts first (the rule of longest processing time, Graham
   1969), so that no long one runs on alone at the end.
-- Once rows are free for all that wait, prompts are spread over the steps. A step reads all weights, and takes no
-  longer with a few hundred tokens than with one: decode steps have room for pieces of prompts, which cost next to
-  nothing there, and their full price in steps of their own (piggybacking, as in Sarathi-Serve, arXiv 2403.02310). No
-  request is put off so long that it would end after the one that ends last anyway, as far as `max_new_tokens` tells.
+- Once rows are free for all that wait, prompts are spread over the steps. A step reads all weights anyway: pieces of
+  prompts cost about half in decode steps of what they cost in steps of their own (`step_sizes.SPREAD_TOKENS`;
+  piggybacking, as in Sarathi-Serve, arXiv 2403.02310). No request is put off so long that it would end after the one
+  that ends last anyway, as far as `max_new_tokens` tells.
 """
 
 from __future__ import annotations

@@ -169,25 +169,16 @@ def test_who_needs_a_row_first_is_not_spread() -> None:
     assert plan.num_tokens == 600
 
 
-def test_rows_that_decode_take_of_the_room() -> None:
+@pytest.mark.parametrize(("rows", "padded"), [(8, 8), (30, 32)])
+def test_rows_that_decode_take_of_the_room(rows: int, padded: int) -> None:
     scheduler = Scheduler(num_pages=4000, page_size=16, max_rows=40, max_batch_tokens=600, admission="longest_first")
-    for i in range(30):
+    for i in range(rows):
         scheduler.add(Request(str(i), (i, 1), 5000))
     next_plan(scheduler)
     scheduler.add(Request("late", (7,) * 2000, 10))
-    plan = next_plan(scheduler)
-    assert (len(plan.decode_rows), plan.num_tokens) == (30, 30 + SPREAD_TOKENS - 33)
-
-
-def test_only_rows_that_decode_take_of_the_room() -> None:
-    scheduler = Scheduler(num_pages=4000, page_size=16, max_rows=40, max_batch_tokens=600, admission="longest_first")
-    for i in range(8):
-        scheduler.add(Request(str(i), (i, 1), 5000))
-    next_plan(scheduler)
-    scheduler.add(Request("late", (7,) * 2000, 10))
-    next_plan(scheduler)
-    plan = next_plan(scheduler)
-    assert (len(plan.decode_rows), plan.num_tokens) == (8, SPREAD_TOKENS - 1), "not the one whose prompt is computed"
+    for _ in range(2):  # the second time its prompt is under way, in a row that does not decode
+        plan = next_plan(scheduler)
+        assert (len(plan.decode_rows), plan.num_tokens) == (rows, rows + SPREAD_TOKENS - 1 - padded)
 
 
 def test_drafts_do_not_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:

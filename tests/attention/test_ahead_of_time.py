@@ -75,6 +75,9 @@ def test_programmatic_dependent_launch() -> None:
     # At its start, or beside prompts before it stores. Prompts are launched the ordinary way.
     waits = {"decode_kernel": 2, "prefill_kernel": 0, "skinny_linear_kernel": 1}
     assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in compiled)
+    # Whose programs without work store, too, where another kernel combines.
+    apart = compile_kernels([90], ["float16"], ["decode apart pdl"])
+    assert [kernel["waits"] for kernel in apart if kernel["kernel"] == "decode_kernel"] == [3]
 
 
 def test_beside_prompts_the_same_code_runs() -> None:

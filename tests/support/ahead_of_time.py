@@ -224,6 +224,7 @@ LAUNCHES["sampling"] = sampling
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {
     "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
+    "decode apart pdl": functools.partial(decode, SHAPES["llama"], splits=3, fused=False, pdl=True),
     "prefill early": prefill_early,
     "skinny early": skinny_early,
 }
