@@ -246,7 +246,9 @@ def test_models_that_accelerate_prepared_for_mixed_precision() -> None:
     assert "forward" in vars(model)
     for settings in SETTINGS:
         with make(model, **settings) as manager:
-            assert served(manager) == expected(model)
+            # One by one: some processors' sums of bfloat16 depend on the batch.
+            got = [manager.submit(prompt, **GREEDY).result(60).token_ids for prompt in PROMPTS]
+            assert got == expected(model)
             assert manager.assembly is not None
             assert {layer.dtype for layer in manager.assembly.forward.layers} == {torch.bfloat16}
 
