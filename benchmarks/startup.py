@@ -9,20 +9,21 @@ Each start is a process of its own, which makes the model, waits for the device,
 from __future__ import annotations
 
 import argparse
-import cProfile
 import itertools
 import json
 import os
-import pstats
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from benchmarks.stack_samples import StackSamples
 
 ROWS, PROMPT = 32, 32
 
@@ -35,16 +36,14 @@ def one_start(shape: str, device: torch.device, new: int, profile: Path | None) 
     if device.type == "cuda":
         torch.cuda.synchronize()
     vocab = model.config.vocab_size
-    profiler = cProfile.Profile()
+    samples = StackSamples()
     with GenerationManager(model, BatchingConfig(timeline_steps=1 << 16)) as manager:
-        if profile is not None:
-            profiler.enable()
         began = time.perf_counter()
-        first = manager.submit([(7 * i + 3) % vocab for i in range(PROMPT)], max_new_tokens=2, do_sample=False)
-        submitted = time.perf_counter() - began
-        next(iter(first))
-        first_token = time.perf_counter() - began
-        profiler.disable()
+        with nullcontext() if profile is None else samples:
+            first = manager.submit([(7 * i + 3) % vocab for i in range(PROMPT)], max_new_tokens=2, do_sample=False)
+            submitted = time.perf_counter() - began
+            next(iter(first))
+            first_token = time.perf_counter() - began
         handles = [
             manager.submit([(11 * i + j) % vocab for i in range(PROMPT)], max_new_tokens=new, do_sample=False)
             for j in range(ROWS)
@@ -54,8 +53,7 @@ def one_start(shape: str, device: torch.device, new: int, profile: Path | None) 
         steps = [s for s in manager.timeline().steps if s.decode_rows == ROWS and not s.prompt_tokens]
         graphs = manager.stats().graphs
     if profile is not None:
-        with profile.open("w") as file:
-            pstats.Stats(profiler, stream=file).sort_stats("cumulative").print_stats(80)
+        profile.write_text(samples.report())
     seconds = [b.compute[1] - a.compute[1] for a, b in itertools.pairwise(steps) if b.step == a.step + 1]
     final = median(seconds[-50:])
     slow = [i for i in range(len(seconds) - 10) if median(seconds[i : i + 10]) > 1.1 * final]
@@ -74,21 +72,22 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--new", type=int, default=3000, help="tokens of the 32 requests: enough to reach full speed")
-    parser.add_argument("--profile", action="store_true", help="where the first start's time goes, into DIR")
+    parser.add_argument("--profile", action="store_true", help="where the starts' time goes, into DIR")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        profile = arguments.out / "startup.profile" if arguments.profile and arguments.out else None
+        name = f"startup-{arguments.one.replace(' ', '-')}.profile"
+        profile = arguments.out / name if arguments.profile and arguments.out else None
         print(json.dumps(one_start(arguments.shape, torch.device(arguments.device), arguments.new, profile)))
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         for name in ("empty caches", "warm caches"):
-            command = [sys.executable, "-m", "benchmarks.startup", "--one", "--shape", arguments.shape]
+            command = [sys.executable, "-m", "benchmarks.startup", "--one", name, "--shape", arguments.shape]
             command += ["--device", arguments.device, "--new", str(arguments.new)]
-            if arguments.profile and arguments.out and name == "empty caches":
+            if arguments.profile and arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 command += ["--profile", "--out", str(arguments.out)]
             done = subprocess.run(command, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True, check=True)

@@ -17,6 +17,7 @@ from hf_async_batching.attention.cache import PagedCache, group_layers
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
+from hf_async_batching.compiler_start import start_compiler
 from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
@@ -27,6 +28,7 @@ from hf_async_batching.memory import free_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
 from hf_async_batching.pipeline import Pipeline
+from hf_async_batching.process_end import process_ends
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
@@ -198,6 +200,7 @@ def _checked_forward(
     refuse_unservable(model)
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
+    start_compiler(device, model.dtype, getattr(model.config.get_text_config(), "vocab_size", 2))
     try:
         return _packed_forward(model, config, backend), backend
     except UnsupportedModelError as error:
@@ -263,6 +266,8 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
             forward, backend = _compiled_forward(model, fused, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
+        if process_ends():
+            return False  # that is why
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
         logger.debug("compiling failed", exc_info=True)
         return False

@@ -18,6 +18,7 @@ from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.compiled_regions import EXAMPLE_TOKENS
+from hf_async_batching.compiler_start import after_compiler_start
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
 from hf_async_batching.generate_loop import GenerateLoop, prepare_view
@@ -72,13 +73,13 @@ def attach_check(
 
     jobs: list[Callable[[], object]] = [run_plain]
     if isinstance(forward, ModelForward):
-        # Each of these takes seconds in a fresh process: compilers on the one side, libraries that load on the other.
-        jobs = [
+        # Each of these takes seconds in a fresh process: libraries that load on the one side, compilers on the other.
+        kernels: list[Callable[[], object]] = [
             lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
             lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
             lambda: argmax(torch.zeros(2, vocab, dtype=forward.dtype, device=forward.device)),
-            run_plain,
         ]
+        jobs += map(after_compiler_start, kernels)
     try:
         side_by_side(jobs, forward.device)
         got = _engine_logits(forward, backend, page_size, *prompts)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import suppress
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.assembly import Assembly, compile_for
 from hf_async_batching.model_view import make_view
+from hf_async_batching.process_end import ProcessEndsError, end_with_the_process
 
 
 class Preparation:
@@ -29,20 +31,22 @@ class Preparation:
         # A view of its own, made now: what the caller switches later (adapters, modules) is for the next engine.
         view = make_view(model, None)
         thread = threading.Thread(
-            target=self._run, args=(view, weakref.ref(assembly)), name="hf_async_batching_compile", daemon=True
+            target=self._run, args=(view, weakref.ref(assembly)), name="hf_async_batching_compile", daemon=False
         )
         thread.start()
+        end_with_the_process(thread, self.done)
 
     def _run(self, model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> None:
-        try:
-            # The compiled code is for inference mode only, which threads do not inherit.
-            with torch.inference_mode():
-                device = next(model.parameters()).device
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
-                compile_for(model, assembly)
-            # A compiler leaves so many objects that a full collection is due. It stops every thread for 0.4 s: better
-            # now than in the middle of serving.
-            gc.collect()
-        finally:
-            self.done.set()
+        with suppress(ProcessEndsError):
+            try:
+                # The compiled code is for inference mode only, which threads do not inherit.
+                with torch.inference_mode():
+                    device = next(model.parameters()).device
+                    if device.type == "cuda":
+                        torch.cuda.set_device(device)
+                    compile_for(model, assembly)
+                # A compiler leaves so many objects that a full collection is due. It stops every thread for 0.4 s:
+                # better now than in the middle of serving.
+                gc.collect()
+            finally:
+                self.done.set()

@@ -60,7 +60,7 @@ def generate_batch(
             except TimeoutError:
                 raise
             except Exception as error:
-                logger.debug("%s with %s failed", attention, wish, exc_info=True)
+                logger.warning("generate_batch with %s %s failed: %s", attention, wish, short(error))
                 run.notes.append(f"{' '.join([attention, *wish])}: {short(error)}")
                 model.set_attn_implementation(original)
                 # What failed may have left its cache behind.

@@ -111,10 +111,10 @@ def test_zeros_are_made_once_and_not_while_a_graph_is_captured(monkeypatch: pyte
     zeros = zeros_for(x, weight)
     assert zeros is not None
     assert zeros.shape == (48,) and zeros.dtype == x.dtype and not zeros.any()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     other = zeros_for(torch.empty(2, 64, dtype=torch.bfloat16, device=DEVICE), weight)
     assert other is not None
     assert other.dtype == torch.bfloat16, "of each dtype"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     again = zeros_for(fake, weight)
     assert again is not None
     assert again.data_ptr() == zeros.data_ptr(), "captured graphs go on reading them"

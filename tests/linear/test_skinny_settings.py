@@ -18,12 +18,12 @@ from hf_async_batching.linear.skinny import LIBRARY, SkinnySetting, default_sett
 from hf_async_batching.linear.skinny_settings import SkinnySettings
 from hf_async_batching.tuning import Tuning
 
-CPU = torch.device("cpu")
-RULE = default_setting(16, 64, 64, shared_memory_limit(CPU))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RULE = default_setting(16, 64, 64, shared_memory_limit(DEVICE))
 
 
 def counters() -> torch.Tensor:
-    return torch.zeros(MAX_STRIPS, dtype=torch.int32)
+    return torch.zeros(MAX_STRIPS, dtype=torch.int32, device=DEVICE)
 
 
 def settings(folder: Path, times: Callable[[int], float]) -> SkinnySettings:
@@ -34,11 +34,11 @@ def settings(folder: Path, times: Callable[[int], float]) -> SkinnySettings:
         launch()
         return times(next(calls))
 
-    return SkinnySettings(CPU, Tuning(CPU, folder, timer))
+    return SkinnySettings(DEVICE, Tuning(DEVICE, folder, timer))
 
 
 def weight(n: int = 64, k: int = 64) -> torch.Tensor:
-    return torch.randn(n, k, dtype=torch.float16)
+    return torch.randn(n, k, dtype=torch.float16, device=DEVICE)
 
 
 def test_the_rule_where_nothing_was_measured(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_library_can_win(tmp_path: Path) -> None:
 
 
 def test_layers_take_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = torch.nn.Linear(64, 64).half()
+    layer = torch.nn.Linear(64, 64, device=DEVICE).half()
     convert(layer, counters(), skinny=True)
     taken: list[SkinnySetting | None] = []
     from hf_async_batching.linear import skinny
@@ -78,12 +78,12 @@ def test_layers_take_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(skinny, "skinny_linear", run)
     known = settings(tmp_path, lambda n: 0.5 if n == 1 else 1.0)
     monkeypatch.setattr(skinny_settings, "settings_for", lambda device: known)
-    x = torch.randn(4, 64).half()
+    x = torch.randn(4, 64, device=DEVICE).half()
     assert engine_linear._few_rows(x, layer.weight, layer.bias, counters()) is not None
     assert taken == [RULE]
     known.tune([layer.weight], [4], counters())
     assert engine_linear._few_rows(x, layer.weight, layer.bias, counters()) is None, "the library was measured faster"
-    assert engine_linear._few_rows(torch.randn(4, 64), layer.weight.float(), None, counters()) is None
+    assert engine_linear._few_rows(torch.randn(4, 64, device=DEVICE), layer.weight.float(), None, counters()) is None
 
 
 def test_products_of_a_view() -> None:

@@ -1,0 +1,44 @@
+"""What compiles in the background ends with the process, without taking it along.
+
+Python ends daemon threads where they stand, and a compiler's C++ code answers that with an abort; other threads it
+waits for, and a compiler takes half a minute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+# Seconds between two looks whether the process ends, and until a thread that was told so is told again.
+_LOOK_AGAIN, _SAY_AGAIN = 0.1, 1.0
+
+
+class ProcessEndsError(BaseException):
+    """Raised in a thread whose work nobody will see any more."""
+
+
+def process_ends() -> bool:
+    """Whether the main thread has ended: Python waits for others, then takes down what they use."""
+    return not threading.main_thread().is_alive()
+
+
+def end_with_the_process(thread: threading.Thread, done: threading.Event) -> None:
+    """Raise `ProcessEndsError` in a thread once the process ends; returns at once.
+
+    Args:
+        thread: No daemon, running.
+        done: Set when nothing needs to be raised in it any more.
+    """
+    name = f"{thread.name}_end"
+    # A daemon may: there is nothing but Python in it.
+    threading.Thread(target=_watch, args=(thread, done), name=name, daemon=True).start()
+
+
+def _watch(thread: threading.Thread, done: threading.Event) -> None:
+    while not done.wait(_LOOK_AGAIN):
+        if process_ends() and thread.ident is not None:
+            # Comes up before the thread's next line of Python. Again if need be: compilers may catch all there is.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(ProcessEndsError)
+            )
+            done.wait(_SAY_AGAIN)

@@ -1,0 +1,90 @@
+"""A process may end while a forward is compiled in its background."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_async_batching import process_end
+from hf_async_batching.process_end import ProcessEndsError, end_with_the_process
+
+_SCRIPT = textwrap.dedent(
+    """
+    import sys, time
+    from support.tiny_models import tiny_model
+    from hf_async_batching import BatchingConfig, GenerationManager
+    manager = GenerationManager(tiny_model("Llama"), BatchingConfig(compile=True))
+    handle = manager.submit([5], max_new_tokens=2, do_sample=False, eos_token_id=None)
+    print(len(handle.result().token_ids), flush=True)
+    time.sleep(float(sys.argv[1]))
+    """
+)
+
+
+@pytest.mark.parametrize("seconds", [0, 1.5])
+def test_a_script_that_ends_while_its_model_compiles(seconds: float, tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(seconds)],
+        env={**environment, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr  # it aborted
+    assert done.stdout == "2\n"
+    assert "Traceback" not in done.stderr and "uncompiled" not in done.stderr, done.stderr
+
+
+def test_a_thread_ends_with_the_process_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, done, raised = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(process_end, "process_ends", ends.is_set)
+    monkeypatch.setattr(process_end, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(process_end, "_SAY_AGAIN", 0.05)
+
+    def compile_something() -> None:
+        try:
+            while len(raised) < 2:  # as a compiler that goes on after the first
+                try:
+                    while True:
+                        time.sleep(0.001)
+                except ProcessEndsError as error:
+                    raised.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    end_with_the_process(thread, done)
+    time.sleep(0.1)
+    assert not raised, "the process goes on"
+    ends.set()
+    thread.join(30)
+    assert len(raised) == 2
+
+
+def test_who_is_done_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_end, "process_ends", lambda: True)
+    monkeypatch.setattr(process_end, "_LOOK_AGAIN", 0.01)
+    done, go, raised = threading.Event(), threading.Event(), []
+
+    def compile_something() -> None:
+        try:
+            go.wait(30)
+            time.sleep(0.2)
+        except ProcessEndsError as error:
+            raised.append(error)
+
+    done.set()
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    end_with_the_process(thread, done)
+    go.set()
+    thread.join(30)
+    assert not raised
