@@ -1,4 +1,4 @@
-"""Where all threads of a process are, sampled: a start runs in several, and a profiler of calls slows them unevenly."""
+"""Where all threads of a process are: a start runs in several, and a profiler of calls slows them unevenly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class StackSamples:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None
+    ) -> None:
         self._done.set()
         self._thread.join()
 

@@ -200,7 +200,7 @@ def _checked_forward(
     refuse_unservable(model)
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
-    start_compiler(device, model.dtype, getattr(model.config.get_text_config(), "vocab_size", 2))
+    start_compiler(device)
     try:
         return _packed_forward(model, config, backend), backend
     except UnsupportedModelError as error:

@@ -6,6 +6,7 @@ to do; this finds them before the first request is served.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from hf_async_batching.quantization import is_quantized
 from hf_async_batching.request import Request
 from hf_async_batching.side_by_side import side_by_side
 from hf_async_batching.staging import Sections, encode
+from hf_async_batching.tensor_parallel.shared_modules import parallel_modules
 
 # Relative error of the logits that rounding alone explains: sums in another order, not another result.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -62,27 +64,38 @@ def attach_check(
     prompts = first, second, third
     tolerance = logits_tolerance(forward)
     want: dict[str, torch.Tensor] = {}
+    got: dict[str, torch.Tensor] = {}
     noise: list[float] = []
 
-    def run_plain() -> None:
-        view = make_view(model, None)
-        prepare_view(view)
-        want.update(_generate_logits(view, forward, *prompts))
-        if forward.recomputes:
-            noise.append(_check_causality(view, forward, want, first, second))
+    # Every rank has its collectives in one order; and what families keep for all of their caches is not for threads.
+    in_turn = bool(parallel_modules(model)) or not isinstance(forward, ModelForward)
+    plain_ended = threading.Event()
 
-    jobs: list[Callable[[], object]] = [run_plain]
-    if isinstance(forward, ModelForward):
-        # Each of these takes seconds in a fresh process: libraries that load on the one side, compilers on the other.
-        kernels: list[Callable[[], object]] = [
-            lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
-            lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
-            lambda: argmax(torch.zeros(2, vocab, dtype=forward.dtype, device=forward.device)),
-        ]
-        jobs += map(after_compiler_start, kernels)
+    def run_plain() -> None:
+        try:
+            view = make_view(model, None)
+            prepare_view(view)
+            want.update(_generate_logits(view, forward, *prompts))
+            if forward.recomputes:
+                noise.append(_check_causality(view, forward, want, first, second))
+        finally:
+            plain_ended.set()
+
+    def run_engine() -> None:
+        if isinstance(forward, ModelForward):
+            kernels: list[Callable[[], object]] = [
+                lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
+                lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
+                lambda: argmax(torch.zeros(2, vocab, dtype=forward.dtype, device=forward.device)),
+            ]
+            side_by_side([after_compiler_start(kernel) for kernel in kernels], forward.device)
+        if in_turn:
+            plain_ended.wait()
+        got.update(_engine_logits(forward, backend, page_size, *prompts))
+
     try:
-        side_by_side(jobs, forward.device)
-        got = _engine_logits(forward, backend, page_size, *prompts)
+        # Both take seconds in a fresh process: libraries that load on the one side, compilers on the other.
+        side_by_side([run_plain, run_engine], forward.device)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{forward.name} is not served: {_bare(forward, error)}") from error
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Brings Triton up in a thread of its own, while the model is looked at.
+"""Brings Triton up in threads of its own, while the model is looked at.
 
-Before its first kernel Triton loads its compilers, builds a library that talks to the driver, and hashes its own
+Before its first kernel Triton loads its languages, builds a library that talks to the driver, and hashes its own
 files: more than a second, and each thread that compiles does it for itself where nobody did it before.
 """
 
@@ -10,35 +10,27 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
 
 import torch
 
-from hf_async_batching.argmax import argmax
-from hf_async_batching.devices.cuda import synchronize_device
-
 logger = logging.getLogger(__name__)
 
-_starting: Future[None] | None = None
+_starting: list[Future[None]] = []
 _lock = threading.Lock()
 
 
-def start_compiler(device: torch.device, dtype: torch.dtype, vocab: int) -> None:
-    """Begin, once in a process and on CUDA only; returns at once.
-
-    Args:
-        device: Where kernels will run.
-        dtype: Of the model: the first kernels are those that find the largest of its logits.
-        vocab: Of the model.
-    """
-    global _starting
+def start_compiler(device: torch.device) -> None:
+    """Begin, once in a process and on CUDA only; returns at once."""
     if device.type != "cuda":
         return
     with _lock:
-        if _starting is not None:
+        if _starting:
             return
         # Python lets an executor's threads end before it takes down what they use.
-        pool = ThreadPoolExecutor(1, thread_name_prefix="hf_async_batching_compiler")
-        _starting = pool.submit(_start, device, dtype, vocab)
+        pool = ThreadPoolExecutor(2, thread_name_prefix="hf_async_batching_compiler")
+        _starting.extend(pool.submit(_quietly, step) for step in (_hash_files, partial(_connect, device)))
         pool.shutdown(wait=False)
 
 
@@ -46,17 +38,26 @@ def after_compiler_start(job: Callable[[], object]) -> Callable[[], object]:
     """The job, which begins when Triton is up; at once where nobody has started it."""
 
     def run() -> object:
-        if _starting is not None:
-            _starting.result()
+        for step in _starting:
+            step.result()
         return job()
 
     return run
 
 
-def _start(device: torch.device, dtype: torch.dtype, vocab: int) -> None:
+def _hash_files() -> None:
+    import_module("triton.runtime.cache").triton_key()
+
+
+def _connect(device: torch.device) -> None:
+    with torch.cuda.device(device):
+        import_module("triton.runtime").driver.active.get_current_target()
+    # What the first launch of any kernel imports.
+    import_module("triton.experimental.gluon.nvidia.hopper")
+
+
+def _quietly(step: Callable[[], None]) -> None:
     try:
-        with torch.inference_mode(), torch.cuda.device(device):
-            argmax(torch.zeros(2, vocab, dtype=dtype, device=device))
-            synchronize_device(device)
-    except Exception:  # whoever needs a kernel meets it again, and says so
-        logger.debug("the compiler did not start", exc_info=True)
+        step()
+    except Exception:  # another release keeps it elsewhere, or there is none: the first kernel will tell
+        logger.debug("Triton did not come up early", exc_info=True)

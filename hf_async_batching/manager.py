@@ -28,6 +28,7 @@ from hf_async_batching.errors import (
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
+from hf_async_batching.memory import no_collections
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
@@ -374,6 +375,7 @@ class GenerationManager:
             return
         config = assembly.config
         if self._preparation is not None:
+            worker.first_step.set()  # nobody waits for a token
             self._preparation.done.wait()
         # A compiled forward is adopted by the step of a request, which also readies what no graph holds.
         vocab = assembly.forward.vocab_size
@@ -579,14 +581,13 @@ class GenerationManager:
             if self._worker is None:
                 if self._group is not None:
                     self._group.send(Start())
-                with autocast():
+                with autocast(), no_collections():
                     assembly = assemble(model, self._engine_config, self._group)
                 # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
                 # are as they were before, so that a switch that comes in between is seen by the next request.
                 self._made_for = weights.placed_as(self._weights_of(model)), autocast
                 if self._depth is not None:
                     assembly.engine.depth = min(self._depth, assembly.config.depth)
-                self._preparation = Preparation(model, assembly) if assembly.config.settings.compile else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
                     assembly,
@@ -594,6 +595,10 @@ class GenerationManager:
                     idle_timeout=self.config.idle_timeout,
                     on_stop=lambda stopped: _call_if_alive(forget, stopped),
                 )
+                self._preparation = None
+                if assembly.config.settings.compile:
+                    with no_collections():
+                        self._preparation = Preparation(model, assembly, self._worker.first_step)
                 if self._finalizer is not None:
                     self._finalizer.detach()
                 # A manager that nobody holds finishes what it has, and goes.

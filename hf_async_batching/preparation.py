@@ -14,31 +14,39 @@ from hf_async_batching.assembly import Assembly, compile_for
 from hf_async_batching.model_view import make_view
 from hf_async_batching.process_end import ProcessEndsError, end_with_the_process
 
+# Seconds for which compiling waits for a first step, which may not come.
+_FIRST_STEP = 1.0
+
 
 class Preparation:
-    """Starts compiling at once; the engine changes over by itself when that is done.
+    """Compiles behind the first tokens, which it would hold up; the engine changes over by itself when that is done.
 
     Args:
         model: The engine's model.
         assembly: The engine, which this does not keep alive.
+        first_step: Set when a request has its first token, or when nobody waits for one.
 
     Attributes:
         done: Set when the compiled forward was handed over, or could not be made.
     """
 
-    def __init__(self, model: PreTrainedModel, assembly: Assembly) -> None:
+    def __init__(self, model: PreTrainedModel, assembly: Assembly, first_step: threading.Event) -> None:
         self.done = threading.Event()
         # A view of its own, made now: what the caller switches later (adapters, modules) is for the next engine.
         view = make_view(model, None)
         thread = threading.Thread(
-            target=self._run, args=(view, weakref.ref(assembly)), name="hf_async_batching_compile", daemon=False
+            target=self._run,
+            args=(view, weakref.ref(assembly), first_step),
+            name="hf_async_batching_compile",
+            daemon=False,
         )
         thread.start()
         end_with_the_process(thread, self.done)
 
-    def _run(self, model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> None:
+    def _run(self, model: PreTrainedModel, assembly: weakref.ref[Assembly], first_step: threading.Event) -> None:
         with suppress(ProcessEndsError):
             try:
+                first_step.wait(_FIRST_STEP)
                 # The compiled code is for inference mode only, which threads do not inherit.
                 with torch.inference_mode():
                     device = next(model.parameters()).device

@@ -33,6 +33,7 @@ class Worker:
 
     Attributes:
         memory_free: Set when the engine is gone and its memory was returned.
+        first_step: Set when a request has its first token.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Worker:
         self._stopping = False
         self._reason = ""
         self.memory_free = threading.Event()
+        self.first_step = threading.Event()
         # A daemon, so that a process can always end; `GenerationManager` stops it at exit.
         self._thread = threading.Thread(target=self._run, name="hf_async_batching", daemon=True)
         self._thread.start()
@@ -232,6 +234,8 @@ class Worker:
             for request_id, made in engine.outputs.items():
                 self._handles[request_id]._keep(*made)
             self._deliver(emissions)
+            if emissions:
+                self.first_step.set()
             for request_id, raised in engine.failed:
                 handle = self._handles[request_id]
                 self._forget(request_id)

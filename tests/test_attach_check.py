@@ -1,0 +1,99 @@
+"""How the check of a model brings its two sides together; what it refuses is tested with the families."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import tiny_model
+
+from hf_async_batching import attach_check as module
+from hf_async_batching.attach_check import attach_check
+from hf_async_batching.attention.backend import AttentionBackend, make_backend
+from hf_async_batching.cache_forward import CacheForward
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.model_forward import ModelForward
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the check does, with its jobs in threads as on a GPU; the plain forward waits a little for the engine's."""
+    log: list[str] = []
+    engine_runs = threading.Event()
+    plain, engine, ready = module._generate_logits, module._engine_logits, AttentionBackend.ready
+
+    def in_threads(jobs: list[Callable[[], object]], device: torch.device) -> None:
+        def run(job: Callable[[], object]) -> None:
+            with torch.inference_mode():
+                job()
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            for done in [pool.submit(run, job) for job in jobs]:
+                done.result()
+
+    def run_plain(*args: Any) -> Any:
+        log.append("plain begins")
+        engine_runs.wait(0.5)
+        found = plain(*args)
+        log.append("plain ends")
+        return found
+
+    def run_engine(*args: Any) -> Any:
+        log.append("engine")
+        engine_runs.set()
+        return engine(*args)
+
+    def compile_kernels(self: AttentionBackend, *args: Any, **options: Any) -> None:
+        log.append("kernels")
+        ready(self, *args, **options)
+
+    monkeypatch.setattr(module, "side_by_side", in_threads)
+    monkeypatch.setattr(module, "_generate_logits", run_plain)
+    monkeypatch.setattr(module, "_engine_logits", run_engine)
+    monkeypatch.setattr(type(make_backend("auto", CPU)), "ready", compile_kernels)
+    return log
+
+
+def test_the_engine_runs_beside_the_plain_forward_once_its_kernels_are_there(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[object] = []
+
+    def wait(job: Callable[[], object]) -> Callable[[], object]:
+        waited.append(job)
+        return job
+
+    monkeypatch.setattr(module, "after_compiler_start", wait)
+    model = tiny_model("Llama")
+    attach_check(model, ModelForward(model), make_backend("auto", CPU))
+    assert log.index("kernels") < log.index("engine") < log.index("plain ends")
+    assert len(waited) == 3, "every kernel waits for the compiler, the plain forward does not"
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_what_must_not_run_at_the_same_time_runs_in_turn(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, spread: bool
+) -> None:
+    model = tiny_model("Llama")
+    if spread:  # over ranks, whose collectives have one order
+        monkeypatch.setattr(module, "parallel_modules", lambda model: [model.lm_head])
+    forward = ModelForward(model) if spread else CacheForward(model)
+    attach_check(model, forward, make_backend("auto", CPU))
+    assert log.index("plain ends") < log.index("engine")
+
+
+def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(module, "_generate_logits", fail)
+    model = tiny_model("Llama")
+    with pytest.raises(UnsupportedModelError, match="no such thing"):
+        attach_check(model, CacheForward(model), make_backend("auto", CPU))
+    assert log == ["engine"]
