@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 
@@ -17,7 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_starting: list[Future[None]] = []
+_starting: list[threading.Thread] = []
 _lock = threading.Lock()
 
 
@@ -28,18 +27,19 @@ def start_compiler(device: torch.device) -> None:
     with _lock:
         if _starting:
             return
-        # Python lets an executor's threads end before it takes down what they use.
-        pool = ThreadPoolExecutor(2, thread_name_prefix="hf_async_batching_compiler")
-        _starting.extend(pool.submit(_quietly, step) for step in (_hash_files, partial(_connect, device)))
-        pool.shutdown(wait=False)
+        for step in (_hash_files, partial(_connect, device)):
+            # No daemon: Python takes down what a daemon uses while it runs.
+            thread = threading.Thread(target=_quietly, args=(step,), name="hf_async_batching_compiler")
+            thread.start()
+            _starting.append(thread)
 
 
 def after_compiler_start(job: Callable[[], object]) -> Callable[[], object]:
     """The job, which begins when Triton is up; at once where nobody has started it."""
 
     def run() -> object:
-        for step in _starting:
-            step.result()
+        for thread in _starting:
+            thread.join()
         return job()
 
     return run

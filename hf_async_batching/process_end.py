@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 
 # Seconds between two looks whether the process ends, and until a thread that was told so is told again.
 _LOOK_AGAIN, _SAY_AGAIN = 0.1, 1.0
@@ -17,9 +18,17 @@ class ProcessEndsError(BaseException):
     """Raised in a thread whose work nobody will see any more."""
 
 
+# The threads that are ended so.
+_watched: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
 def process_ends() -> bool:
-    """Whether the main thread has ended: Python waits for others, then takes down what they use."""
-    return not threading.main_thread().is_alive()
+    """Whether Python waits for nothing but threads that are ended here, to take down then what they use.
+
+    A program can go on in other threads when its main thread has ended.
+    """
+    others = [thread for thread in threading.enumerate() if not thread.daemon and thread not in _watched]
+    return not any(thread.is_alive() for thread in others)
 
 
 def end_with_the_process(thread: threading.Thread, done: threading.Event) -> None:
@@ -29,6 +38,7 @@ def end_with_the_process(thread: threading.Thread, done: threading.Event) -> Non
         thread: No daemon, running.
         done: Set when nothing needs to be raised in it any more.
     """
+    _watched.add(thread)
     name = f"{thread.name}_end"
     # A daemon may: there is nothing but Python in it.
     threading.Thread(target=_watch, args=(thread, done), name=name, daemon=True).start()

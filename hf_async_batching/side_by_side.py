@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.devices.cuda import synchronize_device
+
+# Compilers' front ends do need Python's lock: with more of them at once, each gets to its long part later.
+_THREADS = 3
 
 
 def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None:
@@ -24,7 +28,6 @@ def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None
     Raises:
         Exception: What the first job that failed raised.
     """
-
     autocast = Autocast.of_this_thread(device.type)
 
     def run(job: Callable[[], object]) -> None:
@@ -40,8 +43,35 @@ def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None
             run(job)
         return
     synchronize_device(device)
-    # Compilers' front ends do need Python's lock: with more of them at once, each gets to its long part later.
-    with ThreadPoolExecutor(3, thread_name_prefix="hf_async_batching_kernels") as pool:
-        for done in [pool.submit(run, job) for job in jobs]:
-            done.result()
+    run_in_threads([lambda job=job: run(job) for job in jobs])  # type: ignore[misc]
     synchronize_device(device)
+
+
+def run_in_threads(jobs: list[Callable[[], object]]) -> None:
+    """Run jobs in a few threads; returns when all have ended.
+
+    Not by an executor: none takes work once the main thread has ended, which other threads of a program may outlive.
+
+    Raises:
+        BaseException: What the first job that failed raised.
+    """
+    errors: dict[int, BaseException] = {}
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (number := next(numbers)) < len(jobs):
+            try:
+                jobs[number]()
+            except BaseException as error:
+                errors[number] = error
+
+    threads = [
+        threading.Thread(target=work, name=f"hf_async_batching_start_{number}")
+        for number in range(min(_THREADS, len(jobs)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[min(errors)]

@@ -8,6 +8,8 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,46 @@ def test_a_script_that_ends_while_its_model_compiles(seconds: float, tmp_path: P
     assert done.returncode == 0, done.stderr  # it aborted
     assert done.stdout == "2\n"
     assert "Traceback" not in done.stderr and "uncompiled" not in done.stderr, done.stderr
+
+
+_LIVES_ON = textwrap.dedent(
+    """
+    import threading
+    from support.tiny_models import tiny_model
+    from hf_async_batching import GenerationManager
+    from hf_async_batching.process_end import process_ends
+    from hf_async_batching.side_by_side import run_in_threads
+    def serve():
+        threading.main_thread().join()
+        print(process_ends(), flush=True)
+        run_in_threads([lambda: print("a job", flush=True)])
+        with GenerationManager(tiny_model("Llama")) as manager:
+            print(len(manager.submit([5], max_new_tokens=2, do_sample=False, eos_token_id=None).result().token_ids))
+    threading.Thread(target=serve).start()
+    """
+)
+
+
+def test_a_program_may_serve_when_its_main_thread_has_ended() -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", _LIVES_ON], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False\na job\n2\n", done.stderr
+
+
+def test_whom_python_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def thread(daemon: bool = False, alive: bool = True) -> Any:
+        return SimpleNamespace(daemon=daemon, is_alive=lambda: alive)
+
+    compiles = threading.Thread(target=lambda: None)
+    monkeypatch.setattr(compiles, "is_alive", lambda: True)
+    monkeypatch.setattr(process_end, "_watched", [compiles])
+    ended = [thread(alive=False), thread(daemon=True), compiles]  # the main thread is still listed
+    for threads, ends in [(ended, True), ([thread(), *ended], False), ([], True)]:
+        monkeypatch.setattr(threading, "enumerate", lambda threads=threads: threads)
+        assert process_end.process_ends() == ends
 
 
 def test_a_thread_ends_with_the_process_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:

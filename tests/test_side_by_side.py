@@ -1,9 +1,10 @@
 import threading
+import time
 
 import pytest
 import torch
 
-from hf_async_batching.side_by_side import side_by_side
+from hf_async_batching.side_by_side import run_in_threads, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -21,6 +22,34 @@ def test_a_failure_is_raised() -> None:
 
     with pytest.raises(ValueError, match="no"):
         side_by_side([lambda: None, fail], CPU)
+
+
+def test_three_threads_run_all_jobs() -> None:
+    barrier, ran = threading.Barrier(3), []
+
+    def job(number: int) -> None:
+        if number < 3:
+            barrier.wait(30)  # three at the same time
+        ran.append((number, threading.current_thread()))
+
+    run_in_threads([lambda i=i: job(i) for i in range(7)])  # type: ignore[misc]
+    assert sorted(number for number, _ in ran) == list(range(7))
+    assert len({thread for _, thread in ran}) == 3
+    run_in_threads([])
+
+
+def test_all_jobs_end_before_the_first_failure_is_raised() -> None:
+    ended: list[str] = []
+
+    def fail(after: float, error: Exception) -> None:
+        time.sleep(after)
+        ended.append(str(error))
+        raise error
+
+    jobs = [lambda: fail(0.1, ValueError("slow")), lambda: fail(0, KeyError("quick")), lambda: ended.append("fine")]
+    with pytest.raises(ValueError, match="slow"):
+        run_in_threads(jobs)
+    assert sorted(ended) == ["'quick'", "fine", "slow"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: jobs on the CPU run one after the other")
