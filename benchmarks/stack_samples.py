@@ -19,7 +19,7 @@ class StackSamples:
         interval: Seconds between two samples.
 
     Attributes:
-        seconds: By thread and stack, outermost function first.
+        seconds: By thread (name and identity) and stack, outermost function first.
     """
 
     def __init__(self, interval: float = 0.005) -> None:
@@ -41,7 +41,7 @@ class StackSamples:
     def _run(self) -> None:
         before = time.perf_counter()
         while not self._done.wait(self._interval):
-            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            names = {thread.ident: f"{thread.name} ({thread.ident})" for thread in threading.enumerate()}
             now = time.perf_counter()
             for ident, frame in sys._current_frames().items():
                 if ident != threading.get_ident():

@@ -73,12 +73,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--new", type=int, default=3000, help="tokens of the 32 requests: enough to reach full speed")
     parser.add_argument("--profile", action="store_true", help="where the starts' time goes, into DIR")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.profile and arguments.out is None:
+        parser.error("--profile writes its samples into a folder: name it with --out DIR")
     if arguments.one:
         name = f"startup-{arguments.one.replace(' ', '-')}.profile"
-        profile = arguments.out / name if arguments.profile and arguments.out else None
+        profile = arguments.out / name if arguments.profile else None
         print(json.dumps(one_start(arguments.shape, torch.device(arguments.device), arguments.new, profile)))
         return
     results = {}
@@ -87,7 +89,7 @@ def main() -> None:
         for name in ("empty caches", "warm caches"):
             command = [sys.executable, "-m", "benchmarks.startup", "--one", name, "--shape", arguments.shape]
             command += ["--device", arguments.device, "--new", str(arguments.new)]
-            if arguments.profile and arguments.out:
+            if arguments.profile:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 command += ["--profile", "--out", str(arguments.out)]
             done = subprocess.run(command, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True, check=True)

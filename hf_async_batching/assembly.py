@@ -266,8 +266,9 @@ def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool
             forward, backend = _compiled_forward(model, fused, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
-        if process_ends():
-            return False  # that is why
+        # Python's executors, which compilers use, go first when a process ends.
+        if process_ends() or "interpreter shutdown" in str(error):
+            return False
         logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
         logger.debug("compiling failed", exc_info=True)
         return False

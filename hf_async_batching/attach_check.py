@@ -67,8 +67,7 @@ def attach_check(
     got: dict[str, torch.Tensor] = {}
     noise: list[float] = []
 
-    # Every rank has its collectives in one order; and what families keep for all of their caches is not for threads.
-    in_turn = bool(parallel_modules(model)) or not isinstance(forward, ModelForward)
+    in_turn = not isinstance(forward, ModelForward) or not _bears_threads(forward.view)
     plain_ended = threading.Event()
 
     def run_plain() -> None:
@@ -119,6 +118,24 @@ def attach_check(
                 "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
                 "use plain `model.generate`; and please report it with its config."
             )
+
+
+def _bears_threads(view: PreTrainedModel) -> bool:
+    """Whether two forwards of a model may run at the same time.
+
+    On the device they do not: all threads enqueue on one stream, so that scratch memory of layers is used in order.
+    """
+    if parallel_modules(view):
+        return False  # each rank must have its collectives in the same order
+    # Triton's autotuner, which kernels of quantized layers and of others' code may have, is not for two threads that
+    # meet a shape first: https://github.com/triton-lang/triton/issues/11494
+    ours = "transformers.models.", "transformers.activations", "torch.nn.modules.", "hf_async_batching."
+    return not is_quantized(view) and all(_innermost(module).startswith(ours) for module in view.modules())
+
+
+def _innermost(module: torch.nn.Module) -> str:
+    """Where the forward of a module was written."""
+    return str(getattr(getattr(module.forward, "__func__", module.forward), "__module__", ""))
 
 
 def _first_length(model: PreTrainedModel) -> int:

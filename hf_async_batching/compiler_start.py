@@ -38,7 +38,7 @@ def after_compiler_start(job: Callable[[], object]) -> Callable[[], object]:
     """The job, which begins when Triton is up; at once where nobody has started it."""
 
     def run() -> object:
-        for thread in _starting:
+        for thread in _starting:  # in a forked process they count as ended
             thread.join()
         return job()
 

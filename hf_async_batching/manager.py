@@ -581,24 +581,26 @@ class GenerationManager:
             if self._worker is None:
                 if self._group is not None:
                     self._group.send(Start())
-                with autocast(), no_collections():
-                    assembly = assemble(model, self._engine_config, self._group)
-                # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters
-                # are as they were before, so that a switch that comes in between is seen by the next request.
-                self._made_for = weights.placed_as(self._weights_of(model)), autocast
-                if self._depth is not None:
-                    assembly.engine.depth = min(self._depth, assembly.config.depth)
+                first_step = threading.Event()
+                with no_collections():
+                    with autocast():
+                        assembly = assemble(model, self._engine_config, self._group)
+                    # Where tensors lie is taken again: they may have become views of packed weights. Modules and
+                    # adapters are as they were before, so that a switch that comes in between is seen by the next
+                    # request.
+                    self._made_for = weights.placed_as(self._weights_of(model)), autocast
+                    if self._depth is not None:
+                        assembly.engine.depth = min(self._depth, assembly.config.depth)
+                    compiled = assembly.config.settings.compile
+                    self._preparation = Preparation(model, assembly, first_step) if compiled else None
                 forget = weakref.WeakMethod(self._forget)
                 self._worker = Worker(
                     assembly,
                     max_waiting=self.config.max_waiting,
                     idle_timeout=self.config.idle_timeout,
+                    first_step=first_step,
                     on_stop=lambda stopped: _call_if_alive(forget, stopped),
                 )
-                self._preparation = None
-                if assembly.config.settings.compile:
-                    with no_collections():
-                        self._preparation = Preparation(model, assembly, self._worker.first_step)
                 if self._finalizer is not None:
                     self._finalizer.detach()
                 # A manager that nobody holds finishes what it has, and goes.

@@ -19,7 +19,9 @@ _FIRST_STEP = 1.0
 
 
 class Preparation:
-    """Compiles behind the first tokens, which it would hold up; the engine changes over by itself when that is done.
+    """Compiles behind the first token, which it would hold up, or after a second without one.
+
+    The engine changes over by itself when that is done.
 
     Args:
         model: The engine's model.
@@ -27,7 +29,7 @@ class Preparation:
         first_step: Set when a request has its first token, or when nobody waits for one.
 
     Attributes:
-        done: Set when the compiled forward was handed over, or could not be made.
+        done: Set when the compiled forward was handed over, could not be made, or the process ends.
     """
 
     def __init__(self, model: PreTrainedModel, assembly: Assembly, first_step: threading.Event) -> None:

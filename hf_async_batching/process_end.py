@@ -7,11 +7,15 @@ waits for, and a compiler takes half a minute.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import weakref
 
 # Seconds between two looks whether the process ends, and until a thread that was told so is told again.
 _LOOK_AGAIN, _SAY_AGAIN = 0.1, 1.0
+_WARN_AFTER = 10
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessEndsError(BaseException):
@@ -35,7 +39,8 @@ def end_with_the_process(thread: threading.Thread, done: threading.Event) -> Non
     """Raise `ProcessEndsError` in a thread once the process ends; returns at once.
 
     Args:
-        thread: No daemon, running.
+        thread: No daemon, running. It ends when it comes to its next line of Python, so that a compiler that hangs
+            holds the process up; a warning says so.
         done: Set when nothing needs to be raised in it any more.
     """
     _watched.add(thread)
@@ -45,10 +50,13 @@ def end_with_the_process(thread: threading.Thread, done: threading.Event) -> Non
 
 
 def _watch(thread: threading.Thread, done: threading.Event) -> None:
+    told = 0
     while not done.wait(_LOOK_AGAIN):
-        if process_ends() and thread.ident is not None:
+        if process_ends():
             # Comes up before the thread's next line of Python. Again if need be: compilers may catch all there is.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(ProcessEndsError)
-            )
+            ident = ctypes.c_ulong(thread.ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(ProcessEndsError))
+            told += 1
+            if told == _WARN_AFTER:
+                logger.warning("the process waits for thread %s, which compiles; Ctrl-C ends it", thread.name)
             done.wait(_SAY_AGAIN)

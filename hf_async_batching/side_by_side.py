@@ -48,7 +48,7 @@ def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None
 
 
 def run_in_threads(jobs: list[Callable[[], object]]) -> None:
-    """Run jobs in a few threads; returns when all have ended.
+    """Run jobs in a few threads; returns when all have ended. Interrupted, it begins no more of them.
 
     Not by an executor: none takes work once the main thread has ended, which other threads of a program may outlive.
 
@@ -57,21 +57,27 @@ def run_in_threads(jobs: list[Callable[[], object]]) -> None:
     """
     errors: dict[int, BaseException] = {}
     numbers = itertools.count()
+    stopped = threading.Event()
+    threads: list[threading.Thread] = []
 
     def work() -> None:
-        while (number := next(numbers)) < len(jobs):
+        while (number := next(numbers)) < len(jobs) and not stopped.is_set():
             try:
                 jobs[number]()
             except BaseException as error:
                 errors[number] = error
 
-    threads = [
-        threading.Thread(target=work, name=f"hf_async_batching_start_{number}")
-        for number in range(min(_THREADS, len(jobs)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for number in range(min(_THREADS, len(jobs))):
+            thread = threading.Thread(target=work, name=f"hf_async_batching_start_{number}")
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            thread.join()
+    finally:
+        # What was begun uses the caller's model and device.
+        stopped.set()
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[min(errors)]

@@ -29,11 +29,11 @@ class Worker:
         assembly: The engine; from now on only the thread touches it.
         max_waiting: Requests that may wait for a row.
         idle_timeout: Seconds without work after which the thread ends; None for never.
+        first_step: What the thread sets when the first request has a token, or has ended without one.
         on_stop: Called, from the thread, when it has ended and its memory is free.
 
     Attributes:
         memory_free: Set when the engine is gone and its memory was returned.
-        first_step: Set when a request has its first token.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Worker:
         *,
         max_waiting: int,
         idle_timeout: float | None,
+        first_step: threading.Event,
         on_stop: Callable[[Worker], None],
     ) -> None:
         self._assembly: Assembly | None = assembly
@@ -60,7 +61,7 @@ class Worker:
         self._stopping = False
         self._reason = ""
         self.memory_free = threading.Event()
-        self.first_step = threading.Event()
+        self.first_step = first_step
         # A daemon, so that a process can always end; `GenerationManager` stops it at exit.
         self._thread = threading.Thread(target=self._run, name="hf_async_batching", daemon=True)
         self._thread.start()

@@ -76,16 +76,29 @@ def test_the_engine_runs_beside_the_plain_forward_once_its_kernels_are_there(
     assert len(waited) == 3, "every kernel waits for the compiler, the plain forward does not"
 
 
-@pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.parametrize("why", ["ranks", "another route", "quantized", "code of others"])
 def test_what_must_not_run_at_the_same_time_runs_in_turn(
-    log: list[str], monkeypatch: pytest.MonkeyPatch, spread: bool
+    log: list[str], monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     model = tiny_model("Llama")
-    if spread:  # over ranks, whose collectives have one order
-        monkeypatch.setattr(module, "parallel_modules", lambda model: [model.lm_head])
-    forward = ModelForward(model) if spread else CacheForward(model)
+    if why == "ranks":
+        monkeypatch.setattr(module, "parallel_modules", lambda view: [view.lm_head])
+    elif why == "quantized":
+        monkeypatch.setattr(module, "is_quantized", lambda view: True)
+    elif why == "code of others":
+        model.model.norm = _Norm(model.model.norm)
+    forward = CacheForward(model) if why == "another route" else ModelForward(model)
     attach_check(model, forward, make_backend("auto", CPU))
     assert log.index("plain ends") < log.index("engine")
+
+
+class _Norm(torch.nn.Module):
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)  # type: ignore[no-any-return]
 
 
 def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
+from contextlib import nullcontext
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_models import tiny_model
 
-from hf_async_batching import compiler_start
+from hf_async_batching import BatchingConfig, assembly, compiler_start
 from hf_async_batching.compiler_start import after_compiler_start, start_compiler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -71,3 +76,34 @@ def test_what_it_asks_of_triton_is_there() -> None:
     from triton.runtime.cache import triton_key  # type: ignore[import-untyped,unused-ignore]
 
     assert triton_key.cache_info().currsize == 1, "others find it"
+    driver: list[torch.device] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext(driver.append(device)))
+        patch.setattr(import_module("triton.runtime"), "driver", SimpleNamespace(active=_Active(driver)))
+        compiler_start._connect(CUDA)
+    assert driver == [CUDA, "asked"]
+    assert "triton.experimental.gluon.nvidia.hopper" in sys.modules
+
+
+class _Active:
+    def __init__(self, log: list[Any]) -> None:
+        self.get_current_target = lambda: log.append("asked")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_it_connects_to_the_driver() -> None:
+    compiler_start._connect(CUDA)
+
+
+def test_it_begins_before_the_model_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    packed = assembly._packed_forward
+
+    def look(*args: Any) -> Any:
+        order.append("model")
+        return packed(*args)
+
+    monkeypatch.setattr(assembly, "start_compiler", order.append)
+    monkeypatch.setattr(assembly, "_packed_forward", look)
+    assembly.assemble(tiny_model("Llama"), BatchingConfig()).engine.close()
+    assert order == [CPU, "model"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 from typing import Any
 
 import pytest
@@ -23,6 +25,33 @@ def test_the_collector_is_as_it_was(enabled: bool) -> None:
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_it_stays_off_until_the_last_one_leaves() -> None:
+    first, second = no_collections(), no_collections()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled(), "for the second, a capture say"
+    second.__exit__(None, None, None)
+    assert gc.isenabled(), "as the first found it"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_collects() -> None:
+    """Workers of data loaders and tokenizers may be forked by other threads during a start."""
+    with no_collections():
+        child = multiprocessing.get_context("fork").Process(target=_exit_with, args=(0, 1))
+        child.start()
+        child.join(60)
+        assert not gc.isenabled()
+    assert child.exitcode == 0
+
+
+def _exit_with(enabled: int, disabled: int) -> None:
+    with no_collections():
+        off = not gc.isenabled()
+    os._exit(enabled if off and gc.isenabled() else disabled)
 
 
 def test_no_collection_holds_a_start_up(monkeypatch: pytest.MonkeyPatch) -> None:

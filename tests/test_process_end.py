@@ -130,3 +130,37 @@ def test_who_is_done_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     go.set()
     thread.join(30)
     assert not raised
+
+
+def test_a_thread_that_does_not_listen_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_end, "process_ends", lambda: True)
+    monkeypatch.setattr(process_end, "_LOOK_AGAIN", 0.001)
+    monkeypatch.setattr(process_end, "_SAY_AGAIN", 0.001)
+    done, held = threading.Event(), threading.Lock()
+    held.acquire()
+    ended: list[bool] = []
+
+    def hang() -> None:
+        try:
+            held.acquire()  # in C, where no exception comes up
+        except ProcessEndsError:
+            pass
+        finally:
+            done.set()
+            ended.append(True)
+
+    thread = threading.Thread(target=hang, name="the compiler")
+    thread.start()
+    end_with_the_process(thread, done)
+    began = time.monotonic()
+    while "the compiler" not in caplog.text and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    monkeypatch.setattr(process_end, "_LOOK_AGAIN", 30.0)
+    monkeypatch.setattr(process_end, "_SAY_AGAIN", 30.0)
+    time.sleep(0.05)
+    assert caplog.text.count("the compiler") == 1, "once"
+    held.release()
+    thread.join(30)
+    assert ended

@@ -1,3 +1,4 @@
+import _thread
 import threading
 import time
 
@@ -50,6 +51,20 @@ def test_all_jobs_end_before_the_first_failure_is_raised() -> None:
     with pytest.raises(ValueError, match="slow"):
         run_in_threads(jobs)
     assert sorted(ended) == ["'quick'", "fine", "slow"]
+
+
+def test_who_interrupts_it_leaves_nothing_running() -> None:
+    ran: list[str] = []
+
+    def slow() -> None:
+        time.sleep(0.3)
+        ran.append("begun")
+
+    jobs = [slow, slow, lambda: (_thread.interrupt_main(), slow()), *([lambda: ran.append("later")] * 5)]
+    with pytest.raises(KeyboardInterrupt):
+        run_in_threads(jobs)
+    assert ran == ["begun"] * 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hf_async_batching_start")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: jobs on the CPU run one after the other")

@@ -5,7 +5,6 @@ Beside `pipeline.py`, which decides the order, this is the only module that touc
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from hf_async_batching.devices.base import Graph, Guard, Kernel, Stream
+from hf_async_batching.memory import no_collections
 
 # A device must not be synchronized while one of its streams is being captured; captures of several engines, and the
 # start of another engine, take turns.
@@ -118,26 +118,23 @@ class CudaDevice:
 
     def capture(self, work: Kernel) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
         with _exclusive:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()  # the capture begins with it, and its effect must not count against the graph
             before = torch.cuda.memory_reserved(self.torch_device)
-            # A collection on this thread could free device memory, which a capture does not survive.
-            gc.disable()
-            try:
-                # Thread-local error mode: the user's own threads may allocate memory on this card during the capture.
-                with torch.cuda.graph(
+            # A collection on this thread could free device memory, which a capture does not survive. In thread-local
+            # error mode the user's own threads may allocate memory on this card meanwhile.
+            with (
+                no_collections(),
+                torch.cuda.graph(
                     graph,
                     pool=self._pool,  # type: ignore[arg-type]
                     stream=self._streams[Stream.COMPUTE],
                     capture_error_mode="thread_local",
-                ):
-                    work()
-            finally:
-                if collecting:
-                    gc.enable()
+                ),
+            ):
+                work()
         self._graph_bytes += max(0, torch.cuda.memory_reserved(self.torch_device) - before)
         return graph
 

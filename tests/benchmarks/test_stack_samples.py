@@ -17,14 +17,18 @@ def rest_in_thread(seconds: float) -> None:
 
 
 def test_every_thread_is_seen_for_as_long_as_it_ran() -> None:
-    thread = threading.Thread(target=rest_in_thread, args=(0.3,), name="other")
+    threads = [threading.Thread(target=rest_in_thread, args=(0.3,), name="other") for _ in range(2)]
     with StackSamples(0.002) as samples:
-        thread.start()
+        for thread in threads:
+            thread.start()
         rest_in_main(0.6)
-    thread.join()
+    for thread in threads:
+        thread.join()
     lines = samples.report(0.1).splitlines()
     main = next(line for line in lines if "rest_in_main" in line)
     other = next(line for line in lines if "rest_in_thread" in line)
     assert 0.2 < float(other.split()[0]) < float(main.split()[0]) - 0.1
-    assert lines.index(next(line for line in lines if line.endswith(" other"))) < lines.index(other)
+    assert sum("rest_in_thread" in line for line in lines) == 2, "each for itself, though of one name"
+    assert lines.index(next(line for line in lines if " other (" in line)) < lines.index(other)
+    assert not any("stack_samples.py:_run" in line for line in lines), "not itself"
     assert not samples.report(5.0), "nothing took that long"
