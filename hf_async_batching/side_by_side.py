@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 
@@ -56,28 +55,35 @@ def run_in_threads(jobs: list[Callable[[], object]]) -> None:
         BaseException: What the first job that failed raised.
     """
     errors: dict[int, BaseException] = {}
-    numbers = itertools.count()
-    stopped = threading.Event()
-    threads: list[threading.Thread] = []
+    left = list(enumerate(jobs))[::-1]
+    running, changed = 0, threading.Condition()
 
     def work() -> None:
-        while (number := next(numbers)) < len(jobs) and not stopped.is_set():
+        nonlocal running
+        while True:
+            with changed:
+                if not left:
+                    return
+                number, job = left.pop()
+                running += 1
             try:
-                jobs[number]()
+                job()
             except BaseException as error:
                 errors[number] = error
+            finally:
+                with changed:
+                    running -= 1
+                    changed.notify()
 
     try:
         for number in range(min(_THREADS, len(jobs))):
-            thread = threading.Thread(target=work, name=f"hf_async_batching_start_{number}")
-            thread.start()
-            threads.append(thread)
-        for thread in threads:
-            thread.join()
+            threading.Thread(target=work, name=f"hf_async_batching_start_{number}").start()
+        with changed:
+            changed.wait_for(lambda: not left and not running)
     finally:
         # What was begun uses the caller's model and device.
-        stopped.set()
-        for thread in threads:
-            thread.join()
+        with changed:
+            left.clear()
+            changed.wait_for(lambda: not running)
     if errors:
         raise errors[min(errors)]
