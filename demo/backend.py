@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .models import ModelLoadError
 from .serving import Report, Serving
+from .settings import Settings
 
 if TYPE_CHECKING:
     from .zero import ZeroGpu
@@ -101,7 +102,8 @@ class Backend:
             self._serving = load(self._report)
             self._settled.set()
             self._report(STAGES, "Compiling and capturing; chats work already")
-            self._serving.manager.warmup()
+            # Most answers are drawn as the page's controls stand at first.
+            self._serving.manager.warmup([Settings().request([0], ())])
             self._stage = Stage(STAGES + 1, "Ready")
             self._warm.set()
         except Exception as error:  # the page says so, and stays

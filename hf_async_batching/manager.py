@@ -6,7 +6,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -356,19 +356,21 @@ class GenerationManager:
         check_on_unsupported(on_unsupported)
         return partial(generate, manager=self, bound=Bound(streamer, tokenizer, seed, on_unsupported))
 
-    def warmup(self, *, tune: bool = False) -> None:
+    def warmup(self, requests: Iterable[Request] = (), *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
 
-        Steps are captured for greedy decoding and, where the model's own generation config samples, for that; those
-        with few tokens of prompts when their sizes have come up a few times.
+        Steps are captured for greedy decoding, where the model's own generation config samples for that, and for
+        what `requests` ask; those with few tokens of prompts when their sizes have come up a few times.
 
         Args:
+            requests: Examples of requests to come, which are not run; see `make_request`.
             tune: First measure the settings of the kernels on this card (some minutes, once: what was measured is
                 remembered in the user's cache folder, and used from then on with or without `tune`).
 
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
         """
+        features = [*self._usual_features(), *map(_features_alone, requests)]
         worker = self._require_worker()
         assembly = worker.assembly
         if assembly is None:
@@ -384,7 +386,7 @@ class GenerationManager:
         self.submit_requests([Request(new_request_id(), prompt, min(2, config.max_sequence_length - length))])[
             0
         ].result()
-        worker.warm(self._usual_features(), tune)
+        worker.warm(list(dict.fromkeys(features)), tune)
 
     def set_depth(self, depth: int | None) -> None:
         """Change how many steps may be in flight from the next step on; tokens do not depend on it. From any thread.
@@ -522,10 +524,7 @@ class GenerationManager:
         config, _ = model._prepare_generation_config(None)
         if config.do_sample or config.repetition_penalty not in (None, 1.0):
             recipe = self._recipe([0], config, 1, 0, False, {})
-            request = build_request([0], config, recipe, max_new_tokens=1)
-            sequence = Sequence(request, 0)
-            sequence.computed = 1
-            features.append(features_of([sequence], []))
+            features.append(_features_alone(build_request([0], config, recipe, max_new_tokens=1)))
         return features
 
     def _with_embeddings(self, requests: list[Request], assembly: Assembly) -> list[Request]:
@@ -618,6 +617,13 @@ class GenerationManager:
         with self._lock:
             if self._worker is worker:
                 self._worker = None
+
+
+def _features_alone(request: Request) -> Features:
+    """What a decode step of this request needs."""
+    sequence = Sequence(request, 0)
+    sequence.computed = 1
+    return features_of([sequence], [])
 
 
 def _call_if_alive(method: weakref.WeakMethod[Any], worker: Worker) -> None:

@@ -32,7 +32,9 @@ from hf_async_batching import (
     UnsupportedModelError,
 )
 from hf_async_batching.coverage.families import tiny_model as make_family
+from hf_async_batching.plan import Features
 from hf_async_batching.request import Request
+from hf_async_batching.worker import Worker
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -270,6 +272,23 @@ def test_shortage_of_pages_changes_no_token(model: Any) -> None:
         got = [handle.result(120).token_ids for handle in handles]
         assert manager.stats().preemptions > 0
     assert got == [greedy_alone(model, prompt, 50, eos_token_id=None) for prompt in PROMPTS]
+
+
+def test_a_warm_up_captures_for_the_requests_that_it_is_shown(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[list[Features]] = []
+    monkeypatch.setattr(Worker, "warm", lambda self, features, tune=False: warmed.append(features))
+    with make(model) as manager:
+        manager.warmup()
+        greedy = manager.make_request([1], do_sample=False)
+        drawn = manager.make_request([1, 2], do_sample=True, temperature=0.7, top_k=0, top_p=0.9)
+        penalized = manager.make_request([3], do_sample=False, repetition_penalty=1.2)
+        manager.warmup(request for request in (greedy, drawn, penalized, drawn))
+        steps = manager.stats().steps
+    assert warmed[0] == [Features()]
+    assert warmed[1][0] == Features() and len(warmed[1]) == 3, "each once"
+    assert warmed[1][1].sampling and not warmed[1][1].penalty
+    assert warmed[1][2].penalty and not warmed[1][2].sampling
+    assert steps < 8, "examples are not run"
 
 
 def test_steps_run_after_what_the_caller_has_enqueued(model: Any) -> None:

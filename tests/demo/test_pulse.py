@@ -16,6 +16,7 @@ from demo.pulse import Pulse, drawn_steps, figures_of
 from demo.serving import Serving
 from demo.settings import Settings
 from hf_async_batching.bench.measure import Traffic
+from hf_async_batching.request import Request
 from hf_async_batching.stats import Stats
 
 
@@ -93,7 +94,15 @@ def test_the_pulse_of_a_real_engine(serving: Serving) -> None:
     assert ("Model", "tiny (random)") in state["facts"]
 
 
-def test_loading_is_told_stage_by_stage(serving: Serving) -> None:
+def test_loading_is_told_stage_by_stage(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[Request] = []
+    warmup = serving.manager.warmup
+
+    def watched(requests: list[Request]) -> None:
+        warmed.extend(requests)
+        warmup(requests)
+
+    monkeypatch.setattr(serving.manager, "warmup", watched)
     backend, pulse, gate, reached = Backend(), None, threading.Event(), threading.Event()
 
     def load(report: Any) -> Serving:
@@ -116,6 +125,10 @@ def test_loading_is_told_stage_by_stage(serving: Serving) -> None:
         time.sleep(0.01)
     assert backend.require() is serving
     assert pulse.read()["stage"] == [STAGES + 1, STAGES, "Ready", False]
+    (example,) = warmed
+    assert (example.sampling.do_sample, example.sampling.temperature, example.sampling.top_p) == (True, 0.7, 0.9), (
+        "steps are captured for answers drawn as the controls stand at first"
+    )
 
 
 def test_a_model_that_does_not_come_up_is_told(caplog: Any) -> None:

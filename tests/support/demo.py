@@ -74,13 +74,14 @@ class FakeManager:
         self.start = True
         self.handles: list[FakeHandle] = []
         self.requests: list[Request] = []
+        self.warmed: list[Request] = []
 
     @property
     def prompts(self) -> list[list[int]]:
         return [list(request.prompt) for request in self.requests]
 
-    def warmup(self) -> None:
-        pass
+    def warmup(self, requests: Sequence[Request] = ()) -> None:
+        self.warmed += requests
 
     def submit_request(self, request: Request) -> FakeHandle:
         return self.submit_requests([request])[0]
