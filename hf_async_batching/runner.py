@@ -27,6 +27,7 @@ from hf_async_batching.devices.base import Kernel
 from hf_async_batching.plan import Features, Plan
 from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.sampling.sampler import fused_on
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
 from hf_async_batching.staging import NO_PADDING, Padding, Sections
 from hf_async_batching.step_sizes import (
@@ -107,7 +108,7 @@ class Runner:
         self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         if autocast is not None and autocast.dtype is not None:
             self._autocast = autocast
-        self._sampler = Sampler()
+        self._sampler = Sampler(fused_on(state.page_table.device))
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []
@@ -156,7 +157,8 @@ class Runner:
             return None
         padding = Padding(tokens, padded_entries(entries, most), decodes)
         # What will never be captured is not padded for nothing.
-        return padding if self._may_capture_more() or Captured(padding, plan.features) in self.captured else None
+        key = Captured(padding, self._sampler.as_run(plan.features))
+        return padding if self._may_capture_more() or key in self.captured else None
 
     def _may_capture_more(self) -> bool:
         """Whether there is room for graphs of further steps with prompts, and they can be captured."""
@@ -193,6 +195,7 @@ class Runner:
         up most; `decode_rows` is empty afterwards.
         """
         self._adopt()
+        features = self._sampler.as_run(features)
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.decode_rows.zero_()
         # The largest first: the smaller ones then fit into the memory that it has taken.
@@ -222,7 +225,7 @@ class Runner:
         """
         self._step_number = plan.step
         self._adopt()
-        features = plan.features
+        features = self._sampler.as_run(plan.features)
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.apply_updates(staged, sections)
         self.rare = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
-from hf_async_batching.request import Request
+from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.runner import (
     FORWARD,
     MAX_FAILED_CAPTURES,
@@ -26,7 +27,7 @@ from hf_async_batching.runner import (
     Captured,
     Runner,
 )
-from hf_async_batching.sampling import SampledRows
+from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.staging import CARRY_OVER, PARAMS, Padding, Sections
 from hf_async_batching.step_sizes import MOST_PADDED, SPREAD_TOKENS, padded_decodes
 
@@ -249,6 +250,29 @@ def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest
         # What is captured goes on, what will never be is not padded.
         going = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) is not None for n in (4, 12, 20, 28)]
         assert going == [not full] * 2 + [most > 2 and not full] * 2
+
+
+def test_steps_that_run_alike_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "as_run", lambda self, features: replace(features, candidates=0))
+    device = FakeGraphDevice()
+    engine = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=4)
+    runner, pipeline = engine.runner, engine.engine.pipeline
+    drawn = Features(sampling=True)
+    pipeline.warm(replace(drawn, candidates=64))
+    before = device.captures
+    assert {key.features for key in runner.captured} == {drawn}
+    pipeline.warm(replace(drawn, candidates=-1))
+    engine.engine.add(Request("a", (5, 6), 6, sampling=SamplingParams(do_sample=True, top_p=0.9, seed=1)))
+    replays = device.replays
+    while engine.engine.has_work:
+        engine.engine.step()
+    assert device.captures == before and device.replays > replays
+    padding = Padding(8, 8)
+    for _ in range(PADDED_USES + 1):
+        runner._padded(padding, drawn)
+    monkeypatch.setattr("hf_async_batching.runner.MOST_PADDED_GRAPHS", 1)
+    plan = Plan(0, (), (Chunk(1, (7,) * 4, 1),), features=replace(drawn, candidates=64))
+    assert runner.padding_for(plan, 128) == padding, "what is captured goes on"
 
 
 def test_a_failed_capture_is_not_counted_for_ever() -> None:

@@ -5,7 +5,9 @@ Draws use the Gumbel-max trick in its exponential form: the arg-min of E_i / p_i
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from dataclasses import replace
 
 import torch
 
@@ -28,6 +30,13 @@ class Sampler:
 
     def __init__(self, fused: bool | None = None) -> None:
         self._fused = fused
+
+    def as_run(self, features: Features) -> Features:
+        """The features without what makes no difference to the work, so that steps which differ in it share a graph.
+
+        The kernels read each row's filters, and do not ask how many candidates decide them.
+        """
+        return _without_candidates(features) if self._fused else features
 
     def __call__(
         self, logits: torch.Tensor, rows: SampledRows | None, features: Features
@@ -52,7 +61,7 @@ class Sampler:
 
     def _choose_usual(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
         if self._fused is None:
-            self._fused = logits.is_cuda and importlib.util.find_spec("triton") is not None
+            self._fused = fused_on(logits.device)
         if self._fused and (features.sampling or features.penalty):
             from hf_async_batching.sampling import fused
 
@@ -92,6 +101,18 @@ class Sampler:
             drawn = (scores - exponential.log_()).argmax(-1).int()
             tokens = torch.where(rows.params[:, staging.DO_SAMPLE] > 0, drawn, tokens)
         return tokens
+
+
+def fused_on(device: torch.device) -> bool:
+    """Whether the Triton kernels run there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@functools.lru_cache(256)
+def _without_candidates(features: Features) -> Features:
+    from hf_async_batching.sampling import fused
+
+    return replace(features, candidates=0) if fused.serves(features) else features
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,8 @@ def check(requests: list[Request], logits: torch.Tensor, seed: int = 0) -> torch
     rows, features = rows_of(requests, logits.shape[1], seed)
     assert fused.serves(features)
     before = logits.clone()
-    got, _ = Sampler(fused=True)(logits, rows, features)
+    sampler = Sampler(fused=True)
+    got, _ = sampler(logits, rows, sampler.as_run(features))
     want, _ = Sampler(fused=False)(logits, rows, features)
     wrong = [
         f"{request.sampling} penalty {request.logits.repetition_penalty}: {a}, not {b}"
@@ -194,3 +195,19 @@ def test_marks_of_a_decode_step() -> None:
     expected = torch.zeros_like(seen)
     expected[3, 299], expected[2, 7] = 1, 3
     assert torch.equal(seen, expected)
+
+
+def test_steps_that_the_kernels_run_alike_share_a_graph() -> None:
+    sampler = Sampler(fused=True)
+    kinds = [drawn(), drawn(top_p=0.9), drawn(min_p=0.1), drawn(top_p=0.9, min_p=0.2)]
+    needs = [rows_of([asks(kind)], 300)[1] for kind in kinds]
+    assert len({features.candidates for features in needs}) == 3
+    assert {sampler.as_run(features) for features in needs} == {Features(sampling=True, seen=False)}
+    assert [Sampler(fused=False).as_run(features) for features in needs] == needs, "torch's code asks for it"
+    # Other kernels, or none of them.
+    few, many = rows_of([asks(drawn(top_k=5))], 300)[1], rows_of([asks(drawn(top_k=500))], 300)[1]
+    assert len({sampler.as_run(features) for features in (*needs, few, many)}) == 3
+    for kind in (drawn(top_k=5000), drawn(typical_p=0.5)):
+        features = rows_of([asks(kind)], 300)[1]
+        assert sampler.as_run(features) == features
+    assert sampler.as_run(Features()) == Features()
