@@ -83,8 +83,8 @@ NO_BOUNDS = Bounds()
 class Features:
     """What the sampler has to do beyond the arg-max.
 
-    Each combination that is run in its own way (see `Sampler.as_run`) is its own CUDA graph, except for those with rare
-    parts (`eager`): there the forward alone is captured.
+    Each combination that is run in its own way (see `Sampler.as_run`) is its own CUDA graph, except for those with
+    rare parts (`eager`): there the forward alone is captured.
 
     Attributes:
         sampling: Some row draws.

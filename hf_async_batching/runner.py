@@ -27,8 +27,8 @@ from hf_async_batching.devices.base import Kernel
 from hf_async_batching.plan import Features, Plan
 from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sampling.sampler import fused_on
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
+from hf_async_batching.sampling.sampler import fused_on
 from hf_async_batching.staging import NO_PADDING, Padding, Sections
 from hf_async_batching.step_sizes import (
     SPREAD_TOKENS,
