@@ -13,6 +13,8 @@ import functools
 
 import torch
 
+from hf_async_batching.compiler_start import runs_triton
+
 _BLOCK = 2048
 _MAX_PARTS = 64
 
@@ -26,7 +28,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     Returns:
         int32 [rows].
     """
-    if not logits.is_cuda or logits.stride(-1) != 1 or not _has_triton() or not logits.shape[0]:
+    if not runs_triton(logits.device) or logits.stride(-1) != 1 or not logits.shape[0]:
         return logits.argmax(-1).int()
     return argmax_in_parts(logits, _parts(logits))
 
@@ -59,13 +61,6 @@ def _parts(logits: torch.Tensor) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _has_triton() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -130,11 +130,11 @@ def _bears_threads(view: PreTrainedModel) -> bool:
     # Triton's autotuner, which kernels of quantized layers and of others' code may have, is not for two threads that
     # meet a shape first: https://github.com/triton-lang/triton/issues/11494
     ours = "transformers.models.", "transformers.activations", "torch.nn.modules.", "hf_async_batching."
-    return not is_quantized(view) and all(_innermost(module).startswith(ours) for module in view.modules())
+    return not is_quantized(view) and all(_written_in(module).startswith(ours) for module in view.modules())
 
 
-def _innermost(module: torch.nn.Module) -> str:
-    """Where the forward of a module was written."""
+def _written_in(module: torch.nn.Module) -> str:
+    """The Python module that a layer's forward is from."""
     return str(getattr(getattr(module.forward, "__func__", module.forward), "__module__", ""))
 
 

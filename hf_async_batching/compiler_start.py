@@ -1,4 +1,4 @@
-"""Brings Triton up in threads of its own, while the model is looked at.
+"""Whether Triton's kernels run, and bringing Triton up in threads of its own, while the model is looked at.
 
 Before its first kernel Triton loads its languages, builds a library that talks to the driver, and hashes its own
 files: more than a second, and each thread that compiles does it for itself where nobody did it before.
@@ -6,11 +6,12 @@ files: more than a second, and each thread that compiles does it for itself wher
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -20,16 +21,26 @@ _starting: list[threading.Thread] = []
 _lock = threading.Lock()
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device."""
+    return device.type == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def start_compiler(device: torch.device) -> None:
-    """Begin, once in a process and on CUDA only; returns at once."""
-    if device.type != "cuda":
+    """Begin, once in a process and where its kernels run; returns at once."""
+    if not runs_triton(device):
         return
     with _lock:
         if _starting:
             return
-        for step in (_hash_files, partial(_connect, device)):
-            # No daemon: Python takes down what a daemon uses while it runs.
-            thread = threading.Thread(target=_quietly, args=(step,), name="hf_async_batching_compiler")
+        for step in (_hash_files, functools.partial(_connect, device)):
+            # No daemon, whatever this thread is: Python takes down what a daemon uses while it runs.
+            thread = threading.Thread(target=_quietly, args=(step,), name="hf_async_batching_compiler", daemon=False)
             thread.start()
             _starting.append(thread)
 
@@ -59,5 +70,5 @@ def _connect(device: torch.device) -> None:
 def _quietly(step: Callable[[], None]) -> None:
     try:
         step()
-    except Exception:  # another release keeps it elsewhere, or there is none: the first kernel will tell
+    except Exception:  # another release keeps it elsewhere: the first kernel will tell
         logger.debug("Triton did not come up early", exc_info=True)

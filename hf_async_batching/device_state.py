@@ -9,12 +9,12 @@ saves work and keeps the row's pages as they are: which token ends a request, th
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.compiler_start import runs_triton
 from hf_async_batching.plan import Features
 from hf_async_batching.row_memory import RowMemory
 from hf_async_batching.staging import FIRST_EOS, MAX_LENGTH, NO_PADDING, PARAMS, START, Padding, Sections
@@ -97,9 +97,7 @@ class DeviceState:
         max_samples = max(max_rows if max_samples is None else max_samples, padding.sections.samples)
         self.out_tokens = table(max_samples)
         self.out_logprobs = table(max_samples, dtype=torch.float32)
-        if fused is None:
-            fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        self._fused = fused
+        self._fused = runs_triton(device) if fused is None else fused
         self.memory = RowMemory(max_rows=max_rows, max_length=max_length, vocab_size=vocab_size, device=device)
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble, check_servable
 from hf_async_batching.autocast import Autocast
+from hf_async_batching.collector import no_collections
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.errors import (
     EngineClosedError,
@@ -28,7 +29,6 @@ from hf_async_batching.errors import (
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
-from hf_async_batching.memory import no_collections
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features

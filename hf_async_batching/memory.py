@@ -1,12 +1,6 @@
-"""How much memory is free where a model runs, and when Python looks for what nobody needs."""
+"""How much memory is free where a model runs."""
 
 from __future__ import annotations
-
-import gc
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 import torch
@@ -24,51 +18,3 @@ def return_memory(device: torch.device) -> None:
     """Give torch's cached blocks back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-class _Collector:
-    """Python's collector of cycles, which is one for all threads: off while anybody wants it off."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted_off = 0
-        self._was_on = False
-
-    def off(self) -> None:
-        with self._lock:
-            if not self._wanted_off:
-                self._was_on = gc.isenabled()
-                gc.disable()
-            self._wanted_off += 1
-
-    def back(self) -> None:
-        with self._lock:
-            self._wanted_off -= 1
-            if not self._wanted_off and self._was_on:
-                gc.enable()
-
-    def in_a_child(self) -> None:
-        """The threads that wanted it off are not in the forked process."""
-        self._lock = threading.Lock()
-        if self._wanted_off and self._was_on:
-            gc.enable()
-        self._wanted_off = 0
-
-
-_collector = _Collector()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_collector.in_a_child)
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Python's collector of cycles waits meanwhile, for all threads of the process.
-
-    What a start makes sets off a collection of everything, which with torch and transformers loaded stops all threads
-    for 0.2 to 0.4 s; and one that frees device memory ends the capture of a graph.
-    """
-    _collector.off()
-    try:
-        yield
-    finally:
-        _collector.back()

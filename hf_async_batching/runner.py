@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from hf_async_batching.autocast import Autocast
+from hf_async_batching.compiler_start import runs_triton
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.devices.base import Kernel
@@ -28,7 +29,6 @@ from hf_async_batching.plan import Features, Plan
 from hf_async_batching.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling.rare import RareOutputs, sample_rare
-from hf_async_batching.sampling.sampler import fused_on
 from hf_async_batching.staging import NO_PADDING, Padding, Sections
 from hf_async_batching.step_sizes import (
     SPREAD_TOKENS,
@@ -108,7 +108,7 @@ class Runner:
         self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         if autocast is not None and autocast.dtype is not None:
             self._autocast = autocast
-        self._sampler = Sampler(fused_on(state.page_table.device))
+        self._sampler = Sampler(runs_triton(state.page_table.device))
         self._state = state
         self._device = device
         self.buckets = decode_buckets(max_rows) if graphs else []

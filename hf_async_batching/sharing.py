@@ -40,7 +40,7 @@ def tensors_within(root: Any) -> Iterator[torch.Tensor]:
 
     A tensor's own attributes are looked into, too; what a tensor subclass wraps stays with it.
     """
-    stack, seen, slots = [root], set[int](), dict[type, tuple[str, ...]]()
+    stack, seen = [root], set[int]()
     while stack:
         value = stack.pop()
         if isinstance(value, _LEAVES) or id(value) in seen:
@@ -57,15 +57,6 @@ def tensors_within(root: Any) -> Iterator[torch.Tensor]:
         elif isinstance(value, partial):
             stack.extend((value.func, value.args, value.keywords))
         stack.extend(getattr(value, "__dict__", {}).values())
-        names = slots.get(type(value))
-        if names is None:
-            names = slots[type(value)] = _slots(type(value))
-        stack.extend(getattr(value, name, None) for name in names)
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    found: list[str] = []
-    for base in kind.__mro__:
-        names = base.__dict__.get("__slots__", ())
-        found += (names,) if isinstance(names, str) else names
-    return tuple(found)
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            stack.extend(getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots))

@@ -77,7 +77,8 @@ def run_in_threads(jobs: list[Callable[[], object]]) -> None:
 
     try:
         for number in range(min(_THREADS, len(jobs))):
-            threading.Thread(target=work, name=f"hf_async_batching_start_{number}").start()
+            # No daemon, whatever this thread is: Python would end it in the middle of a compiler.
+            threading.Thread(target=work, name=f"hf_async_batching_start_{number}", daemon=False).start()
         with changed:
             changed.wait_for(lambda: not left and not running)
     finally:

@@ -23,6 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler_start, "_starting", [])
+    monkeypatch.setattr(compiler_start, "_has_triton", lambda: True)
 
 
 @pytest.mark.parametrize("slow", ["_hash_files", "_connect"])
@@ -39,7 +40,10 @@ def test_it_starts_once_and_jobs_wait_for_all_of_it(monkeypatch: pytest.MonkeyPa
 
     for name in ("_hash_files", "_connect"):
         monkeypatch.setattr(compiler_start, name, step(name))
-    start_compiler(CUDA)  # returns though it is not up
+    daemon = threading.Thread(target=start_compiler, args=(CUDA,), daemon=True)
+    daemon.start()
+    daemon.join()  # returns though it is not up
+    assert not any(thread.daemon for thread in compiler_start._starting)
     start_compiler(CUDA)
     thread = threading.Thread(target=after_compiler_start(ran.set))
     thread.start()
@@ -50,8 +54,10 @@ def test_it_starts_once_and_jobs_wait_for_all_of_it(monkeypatch: pytest.MonkeyPa
     assert sorted(started) == [("_connect", CUDA), ("_hash_files",)]
 
 
-def test_it_starts_on_cuda_only() -> None:
+def test_it_starts_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     start_compiler(CPU)
+    monkeypatch.setattr(compiler_start, "_has_triton", lambda: False)
+    start_compiler(CUDA)
     assert not compiler_start._starting
     assert after_compiler_start(lambda: 5)() == 5
 

@@ -153,14 +153,30 @@ def test_a_thread_that_does_not_listen_is_named(
 
     thread = threading.Thread(target=hang, name="the compiler")
     thread.start()
-    end_with_the_process(thread, done)
-    began = time.monotonic()
-    while "the compiler" not in caplog.text and time.monotonic() - began < 30:
-        time.sleep(0.01)
-    monkeypatch.setattr(process_end, "_LOOK_AGAIN", 30.0)
-    monkeypatch.setattr(process_end, "_SAY_AGAIN", 30.0)
-    time.sleep(0.05)
-    assert caplog.text.count("the compiler") == 1, "once"
-    held.release()
-    thread.join(30)
+    try:
+        end_with_the_process(thread, done)
+        began = time.monotonic()
+        while "the compiler" not in caplog.text and time.monotonic() - began < 30:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert caplog.text.count("the compiler") == 1, "once"
+        # While it unwinds it is left alone.
+        monkeypatch.setattr(process_end, "_SAY_AGAIN", 30.0)
+        time.sleep(0.05)
+    finally:
+        held.release()
+        thread.join(30)
     assert ended
+
+
+def test_it_is_told_again_after_a_while_not_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_end, "process_ends", lambda: True)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) == 5
+
+    process_end._watch(threading.Thread(), SimpleNamespace(wait=wait))  # type: ignore[arg-type]
+    look, say = process_end._LOOK_AGAIN, process_end._SAY_AGAIN
+    assert waits == [look, say, look, say, look]

@@ -53,6 +53,15 @@ def test_all_jobs_end_before_the_first_failure_is_raised() -> None:
     assert sorted(ended) == ["'quick'", "fine", "slow"]
 
 
+def test_its_threads_are_no_daemons_in_a_daemon_either() -> None:
+    seen: list[bool] = []
+    jobs = [lambda: seen.append(threading.current_thread().daemon)]
+    daemon = threading.Thread(target=lambda: run_in_threads(list(jobs)), daemon=True)
+    daemon.start()
+    daemon.join(30)
+    assert seen == [False]
+
+
 def test_who_interrupts_it_leaves_nothing_running() -> None:
     ran: list[str] = []
     barrier = threading.Barrier(3)

@@ -6,13 +6,13 @@ Draws use the Gumbel-max trick in its exponential form: the arg-min of E_i / p_i
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import replace
 
 import torch
 
 from hf_async_batching import staging
 from hf_async_batching.argmax import argmax
+from hf_async_batching.compiler_start import runs_triton
 from hf_async_batching.logits_params import Stage
 from hf_async_batching.plan import Features
 from hf_async_batching.sampling import noise
@@ -61,7 +61,7 @@ class Sampler:
 
     def _choose_usual(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
         if self._fused is None:
-            self._fused = fused_on(logits.device)
+            self._fused = runs_triton(logits.device)
         if self._fused and (features.sampling or features.penalty):
             from hf_async_batching.sampling import fused
 
@@ -101,11 +101,6 @@ class Sampler:
             drawn = (scores - exponential.log_()).argmax(-1).int()
             tokens = torch.where(rows.params[:, staging.DO_SAMPLE] > 0, drawn, tokens)
         return tokens
-
-
-def fused_on(device: torch.device) -> bool:
-    """Whether the Triton kernels run there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @functools.lru_cache(256)

@@ -107,13 +107,16 @@ def test_a_slow_peer_is_given_up(model: PreTrainedModel, name: str) -> None:
     assert run.error is not None and "TimeoutError: given up" in run.error
 
 
-def test_the_next_attention_is_tried(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_attention_is_tried(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(peer_generate_batch, "_ON_CPU", ("flash_attention_2", "eager"))
     run = run_peer("generate_batch", model, mix)
     assert run.error is None
     assert run.attention is not None and "eager" in run.attention
     assert len(run.notes) == 1
     assert run.notes[0].startswith("flash_attention_2: ")
+    assert "generate_batch with flash_attention_2" in caplog.text, "said at once: others may take long"
 
 
 def test_missing_tokens_are_an_error(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from support.tiny_models import tiny_model
 
 import hf_async_batching.manager
 from hf_async_batching import GenerationManager
-from hf_async_batching.memory import no_collections
+from hf_async_batching.collector import no_collections
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -41,17 +41,18 @@ def test_it_stays_off_until_the_last_one_leaves() -> None:
 def test_a_forked_process_collects() -> None:
     """Workers of data loaders and tokenizers may be forked by other threads during a start."""
     with no_collections():
-        child = multiprocessing.get_context("fork").Process(target=_exit_with, args=(0, 1))
+        child = multiprocessing.get_context("fork").Process(target=_exit_well_if_it_collects)
         child.start()
         child.join(60)
         assert not gc.isenabled()
     assert child.exitcode == 0
 
 
-def _exit_with(enabled: int, disabled: int) -> None:
+def _exit_well_if_it_collects() -> None:
+    before = gc.isenabled()
     with no_collections():
         off = not gc.isenabled()
-    os._exit(enabled if off and gc.isenabled() else disabled)
+    os._exit(0 if before and off and gc.isenabled() else 1)
 
 
 def test_no_collection_holds_a_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
