@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -151,8 +152,9 @@ class DecodeCase:
             few = [splits for splits in wanted if splits > 1][:3]
             every += [(splits, *sizes, 64, False) for splits in few for sizes in DECODE_SIZES[:2]]
             if torch.cuda.get_device_capability()[0] >= 9:
-                every += [(splits, *sizes, 64, True, True) for splits in wanted[:4] for sizes in DECODE_SIZES[:3]]
-        for label, config in [("default", rule), *(("", kernels.DecodeConfig(*values)) for values in every)]:
+                every += [(splits, *sizes, 64, True, True) for splits in wanted[:4] for sizes in DECODE_SIZES[:6]]
+        configs = [("", kernels.DecodeConfig(*values)) for values in every]
+        for label, config in [("default", rule), *configs, ("default", rule)]:  # the second shows what order does
             shown = label or " ".join(f"{name} {value}" for name, value in config._asdict().items())
             # One split has no parts to combine, and how many splits there are is no matter to the compiler.
             compiled = (config.splits > 1, config.splits > 1 and config.fused, config.pdl, *config[1:4])
@@ -278,6 +280,8 @@ Case = DecodeCase | PrefillCase
 
 DECODE = [
     (32, 32, 8, 128, 512),
+    (32, 32, 8, 128, 1024),
+    (32, 32, 8, 128, 2048),
     (32, 32, 8, 128, 4096),
     (32, 32, 8, 128, 8192),
     (256, 32, 8, 128, 800),
@@ -391,9 +395,11 @@ def show(case: Case, rows: list[Row], tolerance: float, best: int = 3) -> None:
 def main() -> None:
     arguments = parse()
     begin = time.perf_counter()
-    if arguments.quick:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    elif not torch.cuda.is_available():
+    if arguments.quick and os.environ.get("TRITON_INTERPRET") != "1":
+        # Read when Triton is imported, which others do early.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.attention_sweep", *sys.argv[1:]])
+    if not arguments.quick and not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA GPU; --quick is a dry run without.")
     device = "cpu" if arguments.quick else "cuda"
     timer = Timer(arguments.replays, not arguments.quick)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from statistics import median
 
 from hf_async_batching.timeline import StepRecord
 
@@ -19,8 +20,8 @@ RECENT, ENOUGH = 16, 8
 MARGIN = 2e-3
 """Seconds that stay between the plan and the moment at which it is due, for whatever holds the host up."""
 
-# What is left of a delay after each step.
-_FORGETTING = 0.97
+# The share of the last delay in what is expected of the next one, and what is left of that after each step.
+_LEARNING, _FORGETTING = 0.25, 0.99
 # A step's beginning is computed from the device's clock, which may drift, and drawn to the host's by this share.
 _DRAWN = 0.02
 
@@ -45,8 +46,10 @@ class Patience:
     def spare_seconds(self, records: Sequence[StepRecord], rows: int, context: int, now: float) -> float:
         """Seconds for which the next plan can wait without the device running dry; 0 or less for none.
 
-        Counts the shortest of the last steps, and the longest time that the host took for one of them. With fewer rows
-        or a shorter context a step gets shorter, but by no larger a share than these: all weights are read anyway.
+        Counts the shortest of the last steps, and the time that the host usually takes for one of them: what takes it
+        longer is mostly Python's lock, in the hands of who is about to come, and is over when this has waited. With
+        fewer rows or a shorter context a step gets shorter, but by no larger a share than these: all weights are read
+        anyway.
 
         Args:
             records: Of the last steps, oldest first.
@@ -55,19 +58,24 @@ class Patience:
             now: The time, of `time.perf_counter`.
         """
         self._late *= _FORGETTING
-        recent = list(islice(reversed(records), RECENT))
-        steps = [
-            (record.compute[1] - record.compute[0])
-            * min(1.0, rows / record.decode_rows, context / record.context_tokens)
-            for record in recent
-            # Neither with prompts nor with drafts, of which a step can be all.
+        # Neither with prompts nor with drafts, of which a step can be all.
+        alone = [
+            record
+            for record in islice(reversed(records), RECENT)
             if 0 < record.decode_rows == record.tokens and not record.prompt_tokens
         ]
-        if len(steps) < ENOUGH:
+        if len(alone) < ENOUGH:
             return 0.0
-        host = max([record.plan[1] - record.plan[0] + record.settle[1] - record.settle[0] for record in recent])
-        return self._began + min(steps) - now - host - MARGIN - self._late
+        shortest = min(
+            [
+                (record.compute[1] - record.compute[0])
+                * min(1.0, rows / record.decode_rows, context / record.context_tokens)
+                for record in alone
+            ]
+        )
+        host = median([record.plan[1] - record.plan[0] + record.settle[1] - record.settle[0] for record in alone])
+        return self._began + shortest - now - host - MARGIN - self._late
 
     def woke(self, late: float) -> None:
         """Note how many seconds after the end of a wait its thread went on: others may have held Python's lock."""
-        self._late = max(late, self._late)
+        self._late += _LEARNING * (max(0.0, late) - self._late)
