@@ -24,7 +24,7 @@ from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.engine import Engine
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.memory import free_memory
+from hf_async_batching.memory import free_memory, return_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
 from hf_async_batching.pipeline import Pipeline
@@ -80,6 +80,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         # It has no pages to save: with as many as its rows can use, none is ever asked to give up some.
         logger.info("num_pages = automatic (%s is computed row by row)", forward.name)
         config = replace(config, num_pages=None)
+    # Weights that were packed left theirs to torch, which would keep it beside a cache that takes all the rest.
+    return_memory(forward.device)
     free = free_memory(forward.device)
     if group is not None:
         free = group.least(free)  # rows and pages have the same numbers on all ranks
