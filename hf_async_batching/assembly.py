@@ -24,6 +24,7 @@ from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.engine import Engine
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.library_start import start_libraries
 from hf_async_batching.memory import free_memory, return_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
@@ -203,6 +204,7 @@ def _checked_forward(
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     start_compiler(device)
+    start_libraries(device, model.dtype)
     try:
         return _packed_forward(model, config, backend), backend
     except UnsupportedModelError as error:

@@ -171,14 +171,14 @@ def _check_causality(
         ids = torch.tensor([tokens], device=forward.device)
         return GenerateLoop(view).start(ids, everywhere=everywhere).float()
 
-    differences = [
-        logits_error(logits(first, False), want["a decode"]),
-        logits_error(logits(second, False), want["a late decode"]),
-    ]
-    noise = max(differences)
     kept = len(first) // 2
     other = first[:kept] + [(token + 1) % forward.vocab_size for token in first[kept:]]
     everywhere = [logits(tokens, True) for tokens in (first, other)]
+    differences = [
+        logits_error(everywhere[0][-1], want["a decode"]),
+        logits_error(logits(second, False), want["a late decode"]),
+    ]
+    noise = max(differences)
     if len(everywhere[0]) == len(first):
         differences += [logits_error(a, b) for a, b in zip(everywhere[0][:kept], everywhere[1][:kept], strict=True)]
     difference = max(differences)
@@ -269,8 +269,13 @@ def _generate_logits(
     split = len(first) // 3
     found: dict[str, torch.Tensor] = {}
     loop = GenerateLoop(view)
-    found["a chunk of a prompt"] = loop.start(tensor(first[:split]))
-    found["the rest of a prompt"] = loop.start(tensor(first[:-2]))
+    whole = loop.start(tensor(first[:-2]), everywhere=True)
+    found["the rest of a prompt"] = whole[-1]
+    if forward.recomputes and len(whole) == len(first) - 2:
+        # As of a prompt that ends there, if later tokens do not change it, which is checked.
+        found["a chunk of a prompt"] = whole[split - 1]
+    else:
+        found["a chunk of a prompt"] = GenerateLoop(view).start(tensor(first[:split]))
     found["a decode alone"] = loop.step(tensor(first[-2:-1]))
     found["a decode"] = loop.step(tensor(first[-1:]))
     found["a prompt that joined late"] = loop.start(tensor(second[:-1]))

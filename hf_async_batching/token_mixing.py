@@ -50,8 +50,9 @@ def refuse_mixing(run: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Ten
     """
     other = (tokens + vocab_size // 2) % vocab_size
     other[-1] = tokens[-1]
-    one, two = run(tokens)[-1].float(), run(other)[-1].float()
+    logits = run(tokens)
+    one, two = logits[-1].float(), run(other)[-1].float()
     difference = float((one - two).norm() / one.norm().clamp(min=1e-6))
     # Without attention some families have nothing to normalize: NaN says nothing either way.
-    if difference > _TOLERANCE.get(run(tokens).dtype, _TOLERANCE_OF_16_BITS):
+    if difference > _TOLERANCE.get(logits.dtype, _TOLERANCE_OF_16_BITS):
         raise UnsupportedModelError(f"its tokens reach each other outside of attention (by {difference:.2g})")

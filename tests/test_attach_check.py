@@ -110,3 +110,36 @@ def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch:
     with pytest.raises(UnsupportedModelError, match="no such thing"):
         attach_check(model, CacheForward(model), make_backend("auto", CPU))
     assert log == ["engine"]
+
+
+def test_the_plain_side_takes_few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes tens of milliseconds of a start."""
+    model = tiny_model("Llama")
+    forward = ModelForward(model)
+    ran: list[int] = []
+    run = type(model).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not forward.view:
+            ran.append(kwargs["input_ids"].shape[1])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    attach_check(model, forward, make_backend("auto", CPU))
+    assert len(ran) == 10 and ran.count(1) == 4
+
+
+def test_the_chunk_of_a_prompt_is_a_prompt_that_ends_there() -> None:
+    model = tiny_model("Llama")
+    forward = ModelForward(model)
+    prompts = [5, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4], [4, 3]
+    view = module.make_view(model, None)
+    module.prepare_view(view)
+    with torch.inference_mode():
+        found = module._generate_logits(view, forward, *prompts)
+        want = model(torch.tensor([prompts[0][:3]])).logits[0, -1]
+        torch.testing.assert_close(found["a chunk of a prompt"], want)
+        forward.recomputes = False
+        alone = module._generate_logits(view, forward, *prompts)
+    for name in found:
+        torch.testing.assert_close(alone[name], found[name])
