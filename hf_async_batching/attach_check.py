@@ -22,9 +22,11 @@ from hf_async_batching.compiled_regions import EXAMPLE_TOKENS
 from hf_async_batching.compiler_start import after_compiler_start
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
-from hf_async_batching.generate_loop import GenerateLoop, prepare_view
+from hf_async_batching.generate_loop import prepare_view
+from hf_async_batching.logits_error import logits_error, logits_tolerance
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import context_length, make_view
+from hf_async_batching.model_view import make_view
+from hf_async_batching.plain_logits import Expected, Prompts, plain_logits, prompts_for
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.quantization import is_quantized
 from hf_async_batching.request import Request
@@ -32,14 +34,8 @@ from hf_async_batching.side_by_side import side_by_side
 from hf_async_batching.staging import Sections, encode
 from hf_async_batching.tensor_parallel.shared_modules import parallel_modules
 
-# Relative error of the logits that rounding alone explains: sums in another order, not another result.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-_TF32_TOLERANCE = 5e-3
-_QUANTIZED_TOLERANCE = 5e-2
+# Relative norm; rounding may be less by chance.
 _LEAST_NOISE = 5e-3
-
-# Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
-_FIRST_LENGTH, _SECOND_LENGTH = 69, 37
 
 
 @torch.inference_mode()
@@ -57,15 +53,10 @@ def attach_check(
     Raises:
         UnsupportedModelError: The logits differ by more than rounding, or a step fails.
     """
-    vocab, length = forward.vocab_size, _first_length(model)
-    first = [(7 * i + 3) % vocab for i in range(length)]
-    second = [(11 * i + 5) % vocab for i in range(max(2, min(_SECOND_LENGTH, length // 2)))]
-    third = [(13 * i + 1) % vocab for i in range(len(second))]
-    prompts = first, second, third
-    tolerance = logits_tolerance(forward)
-    want: dict[str, torch.Tensor] = {}
+    vocab = forward.vocab_size
+    prompts = prompts_for(model, vocab)
+    expected: list[Expected] = []
     got: dict[str, torch.Tensor] = {}
-    noise: list[float] = []
 
     in_turn = not isinstance(forward, ModelForward) or not _bears_threads(forward.view)
     plain_ended = threading.Event()
@@ -74,9 +65,7 @@ def attach_check(
         try:
             view = make_view(model, None)
             prepare_view(view)
-            want.update(_generate_logits(view, forward, *prompts))
-            if forward.recomputes:
-                noise.append(_check_causality(view, forward, want, first, second))
+            expected.append(plain_logits(view, forward, prompts))
         finally:
             plain_ended.set()
 
@@ -90,7 +79,7 @@ def attach_check(
             side_by_side([after_compiler_start(kernel) for kernel in kernels], forward.device)
         if in_turn:
             plain_ended.wait()
-        got.update(_engine_logits(forward, backend, page_size, *prompts))
+        got.update(_engine_logits(forward, backend, page_size, prompts))
 
     try:
         # Both take seconds in a fresh process: libraries that load on the one side, compilers on the other.
@@ -103,14 +92,16 @@ def attach_check(
         raise UnsupportedModelError(
             f"{forward.name} is not served: as {forward.route} its forward fails with {type(error).__name__}: {error}"
         ) from error
-    if isinstance(forward, CacheForward) and noise:
+    (plain,) = expected
+    tolerance = logits_tolerance(forward)
+    if isinstance(forward, CacheForward) and forward.recomputes:
         # The same kernels as `generate`'s own: what differs by more than the order of its own sums is a wrong position
         # or mask, which 16-bit numbers must not hide.
-        tolerance = min(tolerance, max(_LEAST_NOISE, 4 * noise[0]))
-    for label, expected in want.items():
+        tolerance = min(tolerance, max(_LEAST_NOISE, 4 * plain.noise))
+    for label, want in plain.logits.items():
         if label not in got:
             continue
-        difference = logits_error(got[label], expected)
+        difference = logits_error(got[label], want)
         if not difference <= tolerance:
             raise UnsupportedModelError(
                 f"{forward.name} is not served: its logits for {label} differ from plain `generate`'s by "
@@ -138,69 +129,16 @@ def _written_in(module: torch.nn.Module) -> str:
     return str(getattr(getattr(module.forward, "__func__", module.forward), "__module__", ""))
 
 
-def _first_length(model: PreTrainedModel) -> int:
-    """Tokens of the longest prompt of the check.
-
-    Where attention picks the best keys of all (DeepSeek's sparse attention), it must be asked to leave some out: some
-    families pick others for the same token at once and one by one.
-    """
-    picked = getattr(model.config.get_text_config(), "index_topk", None)
-    length = max(_FIRST_LENGTH, picked + 5) if isinstance(picked, int) else _FIRST_LENGTH
-    return max(4, min(length, context_length(model) or length))
-
-
-def _check_causality(
-    view: PreTrainedModel,
-    forward: ModelForward | CacheForward,
-    want: dict[str, torch.Tensor],
-    first: list[int],
-    second: list[int],
-) -> float:
-    """That tokens do not change what came before them, and that all at once are as good as one by one.
-
-    A request that gives up its pages is computed again at once, from its prompt and from what it said.
-
-    Returns:
-        How much rounding alone changes: the difference between the two.
-
-    Raises:
-        UnsupportedModelError: They do, or are not.
-    """
-
-    def logits(tokens: list[int], everywhere: bool) -> torch.Tensor:
-        ids = torch.tensor([tokens], device=forward.device)
-        return GenerateLoop(view).start(ids, everywhere=everywhere).float()
-
-    kept = len(first) // 2
-    other = first[:kept] + [(token + 1) % forward.vocab_size for token in first[kept:]]
-    everywhere = [logits(tokens, True) for tokens in (first, other)]
-    differences = [
-        logits_error(everywhere[0][-1], want["a decode"]),
-        logits_error(logits(second, False), want["a late decode"]),
-    ]
-    noise = max(differences)
-    if len(everywhere[0]) == len(first):
-        differences += [logits_error(a, b) for a, b in zip(everywhere[0][:kept], everywhere[1][:kept], strict=True)]
-    difference = max(differences)
-    if not difference <= logits_tolerance(forward):
-        raise UnsupportedModelError(
-            f"{forward.name} is not served: its tokens change the logits of tokens before them, or those after tokens "
-            f"one by one and all at once differ, by {difference:.2g} (relative norm, {forward.dtype}). Set "
-            "`config.is_decoder = True` if it has that, or use plain `model.generate`."
-        )
-    return noise
-
-
 def _bare(forward: ModelForward | CacheForward, error: Exception) -> str:
     return str(error).removeprefix(f"{forward.name} is not served: ")
 
 
 def _engine_logits(
-    forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int, *prompts: list[int]
+    forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int, prompts: Prompts
 ) -> dict[str, torch.Tensor]:
     """Logits [vocab] by what they are for."""
     first, second, third = prompts
-    split = len(first) // 3
+    split = prompts.chunk
     pages = -(-(len(first) + 1) // page_size)
     cache = PagedCache(forward.layers, num_pages=pages * len(prompts), page_size=page_size, device=forward.device)
     state = DeviceState(max_rows=len(prompts), max_pages_per_row=pages, device=forward.device)
@@ -257,34 +195,6 @@ def _engine_logits(
     return dict(zip(labels, logits, strict=True))
 
 
-def _generate_logits(
-    view: PreTrainedModel, forward: ModelForward | CacheForward, *prompts: list[int]
-) -> dict[str, torch.Tensor]:
-    """The same as `_engine_logits`, as `generate` computes them: each prompt alone, then token by token."""
-
-    def tensor(tokens: list[int]) -> torch.Tensor:
-        return torch.tensor([tokens], device=forward.device)
-
-    first, second, third = prompts
-    split = len(first) // 3
-    found: dict[str, torch.Tensor] = {}
-    loop = GenerateLoop(view)
-    whole = loop.start(tensor(first[:-2]), everywhere=True)
-    found["the rest of a prompt"] = whole[-1]
-    if forward.recomputes and len(whole) == len(first) - 2:
-        # As of a prompt that ends there, if later tokens do not change it, which is checked.
-        found["a chunk of a prompt"] = whole[split - 1]
-    else:
-        found["a chunk of a prompt"] = GenerateLoop(view).start(tensor(first[:split]))
-    found["a decode alone"] = loop.step(tensor(first[-2:-1]))
-    found["a decode"] = loop.step(tensor(first[-1:]))
-    found["a prompt that joined late"] = loop.start(tensor(second[:-1]))
-    found["a late decode"] = loop.step(tensor(second[-1:]))
-    found["another that joined late"] = loop.start(tensor(third[:-1]))
-    found["another late decode"] = loop.step(tensor(third[-1:]))
-    return {name: logits.float() for name, logits in found.items()}
-
-
 @torch.inference_mode()
 def compile_checked(
     forward: ModelForward,
@@ -338,21 +248,6 @@ def compile_checked(
         error = logits_error(forward(step).float(), want)
         if not error <= logits_tolerance(forward):
             raise RuntimeError(f"compiled logits of {forward.name} differ by {error:.2g} (relative norm)")
-
-
-def logits_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative norm of the difference."""
-    return float((got - want).norm() / want.norm().clamp(min=1e-6))
-
-
-def logits_tolerance(forward: ModelForward | CacheForward) -> float:
-    """The error that rounding alone explains."""
-    dtype = forward.dtype
-    if is_quantized(forward.view):
-        return max(_QUANTIZED_TOLERANCE, _TOLERANCE.get(dtype, 1e-1))
-    if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        return _TF32_TOLERANCE
-    return _TOLERANCE.get(dtype, 1e-1)
 
 
 def _stage(plan: Plan, device: torch.device, tile_size: int, max_rows: int) -> tuple[torch.Tensor, Sections]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attach_check import logits_error, logits_tolerance
 from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.logits_error import logits_error, logits_tolerance
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
 from hf_async_batching.plan import Plan

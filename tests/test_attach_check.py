@@ -26,7 +26,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the check does, with its jobs in threads as on a GPU; the plain forward waits a little for the engine's."""
     log: list[str] = []
     engine_runs = threading.Event()
-    plain, engine, ready = module._generate_logits, module._engine_logits, AttentionBackend.ready
+    plain, engine, ready = module.plain_logits, module._engine_logits, AttentionBackend.ready
 
     def in_threads(jobs: list[Callable[[], object]], device: torch.device) -> None:
         def run(job: Callable[[], object]) -> None:
@@ -54,7 +54,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ready(self, *args, **options)
 
     monkeypatch.setattr(module, "side_by_side", in_threads)
-    monkeypatch.setattr(module, "_generate_logits", run_plain)
+    monkeypatch.setattr(module, "plain_logits", run_plain)
     monkeypatch.setattr(module, "_engine_logits", run_engine)
     monkeypatch.setattr(type(make_backend("auto", CPU)), "ready", compile_kernels)
     return log
@@ -105,41 +105,8 @@ def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch:
     def fail(*args: Any) -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr(module, "_generate_logits", fail)
+    monkeypatch.setattr(module, "plain_logits", fail)
     model = tiny_model("Llama")
     with pytest.raises(UnsupportedModelError, match="no such thing"):
         attach_check(model, CacheForward(model), make_backend("auto", CPU))
     assert log == ["engine"]
-
-
-def test_the_plain_side_takes_few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes tens of milliseconds of a start."""
-    model = tiny_model("Llama")
-    forward = ModelForward(model)
-    ran: list[int] = []
-    run = type(model).forward
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not forward.view:
-            ran.append(kwargs["input_ids"].shape[1])
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counted)
-    attach_check(model, forward, make_backend("auto", CPU))
-    assert len(ran) == 10 and ran.count(1) == 4
-
-
-def test_the_chunk_of_a_prompt_is_a_prompt_that_ends_there() -> None:
-    model = tiny_model("Llama")
-    forward = ModelForward(model)
-    prompts = [5, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4], [4, 3]
-    view = module.make_view(model, None)
-    module.prepare_view(view)
-    with torch.inference_mode():
-        found = module._generate_logits(view, forward, *prompts)
-        want = model(torch.tensor([prompts[0][:3]])).logits[0, -1]
-        torch.testing.assert_close(found["a chunk of a prompt"], want)
-        forward.recomputes = False
-        alone = module._generate_logits(view, forward, *prompts)
-    for name in found:
-        torch.testing.assert_close(alone[name], found[name])

@@ -1,0 +1,179 @@
+"""What plain `generate` computes for the prompts of the attach check, and whether its tokens are causal."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.cache_forward import CacheForward
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.generate_loop import GenerateLoop
+from hf_async_batching.logits_error import logits_error, logits_tolerance, worst_error
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.model_view import context_length
+
+# Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
+_FIRST_LENGTH, _SECOND_LENGTH = 69, 37
+
+Forward = ModelForward | CacheForward
+
+
+class Prompts(NamedTuple):
+    """Token ids; the last one of `second` and `third`, and the last two of `first`, are decoded."""
+
+    first: list[int]
+    second: list[int]
+    third: list[int]
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of the first piece of `first`, where it comes in pieces."""
+        return len(self.first) // 3
+
+
+class Expected(NamedTuple):
+    """What the engine must come to.
+
+    Attributes:
+        logits: float32 [vocab], by what they are for.
+        noise: How much rounding alone changes: relative norm of the difference between the logits of tokens one by
+            one and of all at once; 0 where that was not looked at.
+    """
+
+    logits: dict[str, torch.Tensor]
+    noise: float
+
+
+def prompts_for(model: PreTrainedModel, vocab_size: int) -> Prompts:
+    """Prompts of the usual lengths, or shorter where a model's context is.
+
+    Where attention picks the best keys of all (DeepSeek's sparse attention), it must be asked to leave some out: some
+    families pick others for the same token at once and one by one.
+    """
+    picked = getattr(model.config.get_text_config(), "index_topk", None)
+    length = max(_FIRST_LENGTH, picked + 5) if isinstance(picked, int) else _FIRST_LENGTH
+    length = max(4, min(length, context_length(model) or length))
+    shorter = max(2, min(_SECOND_LENGTH, length // 2))
+    return Prompts(
+        [(7 * i + 3) % vocab_size for i in range(length)],
+        [(11 * i + 5) % vocab_size for i in range(shorter)],
+        [(13 * i + 1) % vocab_size for i in range(shorter)],
+    )
+
+
+def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> Expected:
+    """The logits that plain `generate` computes, of each prompt alone.
+
+    Args:
+        view: A view of the model that went through `prepare_view`.
+        forward: The forward that is checked.
+        prompts: Made by `prompts_for`.
+
+    Raises:
+        UnsupportedModelError: Tokens change the logits of tokens before them, or those of tokens one by one and of
+            all at once differ. A request that gives up its pages is computed again at once.
+    """
+    # Long prompts must be decoded at their end, too: attention leaves keys out only there.
+    if isinstance(forward, ModelForward) and len(prompts.first) <= _FIRST_LENGTH:
+        found = _of_few_forwards(view, forward, prompts)
+        if found is not None:
+            return Expected(found, 0.0)
+    logits = _one_by_one(view, forward, prompts)
+    noise = _check_all_at_once(view, forward, logits, prompts) if forward.recomputes else 0.0
+    return Expected(logits, noise)
+
+
+def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> dict[str, torch.Tensor] | None:
+    """Those of `first` from one forward over all of it, which is compared with one over its beginning and a decode.
+
+    In a fresh process each forward takes tens of milliseconds, and attention over other lengths than before as much
+    again: the beginning is as long as the other prompts.
+
+    Returns:
+        The logits by what they are for; None where the model gives none for all positions.
+    """
+    first, second, third = prompts
+    kept = len(second) - 1
+    at_once = _start(view, forward, first, everywhere=True)
+    if len(at_once) != len(first):
+        return None
+    loop = GenerateLoop(view)
+    beginning = loop.start(_ids(forward, first[:kept]), everywhere=True).float()
+    _refuse_above_tolerance(
+        forward,
+        worst_error(at_once[:kept], beginning),
+        logits_error(at_once[kept], loop.step(_ids(forward, first[kept : kept + 1])).float()),
+    )
+    return {
+        "a chunk of a prompt": at_once[prompts.chunk - 1],
+        "the rest of a prompt": at_once[-3],
+        "a decode alone": at_once[-2],
+        "a decode": at_once[-1],
+        **_late_prompts(view, forward, second, third),
+    }
+
+
+def _one_by_one(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> dict[str, torch.Tensor]:
+    """Each prompt, then token by token."""
+    first, second, third = prompts
+    found = {"a chunk of a prompt": _start(view, forward, first[: prompts.chunk])}
+    loop = GenerateLoop(view)
+    found["the rest of a prompt"] = loop.start(_ids(forward, first[:-2])).float()
+    found["a decode alone"] = loop.step(_ids(forward, first[-2:-1])).float()
+    found["a decode"] = loop.step(_ids(forward, first[-1:])).float()
+    return found | _late_prompts(view, forward, second, third)
+
+
+def _late_prompts(
+    view: PreTrainedModel, forward: Forward, second: list[int], third: list[int]
+) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for prompt, joined, decoded in (
+        (second, "a prompt that joined late", "a late decode"),
+        (third, "another that joined late", "another late decode"),
+    ):
+        loop = GenerateLoop(view)
+        found[joined] = loop.start(_ids(forward, prompt[:-1])).float()
+        found[decoded] = loop.step(_ids(forward, prompt[-1:])).float()
+    return found
+
+
+def _check_all_at_once(
+    view: PreTrainedModel, forward: Forward, want: dict[str, torch.Tensor], prompts: Prompts
+) -> float:
+    """That tokens do not change what came before them, and that all at once are as good as one by one.
+
+    Returns:
+        The difference between the two.
+    """
+    first = prompts.first
+    kept = len(first) // 2
+    other = first[:kept] + [(token + 1) % forward.vocab_size for token in first[kept:]]
+    at_once, otherwise = (_start(view, forward, tokens, everywhere=True) for tokens in (first, other))
+    decodes = (
+        logits_error(at_once[-1], want["a decode"]),
+        logits_error(_start(view, forward, prompts.second), want["a late decode"]),
+    )
+    changed = worst_error(at_once[:kept], otherwise[:kept]) if len(at_once) == len(first) else 0.0
+    _refuse_above_tolerance(forward, *decodes, changed)
+    return max(decodes)
+
+
+def _refuse_above_tolerance(forward: Forward, *differences: float) -> None:
+    tolerance = logits_tolerance(forward)
+    if not all(difference <= tolerance for difference in differences):
+        raise UnsupportedModelError(
+            f"{forward.name} is not served: its tokens change the logits of tokens before them, or those after tokens "
+            f"one by one and all at once differ, by {max(differences):.2g} (relative norm, {forward.dtype}). Set "
+            "`config.is_decoder = True` if it has that, or use plain `model.generate`."
+        )
+
+
+def _start(view: PreTrainedModel, forward: Forward, tokens: list[int], *, everywhere: bool = False) -> torch.Tensor:
+    return GenerateLoop(view).start(_ids(forward, tokens), everywhere=everywhere).float()
+
+
+def _ids(forward: Forward, tokens: list[int]) -> torch.Tensor:
+    return torch.tensor([tokens], device=forward.device)

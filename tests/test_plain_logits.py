@@ -1,0 +1,149 @@
+"""What the attach check takes for the truth: few forwards where it can, each prompt token by token elsewhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+from hf_async_batching import plain_logits as module
+from hf_async_batching.cache_forward import MODES, CacheForward
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.generate_loop import prepare_view
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.model_view import make_view
+from hf_async_batching.plain_logits import Expected, Prompts, plain_logits, prompts_for
+
+LABELS = [
+    *("a chunk of a prompt", "the rest of a prompt", "a decode alone", "a decode"),
+    *("a prompt that joined late", "a late decode", "another that joined late", "another late decode"),
+]
+
+
+def view_of(model: PreTrainedModel) -> PreTrainedModel:
+    view = make_view(model, None)
+    prepare_view(view)
+    return view
+
+
+@torch.inference_mode()
+def logits_of(model: PreTrainedModel, forward: ModelForward | CacheForward, prompts: Prompts) -> Expected:
+    return plain_logits(view_of(model), forward, prompts)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> list[int]:
+    """Query tokens of each forward."""
+    ran: list[int] = []
+    run = type(model).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(kwargs["input_ids"].shape[1])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    return ran
+
+
+def test_few_forwards_of_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a start each takes tens of milliseconds, and attention over another length as much again."""
+    model = tiny_model("Llama")
+    forward = ModelForward(model)
+    ran = watch(monkeypatch, model)
+    prompts = prompts_for(model, forward.vocab_size)
+    logits_of(model, forward, prompts)
+    kept = len(prompts.second) - 1
+    assert sorted(ran) == [1, 1, 1, kept, kept, kept, len(prompts.first)]
+
+
+@pytest.mark.parametrize(
+    "route", ["few forwards", "no logits but the last", "long prompts", "another route", "row by row"]
+)
+def test_the_logits_of_every_prompt(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    forward: ModelForward | CacheForward = ModelForward(model)
+    prompts = prompts_for(model, forward.vocab_size)
+    first, second, third = prompts
+    if route == "no logits but the last":
+        start = module.GenerateLoop.start
+        monkeypatch.setattr(
+            module.GenerateLoop, "start", lambda *args, everywhere=False: last(start(*args), everywhere)
+        )
+    elif route == "long prompts":
+        monkeypatch.setattr(module, "_FIRST_LENGTH", len(first) - 1)
+    elif route == "another route":
+        forward = CacheForward(model, *MODES[0])
+    elif route == "row by row":
+        forward = CacheForward(model)
+    assert forward.recomputes == (route != "row by row")
+    found = logits_of(model, forward, prompts)
+    assert list(found.logits) == LABELS
+    assert (found.noise == 0) == (route in ("few forwards", "row by row"))
+    known = [first[: len(first) // 3], first[:-2], first[:-1], first, second[:-1], second, third[:-1], third]
+    for label, tokens in zip(LABELS, known, strict=True):
+        want = model(torch.tensor([tokens])).logits[0, -1]
+        torch.testing.assert_close(found.logits[label], want, rtol=1e-4, atol=1e-5, msg=label)
+
+
+def last(logits: torch.Tensor, everywhere: bool) -> torch.Tensor:
+    return logits[None] if everywhere else logits
+
+
+class Backwards(torch.nn.Module):
+    """A layer that lets tokens reach those before them."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(hidden + hidden.mean(1, keepdim=True), *args, **kwargs)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_tokens_that_change_what_came_before_are_refused(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    forward = ModelForward(model)
+    if long:
+        monkeypatch.setattr(module, "_FIRST_LENGTH", 5)
+    prompts = Prompts(list(range(3, 43)), list(range(5, 25)), list(range(6, 26)))
+    model.model.layers[0] = Backwards(model.model.layers[0])
+    with pytest.raises(UnsupportedModelError, match="change the logits of tokens before them"):
+        logits_of(model, forward, prompts)
+
+
+@pytest.mark.parametrize("route", ["few", "long"])
+@pytest.mark.parametrize("wrong", ["decode", "NaN"])
+def test_tokens_that_differ_one_by_one_are_refused(route: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    forward = ModelForward(model)
+    if route == "long":
+        monkeypatch.setattr(module, "_FIRST_LENGTH", 5)
+    step = module.GenerateLoop.step
+
+    def wrong_step(self: Any, token: torch.Tensor) -> torch.Tensor:
+        logits = step(self, token)
+        return logits * float("nan") if wrong == "NaN" else logits + 0.1 * logits.roll(1)
+
+    monkeypatch.setattr(module.GenerateLoop, "step", wrong_step)
+    with pytest.raises(UnsupportedModelError, match="one by one and all at once differ"):
+        logits_of(model, forward, prompts_for(model, forward.vocab_size))
+
+
+def test_a_prompt_is_long_enough_for_attention_to_leave_keys_out() -> None:
+    def of(context: int | None, **config: int) -> list[int]:
+        text = SimpleNamespace(max_position_embeddings=context, **config)
+        model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+        prompts = prompts_for(model, 50)
+        assert all(0 <= token < 50 for tokens in prompts for token in tokens)
+        return [len(tokens) for tokens in prompts]
+
+    assert of(4096) == [69, 34, 34]
+    assert of(None) == [69, 34, 34]
+    assert of(4096, index_topk=200) == [205, 37, 37]
+    assert of(4096, index_topk=8) == [69, 34, 34]
+    assert of(20) == [20, 10, 10]
+    assert of(2) == [4, 2, 2]
