@@ -154,7 +154,7 @@ class DecodeCase:
             if torch.cuda.get_device_capability()[0] >= 9:
                 every += [(splits, *sizes, 64, True, True) for splits in wanted[:4] for sizes in DECODE_SIZES[:6]]
         configs = [("", kernels.DecodeConfig(*values)) for values in every]
-        for label, config in [("default", rule), *configs, ("default", rule)]:  # the second shows what order does
+        for label, config in [("default", rule), *configs, ("default again", rule)]:  # shows what order does
             shown = label or " ".join(f"{name} {value}" for name, value in config._asdict().items())
             # One split has no parts to combine, and how many splits there are is no matter to the compiler.
             compiled = (config.splits > 1, config.splits > 1 and config.fused, config.pdl, *config[1:4])
@@ -372,8 +372,8 @@ def show(case: Case, rows: list[Row], tolerance: float, best: int = 3) -> None:
     rows = [row for row in rows if row["case"] == case.name]
     timed = [row for row in rows if "us" in row]
     right = [row for row in timed if row["error"] is not None and row["error"] < tolerance]
-    chosen = [row for row in right if row["config"] == "default"]
-    chosen += sorted((row for row in right if row["config"] != "default"), key=lambda row: row["us"])[:best]
+    chosen = [row for row in right if row["config"].startswith("default")]
+    chosen += sorted((row for row in right if row not in chosen), key=lambda row: row["us"])[:best]
     chosen += [row for row in timed if row["error"] is None]
     print(f"\n{case.name}")
     for row in chosen:

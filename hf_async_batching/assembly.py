@@ -81,8 +81,10 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         # It has no pages to save: with as many as its rows can use, none is ever asked to give up some.
         logger.info("num_pages = automatic (%s is computed row by row)", forward.name)
         config = replace(config, num_pages=None)
-    # Weights that were packed left theirs to torch, which would keep it beside a cache that takes all the rest.
-    return_memory(forward.device)
+    if isinstance(forward, ModelForward) and forward.packed_groups:
+        # Torch keeps the memory of the weights that were packed, in pieces too small for pages, until the cache has
+        # taken all the rest and there is not enough: 4.7 GB more than the engine needs.
+        return_memory(forward.device)
     free = free_memory(forward.device)
     if group is not None:
         free = group.least(free)  # rows and pages have the same numbers on all ranks

@@ -97,6 +97,7 @@ class Engine:
         self.started = plan.new_rows if plan is not None else ()
         if self.started and any([new_row.again for new_row in self.started]):
             self.started = tuple(new_row for new_row in self.started if not new_row.again)
+        self.patience.planned(plan is not None)
         if plan is not None:
             self._in_flight.append(self.pipeline.launch(plan, started))
         elif not self._in_flight and self.scheduler.has_live:
@@ -121,7 +122,7 @@ class Engine:
             self._keep_outputs(launch.plan, result, emissions)
         compute = self._span(launch, "compute_start", "compute_done")
         assert compute is not None
-        self.patience.collected(arrived, compute[1])
+        self.patience.collected(arrived, *compute)
         plan = launch.plan
         self.records.append(
             StepRecord(

@@ -32,7 +32,11 @@ def start_libraries(device: torch.device, dtype: torch.dtype) -> None:
             return
         _started.add(device)
     # No daemon, whatever this thread is: Python takes down what a daemon uses while it runs.
-    threading.Thread(target=_run, args=(device, dtype), name="hf_async_batching_libraries", daemon=False).start()
+    thread = threading.Thread(target=_run, args=(device, dtype), name="hf_async_batching_libraries", daemon=False)
+    try:
+        thread.start()
+    except RuntimeError:  # too many threads: the model's own forward loads what it needs
+        logger.debug("libraries do not come up early", exc_info=True)
 
 
 def _run(device: torch.device, dtype: torch.dtype) -> None:

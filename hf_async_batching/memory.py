@@ -5,6 +5,8 @@ from __future__ import annotations
 import psutil
 import torch
 
+from hf_async_batching.devices.cuda import empty_cache
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on `device` now, torch's own cached blocks included."""
@@ -17,4 +19,4 @@ def free_memory(device: torch.device) -> int:
 def return_memory(device: torch.device) -> None:
     """Give torch's cached blocks back to the device."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        empty_cache()

@@ -8,6 +8,7 @@ made only shortly before it is due.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from statistics import median
@@ -20,25 +21,41 @@ RECENT, ENOUGH = 16, 8
 MARGIN = 2e-3
 """Seconds that stay between the plan and the moment at which it is due, for whatever holds the host up."""
 
-# The share of the last delay in what is expected of the next one, and what is left of that after each step.
-_LEARNING, _FORGETTING = 0.25, 0.99
+# What is left, after each step, of what waits are cut by. A cut is no longer than a step: whatever holds the host up,
+# and however often, waits leave the device idle for 2 % of the time at the most.
+_FORGETTING = 0.98
 # A step's beginning is computed from the device's clock, which may drift, and drawn to the host's by this share.
 _DRAWN = 0.02
 
 
 class Patience:
-    """Says how long a plan can wait, and learns when steps begin and how late this process's threads wake up."""
+    """Says how long a plan can wait, and learns when steps begin and when waiting was too long."""
 
     def __init__(self) -> None:
-        self._began = self._ended = self._late = 0.0
+        self._began = self._ended = self._cut = 0.0
+        self._waited = False
+        self._after_a_wait: deque[bool] = deque()  # of each step in flight
 
-    def collected(self, arrived: float, ended: float) -> None:
+    def waited(self) -> None:
+        """Note that the next plan was made wait."""
+        self._waited = True
+
+    def planned(self, launched: bool) -> None:
+        """Note that a plan was made, and whether there is a step of it."""
+        if launched:
+            self._after_a_wait.append(self._waited)
+        self._waited = False
+
+    def collected(self, arrived: float, began: float, ended: float) -> None:
         """Note that a step's result was read, so that the next one is under way.
 
         Args:
             arrived: When that was. The step ended before, and long before where the thread was held up.
-            ended: When the device ended the step, by its own clock; both of `time.perf_counter`.
+            began: When the device began the step, by its own clock; all of `time.perf_counter`.
+            ended: When it ended it.
         """
+        if self._after_a_wait.popleft():
+            self._cut += max(0.0, began - self._ended)  # the device ran dry, whatever it was that took so long
         computed = self._began + ended - self._ended
         self._ended = ended
         self._began = min(arrived, computed + _DRAWN * (arrived - computed))
@@ -46,10 +63,10 @@ class Patience:
     def spare_seconds(self, records: Sequence[StepRecord], rows: int, context: int, now: float) -> float:
         """Seconds for which the next plan can wait without the device running dry; 0 or less for none.
 
-        Counts the shortest of the last steps, and the time that the host usually takes for one of them: what takes it
-        longer is mostly Python's lock, in the hands of who is about to come, and is over when this has waited. With
-        fewer rows or a shorter context a step gets shorter, but by no larger a share than these: all weights are read
-        anyway.
+        Counts the shortest of the last steps, and the time that the host usually takes for one of them. Where it took
+        longer, that is taken to be Python's lock in the hands of who is about to come, which is free again after a
+        wait. Where it is not, the device runs dry, and the next waits are cut by as much. With fewer rows or a shorter
+        context a step gets shorter, but by no larger a share than these: all weights are read anyway.
 
         Args:
             records: Of the last steps, oldest first.
@@ -57,8 +74,8 @@ class Patience:
             context: Tokens that its attention reads.
             now: The time, of `time.perf_counter`.
         """
-        self._late *= _FORGETTING
-        # Neither with prompts nor with drafts, of which a step can be all.
+        self._cut *= _FORGETTING
+        # Drafts take longer. So do prompts, which the device computes while the host still launches them.
         alone = [
             record
             for record in islice(reversed(records), RECENT)
@@ -74,8 +91,4 @@ class Patience:
             ]
         )
         host = median([record.plan[1] - record.plan[0] + record.settle[1] - record.settle[0] for record in alone])
-        return self._began + shortest - now - host - MARGIN - self._late
-
-    def woke(self, late: float) -> None:
-        """Note how many seconds after the end of a wait its thread went on: others may have held Python's lock."""
-        self._late += _LEARNING * (max(0.0, late) - self._late)
+        return self._began + shortest - now - host - MARGIN - self._cut

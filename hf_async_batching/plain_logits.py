@@ -12,10 +12,13 @@ from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.generate_loop import GenerateLoop
 from hf_async_batching.logits_error import logits_error, logits_tolerance, worst_error
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import context_length
+from hf_async_batching.model_view import batch_dependent_rope, context_length
 
 # Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
 _FIRST_LENGTH, _SECOND_LENGTH = 69, 37
+
+# In the names of settings that say which keys attention leaves out.
+_LIMITS = ("window", "chunk", "topk", "block")
 
 Forward = ModelForward | CacheForward
 
@@ -39,7 +42,7 @@ class Expected(NamedTuple):
     Attributes:
         logits: float32 [vocab], by what they are for.
         noise: How much rounding alone changes: relative norm of the difference between the logits of tokens one by
-            one and of all at once; 0 where that was not looked at.
+            one and of all at once; 0 where nobody asks for it.
     """
 
     logits: dict[str, torch.Tensor]
@@ -73,10 +76,10 @@ def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> E
 
     Raises:
         UnsupportedModelError: Tokens change the logits of tokens before them, or those of tokens one by one and of
-            all at once differ. A request that gives up its pages is computed again at once.
+            all at once differ: a request that gives up its pages could not be computed again. Not looked at where
+            none ever does (`recomputes`).
     """
-    # Long prompts must be decoded at their end, too: attention leaves keys out only there.
-    if isinstance(forward, ModelForward) and len(prompts.first) <= _FIRST_LENGTH:
+    if isinstance(forward, ModelForward) and _decodes_alike(view, prompts):
         found = _of_few_forwards(view, forward, prompts)
         if found is not None:
             return Expected(found, 0.0)
@@ -85,11 +88,26 @@ def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> E
     return Expected(logits, noise)
 
 
-def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> dict[str, torch.Tensor] | None:
-    """Those of `first` from one forward over all of it, which is compared with one over its beginning and a decode.
+def _decodes_alike(view: PreTrainedModel, prompts: Prompts) -> bool:
+    """Whether tokens behind half of the first prompt are computed as those at its end are.
 
-    In a fresh process each forward takes tens of milliseconds, and attention over other lengths than before as much
-    again: the beginning is as long as the other prompts.
+    Not where attention begins to leave keys out in between, or rotary frequencies follow the length: there some
+    families' own decode is right up to some length only.
+    """
+    between = range(len(prompts.second) - 1, len(prompts.first) + 1)
+    limits = [
+        value
+        for name, value in vars(view.config.get_text_config()).items()
+        if isinstance(value, int) and any(word in name for word in _LIMITS)
+    ]
+    return not any(value in between for value in limits) and not batch_dependent_rope(view)
+
+
+def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> dict[str, torch.Tensor] | None:
+    """The logits of `first` from one forward over all of it, once that agrees with its beginning and two decodes.
+
+    In a fresh process each forward takes tens of milliseconds, and attention over a new length as much again: so the
+    beginning is as long as the other prompts.
 
     Returns:
         The logits by what they are for; None where the model gives none for all positions.
@@ -101,10 +119,11 @@ def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) 
         return None
     loop = GenerateLoop(view)
     beginning = loop.start(_ids(forward, first[:kept]), everywhere=True).float()
+    decodes = [loop.step(_ids(forward, [token])).float() for token in first[kept : kept + 2]]
     _refuse_above_tolerance(
         forward,
         worst_error(at_once[:kept], beginning),
-        logits_error(at_once[kept], loop.step(_ids(forward, first[kept : kept + 1])).float()),
+        *(logits_error(want, got) for want, got in zip(at_once[kept : kept + 2], decodes, strict=True)),
     )
     return {
         "a chunk of a prompt": at_once[prompts.chunk - 1],
@@ -163,10 +182,11 @@ def _check_all_at_once(
 
 def _refuse_above_tolerance(forward: Forward, *differences: float) -> None:
     tolerance = logits_tolerance(forward)
-    if not all(difference <= tolerance for difference in differences):
+    above = [difference for difference in differences if not difference <= tolerance]
+    if above:
         raise UnsupportedModelError(
             f"{forward.name} is not served: its tokens change the logits of tokens before them, or those after tokens "
-            f"one by one and all at once differ, by {max(differences):.2g} (relative norm, {forward.dtype}). Set "
+            f"one by one and all at once differ, by {above[0]:.2g} (relative norm, {forward.dtype}). Set "
             "`config.is_decoder = True` if it has that, or use plain `model.generate`."
         )
 

@@ -245,10 +245,9 @@ class Worker:
             spare = engine.spare_seconds()
             if spare > 0 and self._accepting:
                 # To the end, whoever comes: others may follow, and the plan is not needed before.
-                due = time.perf_counter() + spare
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, spare)
-                engine.patience.woke(time.perf_counter() - due)
+                engine.patience.waited()
 
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)

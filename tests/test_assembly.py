@@ -12,7 +12,10 @@ from hf_async_batching import BatchingConfig, assembly
 from hf_async_batching.assembly import assemble
 
 
-def test_memory_of_packed_weights_returns_before_the_cache_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_memory_of_packed_weights_returns_before_the_cache_is_measured(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[tuple[str, torch.device]] = []
 
     def noted(name: str) -> None:
@@ -28,10 +31,6 @@ def test_memory_of_packed_weights_returns_before_the_cache_is_measured(monkeypat
     for name in ("attach_check", "return_memory", "free_memory", "PagedCache"):
         noted(name)
     model = tiny_model("Llama")
-    assemble(model, BatchingConfig(max_sequence_length=64)).engine.close()
-    assert order == [
-        ("attach_check", None),
-        ("return_memory", model.device),
-        ("free_memory", model.device),
-        ("PagedCache", None),
-    ]
+    assemble(model, BatchingConfig(max_sequence_length=64, fuse_weights=fused)).engine.close()
+    returned = [("return_memory", model.device)] if fused else []
+    assert order == [("attach_check", None), *returned, ("free_memory", model.device), ("PagedCache", None)]

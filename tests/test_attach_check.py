@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from support.tiny_models import tiny_model
 from hf_async_batching import attach_check as module
 from hf_async_batching.attach_check import attach_check
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
-from hf_async_batching.cache_forward import CacheForward
+from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.plain_logits import Expected
 
 CPU = torch.device("cpu")
 
@@ -110,3 +112,26 @@ def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch:
     with pytest.raises(UnsupportedModelError, match="no such thing"):
         attach_check(model, CacheForward(model), make_backend("auto", CPU))
     assert log == ["engine"]
+
+
+@pytest.mark.parametrize(
+    ("route", "noise", "served"),
+    [("packed", 0.0, True), ("row by row", 0.0, True), ("padded", 1e-3, False), ("padded", 2e-2, True)],
+)
+def test_rounding_of_16_bits_hides_nothing_where_the_kernels_are_the_same(
+    route: str, noise: float, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of 2e-2: rounding may be as much between other kernels, and of the same where it was seen to be."""
+    model = tiny_model("Llama").to(torch.bfloat16)
+    forward: ModelForward | CacheForward = ModelForward(model)
+    if route != "packed":
+        forward = CacheForward(model) if route == "row by row" else CacheForward(model, *MODES[0])
+    plain = module.plain_logits
+
+    def expected(*args: Any) -> Expected:
+        logits = {label: one + 2e-2 * one.roll(1) for label, one in plain(*args).logits.items()}
+        return Expected(logits, noise)
+
+    monkeypatch.setattr(module, "plain_logits", expected)
+    with nullcontext() if served else pytest.raises(UnsupportedModelError, match="differ from plain `generate`'s"):
+        attach_check(model, forward, make_backend("auto", CPU))

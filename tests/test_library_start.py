@@ -54,11 +54,13 @@ def test_once_for_a_device_in_a_thread_that_nobody_waits_for(monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_it_calls(dtype: torch.dtype) -> None:
-    called: list[str] = []
+    called, dtypes, causal = list[str](), set[torch.dtype](), list[bool]()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             called.append(str(func))
+            dtypes.update(a.dtype for a in args if isinstance(a, torch.Tensor))
+            causal.append("attention" in str(func) and True in args[3:])
             return func(*args, **(kwargs or {}))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +69,7 @@ def test_what_it_calls(dtype: torch.dtype) -> None:
     for name in ("embedding", "mm", "attention"):
         assert any(name in one for one in called), f"{name}: {called}"
     assert sum("attention" in one for one in called) >= 2, "of prompts and of single tokens"
+    assert dtypes == {dtype, torch.int64} and sum(causal) == 1
 
 
 def test_what_fails_is_for_the_model_to_tell(
@@ -82,7 +85,20 @@ def test_what_fails_is_for_the_model_to_tell(
     assert "no such library" in caplog.text
 
 
-def test_it_begins_before_the_model_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_thread_to_spare_the_model_loads_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with caplog.at_level(logging.DEBUG, logger=library_start.__name__):
+        start_libraries(CUDA, torch.float32)
+    assert "can't start new thread" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_begins_before_the_model_is_looked_at(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[Any] = []
     made = assembly.ModelForward
 
@@ -92,6 +108,6 @@ def test_it_begins_before_the_model_is_looked_at(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(assembly, "start_libraries", lambda *what: order.append(what))
     monkeypatch.setattr(assembly, "ModelForward", make)
-    model = tiny_model("Llama").to(torch.bfloat16)
+    model = tiny_model("Llama").to(dtype)
     assembly._checked_forward(model, BatchingConfig())
-    assert order == [(model.device, torch.bfloat16), "model"]
+    assert order == [(model.device, dtype), "model"]

@@ -33,6 +33,12 @@ def synchronize_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def empty_cache() -> None:
+    """Give the blocks that torch keeps back to all devices; torch gives none back while a stream is captured."""
+    with _exclusive:
+        torch.cuda.empty_cache()
+
+
 class CudaDevice:
     """One CUDA device.
 

@@ -1,0 +1,56 @@
+"""How much logits may differ."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hf_async_batching import logits_error as module
+from hf_async_batching.logits_error import logits_error, logits_tolerance, worst_error
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_relative_norms() -> None:
+    want = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 5.0]])
+    got = want + torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, 0.25]])
+    assert worst_error(got, want) == pytest.approx(0.1)
+    assert logits_error(got[2], want[2]) == pytest.approx(0.05)
+    assert logits_error(got, want) < 0.02, "of all together"
+    got[1, 0] = float("nan")
+    assert worst_error(got, want) != worst_error(got, want)
+    assert logits_error(got, want) != logits_error(got, want)
+
+
+def test_zeros_are_compared_with_something() -> None:
+    assert logits_error(torch.zeros(3), torch.zeros(3)) == worst_error(torch.zeros(1, 3), torch.zeros(1, 3)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "precision", "quantized", "tolerance"),
+    [
+        (torch.float64, CPU, "highest", False, 1e-6),
+        (torch.float32, CPU, "high", False, 2e-4),
+        (torch.float32, CUDA, "highest", False, 2e-4),
+        (torch.float32, CUDA, "high", False, 5e-3),
+        (torch.float16, CUDA, "high", False, 3e-2),
+        (torch.bfloat16, CPU, "highest", False, 1e-1),
+        (torch.float32, CPU, "highest", True, 5e-2),
+        (torch.bfloat16, CPU, "highest", True, 1e-1),
+    ],
+)
+def test_tolerances(
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    quantized: bool,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(module, "is_quantized", lambda _: quantized)
+    forward: Any = SimpleNamespace(dtype=dtype, device=device, view=None)
+    assert logits_tolerance(forward) == tolerance
