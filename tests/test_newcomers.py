@@ -218,6 +218,23 @@ def test_when_an_engine_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.spare_seconds() == 0.0, "somebody waits"
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_an_engine_says_of_every_plan_whether_there_is_a_step(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ToyEngine(depth, 0, max_rows=3).engine
+    planned, said = engine.patience.planned, list[bool]()
+
+    def note(launched: bool) -> None:
+        said.append(launched)
+        planned(launched)
+
+    monkeypatch.setattr(engine.patience, "planned", note)
+    engine.add(Request("a", (1, 2), 9))
+    while engine.has_work:
+        engine.step()
+    assert said == [True] * len(engine.records) + [False] * (depth - 1)
+    assert not engine.patience._after_a_wait
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_at_other_depths_nothing_waits(depth: int) -> None:
     """One step in flight would be too many to wait for at depth 1, and two would make results wait at depth 3."""
