@@ -24,7 +24,6 @@ from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.engine import Engine
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.library_start import start_libraries
 from hf_async_batching.memory import free_memory, return_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
@@ -82,8 +81,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         logger.info("num_pages = automatic (%s is computed row by row)", forward.name)
         config = replace(config, num_pages=None)
     if isinstance(forward, ModelForward) and forward.packed_groups:
-        # Torch keeps the memory of the weights that were packed, in pieces too small for pages, until the cache has
-        # taken all the rest and there is not enough: 4.7 GB more than the engine needs.
+        # Torch keeps the memory that the weights had before, in pieces too small for the cache: gigabytes, until
+        # nothing else is left.
         return_memory(forward.device)
     free = free_memory(forward.device)
     if group is not None:
@@ -206,7 +205,6 @@ def _checked_forward(
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     start_compiler(device)
-    start_libraries(device, model.dtype)
     try:
         return _packed_forward(model, config, backend), backend
     except UnsupportedModelError as error:

@@ -21,9 +21,10 @@ RECENT, ENOUGH = 16, 8
 MARGIN = 2e-3
 """Seconds that stay between the plan and the moment at which it is due, for whatever holds the host up."""
 
-# What is left, after each step, of what waits are cut by. A cut is no longer than a step: whatever holds the host up,
-# and however often, waits leave the device idle for 2 % of the time at the most.
-_FORGETTING = 0.98
+# Where the device ran dry behind a wait, the next waits are cut by as much, and each step pays this share of its own
+# time back: no larger share is lost behind waits, whatever holds the host up and however often. The longest cut, in
+# seconds, is for a process that was stopped: it shall wait again some day.
+_LOST, _LONGEST_CUT = 0.01, 0.25
 # A step's beginning is computed from the device's clock, which may drift, and drawn to the host's by this share.
 _DRAWN = 0.02
 
@@ -55,7 +56,7 @@ class Patience:
             ended: When it ended it.
         """
         if self._after_a_wait.popleft():
-            self._cut += max(0.0, began - self._ended)  # the device ran dry, whatever it was that took so long
+            self._cut = min(_LONGEST_CUT, self._cut + max(0.0, began - self._ended))
         computed = self._began + ended - self._ended
         self._ended = ended
         self._began = min(arrived, computed + _DRAWN * (arrived - computed))
@@ -65,8 +66,8 @@ class Patience:
 
         Counts the shortest of the last steps, and the time that the host usually takes for one of them. Where it took
         longer, that is taken to be Python's lock in the hands of who is about to come, which is free again after a
-        wait. Where it is not, the device runs dry, and the next waits are cut by as much. With fewer rows or a shorter
-        context a step gets shorter, but by no larger a share than these: all weights are read anyway.
+        wait; where it is not, waits learn from what they cost. With fewer rows or a shorter context a step gets
+        shorter, but by no larger a share than these: all weights are read anyway.
 
         Args:
             records: Of the last steps, oldest first.
@@ -74,7 +75,6 @@ class Patience:
             context: Tokens that its attention reads.
             now: The time, of `time.perf_counter`.
         """
-        self._cut *= _FORGETTING
         # Drafts take longer. So do prompts, which the device computes while the host still launches them.
         alone = [
             record
@@ -90,5 +90,6 @@ class Patience:
                 for record in alone
             ]
         )
+        self._cut = max(0.0, self._cut - _LOST * shortest)
         host = median([record.plan[1] - record.plan[0] + record.settle[1] - record.settle[0] for record in alone])
         return self._began + shortest - now - host - MARGIN - self._cut
