@@ -44,7 +44,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Assembly:
-    """An engine and what its manager wants to know of it."""
+    """An engine and what its manager wants to know of it.
+
+    Attributes:
+        view: The model as it was when the engine was made, in a view that nobody else uses; None where the model was
+            not checked.
+    """
 
     engine: Engine
     config: ResolvedConfig
@@ -52,6 +57,7 @@ class Assembly:
     runner: Runner
     cache: PagedCache
     autocast: Autocast
+    view: PreTrainedModel | None
 
 
 @torch.inference_mode()
@@ -67,7 +73,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
         ValueError: The KV cache does not fit in memory.
     """
-    forward, backend = _checked_forward(model, config)
+    forward, backend, view = _checked_forward(model, config)
     device = make_device(forward.device)
     context = context_length(model)
     bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)
@@ -178,7 +184,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    return Assembly(engine, resolved, forward, runner, cache, autocast)
+    return Assembly(engine, resolved, forward, runner, cache, autocast, view)
 
 
 def check_servable(model: PreTrainedModel) -> None:
@@ -199,21 +205,26 @@ def check_servable(model: PreTrainedModel) -> None:
 
 def _checked_forward(
     model: PreTrainedModel, config: BatchingConfig
-) -> tuple[ModelForward | CacheForward, AttentionBackend]:
-    """A forward whose logits agree with those of plain `generate`: the first route for which that is so."""
+) -> tuple[ModelForward | CacheForward, AttentionBackend, PreTrainedModel | None]:
+    """A forward whose logits agree with those of plain `generate`: the first route for which that is so.
+
+    Returns:
+        The forward, its kernels, and the view of the model that it was checked against.
+    """
     refuse_unservable(model)
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     start_compiler(device)
     try:
-        return _packed_forward(model, config, backend), backend
+        packed_forward, view = _packed_forward(model, config, backend)
+        return packed_forward, backend, view
     except UnsupportedModelError as error:
         packed = error
     reasons: list[UnsupportedModelError] = []
     for batching, whole_prompts in MODES:
         try:
             forward = CacheForward(model, batching, whole_prompts)
-            attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
+            view = attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
         except UnsupportedModelError as error:
             logger.debug("%s as %s, %s: %s", type(model).__name__, batching, whole_prompts, error)
             reasons.append(error)
@@ -224,24 +235,24 @@ def _checked_forward(
             forward.route,
             str(packed).removeprefix(f"{forward.name} is not served: "),
         )
-        return forward, backend
+        return forward, backend, view
     raise reasons[-1] from packed
 
 
-def _packed_forward(model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend) -> ModelForward:
+def _packed_forward(
+    model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend
+) -> tuple[ModelForward, PreTrainedModel | None]:
     """A packed forward that passed the check; without fused weights where it does only then."""
     device = next(model.parameters()).device
+    page_size = config.page_size or default_page_size(device)
     if config.fuses_weights(device):
         try:
             forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
-            attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
-            return forward
+            return forward, attach_check(model, forward, backend, page_size)
         except Exception as error:
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     forward = ModelForward(model)
-    if config.attach_check:
-        attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
-    return forward
+    return forward, attach_check(model, forward, backend, page_size) if config.attach_check else None
 
 
 def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool:

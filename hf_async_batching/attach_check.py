@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -26,6 +27,7 @@ from hf_async_batching.generate_loop import prepare_view
 from hf_async_batching.logits_error import logits_error, logits_tolerance
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
+from hf_async_batching.plain_attention import FlashFirst
 from hf_async_batching.plain_logits import Expected, Prompts, plain_logits, prompts_for
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.quantization import is_quantized
@@ -41,7 +43,7 @@ _LEAST_NOISE = 5e-3
 @torch.inference_mode()
 def attach_check(
     model: PreTrainedModel, forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int = 16
-) -> None:
+) -> PreTrainedModel:
     """Compare a forward's logits with those of plain `generate`, on tables and pages of its own.
 
     Args:
@@ -50,11 +52,15 @@ def attach_check(
         backend: The attention kernels.
         page_size: Of the engine to come, whose kernels are compiled for it.
 
+    Returns:
+        The second view, which is the model as it was checked.
+
     Raises:
         UnsupportedModelError: The logits differ by more than rounding, or a step fails.
     """
     vocab = forward.vocab_size
     prompts = prompts_for(model, vocab)
+    views: list[PreTrainedModel] = []
     expected: list[Expected] = []
     got: dict[str, torch.Tensor] = {}
 
@@ -64,8 +70,11 @@ def attach_check(
     def run_plain() -> None:
         try:
             view = make_view(model, None)
+            views.append(view)
             prepare_view(view)
-            expected.append(plain_logits(view, forward, prompts))
+            # Other routes compute with the same kernels as `generate`, and are compared more strictly for that.
+            with FlashFirst() if isinstance(forward, ModelForward) else nullcontext():
+                expected.append(plain_logits(view, forward, prompts))
         finally:
             plain_ended.set()
 
@@ -109,6 +118,7 @@ def attach_check(
                 "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
                 "use plain `model.generate`; and please report it with its config."
             )
+    return views[0]
 
 
 def _bears_threads(view: PreTrainedModel) -> bool:

@@ -18,6 +18,7 @@ from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.plain_attention import FlashFirst
 from hf_async_batching.plain_logits import Expected
 
 CPU = torch.device("cpu")
@@ -101,6 +102,24 @@ class _Norm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_flash_kernels_are_for_a_check_of_other_kernels(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes with `generate`'s own is compared more strictly than kernels may differ."""
+    modes: list[bool] = []
+    plain = module.plain_logits
+
+    def seen(*args: Any) -> Expected:
+        stack = torch.overrides._get_current_function_mode_stack()
+        modes.append(any(isinstance(mode, FlashFirst) for mode in stack))
+        return plain(*args)
+
+    monkeypatch.setattr(module, "plain_logits", seen)
+    model = tiny_model("Llama")
+    view = attach_check(model, ModelForward(model) if packed else CacheForward(model), make_backend("auto", CPU))
+    assert modes == [packed]
+    assert view is not model and view.lm_head.weight is model.lm_head.weight
 
 
 def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

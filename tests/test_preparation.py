@@ -29,6 +29,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 class _Assembly(SimpleNamespace):
     __hash__ = object.__hash__
+    view: Any = None
 
 
 def test_it_begins_with_the_first_token(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +42,14 @@ def test_it_begins_with_the_first_token(compiled: list[Any], monkeypatch: pytest
     assert made.done.wait(10)
     (view,) = compiled
     assert view is not model and view.lm_head.weight is model.lm_head.weight
+
+
+def test_it_takes_the_view_that_was_checked(compiled: list[Any]) -> None:
+    """Another copy of the modules would hold up the first token."""
+    view = tiny_model("Llama")
+    made = Preparation(tiny_model("Llama"), _Assembly(view=view), threading.Event())  # type: ignore[arg-type]
+    assert made.done.wait(10)
+    assert compiled == [view]
 
 
 def test_it_begins_though_no_request_comes(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
