@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 from support.tiny_models import tiny_model
 
 from hf_async_batching import attach_check as module
@@ -141,6 +143,8 @@ def test_rounding_of_16_bits_hides_nothing_where_the_kernels_are_the_same(
     route: str, noise: float, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of 2e-2: rounding may be as much between other kernels, and of the same where it was seen to be."""
+    if route == "padded" and parse(transformers.__version__) < parse("5.24"):
+        pytest.skip("the masks of older releases of transformers bear no batch beside this cache")
     model = tiny_model("Llama").to(torch.bfloat16)
     forward: ModelForward | CacheForward = ModelForward(model)
     if route != "packed":

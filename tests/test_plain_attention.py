@@ -36,13 +36,9 @@ def _inputs(heads: int = 4, kv_heads: int = 4, size: int = 64, **options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("size", "serves", "flash"),
-    [(64, True, True), (64, False, False), (20, True, False)],
-    ids=["it serves", "it does not", "it would pad"],
+    ("size", "serves"), [(64, True), (64, False), (20, True)], ids=["it serves", "it does not", "it would pad"]
 )
-def test_flash_kernels_take_what_they_serve(
-    size: int, serves: bool, flash: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flash_kernels_take_what_they_serve(size: int, serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors that say they are on a GPU."""
     asked: list[Any] = []
     monkeypatch.setattr(plain_attention, "can_use_flash_attention", lambda params: asked.append(params) or serves)
@@ -50,7 +46,11 @@ def test_flash_kernels_take_what_they_serve(
         query, key, value = _inputs(kv_heads=2, size=size, device="cuda", dtype=torch.bfloat16)
         with FlashFirst():
             scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
-    assert ("_scaled_dot_product_flash_attention" in operators.attention) == flash
+    assert len(asked) == (size % 8 == 0)
+    flash = serves and size % 8 == 0
+    # Where there is a GPU, torch may come to the same kernels by itself.
+    if flash or not torch.cuda.is_available():
+        assert ("_scaled_dot_product_flash_attention" in operators.attention) == flash
     if flash:
         assert (asked[0].is_causal, asked[0].enable_gqa, asked[0].attn_mask) == (True, True, None)
         (args,) = [args for name, _, args in operators.calls if name == "_scaled_dot_product_flash_attention"]
