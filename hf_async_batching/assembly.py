@@ -47,8 +47,8 @@ class Assembly:
     """An engine and what its manager wants to know of it.
 
     Attributes:
-        view: The model as it was when the engine was made, in a view that nobody else uses; None where the model was
-            not checked.
+        view: The model as it was when the engine was made, in a view that nobody else uses, whose generation config
+            is the check's; None where the model was not checked, or is not compiled.
     """
 
     engine: Engine
@@ -184,6 +184,8 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
+    if not (isinstance(forward, ModelForward) and resolved.settings.compile):
+        view = None
     return Assembly(engine, resolved, forward, runner, cache, autocast, view)
 
 

@@ -40,7 +40,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    if query.is_cuda:
+    # The flash operator takes no mask, and autocast does not know it.
+    if query.is_cuda and attn_mask is None and not torch.is_autocast_enabled("cuda"):
         params = SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         # Other head sizes would have to be padded.
         if query.shape[-1] % 8 == 0 and can_use_flash_attention(params):

@@ -35,7 +35,7 @@ class Preparation:
     def __init__(self, model: PreTrainedModel, assembly: Assembly, first_step: threading.Event) -> None:
         self.done = threading.Event()
         # A view of its own: what the caller switches later (adapters, modules) is for the next engine.
-        view = assembly.view or make_view(model, None)
+        view = assembly.view if assembly.view is not None else make_view(model, None)
         thread = threading.Thread(
             target=self._run,
             args=(view, weakref.ref(assembly), first_step),

@@ -10,6 +10,8 @@ from support.tiny_models import tiny_model
 
 from hf_async_batching import BatchingConfig, assembly
 from hf_async_batching.assembly import assemble
+from hf_async_batching.coverage.families import tiny_model as coverage_model
+from hf_async_batching.model_forward import ModelForward
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -34,3 +36,34 @@ def test_memory_of_packed_weights_returns_before_the_cache_is_measured(
     assemble(model, BatchingConfig(max_sequence_length=64, fuse_weights=fused)).engine.close()
     returned = [("return_memory", model.device)] if fused else []
     assert order == [("attach_check", None), *returned, ("free_memory", model.device), ("PagedCache", None)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"compile": True, "fuse_weights": True}, True),
+        ({"compile": True, "fuse_weights": False}, True),
+        ({"compile": False, "fuse_weights": True}, False),
+        ({"compile": True, "fuse_weights": False, "attach_check": False}, False),
+    ],
+)
+def test_the_view_that_was_checked_is_the_one_to_compile(
+    settings: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views: list[Any] = []
+    check = assembly.attach_check
+
+    def checked(*arguments: Any) -> Any:
+        views.append(check(*arguments))
+        return views[-1]
+
+    monkeypatch.setattr(assembly, "attach_check", checked)
+    made = assemble(tiny_model("Llama"), BatchingConfig(max_sequence_length=64, **settings))
+    made.engine.close()
+    assert made.view is (views[0] if kept else None)
+
+
+def test_a_view_of_a_model_that_is_never_compiled_is_not_kept() -> None:
+    made = assemble(coverage_model("BloomForCausalLM"), BatchingConfig(max_sequence_length=64, compile=True))
+    made.engine.close()
+    assert not isinstance(made.forward, ModelForward) and made.view is None

@@ -36,18 +36,26 @@ def _inputs(heads: int = 4, kv_heads: int = 4, size: int = 64, **options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("size", "serves"), [(64, True), (64, False), (20, True)], ids=["it serves", "it does not", "it would pad"]
-)
-def test_flash_kernels_take_what_they_serve(size: int, serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("size", "serves", "masked", "lowers"),
+    [(64, True, False, False), (64, False, False, False), (20, True, False, False), (64, True, True, False),
+     (64, True, False, True)],
+    ids=["it serves", "it does not", "it would pad", "it takes no mask", "autocast"],
+)  # fmt: skip
+def test_flash_kernels_take_what_they_serve(
+    size: int, serves: bool, masked: bool, lowers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On tensors that say they are on a GPU."""
     asked: list[Any] = []
     monkeypatch.setattr(plain_attention, "can_use_flash_attention", lambda params: asked.append(params) or serves)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: lowers)
     with FakeTensorMode(), _Operators() as operators:
         query, key, value = _inputs(kv_heads=2, size=size, device="cuda", dtype=torch.bfloat16)
+        mask = torch.ones(8, 8, device="cuda", dtype=torch.bool) if masked else None
         with FlashFirst():
-            scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
-    assert len(asked) == (size % 8 == 0)
-    flash = serves and size % 8 == 0
+            scaled_dot_product_attention(query, key, value, mask, is_causal=not masked, scale=0.3, enable_gqa=True)
+    eligible = size % 8 == 0 and not masked and not lowers
+    assert len(asked) == eligible
+    flash = serves and eligible
     # Where there is a GPU, torch may come to the same kernels by itself.
     if flash or not torch.cuda.is_available():
         assert ("_scaled_dot_product_flash_attention" in operators.attention) == flash
