@@ -47,7 +47,7 @@ class CalledProcessors:
             float32 [1, vocab].
 
         Raises:
-            Exception: Whatever a processor raises.
+            BaseException: Whatever a processor raises.
         """
         if self._device is not None:
             history, scores = history.to(self._device), scores.to(self._device)

@@ -54,7 +54,7 @@ class Engine:
         self.records: deque[StepRecord] = deque(maxlen=timeline_steps)
         self.started: tuple[NewRow, ...] = ()
         self.outputs: dict[str, tuple[Any, Any]] = {}
-        self.failed: list[tuple[str, Exception]] = []
+        self.failed: list[tuple[str, BaseException]] = []
         self._in_flight: deque[Launch] = deque()
         self.patience = Patience()
         self._debug = debug

@@ -79,7 +79,7 @@ class Pipeline:
         self._output_logprobs = [_Prefix(device.device_buffer(max_samples, torch.float32)) for _ in range(SLOTS)]
         self._result = [_Prefix(device.host_buffer(max_samples, torch.int32)) for _ in range(depth)]
         self._result_logprobs = [_Prefix(device.host_buffer(max_samples, torch.float32)) for _ in range(depth)]
-        self._failures: dict[int, dict[int, Exception]] = {}
+        self._failures: dict[int, dict[int, BaseException]] = {}
         # Scores and logits, a line per position that wants them; made when they are wanted, larger when more are.
         self._logit_size = logit_size
         self._wide_output: list[dict[str, torch.Tensor]] = [{} for _ in range(SLOTS)]
@@ -141,11 +141,12 @@ class Pipeline:
         failures = self._failures.pop(plan.step, {})
         if not plan.wanted:
             return Result(plan.step, tokens, logprobs, failures=failures)
-        # Copies: the buffer is the next step's.
-        scores, logits = (
-            [line.clone() for line in self._wide_result[ring][name][: plan.num_wanted]] if wanted else None
-            for name, wanted in (("scores", plan.features.scores), ("logits", plan.features.logits))
-        )
+        # Copies: the buffer is the next step's. Ordinary tensors, for callers do what they like with them.
+        with torch.inference_mode(False):
+            scores, logits = (
+                [line.clone() for line in self._wide_result[ring][name][: plan.num_wanted]] if wanted else None
+                for name, wanted in (("scores", plan.features.scores), ("logits", plan.features.logits))
+            )
         return Result(plan.step, tokens, logprobs, scores, logits, failures)
 
     def warm(self, features: Features) -> None:

@@ -211,4 +211,4 @@ class Result(NamedTuple):
     logprobs: list[float] | None = None
     scores: Any = None
     logits: Any = None
-    failures: Mapping[int, Exception] = MappingProxyType({})
+    failures: Mapping[int, BaseException] = MappingProxyType({})

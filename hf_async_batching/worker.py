@@ -183,12 +183,12 @@ class Worker:
         try:
             if assembly is not None:
                 assembly.engine.close()
-        except Exception:
+        except BaseException:
             logger.exception("the engine did not close cleanly")
         del assembly
         try:
             return_memory(self._device)
-        except Exception:  # of a device that has failed
+        except BaseException:  # of a device that has failed
             logger.exception("the engine's memory did not return")
         self.memory_free.set()
         self._on_stop(self)
@@ -217,7 +217,7 @@ class Worker:
             for request, handle in arrived:
                 try:
                     engine.add(request)
-                except Exception as error:  # a request made by hand can hold anything
+                except BaseException as error:  # a request made by hand can hold anything
                     self._forget(request.request_id)
                     handle._fail(error)
             for handle in cancelled:
@@ -287,7 +287,7 @@ class _Warming:
         self._features = features
         self._tune = tune
         self.done = threading.Event()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self, assembly: Assembly) -> None:
         try:
@@ -295,7 +295,7 @@ class _Warming:
                 assembly.engine.pipeline.tune()
             for features in self._features:
                 assembly.engine.pipeline.warm(features)
-        except Exception as error:
+        except BaseException as error:
             self.error = error
         finally:
             self.done.set()

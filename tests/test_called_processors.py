@@ -52,7 +52,7 @@ def named(arguments: dict[str, Any]) -> str:
 
 
 class Fails(LogitsProcessor):
-    def __init__(self, length: int, error: Exception) -> None:
+    def __init__(self, length: int, error: BaseException) -> None:
         self.length, self.error = length, error
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -142,8 +142,13 @@ def test_the_order_is_that_of_generate(model: Any, manager: Any, arguments: dict
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_one_that_raises_ends_its_own_request(manager: Any, model: Any) -> None:
-    error = RuntimeError("no more of this")
+class Panic(BaseException):
+    """As errors of native code are that come through pyo3."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic, SystemExit, KeyboardInterrupt])
+def test_one_that_raises_ends_its_own_request(manager: Any, model: Any, kind: type[BaseException]) -> None:
+    error = kind("no more of this")
     prompts = [[5 + i, 6, 7] for i in range(6)]
     handles = [
         manager.submit(
@@ -152,7 +157,7 @@ def test_one_that_raises_ends_its_own_request(manager: Any, model: Any) -> None:
         )
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
-    with pytest.raises(RuntimeError, match="no more of this") as caught:
+    with pytest.raises(kind, match="no more of this") as caught:
         handles[2].result(60)
     assert caught.value is error
     usual = greedy_alone(model, prompts[2], 12, eos_token_id=None, pad_token_id=0)
@@ -194,6 +199,26 @@ def test_a_processor_may_write_to_its_scores(manager: Any, model: Any) -> None:
     assert result.token_ids == [33] * 5
     assert all(line.std() > 0.1 for line in result.logits)
     assert other.result(60).token_ids == greedy_alone(model, [7, 8], 5, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_processor_may_follow_gradients(model: Any, manager: Any, do_sample: bool) -> None:
+    modes: set[tuple[bool, bool]] = set()
+
+    def guide(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        modes.add((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        with torch.enable_grad():
+            x = scores.clone().requires_grad_(True)
+            (model.lm_head.weight[ids[0, -1]].sum() * x.logsumexp(-1)).sum().backward()
+        model.zero_grad()
+        ids.add_(0)
+        return scores - x.grad
+
+    arguments = {"max_new_tokens": 5, "do_sample": do_sample, "eos_token_id": None, "pad_token_id": 0}
+    arguments |= {"logits_processor": LogitsProcessorList([guide]), "top_k": 1}
+    expected = model.generate(IDS, **arguments)
+    assert torch.equal(model.generate(IDS, **arguments, custom_generate=manager.bind()), expected)
+    assert modes == {(False, False)}, "as in `generate`"
 
 
 def test_prefix_functions_get_the_number_of_their_row(model: Any, manager: Any) -> None:

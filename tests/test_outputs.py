@@ -149,3 +149,17 @@ def test_log_probabilities_beside_scores(manager: Any) -> None:
         float(line.log_softmax(-1)[token]) for line, token in zip(result.logits, result.token_ids, strict=True)
     ]
     torch.testing.assert_close(torch.tensor(result.logprobs), torch.tensor(expected))
+
+
+def test_scores_and_logits_are_ordinary_tensors(model: Any, manager: Any) -> None:
+    """They can be written to, and take part in gradients."""
+    handle = manager.submit(
+        PROMPTS[1], max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_scores=True,
+        output_logits=True,
+    )  # fmt: skip
+    result = handle.result(60)
+    out = generate(model, manager.bind(), output_scores=True, output_logits=True)
+    for line in (*result.scores, *result.logits, *out.scores, *out.logits, *handle.made("scores")):
+        assert not line.is_inference()
+        line.mul_(2)
+        (line * torch.ones(VOCAB, requires_grad=True)).sum().backward()

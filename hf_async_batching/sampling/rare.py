@@ -1,7 +1,7 @@
 """Steps in which tokens are chosen by what cannot be captured: processors that are called, scores that are wanted.
 
 Processors run on the engine's stream, behind the forward and in front of the choice. Nothing waits for the device
-unless a processor does.
+unless a processor does. As in `generate`, they get ordinary tensors and run without gradients, which they can turn on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RareOutputs:
 
     scores: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    failures: dict[int, Exception] = field(default_factory=dict)
+    failures: dict[int, BaseException] = field(default_factory=dict)
 
 
 def sample_rare(
@@ -51,7 +51,7 @@ def sample_rare(
     for call in plan.calls:
         try:
             scores[call.sampled] = _call(call, logits[call.sampled : call.sampled + 1], rows)[0]
-        except Exception as error:  # whatever it is, it is this request's alone
+        except BaseException as error:  # native code raises such, too: whatever it is, it is this request's alone
             outputs.failures[call.sampled] = error
     tokens = sampler.choose(scores, rows, features)
     if features.scores:
@@ -65,9 +65,11 @@ def _call(call: Call, logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
     """What the processors of one request make of its logits [1, vocab]."""
     assert rows.memory is not None
     padding = len(call.request.padding)
-    history = rows.memory.history(call.row, 0, padding + call.length)
-    # A copy of its own, which a processor may write to.
-    scores: torch.Tensor = call.request.processors(history, call.length, logits.to(torch.float32, copy=True))
+    # Tensors of inference mode cannot take part in gradients or be written to outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        history = rows.memory.history(call.row, 0, padding + call.length)
+        # A copy of its own, which a processor may write to.
+        scores: torch.Tensor = call.request.processors(history, call.length, logits.to(torch.float32, copy=True))
     if scores.shape != logits.shape:
         raise ValueError(
             f"a `logits_processor` returned scores of shape {tuple(scores.shape)}, expected {tuple(logits.shape)}"
