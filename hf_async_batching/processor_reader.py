@@ -22,7 +22,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from hf_async_batching.called_processors import CalledProcessors
 from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.request import MAX_INT32, SamplingParams
-from hf_async_batching.row_layout import ANY, MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
+from hf_async_batching.row_layout import MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
 from hf_async_batching.staging import MAX_EOS
 
 Recipe = tuple[SamplingParams, LogitsParams, int, tuple[int, ...], CalledProcessors | None]
@@ -243,10 +243,11 @@ def _suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG
 
 
 def _begin_suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:
-    position = processor.begin_index - row.padding
+    position = min(processor.begin_index - row.padding, MAX_INT32)
     tokens = processor.begin_suppress_tokens.tolist()
-    draft.rules += [Rule(RuleKind.SUPPRESS, token, position=position) for token in tokens if token >= 0]
-    return bool(position != ANY)
+    if position >= 0:  # else the row is beyond it from the start; one of those positions would stand for any
+        draft.rules += [Rule(RuleKind.SUPPRESS, token, position=position) for token in tokens if token >= 0]
+    return True
 
 
 def _filter(name: str, attribute: str, processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
@@ -326,7 +327,8 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
         return own
     if name == "PrefixConstrainedLogitsProcessor":
         allowed = processor._prefix_allowed_tokens_fn
-        return type(processor)(lambda _, sent: allowed(row.index, sent), 1)
+        prompt = row.index // processor._num_beams  # of several sequences of one prompt, the prompt's number
+        return type(processor)(lambda _, sent: allowed(prompt, sent), 1)
     if name == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
         return _guidance_for_row(processor, row, plain_model)
     if name == "SynthIDTextWatermarkLogitsProcessor":

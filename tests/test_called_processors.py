@@ -236,6 +236,16 @@ def test_prefix_functions_get_the_number_of_their_row(model: Any, manager: Any) 
     assert seen == {(0, 11), (1, 17), (2, 22)}
 
 
+def test_prefix_functions_get_the_prompts_number_for_each_of_its_sequences(model: Any, manager: Any) -> None:
+    def allowed(number: int, tokens: torch.Tensor) -> list[int]:
+        return [30 + number, 50 + int(tokens[5])]
+
+    arguments: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": 3, "num_return_sequences": 2}
+    arguments |= {"do_sample": True, "top_k": 1, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    expected = model.generate(IDS, **arguments)
+    assert model.generate(IDS, **arguments, custom_generate=manager.bind()).tolist() == expected.tolist()
+
+
 def test_nothing_unsatisfiable_passes(manager: Any) -> None:
     handle = manager.submit([5, 6], max_new_tokens=3, prefix_allowed_tokens_fn=lambda row, tokens: [])
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn"):
