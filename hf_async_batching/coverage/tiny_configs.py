@@ -16,7 +16,7 @@ LAYERS = 4
 # Shorter than the check's prompts, so that windows and chunks are left and crossed.
 WINDOW = 16
 
-_FIELDS: dict[str, Any] = {
+FIELDS: dict[str, Any] = {
     # widths
     "hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "dim_model": 64, "emb_dim": 64, "embedding_size": 64,
     "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "dff": 96, "dim_ff": 96, "feed_forward_size": 96,
@@ -86,7 +86,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     fields: dict[str, Any] = {"num_key_value_heads": 4} if hasattr(default, "qk_rope_head_dim") else {}
     names = set(default.to_dict()) | set(getattr(config_class, "attribute_map", {}))
     names |= set(inspect.signature(config_class.__init__).parameters)
-    for name, value in _FIELDS.items():
+    for name, value in FIELDS.items():
         if name not in names or name in default.attribute_map:
             continue
         before = default.to_dict().get(name)
