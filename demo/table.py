@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 from .page import asset
+from .table_reader import REFUSED, Bounds
 
 MAX_ROWS = 2000
 MAX_BYTES = 20 << 20
-_MAX_COLUMNS = 64
+# What a file may decode to.
+BOUNDS = Bounds(
+    rows=MAX_ROWS, columns=64, cell_bytes=256 << 10, table_bytes=32 << 20, memory_bytes=1 << 30, seconds=20
+)
+_WAIT_SECONDS = 30.0
+_READ = frozenset((".csv", ".jsonl", ".ndjson", ".json", ".parquet"))
 BUILT_IN = {"40 short tasks (built in)": "tasks.jsonl"}
 FORMATS = ("jsonl", "csv", "parquet")
 
@@ -30,30 +38,54 @@ def built_in(name: str) -> Dataset:
 
 
 def read_table(path: Path) -> tuple[Dataset, bool]:
-    """The first rows of a file, and whether there were more.
+    """Return the first rows of a file, and whether there were more. Blocks for as long as a process needs to start.
+
+    The file is read by a process of its own (`table_reader.py`), which ends where the table takes too much memory or
+    time: the size of a file says nothing about what it decodes to.
 
     Raises:
-        TableError: It is too large, of another kind, empty, or broken.
+        TableError: The file is too large, of another kind, empty, broken, or decodes to too much.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise TableError(f"The file has {size / 2**20:.0f} MB; up to {MAX_BYTES >> 20} MB are read.")
-    readers = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _jsonl, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in _READ:
         raise TableError(f"{path.name}: a CSV, JSONL or Parquet file is needed.")
+    command = [sys.executable, "-I", str(Path(__file__).with_name("table_reader.py")), str(path)]
+    # Allocators that reserve address space ahead of need would meet the limit at once.
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
+    bounds = json.dumps(BOUNDS._asdict()).encode()
     try:
-        rows = list(itertools.islice(reader(path), MAX_ROWS + 1))
-        if not rows:
-            raise TableError(f"{path.name} has no rows.")
-        if max(map(len, rows)) > _MAX_COLUMNS:
-            raise TableError(f"{path.name} has more than {_MAX_COLUMNS} columns.")
-        return Dataset.from_list(rows[:MAX_ROWS]), len(rows) > MAX_ROWS
-    except TableError:
-        raise
-    except Exception as error:  # csv, json, pyarrow and unicode have each their own
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise TableError(f"{path.name} cannot be read: {reason}") from error
+        done = subprocess.run(command, input=bounds, capture_output=True, env=environment, timeout=_WAIT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise TableError(f"{path.name} takes too long to read.") from error
+    if done.returncode:
+        told = done.stderr.decode(errors="replace").strip() if done.returncode == REFUSED else ""
+        raise TableError(told or f"{path.name} cannot be read: it takes more memory or time than a table may.")
+    table = pa.ipc.open_stream(done.stdout).read_all()
+    more = bool((table.schema.metadata or {}).get(b"more"))
+    return Dataset(table.replace_schema_metadata(None)), more
+
+
+def table_of(rows: Sequence[Any]) -> Dataset:
+    """Return the table of rows that came as JSON.
+
+    Raises:
+        TableError: The rows are no objects with the same keys, or beyond a bound.
+    """
+    if not 0 < len(rows) <= MAX_ROWS:
+        raise TableError(f"`rows` must be 1 to {MAX_ROWS} objects, got {len(rows)}")
+    if not all(isinstance(row, dict) for row in rows):
+        raise TableError("`rows` must be objects with the same keys")
+    if max(map(len, rows)) > BOUNDS.columns:
+        raise TableError(f"`rows` may have up to {BOUNDS.columns} keys each")
+    try:
+        table = Dataset.from_list(list(rows))
+    except Exception as error:  # pyarrow has several of its own
+        raise TableError(f"`rows` must be objects with the same keys: {str(error)[:200]}") from error
+    if table.data.nbytes > BOUNDS.table_bytes:
+        raise TableError(f"`rows` may hold up to {BOUNDS.table_bytes >> 20} MB")
+    return table
 
 
 def text_columns(table: Dataset) -> list[str]:
@@ -80,31 +112,3 @@ def write_table(table: Dataset, folder: Path, kind: str) -> Path:
     else:
         table.to_json(path, force_ascii=False)
     return path
-
-
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        for row in reader:
-            if None in row:
-                raise TableError(f"{path.name}, line {reader.line_num}: more cells than there are column names.")
-            yield row
-
-
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise TableError(f"{path.name}, line {number}: one JSON object per line is needed.")
-            yield row
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
-            yield from batch.to_pylist()

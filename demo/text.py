@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,14 +15,11 @@ _WINDOW = 24
 _CONTEXT = 6
 
 # Fenced code (an open fence runs to the end while the answer is being written) and code spans stay as they are.
-_CODE = re.compile(
-    r"""
-    ^[ \t]*(?P<fence>`{3,}|~{3,}).*?(?:^[ \t]*(?P=fence)|\Z)
-    | (?P<tick>`+)(?!`)[^\n]+?(?<!`)(?P=tick)(?!`)
-    """,
-    re.VERBOSE | re.DOTALL | re.MULTILINE,
-)
-_TAG = re.compile(r"(\\*)<(?=[A-Za-z/!?])")
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
+_INDENT = re.compile(r"[ \t]*")
+_TICKS = re.compile(r"`+")
+# A run of backslashes is read once, from its first one on: visitors can send thousands of them.
+_TAG = re.compile(r"(?<!\\)(\\*+)<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
@@ -80,15 +77,54 @@ class Detokenizer:
 def display_markdown(text: str) -> str:
     """Return Markdown that shows HTML tags in `text` as they were typed, instead of losing them to the sanitizer.
 
-    Code is left alone: Markdown shows tags in it as they are, and would show an escape as well.
+    Code is left alone: Markdown shows tags in it as they are, and would show an escape as well. The time is linear in
+    the length of `text`, whatever it holds.
     """
     parts: list[str] = []
     end = 0
-    for code in _CODE.finditer(text):
-        parts += [_escape(text[end : code.start()]), code.group()]
-        end = code.end()
+    for start, stop in _code(text):
+        parts += [_escape(text[end:start]), text[start:stop]]
+        end = stop
     parts.append(_escape(text[end:]))
     return "".join(parts)
+
+
+def _code(text: str) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of every fenced block and every code span, from the left; no two overlap."""
+    fence, opened, start = "", 0, 0
+    while start < len(text):
+        stop = text.find("\n", start) + 1 or len(text)
+        if fence:
+            mark = _INDENT.match(text, start, stop)
+            if mark is not None and text.startswith(fence, mark.end()):
+                start, fence = mark.end() + len(fence), ""
+                yield opened, start
+                yield from _spans(text, start, stop)
+        elif (mark := _FENCE.match(text, start, stop)) is not None:
+            fence, opened = mark.group(1), start
+        else:
+            yield from _spans(text, start, stop)
+        start = stop
+    if fence:
+        yield opened, len(text)
+
+
+def _spans(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the code spans of a line: a run of backticks closes at the next run as long as itself."""
+    runs = [run.span() for run in _TICKS.finditer(text, start, stop)]
+    closing: list[int | None] = [None] * len(runs)
+    last: dict[int, int] = {}
+    for index in range(len(runs) - 1, -1, -1):
+        length = runs[index][1] - runs[index][0]
+        closing[index] = last.get(length)
+        last[length] = index
+    index = 0
+    while index < len(runs):
+        other = closing[index]
+        if other is not None:
+            yield runs[index][0], runs[other][1]
+            index = other
+        index += 1
 
 
 def _escape(text: str) -> str:
@@ -104,8 +140,8 @@ def build_prompt(
 ) -> list[int]:
     """Return the token ids of a chat up to the point where the assistant's answer begins."""
     control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    chat = [{"role": message["role"], "content": _disarm(message["content"], control)} for message in messages]
-    system = _disarm(system.strip(), control)
+    chat = [{"role": message["role"], "content": disarm(message["content"], control)} for message in messages]
+    system = disarm(system.strip(), control)
     if not system:
         return _apply_template(tokenizer, chat)
     try:
@@ -120,7 +156,7 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str
     return [int(token) for token in ids]
 
 
-def _disarm(text: str, control: Sequence[str]) -> str:
+def disarm(text: str, control: Sequence[str]) -> str:
     """Break up control tokens that a user typed, so that the text cannot end its own turn or open another one."""
     for token in control:
         text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
