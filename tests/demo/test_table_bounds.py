@@ -29,7 +29,10 @@ def parquet(**columns: Any) -> Callable[[Path], None]:
 
 
 def content(text: str | bytes) -> Callable[[Path], None]:
-    return lambda path: None if path.write_bytes(text.encode() if isinstance(text, str) else text) else None
+    def write(path: Path) -> None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+
+    return write
 
 
 def repeated(text: str, rows: int) -> pa.Array:
