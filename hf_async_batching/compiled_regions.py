@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.early_launches import generated_code_waits
+from hf_async_batching.position_cache import PositionCache
 from hf_async_batching.residual_sums import merge_residual_sums
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ def _mark(values: Any) -> None:
             _mark(value)
     elif isinstance(values, dict):
         _mark(tuple(values.values()))
+    elif isinstance(values, PositionCache):
+        _mark(values.before)
 
 
 def compile_regions(

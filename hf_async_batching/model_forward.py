@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.attention import interface
@@ -21,7 +22,10 @@ from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model_view import embedding_shape, make_view, refuse_unservable, set_attention
+from hf_async_batching.position_cache import PositionCache, cache_argument
 from hf_async_batching.token_mixing import refuse_mixing, refuse_states
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class ModelForward:
@@ -61,15 +65,12 @@ class ModelForward:
         refuse_unservable(model)
         self.view = make_view(model, attention_probe.NAME)
         self.device: torch.device = next(self.view.parameters()).device
-        # A forward that was set on the instance may hand on what it does not name.
-        parameters = {
-            *inspect.signature(self.view.forward).parameters,
-            *inspect.signature(type(self.view).forward).parameters,
-        }
+        parameters = _parameters(self.view)
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         self.vocab_size, self.embedding_size = embedding_shape(self.view)
         self.logit_size = self.vocab_size
+        self._cache_argument: str | None = None
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
         self.dtype: torch.dtype = self.layers[0].dtype
@@ -97,6 +98,10 @@ class ModelForward:
         with torch.inference_mode():
             with watch_linears(self.view) as seen:
                 findings = attention_probe.probe(self.name, forward)
+                layers = [module for module in self.view.modules() if id(module) in findings.layers]
+                self._cache_argument = cache_argument(self.view, layers)
+                if self._cache_argument is not None:
+                    findings = attention_probe.probe(self.name, forward)
             try:
                 refuse_states(self.view)
                 refuse_mixing(run, tokens, self.vocab_size)
@@ -168,6 +173,8 @@ class ModelForward:
     ) -> torch.Tensor:
         if self._takes_positions:
             kwargs = {**kwargs, "position_ids": positions[None]}
+        if self._cache_argument is not None:
+            kwargs = {**kwargs, self._cache_argument: PositionCache(positions)}
         if keep is not None and self._takes_logits_to_keep:
             kwargs = {**kwargs, "logits_to_keep": keep}
         if embeddings:
@@ -192,3 +199,21 @@ class ModelForward:
         if output is not None and getattr(output, "weight", None) is not embedding.weight:
             seen.pop(id(embedding.weight), None)
         return sum(seen.values())
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    """Names of the arguments that a model's forward takes, itself or by handing on what it does not name."""
+    # A forward that was set on the instance comes before that of the class, as a rule one that calls it.
+    forwards = [vars(module).get("forward"), *(vars(base).get("forward") for base in type(module).__mro__)]
+    names: set[str] = set()
+    for forward in forwards:
+        if not callable(forward):
+            continue
+        parameters = inspect.signature(forward).parameters.values()
+        names.update(one.name for one in parameters if one.kind not in _OPEN)
+        if forward is not forwards[0] and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break
+    if names <= {"self"}:
+        # All is handed on: to the model within, if not to a base class.
+        names.update(*(_parameters(child) for child in module.children() if isinstance(child, PreTrainedModel)))
+    return names

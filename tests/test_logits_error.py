@@ -29,6 +29,18 @@ def test_zeros_are_compared_with_something() -> None:
     assert logits_error(torch.zeros(3), torch.zeros(3)) == worst_error(torch.zeros(1, 3), torch.zeros(1, 3)) == 0.0
 
 
+@pytest.mark.parametrize("error", [logits_error, worst_error])
+def test_an_infinity_that_both_have_is_no_difference(error: Any) -> None:
+    inf = float("inf")
+    want = torch.tensor([[3.0, 4.0, -inf, inf], [30.0, 40.0, -inf, 0.0]])
+    assert error(want.clone(), want) == 0
+    assert 0 < error(want + 0.01, want) < 0.01
+    for place, other in (((0, 2), 0.0), ((0, 0), -inf), ((0, 2), inf), ((1, 3), float("nan"))):
+        got = want.clone()
+        got[place] = other
+        assert not error(got, want) < 1e6, (place, other)
+
+
 @pytest.mark.parametrize(
     ("dtype", "device", "precision", "quantized", "tolerance"),
     [

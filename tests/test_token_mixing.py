@@ -56,6 +56,14 @@ def test_rounding_is_no_mixing() -> None:
         refuse_mixing(lambda tokens: weight[tokens] + 1e-2 * tokens.sum(), torch.arange(1, 4), 50)
 
 
+def test_tokens_that_only_fill_a_vocabulary_up_hide_no_mixing() -> None:
+    weight = torch.randn(50, 8)
+    weight[:, 5:] = -torch.inf
+    refuse_mixing(lambda tokens: weight[tokens], torch.arange(1, 4), 50)
+    with pytest.raises(UnsupportedModelError, match="outside of attention"):
+        refuse_mixing(lambda tokens: weight[tokens] + 1e-2 * tokens.sum(), torch.arange(1, 4), 50)
+
+
 @pytest.mark.parametrize("class_name", ["BartForCausalLM", "FalconH1ForCausalLM"])
 def test_routes_are_the_same_in_bfloat16(class_name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A family that knows no padding must not be taken for one that does because rounding hides it."""

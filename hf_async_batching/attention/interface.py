@@ -22,6 +22,16 @@ from hf_async_batching.errors import UnsupportedModelError
 
 NAME = "hf_async_batching_paged"
 
+# Keyword arguments that attention may be given beside those that it uses: what they say, the step says already, or it
+# is about other things. Any other could change the result.
+HARMLESS = frozenset(
+    {
+        *("position_ids", "position_embeddings", "cache_position", "use_cache", "layer_idx"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+        *("num_items_in_batch", "dropout", "deterministic", "attention_mask", "sliding_window"),
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PagedLayer:
@@ -30,6 +40,21 @@ class PagedLayer:
     index: int
     sliding_window: int | None = None
     chunk: int | None = None
+
+
+def refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuse keyword arguments that are not known to leave attention's result as it is.
+
+    Args:
+        module: The attention module, for the message.
+        arguments: What it passes beside the arguments of `paged_attention_forward`.
+
+    Raises:
+        UnsupportedModelError: One of them is not None, and not in `HARMLESS`.
+    """
+    for name, value in arguments.items():
+        if name not in HARMLESS and value is not None and not (name == "is_causal" and value is True):
+            raise UnsupportedModelError(f"{type(module).__name__} passes `{name}` to attention, which is not served")
 
 
 class _Active(threading.local):
@@ -137,7 +162,7 @@ def paged_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     paged: PagedCall | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' modules on packed tokens.
 
@@ -151,6 +176,7 @@ def paged_attention_forward(
         softcap: See `AttentionOptions`.
         s_aux: [num_heads], the sinks of `AttentionOptions`.
         paged: The step, where the family passes keyword arguments on.
+        others: Arguments that change nothing; see `HARMLESS`.
 
     Returns:
         [1, tokens, num_heads, value_dim], and None for the weights.
@@ -170,6 +196,7 @@ def paged_attention_forward(
         )
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not served")
+    refuse_unknown(module, others)
     layer = call.layers[id(module)]
     options = AttentionOptions(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),

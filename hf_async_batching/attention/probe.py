@@ -16,15 +16,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_async_batching.attention.cache import LayerShape
-from hf_async_batching.attention.interface import PagedLayer
+from hf_async_batching.attention.interface import PagedLayer, refuse_unknown
 from hf_async_batching.autocast import lowered
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
 
 NAME = "hf_async_batching_probe"
 PROBE_TOKENS = 2
 
-# Arguments that change the result of attention and that the kernels do not know.
-_UNSERVED = ("position_bias", "head_mask", "block_mask", "cu_seq_lens_q")
 _SEEN = "_hf_async_batching_seen"
 
 
@@ -155,17 +153,17 @@ def _probe_attention(
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
     paged: object = None,
+    scaling: float | None = None,  # noqa: ARG001
+    softcap: float | None = None,  # noqa: ARG001
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     name = type(module).__name__
     query, key, value = lowered(query, key, value)
     if id(module) in _recorder.layers:
         raise UnsupportedModelError(f"{name} calls attention more than once per forward")
-    for argument in _UNSERVED:
-        if kwargs.get(argument) is not None:
-            raise UnsupportedModelError(f"{name} passes `{argument}` to attention")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{name} attends in both directions")
+    refuse_unknown(module, kwargs)
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2] == PROBE_TOKENS:
         raise UnsupportedModelError(f"{name} attends over something else than the tokens of its input")
     if s_aux is not None and s_aux.shape != (query.shape[1],):
