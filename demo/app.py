@@ -29,14 +29,16 @@ from .backend import Backend
 from .chat import ChatService
 from .dataset_runs import DatasetRuns
 from .endpoints import add_endpoints
-from .handlers import ChatHandlers, visitor_of
+from .handlers import ChatHandlers
 from .layout import chat_parts, compare_parts, dataset_parts, wall_parts
 from .line import Line
 from .models import load_chat_model
 from .page import FOCUS_JS, TITLE, asset, header_html, launch_options
+from .pools import TRACES
 from .pulse import Pulse
 from .runs import CompareRuns, WallRuns, read_prompts
 from .serving import load
+from .visitor import visitor_of
 from .zero import ZeroGpu, gpu_decorator
 
 MODEL_VARIABLE = "HF_ASYNC_BATCHING_MODEL"
@@ -54,8 +56,8 @@ def build_app(backend: Backend) -> gr.Blocks:
     """Build the page. Launch it with ``app.launch(**launch_options())``: Gradio takes the looks there."""
     service = ChatService(backend)
     handlers = ChatHandlers(service)
-    walls = WallRuns(backend, Line(_WALLS, _WAITING_WALLS))
-    comparisons = CompareRuns(backend, Line(1, _WAITING_COMPARISONS))
+    walls = WallRuns(backend, Line(_WALLS, _WAITING_WALLS, running_each=_WALLS - 1, waiting_each=_WAITING_WALLS // 2))
+    comparisons = CompareRuns(backend, Line(1, _WAITING_COMPARISONS, waiting_each=_WAITING_COMPARISONS // 2))
     meter = Pulse(backend)
     datasets = DatasetRuns(backend)
     prompts = asset("prompts.txt")
@@ -64,7 +66,7 @@ def build_app(backend: Backend) -> gr.Blocks:
         return meter.read(float("-inf") if since is None else float(since))
 
     async def trace(_: None) -> str:
-        return json.dumps(backend.require().manager.timeline().to_chrome_trace())
+        return await TRACES.run(lambda: json.dumps(backend.require().manager.timeline().to_chrome_trace()))
 
     async def whole(run: str) -> dict[str, Any]:
         return walls.whole(str(run))

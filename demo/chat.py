@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from .backend import Backend
+from .pools import PROMPTS
 from .problems import explain
 from .serving import Serving
 from .settings import LONGEST_TEXT, Settings, ends_of
@@ -17,14 +18,19 @@ from .text import Detokenizer, build_prompt
 
 if TYPE_CHECKING:
     from hf_async_batching import GenerationHandle, GenerationResult
+    from hf_async_batching.request import Request
 
 logger = logging.getLogger(__name__)
 
 # The engine is looked at this often and never waits for it: an answer is drawn at most twenty times a second, and a
 # slow browser costs the engine nothing.
 LOOK_SECONDS = 0.05
+# What drawing the longest conversation may hold up the others, out of each second, is a fiftieth of this.
+DRAW_SECONDS = 0.5
 _SETTLE_SECONDS = 5.0
 _MOST_MESSAGES = 200
+# Characters of a conversation; what came before them is left out.
+LONGEST_HISTORY = 100_000
 _ENDINGS = {
     "eos": "",
     "stop": "",
@@ -130,14 +136,26 @@ class ChatService:
         except TimeoutError:
             logger.warning("An answer did not end within %.0f s of being cancelled.", _SETTLE_SECONDS)
 
-    async def reply(self, visitor: str, messages: list[Message], settings: Settings) -> AsyncIterator[Reply]:
+    async def reply(
+        self, visitor: str, messages: list[Message], settings: Settings, owner: str = ""
+    ) -> AsyncIterator[Reply]:
         """Yield the growing answer to the last of `messages`; the last reply carries a note.
+
+        Args:
+            visitor: The tab, or the call of the API, that asks.
+            messages: The conversation.
+            settings: System prompt and sampling.
+            owner: The address of the visitor; the engine's rows are shared out by it.
 
         Never raises because of the engine or the request: a failure is a reply that says what went wrong.
         Closing this generator early (a closed tab) cancels the request.
         """
         turn = self._turns[visitor] = _Turn()
         text = waiting = ""
+        serving: Serving | None = None
+        request: Request | None = None
+        # A long conversation is drawn anew with each part of the answer: the longer it is, the more rarely.
+        pause = LOOK_SECONDS + DRAW_SECONDS * sum(len(message["content"]) for message in messages) / LONGEST_HISTORY
         try:
             while (serving := self._backend.serving) is None and not turn.cancelled:
                 stage = self._backend.stage
@@ -150,7 +168,17 @@ class ChatService:
             if serving is None:
                 yield Reply("*Stopped before the first word.*", note="", failed=True, discarded=turn.discarded)
                 return
-            handle = await asyncio.to_thread(self._submit, serving, turn, messages, settings)
+            request = await PROMPTS.run_for(owner, _request, serving, messages, settings)
+            serving.roster.ask(request, owner)
+            while not serving.roster.may_enter(request) and not turn.cancelled:
+                told, waiting = waiting, _waits_at(serving.roster.places().get(request.request_id, 1))
+                if told != waiting:
+                    yield Reply("", waiting=waiting)
+                await asyncio.sleep(LOOK_SECONDS)
+            if turn.cancelled:
+                yield Reply("*Stopped before the first word.*", note="", failed=True, discarded=turn.discarded)
+                return
+            handle = await PROMPTS.run(self._submit, serving, turn, request)
             detokenizer, position = Detokenizer(serving.chat_model.tokenizer), 0
             while True:
                 done = handle.done  # looked at before the tokens: all of them are there once it is set
@@ -163,10 +191,10 @@ class ChatService:
                 if new and not turn.discarded:
                     yield Reply(text)
                 elif not text and (place := serving.roster.places().get(handle.request_id)):
-                    told, waiting = waiting, f"Place {place} in the queue …"
+                    told, waiting = waiting, _waits_at(place)
                     if told != waiting:
                         yield Reply("", waiting=waiting)
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(pause if text else LOOK_SECONDS)
             text += detokenizer.flush()
             result = handle.result()
             if text.strip() or turn.discarded:
@@ -180,15 +208,25 @@ class ChatService:
         finally:
             turn.cancel()
             turn.done.set()
+            if serving is not None and request is not None:
+                serving.roster.forget(request)
             if self._turns.get(visitor) is turn:
                 del self._turns[visitor]
 
-    def _submit(self, serving: Serving, turn: _Turn, messages: list[Message], settings: Settings) -> GenerationHandle:
-        prompt = build_prompt(serving.chat_model.tokenizer, sendable(messages), settings.system)
-        handle = serving.manager.submit_request(settings.request(prompt, ends_of(serving.chat_model)))
+    def _submit(self, serving: Serving, turn: _Turn, request: Request) -> GenerationHandle:
+        handle = serving.manager.submit_request(request)
         serving.roster.add(handle)
         turn.attach(handle)
         return handle
+
+
+def _request(serving: Serving, messages: list[Message], settings: Settings) -> Request:
+    prompt = build_prompt(serving.chat_model.tokenizer, sendable(messages), settings.system)
+    return settings.request(prompt, ends_of(serving.chat_model))
+
+
+def _waits_at(place: int) -> str:
+    return f"Place {place} in the queue …"
 
 
 def sendable(messages: list[Message]) -> list[Message]:
@@ -204,7 +242,10 @@ def sendable(messages: list[Message]) -> list[Message]:
 
 
 def read_messages(value: Any) -> list[Message]:
-    """A conversation that a browser or a client sent, without whatever is none; roles alternate, the user first."""
+    """Read a conversation that a browser or a client sent, without whatever is none; roles alternate, the user first.
+
+    The oldest questions and answers of a conversation that is too long are left out.
+    """
     messages: list[Message] = []
     for item in value[-_MOST_MESSAGES:] if isinstance(value, Sequence) and not isinstance(value, str) else ():
         role = "assistant" if len(messages) % 2 else "user"
@@ -213,7 +254,15 @@ def read_messages(value: Any) -> list[Message]:
             if item.get("failed"):
                 message["failed"] = True
             messages.append(message)
-    return messages[:-1] if len(messages) % 2 else messages
+    if len(messages) % 2:
+        messages.pop()
+    length, first = 0, len(messages)
+    while first:
+        length += sum(len(message["content"]) for message in messages[first - 2 : first])
+        if length > LONGEST_HISTORY:
+            break
+        first -= 2
+    return messages[first:]
 
 
 def describe(result: GenerationResult) -> str:

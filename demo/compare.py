@@ -14,6 +14,7 @@ from hf_async_batching.bench.timeline_picture import steady_window
 from hf_async_batching.timeline import StepRecord
 
 from .backend import Backend
+from .pools import WALLS
 from .pulse import drawn_steps
 from .serving import Serving
 from .settings import Settings
@@ -80,16 +81,20 @@ class Comparison:
         prompts: First questions.
         chats: How many conversations.
         max_new_tokens: Longest answer. Answers are greedy, so that all runs have the same work to do.
+        owner: The address of the visitor.
 
     Attributes:
         outcomes: By depth, what is over.
         same: How many conversations had the same tokens at every depth; None before there are two outcomes.
     """
 
-    def __init__(self, backend: Backend, prompts: Sequence[str], *, chats: int, max_new_tokens: int) -> None:
+    def __init__(
+        self, backend: Backend, prompts: Sequence[str], *, chats: int, max_new_tokens: int, owner: str = ""
+    ) -> None:
         self._backend = backend
         self._prompts = prompts
         self._chats = chats
+        self._owner = owner
         self._settings = replace(Settings(), max_new_tokens=max_new_tokens, greedy=True)
         self._tokens: dict[int, list[list[int]]] = {}
         self.outcomes: dict[int, Outcome] = {}
@@ -127,10 +132,10 @@ class Comparison:
         manager.weights_updated()
         before = manager.stats()
         records = _Records(serving, before.steps - 1)
-        wall = Wall(serving, self._prompts, self._settings, chats=self._chats)
+        wall = Wall(serving, self._prompts, self._settings, chats=self._chats, owner=self._owner)
         try:
             while not wall.over:
-                await asyncio.to_thread(wall.tick)
+                await WALLS.run(wall.tick)
                 records.read()
                 done = wall.tokens / (self._settings.max_new_tokens * len(wall.tiles))
                 yield Step(depth, min(done, 1.0), wall.tokens / wall.seconds if wall.seconds else 0.0)

@@ -12,8 +12,8 @@ from hf_async_batching.dataset import DatasetProgress, generate_dataset
 from .serving import Serving
 from .settings import Settings, ends_of
 
-# Rows that are with the engine at once: enough for a full batch, and other visitors do not wait for a whole table.
-_WINDOW = 96
+# The part of the engine's rows that a table may take: other visitors do not wait for it.
+_PART = 8
 _COLUMNS = {"text": "completion", "finish_reason": "finish_reason", "error": "error"}
 _LEFT_OUT = ("token_ids", "prompt_tokens", "completion_tokens")
 
@@ -62,7 +62,7 @@ def complete_table(
             on_error="record",
             output_columns={**names, **dict.fromkeys(_LEFT_OUT)},
             seed=settings.seed or 0,
-            window=_WINDOW,
+            window=rows_of_a_table(serving),
             progress=False,
             callback=look,
             rank=0,
@@ -73,6 +73,12 @@ def complete_table(
     except _StoppedError:
         return None
     return completed
+
+
+def rows_of_a_table(serving: Serving) -> int:
+    """Return how many rows of a table are with the engine at once."""
+    assembly = serving.manager.assembly
+    return max(1, assembly.config.max_rows // _PART) if assembly is not None else 1
 
 
 def _free(name: str, table: Dataset) -> str:

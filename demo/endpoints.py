@@ -8,22 +8,24 @@ from __future__ import annotations
 import inspect
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, get_args, get_origin
 
 import gradio as gr
-from datasets import Dataset
 
 from .backend import Backend
 from .chat import ChatService, Message, read_messages
 from .dataset_runs import DatasetRuns, Job
+from .pools import TABLES, TRACES
 from .problems import explain
 from .pulse import Pulse
 from .runs import CompareRuns, WallRuns, read_prompts
-from .settings import LONGEST_TEXT, MAX_NEW_TOKENS, Settings
-from .table import MAX_ROWS, text_columns
-from .wall import MOST_CHATS, MOST_TURNS
+from .settings import LONGEST_TEXT, MAX_NEW_TOKENS, MOST_SEED, Settings, number, shown, whole_number
+from .table import TableError, table_of, text_columns
+from .visitor import owner_of
+from .wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS
 
 
 def add_endpoints(
@@ -38,6 +40,7 @@ def add_endpoints(
     """Add the endpoints to the page that is being built."""
 
     async def chat(
+        request: gr.Request,
         message: str,
         history: list[dict[str, str]] | None = None,
         system: str = "",
@@ -61,18 +64,19 @@ def add_endpoints(
             greedy: Always the likeliest token; the others are ignored.
             seed: Makes a sampled answer reproducible.
         """
-        if not message.strip():
-            raise gr.Error("`message` is empty: say something.", print_exception=False)
+        _check(isinstance(message, str) and message.strip(), "`message` is empty: say something.")
+        _check(history is None or isinstance(history, list), "`history` must be a list of messages")
         settings = _settings(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
         asked = [*read_messages(history), Message(role="user", content=message.strip()[:LONGEST_TEXT])]
         # Every call has a turn of its own: a client may have many at once.
-        async for reply in service.reply(f"api-{secrets.token_hex(8)}", asked, settings):
+        async for reply in service.reply(f"api-{secrets.token_hex(8)}", asked, settings, owner_of(request)):
             if reply.error is not None:
                 raise gr.Error(explain(reply.error).plain(), print_exception=False)
             if reply.text:
                 yield reply.text
 
     async def wall(
+        request: gr.Request,
         chats: int = 16,
         prompts: list[str] | None = None,
         turns: int = 1,
@@ -87,18 +91,22 @@ def add_endpoints(
             prompts: First questions, used from the start again where there are too few; None for the page's own.
             turns: Questions per conversation, 1 to 4; the later ones are follow-ups.
             max_new_tokens: Longest answer, 1 to 1024.
-            stagger: Seconds between two starts.
+            stagger: Seconds between two starts, 0 to 5.
             greedy: Always the likeliest token.
         """
-        _within("chats", chats, 1, MOST_CHATS)
-        _within("turns", turns, 1, MOST_TURNS)
+        with _told():
+            chats = whole_number("chats", chats, 1, MOST_CHATS)
+            turns = whole_number("turns", turns, 1, MOST_TURNS)
+            stagger = number("stagger", stagger, 0.0, MOST_STAGGER)
         settings = _settings(max_new_tokens=max_new_tokens, greedy=greedy)
         visitor = f"api-{secrets.token_hex(8)}"
-        questions = read_prompts(prompts) if prompts is not None else default_prompts
+        questions = _prompts(prompts, default_prompts)
         last: dict[str, Any] = {}
         tiles: list[dict[str, Any]] = []
         try:
-            async for text in walls.frames(visitor, questions, settings, chats=chats, turns=turns, stagger=stagger):
+            async for text in walls.frames(
+                visitor, questions, settings, chats=chats, turns=turns, stagger=stagger, owner=owner_of(request)
+            ):
                 frame = json.loads(text)
                 if frame.get("place"):
                     yield {"place": frame["place"]}
@@ -112,7 +120,11 @@ def add_endpoints(
         yield last | {"conversations": [tile["turns"] for tile in tiles]}
 
     async def compare(
-        chats: int = 16, max_new_tokens: int = 128, prompts: list[str] | None = None, depths: list[int] | None = None
+        request: gr.Request,
+        chats: int = 16,
+        max_new_tokens: int = 128,
+        prompts: list[str] | None = None,
+        depths: list[int] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Run the same prompts synchronously (depth 1) and asynchronously (depth 2); streams progress, then outcomes.
 
@@ -122,12 +134,12 @@ def add_endpoints(
             prompts: First questions; None for the page's own.
             depths: Which depths to run, of 1 and 2, in this order; None for both.
         """
-        _within("chats", chats, 1, MOST_CHATS)
-        _within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        with _told():
+            chats = whole_number("chats", chats, 1, MOST_CHATS)
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
         wanted = depths or [1, 2]
-        if not set(wanted) <= {1, 2} or len(set(wanted)) != len(wanted):
-            raise gr.Error(f"`depths` must be of 1 and 2, each once, got {wanted}", print_exception=False)
-        questions = read_prompts(prompts) if prompts is not None else default_prompts
+        _check(wanted in ([1], [2], [1, 2], [2, 1]), "`depths` must be of 1 and 2, each once")
+        questions = _prompts(prompts, default_prompts)
         try:
             async for state in comparisons.states(
                 f"api-{secrets.token_hex(8)}",
@@ -135,12 +147,14 @@ def add_endpoints(
                 chats=chats,
                 max_new_tokens=max_new_tokens,
                 depths=wanted,
+                owner=owner_of(request),
             ):
                 yield state
         except Exception as error:
             raise _as_error(error) from error
 
     async def dataset(
+        request: gr.Request,
         rows: list[dict[str, Any]],
         column: str,
         system: str = "",
@@ -157,25 +171,26 @@ def add_endpoints(
             greedy: Always the likeliest token; otherwise with the page's usual sampling.
         """
         settings = _settings(system, max_new_tokens, greedy=greedy)
-        if not rows or len(rows) > MAX_ROWS:
-            raise gr.Error(f"`rows` must be 1 to {MAX_ROWS} objects, got {len(rows)}", print_exception=False)
+        _check(isinstance(rows, list), "`rows` must be a list of objects")
         try:
-            table = Dataset.from_list(rows)
+            table = await TABLES.run_for(owner_of(request), table_of, rows)
         except Exception as error:
-            raise gr.Error(f"`rows` must be objects with the same keys: {error}", print_exception=False) from error
+            raise _as_error(error) from error
         if column not in text_columns(table):
-            raise gr.Error(f"`column` must name a key that holds text, got {column!r}", print_exception=False)
+            raise gr.Error(f"`column` must name a key that holds text, got {shown(column)}", print_exception=False)
         job = Job(table, column, settings, "jsonl")
         try:
-            async for _ in datasets.run(job, f"api-{secrets.token_hex(8)}"):
-                if job.progress is not None:
+            async for _ in datasets.run(job, f"api-{secrets.token_hex(8)}", owner_of(request)):
+                if job.place:
+                    yield {"place": job.place}
+                elif job.progress is not None:
                     yield asdict(job.progress)
         except Exception as error:
             raise _as_error(error) from error
         if job.result is None:
             raise gr.Error(job.error or "The run was stopped.", print_exception=False)
         assert job.progress is not None
-        yield asdict(job.progress) | {"completed": job.result.to_list()}
+        yield asdict(job.progress) | {"completed": await TABLES.run(job.result.to_list)}
 
     async def stats() -> dict[str, Any]:
         """The engine's live figures (tokens/s, running, waiting, KV pages, MBU, …), and where loading stands."""
@@ -185,7 +200,7 @@ def add_endpoints(
     async def trace() -> dict[str, Any]:
         """The last steps, as the device's events recorded them, in the Trace Event Format that Perfetto opens."""
         try:
-            return backend.require().manager.timeline().to_chrome_trace()
+            return await TRACES.run(lambda: backend.require().manager.timeline().to_chrome_trace())
         except Exception as error:
             raise _as_error(error) from error
 
@@ -216,20 +231,40 @@ def _settings(
     seed: int | None = None,
 ) -> Settings:
     """Unlike the page, which has sliders, the API refuses what is out of bounds."""
-    _within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-    _within("temperature", temperature, 0.1, 2.0)
-    _within("top_p", top_p, 0.05, 1.0)
-    _within("top_k", top_k, 0, 1000)
+    _check(isinstance(system, str), "`system` must be a text")
+    with _told():
+        whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        number("temperature", temperature, 0.1, 2.0)
+        number("top_p", top_p, 0.05, 1.0)
+        whole_number("top_k", top_k, 0, 1000)
+        if seed is not None:
+            whole_number("seed", seed, 0, MOST_SEED)
     return Settings.within_bounds(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
 
 
-def _within(name: str, value: float, least: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise gr.Error(f"`{name}` must be a number from {least} to {most}, got {value!r}", print_exception=False)
+def _prompts(prompts: Any, default: list[str]) -> list[str]:
+    if prompts is None:
+        return default
+    texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    _check(texts, "`prompts` must be a list of texts")
+    return read_prompts(prompts)
+
+
+def _check(good: object, otherwise: str) -> None:
+    if not good:
+        raise gr.Error(otherwise, print_exception=False)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def _as_error(error: Exception) -> Exception:
     if isinstance(error, gr.Error):
         return error
-    text = str(error) if type(error) is ValueError else explain(error).plain()
+    text = str(error) if type(error) in (ValueError, TableError) else explain(error).plain()
     return gr.Error(text, print_exception=False)

@@ -11,6 +11,7 @@ from .chat import ChatService, Message, read_messages
 from .page import note_html
 from .settings import LONGEST_TEXT, Settings
 from .text import display_markdown
+from .visitor import owner_of, visitor_of
 
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
 Page = tuple[Any, Any, Any, Any, Any, Any]
@@ -48,7 +49,7 @@ class ChatHandlers:
         asked = [*read_messages(history), Message(role="user", content=text)]
         settings = Settings.within_bounds(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
         yield _page(drawn=_waiting(asked), box="", note="", running=True)
-        async for page in self._answer(asked, settings, visitor):
+        async for page in self._answer(asked, settings, request):
             yield page
 
     async def example(
@@ -143,15 +144,15 @@ class ChatHandlers:
             yield _page()
             return
         yield _page(drawn=_waiting(messages), note="", running=True)
-        async for page in self._answer(messages, Settings.within_bounds(*knobs), visitor):
+        async for page in self._answer(messages, Settings.within_bounds(*knobs), request):
             yield page
 
-    async def _answer(self, messages: list[Message], settings: Settings, visitor: str) -> AsyncIterator[Page]:
+    async def _answer(self, messages: list[Message], settings: Settings, request: gr.Request) -> AsyncIterator[Page]:
         """Write the assistant's next message: the one path that submit, examples, retry and edit all take."""
         drawn = draw(messages)
         # Gradio sends the last page of a generator twice, the second time perhaps after the page of another event. So
         # the last page must still be right then: after Clear, this one shows a cleared chat, too.
-        async for reply in self._service.reply(visitor, messages, settings):
+        async for reply in self._service.reply(visitor_of(request), messages, settings, owner_of(request)):
             if reply.note is None:
                 growing = [*drawn, _answer_bubble(display_markdown(reply.text) or reply.waiting)]
                 # The buttons again each time: of pages that arrive together, the page may only see the last.
@@ -168,11 +169,6 @@ class ChatHandlers:
 def draw(messages: list[Message]) -> list[dict[str, str]]:
     """Return a conversation as the Chatbot takes it."""
     return [{"role": message["role"], "content": display_markdown(message["content"])} for message in messages]
-
-
-def visitor_of(request: gr.Request) -> str:
-    """Name the tab that an event comes from."""
-    return str(request.session_hash or "")
 
 
 def _page(

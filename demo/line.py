@@ -15,40 +15,72 @@ class Line:
     Args:
         running: How many may run at the same time.
         waiting: How many may wait beyond them.
+        running_each: How many of one owner may run at the same time; None for no limit of its own.
+        waiting_each: How many of one owner may wait beyond them; None for no limit of its own.
     """
 
-    def __init__(self, running: int, waiting: int) -> None:
+    def __init__(
+        self, running: int, waiting: int, *, running_each: int | None = None, waiting_each: int | None = None
+    ) -> None:
         self._running = running
         self._waiting = waiting
+        self._running_each = running if running_each is None else running_each
+        self._waiting_each = waiting if waiting_each is None else waiting_each
         self._tickets: list[Ticket] = []
 
-    def join(self) -> Ticket:
+    def join(self, owner: str = "") -> Ticket:
         """Stand at the end of the line; leave it by closing the ticket.
 
+        Args:
+            owner: The address of the visitor, whose tickets are counted together; empty for a visitor of its own.
+
         Raises:
-            LineFullError: There is no room.
+            LineFullError: There is no room, or the owner has taken what one owner may take.
         """
         if len(self._tickets) >= self._running + self._waiting:
             raise LineFullError(f"{self._waiting} others are waiting already. Please try again in a minute.")
-        ticket = Ticket(self)
+        own = sum(ticket.owner == owner for ticket in self._tickets) if owner else 0
+        if own >= self._running_each + self._waiting_each:
+            raise LineFullError(f"{own} from your address run or wait already. Please let one of them end.")
+        ticket = Ticket(self, owner)
         self._tickets.append(ticket)
+        self._start()
         return ticket
 
     def place_of(self, ticket: Ticket) -> int:
         """0 for who may run, 1 for who is next."""
-        return max(0, self._tickets.index(ticket) - self._running + 1)
+        if ticket.running or ticket not in self._tickets:
+            return 0
+        return 1 + sum(not other.running for other in self._tickets[: self._tickets.index(ticket)])
 
     def leave(self, ticket: Ticket) -> None:
         """Make room. Nothing happens the second time."""
         if ticket in self._tickets:
             self._tickets.remove(ticket)
+            self._start()
+
+    def _start(self) -> None:
+        """Let those run for whom there is room, the first first. Who runs goes on running."""
+        for ticket in self._tickets:
+            if sum(other.running for other in self._tickets) >= self._running:
+                return
+            own = sum(other.running and other.owner == ticket.owner for other in self._tickets) if ticket.owner else 0
+            if not ticket.running and own < self._running_each:
+                ticket.running = True
 
 
 class Ticket:
-    """A place in a line, until the `with` block that it opens is left."""
+    """A place in a line, until the `with` block that it opens is left.
 
-    def __init__(self, line: Line) -> None:
+    Attributes:
+        owner: Whose it is.
+        running: Whether its turn has come.
+    """
+
+    def __init__(self, line: Line, owner: str) -> None:
         self._line = line
+        self.owner = owner
+        self.running = False
 
     @property
     def place(self) -> int:

@@ -9,6 +9,7 @@ from hf_async_batching.errors import EngineClosedError, HfAsyncBatchingError, Qu
 
 from .backend import BackendFailedError
 from .line import LineFullError
+from .pools import BusyError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def explain(error: Exception) -> Problem:
         return Problem("The model is not there.", str(error))
     if isinstance(error, LineFullError):
         return Problem("Too many are waiting.", str(error))
+    if isinstance(error, BusyError):
+        return Problem("The server is busy.", str(error))
     logger.error("A request failed.", exc_info=error)
     if isinstance(error, HfAsyncBatchingError):
         return Problem("The engine could not answer.", str(error))

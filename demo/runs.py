@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,27 +14,40 @@ import gradio as gr
 from .backend import Backend
 from .compare import ASYNC, SYNC, Comparison
 from .frames import Frames, dump, problem_frame, waiting_frame
-from .handlers import visitor_of
 from .line import Line
+from .pools import WALLS
 from .problems import explain
-from .settings import LONGEST_TEXT, MAX_NEW_TOKENS, Settings
-from .wall import MOST_CHATS, MOST_TURNS, Wall
+from .settings import LONGEST_TEXT, MAX_NEW_TOKENS, Settings, clamp
+from .visitor import owner_of, visitor_of
+from .wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS, Wall
 
 # A frame every 80 ms at most: twelve a second.
 FRAME_SECONDS = 0.08
 _PLACE_SECONDS = 0.25
-_MOST_STAGGER = 5.0
 _MOST_PROMPTS = 256
+LONGEST_PROMPTS = 100_000
+# A run that takes longer is stopped, so that its place comes to others. What it has made stays.
+WALL_SECONDS = 900.0
+COMPARE_SECONDS = 600.0
 # The value, Start, Stop and Add.
 WallPage = tuple[Any, Any, Any, Any]
 # The value, Run and Stop.
 ComparePage = tuple[Any, Any, Any]
 
 
-def read_prompts(text: str | Sequence[str]) -> list[str]:
-    """One prompt per line; empty lines are none."""
-    lines = text.splitlines() if isinstance(text, str) else [str(line) for line in text]
-    return [line.strip()[:LONGEST_TEXT] for line in lines if line.strip()][:_MOST_PROMPTS]
+def read_prompts(text: str | Sequence[Any]) -> list[str]:
+    """Return one prompt per line; empty lines are none. What is beyond `LONGEST_PROMPTS` characters is left out."""
+    lines = text[:LONGEST_PROMPTS].splitlines() if isinstance(text, str) else text
+    prompts: list[str] = []
+    length = 0
+    for line in lines:
+        prompt = line.strip()[:LONGEST_TEXT] if isinstance(line, str) else ""
+        length += len(prompt)
+        if len(prompts) == _MOST_PROMPTS or length > LONGEST_PROMPTS:
+            break
+        if prompt:
+            prompts.append(prompt)
+    return prompts
 
 
 class WallRuns:
@@ -45,6 +59,8 @@ class WallRuns:
         self._by_visitor: dict[str, Frames] = {}
         self._by_run: dict[str, Frames] = {}
         self._stopped: set[str] = set()
+        # Walls that run or wait, by visitor: only of these anything is remembered.
+        self._inside = Counter[str]()
 
     async def frames(
         self,
@@ -55,8 +71,11 @@ class WallRuns:
         chats: int,
         turns: int = 1,
         stagger: float = 0.0,
+        owner: str = "",
     ) -> AsyncIterator[str]:
         """Run a wall and yield its frames. Closing this generator (a closed tab) frees all its rows and pages.
+
+        A wall that runs for `WALL_SECONDS` is stopped.
 
         Raises:
             ValueError: There is no prompt.
@@ -65,7 +84,28 @@ class WallRuns:
         """
         self.stop(visitor)
         self._stopped.discard(visitor)
-        with self._line.join() as ticket:
+        self._inside[visitor] += 1
+        try:
+            async with aclosing(self._frames(visitor, prompts, settings, chats, turns, stagger, owner)) as frames:
+                async for frame in frames:
+                    yield frame
+        finally:
+            self._inside[visitor] -= 1
+            if not self._inside[visitor]:
+                del self._inside[visitor]
+                self._stopped.discard(visitor)
+
+    async def _frames(
+        self,
+        visitor: str,
+        prompts: Sequence[str],
+        settings: Settings,
+        chats: int,
+        turns: int,
+        stagger: float,
+        owner: str,
+    ) -> AsyncGenerator[str, None]:
+        with self._line.join(owner) as ticket:
             while place := ticket.place:
                 yield waiting_frame(place)
                 await asyncio.sleep(_PLACE_SECONDS)
@@ -81,15 +121,18 @@ class WallRuns:
                         yield frame
                 return
             serving = await self._backend.ready()
-            wall = Wall(serving, prompts, settings, chats=chats, turns=turns, stagger=stagger)
+            wall = Wall(serving, prompts, settings, chats=chats, turns=turns, stagger=stagger, owner=owner)
+            expires = time.perf_counter() + WALL_SECONDS
             frames = self._by_visitor[visitor] = Frames(wall)
             self._by_run[frames.run] = frames
             try:
                 while True:
                     began = time.perf_counter()
-                    yield await asyncio.to_thread(frames.next)
+                    yield await WALLS.run(frames.next)
                     if wall.over:
                         return
+                    if began > expires:
+                        wall.stop()
                     # A tick that took long does not make the next one wait.
                     await asyncio.sleep(max(0.0, FRAME_SECONDS - (time.perf_counter() - began)))
             finally:
@@ -100,7 +143,8 @@ class WallRuns:
 
     def stop(self, visitor: str) -> None:
         """End this visitor's wall, if there is one."""
-        self._stopped.add(visitor)
+        if self._inside[visitor]:
+            self._stopped.add(visitor)
         frames = self._by_visitor.get(visitor)
         if frames is not None:
             frames.wall.stop()
@@ -108,7 +152,6 @@ class WallRuns:
     def leave(self, visitor: str) -> None:
         """Free what a closed tab was still using."""
         self.stop(visitor)
-        self._stopped.discard(visitor)
 
     def add(self, visitor: str, chats: int) -> int:
         """Let more chats join this visitor's wall; returns how many did."""
@@ -149,9 +192,10 @@ class WallRuns:
                 visitor_of(request),
                 read_prompts(prompts),
                 settings,
-                chats=int(min(max(chats or 1, 1), MOST_CHATS)),
-                turns=int(min(max(turns or 1, 1), MOST_TURNS)),
-                stagger=min(max(stagger or 0.0, 0.0), _MOST_STAGGER),
+                chats=int(clamp(chats, 1, MOST_CHATS)),
+                turns=int(clamp(turns, 1, MOST_TURNS)),
+                stagger=clamp(stagger, 0.0, MOST_STAGGER),
+                owner=owner_of(request),
             ):
                 yield frame, gr.skip(), gr.skip(), gr.skip()
         except ValueError as error:
@@ -175,7 +219,7 @@ class CompareRuns:
     def __init__(self, backend: Backend, line: Line) -> None:
         self._backend = backend
         self._line = line
-        self._stopped: set[str] = set()
+        self._by_visitor: dict[str, asyncio.Event] = {}
 
     async def states(
         self,
@@ -185,33 +229,58 @@ class CompareRuns:
         chats: int,
         max_new_tokens: int,
         depths: Sequence[int] = (SYNC, ASYNC),
+        owner: str = "",
     ) -> AsyncIterator[dict[str, Any]]:
         """Run a comparison and yield where it stands; the last one has `over` and all outcomes.
+
+        A comparison that runs for `COMPARE_SECONDS` is stopped: the others wait for it.
 
         Raises:
             ValueError: There is no prompt.
             LineFullError: Too many wait already.
             BackendFailedError: There is no model.
         """
-        self._stopped.discard(visitor)
-        comparison = Comparison(self._backend, prompts, chats=chats, max_new_tokens=max_new_tokens)
-        with self._line.join() as ticket:
-            while place := ticket.place:
+        stop = self._by_visitor[visitor] = asyncio.Event()
+        try:
+            async with aclosing(self._states(stop, prompts, chats, max_new_tokens, depths, owner)) as states:
+                async for state in states:
+                    yield state
+        finally:
+            if self._by_visitor.get(visitor) is stop:
+                del self._by_visitor[visitor]
+
+    async def _states(
+        self,
+        stop: asyncio.Event,
+        prompts: Sequence[str],
+        chats: int,
+        max_new_tokens: int,
+        depths: Sequence[int],
+        owner: str,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        comparison = Comparison(self._backend, prompts, chats=chats, max_new_tokens=max_new_tokens, owner=owner)
+        with self._line.join(owner) as ticket:
+            while (place := ticket.place) and not stop.is_set():
                 yield {"place": place}
                 await asyncio.sleep(_PLACE_SECONDS)
+            expires = time.perf_counter() + COMPARE_SECONDS
+            if stop.is_set():
+                return
             async with aclosing(comparison.run(depths)) as steps:
                 async for step in steps:
-                    if visitor in self._stopped:
+                    if stop.is_set() or time.perf_counter() > expires:
+                        stop.set()
                         break
                     yield {"depth": step.depth, "done": round(step.done, 3), "speed": round(step.speed, 1)} | (
                         {"outcomes": self._outcomes(comparison)} if comparison.outcomes else {}
                     )
-        stopped = visitor in self._stopped
-        yield {"over": True, "stopped": stopped, "same": comparison.same, "outcomes": self._outcomes(comparison)}
+        yield {"over": True, "stopped": stop.is_set(), "same": comparison.same, "outcomes": self._outcomes(comparison)}
 
     def stop(self, visitor: str) -> None:
         """End this visitor's comparison, if there is one."""
-        self._stopped.add(visitor)
+        stop = self._by_visitor.get(visitor)
+        if stop is not None:
+            stop.set()
 
     def _outcomes(self, comparison: Comparison) -> dict[str, Any]:
         return {str(depth): outcome.as_dict() for depth, outcome in comparison.outcomes.items()}
@@ -222,16 +291,17 @@ class CompareRuns:
         self, which: str, chats: float, max_new_tokens: float, prompts: str, request: gr.Request
     ) -> AsyncIterator[ComparePage]:
         """Run the prompts at the depth that is switched on, or at one after the other."""
-        depths = {"sync": (SYNC,), "async": (ASYNC,)}.get(which, (SYNC, ASYNC))
+        depths = {"sync": (SYNC,), "async": (ASYNC,)}.get(str(which), (SYNC, ASYNC))
         yield gr.skip(), gr.update(visible=False), gr.update(visible=True)
         value: Any = gr.skip()
         try:
             async for state in self.states(
                 visitor_of(request),
                 read_prompts(prompts),
-                chats=int(min(max(chats or 1, 1), MOST_CHATS)),
-                max_new_tokens=int(min(max(max_new_tokens or 1, 1), MAX_NEW_TOKENS)),
+                chats=int(clamp(chats, 1, MOST_CHATS)),
+                max_new_tokens=int(clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
                 depths=depths,
+                owner=owner_of(request),
             ):
                 value = dump(state)
                 yield value, gr.skip(), gr.skip()

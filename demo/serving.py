@@ -10,7 +10,7 @@ from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import Traffic
 
 from .models import ChatModel, load_chat_model
-from .roster import Roster
+from .roster import Capacity, Roster
 
 if TYPE_CHECKING:
     from hf_async_batching import GenerationManager
@@ -104,10 +104,15 @@ def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, 
         "timeline_steps": _TIMELINE_STEPS,
     }
     if chat_model.model.device.type == "cpu":
-        # A whole wall in one batch; and pages so small that the next turn of a chat finds the last one's.
-        defaults |= {"max_rows": 64, "page_size": 64}
+        # A whole wall in one batch, and rows for other visitors beside it; and pages so small that the next turn of a
+        # chat finds the last one's.
+        defaults |= {"max_rows": 80, "page_size": 64}
     manager = GenerationManager(chat_model.model, BatchingConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
     manager.set_depth(usual)
     prompt = chat_model.tokenizer("Hello").input_ids or [0]
     manager.submit(prompt, max_new_tokens=2, do_sample=False).result()
-    return Serving(manager, chat_model, machine, usual, Roster())
+    assembly = manager.assembly
+    assert assembly is not None
+    config = assembly.config
+    capacity = Capacity(config.max_rows, config.num_pages * config.page_size, config.max_batch_tokens)
+    return Serving(manager, chat_model, machine, usual, Roster(capacity))

@@ -17,6 +17,7 @@ MAX_NEW_TOKENS = 1024
 LONGEST_TEXT = 20_000
 _LARGEST_TOP_K = 1000
 _SEEDS = 2**31
+MOST_SEED = _SEEDS - 1
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Settings:
         """The controls' values within the bounds that the page shows, whatever a browser sent."""
         return cls(
             system=str(system or "")[:LONGEST_TEXT],
-            max_new_tokens=int(_clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
-            temperature=_clamp(temperature, 0.1, 2.0),
-            top_p=_clamp(top_p, 0.05, 1.0),
-            top_k=int(_clamp(top_k, 0, _LARGEST_TOP_K)),
+            max_new_tokens=int(clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
+            temperature=clamp(temperature, 0.1, 2.0),
+            top_p=clamp(top_p, 0.05, 1.0),
+            top_k=int(clamp(top_k, 0, _LARGEST_TOP_K)),
             greedy=bool(greedy),
-            seed=None if seed is None else int(_clamp(seed, 0, _SEEDS - 1)),
+            seed=None if seed is None else int(clamp(seed, 0, MOST_SEED)),
         )
 
     def generate_arguments(self) -> dict[str, Any]:
@@ -89,5 +90,44 @@ def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
     return ends or ((int(own),) if isinstance(own, int) else ())
 
 
-def _clamp(value: float | None, least: float, most: float) -> float:
-    return min(max(float(value or 0), least), most)
+def whole_number(name: str, value: Any, least: int, most: int) -> int:
+    """Return a number that a client sent for an argument.
+
+    Raises:
+        ValueError: It is no whole number from `least` to `most`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"`{name}` must be a number from {least} to {most}, got {shown(value)}")
+    if value != int(value):
+        raise ValueError(f"`{name}` must be a whole number from {least} to {most}, got {shown(value)}")
+    return int(value)
+
+
+def number(name: str, value: Any, least: float, most: float) -> float:
+    """Return a number that a client sent for an argument.
+
+    Raises:
+        ValueError: It is no number from `least` to `most`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"`{name}` must be a number from {least} to {most}, got {shown(value)}")
+    return float(value)
+
+
+def clamp(value: Any, least: float, most: float) -> float:
+    """Return the nearest number within bounds; what is no number at all becomes the least."""
+    try:
+        asked = float(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        return least
+    return min(max(asked, least), most) if asked == asked else least
+
+
+def shown(value: Any) -> str:
+    """Return the start of what a client sent, for a message."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    # The digits of a long integer take quadratic time.
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return "a huge integer"
+    return repr(value if not isinstance(value, str) else value[:80])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST_CHATS = 64
 MOST_TURNS = 4
+# Seconds between two starts.
+MOST_STAGGER = 5.0
 # A tile shows the end of its conversation; what was said long before is not kept.
 _KEPT_CHARACTERS = 6000
 
@@ -60,9 +63,11 @@ class Tile:
     segments: list[list[str]] = field(default_factory=list)
     token_ids: list[list[int]] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    request: Request | None = None
     handle: GenerationHandle | None = None
     detokenizer: Detokenizer | None = None
     asked_at: float = 0.0
+    waited: float = 0.0
     first_at: float = 0.0
     ended_at: float = 0.0
     shown: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +99,8 @@ class Wall:
         settings: Of every answer.
         chats: How many start.
         turns: Questions per chat; the others are follow-ups.
-        stagger: Seconds between the starts of two chats; 0 lets all of them arrive together.
+        stagger: Seconds between the starts of two chats, up to `MOST_STAGGER`; 0 lets all of them arrive together.
+        owner: The address of the visitor; the engine's rows are shared out by it.
 
     Attributes:
         tiles: The chats.
@@ -111,6 +117,7 @@ class Wall:
         chats: int,
         turns: int = 1,
         stagger: float = 0.0,
+        owner: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not prompts:
@@ -120,7 +127,9 @@ class Wall:
         self._ends = ends_of(serving.chat_model)
         self._prompts = itertools.cycle(prompts)
         self._turns = min(max(turns, 1), MOST_TURNS)
-        self._stagger = stagger
+        self._stagger = min(max(stagger, 0.0), MOST_STAGGER)
+        # Chats of a wall without an owner are one visitor's all the same.
+        self._owner = owner or secrets.token_hex(8)
         self._clock = clock
         self._lock = threading.Lock()
         self._stopped = False
@@ -158,11 +167,15 @@ class Wall:
         """End one chat, or all of them: rows and pages are freed. From any thread."""
         if tile is None:
             self._stopped = True
-        else:
+        elif 0 <= tile < len(self.tiles):
             self._unwanted.add(tile)
         for chat in self.tiles:
-            if (tile is None or chat.index == tile) and chat.handle is not None:
-                chat.handle.cancel()
+            if tile is not None and chat.index != tile:
+                continue
+            if (request := chat.request) is not None:
+                self._serving.roster.forget(request)
+            if (handle := chat.handle) is not None:
+                handle.cancel()
 
     def tick(self) -> list[Change]:
         """Look at every chat, let those that are due ask, and return what has changed since the last time."""
@@ -174,13 +187,24 @@ class Wall:
                     changes[tile.index] = self._look(tile, now)
             due = [tile for tile in self.tiles if self._is_due(tile, now)]
             if due:
-                self._ask(due)
+                self._prepare(due)
                 for tile in due:
                     asked = {"q": tile.segments[-1][0]} if tile.segments else {}
                     changes[tile.index] = {**changes.get(tile.index, {}), **tile.changes(**asked)}
+            roster = self._serving.roster
+            entering = [
+                (tile, request)
+                for tile in self.tiles
+                if (request := tile.request) is not None and roster.may_enter(request)
+            ]
+            if entering:
+                self._submit(entering)
+                for tile, _ in entering:
+                    changes[tile.index] = {**changes.get(tile.index, {}), **tile.changes()}
             places = self._serving.roster.places() if self.count(WAITING) else {}
             for tile in self.tiles:
-                place = places.get(tile.handle.request_id, 0) if tile.handle is not None else 0
+                asking = tile.handle or tile.request
+                place = places.get(asking.request_id, 0) if asking is not None else 0
                 if place != tile.place:
                     tile.place = place
                     changes[tile.index] = {**changes.get(tile.index, {}), **tile.changes()}
@@ -195,12 +219,15 @@ class Wall:
             return [tile.whole() for tile in self.tiles]
 
     def _is_due(self, tile: Tile, now: float) -> bool:
-        return tile.handle is None and tile.state not in OVER and now >= tile.starts_at
+        return tile.handle is None and tile.request is None and tile.state not in OVER and now >= tile.starts_at
 
     def _look(self, tile: Tile, now: float) -> Change:
         handle = tile.handle
         if handle is None:
             if self._stopped or tile.index in self._unwanted:
+                if tile.request is not None:
+                    self._serving.roster.forget(tile.request)
+                    tile.request = None
                 tile.state = STOPPED
                 return tile.changes()
             if not tile.state:
@@ -214,7 +241,7 @@ class Wall:
         if new:
             if not tile.token_ids[-1]:
                 tile.first_at = now
-                tile.first = tile.first if tile.first is not None else now - tile.asked_at
+                tile.first = tile.first if tile.first is not None else tile.waited + now - tile.asked_at
             tile.token_ids[-1] += new
             tile.tokens += len(new)
             text = tile.detokenizer.push(*new)
@@ -242,7 +269,8 @@ class Wall:
         tile.ended_at = tile.asked_at + metrics.total_seconds
         tile.speed = metrics.tokens_per_second or tile.speed
         if len(tile.token_ids) == 1:
-            tile.first = metrics.time_to_first_token or tile.first
+            first = metrics.time_to_first_token
+            tile.first = tile.waited + first if first else tile.first
         tile.messages.append(Message(role="assistant", content=tile.segments[-1][1]))
         if result.finish_reason == "cancelled":
             tile.state = STOPPED
@@ -251,11 +279,8 @@ class Wall:
         else:
             tile.state = DONE
 
-    def _ask(self, tiles: list[Tile]) -> None:
-        """Submit the next question of each; together, so that those who come together are computed together."""
-        # Prompts are made first: what that takes is not the engine's.
-        requests: list[Request] = []
-        asking: list[Tile] = []
+    def _prepare(self, tiles: list[Tile]) -> None:
+        """Make the next request of each, and let it wait until it may enter the engine."""
         for tile in tiles:
             question = tile.questions[len(tile.token_ids)]
             tile.messages.append(Message(role="user", content=question))
@@ -263,30 +288,42 @@ class Wall:
             tile.token_ids.append([])
             try:
                 prompt = build_prompt(self._serving.chat_model.tokenizer, tile.messages, self._settings.system)
-                requests.append(self._settings.request(prompt, self._ends))
-                asking.append(tile)
+                tile.request = self._settings.request(prompt, self._ends)
             except Exception as error:  # this chat alone has failed
                 tile.state, tile.note = FAILED, explain(error).plain()
-        now = self._clock()
+                continue
+            tile.state = WAITING
+            tile.asked_at = self._clock()
+        for tile in tiles:
+            if tile.request is not None:
+                self._serving.roster.ask(tile.request, self._owner)
         if self.started is None:
-            self.started = now
+            self.started = self._clock()
+
+    def _submit(self, entering: list[tuple[Tile, Request]]) -> None:
+        """Submit together what may enter, so that those who come together are computed together."""
+        now = self._clock()
+        for tile, _ in entering:
+            tile.request = None
         try:
-            handles = self._serving.manager.submit_requests(requests) if requests else []
+            handles = self._serving.manager.submit_requests([request for _, request in entering])
         except Exception:  # one of them at least: all or none are taken, so one by one
             handles = []
         if handles:
-            self._attach(asking, handles, now)
+            self._attach([tile for tile, _ in entering], handles, now)
             return
-        for tile, request in zip(asking, requests, strict=True):
+        for tile, request in entering:
             try:
                 self._attach([tile], [self._serving.manager.submit_request(request)], now)
             except Exception as error:  # this chat alone has failed
+                self._serving.roster.forget(request)
                 tile.state, tile.note = FAILED, explain(error).plain()
 
     def _attach(self, tiles: list[Tile], handles: list[GenerationHandle], now: float) -> None:
         self._serving.roster.add(*handles)
         for tile, handle in zip(tiles, handles, strict=True):
             tile.handle, tile.detokenizer = handle, Detokenizer(self._serving.chat_model.tokenizer)
-            tile.asked_at, tile.state = now, PREFILL if handle.started else WAITING
+            tile.waited, tile.asked_at = now - tile.asked_at, now
+            tile.state = PREFILL if handle.started else WAITING
             if self._stopped or tile.index in self._unwanted:
                 handle.cancel()

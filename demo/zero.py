@@ -6,7 +6,6 @@ joins a running batch: they need a GPU Space of their own. Nothing here is used 
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_async_batching.bench.machine import Machine
 
 from .frames import Frames
+from .pools import WALLS
 from .serving import serve
 from .settings import Settings
 from .wall import Wall
@@ -62,7 +62,7 @@ class ZeroGpu:
         """The frames of a wall. Closing this generator ends the wall."""
         frames = self._run(list(prompts), settings, chats, turns, stagger)
         try:
-            while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+            while (frame := await WALLS.run(next, frames, None)) is not None:
                 yield frame
         finally:
             frames.close()

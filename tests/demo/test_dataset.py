@@ -190,7 +190,7 @@ def test_problems_are_told_in_the_tab(serving: Serving, tmp_path: Path) -> None:
 
     broken = write(tmp_path, "a.jsonl")
     broken.write_text("<script>")
-    column, about = asyncio.run(runs.on_table("", str(broken)))
+    column, about = asyncio.run(runs.on_table("", str(broken), VISITOR))
     assert column["choices"] == []
     assert 'role="alert"' in about
     page = asyncio.run(last(runs.on_run("", str(write(tmp_path, "b.jsonl")), "n", "", 8, True, "csv", VISITOR)))

@@ -1,0 +1,46 @@
+"""Which visitor an event comes from."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterable
+
+import gradio as gr
+
+
+def visitor_of(request: gr.Request) -> str:
+    """Name the tab that an event comes from."""
+    return str(request.session_hash or "")
+
+
+def owner_of(request: gr.Request) -> str:
+    """Name the address that an event comes from: a client can make up any number of tabs, and has one address.
+
+    Empty where there is no request, as in tests.
+    """
+    client = getattr(request, "client", None)
+    if client is None:
+        return ""
+    headers = getattr(request, "headers", {})
+    return address_of(str(client.host), [str(headers.get("x-forwarded-for") or "")])
+
+
+def address_of(host: str, forwarded: Iterable[str]) -> str:
+    """Return the address that limits count by.
+
+    Args:
+        host: The other end of the connection, as the server sees it.
+        forwarded: The X-Forwarded-For headers. On a Space every connection comes from a proxy, which appends the
+            address that it sees; what stands before is the client's own claim. Elsewhere the server has read them
+            already where it trusts the sender.
+    """
+    if not os.environ.get("SPACE_ID"):
+        return host
+    for claim in reversed(",".join(forwarded).split(",")):
+        try:
+            if ipaddress.ip_address(claim.strip()).is_global:
+                return claim.strip()
+        except ValueError:
+            continue
+    return host
