@@ -15,10 +15,12 @@ from importlib.util import find_spec
 
 import torch
 
+from hf_async_batching.forking import ForkSafeLock
+
 logger = logging.getLogger(__name__)
 
 _starting: list[threading.Thread] = []
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 
 def runs_triton(device: torch.device) -> bool:

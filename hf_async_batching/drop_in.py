@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.lost_arguments import LostArguments, lost_arguments
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.plain_generate import (
@@ -76,7 +76,8 @@ def generate(
     `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
 
     Stopping criteria and the streamer run in the calling thread, over tokens as they arrive. The engine does not wait
-    for them; what it makes beyond a stop is dropped.
+    for them; what it makes beyond a stop is dropped. A call that a logits processor or a done-callback makes in the
+    engine's own thread goes to plain `model.generate`, which is logged once.
 
     Args:
         model: A causal language model; not changed.
@@ -187,6 +188,10 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
             if not settings.plain or any(call.submitted for call in calls):
                 raise
             note(model, error, settings.seed, calls[-1].config if calls else None)
+        except ReentrantCallError as error:
+            if calls[-1].bound_to_engine:
+                raise
+            note(model, error, settings.seed, calls[-1].config)
         plain: GenerateOutput = transformers_generate(transformers_model)(**raw)
         return plain
 
@@ -234,6 +239,10 @@ def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.T
             return serve(call, settings)
         except (UnsupportedArgumentError, UnsupportedModelError) as error:
             if not settings.plain or call.submitted:
+                raise
+            note(call.model, error, settings.seed, call.config)
+        except ReentrantCallError as error:
+            if call.bound_to_engine:
                 raise
             note(call.model, error, settings.seed, call.config)
         return _decode_plainly(call, settings, lost, inputs_tensor)

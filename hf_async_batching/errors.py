@@ -23,6 +23,14 @@ class EngineFailedError(HfAsyncBatchingError, RuntimeError):
     """The engine's own step failed; `__cause__` holds the reason. The next call starts a fresh engine."""
 
 
+class ReentrantCallError(HfAsyncBatchingError, RuntimeError):
+    """A call in an engine's own thread (in a logits processor or a done-callback) that would wait for that thread."""
+
+
+class ForkedProcessError(HfAsyncBatchingError, RuntimeError):
+    """A forked process cannot go on with what its parent's engine was doing, or use the GPU that its parent uses."""
+
+
 class UnsupportedModelError(HfAsyncBatchingError, NotImplementedError):
     """The model's attention cannot be routed to the paged cache, or its outputs would not be right."""
 

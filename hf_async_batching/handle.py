@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from hf_async_batching.errors import ForkedProcessError
+from hf_async_batching.forking import forks
+from hf_async_batching.reentrancy import waiting_for
+from hf_async_batching.token_stream import AsyncTokenIterator, TokenIterator
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
 
@@ -61,12 +67,17 @@ class GenerationResult:
 class GenerationHandle:
     """A request in the engine. Iterate over it (`for` or `async for`) to get tokens as they are made.
 
+    Each iterator begins with the first token. A wait that ends early (`asyncio.wait_for(anext(tokens), 1.0)`, Ctrl-C)
+    loses no token: the next call goes on where that one stood. An iteration that is given up, also by a task that is
+    cancelled, leaves the request as it is: others may read it. `cancel()` ends it.
+
     Args:
         request_id: Unique in its manager.
         cancel: Called with the handle to cancel the request.
         logprobs: Whether log-probabilities were asked for.
         scores: Whether scores were asked for.
         logits: Whether logits were asked for.
+        threads: That bring its tokens, and so must not wait for them.
     """
 
     def __init__(
@@ -77,8 +88,11 @@ class GenerationHandle:
         logprobs: bool = False,
         scores: bool = False,
         logits: bool = False,
+        threads: tuple[threading.Thread, ...] = (),
     ) -> None:
         self.request_id = request_id
+        self._threads = threads
+        self._forks = forks()
         self._cancel = cancel
         self._tokens: list[int] = []
         self._logprobs: list[float] | None = [] if logprobs else None
@@ -107,13 +121,18 @@ class GenerationHandle:
 
         Raises:
             TimeoutError: Not finished in time; the request goes on.
+            ReentrantCallError: Called in the engine's own thread, before the end.
             HfAsyncBatchingError: What went wrong. Tokens made before are in `token_ids`.
         """
-        if not self._done.wait(timeout):
-            raise TimeoutError(
-                f"request {self.request_id} has not finished after {timeout} s; it goes on: "
-                "call result() again, or cancel()"
-            )
+        if not self._done.is_set():
+            self._check_process()
+            with waiting_for(self._threads, "result()"):
+                in_time = self._done.wait(timeout)
+            if not in_time:
+                raise TimeoutError(
+                    f"request {self.request_id} has not finished after {timeout} s; it goes on: "
+                    "call result() again, or cancel()"
+                )
         if self._error is not None:
             raise self._error
         return GenerationResult(
@@ -128,19 +147,25 @@ class GenerationHandle:
 
     def cancel(self) -> None:
         """End the request now; its row and pages are freed. Without effect on one that has ended."""
-        if not self._done.is_set():
+        if not self._done.is_set() and self._forks == forks():
             self._cancel(self)
 
     def add_done_callback(self, callback: Callable[[GenerationHandle], object]) -> None:
         """Call `callback(handle)` when the request has ended, or now if it has.
 
-        It runs in the engine's thread, which waits for it: it must do no more than hand the handle on, and not raise.
+        It runs in the engine's thread, which waits for it: it should do no more than hand the handle on. It may submit
+        further requests, and not wait for them. What it raises is logged and goes no further.
         """
-        with self._changed:
-            if not self._done.is_set():
-                self._callbacks.append(callback)
-                return
-        callback(self)
+        if not self._done.is_set():
+            self._check_process()
+            with self._changed:
+                if not self._done.is_set():
+                    self._callbacks.append(callback)
+                    return
+        try:
+            callback(self)
+        except Exception:  # as in the engine's thread; Ctrl-C of this thread goes on
+            self._log_callback()
 
     @property
     def done(self) -> bool:
@@ -175,44 +200,11 @@ class GenerationHandle:
 
     def __iter__(self) -> Iterator[int]:
         """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
-        position = 0
-        while True:
-            with self._changed:
-                # Announced before looking: a token that is appended after the look finds a watcher to wake.
-                self._watchers += 1
-                try:
-                    while position == len(self._tokens) and not self._done.is_set():
-                        self._changed.wait()
-                finally:
-                    self._watchers -= 1
-            while position < len(self._tokens):
-                yield self._tokens[position]
-                position += 1
-            if self._done.is_set() and position == len(self._tokens):
-                if self._error is not None:
-                    raise self._error
-                return
+        return TokenIterator(self)
 
-    async def __aiter__(self) -> AsyncIterator[int]:
+    def __aiter__(self) -> AsyncIterator[int]:
         """Like `__iter__`, without blocking the event loop."""
-        wake = asyncio.Event()
-        watcher = (asyncio.get_running_loop(), wake)
-        self._async_watchers.append(watcher)
-        position = 0
-        try:
-            while True:
-                wake.clear()
-                done = self._done.is_set()  # looked at before the tokens: all of them are there once it is set
-                while position < len(self._tokens):
-                    yield self._tokens[position]
-                    position += 1
-                if done:
-                    if self._error is not None:
-                        raise self._error
-                    return
-                await wake.wait()
-        finally:
-            self._async_watchers.remove(watcher)
+        return AsyncTokenIterator(self)
 
     def __repr__(self) -> str:
         state = self._reason or ("failed" if self._error is not None else "live")
@@ -253,11 +245,30 @@ class GenerationHandle:
 
     def _end(self) -> None:
         self._ended = time.perf_counter()
-        with self._changed:  # whoever adds a callback does so before this, or finds the request ended
+        with self._changed:  # a callback that is added is added before this, or finds the request ended
             self._done.set()
-        for callback in self._callbacks:
-            callback(self)
+        if self._callbacks:
+            self._call_back()
         wake((self,))
+
+    def _call_back(self) -> None:
+        # A caller's code, which knows nothing of the engine's mode.
+        with torch.inference_mode(False):
+            for callback in self._callbacks:
+                try:
+                    callback(self)
+                except BaseException:
+                    self._log_callback()
+
+    def _log_callback(self) -> None:
+        logger.exception("a done-callback of request %s raised, which ends nothing but this callback", self.request_id)
+
+    def _check_process(self) -> None:
+        if self._forks != forks():
+            raise ForkedProcessError(
+                f"request {self.request_id} was submitted before this process was forked, and is served in the parent "
+                "alone: submit it again in this process"
+            )
 
     def _metrics(self) -> RequestMetrics:
         rate = None
@@ -285,9 +296,12 @@ def wake(handles: Iterable[GenerationHandle]) -> None:
         for loop, event in list(handle._async_watchers):
             loops.setdefault(loop, []).append(event)
     for loop, events in loops.items():
-        # A closed loop has nobody left to wake.
-        with contextlib.suppress(RuntimeError):
+        try:
             loop.call_soon_threadsafe(_set_all, events)
+        except RuntimeError:
+            pass  # a closed loop has nothing left to wake
+        except BaseException:  # a loop of a caller's own making
+            logger.exception("an event loop could not be told that tokens are there")
 
 
 def _set_all(events: list[asyncio.Event]) -> None:

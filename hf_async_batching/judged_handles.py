@@ -9,7 +9,6 @@ request.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 
@@ -17,7 +16,9 @@ import torch
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from hf_async_batching.criteria import HostJudge, Judge, ListJudge, Stops, read_criteria
+from hf_async_batching.forking import ForkSafeLock, leave_behind, renew_in_child
 from hf_async_batching.handle import GenerationHandle, wake
+from hf_async_batching.reentrancy import serve_in_this_thread
 from hf_async_batching.request import Request
 from hf_async_batching.step_scores import StepScores
 
@@ -26,8 +27,16 @@ class CriteriaThread:
     """The thread in which criteria that cannot block are asked; it lives while there are requests with such."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._live = 0
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew in a forked process, which has no such thread."""
+        leave_behind(self._loop)
+        self._loop = self._thread = None
         self._live = 0
 
     def judge(
@@ -58,19 +67,23 @@ class CriteriaThread:
         relay = _Relay(handle, request, judge, stops)
         if stops.custom:
             name = f"hf_async_batching criteria of {request.request_id}"
-            threading.Thread(target=relay.run, name=name, daemon=True).start()
+            thread = threading.Thread(target=relay.run, name=name, daemon=True)
+            relay.outer._threads = (thread, *handle._threads)
+            thread.start()
         else:
             self._add(relay)
         return relay.outer
 
     def _add(self, relay: _Relay) -> None:
         with self._lock:
-            if self._loop is None:
+            if self._loop is None or self._thread is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(
+                self._thread = threading.Thread(
                     target=_run_loop, args=(self._loop,), name="hf_async_batching criteria", daemon=True
-                ).start()
+                )
+                self._thread.start()
             self._live += 1
+            relay.outer._threads = (self._thread, *relay.outer._threads)
             asyncio.run_coroutine_threadsafe(self._run(relay), self._loop)
 
     async def _run(self, relay: _Relay) -> None:
@@ -81,7 +94,7 @@ class CriteriaThread:
                 self._live -= 1
                 if self._live == 0 and self._loop is not None:
                     self._loop.stop()
-                    self._loop = None
+                    self._loop = self._thread = None
 
 
 class _Relay:
@@ -104,6 +117,7 @@ class _Relay:
             logprobs=request.sampling.logprobs,
             scores=request.output_scores,
             logits=request.output_logits,
+            threads=inner._threads,
         )
 
     def run(self) -> None:
@@ -119,10 +133,9 @@ class _Relay:
     async def run_in_loop(self) -> None:
         """Relay until the end, in an event loop."""
         try:
-            async with contextlib.aclosing(self._inner.__aiter__()) as tokens:  # type: ignore[type-var]
-                async for token in tokens:
-                    if self._take(token):
-                        return
+            async for token in self._inner:
+                if self._take(token):
+                    return
             self._end(self._inner.result().finish_reason)
         except BaseException as error:
             self._fail(error)
@@ -171,6 +184,7 @@ class _Relay:
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    serve_in_this_thread()
     try:
         loop.run_forever()
     finally:

@@ -24,8 +24,10 @@ from hf_async_batching.collector import no_collections
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.errors import (
     EngineClosedError,
+    ReentrantCallError,
     UnsupportedArgumentError,
 )
+from hf_async_batching.forking import ForkSafeLock, check_device, in_fresh_thread, leave_behind, renew_in_child
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
@@ -35,6 +37,7 @@ from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
 from hf_async_batching.processor_reader import CallRow, Recipe, called, read_processors
 from hf_async_batching.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
+from hf_async_batching.reentrancy import waiting_for
 from hf_async_batching.request import Request
 from hf_async_batching.requests_from_config import (
     Seed,
@@ -96,7 +99,7 @@ class GenerationManager:
         self.config = config or BatchingConfig()
         self._engine_config = self.config if self._group is None else self.config.for_ranks()
         self._get_model = get_model
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
         self._made_for: tuple[Weights, Autocast] | None = None
@@ -106,6 +109,15 @@ class GenerationManager:
         self._depth: int | None = None
         self._closed = False
         _open_managers.add(self)
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin without an engine in a forked process, which has no such thread; called there."""
+        leave_behind(self._worker, self._preparation)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._worker = self._finalizer = self._preparation = self._made_for = None
+        self._takes_embeddings = lambda: None
 
     # -- serving --------------------------------------------------------------------------------------------------
 
@@ -157,6 +169,8 @@ class GenerationManager:
             UnsupportedArgumentError: An argument that is not served.
             QueueFullError: `max_waiting` requests wait already.
             EngineClosedError: The manager was closed.
+            ReentrantCallError: Called by a logits processor that this engine runs.
+            ForkedProcessError: This process was forked from one that has used CUDA, and the model is there.
         """
         arguments = {
             "logits_processor": logits_processor,
@@ -326,6 +340,7 @@ class GenerationManager:
                     logprobs=request.sampling.logprobs,
                     scores=request.output_scores,
                     logits=request.output_logits,
+                    threads=(worker.thread,),
                 )
                 for request in requests
             ]
@@ -369,7 +384,13 @@ class GenerationManager:
 
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
+            ReentrantCallError: Called in the engine's own thread.
         """
+        if self.is_here:
+            raise ReentrantCallError(
+                "warmup() was called in the engine's own thread (by a logits processor or a done-callback), which it "
+                "waits for: call it in another thread"
+            )
         features = [*self._usual_features(), *map(_features_alone, requests)]
         worker = self._require_worker()
         assembly = worker.assembly
@@ -460,6 +481,12 @@ class GenerationManager:
         return self._closed
 
     @property
+    def is_here(self) -> bool:
+        """Whether this is called in the engine's own thread: by a processor that it runs, or by a done-callback."""
+        worker = self._worker
+        return worker is not None and worker.is_here
+
+    @property
     def assembly(self) -> Assembly | None:
         """The running engine and its parts, for benchmarks; None where it is not running."""
         return self._worker.assembly if self._worker is not None else None
@@ -468,6 +495,8 @@ class GenerationManager:
 
     def close(self, timeout: float | None = None) -> None:
         """Stop the engine and return all its memory. Live requests fail with `EngineClosedError`.
+
+        In the engine's own thread (in a done-callback, say) it returns at once, and the engine stops right after.
 
         Args:
             timeout: Seconds to wait for the step that is running; None waits for it.
@@ -556,56 +585,86 @@ class GenerationManager:
             raise UnsupportedArgumentError(
                 "requests of a model that is spread over ranks go to rank 0's manager; on the others call follow()"
             )
-        with self._lock:
-            model = self._require_model()
-            check_call(model)
-            weights, autocast = self._weights_of(model), Autocast.of_this_thread(model.device.type)
-            worker = self._worker
-            if worker is not None and self._made_for is not None:
-                before = self._made_for[0]
-                if (weights, autocast) != self._made_for:
-                    # The view is stale, or computes in another precision. Live requests finish on what they began
-                    # with, unless its memory is gone.
-                    if weights.moved_from(before):
-                        worker.stop(reason="the model's weights were moved")
-                    else:
-                        worker.drain()
-                elif weights.changes != before.changes:
-                    self._made_for = weights, autocast
-                    worker.weights_updated()
-            if worker is not None and not worker.accepting:
-                # The new cache is sized by what is free once the old one is not there.
+        here = self._worker
+        if here is not None and here.is_here and here.is_stepping:
+            raise ReentrantCallError(
+                "a request was submitted by a logits processor that the same engine runs: its tokens could not come "
+                "before the processor has returned. Call plain `model.generate` there, or submit it in another thread"
+            )
+        while True:
+            with self._lock:
+                worker = self._worker_or_its_successor()
+            if worker.accepting:
+                return worker
+            # Without the lock, which the engine's thread may want for a callback before it ends.
+            with waiting_for((worker.thread,), "a request that needs the engine to be made anew"):
                 worker.memory_free.wait()
-                self._worker = None
-            if self._worker is None:
-                if self._group is not None:
-                    self._group.send(Start())
-                first_step = threading.Event()
-                with no_collections():
-                    with autocast():
-                        assembly = assemble(model, self._engine_config, self._group)
-                    # Where tensors lie is taken again: they may have become views of packed weights. Modules and
-                    # adapters are as they were before, so that a switch that comes in between is seen by the next
-                    # request.
-                    self._made_for = weights.placed_as(self._weights_of(model)), autocast
-                    if self._depth is not None:
-                        assembly.engine.depth = min(self._depth, assembly.config.depth)
-                    compiled = assembly.config.settings.compile
-                    self._preparation = Preparation(model, assembly, first_step) if compiled else None
-                forget = weakref.WeakMethod(self._forget)
-                self._worker = Worker(
-                    assembly,
-                    max_waiting=self.config.max_waiting,
-                    idle_timeout=self.config.idle_timeout,
-                    first_step=first_step,
-                    on_stop=lambda stopped: _call_if_alive(forget, stopped),
-                )
-                if self._finalizer is not None:
-                    self._finalizer.detach()
-                # A manager that nobody holds finishes what it has, and goes.
-                self._finalizer = weakref.finalize(self, self._worker.drain)
-                self._finalizer.atexit = False
-            return self._worker
+            # The new cache is sized by what is free once the old one is not there.
+            with self._lock:
+                if self._worker is worker:
+                    self._worker = None
+
+    def _worker_or_its_successor(self) -> Worker:
+        """The engine for the model as it is now, made if there is none; or the one whose end must be waited for."""
+        model = self._require_model()
+        check_call(model)
+        weights, autocast = self._weights_of(model), Autocast.of_this_thread(model.device.type)
+        worker = self._worker
+        if worker is not None and self._made_for is not None:
+            before = self._made_for[0]
+            if (weights, autocast) != self._made_for:
+                if worker.is_here:
+                    raise ReentrantCallError(
+                        "a request in the engine's own thread (from a done-callback) needs another engine, because "
+                        "the model or the autocast state differs from what the engine was made for: submit it in "
+                        "another thread"
+                    )
+                # The view is stale, or computes in another precision. Live requests finish on what they began
+                # with, unless its memory is gone.
+                if weights.moved_from(before):
+                    worker.stop(timeout=0, reason="the model's weights were moved")
+                else:
+                    worker.drain()
+            elif weights.changes != before.changes:
+                self._made_for = weights, autocast
+                worker.weights_updated()
+        if worker is None:
+            worker = self._worker = self._start(model, weights, autocast)
+        return worker
+
+    def _start(self, model: PreTrainedModel, weights: Weights, autocast: Autocast) -> Worker:
+        check_device(model.device)
+        if self._group is not None:
+            self._group.send(Start())
+        first_step = threading.Event()
+
+        def make() -> Assembly:
+            with autocast():
+                return assemble(model, self._engine_config, self._group)
+
+        with no_collections():
+            assembly = in_fresh_thread(make)
+            # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters are
+            # as they were before, so that a switch that comes in between is seen by the next request.
+            self._made_for = weights.placed_as(self._weights_of(model)), autocast
+            if self._depth is not None:
+                assembly.engine.depth = min(self._depth, assembly.config.depth)
+            compiled = assembly.config.settings.compile
+            self._preparation = Preparation(model, assembly, first_step) if compiled else None
+        forget = weakref.WeakMethod(self._forget)
+        worker = Worker(
+            assembly,
+            max_waiting=self.config.max_waiting,
+            idle_timeout=self.config.idle_timeout,
+            first_step=first_step,
+            on_stop=lambda stopped: _call_if_alive(forget, stopped),
+        )
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        # A manager without other references finishes what it has, and goes.
+        self._finalizer = weakref.finalize(self, worker.drain)
+        self._finalizer.atexit = False
+        return worker
 
     def _weights_of(self, model: PreTrainedModel) -> Weights:
         # Layers of a spread model put their parts of weights in the weights' places while they run.

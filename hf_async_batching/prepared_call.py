@@ -24,7 +24,7 @@ from hf_async_batching.criteria import (
     read_criteria,
     stop_string_criterion,
 )
-from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.errors import ReentrantCallError, UnsupportedModelError
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.lockstep import run_in_lockstep
@@ -61,6 +61,7 @@ class PreparedCall:
 
     Attributes:
         submitted: Whether its requests are in the engine: from then on nothing else may serve it.
+        spread: Whether the model is known to be spread over ranks, so that one of them cannot compute it alone.
     """
 
     model: PreTrainedModel
@@ -70,6 +71,12 @@ class PreparedCall:
     config: GenerationConfig
     model_kwargs: dict[str, Any]
     submitted: bool = field(default=False, init=False)
+    spread: bool = field(default=False, init=False)
+
+    @property
+    def bound_to_engine(self) -> bool:
+        """Whether plain `generate` cannot serve it in this thread."""
+        return self.submitted or self.spread
 
 
 def refuse_encoder(model: PreTrainedModel) -> None:
@@ -145,6 +152,9 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     prompts = _prompts(_placeholders(input_ids, embeddings), mask)
     manager = settings.manager
     manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
+    if manager.is_here:
+        call.spread = manager.spread
+        raise ReentrantCallError("it was made in the engine's own thread, by a logits processor or a done-callback")
     eos, do_sample, count = eos_token_ids(config), bool(config.do_sample), len(prompts)
     requests: list[Request] = []
     for i, seed in enumerate(seeds_of_rows(settings.seed, count)):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 
 from transformers import PreTrainedModel
 
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.wrappers import unwrap
 
 _CLOSE_TIMEOUT = 5.0
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _finalizers: weakref.WeakKeyDictionary[PreTrainedModel, weakref.finalize[..., PreTrainedModel]] = (
     weakref.WeakKeyDictionary()
 )

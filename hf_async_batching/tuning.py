@@ -11,12 +11,13 @@ import json
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from hf_async_batching.forking import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Tuning:
         name = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (folder or cache_folder()) / f"tuning-{name}.json"
         self._timer = timer or benchmark
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._best: dict[str, Any] = self._read()
 
     def choose(self, kernel: str, key: str, candidates: Sequence[Config], default: Config) -> Config:

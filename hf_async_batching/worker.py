@@ -17,6 +17,7 @@ from hf_async_batching.errors import EngineClosedError, EngineFailedError, Queue
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.memory import return_memory
 from hf_async_batching.plan import Features
+from hf_async_batching.reentrancy import serve_in_this_thread, waiting_for
 from hf_async_batching.request import Request
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Worker:
         self._changed = threading.Condition()
         self._accepting = True
         self._stopping = False
+        self._stepping = False
         self._reason = ""
         self.memory_free = threading.Event()
         self.first_step = first_step
@@ -112,13 +114,14 @@ class Worker:
         With `tune`, kernel settings are measured first, which live requests wait for.
         """
         warming = _Warming(features, tune)
-        with self._changed:
-            if not self._accepting:
-                return
-            self._warmings.append(warming)
-            self._changed.notify()
-        while not warming.done.wait(0.1) and not self.memory_free.is_set():
-            pass
+        with waiting_for((self._thread,), "warmup()"):
+            with self._changed:
+                if not self._accepting:
+                    return
+                self._warmings.append(warming)
+                self._changed.notify()
+            while not warming.done.wait(0.1) and not self.memory_free.is_set():
+                pass
         if warming.error is not None:
             raise warming.error
 
@@ -138,7 +141,10 @@ class Worker:
             self._changed.notify()
 
     def stop(self, timeout: float | None = None, reason: str = "the manager was closed") -> None:
-        """Stop at the next step; live requests fail with `EngineClosedError`. Returns when memory is free."""
+        """Stop at the next step; live requests fail with `EngineClosedError`.
+
+        Returns when memory is free; in the engine's own thread, which must go on for that, at once.
+        """
         with self._changed:
             self._accepting = False
             self._stopping = True
@@ -146,6 +152,21 @@ class Worker:
             self._changed.notify()
         if threading.current_thread() is not self._thread:
             self.memory_free.wait(timeout)
+
+    @property
+    def thread(self) -> threading.Thread:
+        """The engine's own."""
+        return self._thread
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is called in the engine's own thread."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step is being computed; of use in the engine's own thread only."""
+        return self._stepping
 
     @property
     def assembly(self) -> Assembly | None:
@@ -166,6 +187,7 @@ class Worker:
 
     def _run(self) -> None:
         error: BaseException | None = None
+        serve_in_this_thread()
         try:
             # A new thread inherits neither no_grad nor inference mode nor the current device.
             with torch.inference_mode():
@@ -177,7 +199,7 @@ class Worker:
             _clear_frames(caught)
             error = caught
         with self._changed:
-            self._accepting = False
+            self._accepting = self._stepping = False
             assembly, self._assembly = self._assembly, None
         self._fail_everyone(error)
         try:
@@ -228,7 +250,9 @@ class Worker:
                         self._deliver([emission])
             if not engine.has_work:
                 continue
+            self._stepping = True
             emissions = engine.step()
+            self._stepping = False
             for new_row in engine.started:
                 if new_row.request.request_id in self._handles:
                     self._handles[new_row.request.request_id]._start(new_row.start)
@@ -303,6 +327,9 @@ class _Warming:
 
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of the locals of an error's frames: they hold the engine's tensors, and callers may keep the error."""
-    while error is not None:
+    seen: list[BaseException] = []
+    # A caller's errors can be chained in a circle.
+    while error is not None and not any(error is one for one in seen):
+        seen.append(error)
         traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ if error.__cause__ is not None else error.__context__

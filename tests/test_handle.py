@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 import threading
 import time
 from typing import Any
@@ -111,3 +113,46 @@ def test_done_callbacks() -> None:
     failed.add_done_callback(seen.append)
     failed._fail(ValueError("no"))
     assert seen[2] is failed
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_stops_no_other(error: type[BaseException], caplog: Any) -> None:
+    handle, seen = make(), []
+
+    def raises(handle: GenerationHandle) -> None:
+        raise error("mine")
+
+    waiting = threading.Thread(target=lambda: seen.append(list(handle)), daemon=True)
+    waiting.start()
+    wait_until(lambda: handle._watchers == 1)
+    for callback in (raises, seen.append, raises):
+        handle.add_done_callback(callback)
+    with caplog.at_level(logging.ERROR):
+        handle._finish("length")
+    waiting.join(20)
+    assert seen == [handle, []], "the other callback was called, and the reader woken"
+    assert len(caplog.records) == 2
+    assert "mine" in caplog.text
+
+
+def test_a_callback_that_comes_late_and_raises_is_logged_too(caplog: Any) -> None:
+    handle = make()
+    handle._finish("length")
+    with caplog.at_level(logging.ERROR):
+        handle.add_done_callback(lambda handle: 1 / 0)
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(KeyboardInterrupt):  # of the thread that adds it
+        handle.add_done_callback(lambda handle: signal.raise_signal(signal.SIGINT))
+
+
+def test_an_event_loop_of_a_caller_that_raises_stops_no_other(caplog: Any) -> None:
+    class Odd(Loop):
+        def call_soon_threadsafe(self, function: Any, *args: Any) -> None:
+            raise SystemExit("mine")
+
+    handle, odd, loop = make(), Odd(), Loop()
+    for one in (odd, loop):
+        handle._async_watchers.append((one, asyncio.Event()))  # type: ignore[arg-type]
+    wake([handle])
+    assert len(loop.scheduled) == 1
+    assert "mine" in caplog.text

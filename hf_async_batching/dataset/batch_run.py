@@ -326,7 +326,7 @@ class BatchRun:
         except (EngineFailedError, EngineClosedError) as error:
             self._lost(job, error)
             return
-        except Exception as error:
+        except BaseException as error:  # what a processor or a criterion raised
             self._fail_row(job.row, error)
             return
         live.completions[job.completion] = Completion(result.token_ids, result.finish_reason, result.logprobs)
@@ -346,7 +346,7 @@ class BatchRun:
             raise error
         self._admission.add_again(job._replace(request=self._requests.again(job.request)))
 
-    def _fail_row(self, row: PreparedRow, error: Exception) -> None:
+    def _fail_row(self, row: PreparedRow, error: BaseException) -> None:
         live = self._live_rows.pop(row.index, None)
         if live is None:
             return

@@ -22,7 +22,7 @@ from hf_async_batching.dataset.row_requests import split_arguments
 from hf_async_batching.dataset.runs import make_requests
 from hf_async_batching.dataset.settings import Settings, row_parameter_columns
 from hf_async_batching.dataset.source import DatasetSource, PlainSource, StreamSource
-from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.registry import get_manager
 from hf_async_batching.request import MAX_SEED
@@ -124,6 +124,11 @@ def generate_dataset(
         raise ValueError("`chat` and `system_prompt` need a `tokenizer`")
     count, arguments = split_arguments(generation_config, generate_arguments)
     with _managed(model, batching_config) as manager:
+        if manager.is_here:
+            raise ReentrantCallError(
+                "generate_dataset was called in the engine's own thread (by a logits processor or a done-callback), "
+                "which it waits for: call it in another thread"
+            )
         ranks = find_ranks(rank, world_size)
         if manager.spread:
             # All processes are ranks of one model, which does the rows one after the other.

@@ -65,7 +65,9 @@ class PromptMaker:
                     texts.append((row, value))
                 else:
                     row.prompt = self._tokens(value)
-            except Exception as error:  # functions, templates and tokenizers can raise anything
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # functions, templates and native tokenizers can raise anything
                 row.error = _describe(error)
         self._tokenize(texts)
         for row in prepared:
@@ -130,7 +132,9 @@ class PromptMaker:
             tokenizer = self._own_tokenizer()
             # One call for all: a fast tokenizer then works on them in parallel, outside of the interpreter's lock.
             encoded = tokenizer([text for _, text in texts], return_attention_mask=False)["input_ids"]
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             if len(texts) == 1:
                 texts[0][0].error = _describe(error)
                 return
@@ -151,7 +155,7 @@ class PromptMaker:
         return own
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"there is no {error} in the row"
     return str(error) or type(error).__name__

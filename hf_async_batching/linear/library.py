@@ -9,17 +9,18 @@ zeros. (With 512 rows and more both take the same; outputs of other shapes are u
 from __future__ import annotations
 
 import functools
-import threading
 
 import torch
 from torch.nn.functional import linear
+
+from hf_async_batching.forking import ForkSafeLock
 
 # Where it was measured to pay: rows below this, and inner dimensions from this on.
 _BELOW_ROWS, _FROM_INNER = 512, 8192
 _MOST_OUTPUTS = 1 << 15
 
 _zeros: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-_making = threading.Lock()
+_making = ForkSafeLock()
 
 
 def library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

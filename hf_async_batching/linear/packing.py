@@ -9,7 +9,6 @@ products, and vLLM's transformers backend had to fuse them, too (vllm #45284).
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.devices.cuda import synchronize_device
+from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.linear.engine_linear import bundle_together, is_plain
 
 logger = logging.getLogger(__name__)
 
-_packing = threading.Lock()
+_packing = ForkSafeLock()
 
 
 class LinearCalls:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 
 import torch
 
+from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.linear import library, skinny, skinny_kernel
 from hf_async_batching.linear.library import library_linear
 from hf_async_batching.linear.skinny import (
@@ -96,7 +96,7 @@ def _products(
 
 
 _settings: dict[torch.device, SkinnySettings] = {}
-_making = threading.Lock()
+_making = ForkSafeLock()
 
 
 def settings_for(device: torch.device) -> SkinnySettings:

@@ -311,6 +311,32 @@ def test_errors_are_raised(manager: Any, tokenizer: Any, bad: int, message: str)
     assert manager.submit([5, 6], max_new_tokens=2).result().token_ids  # nobody else noticed
 
 
+class Panic(BaseException):
+    """As errors of native tokenizers are that come through pyo3."""
+
+
+def test_what_is_no_exception_is_an_error_of_its_row(manager: Any, tokenizer: Any) -> None:
+    def prompt(row: dict[str, Any]) -> str:
+        if row["n"] == 1:
+            raise Panic("in a prompt")
+        return "fine"
+
+    def panics(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > 8:
+            raise Panic("in a processor")
+        return scores
+
+    rows = Dataset.from_dict({"n": range(3)})
+    done = generate_dataset(manager, rows, tokenizer, prompt=prompt, on_error="record", **NEW)
+    assert done["error"][:] == [None, "in a prompt", None]
+    rows = Dataset.from_dict({"prompt": ["fine", "ine"]})
+    done = generate_dataset(
+        manager, rows, tokenizer, logits_processor=[panics], on_error="record", max_new_tokens=5, do_sample=False,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert done["error"][:] == ["in a processor", None]
+
+
 def test_errors_of_functions_tokens_and_parameters(manager: Any, tokenizer: Any) -> None:
     def prompt(row: dict[str, Any]) -> Any:
         return {0: "fine", 1: [5, 1000], 2: 3.5, 3: [[1]], 4: row["n"] // 0 if row["n"] == 4 else "fine"}.get(

@@ -1,0 +1,105 @@
+"""Iterators over the tokens of a handle.
+
+They are objects and not generators: where a wait ends early (`asyncio.wait_for`, Ctrl-C, a signal's handler that
+raises), the next call goes on behind the last token that was taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from hf_async_batching.reentrancy import waiting_for
+
+if TYPE_CHECKING:
+    from hf_async_batching.handle import GenerationHandle
+
+
+class _Stream:
+    def __init__(self, handle: GenerationHandle) -> None:
+        self._handle = handle
+        self._position = 0
+        self._over = False
+
+    def _waits(self) -> bool:
+        """Whether the next call would have to wait."""
+        # In this order: once the end is set, all tokens are there.
+        ended = self._handle._done.is_set()
+        return not ended and self._position == len(self._handle._tokens)
+
+    def _take(self) -> int | None:
+        """The next token; None at the end, where what ended the request with an error is raised once."""
+        tokens = self._handle._tokens
+        if self._over:
+            return None
+        if self._position < len(tokens):
+            token = tokens[self._position]
+            self._position += 1
+            return token
+        self._over = True
+        error = self._handle._error
+        if isinstance(error, (StopIteration, StopAsyncIteration)):
+            raise RuntimeError(f"request {self._handle.request_id} ended with {error!r}") from error
+        if error is not None:
+            raise error
+        return None
+
+
+class TokenIterator(_Stream):
+    """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
+
+    def __iter__(self) -> TokenIterator:
+        return self
+
+    def __next__(self) -> int:
+        if not self._over and self._waits():
+            self._wait()
+        token = self._take()
+        if token is None:
+            raise StopIteration
+        return token
+
+    def _wait(self) -> None:
+        handle = self._handle
+        handle._check_process()
+        with waiting_for(handle._threads, "iteration over a request's tokens"), handle._changed:
+            # Announced before looking: a token that is appended after the look finds a watcher to wake.
+            handle._watchers += 1
+            try:
+                while self._waits():
+                    handle._changed.wait()
+            finally:
+                handle._watchers -= 1
+
+
+class AsyncTokenIterator(_Stream):
+    """Like `TokenIterator`, without blocking the event loop."""
+
+    def __aiter__(self) -> AsyncTokenIterator:
+        return self
+
+    async def __anext__(self) -> int:
+        if not self._over and self._waits():
+            await self._wait()
+        token = self._take()
+        if token is None:
+            raise StopAsyncIteration
+        return token
+
+    async def aclose(self) -> None:
+        """End the iteration; the request goes on."""
+        self._over = True
+
+    async def _wait(self) -> None:
+        handle, event = self._handle, asyncio.Event()
+        handle._check_process()
+        with waiting_for(handle._threads, "iteration over a request's tokens"):
+            pass  # the loop's thread runs other tasks meanwhile
+        watcher = (asyncio.get_running_loop(), event)
+        handle._async_watchers.append(watcher)
+        try:
+            while self._waits():
+                await event.wait()
+                event.clear()
+        finally:
+            handle._async_watchers.remove(watcher)
