@@ -26,7 +26,7 @@ from hf_async_batching.engine import Engine
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.memory import free_memory, return_memory
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable
+from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable, rope_limit
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.process_end import process_ends
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
@@ -49,6 +49,8 @@ class Assembly:
     Attributes:
         view: The model as it was when the engine was made, in a view that nobody else uses, whose generation config
             is the check's; None where the model was not checked, or is not compiled.
+        rope_limit: Tokens of a request beyond which the model's rotary frequencies are others, for all rows of a
+            batch; None where there is no such length.
     """
 
     engine: Engine
@@ -58,6 +60,7 @@ class Assembly:
     cache: PagedCache
     autocast: Autocast
     view: PreTrainedModel | None
+    rope_limit: int | None = None
 
 
 @torch.inference_mode()
@@ -186,7 +189,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
     if not (isinstance(forward, ModelForward) and resolved.settings.compile):
         view = None
-    return Assembly(engine, resolved, forward, runner, cache, autocast, view)
+    return Assembly(engine, resolved, forward, runner, cache, autocast, view, rope_limit(model))
 
 
 def check_servable(model: PreTrainedModel) -> None:

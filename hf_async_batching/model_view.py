@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.length_thresholds import follows_length, original_length, rope_dicts
 from hf_async_batching.quantization import adjust, alias, has_state
 from hf_async_batching.rebinding import rebound
 from hf_async_batching.sharing import tensors_within
@@ -96,6 +97,8 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             f"{type(model).__name__} is not served: its modules cannot be copied ({error}); remove what was attached "
             "to them"
         ) from error
+    if batch_dependent_rope(model):
+        _own_frequencies(view)
     if attn_implementation is not None:
         _announce(model)
         set_attention(view, attn_implementation)
@@ -237,20 +240,34 @@ def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens the model was built for (`max_position_embeddings`); None where its config does not say.
 
-    Models whose rotary frequencies depend on the longest sequence of the batch (dynamic NTK, LongRoPE) count up to
-    their original length only: beyond it, one row would change the others.
+    Models whose rotary frequencies depend on the longest sequence of the batch count up to `rope_limit` only.
     """
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if batch_dependent_rope(model):
-        length = rope.get("original_max_position_embeddings") or length
+    limit = rope_limit(model)
+    if limit is not None:
+        return limit
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # XLNet says -1 for no bound.
     return int(length) if length is not None and length > 0 else None
 
 
 def batch_dependent_rope(model: PreTrainedModel) -> bool:
-    """Whether rotary frequencies depend on the longest sequence in the batch."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kind = str(rope.get("rope_type", "default"))
-    return "dynamic" in kind or kind == "longrope"
+    """Whether rotary frequencies depend on the longest sequence in the batch, in layers of any type."""
+    return any(map(follows_length, rope_dicts(model.config.get_text_config()).values()))
+
+
+def rope_limit(model: PreTrainedModel) -> int | None:
+    """Tokens up to which rotary frequencies are the original ones, in all layers; None where they are at any length.
+
+    Beyond, dynamic NTK and LongRoPE have others, for all rows of a batch.
+    """
+    config = model.config.get_text_config()
+    limits = [original_length(rope, config) for rope in rope_dicts(config).values() if follows_length(rope)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _own_frequencies(view: PreTrainedModel) -> None:
+    """Give a view the frequencies that its forward writes to: the model's own would reach rows of other lengths."""
+    for module in view.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name.endswith("inv_freq"):
+                module._buffers[name] = buffer.clone()

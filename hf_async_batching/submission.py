@@ -69,6 +69,8 @@ def check_limits(request: Request, assembly: Assembly) -> None:
 
     Raises:
         ValueError: It names a token that the model does not have.
+        UnsupportedArgumentError: The request reaches beyond the length up to which the model's rotary frequencies are
+            those of all rows.
         RequestTooLongError: Prompt and new tokens exceed the limit of a request, or the cache.
         UnsupportedArgumentError: It has more end-of-sequence tokens than its rules can hold.
     """
@@ -92,6 +94,13 @@ def check_limits(request: Request, assembly: Assembly) -> None:
                 f"vocabulary of {logits} tokens"
             )
     length = len(request.prompt)
+    if assembly.rope_limit is not None and length + request.max_new_tokens > assembly.rope_limit:
+        remedy = "shorten the prompt" if length >= assembly.rope_limit else "lower `max_new_tokens`"
+        raise UnsupportedArgumentError(
+            f"the prompt of {length} tokens and `max_new_tokens={request.max_new_tokens}` go beyond the "
+            f"{assembly.rope_limit} tokens up to which the rotary frequencies of {assembly.forward.name} are the same "
+            f'for all rows of a batch; {remedy}, or pass on_unsupported="generate", or use plain `model.generate`'
+        )
     if length + request.max_new_tokens > limit:
         settings = assembly.config.settings
         by_context = limit == settings.max_sequence_length
