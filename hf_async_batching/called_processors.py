@@ -21,6 +21,9 @@ class CalledProcessors:
             the engine keeps is the same.
         prompt_length: Tokens of the prompt without its padding.
         device: Where the caller's tensors are: `generate` calls processors there.
+
+    Attributes:
+        processors: The list.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class CalledProcessors:
         prompt_length: int,
         device: torch.device | None = None,
     ) -> None:
-        self._processors = processors
+        self.processors = processors
         self._shown = shown
         self._prompt_length = prompt_length
         self._device = device
@@ -54,5 +57,5 @@ class CalledProcessors:
         if self._shown is not None:
             completion = history[history.shape[0] - length + self._prompt_length :]
             history = torch.cat([self._shown, completion])
-        out: torch.Tensor = self._processors(history[None], scores)  # type: ignore[arg-type]
+        out: torch.Tensor = self.processors(history[None], scores)  # type: ignore[arg-type]
         return out

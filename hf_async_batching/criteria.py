@@ -10,7 +10,7 @@ import copy
 import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.field_checks import check_real
 from hf_async_batching.step_scores import StepScores
 
 
@@ -71,6 +72,7 @@ def read_criteria(criteria: StoppingCriteriaList) -> Stops:
         elif kind is StopStringCriteria:
             strings.append(criterion)
         elif kind is MaxTimeCriteria:
+            check_real("max_time", criterion.max_time)
             times.append(criterion)
         else:
             custom = True
@@ -111,8 +113,11 @@ def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> StopS
     """The criterion that `generate` makes for `stop_strings`; kept, because making it reads the whole vocabulary.
 
     Raises:
+        TypeError: `strings` is no list.
         ValueError: There is no tokenizer, or `strings` holds something else.
     """
+    if not isinstance(strings, (str, Iterable)):
+        raise TypeError(f"`stop_strings` must be a string or a list of strings, got {strings!r}")
     strings = (strings,) if isinstance(strings, str) else tuple(strings)
     if tokenizer is None:
         raise ValueError(

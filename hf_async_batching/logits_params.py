@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
-from hf_async_batching.row_layout import MAX_PREFIX, MAX_RULES, Rule, RuleKind
+from hf_async_batching.field_checks import check_integer, check_real
+from hf_async_batching.row_layout import ANY, MAX_INT32, MAX_NGRAM, MAX_PREFIX, MAX_RULES, Rule, RuleKind
 
 
 class Stage(enum.IntFlag):
@@ -30,6 +32,14 @@ class Stage(enum.IntFlag):
     RENORMALIZE = enum.auto()
 
 
+FIELDS_OF_KIND = {
+    RuleKind.BIAS: "sequence_bias",
+    RuleKind.BAN: "bad_words_ids",
+    RuleKind.FORCE: "forced_bos_token_id` or `forced_eos_token_id",
+    RuleKind.SUPPRESS: "suppress_tokens` or `begin_suppress_tokens",
+}
+"""Where rules come from, for messages."""
+
 _STAGE_OF_KIND = {
     RuleKind.BIAS: Stage.SEQUENCE_BIAS,
     RuleKind.BAN: Stage.BAD_WORDS,
@@ -47,15 +57,18 @@ class LogitsParams:
         repetition_penalty: Divides positive logits of tokens that the prompt or the completion holds, multiplies
             negative ones; above 0.
         encoder_repetition_penalty: The same for tokens of the prompt, its padding included.
-        no_repeat_ngram_size: No n-gram of this size occurs twice; 0 switches it off.
-        encoder_no_repeat_ngram_size: No n-gram of the prompt occurs in the completion; 0 switches it off.
+        no_repeat_ngram_size: No n-gram of this size occurs twice; up to `MAX_NGRAM`, 0 switches it off. (`submit` and
+            `generate` serve longer ones, by a processor.)
+        encoder_no_repeat_ngram_size: No n-gram of the prompt occurs in the completion; up to `MAX_NGRAM`, 0 switches
+            it off.
         decay_start: Length, prompt included, above which end-of-sequence tokens get more likely.
         decay_factor: How much more with each token; 1 switches it off.
         remove_invalid: NaN becomes 0, infinities the largest and smallest numbers.
         renormalize: Scores are log-probabilities.
 
     Raises:
-        ValueError: A field is out of its range; the message names it.
+        TypeError: A field is no number; the message names it.
+        ValueError: A field is out of its range; likewise.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -70,15 +83,26 @@ class LogitsParams:
 
     def __post_init__(self) -> None:
         for name in ("repetition_penalty", "encoder_repetition_penalty"):
+            check_real(name, getattr(self, name))
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}; 1.0 switches it off")
         for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}; 0 switches it off")
+            check_integer(name, getattr(self, name), most=MAX_NGRAM)
+        check_integer("decay_start", self.decay_start, least=-MAX_INT32)
+        check_real("decay_factor", self.decay_factor)
+        if not math.isfinite(self.decay_factor):
+            raise ValueError(f"`decay_factor` must be finite, got {self.decay_factor}")
         if len(self.rules) > MAX_RULES:
             raise ValueError(f"at most {MAX_RULES} rules per request, got {len(self.rules)}")
         if any(len(rule.prefix) > MAX_PREFIX for rule in self.rules):
             raise ValueError(f"the prefix of a rule has at most {MAX_PREFIX} tokens")
+        for rule in self.rules:
+            field = FIELDS_OF_KIND[rule.kind]
+            for token in (*rule.prefix, rule.token):
+                check_integer(field, token)
+            check_integer(f"position` of `{field}", rule.position, least=ANY)
+            if math.isnan(rule.bias):
+                raise ValueError(f"`{field}` must have numbers as biases, got {rule.bias}")
 
     @property
     def stages(self) -> Stage:

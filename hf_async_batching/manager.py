@@ -28,7 +28,7 @@ from hf_async_batching.errors import (
     UnsupportedArgumentError,
 )
 from hf_async_batching.forking import ForkSafeLock, check_device, in_fresh_thread, leave_behind, renew_in_child
-from hf_async_batching.generation_fields import check_fields
+from hf_async_batching.generation_fields import bound_encoder_ngrams, check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_view import make_view
@@ -287,6 +287,7 @@ class GenerationManager:
         """What the processors come to that transformers would make for one prompt; `config` is changed."""
         model: Any = self._require_model()
         eos = eos_token_ids(config)
+        bound_encoder_ngrams(config, len(prompt))
         config.max_length = len(prompt) + max_new_tokens
         if config.min_new_tokens:
             config.min_length = None
@@ -565,7 +566,7 @@ class GenerationManager:
         for request in requests:
             embeddings: Any = request.prompt_embeddings
             if embeddings is not None:
-                check_embeddings(embeddings, forward)
+                check_embeddings(embeddings, len(request.prompt), forward)
                 embeddings = embeddings.to(forward.device)
             brought.append(replace(request, prompt_embeddings=embeddings))
         with self._lock:

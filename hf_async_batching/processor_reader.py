@@ -20,9 +20,11 @@ from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessorList
 
 from hf_async_batching.called_processors import CalledProcessors
+from hf_async_batching.field_checks import check_real
 from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.request import MAX_INT32, SamplingParams
-from hf_async_batching.row_layout import MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
+from hf_async_batching.long_ngrams import LongNGrams
+from hf_async_batching.request import SamplingParams
+from hf_async_batching.row_layout import MAX_INT32, MAX_NGRAM, MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
 from hf_async_batching.staging import MAX_EOS
 
 Recipe = tuple[SamplingParams, LogitsParams, int, tuple[int, ...], CalledProcessors | None]
@@ -151,7 +153,13 @@ def called(
 
 
 def _sequence_bias(kind: RuleKind, processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    if len(draft.rules) + len(processor.sequence_bias) > MAX_RULES:
+        return False  # before a list of them is made
     for sequence, bias in processor.sequence_bias.items():
+        if math.isnan(bias):
+            return False
+        if not sequence:
+            continue  # which `generate` passes over, too
         *prefix, token = (int(one) for one in sequence)
         draft.rules.append(Rule(kind, token, tuple(prefix), float(bias)))
     return True
@@ -182,12 +190,12 @@ def _repetition(processor: Any, row: CallRow, draft: _Draft) -> bool:
 def _ngram(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
     draft.logits["no_repeat_ngram_size"] = int(processor.ngram_size)
     draft.needs_padding = max(draft.needs_padding, processor.ngram_size)
-    return True
+    return bool(processor.ngram_size <= MAX_NGRAM)
 
 
 def _encoder_ngram(processor: Any, row: CallRow, draft: _Draft) -> bool:
     size, batch = processor.ngram_size, processor.batch_size
-    if not _divides(batch, row):
+    if not _divides(batch, row) or size > MAX_NGRAM:
         return False
     following: dict[tuple[int, ...], list[int]] = {}
     for ngram in zip(*[row.shown[i:] for i in range(size)]):
@@ -220,7 +228,7 @@ def _forced_bos(processor: Any, row: CallRow, draft: _Draft) -> bool:
 
 
 def _forced_eos(processor: Any, row: CallRow, draft: _Draft) -> bool:
-    position = math.ceil(processor.max_length) - 1 - row.padding
+    position = min(math.ceil(processor.max_length) - 1 - row.padding, MAX_INT32)
     draft.rules = [rule for rule in draft.rules if rule.kind is not RuleKind.FORCE or rule.position != position]
     draft.rules += [Rule(RuleKind.FORCE, token, position=position) for token in processor.eos_token_id.tolist()]
     return True
@@ -232,22 +240,33 @@ def _remove_invalid(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noq
 
 
 def _decay(processor: Any, row: CallRow, draft: _Draft) -> bool:
-    draft.logits["decay_start"] = int(processor.regulation_start) - row.padding
-    draft.logits["decay_factor"] = float(processor.regulation_factor)
-    return bool(processor.regulation_start % 1 == 0) and _same_ends(processor, row)
+    start, factor = processor.regulation_start, processor.regulation_factor
+    check_real("exponential_decay_length_penalty", start)
+    check_real("exponential_decay_length_penalty", factor)
+    factor = float(factor)
+    if not (start % 1 == 0 and math.isfinite(factor)):  # nor is it where it is NaN
+        return False
+    draft.logits["decay_start"] = max(-MAX_INT32, min(int(start) - row.padding, MAX_INT32))  # out of reach, both
+    draft.logits["decay_factor"] = factor
+    return _same_ends(processor, row)
 
 
 def _suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
-    draft.rules += [Rule(RuleKind.SUPPRESS, token) for token in processor.suppress_tokens.tolist() if token >= 0]
+    draft.rules += [Rule(RuleKind.SUPPRESS, token) for token in _token_ids(processor.suppress_tokens)]
     return True
 
 
 def _begin_suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:
     position = min(processor.begin_index - row.padding, MAX_INT32)
-    tokens = processor.begin_suppress_tokens.tolist()
+    tokens = _token_ids(processor.begin_suppress_tokens)
     if position >= 0:  # else the row is beyond it from the start; one of those positions would stand for any
-        draft.rules += [Rule(RuleKind.SUPPRESS, token, position=position) for token in tokens if token >= 0]
+        draft.rules += [Rule(RuleKind.SUPPRESS, token, position=position) for token in tokens]
     return True
+
+
+def _token_ids(tokens: torch.Tensor) -> list[int]:
+    """Those of `tokens` that a vocabulary can have; what is suppressed of the others makes no difference."""
+    return [int(token) for token in tokens.flatten().tolist() if 0 <= token <= MAX_INT32 and token % 1 == 0]
 
 
 def _filter(name: str, attribute: str, processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
@@ -325,6 +344,8 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
         own, line = copy.copy(processor), row.of(processor.batch_size)
         own.batch_size, own.generated_ngrams = 1, processor.generated_ngrams[line : line + 1]
         return own
+    if name == "NoRepeatNGramLogitsProcessor" and processor.ngram_size > MAX_NGRAM:
+        return LongNGrams(processor.ngram_size)
     if name == "PrefixConstrainedLogitsProcessor":
         allowed = processor._prefix_allowed_tokens_fn
         prompt = row.index // processor._num_beams  # of several sequences of one prompt, the prompt's number

@@ -69,17 +69,24 @@ class PromptEmbeddings:
             self._read.popleft()
 
 
-def check_embeddings(embeddings: torch.Tensor, forward: ModelForward | CacheForward) -> None:
-    """Refuse embeddings that are not the model's.
+def check_embeddings(embeddings: torch.Tensor, length: int, forward: ModelForward | CacheForward) -> None:
+    """Refuse embeddings that are not the model's, or not those of a prompt of `length` tokens.
 
     Raises:
         ValueError: Their shape or dtype is wrong.
     """
+    if not isinstance(embeddings, torch.Tensor) or embeddings.layout is not torch.strided or embeddings.is_meta:
+        raise ValueError(
+            "`inputs_embeds` must be a dense tensor with values, got "
+            f"{getattr(embeddings, 'layout', type(embeddings).__name__)} on {getattr(embeddings, 'device', None)}"
+        )
     if embeddings.dim() != 2 or embeddings.shape[1] != forward.embedding_size or not embeddings.is_floating_point():
         raise ValueError(
             f"`inputs_embeds` of a prompt must be floating point [length, {forward.embedding_size}], "
             f"got {tuple(embeddings.shape)} and {embeddings.dtype}"
         )
+    if len(embeddings) != length:
+        raise ValueError(f"`inputs_embeds` has {len(embeddings)} positions for a prompt of {length} tokens")
 
 
 def check_history(request: Request) -> None:

@@ -19,6 +19,8 @@ DEFAULT_NGRAM = 2
 
 _LONGEST_REST = 32
 
+_LONGEST_NGRAM = 32  # longer ones say little more, and each length is a pass over what was found
+
 
 class PromptLookup:
     """Finds drafts for one sequence.
@@ -34,7 +36,7 @@ class PromptLookup:
 
     def __init__(self, num_tokens: int, max_ngram: int, ends: frozenset[int]) -> None:
         self._num_tokens = num_tokens
-        self._max_ngram = max_ngram
+        self._max_ngram = min(max_ngram, _LONGEST_NGRAM)
         self._ends = ends
         self._history = np.empty(0, np.int64)
         self._known = 0

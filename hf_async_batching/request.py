@@ -6,15 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_async_batching.field_checks import check_integer, check_real
 from hf_async_batching.logits_params import LogitsParams, Stage
 from hf_async_batching.prompt_lookup import DEFAULT_NGRAM
-from hf_async_batching.row_layout import MAX_PADDING
+from hf_async_batching.row_layout import MAX_PADDING, float32
 
 MAX_SEED = 2**63
-MAX_INT32 = 2**31 - 1
 
 # Few sizes, because each is a CUDA graph of its own.
 CANDIDATE_SIZES = (64, 1024)
+
+
+_REAL = ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +29,9 @@ class SamplingParams:
 
     Attributes:
         do_sample: Draw at random; otherwise take the arg-max and ignore the other fields but `logprobs`.
-        temperature: Divides the logits; finite and > 0.
+        temperature: Divides the logits; a finite 32-bit number > 0.
         top_k: Keep the k most probable tokens (ties with the k-th are kept); 0 switches it off.
-        top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in (0, 1], and tokens as probable as
+        top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in [0, 1], and tokens as probable as
             its last; 1 switches it off.
         min_p: Drop tokens less probable than `min_p` times the most probable one, in [0, 1]; 0 switches it off.
         seed: Integer from 0 up to 2**63 - 1. Draws depend on it, and on nothing else that is in the batch.
@@ -40,7 +43,8 @@ class SamplingParams:
         eta_cutoff: Drop tokens less probable than a bound that follows the entropy, in [0, 1); 0 switches it off.
 
     Raises:
-        ValueError: A field is out of its range; the message names it.
+        TypeError: A field is no number; the message names it.
+        ValueError: A field is out of its range; likewise.
     """
 
     do_sample: bool = False
@@ -56,15 +60,17 @@ class SamplingParams:
     eta_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature <= 0:
+        for name in _REAL:
+            check_real(name, getattr(self, name))
+        check_integer("seed", self.seed, most=MAX_SEED - 1)
+        check_integer("top_k", self.top_k)
+        if not 0 < self.temperature < math.inf or math.isinf(float32(self.temperature)):
             raise ValueError(
-                f"`temperature` must be a finite number above 0, got {self.temperature}; "
+                f"`temperature` must be a finite 32-bit number above 0, got {self.temperature}; "
                 "for the most probable token pass do_sample=False instead"
             )
-        if not 0 <= self.top_k <= MAX_INT32:
-            raise ValueError(f"`top_k` must be 0 (off) or a positive 32-bit integer, got {self.top_k}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"`top_p` must be in [0, 1], got {self.top_p}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"`min_p` must be in [0, 1], got {self.min_p}")
         if not 0.0 <= self.top_h <= 1.0:
@@ -74,8 +80,6 @@ class SamplingParams:
         for name in ("epsilon_cutoff", "eta_cutoff"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.seed < MAX_SEED:
-            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed}")
 
     @property
     def candidates(self) -> int:
@@ -133,7 +137,8 @@ class Request:
         prompt_embeddings: What the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:
-        ValueError: The prompt is empty, or the lengths contradict each other.
+        TypeError: A number is none; the message names it.
+        ValueError: The prompt is empty, a number is out of range, or the lengths contradict each other.
     """
 
     request_id: str
@@ -164,11 +169,15 @@ class Request:
                 f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}; when it comes from `max_length`, "
                 f"raise `max_length` above the prompt's {len(self.prompt)} tokens"
             )
-        if self.lookup_tokens < 0 or self.lookup_ngram < 1:
-            raise ValueError(
-                "`lookup_tokens` must not be negative, and `lookup_ngram` at least 1, got "
-                f"{self.lookup_tokens} and {self.lookup_ngram}"
-            )
+        for name, least in (("lookup_tokens", 0), ("lookup_ngram", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        for token in self.eos_token_ids:
+            if not isinstance(token, int):
+                raise TypeError(f"`eos_token_ids` must be integers, got {token!r}")
         if self.min_new_tokens < 0:
             raise ValueError(f"`min_new_tokens` must not be negative, got {self.min_new_tokens}")
         if self.min_new_tokens > self.max_new_tokens:

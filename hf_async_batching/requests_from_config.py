@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 import secrets
 from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -26,21 +30,25 @@ def new_request_id() -> str:
     return f"req-{os.getpid()}-{next(_counter)}"
 
 
-Seed = int | torch.Generator
+Seed = SupportsIndex | torch.Generator
 
 
-def seeds_of_rows(seed: Seed | Sequence[Seed] | None, rows: int) -> list[int]:
+def seeds_of_rows(seed: Any, rows: int) -> list[int]:
     """One seed per sequence of a call.
 
     Args:
-        seed: One for the call, from which that of each row follows; or one for each row; an integer, or a generator
-            from which one number is drawn. From the system's entropy where None.
+        seed: One for the call, from which that of each row follows; or one for each row, in a sequence, an array or a
+            tensor; an integer of Python, numpy or torch, or a generator from which one number is drawn. From the
+            system's entropy where None.
         rows: Sequences.
 
     Raises:
+        TypeError: A seed is no integer.
         ValueError: A seed is out of range, or their number is not that of the rows.
     """
-    if isinstance(seed, Sequence):
+    if isinstance(seed, (torch.Tensor, np.ndarray)) and seed.ndim:
+        seed = list(seed)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != rows:
             raise ValueError(f"`seed` has {len(seed)} entries for {rows} sequences")
         return [_number(one) for one in seed]
@@ -54,9 +62,15 @@ def _number(seed: Seed) -> int:
     if isinstance(seed, torch.Generator):
         drawn = torch.randint(0, MAX_SEED - 1, (), generator=seed, device=seed.device)
         return int(drawn)
-    if not 0 <= seed < MAX_SEED:
-        raise ValueError(f"`seed` must be in [0, 2**63), got {seed}")
-    return seed
+    try:
+        number = operator.index(seed)  # also of numpy's integers and of tensors with one
+    except TypeError as error:
+        raise TypeError(
+            f"`seed` must be an integer, a `torch.Generator`, or one of these per sequence; got {seed!r}"
+        ) from error
+    if not 0 <= number < MAX_SEED:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {number}")
+    return number
 
 
 def build_request(
@@ -80,9 +94,9 @@ def build_request(
         ValueError: A field is out of its range.
     """
     sampling, logits, min_new_tokens, padding, processors = recipe
-    if config.do_sample and config.top_p is not None and not 0.0 < config.top_p <= 1.0:
+    if config.do_sample and config.top_p is not None and not 0.0 <= config.top_p <= 1.0:
         # Above 1, transformers would take it for 1.
-        raise ValueError(f"`top_p` must be in (0, 1], got {config.top_p}")
+        raise ValueError(f"`top_p` must be in [0, 1], got {config.top_p}")
     returned = bool(config.return_dict_in_generate)
     return Request(
         request_id=request_id or new_request_id(),
@@ -112,10 +126,21 @@ def _at_least_one(config: GenerationConfig, name: str, default: int) -> int:
 
 
 def eos_token_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """The end-of-sequence tokens of a config, as a tuple."""
+    """The end-of-sequence tokens of a config, as a tuple.
+
+    Raises:
+        TypeError: One is no integer.
+        ValueError: One has more than 64 bits.
+    """
     eos = config.eos_token_id
     if eos is None:
         return ()
     if isinstance(eos, torch.Tensor):
         eos = eos.tolist()
-    return tuple(int(token) for token in eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    tokens = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    for token in tokens:
+        if not isinstance(token, Integral):
+            raise TypeError(f"`eos_token_id` must be an integer or a list of integers, got {token!r}")
+        if not -MAX_SEED <= token < MAX_SEED:  # type: ignore[operator]
+            raise ValueError(f"`eos_token_id` must hold 64-bit integers, got {token}")
+    return tuple(int(token) for token in tokens)

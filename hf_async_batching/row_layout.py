@@ -7,6 +7,7 @@ then its *history*, the token ids from the first one that the caller passed on, 
 from __future__ import annotations
 
 import enum
+import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,13 @@ HISTORY_START = MAX_RULES * RULE_WORDS
 
 MAX_PADDING = 64
 """Padding tokens that are kept in front of a history: as many as an n-gram or a rule's prefix can reach."""
+
+MAX_NGRAM = MAX_PADDING
+"""The longest n-gram that the vectorised sampler compares: token by token, for all rows at once."""
+
+MAX_INT32 = 2**31 - 1
+
+_LARGEST_FLOAT32 = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 
 # Columns of a rule; its prefix follows, the token next to the end first, filled with `ANY`.
 KIND, POSITION, TOKEN, BIAS = range(4)
@@ -54,9 +62,14 @@ class Rule(NamedTuple):
 
     def words(self) -> list[int]:
         """The rule as it lies in a row's memory."""
-        bias: int = struct.unpack("<i", struct.pack("<f", self.bias))[0]
+        bias: int = struct.unpack("<i", struct.pack("<f", float32(self.bias)))[0]
         prefix = list(reversed(self.prefix))
         return [int(self.kind), self.position, self.token, bias, *prefix, *[ANY] * (MAX_PREFIX - len(prefix))]
+
+
+def float32(value: float) -> float:
+    """The number as torch takes it over into float32: infinite beyond what that holds."""
+    return value if not abs(value) > _LARGEST_FLOAT32 else math.copysign(math.inf, value)
 
 
 def row_writes(padding: Sequence[int], known: Sequence[int], rules: Sequence[Rule]) -> tuple[list[int], list[int]]:

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_async_batching.plan import NewRow, Plan
-from hf_async_batching.request import MAX_INT32
-from hf_async_batching.row_layout import row_writes
+from hf_async_batching.request import Request
+from hf_async_batching.row_layout import MAX_INT32, float32, row_writes
 
 IntArray = npt.NDArray[np.int32]
 
@@ -63,6 +63,10 @@ MAX_EOS = 16  # a power of two, as the kernels want it
 PARAMS = FIRST_EOS + MAX_EOS
 
 CARRY_OVER = -1
+
+# Kernels may take smaller numbers for 0, and dividing -inf by an infinite number makes NaN.
+_TEMPERATURES = (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max))
+_LEAST_TOP_P = 1e-9  # keeps the most probable token, as 0 does
 
 _ONE = int(np.array([1.0], np.float32).view(np.int32)[0])
 
@@ -225,6 +229,20 @@ def _write_memories(plan: Plan, section: Callable[[int], IntArray]) -> int:
     return count
 
 
+def check_encodable(request: Request) -> None:
+    """Refuse what a record of parameters does not hold: here, and not when the step is made that it starts with.
+
+    Raises:
+        ValueError: Some number is beyond the table's type.
+    """
+    try:
+        np.array(_record(NewRow(0, request)), np.int32)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"request {request.request_id} holds a number that the engine's tables do not: {error}"
+        ) from error
+
+
 def _record(new_row: NewRow) -> list[int]:
     request = new_row.request
     sampling, logits = request.sampling, request.logits
@@ -232,11 +250,11 @@ def _record(new_row: NewRow) -> list[int]:
     temperature, top_p, min_p, repetition, encoder, top_h, typical_p, epsilon, eta = (
         np.array(
             [
-                sampling.temperature,
-                sampling.top_p,
+                min(max(sampling.temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
+                max(sampling.top_p, _LEAST_TOP_P),
                 sampling.min_p,
-                logits.repetition_penalty,
-                logits.encoder_repetition_penalty,
+                float32(logits.repetition_penalty),
+                float32(logits.encoder_repetition_penalty),
                 sampling.top_h,
                 sampling.typical_p,
                 sampling.epsilon_cutoff,

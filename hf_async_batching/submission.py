@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
@@ -12,17 +15,23 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 from hf_async_batching.assembly import Assembly
 from hf_async_batching.criteria import stop_string_criterion
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
+from hf_async_batching.field_checks import check_real
+from hf_async_batching.logits_params import FIELDS_OF_KIND
 from hf_async_batching.request import Request
 from hf_async_batching.row_layout import RuleKind
-from hf_async_batching.staging import MAX_EOS
+from hf_async_batching.staging import MAX_EOS, check_encodable
+
+PromptIds = list[int] | torch.Tensor | np.ndarray[Any, Any]
 
 
-def prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
+def prompt_of(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None) -> list[int]:
     """Token ids of a prompt; placeholders where only embeddings [length, hidden] are given.
 
     Raises:
         ValueError: Neither is given, they do not fit together, or the ids are no whole numbers.
     """
+    if inputs_embeds is not None and not (isinstance(inputs_embeds, torch.Tensor) and inputs_embeds.dim() == 2):
+        raise ValueError(f"`inputs_embeds` of a prompt must be a tensor [length, hidden], got {_shape(inputs_embeds)}")
     if input_ids is None and inputs_embeds is not None:
         return [0] * len(inputs_embeds)  # nobody looks these up
     if input_ids is None:
@@ -36,20 +45,30 @@ def prompt_of(input_ids: list[int] | torch.Tensor | None, inputs_embeds: torch.T
     return prompt
 
 
-def _prompt_list(input_ids: list[int] | torch.Tensor) -> list[int]:
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.dim() != 1 or input_ids.is_floating_point():
+def _prompt_list(input_ids: PromptIds) -> list[int]:
+    if isinstance(input_ids, (torch.Tensor, np.ndarray)):
+        dtype: Any = input_ids.dtype
+        whole = dtype in _INTEGERS if isinstance(dtype, torch.dtype) else np.issubdtype(dtype, np.integer)
+        if input_ids.ndim != 1 or not whole:
             raise ValueError(
-                f"`input_ids` must be a 1-D integer tensor or a list of ints, got shape {tuple(input_ids.shape)} and "
-                f"dtype {input_ids.dtype}; submit the rows of a batch one by one, without their padding"
+                "`input_ids` must be a 1-D integer tensor or array, or a list of ints, got "
+                f"{_shape(input_ids)}; submit the rows of a batch one by one, without their padding"
             )
         tokens: list[int] = input_ids.tolist()
         return tokens
     if isinstance(input_ids, Iterable) and not isinstance(input_ids, (str, bytes)):
         prompt = list(input_ids)
-        if all(isinstance(token, int) for token in prompt):
-            return prompt
-    raise ValueError("`input_ids` must be a 1-D integer tensor or a list of ints; tokenize text first")
+        if all(isinstance(token, Integral) for token in prompt):
+            return [int(token) for token in prompt]
+    raise ValueError("`input_ids` must be a 1-D integer tensor or array, or a list of ints; tokenize text first")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _shape(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"shape {tuple(shape)} and dtype {value.dtype}"
 
 
 def criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
@@ -58,6 +77,7 @@ def criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, toke
     kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
     made = StoppingCriteriaList()
     if config.max_time is not None and MaxTimeCriteria not in kinds:
+        check_real("max_time", config.max_time)
         made.append(MaxTimeCriteria(config.max_time))
     if config.stop_strings is not None and StopStringCriteria not in kinds:
         made.append(stop_string_criterion(config.stop_strings, tokenizer))
@@ -68,18 +88,18 @@ def check_limits(request: Request, assembly: Assembly) -> None:
     """Refuse a request that an engine cannot serve.
 
     Raises:
-        ValueError: It names a token that the model does not have.
+        TypeError: A token is no integer.
+        ValueError: It names a token that the model does not have, or holds a number that the tables do not.
         UnsupportedArgumentError: The request reaches beyond the length up to which the model's rotary frequencies are
             those of all rows.
         RequestTooLongError: Prompt and new tokens exceed the limit of a request, or the cache.
         UnsupportedArgumentError: It has more end-of-sequence tokens than its rules can hold.
     """
     vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
-    for token in request.prompt:
-        if not 0 <= token < vocab:
-            raise ValueError(
-                f"`input_ids` holds token id {token}, outside of the model's vocabulary of {vocab} tokens"
-            )
+    _check_tokens("input_ids", request.prompt, vocab)
+    if request.padding:
+        # Not looked up: the tables that they are entered in hold as many.
+        _check_tokens("padding", request.padding, max(vocab, assembly.forward.logit_size))
     if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
         raise UnsupportedArgumentError(
             f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served here "
@@ -90,9 +110,11 @@ def check_limits(request: Request, assembly: Assembly) -> None:
         beyond = [token for token in (*rule.prefix, rule.token) if token >= logits]
         if beyond and rule.kind is not RuleKind.SUPPRESS:
             raise ValueError(
-                f"`sequence_bias`, `bad_words_ids` or a forced token names token ids {beyond}, outside of the model's "
-                f"vocabulary of {logits} tokens"
+                f"`{FIELDS_OF_KIND[rule.kind]}` names token ids {beyond}, outside of the model's vocabulary of "
+                f"{logits} tokens"
             )
+    if request.processors is not None:
+        _check_indexed(request.processors, logits)
     length = len(request.prompt)
     if assembly.rope_limit is not None and length + request.max_new_tokens > assembly.rope_limit:
         remedy = "shorten the prompt" if length >= assembly.rope_limit else "lower `max_new_tokens`"
@@ -112,3 +134,36 @@ def check_limits(request: Request, assembly: Assembly) -> None:
         raise RequestTooLongError(
             f"the prompt of {length} tokens and {request.max_new_tokens} new tokens exceed {bound}; {remedy}"
         )
+    check_encodable(request)
+
+
+# Processors of transformers that index the scores by tokens, and the fields that name these.
+_INDEXING = {
+    "ForcedBOSTokenLogitsProcessor": ("forced_bos_token_id", "bos_token_id"),
+    "ForcedEOSTokenLogitsProcessor": ("forced_eos_token_id", "eos_token_id"),
+    "ExponentialDecayLengthPenalty": ("eos_token_id", "eos_token_id"),
+}
+
+
+def _check_indexed(processors: Any, vocab: int) -> None:
+    """Refuse tokens beyond the scores where processors that are called look these up: a GPU may fail at that."""
+    for processor in getattr(processors, "processors", ()):
+        field, attribute = _INDEXING.get(type(processor).__name__, ("", ""))
+        if field:
+            tokens = torch.as_tensor(getattr(processor, attribute)).flatten().tolist()
+            beyond = [token for token in tokens if not -vocab <= token < vocab]
+            if beyond:
+                raise ValueError(f"`{field}` names token ids {beyond}, outside of the vocabulary of {vocab} tokens")
+
+
+def _check_tokens(name: str, tokens: tuple[int, ...], vocab: int) -> None:
+    try:
+        ids = np.array(array("q", tokens))
+    except TypeError as error:
+        raise TypeError(f"`{name}` must hold integers alone: {error}") from error
+    except OverflowError:
+        ids = np.array([token if 0 <= token < vocab else -1 for token in tokens])
+    wrong = (ids < 0) | (ids >= vocab)
+    if wrong.any():
+        token = tokens[int(wrong.argmax())]
+        raise ValueError(f"`{name}` holds token id {token}, outside of the model's vocabulary of {vocab} tokens")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.engine_threads import engine_threads
@@ -18,7 +19,9 @@ from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, GenerationManager
 from hf_async_batching.attention.probe import _sees
-from hf_async_batching.request import Request
+from hf_async_batching.logits_params import LogitsParams
+from hf_async_batching.request import Request, SamplingParams
+from hf_async_batching.row_layout import Rule, RuleKind
 
 PROMPTS = ragged_prompts(4, 30, seed=8)
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
@@ -48,6 +51,127 @@ def test_odd_values_are_served_and_hurt_nobody(model: Any, arguments: dict[str, 
         assert innocent.result(60).token_ids == greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
         if "temperature" in arguments:
             assert odd.result().token_ids == greedy_alone(model, PROMPTS[2], 4, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"no_repeat_ngram_size": 2**31},
+        {"encoder_no_repeat_ngram_size": 2**31},
+        {"exponential_decay_length_penalty": (2**31, 1.5)},
+        {"exponential_decay_length_penalty": (-(2**40), 1.0001)},
+        {"suppress_tokens": [2**31, 2**40, -5]},
+        {"begin_suppress_tokens": [2**31]},
+        {"sequence_bias": [[[5], 1e39]]},
+        {"repetition_penalty": 1e39},
+        {"do_sample": True, "top_k": 1, "temperature": 1e-42, "output_scores": True, "return_dict_in_generate": True},
+        {"do_sample": True, "top_p": 0.0},
+        {"prompt_lookup_num_tokens": 2**31, "max_matching_ngram_size": 2**31},
+        {"bad_words_ids": [[]]},
+    ],
+    ids=lambda odd: str(next(iter(odd.items()))),
+)
+def test_numbers_beyond_a_buffer_hurt_nobody(model: Any, odd: dict[str, Any]) -> None:
+    arguments = {"max_new_tokens": 6, **GREEDY, "eos_token_id": 2, **odd}
+    with GenerationManager(model, CONFIG) as manager:
+        innocent = manager.submit(PROMPTS[1], max_new_tokens=40, **GREEDY)
+        got = manager.submit(PROMPTS[2], **arguments).result(60).token_ids
+        assert innocent.result(60).token_ids == greedy_alone(model, PROMPTS[1], 40, eos_token_id=None)
+    if odd.get("temperature"):
+        arguments = {"max_new_tokens": 6, **GREEDY, "eos_token_id": 2}
+    if odd.get("encoder_no_repeat_ngram_size"):
+        arguments["encoder_no_repeat_ngram_size"] = len(PROMPTS[2]) + 1
+    if odd.get("exponential_decay_length_penalty", (0,))[0] < 0:
+        return  # `generate` fails at its own power
+    plain: Any = model.generate(torch.tensor([PROMPTS[2]]), **arguments)
+    assert got == getattr(plain, "sequences", plain)[0, len(PROMPTS[2]) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Request("r", (5, "x"), 2), "input_ids"),
+        (lambda: Request("r", (5, 2.5), 2), "input_ids"),
+        (lambda: Request("r", (5, 2**70), 2), "input_ids"),
+        (lambda: Request("r", (5, -1), 2), "input_ids"),
+        (lambda: Request("r", (5,), 2, padding=(2**31,)), "padding"),
+        (lambda: Request("r", (5,), 2, padding=(97,)), "padding"),
+        (lambda: Request("r", (5,), 2**31), "max_sequence_length"),
+        (lambda: Request("r", (5,), 2, lookup_tokens=2.5), "lookup_tokens"),
+        (lambda: Request("r", (5,), 2, lookup_tokens=2, lookup_ngram=2.5), "lookup_ngram"),
+        (lambda: Request("r", (5,), 2, eos_token_ids=("x",)), "eos_token_ids"),
+        (lambda: Request("r", (5,), 2, prompt_embeddings=[[1.0]]), "inputs_embeds"),
+        (lambda: Request("r", (5,), 2, prompt_embeddings=torch.zeros(2, 64)), "inputs_embeds"),
+        (lambda: Request("r", (5,), 2, prompt_embeddings=torch.zeros(1, 64).to_sparse()), "inputs_embeds"),
+        (lambda: Request("r", (5,), 2, prompt_embeddings=torch.zeros(1, 64, device="meta")), "inputs_embeds"),
+        (lambda: SamplingParams(do_sample=True, seed=2**63), "seed"),
+        (lambda: SamplingParams(do_sample=True, seed=1.5), "seed"),
+        (lambda: SamplingParams(do_sample=True, top_k=2**31), "top_k"),
+        (lambda: SamplingParams(do_sample=True, top_p=float("nan")), "top_p"),
+        (lambda: SamplingParams(do_sample=True, temperature="x"), "temperature"),
+        (lambda: SamplingParams(do_sample=True, temperature=1e39), "temperature"),
+        (lambda: LogitsParams(no_repeat_ngram_size=65), "no_repeat_ngram_size"),
+        (lambda: LogitsParams(encoder_no_repeat_ngram_size=2**31), "encoder_no_repeat_ngram_size"),
+        (lambda: LogitsParams(decay_start=2**31), "decay_start"),
+        (lambda: LogitsParams(decay_factor=float("nan")), "decay_factor"),
+        (lambda: LogitsParams(repetition_penalty="x"), "repetition_penalty"),
+        (lambda: LogitsParams((Rule(RuleKind.SUPPRESS, 2**31),)), "suppress_tokens"),
+        (lambda: LogitsParams((Rule(RuleKind.BIAS, 5, (2**31,), 1.0),)), "sequence_bias"),
+        (lambda: LogitsParams((Rule(RuleKind.BIAS, 5, (), float("nan")),)), "sequence_bias"),
+        (lambda: LogitsParams((Rule(RuleKind.FORCE, 5, position=2**31),)), "forced_bos_token_id"),
+        (lambda: Request("r", (5,), 2, logits=LogitsParams((Rule(RuleKind.BAN, 97),))), "bad_words_ids"),
+        (lambda: Request("r", (5,), 2, sampling=SamplingParams(do_sample="x")), "request r"),
+    ],
+)
+def test_numbers_of_requests_made_by_hand_are_refused_before_they_are_queued(model: Any, make: Any, name: str) -> None:
+    with GenerationManager(model, CONFIG) as manager:
+        innocent = manager.submit(PROMPTS[1], max_new_tokens=20, **GREEDY)
+        with pytest.raises((ValueError, TypeError), match=name):
+            manager.submit_request(make())
+        assert innocent.result(60).finish_reason == "length"
+
+
+def test_tokens_that_a_called_processor_would_index_are_checked(model: Any) -> None:
+    """Out of range, they may fail the whole device."""
+
+    def own(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+    with GenerationManager(model, CONFIG) as manager, pytest.raises(ValueError, match="forced_eos_token_id"):
+        manager.submit([5], max_new_tokens=9, forced_eos_token_id=[500], logits_processor=[own])
+
+
+@pytest.mark.parametrize("kind", ["list", "numpy", "numpy list", "int32"])
+def test_prompts_may_be_arrays(model: Any, kind: str) -> None:
+    ids = np.array(PROMPTS[2], np.uint16)
+    given = {"list": PROMPTS[2], "numpy": ids, "numpy list": list(ids), "int32": torch.tensor(PROMPTS[2]).int()}[kind]
+    with GenerationManager(model, CONFIG) as manager:
+        got = manager.submit(given, max_new_tokens=5, **GREEDY).result(60).token_ids  # type: ignore[arg-type]
+    assert got == greedy_alone(model, PROMPTS[2], 5, eos_token_id=None)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint32(3), torch.tensor(3)], ids=repr)
+def test_seeds_may_be_numbers_of_numpy_and_torch(model: Any, seed: Any) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 5, "do_sample": True, "eos_token_id": None}
+    with GenerationManager(model, CONFIG) as manager:
+        expected = manager.submit([5], seed=3, **arguments).result(60).token_ids
+        assert manager.submit([5], seed=seed, **arguments).result(60).token_ids == expected
+        rows = [[5], [5]]
+        bound = manager.bind(seed=np.array([3, 3]))  # type: ignore[arg-type]
+        out = model.generate(torch.tensor(rows), custom_generate=bound, **arguments)
+        assert out[:, 1:].tolist() == [expected, expected]
+        with pytest.raises(TypeError, match="seed"):
+            manager.submit([5], seed=1.5, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_tiny_temperature_is_the_arg_max_whoever_wants_scores(model: Any) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None, "top_k": 0}
+    with GenerationManager(model, CONFIG) as manager:
+        scored = manager.submit([5], **arguments, return_dict_in_generate=True, output_scores=True)
+        cold = [manager.submit(PROMPTS[2], temperature=t, **arguments) for t in (1e-39, 1e-42)]
+        scored.result(60)
+        for handle in cold:
+            assert handle.result(60).token_ids == greedy_alone(model, PROMPTS[2], 6, eos_token_id=None)
 
 
 def test_requests_made_by_hand_are_checked(model: Any) -> None:

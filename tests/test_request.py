@@ -16,7 +16,7 @@ from hf_async_batching.request import Request, SamplingParams
     [
         ("temperature", (0.0, -1.0, math.inf, math.nan), (1e-3, 1.0, 100.0)),
         ("top_k", (-1,), (0, 1, 10**6)),
-        ("top_p", (0.0, -0.1, 1.1, math.nan), (1e-6, 0.5, 1.0)),
+        ("top_p", (-0.1, 1.1, math.nan), (0.0, 1e-6, 0.5, 1.0)),
         ("min_p", (-0.1, 1.1, math.nan), (0.0, 0.5, 1.0)),
         ("seed", (-1, 2**63), (0, 2**63 - 1)),
     ],

@@ -122,7 +122,7 @@ def _without_ngrams(logits: torch.Tensor, rows: SampledRows, column: int, ends: 
     lengths = rows.lengths
     start = torch.arange(longest, device=logits.device)[None]
     matches = (size > 0) & (start + size <= ends) & (lengths >= size - 1)
-    for i in range(rows.bounds.ngram - 1):
+    for i in range(min(rows.bounds.ngram - 1, longest)):  # a longer n-gram is in no history
         # The last size - 1 tokens against those of every window.
         suffix = history.gather(1, (lengths - size + 1 + i).clamp(0, longest - 1))
         window = history.gather(1, (start + i).clamp(max=longest - 1).expand(history.shape[0], -1))

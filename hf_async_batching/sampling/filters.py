@@ -31,9 +31,13 @@ def filtered(logits: torch.Tensor, rows: SampledRows, features: Features) -> tor
     Returns:
         float32 [rows, vocab]; tokens that are filtered out have -inf.
     """
-    if not features.scores:
-        logits = logits - logits.amax(-1, keepdim=True)
-    scores = logits / rows.floats(staging.TEMPERATURE)
+    temperature = rows.floats(staging.TEMPERATURE)
+    shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
+    scores = shifted
+    if features.scores:
+        scores = logits / temperature
+        # Where the largest of them is lost to infinity, `generate` fails; a row must not depend on who wants scores.
+        scores = torch.where(scores.amax(-1, keepdim=True).isfinite(), scores, shifted)
     stages = features.stages
     if stages & Stage.TOP_H:
         scores = _top_h(scores, rows)
