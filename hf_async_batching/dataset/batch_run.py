@@ -12,6 +12,7 @@ memory: the reader waits until rows have left it, and they leave it when the cal
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
@@ -28,7 +29,7 @@ from hf_async_batching.dataset.prompts import PromptMaker
 from hf_async_batching.dataset.row import Chunk, Completion, PreparedRow, RowResult
 from hf_async_batching.dataset.row_requests import RowRequests
 from hf_async_batching.dataset.window import Window
-from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
+from hf_async_batching.errors import EngineClosedError, EngineFailedError, HfAsyncBatchingError, QueueFullError
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.manager import GenerationManager
 
@@ -53,6 +54,7 @@ class _Prepared(NamedTuple):
 
 class _ReadAll(NamedTuple):
     chunks: int
+    error: Exception | None
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class BatchRun:
         self._decoding = 0
         self._prepared_chunks = 0
         self._all_chunks: int | None = None
+        self._read_error: Exception | None = None
         self._engine_failures: list[BaseException | None] = []
         self._stopped = threading.Event()
         threads = threads or min(4, os.cpu_count() or 1)
@@ -161,14 +164,23 @@ class BatchRun:
     def _read(self) -> None:
         count = 0
         try:
-            for chunk in self._chunks:
+            while True:
+                try:
+                    chunk = next(self._chunks, None)
+                except HfAsyncBatchingError:
+                    raise
+                except Exception as error:  # the dataset's own code; the rows before are served
+                    self._events.put(_ReadAll(count, error))
+                    return
+                if chunk is None:
+                    self._events.put(_ReadAll(count, None))
+                    return
                 wanted = list(self._wanted(chunk))
                 if not self._window.enter(wanted):
                     return
                 count += 1
                 self._tokenizing.submit(self._prepare, chunk, wanted)
-            self._events.put(_ReadAll(count))
-        except BaseException as error:  # the dataset's own code runs here
+        except BaseException as error:
             self._events.put(Failed(error))
 
     def _prepare(self, chunk: Chunk, wanted: list[int]) -> None:
@@ -199,10 +211,12 @@ class BatchRun:
                     break
                 self._feed()
                 self._send_to_decode()
-            self._results.put(None)
+            self._results.put(None if self._read_error is None else Failed(self._read_error))
         except BaseException as error:
             self._stopped.set()
             self._window.close()
+            with contextlib.suppress(Exception):
+                self._decode_the_rest()
             self._results.put(Failed(error))
         finally:
             for _, handle in self._jobs.values():
@@ -232,7 +246,7 @@ class BatchRun:
             for row in event.rows:
                 self._admit(row)
         elif isinstance(event, _ReadAll):
-            self._all_chunks = event.chunks
+            self._all_chunks, self._read_error = event
         elif isinstance(event, Failed):
             raise event.error
         elif isinstance(event, list):
@@ -371,9 +385,13 @@ class BatchRun:
 
     def _decode_the_rest(self) -> None:
         """A run that is stopped keeps the rows that the engine has finished."""
-        self._decoding += bool(self._to_decode)
-        if self._to_decode and self._decode is not None:
-            self._detokenizing.submit(self._decode_rows, self._to_decode)
+        if self._to_decode:
+            rows, self._to_decode = self._to_decode, []
+            self._decoding += 1
+            if self._decode is None:
+                self._events.put(rows)
+            else:
+                self._detokenizing.submit(self._decode_rows, rows)
         while self._decoding:
             event = self._events.get()
             if isinstance(event, list):

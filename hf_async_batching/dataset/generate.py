@@ -19,9 +19,10 @@ from hf_async_batching.dataset.progress import DatasetProgress
 from hf_async_batching.dataset.prompts import PromptFunction
 from hf_async_batching.dataset.ranks import Ranks, find_ranks
 from hf_async_batching.dataset.row_requests import split_arguments
-from hf_async_batching.dataset.runs import make_requests
+from hf_async_batching.dataset.runs import make_requests, without_unused
 from hf_async_batching.dataset.settings import Settings, row_parameter_columns
 from hf_async_batching.dataset.source import DatasetSource, PlainSource, StreamSource
+from hf_async_batching.dataset.tables import check_no_table, is_data_frame, rows_of_data_frame
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.registry import get_manager
@@ -62,8 +63,9 @@ def generate_dataset(
 
     Args:
         model: A causal language model, or a manager that serves one.
-        dataset: A `datasets` `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, or any iterable of
-            dictionaries.
+        dataset: A `datasets` `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, a pandas DataFrame,
+            or any iterable of dictionaries or of prompts. Of a dataset with a transform (`set_transform`) the
+            transformed rows are served.
         tokenizer: The model's; None where prompts are token ids, and then there is no text.
         prompt: A column, or a function of the row (a dictionary, as `dataset[i]` gives it; called in several threads
             at once). A text is tokenized, a list of messages goes through the chat template, a list of token ids is
@@ -100,10 +102,10 @@ def generate_dataset(
         generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
     Returns:
-        What was given, with the new columns, in the same order: a `Dataset` for a `Dataset`, and so on; a list for a
-        list. For streams without `resume_dir`, and for other iterables, a stream, whose rows are completed while it is
-        read. With a model that is spread over ranks by transformers' tensor parallelism, all ranks call this; without
-        `resume_dir` those other than 0 get None.
+        What was given, with the new columns, in the same order and format: a `Dataset` for a `Dataset`, and so on; a
+        list of dictionaries for a list. For streams without `resume_dir`, and for other iterables, a stream, whose rows
+        are completed while it is read. With a model that is spread over ranks by transformers' tensor parallelism, all
+        ranks call this; without `resume_dir` those other than 0 get None.
 
     Raises:
         DatasetRowError: A row cannot be served, and `on_error` is "raise".
@@ -202,7 +204,7 @@ def _followed(settings: Settings, dataset: Any, split: str) -> Any:
     if settings.resume_dir is None or kind not in ("Dataset", "IterableDataset"):
         return None
     source = DatasetSource(dataset, []) if kind == "Dataset" else StreamSource(dataset, [], settings.features)
-    return load_folder(settings, source, split, kind)
+    return load_folder(settings, dataset, source, split, kind)
 
 
 def _kind(dataset: Any) -> str:
@@ -216,20 +218,25 @@ def _kind(dataset: Any) -> str:
 
 def _generate(settings: Settings, dataset: Any, split: str) -> Any:
     kind = _kind(dataset)
+    if is_data_frame(dataset):
+        return _completed_data_frame(settings, dataset, split)
+    check_no_table(dataset)
     source: DatasetSource | StreamSource | PlainSource
     if kind == "Dataset":
         source = DatasetSource(dataset, settings.needed_columns)
     elif kind == "IterableDataset":
         source = StreamSource(dataset, settings.needed_columns, settings.features)
     elif isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, Mapping)):
-        source = PlainSource(dataset)
+        source = PlainSource(dataset, settings.prompt if isinstance(settings.prompt, str) else "prompt")
     else:
         raise ValueError(
-            "`dataset` must be of one of `datasets`' classes or an iterable of dictionaries, got "
-            f"{type(dataset).__name__}"
+            "`dataset` must be of one of `datasets`' classes, a pandas DataFrame, or an iterable of dictionaries or "
+            f"prompts, got {type(dataset).__name__}"
         )
     if source.column_names is not None:
         settings.check_columns(source.column_names)
+    if kind == "Dataset":
+        settings.columns.check(dataset.column_names)
     if isinstance(source, PlainSource):
         if settings.manager.spread and source.num_rows is None:
             raise ValueError("`dataset`: a model that is spread over ranks needs a list, or a `datasets` dataset")
@@ -238,9 +245,19 @@ def _generate(settings: Settings, dataset: Any, split: str) -> Any:
         rows = completed_rows(settings, source, split)
         return list(rows) if source.num_rows is not None else rows
     if settings.resume_dir is not None:
-        return through_folder(settings, source, split, kind)
+        return through_folder(settings, dataset, source, split, kind)
     if isinstance(source, DatasetSource):
         return completed_dataset(settings, dataset, source, split)
     if settings.manager.spread:
         raise ValueError("a stream on a model that is spread over ranks needs `resume_dir`: all ranks read it there")
-    return completed_stream(settings, source, split)
+    return completed_stream(settings, dataset, source, split)
+
+
+def _completed_data_frame(settings: Settings, frame: Any, split: str) -> Any:
+    if settings.resume_dir is not None:
+        raise ValueError("`resume_dir` needs a `datasets` dataset; for a DataFrame: datasets.Dataset.from_pandas(...)")
+    source = PlainSource(rows_of_data_frame(frame))
+    settings.check_columns(list(map(str, frame.columns)))
+    rows = list(completed_rows(settings, source, split))
+    added = without_unused(settings, dict.fromkeys(settings.columns.names.values()))
+    return frame.assign(**{name: [row[name] for row in rows] for name in added})

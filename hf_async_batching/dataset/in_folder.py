@@ -9,21 +9,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_async_batching.dataset.consumer import Consumer
-from hf_async_batching.dataset.resume_store import ResumeStore, shard_paths
+from hf_async_batching.dataset.formats import with_format_of
+from hf_async_batching.dataset.manifest import read_manifest
+from hf_async_batching.dataset.resume_store import ResumeStore
 from hf_async_batching.dataset.row import Chunk
 from hf_async_batching.dataset.runs import make_progress, make_run, where
 from hf_async_batching.dataset.settings import Settings
+from hf_async_batching.dataset.shard_files import ShardFile, load_files
 from hf_async_batching.dataset.source import DatasetSource, StreamSource
-from hf_async_batching.errors import ResumeMismatchError
+from hf_async_batching.errors import HfAsyncBatchingError, ResumeMismatchError
 
 logger = logging.getLogger(__name__)
 
 
-def through_folder(settings: Settings, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
+def through_folder(
+    settings: Settings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str
+) -> Any:
     """Complete what is missing in `resume_dir`, and load all of it.
 
     Args:
         settings: Of the call; with a `resume_dir`.
+        dataset: What was given.
         source: The rows.
         split: Of a dictionary of datasets; its folder in `resume_dir`.
         kind: "Dataset" or "IterableDataset", which is what comes back.
@@ -35,7 +41,7 @@ def through_folder(settings: Settings, source: DatasetSource | StreamSource, spl
     features = Features({**source.features, **settings.columns.features()})
     store = ResumeStore(
         folder,
-        settings.fingerprint(split, source.num_rows),
+        settings.fingerprint(split, source.num_rows, getattr(source, "transform", None)),
         features,
         settings.columns,
         num_rows=source.num_rows,
@@ -63,7 +69,7 @@ def through_folder(settings: Settings, source: DatasetSource | StreamSource, spl
             for result in finished:
                 store.add(result)
                 run.release(result.index)
-        store.finish()
+        files = store.finish()
     except BaseException as error:
         kept = store.abort(consumer.left)
         if isinstance(error, ResumeMismatchError):
@@ -79,26 +85,40 @@ def through_folder(settings: Settings, source: DatasetSource | StreamSource, spl
             str(settings.resume_dir),
         )
         raise
-    return load_folder(settings, source, split, kind)
+    return _loaded(settings, dataset, files, features, kind)
 
 
-def load_folder(settings: Settings, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
-    """The finished shards as what was given; see `through_folder`."""
-    from datasets import Dataset, Features, IterableDataset
+def load_folder(settings: Settings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
+    """What another process has finished, as what was given; see `through_folder`.
 
-    features = Features({**source.features, **settings.columns.features()})
-    paths = shard_paths(settings.folder(split))
+    Raises:
+        HfAsyncBatchingError: It has not finished it.
+    """
+    from datasets import Features
+
+    folder = settings.folder(split)
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.shards is None:
+        raise HfAsyncBatchingError(f"the run in {folder} is not finished; start again with the same arguments")
+    checksums = manifest.checksums or {}
+    files = [ShardFile(folder / "data" / name, checksums.get(name, name)) for name in manifest.shards]
+    return _loaded(settings, dataset, files, Features({**source.features, **settings.columns.features()}), kind)
+
+
+def _loaded(settings: Settings, dataset: Any, files: list[ShardFile], features: Any, kind: str) -> Any:
+    from datasets import Dataset
+
     loaded: Any
-    if not paths:
+    if not files:
         loaded = Dataset(features.arrow_schema.empty_table())
         loaded = loaded if kind == "Dataset" else loaded.to_iterable_dataset()
-    elif kind == "Dataset":
-        with _quiet():
-            loaded = Dataset.from_parquet(paths, features=features)
     else:
-        loaded = IterableDataset.from_parquet(paths, features=features)
-    unused = settings.columns.names.get("error")
-    return loaded.remove_columns(unused) if settings.on_error == "raise" and unused is not None else loaded
+        with _quiet():
+            loaded = load_files(files, features, streaming=kind != "Dataset")
+    unused = settings.columns.names.get("error") if settings.on_error == "raise" else None
+    loaded = loaded if unused is None else loaded.remove_columns(unused)
+    added = [name for name in settings.columns.names.values() if name != unused]
+    return with_format_of(dataset, loaded, added)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hf_async_batching.dataset.consumer import Consumer, in_order
+from hf_async_batching.dataset.formats import with_format_of
 from hf_async_batching.dataset.row import Chunk, RowResult
 from hf_async_batching.dataset.runs import make_progress, make_run, where, without_unused
 from hf_async_batching.dataset.settings import Settings
@@ -70,16 +71,20 @@ def completed_dataset(settings: Settings, dataset: Any, source: DatasetSource, s
             flush()
     flush()
     if not len(dataset):  # of which `concatenate_datasets` makes nothing
-        return Dataset(Features({**dataset.features, **added}).arrow_schema.empty_table())
-    return concatenate_datasets([dataset, Dataset(pa.concat_tables(tables))], axis=1)
+        empty = Dataset(Features({**dataset.features, **added}).arrow_schema.empty_table())
+        return with_format_of(dataset, empty, list(added))
+    stored = dataset.with_format(None)
+    done = concatenate_datasets([stored, Dataset(pa.concat_tables(tables))], axis=1)
+    return with_format_of(dataset, done, list(added))
 
 
-def completed_stream(settings: Settings, source: StreamSource, split: str) -> Any:
+def completed_stream(settings: Settings, dataset: Any, source: StreamSource, split: str) -> Any:
     """A stream whose rows are completed while it is read."""
     from datasets import DatasetInfo, Features, IterableDataset
     from datasets.iterable_dataset import ExamplesIterable
 
-    features = Features({**source.features, **without_unused(settings, settings.columns.features())})
+    new = without_unused(settings, settings.columns.features())
+    features = Features({**source.features, **new})
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         tables: dict[int, Any] = {}
@@ -94,4 +99,5 @@ def completed_stream(settings: Settings, source: StreamSource, split: str) -> An
             added = without_unused(settings, settings.columns.row(result))
             yield result.index, {**tables.pop(result.index), **added}
 
-    return IterableDataset(ExamplesIterable(rows, {}), info=DatasetInfo(features=features))
+    done = IterableDataset(ExamplesIterable(rows, {}), info=DatasetInfo(features=features))
+    return with_format_of(dataset, done, list(new))

@@ -5,6 +5,7 @@ One record for each chunk and column, written before any row of the chunk is ser
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hf_async_batching.dataset.fingerprint import digest
 from hf_async_batching.dataset.journal import Journal, read_journal
 from hf_async_batching.dataset.row import Chunk
 from hf_async_batching.errors import ResumeMismatchError
+
+_LOG = re.compile(r"inputs-\d+\.log")
 
 
 class InputLog:
@@ -30,8 +33,8 @@ class InputLog:
     def __init__(self, folder: Path, rank: int) -> None:
         self._known: dict[int, dict[str, Any]] = {}
         self.num_rows: int | None = None
-        for path in sorted(folder.glob("inputs-*.log")):
-            for record in read_journal(path):
+        for path in sorted(folder.iterdir()):
+            for record in read_journal(path) if _LOG.fullmatch(path.name) else ():
                 if "end" in record:
                     self.num_rows = record["end"]
                 else:

@@ -7,14 +7,13 @@ that is not whole: nothing after it was ever synced before it.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hf_async_batching.dataset.files import sync_folder
+from hf_async_batching.dataset.files import sync_file, sync_folder
 
 _MAGIC = b"hfab-journal-1\n\x00"
 _HEADER = struct.Struct("<II")
@@ -53,7 +52,7 @@ class Journal:
             _write(self._file, _MAGIC)
             self._end = len(_MAGIC)
         if not exists:
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
             sync_folder(path.parent)
 
     @property
@@ -84,7 +83,7 @@ class Journal:
     def sync(self) -> None:
         """Wait until everything is on the disk."""
         if self._unsynced:
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
             self._unsynced = 0
 
     def close(self) -> None:

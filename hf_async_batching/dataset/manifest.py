@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_async_batching.dataset.files import sync_folder, write_whole
-from hf_async_batching.dataset.fingerprint import Fingerprint, differences
+from hf_async_batching.dataset.files import write_if_first, write_whole
+from hf_async_batching.dataset.fingerprint import Fingerprint, differences, digest
 from hf_async_batching.errors import ResumeMismatchError
 
 VERSION = 1
@@ -26,7 +25,9 @@ class Manifest:
         features: Of the finished dataset, as `datasets.Features.to_dict` gives them.
         num_rows: Of the whole dataset; None for streams, until it is complete.
         shards: Names of the shards' files, in order; None until all are there.
+        checksums: Of these files' content, by name; None until all are there.
         made_with: Versions, for people.
+        signed: Whether the shards' files say which run and which shard they are.
         version: Of the folder's layout.
     """
 
@@ -35,7 +36,9 @@ class Manifest:
     features: dict[str, Any]
     num_rows: int | None
     shards: list[str] | None = None
+    checksums: dict[str, str] | None = None
     made_with: dict[str, str] = field(default_factory=dict)
+    signed: bool = False
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
@@ -45,20 +48,12 @@ class Manifest:
 
     def write_if_first(self, folder: Path) -> None:
         """Put it into its place unless another process has done so, which is then as good."""
-        content = json.dumps(asdict(self), indent=1)
-        draft = folder / f".{NAME}.{os.getpid()}.tmp"
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(draft, folder / NAME)
-            except FileExistsError:
-                return
-        finally:
-            draft.unlink(missing_ok=True)
-        sync_folder(folder)
+        write_if_first(folder / NAME, json.dumps(asdict(self), indent=1))
+
+    @property
+    def run(self) -> str:
+        """A checksum that tells this run's shards from another's."""
+        return digest(json.dumps([self.fingerprint, self.features, self.shard_rows], sort_keys=True))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

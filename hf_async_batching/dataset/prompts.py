@@ -82,6 +82,8 @@ class PromptMaker:
     def _read_parameters(self, row: PreparedRow, data: Mapping[str, Any]) -> None:
         for name, column in self._row_parameters.items():
             value = data[column]
+            tolist = getattr(value, "tolist", None)
+            value = tolist() if tolist is not None else value
             if value is None:
                 continue
             if name == "seed":
@@ -94,7 +96,7 @@ class PromptMaker:
         if value is None:
             raise ValueError(f"the prompt is None ({self._what})")
         # A list of structures that `datasets` keeps as a structure of lists.
-        if isinstance(value, Mapping) and {"role", "content"} <= value.keys():
+        if isinstance(value, Mapping) and _is_structure_of_lists(value):
             value = [dict(zip(value, fields)) for fields in zip(*value.values())]
         tolist = getattr(value, "tolist", None)
         prompt: Prompt = tolist() if tolist is not None else value
@@ -153,6 +155,10 @@ class PromptMaker:
             with self._copying:
                 own = self._local.tokenizer = copy.deepcopy(self._tokenizer)
         return own
+
+
+def _is_structure_of_lists(value: Mapping[str, Any]) -> bool:
+    return {"role", "content"} <= value.keys() and not isinstance(value["role"], str)
 
 
 def _describe(error: BaseException) -> str:

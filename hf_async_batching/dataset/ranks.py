@@ -9,6 +9,8 @@ from typing import IO, NamedTuple
 
 import torch
 
+from hf_async_batching.dataset.files import is_not_supported
+from hf_async_batching.dataset.owner_file import OwnerFile, owner_path, read_owner, take_owner_file
 from hf_async_batching.errors import ResumeMismatchError
 
 _TRIES = 20
@@ -45,7 +47,10 @@ def find_ranks(rank: int | None, world_size: int | None) -> Ranks:
 
 
 class RankLock:
-    """Held by a process for as long as it works on its share of a folder; the system lets it go if the process dies.
+    """Held by a process for as long as it works on its share of a folder.
+
+    The system lets it go if the process dies. Where the file system has no locks (`flock`), a file names the process
+    that holds it, and counts for as long as that process lives; on another machine, for as long as it is touched.
 
     Args:
         folder: Where the locks are.
@@ -56,31 +61,39 @@ class RankLock:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._file = _try_lock(_path(folder, rank))
+        path = _path(folder, rank)
+        self._held = _try_lock(path)
         for _ in range(_TRIES):  # another rank may be looking whether this one is alive
-            if self._file is not None:
+            if self._held is not None:
                 break
             time.sleep(_TRY_SECONDS)
-            self._file = _try_lock(_path(folder, rank))
-        if self._file is None:
+            self._held = _try_lock(path)
+        if self._held is None:
+            owner, named = read_owner(path), owner_path(path)
             raise ResumeMismatchError(
-                f"`resume_dir`: another process works in {folder.parent} as rank {rank}; wait for its end, or choose "
-                "another folder"
+                f"`resume_dir`: another process{f' ({owner})' if owner else ''} works in {folder.parent} as rank "
+                f"{rank}; wait for its end, or choose another folder"
+                + (f"; if it has ended, delete {named}" if named.exists() else "")
             )
+
+    def touch(self) -> None:
+        """Show other machines that this process lives."""
+        if isinstance(self._held, OwnerFile):
+            self._held.touch()
 
     def release(self) -> None:
         """Let it go."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
 
 def is_alive(folder: Path, rank: int) -> bool:
     """Whether a process with this rank works in the folder now."""
-    file = _try_lock(_path(folder, rank))
-    if file is None:
+    held = _try_lock(_path(folder, rank))
+    if held is None:
         return True
-    file.close()
+    held.close()
     return False
 
 
@@ -88,15 +101,20 @@ def _path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.lock"
 
 
-def _try_lock(path: Path) -> IO[bytes] | None:
-    file = path.open("ab")
+def _try_lock(path: Path) -> IO[bytes] | OwnerFile | None:
     try:
         import fcntl
-    except ImportError:  # not a POSIX system: nobody is locked out
-        return file
+    except ImportError:  # not a POSIX system
+        return take_owner_file(path)
+    file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        file.close()
+        if not is_not_supported(error):
+            raise
+        return take_owner_file(path)
     return file

@@ -6,6 +6,7 @@
     data/part-000000.parquet   rows 0 to shard_rows - 1, input and output columns: written once, when all are finished
     work/part-000003.journal   finished rows of a shard that is not
     work/inputs-0.log          checksums of the rows that were read
+    work/shards-0.log          checksums of the files that were written
 
 Which rows make a shard, and everything in it, depends on nothing but the rows: a run that was killed and goes on ends
 with the same bytes as one that was not.
@@ -18,6 +19,7 @@ import errno
 import importlib.metadata
 import logging
 import queue
+import re
 import threading
 import time
 from collections import defaultdict
@@ -31,7 +33,8 @@ from hf_async_batching.dataset.manifest import Manifest, check_same, read_manife
 from hf_async_batching.dataset.output_columns import OutputColumns
 from hf_async_batching.dataset.ranks import RankLock, Ranks, is_alive
 from hf_async_batching.dataset.row import Chunk, RowResult
-from hf_async_batching.dataset.shard import Shard, shard_name
+from hf_async_batching.dataset.shard import Shard
+from hf_async_batching.dataset.shard_files import ShardFile, ShardFiles
 from hf_async_batching.errors import HfAsyncBatchingError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ _QUEUED = 1024
 _WAIT_SECONDS, _MOST_WAIT_SECONDS = 0.1, 1.0
 _SHARDS_PER_RANK = 16
 _MOST_SHARD_ROWS = 1000
+_DRAFT = re.compile(r"\.part-(\d{6,})\..*\.tmp")
+_JOURNAL = re.compile(r"part-(\d{6,})\.journal")
 
 
 class _Inputs(NamedTuple):
@@ -93,6 +98,7 @@ class ResumeStore:
             shard_rows=shard_rows or _shard_rows(num_rows, ranks.size),
             features=features.to_dict(),
             num_rows=num_rows,
+            signed=True,
             made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyarrow")},
         )
         manifest = read_manifest(folder)
@@ -110,16 +116,20 @@ class ResumeStore:
         make_folder(self._data)
         make_folder(self._work)
         self._ranks = ranks
-        self._lock = RankLock(self._work, ranks.rank)
         self._schema = features.arrow_schema
         self._columns = columns
         self._shard_rows = manifest.shard_rows
-        self._written = {path.name for path in self._data.glob("part-*.parquet")}
         self._shards: dict[int, Shard] = {}
-        self._remove_drafts()
-        self._inputs = InputLog(self._work, ranks.rank)
         self._orders: queue.Queue[_Inputs | _End | RowResult | None] = queue.Queue(_QUEUED)
         self._error: BaseException | None = None
+        self._lock = RankLock(self._work, ranks.rank)
+        try:
+            self._inputs = InputLog(self._work, ranks.rank)
+            self._files = self._shard_files()
+            self._remove_drafts()
+        except BaseException:
+            self._lock.release()
+            raise
         self._writer = threading.Thread(target=self._write, name="hf_async_batching-write", daemon=True)
         self._writer.start()
 
@@ -135,7 +145,7 @@ class ResumeStore:
         self._inputs.check(chunk)
         wanted: list[int] = []
         for number, first, last in self._pieces(chunk):
-            if self._ranks.owns(number) and shard_name(number) not in self._written:
+            if self._ranks.owns(number) and not self._files.whole(number):
                 done = self._shard(number).done
                 wanted += [index for index in range(first, last) if index not in done]
         self._put(_Inputs(chunk))
@@ -160,8 +170,8 @@ class ResumeStore:
         """
         self._put(result)
 
-    def finish(self) -> None:
-        """Wait until all is written, then until the other processes have written their shards.
+    def finish(self) -> list[ShardFile]:
+        """Wait until all is written, then until the other processes have written their shards. Returns all, in order.
 
         Raises:
             OSError: The folder cannot be written.
@@ -170,27 +180,33 @@ class ResumeStore:
         self._stop_writer()
         num_rows = self._inputs.num_rows
         assert num_rows is not None
-        expected = [shard_name(number) for number in range(-(-num_rows // self._shard_rows))]
+        self._files.num_rows = num_rows
+        count = -(-num_rows // self._shard_rows)
         seen_alive: dict[int, float] = {}
         pause = _WAIT_SECONDS
-        while missing := [name for name in expected if not (self._data / name).exists()]:
+        while missing := self._missing(count):
             now = time.monotonic()
-            owners = sorted({int(name[5:11]) % self._ranks.size for name in missing})
+            self._lock.touch()
+            owners = sorted({number % self._ranks.size for number in missing})
             for rank in owners:
-                if is_alive(self._work, rank):
+                if rank != self._ranks.rank and is_alive(self._work, rank):
                     seen_alive[rank] = now
             dead = [rank for rank in owners if now - seen_alive.setdefault(rank, now) > DEAD_SECONDS]
             if dead:
                 raise HfAsyncBatchingError(
-                    f"{len(missing)} of {len(expected)} shards in {self.folder} are missing, and there is no process "
+                    f"{len(missing)} of {count} shards in {self.folder} are missing, and there is no process "
                     f"of rank {', '.join(map(str, dead))}; start again with the same arguments to go on"
                 )
             time.sleep(pause)
             pause = min(1.1 * pause, _MOST_WAIT_SECONDS)  # a shared disk is asked less and less
+        self._files.name_strays()
+        files = self._files.files(count)
         if self._ranks.rank == 0 or self._ranks.size == 1:
-            self.manifest.shards, self.manifest.num_rows = expected, num_rows
+            self.manifest.shards, self.manifest.num_rows = [file.path.name for file in files], num_rows
+            self.manifest.checksums = {file.path.name: file.checksum for file in files}
             self.manifest.write(self.folder)
         self._close()
+        return files
 
     def abort(self, left: list[RowResult]) -> int:
         """Write what is finished, the rows that are `left` too, and stop. Returns how many rows are kept."""
@@ -209,10 +225,7 @@ class ResumeStore:
     @property
     def rows_kept(self) -> int:
         """Finished rows in the folder: of this process's shards, and of all that are complete."""
-        import pyarrow.parquet as pq
-
-        whole: int = sum(pq.read_metadata(path).num_rows for path in self._data.glob("part-*.parquet"))
-        return whole + sum(len(shard.done) for shard in self._shards.values())
+        return self._files.rows_present() + sum(len(shard.done) for shard in list(self._shards.values()))
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -229,9 +242,8 @@ class ResumeStore:
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
         if shard is None:
-            shard = self._shards[number] = Shard(
-                number, number * self._shard_rows, self._data, self._work, self._columns
-            )
+            rows = range(number * self._shard_rows, (number + 1) * self._shard_rows)
+            shard = self._shards[number] = Shard(number, rows, self._work, self._columns)
         return shard
 
     def _put(self, order: _Inputs | _End | RowResult) -> None:
@@ -244,6 +256,7 @@ class ResumeStore:
         stopping = False
         while not stopping:
             orders = self._take_orders()
+            self._lock.touch()
             stopping = orders[-1] is None
             if self._error is None:
                 try:
@@ -282,14 +295,15 @@ class ResumeStore:
         for number in touched | results.keys():
             shard = self._shards[number]
             if shard.complete:
-                shard.write(self._schema)
-                self._written.add(shard_name(number))
+                said = {**(self._schema.metadata or {}), **self._files.metadata(number)}
+                shard.write(self._files.path(number), self._schema.with_metadata(said))
+                self._files.written(number)
                 del self._shards[number]
 
     def _put_inputs(self, chunk: Chunk) -> set[int]:
         touched = set()
         for number, start, stop in self._pieces(chunk) if chunk.table is not None else ():
-            if self._ranks.owns(number) and shard_name(number) not in self._written:
+            if self._ranks.owns(number) and not self._files.whole(number):
                 shard = self._shard(number)
                 shard.put_inputs(start, chunk.table.slice(start - chunk.start, stop - start))
                 if stop == (number + 1) * self._shard_rows:
@@ -306,6 +320,7 @@ class ResumeStore:
 
     def _sync(self) -> None:
         self._inputs.sync()
+        self._files.sync()
         for shard in list(self._shards.values()):
             shard.sync()
 
@@ -330,17 +345,38 @@ class ResumeStore:
 
     def _close(self) -> None:
         self._inputs.close()
+        self._files.close()
         self._lock.release()
 
     def _remove_drafts(self) -> None:
         """What a killed process has left of files that it was writing, and journals of shards that are written."""
         for folder in (self._data, self._work):
-            for path in folder.glob(".part-*.tmp"):
-                if self._ranks.owns(int(path.name[6:12])):
+            for path in folder.iterdir():
+                draft = _DRAFT.fullmatch(path.name)
+                if draft and self._ranks.owns(int(draft[1])):
                     path.unlink(missing_ok=True)
-        for path in self._work.glob("part-*.journal"):
-            if f"{path.stem}.parquet" in self._written:
+        for path in self._work.iterdir():
+            journal = _JOURNAL.fullmatch(path.name)
+            if journal and self._files.whole(int(journal[1])):
                 path.unlink(missing_ok=True)
+
+    def _shard_files(self) -> ShardFiles:
+        files = ShardFiles(
+            self._data,
+            self._work,
+            self._ranks.rank,
+            run=self.manifest.run,
+            shard_rows=self._shard_rows,
+            signed=self.manifest.signed,
+            checksums=self.manifest.checksums,
+        )
+        files.num_rows = self.manifest.num_rows if self.manifest.num_rows is not None else self._inputs.num_rows
+        files.look(number for number in files.present() if self._ranks.owns(number))
+        return files
+
+    def _missing(self, count: int) -> list[int]:
+        self._files.look(range(count))
+        return [number for number in range(count) if not self._files.whole(number)]
 
 
 def _shard_rows(num_rows: int | None, ranks: int) -> int:
@@ -350,8 +386,3 @@ def _shard_rows(num_rows: int | None, ranks: int) -> int:
     if ranks == 1:
         return max(1, min(_MOST_SHARD_ROWS, num_rows))
     return max(1, min(_MOST_SHARD_ROWS, num_rows // (ranks * _SHARDS_PER_RANK)))
-
-
-def shard_paths(folder: Path) -> list[str]:
-    """The files of a finished run, in order."""
-    return [str(path) for path in sorted((folder / "data").glob("part-*.parquet"))]

@@ -80,8 +80,10 @@ class Settings:
                 )
         self.columns.check(column_names)
 
-    def fingerprint(self, split: str, num_rows: int | None) -> Fingerprint:
-        """What decides the outputs."""
+    def fingerprint(
+        self, split: str, num_rows: int | None, transform: Callable[..., Any] | None = None
+    ) -> Fingerprint:
+        """What decides the outputs; `transform` is the dataset's own."""
         prompt = self.prompt if isinstance(self.prompt, str) else f"function {fingerprint_of_function(self.prompt)}"
         return {
             "model": fingerprint_of_model(self.manager.model),
@@ -99,6 +101,7 @@ class Settings:
             "output_columns": dict(self.columns.names),
             "split": split,
             "rows": num_rows,
+            **({} if transform is None else {"transform": fingerprint_of_function(transform)}),
         }
 
 

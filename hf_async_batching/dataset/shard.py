@@ -10,11 +10,7 @@ from hf_async_batching.dataset.files import write_whole
 from hf_async_batching.dataset.journal import Journal, read_journal
 from hf_async_batching.dataset.output_columns import OutputColumns
 from hf_async_batching.dataset.row import Completion, RowResult
-
-
-def shard_name(number: int) -> str:
-    """Of a shard's file; sorted by name, shards are in order."""
-    return f"part-{number:06d}.parquet"
+from hf_async_batching.dataset.shard_files import shard_name
 
 
 class Shard:
@@ -22,8 +18,7 @@ class Shard:
 
     Args:
         number: Of the shard.
-        first: Index of its first row.
-        data: The folder of the shards.
+        rows: Indices of its rows, if it is not the last one.
         work: The folder of the journals.
         columns: That the run adds.
 
@@ -32,18 +27,19 @@ class Shard:
         num_rows: Of the shard, once that is known.
     """
 
-    def __init__(self, number: int, first: int, data: Path, work: Path, columns: OutputColumns) -> None:
+    def __init__(self, number: int, rows: range, work: Path, columns: OutputColumns) -> None:
         self.number = number
         self.num_rows: int | None = None
-        self._first = first
-        self._data = data
+        self._first = rows.start
         self._columns = columns
         self._inputs: dict[int, Any] = {}
         self._journal_path = work / f"{Path(shard_name(number)).stem}.journal"
         self._journal: Journal | None = None
         self.done: dict[int, RowResult] = {}
         for record in read_journal(self._journal_path):
-            self.done[record["index"]] = _result(record)
+            # A journal that was given another one's name is of no use, and does no harm.
+            if record["index"] in rows:
+                self.done[record["index"]] = _result(record)
 
     def put_inputs(self, start: int, table: Any) -> None:
         """Rows from `start` on as they were read, all columns."""
@@ -75,7 +71,7 @@ class Shard:
         """Whether all rows are finished."""
         return self.num_rows is not None and len(self.done) == self.num_rows
 
-    def write(self, schema: Any) -> None:
+    def write(self, path: Path, schema: Any) -> None:
         """Write the shard's file, and remove the journal.
 
         Raises:
@@ -90,7 +86,7 @@ class Shard:
         arrays = {name: inputs.column(name) for name in inputs.column_names} | added
         # In one piece, so that the file does not depend on the pieces in which the rows were read.
         table = pa.table([arrays[name] for name in schema.names], schema=schema).combine_chunks()
-        write_whole(self._data / shard_name(self.number), lambda path: pq.write_table(table, path))
+        write_whole(path, lambda draft: pq.write_table(table, draft))
         self.forget()
 
     def forget(self) -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from hf_async_batching.dataset.formats import transform_of
 from hf_async_batching.dataset.row import Chunk
 
 CHUNK_ROWS = 64
@@ -27,53 +28,100 @@ class Source(Protocol):
 
 
 class PlainSource:
-    """Rows that are dictionaries.
+    """Rows that are dictionaries, or prompts without one: texts, lists of messages, lists of token ids.
 
     Args:
         rows: A list, a generator, ...
+        prompt: The column that a prompt without a dictionary is put into.
+
+    Raises:
+        ValueError: The first row of a list is neither.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Iterable[Any], prompt: str = "prompt") -> None:
         self._rows = rows
+        self._prompt = prompt
         self.num_rows = len(rows) if isinstance(rows, Sequence) else None
-        self.column_names = list(rows[0]) if isinstance(rows, Sequence) and rows else None
+        self.column_names = list(self._row(0, rows[0])) if isinstance(rows, Sequence) and rows else None
 
     def chunks(self) -> Iterator[Chunk]:
-        """All rows from the first one on."""
-        start = 0
-        for batch in _batches(self._rows):
+        """All rows from the first one on.
+
+        Raises:
+            ValueError: A row is no dictionary and no prompt.
+        """
+        numbered = (self._row(index, row) for index, row in enumerate(self._rows))
+        for start, batch in _batches(numbered):
             yield Chunk(start, batch)
-            start += len(batch)
+
+    def _row(self, index: int, row: Any) -> Mapping[str, Any]:
+        if isinstance(row, Mapping):
+            return row
+        if isinstance(row, (str, list, tuple)) or hasattr(row, "tolist"):
+            return {self._prompt: row}
+        raise ValueError(
+            f"`dataset`: row {index} is of type {type(row).__name__}; a row is a dictionary, or a prompt: a text, a "
+            "list of messages, a list of token ids"
+        )
 
 
 class DatasetSource:
     """A `datasets.Dataset`.
 
     Args:
-        dataset: Read as it is stored: its format and transforms are for the prompt function only.
+        dataset: Prompts are made of its rows as `dataset[i]` shows them: decoded, and, where the dataset has a
+            transform (`set_transform`), transformed. Output columns stand beside the stored rows.
         columns: What prompts and parameters are made of; None for whole rows, as the dataset's format gives them.
+
+    Attributes:
+        transform: The dataset's, or None.
+
+    Raises:
+        Exception: The transform raises at the first row.
     """
 
     def __init__(self, dataset: Any, columns: Sequence[str] | None) -> None:
         self._dataset = dataset
-        self._columns = None if columns is None else list(dict.fromkeys(columns))
         self.features = dataset.features
         self.num_rows: int | None = len(dataset)
         self.column_names: list[str] | None = list(dataset.column_names)
+        self.transform = transform_of(dataset)
+        self._shown = dataset
+        if self.transform is not None:
+            if len(dataset):
+                self.column_names = list(dataset[0:1])
+        elif columns is not None:
+            # Python's own values, also where the format would give tensors.
+            present = [name for name in dict.fromkeys(columns) if name in dataset.column_names]
+            self._shown = dataset.select_columns(present).with_format(None)
+        elif dataset.format["type"] in ("arrow", "pandas", "polars"):
+            self._shown = dataset.with_format(None)
 
     def chunks(self) -> Iterator[Chunk]:
-        """All rows from the first one on."""
+        """All rows from the first one on.
+
+        Raises:
+            Exception: The transform raises; the rows before have been given.
+        """
         stored = self._dataset.with_format("arrow")
         schema = self.features.arrow_schema
         for start in range(0, len(self._dataset), CHUNK_ROWS):
             end = min(start + CHUNK_ROWS, len(self._dataset))
             table = stored[start:end].cast(schema)
-            if self._columns is None:
-                batch = self._dataset[start:end]
-                rows = [{name: batch[name][i] for name in batch} for i in range(end - start)]
-            else:
-                rows = table.select(self._columns).to_pylist()
+            try:
+                rows = self._rows(start, end)
+            except Exception:
+                # A transform fails at one row: give those before it.
+                for index in range(start, end):
+                    yield Chunk(index, self._rows(index, index + 1), table.slice(index - start, 1))
+                raise
             yield Chunk(start, rows, table)
+
+    def _rows(self, start: int, end: int) -> list[dict[str, Any]]:
+        batch = self._shown[start:end]
+        if any(len(values) != end - start for values in batch.values()):
+            raise ValueError(f"the dataset's transform changes the number of rows ({start} to {end - 1})")
+        return [{name: batch[name][i] for name in batch} for i in range(end - start)]
 
 
 class StreamSource:
@@ -99,38 +147,33 @@ class StreamSource:
         Raises:
             ValueError: A row does not have the features of the first ones.
         """
+        return self._typed_chunks() if self._typed else self._inferred_chunks()
+
+    def _typed_chunks(self) -> Iterator[Chunk]:
+        schema = self.features.arrow_schema
         start = 0
-        for table in self._tables():
-            if self._columns is None:
-                rows = [self.features.decode_example(row) for row in table.to_pylist()]
-            else:
-                rows = table.select(self._columns).to_pylist()
-            yield Chunk(start, rows, table)
+        for table in self._dataset.with_format("arrow").iter(batch_size=CHUNK_ROWS):
+            table = self._checked(start, lambda table=table: table.select(list(self.features)).cast(schema))
+            shown = table if self._columns is None else table.select(self._columns)
+            yield Chunk(start, [self.features.decode_example(row) for row in shown.to_pylist()], table)
             start += table.num_rows
 
-    def _tables(self) -> Iterator[Any]:
+    def _inferred_chunks(self) -> Iterator[Chunk]:
+        """Without features `datasets` infers each batch's types anew, and they may differ."""
         import pyarrow as pa
 
-        schema = self.features.arrow_schema
-        if self._typed:
-            start = 0
-            for table in self._dataset.with_format("arrow").iter(batch_size=CHUNK_ROWS):
-                yield self._checked(start, lambda table=table: table.select(list(self.features)).cast(schema))
-                start += table.num_rows
-            return
-        # Without features `datasets` infers each batch's types anew, and they may differ.
-        start = 0
-        for batch in _batches(self._dataset.with_format(None)):
+        for start, batch in _batches(self._dataset.with_format(None)):
 
             def convert(batch: list[Mapping[str, Any]] = batch) -> Any:
                 unknown = {name for row in batch for name in row} - set(self.features)
                 if unknown:
                     raise ValueError(f"the first rows have no {sorted(unknown)}")
                 encoded = [self.features.encode_example({n: row.get(n) for n in self.features}) for row in batch]
-                return pa.Table.from_pylist(encoded, schema=schema)
+                return pa.Table.from_pylist(encoded, schema=self.features.arrow_schema)
 
-            yield self._checked(start, convert)
-            start += len(batch)
+            table = self._checked(start, convert)
+            # The rows as they come: Arrow would give each structure the fields of all others.
+            yield Chunk(start, [{n: row.get(n) for n in self.features} for row in batch], table)
 
     def _checked(self, start: int, convert: Any) -> Any:
         try:
@@ -151,19 +194,48 @@ def _features_of_first_rows(dataset: Any) -> Any:
         raise ValueError("the stream is empty, and has no features; nothing is known of its columns")
     columns = dict.fromkeys(name for row in rows for name in row)
     resolved = dataset._resolve_features().features
-    try:
-        inferred = Features.from_arrow_schema(pa.table({n: [row.get(n) for row in rows] for n in columns}).schema)
-    except pa.ArrowInvalid:
-        inferred = resolved
-    # `datasets` knows images and the like; a column of None in the few rows that it looks at may have values later.
-    return Features({n: inferred[n] if _is_null(resolved.get(n)) else resolved[n] for n in inferred})
+    inferred = {}
+    for name in columns:
+        try:
+            table = pa.table({name: [row.get(name) for row in rows]})
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            inferred[name] = _any_json(name)
+        else:
+            inferred[name] = Features.from_arrow_schema(table.schema)[name]
+            # `datasets` knows images and the like; a column of None in the few rows that it looks at may have values
+            # later.
+            if not _is_null(resolved.get(name)):
+                inferred[name] = resolved[name]
+    return Features(inferred)
+
+
+def _any_json(name: str) -> Any:
+    import datasets
+
+    json: Any = getattr(datasets, "Json", None)  # not in datasets 4.0
+    if json is None:
+        raise ValueError(f"column {name!r} of the stream has values of several types; `datasets` 5 can keep them")
+    return json()
 
 
 def _is_null(feature: Any) -> bool:
     return feature is None or getattr(feature, "dtype", None) == "null"
 
 
-def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while batch := list(itertools.islice(iterator, CHUNK_ROWS)):
-        yield batch
+def _batches(rows: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """Index of the first row and rows; those before an error are given before it is raised."""
+    start, batch = 0, []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == CHUNK_ROWS:
+                yield start, batch
+                start, batch = start + CHUNK_ROWS, []
+    except GeneratorExit:
+        raise
+    except BaseException:
+        if batch:
+            yield start, batch
+        raise
+    if batch:
+        yield start, batch
