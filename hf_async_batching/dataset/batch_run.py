@@ -216,6 +216,7 @@ class BatchRun:
             self._stopped.set()
             self._window.close()
             with contextlib.suppress(Exception):
+                self._take_what_is_made()
                 self._decode_the_rest()
             self._results.put(Failed(error))
         finally:
@@ -382,6 +383,17 @@ class BatchRun:
             rows, self._to_decode = self._to_decode, []
             self._decoding += 1
             self._detokenizing.submit(self._decode_rows, rows)
+
+    def _take_what_is_made(self) -> None:
+        """A run that fails keeps what was made before its leader has come to know."""
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except Empty:
+                return
+            if isinstance(event, (GenerationHandle, list)):
+                with contextlib.suppress(HfAsyncBatchingError):
+                    self._take(event)
 
     def _decode_the_rest(self) -> None:
         """A run that is stopped keeps the rows that the engine has finished."""

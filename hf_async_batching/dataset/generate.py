@@ -103,7 +103,7 @@ def generate_dataset(
 
     Returns:
         What was given, with the new columns, in the same order and format: a `Dataset` for a `Dataset`, and so on; a
-        list of dictionaries for a list. For streams without `resume_dir`, and for other iterables, a stream, whose rows
+        list of dictionaries for a list. For streams without `resume_dir`, and for other iterables, a stream: its rows
         are completed while it is read. With a model that is spread over ranks by transformers' tensor parallelism, all
         ranks call this; without `resume_dir` those other than 0 get None.
 

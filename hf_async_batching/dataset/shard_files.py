@@ -115,16 +115,12 @@ class ShardFiles:
 
     def present(self) -> Iterator[int]:
         """Shards of which there is a file, whole or not."""
-        return (number for path in self._data.iterdir() if (number := shard_number(path.name)) is not None)
+        return (number for path in self._data.iterdir() if (number := self._number(path)) is not None)
 
     def name_strays(self) -> None:
         """Warn of files that are no shards of this run; they are not read."""
-        count = None if self.num_rows is None else -(-self.num_rows // self._shard_rows)
-        names = []
-        for path in sorted(self._data.iterdir()):
-            number = shard_number(path.name)
-            if not path.name.startswith(".") and (number is None or (count is not None and number >= count)):
-                names.append(path.name)
+        files = (path for path in self._data.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in files if self._number(path) is None)
         if names:
             logger.warning(
                 "%s: %s: no shards of this run, ignored here; remove them before others read the folder",
@@ -150,6 +146,11 @@ class ShardFiles:
     def close(self) -> None:
         """Sync and close."""
         self._journal.close()
+
+    def _number(self, path: Path) -> int | None:
+        number = shard_number(path.name)
+        beyond = number is not None and self.num_rows is not None and number * self._shard_rows >= self.num_rows
+        return None if beyond else number
 
     def _rows(self, number: int) -> int:
         rest = self._shard_rows if self.num_rows is None else self.num_rows - number * self._shard_rows

@@ -193,7 +193,10 @@ def _features_of_first_rows(dataset: Any) -> Any:
     if not rows:
         raise ValueError("the stream is empty, and has no features; nothing is known of its columns")
     columns = dict.fromkeys(name for row in rows for name in row)
-    resolved = dataset._resolve_features().features
+    try:
+        resolved = dataset._resolve_features().features
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a column of several types
+        resolved = {}
     inferred = {}
     for name in columns:
         try:
