@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_async_batching.arguments import count
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.dataset.generate import generate_dataset
-from hf_async_batching.dataset.input_files import InputError, read_input
-from hf_async_batching.dataset.output_files import OutputError, check_output, write_output
+from hf_async_batching.dataset.input_files import InputError, input_problem, read_input
+from hf_async_batching.dataset.output_files import OutputError, check_columns, check_output, write_output
 from hf_async_batching.dataset.ranks import find_ranks
 from hf_async_batching.errors import HfAsyncBatchingError
 from hf_async_batching.manager import GenerationManager
@@ -57,10 +57,12 @@ examples:
   two GPUs, each with a copy of the model and its share of the rows:
     accelerate launch --num_processes 2 --module hf_async_batching dataset rows.jsonl --model M --output out
 
-INPUT is a CSV, JSON, JSONL or Parquet file (or several, with a pattern in quotes: 'part-*.jsonl'), a folder that
-`load_dataset` or `save_to_disk` knows, or a dataset's name on the Hub. The new columns are completion, completion_ids,
-finish_reason, prompt_tokens, completion_tokens, and completion_logprobs and error where they are asked for. While it
-runs, finished rows are kept in OUTPUT.unfinished (--work-dir), which goes away at the end.
+INPUT is a CSV, TSV, JSON, JSONL, text or Parquet file (or several, with a pattern in quotes: 'part-*.jsonl'; all but
+Parquet also with .gz), a folder that `load_dataset` or `save_to_disk` knows, or a dataset's name on the Hub. OUT is a
+folder, or a .parquet, .jsonl, .csv or .tsv file (all but .parquet also with .gz); in CSV lists are JSON. The new
+columns are completion, completion_ids, finish_reason, prompt_tokens, completion_tokens, and completion_logprobs
+and error where they are asked for. While it runs, finished rows are kept in OUTPUT.unfinished (--work-dir), which goes
+away at the end.
 """
 
 
@@ -76,7 +78,13 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("input", metavar="INPUT", help="files, a folder, or a dataset's name on the Hub")
     add("--model", required=True, metavar="NAME", help="a model's folder or its name on the Hub")
-    add("--output", required=True, type=Path, metavar="OUT", help="a folder, or a .parquet, .jsonl or .csv file")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="OUT",
+        help="a folder, or a .parquet, .jsonl, .csv or .tsv file",
+    )
     add("--resume", action="store_true", help="go on with a run that ended early")
     add("--work-dir", type=Path, metavar="DIR", help="where finished rows are kept meanwhile (OUT.unfinished)")
     add("--push-to-hub", metavar="REPO", help="also upload the result to this dataset repository")
@@ -88,7 +96,11 @@ def add_parser(commands: Any) -> None:
     rows.add_argument("--streaming", action="store_true", help="do not download or convert the dataset first")
     prompts = parser.add_argument_group("their prompts")
     column = prompts.add_mutually_exclusive_group()
-    column.add_argument("--prompt-column", metavar="C", help="text (or messages, or token ids); the default is prompt")
+    column.add_argument(
+        "--prompt-column",
+        metavar="C",
+        help="text (or messages, or token ids); the default is prompt, of a .txt file text",
+    )
     column.add_argument("--messages-column", metavar="C", help="a list of messages with role and content")
     column.add_argument("--token-ids-column", metavar="C", help="a list of token ids")
     prompts.add_argument("--chat", action="store_true", help="make a text the user's message of a chat")
@@ -124,8 +136,15 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         return _dataset(arguments)
     except (InputError, OutputError) as error:
         parser.error(str(error))
-    except (HfAsyncBatchingError, ValueError, OSError) as error:
-        print(f"hf-async-batching dataset: {error}", file=sys.stderr)
+    except Exception as error:
+        # What is wrong with a file comes to light late where it is a stream, and where its bytes are no text.
+        late = isinstance(error, UnicodeDecodeError) or (
+            arguments.streaming and not isinstance(error, HfAsyncBatchingError)
+        )
+        problem = input_problem(arguments.input) if late else None
+        if problem is None and not isinstance(error, (HfAsyncBatchingError, ValueError, OSError)):
+            raise
+        print(f"hf-async-batching dataset: {problem or error}", file=sys.stderr)
         _say_how_to_go_on(arguments)
         return 1
     except KeyboardInterrupt:
@@ -170,9 +189,12 @@ def _dataset(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         streaming=arguments.streaming,
     )
+    check_columns(arguments.output, dataset.features)
     model, tokenizer = _model(arguments)
     config = BatchingConfig(max_rows=arguments.max_rows)
-    prompt = arguments.prompt_column or arguments.messages_column or arguments.token_ids_column or "prompt"
+    prompt = arguments.prompt_column or arguments.messages_column or arguments.token_ids_column
+    if prompt is None:
+        prompt = "text" if list(dataset.features or ()) == ["text"] else "prompt"
     with GenerationManager(model, config) as manager:
         done = generate_dataset(
             manager,

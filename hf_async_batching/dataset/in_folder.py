@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hf_async_batching.dataset.consumer import Consumer
 from hf_async_batching.dataset.formats import with_format_of
-from hf_async_batching.dataset.manifest import read_manifest
+from hf_async_batching.dataset.manifest import Manifest, read_manifest
 from hf_async_batching.dataset.resume_store import ResumeStore
 from hf_async_batching.dataset.row import Chunk
 from hf_async_batching.dataset.runs import make_progress, make_run, where
@@ -96,13 +97,30 @@ def load_folder(settings: Settings, dataset: Any, source: DatasetSource | Stream
     """
     from datasets import Features
 
-    folder = settings.folder(split)
+    files = _finished_files(settings.folder(split))[1]
+    return _loaded(settings, dataset, files, Features({**source.features, **settings.columns.features()}), kind)
+
+
+def load_finished(folder: Path) -> Any:
+    """A finished run as a `Dataset`, all of its columns.
+
+    Raises:
+        HfAsyncBatchingError: It is not finished.
+    """
+    from datasets import Dataset, Features
+
+    manifest, files = _finished_files(folder)
+    features = Features.from_dict(manifest.features)
+    return load_files(files, features, streaming=False) if files else Dataset(features.arrow_schema.empty_table())
+
+
+def _finished_files(folder: Path) -> tuple[Manifest, list[ShardFile]]:
     manifest = read_manifest(folder)
     if manifest is None or manifest.shards is None:
         raise HfAsyncBatchingError(f"the run in {folder} is not finished; start again with the same arguments")
     checksums = manifest.checksums or {}
     files = [ShardFile(folder / "data" / name, checksums.get(name, name)) for name in manifest.shards]
-    return _loaded(settings, dataset, files, Features({**source.features, **settings.columns.features()}), kind)
+    return manifest, files
 
 
 def _loaded(settings: Settings, dataset: Any, files: list[ShardFile], features: Any, kind: str) -> Any:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+from hf_async_batching.dataset.text_files import first_bad_line
+
+# Ending to the builder of `datasets` and its arguments; `.gz` may follow each but Parquet.
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".txt": ("text", {}),
+    ".parquet": ("parquet", {}),
+}
+_MOST_CHARACTERS = 1000
 
 
 class InputError(Exception):
@@ -32,11 +45,11 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
         raise InputError(
             f"the command needs the package `datasets` ({error}): pip install 'hf_async_batching[datasets]'"
         ) from error
-    files = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+    files = find_files(name)
     loaded: Any
     try:
         if files:
-            loaded = load_dataset(_builder(files), data_files=files, streaming=streaming)
+            loaded = _load_files(files, streaming)
         elif Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
             loaded = load_from_disk(name)
         else:
@@ -44,7 +57,7 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
     except InputError:
         raise
     except Exception as error:  # `datasets` raises many kinds
-        raise InputError(f"INPUT {name}: {error}") from error
+        raise InputError(input_problem(name) or f"INPUT {name}: {_message(error)}") from error
     if isinstance(loaded, (DatasetDict, IterableDatasetDict)):
         loaded = loaded[_split(name, list(loaded), split)]
     elif split is not None:
@@ -56,15 +69,97 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
     return loaded.take(limit) if streaming else loaded.select(range(min(limit, len(loaded))))
 
 
-def _builder(files: list[str]) -> str:
-    kinds = {Path(path).suffix.lower() for path in files}
-    builders = {_BUILDERS.get(kind) for kind in kinds}
-    builder = builders.pop()
-    if builders or builder is None:
+def find_files(name: str) -> list[str]:
+    """The files of a name or a pattern; a file whose name looks like a pattern is itself."""
+    if Path(name).is_file():
+        return [name]
+    return sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+
+
+def input_problem(name: str) -> str | None:
+    """What is wrong with the files of an input, in one line: which file, and which of its lines where that is known.
+
+    None where the files are as they should be, or where the input is no file.
+    """
+    return next((f"INPUT {text}" for file in find_files(name) if (text := _problem(Path(file))) is not None), None)
+
+
+def _message(error: BaseException) -> str:
+    """In one line, of the first cause that says anything."""
+    text = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).strip() or text
+        cause = cause.__cause__
+    return " ".join(text.split())[:_MOST_CHARACTERS] or type(error).__name__
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with one file; None where that cannot be told."""
+    if not path.stat().st_size:
+        return f"{path}: the file is empty"
+    builder, _ = _builder([str(path)])
+    if builder == "json":
+        try:
+            bad = first_bad_line(path)
+        except (OSError, EOFError) as error:  # not what gzip has written
+            return f"{path}: {error}"
+        if bad is None or _is_whole_json(path):
+            return None
+        number, message = bad
+        return f"{path}, line {number}: {message}" if number else f"{path}: {message}"
+    try:
+        for _ in _load_files([str(path)], True)["train"]:
+            pass
+    except Exception as error:  # `datasets` raises many kinds
+        return f"{path}: {_message(error)}"
+    return None
+
+
+def _is_whole_json(path: Path) -> bool:
+    """Whether a file is one JSON value over several lines, such as a list of rows."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".json" and file.read(100).lstrip().startswith(b"[")
+
+
+def _load_files(files: list[str], streaming: bool) -> Any:
+    from datasets import load_dataset
+    from datasets.data_files import DataFilesDict, DataFilesList
+
+    builder, arguments = _builder(files)
+    paths = [str(Path(path).absolute()) for path in files]
+    listed: Any = {"train": paths}
+    if any(glob.has_magic(path) for path in paths):
+        # These are files; `datasets` would take their names for patterns.
+        if any(path.lower().endswith(".gz") for path in paths):
+            raise InputError(f"INPUT: `datasets` cannot read a .gz file with one of * ? [ in its path: {paths[0]}")
+        states = [(path, *_state(path)) for path in paths]
+        listed = DataFilesDict({"train": DataFilesList(paths, states)})
+    return load_dataset(builder, data_files=listed, streaming=streaming, **arguments)
+
+
+def _state(path: str) -> tuple[str, str]:
+    status = Path(path).stat()
+    return str(status.st_size), str(status.st_mtime_ns)
+
+
+def _builder(files: list[str]) -> tuple[str, Mapping[str, Any]]:
+    kinds = {_kind(path) for path in files}
+    found = [_BUILDERS[kind] for kind in kinds if kind in _BUILDERS]
+    if len(found) < len(kinds) or any(builder != found[0] for builder in found):
         raise InputError(
-            f"INPUT: files must all be of one kind, {', '.join(_BUILDERS)}; got {', '.join(sorted(kinds))}"
+            f"INPUT: files must all be of one kind, {', '.join(_BUILDERS)} (also with .gz); "
+            f"got {', '.join(sorted(kinds))}"
         )
-    return builder
+    return found[0]
+
+
+def _kind(path: str) -> str:
+    """A file's ending, without the one of gzip."""
+    plain = Path(path)
+    if plain.suffix.lower() == ".gz" and Path(plain.stem).suffix.lower() != ".parquet":
+        plain = Path(plain.stem)
+    return plain.suffix.lower()
 
 
 def _split(name: str, splits: list[str], wanted: str | None) -> str:

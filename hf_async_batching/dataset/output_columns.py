@@ -106,7 +106,7 @@ class OutputColumns:
 
     def _value(self, what: str, result: RowResult) -> Any:
         if what == "error":
-            return result.error
+            return _storable(result.error)
         if what == "prompt_tokens":
             return result.prompt_tokens
         if result.error is not None:
@@ -118,7 +118,13 @@ class OutputColumns:
 def _of_completion(what: str, completion: Completion) -> Any:
     if what == "completion_tokens":
         return len(completion.token_ids)
-    return getattr(completion, what)
+    value = getattr(completion, what)
+    return _storable(value) if what == "text" else value
+
+
+def _storable(text: str | None) -> str | None:
+    """A text without halves of surrogate pairs, which Arrow does not store."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _as_numpy(value: Any, dtype: Any, several: bool) -> Any:

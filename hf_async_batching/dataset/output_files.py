@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_async_batching.dataset.files import sync_folder, write_whole
+from hf_async_batching.dataset.in_folder import load_finished
+from hf_async_batching.dataset.text_files import binary_columns, text_kind, write_text
 
-_FILES = (".parquet", ".jsonl", ".json", ".csv")
+# Endings that people give to files, not to folders.
+_OTHER_FILES = {
+    *(
+        ".arrow",
+        ".bz2",
+        ".db",
+        ".feather",
+        ".gz",
+        ".htm",
+        ".html",
+        ".ipc",
+        ".md",
+        ".orc",
+        ".pickle",
+        ".pkl",
+        ".sqlite",
+    ),
+    *(".tar", ".txt", ".xls", ".xlsx", ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst"),
+}
+_NAMES = ".parquet, .jsonl, .json, .csv and .tsv, the last four also with .gz"
 
 
 class OutputError(Exception):
@@ -23,9 +45,12 @@ def check_output(output: Path) -> None:
     Raises:
         OutputError: Says why.
     """
-    if output.suffix.lower() in _FILES:
+    ending = output.suffix.lower()
+    if _is_file(output):
         if output.exists():
             raise OutputError(f"--output: {output} is there already; choose another name or delete it")
+    elif ending in _OTHER_FILES:
+        raise OutputError(f"--output: {output}: no files of this kind are written; files are {_NAMES}")
     elif output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise OutputError(f"--output: {output} is there already; choose another name, or an empty folder")
     folder = output.parent
@@ -35,6 +60,28 @@ def check_output(output: Path) -> None:
         raise OutputError(f"--output: {folder} cannot be written")
 
 
+def check_columns(output: Path, features: Mapping[str, Any] | None) -> None:
+    """Refuse columns that the output has no place for, before anything is computed.
+
+    Args:
+        output: A folder or a file.
+        features: Of the input's columns; None where they are not known.
+
+    Raises:
+        OutputError: Names the columns.
+    """
+    binary = binary_columns(features or {}) if text_kind(output) else []
+    if binary:
+        raise OutputError(
+            f"--output: {output.name} cannot hold bytes, and column {', '.join(map(repr, binary))} has them; write a "
+            ".parquet file or a folder"
+        )
+
+
+def _is_file(output: Path) -> bool:
+    return output.suffix.lower() == ".parquet" or text_kind(output) is not None
+
+
 def write_output(dataset: Any, work: Path, output: Path, *, drop_errors: bool) -> Any:
     """Write a finished run. Returns what was written, as a `Dataset`.
 
@@ -42,24 +89,20 @@ def write_output(dataset: Any, work: Path, output: Path, *, drop_errors: bool) -
         dataset: What `generate_dataset` returned.
         work: Its folder.
         output: A folder or a file.
-        drop_errors: Whether the column of errors, which is None throughout, is left out of a folder's files.
+        drop_errors: Whether the column of errors, which is None throughout, is left out.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    kind = output.suffix.lower()
-    if hasattr(dataset, "num_rows"):
-        finished = dataset
-    else:
-        from datasets import Dataset
-
+    finished = dataset
+    if not hasattr(dataset, "num_rows"):
         # A stream's shards are finished files by now.
-        finished = Dataset.from_parquet([str(path) for path in sorted(work.glob("data/*.parquet"))])
+        finished = load_finished(work)
         finished = finished.remove_columns("error") if drop_errors and "error" in finished.column_names else finished
-    if kind == ".parquet":
+    kind = text_kind(output)
+    if kind is not None:
+        compressed = output.suffix.lower() == ".gz"
+        write_whole(output, lambda path: write_text(finished, path, kind, compressed=compressed))
+    elif _is_file(output):
         write_whole(output, lambda path: finished.to_parquet(str(path)))
-    elif kind in (".jsonl", ".json"):
-        write_whole(output, lambda path: finished.to_json(str(path), lines=True, force_ascii=False))
-    elif kind == ".csv":
-        write_whole(output, lambda path: finished.to_csv(str(path)))
     else:
         _write_folder(finished, output)
     return finished

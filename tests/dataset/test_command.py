@@ -16,6 +16,7 @@ from datasets import Dataset, load_dataset
 from support.tiny_models import greedy_alone
 
 from hf_async_batching.cli import main
+from hf_async_batching.dataset.text_files import write_text
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = [{"prompt": f"text-{chr(40 + 3 * i)}", "n": i, "max_new_tokens": 1 + i % 5} for i in range(12)]
@@ -41,6 +42,13 @@ def command(model_dir: Path, *arguments: Any) -> int:
 
 def written(kind: str, path: Path) -> Path:
     dataset = Dataset.from_list(ROWS)
+    if kind in ("tsv", "jsonl.gz", "txt"):
+        file = path.with_suffix(f".{kind}")
+        if kind == "txt":
+            file.write_text("".join(f"{row['prompt']}\n" for row in ROWS))
+        else:
+            write_text(dataset, file, ".tsv" if kind == "tsv" else ".jsonl", compressed=kind == "jsonl.gz")
+        return file
     if kind == "folder":
         dataset.save_to_disk(path)
         return path
@@ -50,7 +58,16 @@ def written(kind: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("csv", "parquet"), ("jsonl", "jsonl"), ("parquet", "csv"), ("folder", "")]
+    ("source", "target"),
+    [
+        ("csv", "parquet"),
+        ("jsonl", "jsonl"),
+        ("parquet", "csv"),
+        ("folder", ""),
+        ("tsv", "jsonl.gz"),
+        ("jsonl.gz", "tsv"),
+        ("txt", "parquet"),
+    ],
 )
 def test_files_of_every_kind(
     model_dir: Path, tmp_path: Path, expected: Any, source: str, target: str, capsys: pytest.CaptureFixture[str]
@@ -59,18 +76,16 @@ def test_files_of_every_kind(
     assert command(model_dir, written(source, tmp_path / "in"), "--output", output, "--max-new-tokens", 5) == 0
     assert f"wrote 12 rows to {output}" in capsys.readouterr().out
     if target:
-        done = load_dataset("json" if target == "jsonl" else target, data_files=str(output), split="train")
+        builder = {"jsonl": "json", "jsonl.gz": "json", "tsv": "csv"}.get(target, target)
+        arguments = {"sep": "\t"} if target == "tsv" else {}
+        done = load_dataset(builder, data_files=str(output), split="train", **arguments)
     else:
         done = load_dataset(str(output), split="train")
-    ids = [json.loads(row) if target == "csv" else row for row in _as_json(done["completion_ids"], target)]
+    ids = [json.loads(row) if isinstance(row, str) else row for row in done["completion_ids"]]
     assert ids == expected
-    assert done["n"][:] == list(range(12))
+    assert source == "txt" or done["n"][:] == list(range(12))
     assert "error" not in done.column_names
     assert not (tmp_path / f"{output.name}.unfinished").exists()
-
-
-def _as_json(column: Any, target: str) -> list[Any]:
-    return [",".join(row.split()).replace("[,", "[") for row in column] if target == "csv" else column[:]
 
 
 def test_streaming_limit_and_several_files(model_dir: Path, tmp_path: Path, expected: Any) -> None:
@@ -120,6 +135,10 @@ def test_push_to_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["in.jsonl", "--output", "out", "--private"], "--push-to-hub"),
         (["in.jsonl", "--output", "out", "--limit", "0"], "at least 1"),
         (["*.*", "--output", "out"], "all be of one kind"),
+        (["in.jsonl", "--output", "out.xlsx"], "files are .parquet, .jsonl"),
+        (["empty.jsonl", "--output", "out"], "INPUT empty.jsonl: the file is empty"),
+        (["bad.jsonl", "--output", "out"], "INPUT bad.jsonl, line 2: Expecting value"),
+        (["bytes.parquet", "--output", "out.csv"], "column 'picture' has them; write a .parquet file or a folder"),
     ],
 )
 def test_what_a_person_can_put_right(
@@ -127,11 +146,44 @@ def test_what_a_person_can_put_right(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     written("jsonl", tmp_path / "in")
-    (tmp_path / "notes.txt").write_text("?")
+    (tmp_path / "notes.md").write_text("?")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops}\n')
+    Dataset.from_dict({"prompt": ["a"], "picture": [b"\x00"]}).to_parquet("bytes.parquet")
     with pytest.raises(SystemExit) as ended:
         command(model_dir, *arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "streaming"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": oops}\n', "in.jsonl, line 2: Expecting value", True),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "in.jsonl, line 2: 'utf-8' codec", True),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "in.jsonl, line 2: 'utf-8' codec", False),
+    ],
+)
+def test_an_input_that_turns_out_to_be_broken(
+    model_dir: Path, tmp_path: Path, capsys: Any, content: bytes, message: str, streaming: bool
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    arguments = [tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *(["--streaming"] if streaming else [])]
+    assert command(model_dir, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_json_file_of_mixed_messages(model_dir: Path, tmp_path: Path, tokenizer: Any) -> None:
+    user = {"role": "user", "content": "Hi"}
+    rows: list[Any] = [{"prompt": [user]}, {"prompt": [{**user, "name": "Bo", "tool_calls": [{"a": 1}]}]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command(model_dir, tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2) == 0
+    done = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in done] == [row["prompt"] for row in rows]
+    length = len(tokenizer.apply_chat_template([user], add_generation_prompt=True)["input_ids"])
+    assert [row["prompt_tokens"] for row in done] == [length] * 2
 
 
 def test_a_bad_row_and_resume(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
