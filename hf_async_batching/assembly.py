@@ -38,6 +38,7 @@ from hf_async_batching.step_sizes import largest_padding
 from hf_async_batching.tensor_parallel.agreed_captures import with_agreed_captures
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
 from hf_async_batching.tensor_parallel.rank_group import RankGroup
+from hf_async_batching.threshold_check import ThresholdCheck
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +221,12 @@ def _checked_forward(
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     start_compiler(device)
+    beyond = ThresholdCheck(model, config.max_sequence_length)
     try:
-        packed_forward, view = _packed_forward(model, config, backend)
+        with beyond.beside("packed", ModelForward, config.attach_check and device.type == "cuda"):
+            packed_forward, view = _packed_forward(model, config, backend)
+        if config.attach_check:
+            beyond.refuse("packed", ModelForward)
         return packed_forward, backend, view
     except UnsupportedModelError as error:
         packed = error
@@ -229,6 +234,10 @@ def _checked_forward(
     for batching, whole_prompts in MODES:
         try:
             forward = CacheForward(model, batching, whole_prompts)
+            if forward.recomputes:  # the last resort is `generate`'s own loop
+                route = f"{batching}, whole prompts" if whole_prompts else batching
+                make = partial(CacheForward, batching=batching, whole_prompts=whole_prompts)
+                beyond.refuse(route, make)
             view = attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
         except UnsupportedModelError as error:
             logger.debug("%s as %s, %s: %s", type(model).__name__, batching, whole_prompts, error)

@@ -42,7 +42,11 @@ _LEAST_NOISE = 5e-3
 
 @torch.inference_mode()
 def attach_check(
-    model: PreTrainedModel, forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int = 16
+    model: PreTrainedModel,
+    forward: ModelForward | CacheForward,
+    backend: AttentionBackend,
+    page_size: int = 16,
+    prompts: Prompts | None = None,
 ) -> PreTrainedModel:
     """Compare a forward's logits with those of plain `generate`, on tables and pages of its own.
 
@@ -51,6 +55,7 @@ def attach_check(
         forward: The forward; left bound to the check's pages.
         backend: The attention kernels.
         page_size: Of the engine to come, whose kernels are compiled for it.
+        prompts: Others than the usual ones; each token of theirs is then computed as `generate` computes it.
 
     Returns:
         The second view, which is the model as it was checked.
@@ -59,7 +64,8 @@ def attach_check(
         UnsupportedModelError: The logits differ by more than rounding, or a step fails.
     """
     vocab = forward.vocab_size
-    prompts = prompts_for(model, vocab)
+    few = prompts is None
+    prompts = prompts_for(model, vocab) if prompts is None else prompts
     views: list[PreTrainedModel] = []
     expected: list[Expected] = []
     got: dict[str, torch.Tensor] = {}
@@ -74,7 +80,7 @@ def attach_check(
             prepare_view(view)
             # Other routes compute with the same kernels as `generate`, and are compared more strictly for that.
             with FlashFirst() if isinstance(forward, ModelForward) else nullcontext():
-                expected.append(plain_logits(view, forward, prompts))
+                expected.append(plain_logits(view, forward, prompts, few))
         finally:
             plain_ended.set()
 

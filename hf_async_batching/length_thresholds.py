@@ -42,7 +42,7 @@ def text_config(config: Any) -> Any:
     """The part of a config that describes the decoder of text."""
     try:
         return config.get_text_config(decoder=True)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, ValueError):  # of none, or of several
         return config
 
 
@@ -122,7 +122,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
                 yield field, int(item)
 
 
-def scaled_down(config: PreTrainedConfig) -> PreTrainedConfig:
+def scaled_down(config: PreTrainedConfig, reach: int | None = None) -> PreTrainedConfig:
     """A copy of a config with small sizes, few layers, one of each kind among them, and thresholds of few tokens.
 
     Every length of `length_thresholds` is at most `SMALL` there, but for that of rotary frequencies which follow the
@@ -130,6 +130,7 @@ def scaled_down(config: PreTrainedConfig) -> PreTrainedConfig:
 
     Args:
         config: Of any model; not changed.
+        reach: Tokens that a request can reach: lengths from there on stay as they are. None for any number.
 
     Returns:
         A config of the same class.
@@ -146,8 +147,8 @@ def scaled_down(config: PreTrainedConfig) -> PreTrainedConfig:
     before = _layer_count(text)
     _shrink_sizes(text)
     _shrink_layers(text, before, count, kept)
-    _shrink_lengths(text)
-    _shrink_rope(text)
+    _shrink_lengths(text, {name for name, value in length_thresholds(text).items() if reach and value >= reach})
+    _shrink_rope(text, reach)
     if different is not None:
         layers = range(count) if kept is None else kept
         overrides = different.per_layer_overrides
@@ -271,9 +272,9 @@ def _small_entry(name: str, value: Any) -> Any:
     return min(value, FIELDS[name]) if isinstance(value, int) and name in FIELDS else value
 
 
-def _shrink_lengths(config: Any) -> None:
+def _shrink_lengths(config: Any, beyond: set[str]) -> None:
     for name, value in list(vars(config).items()):
-        if isinstance(value, bool):
+        if isinstance(value, bool) or name in beyond:
             continue
         if _CONTEXTS.search(name) and isinstance(value, int) and value > _CONTEXT:
             _set(config, name, _CONTEXT)
@@ -291,7 +292,7 @@ def _small_length(name: str, value: Any) -> Any:
     return type(value)(_SMALL_UNIT if re.search("block_size|compress|floor", name) else SMALL)
 
 
-def _shrink_rope(config: Any) -> None:
+def _shrink_rope(config: Any, reach: int | None) -> None:
     head = _number(config, "qk_rope_head_dim", "head_dim")
     if head is None:
         heads = _number(config, "num_attention_heads", "n_head") or 1
@@ -299,20 +300,20 @@ def _shrink_rope(config: Any) -> None:
     for field in ("rope_parameters", "rope_scaling"):
         rope = vars(config).get(field)
         if isinstance(rope, dict):
-            _set(config, field, _small_rope(rope, head))
+            _set(config, field, _small_rope(rope, head, reach))
     original = vars(config).get("original_max_position_embeddings")
     if isinstance(original, int):
         _set(config, "original_max_position_embeddings", min(original, _CONTEXT))
 
 
-def _small_rope(rope: dict[str, Any], head: int) -> dict[str, Any]:
+def _small_rope(rope: dict[str, Any], head: int, reach: int | None) -> dict[str, Any]:
     small: dict[str, Any] = {}
     scaled = any(name.endswith("_beta") and "scaling" in name and value for name, value in rope.items())
     for name, value in rope.items():
         if isinstance(value, dict):
-            small[name] = _small_rope(value, head)
+            small[name] = _small_rope(value, head, reach)
         elif name == "original_max_position_embeddings" and isinstance(value, int):
-            small[name] = min(value, _SMALL_UNIT if scaled else _CONTEXT)
+            small[name] = min(value, _SMALL_UNIT if scaled and not (reach and value >= reach) else _CONTEXT)
         elif name == "max_position_embeddings" and isinstance(value, int):
             small[name] = min(value, _CONTEXT)
         elif name in ("long_factor", "short_factor") and isinstance(value, list):

@@ -10,15 +10,13 @@ from transformers import PreTrainedModel
 from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.generate_loop import GenerateLoop
+from hf_async_batching.length_thresholds import length_thresholds
 from hf_async_batching.logits_error import logits_error, logits_tolerance, worst_error
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length
 
 # Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
 _FIRST_LENGTH, _SECOND_LENGTH = 69, 37
-
-# In the names of settings that say which keys attention leaves out.
-_LIMITS = ("window", "chunk", "topk", "block")
 
 Forward = ModelForward | CacheForward
 
@@ -58,7 +56,11 @@ def prompts_for(model: PreTrainedModel, vocab_size: int) -> Prompts:
     picked = getattr(model.config.get_text_config(), "index_topk", None)
     length = max(_FIRST_LENGTH, picked + 5) if isinstance(picked, int) else _FIRST_LENGTH
     length = max(4, min(length, context_length(model) or length))
-    shorter = max(2, min(_SECOND_LENGTH, length // 2))
+    return prompts_of_lengths(length, max(2, min(_SECOND_LENGTH, length // 2)), vocab_size)
+
+
+def prompts_of_lengths(length: int, shorter: int, vocab_size: int) -> Prompts:
+    """Prompts of these lengths: of the first, and of the two others."""
     return Prompts(
         [(7 * i + 3) % vocab_size for i in range(length)],
         [(11 * i + 5) % vocab_size for i in range(shorter)],
@@ -66,20 +68,21 @@ def prompts_for(model: PreTrainedModel, vocab_size: int) -> Prompts:
     )
 
 
-def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> Expected:
+def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, few: bool = True) -> Expected:
     """The logits that plain `generate` computes, of each prompt alone.
 
     Args:
         view: A view of the model that went through `prepare_view`.
         forward: The forward that is checked.
         prompts: Made by `prompts_for`.
+        few: Whether a few forwards may stand for all, where the model's decodes are alike.
 
     Raises:
         UnsupportedModelError: Tokens change the logits of tokens before them, or those of tokens one by one and of
             all at once differ: a request that gives up its pages could not be computed again. Not looked at where
             none ever does (`recomputes`).
     """
-    if isinstance(forward, ModelForward) and _decodes_alike(view, prompts):
+    if few and isinstance(forward, ModelForward) and _decodes_alike(view, prompts):
         found = _of_few_forwards(view, forward, prompts)
         if found is not None:
             return Expected(found, 0.0)
@@ -95,11 +98,7 @@ def _decodes_alike(view: PreTrainedModel, prompts: Prompts) -> bool:
     families' own decode is right up to some length only.
     """
     between = range(len(prompts.second) - 1, len(prompts.first) + 1)
-    limits = [
-        value
-        for name, value in vars(view.config.get_text_config()).items()
-        if isinstance(value, int) and any(word in name for word in _LIMITS)
-    ]
+    limits = length_thresholds(view.config).values()
     return not any(value in between for value in limits) and not batch_dependent_rope(view)
 
 

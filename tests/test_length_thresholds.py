@@ -105,6 +105,15 @@ def test_frequencies_that_follow_the_length_keep_theirs() -> None:
     assert length_thresholds(small) == {f"rope_parameters.{ORIGINAL}": 512}
 
 
+def test_lengths_out_of_reach_stay_there() -> None:
+    config = transformers.Llama4TextConfig(attention_chunk_size=1000, floor_scale=5000)
+    assert length_thresholds(scaled_down(config, 5000)) == {"attention_chunk_size": SMALL, "floor_scale": 5000}
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1, ORIGINAL: 2000}
+    config = transformers.Ministral3Config(rope_parameters=rope)
+    assert length_thresholds(scaled_down(config, 2001)) == {f"rope_parameters.{ORIGINAL}": 8}
+    assert length_thresholds(scaled_down(config, 2000)) == {f"rope_parameters.{ORIGINAL}": 512}
+
+
 def test_heads_share_keys_as_before() -> None:
     def heads(**fields: int) -> tuple[int, int]:
         small = scaled_down(transformers.LlamaConfig(num_attention_heads=32, **fields))

@@ -174,7 +174,7 @@ def test_the_second_prompt_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> 
 def test_where_decodes_may_differ() -> None:
     def alike(**config: Any) -> bool:
         text = SimpleNamespace(**config)
-        view: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+        view: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
         return module._decodes_alike(view, Prompts([0] * 69, [0] * 34, [0] * 34))
 
     assert alike() and alike(sliding_window=None, index_topk=8, max_window_layers=28, block_type="block")
@@ -199,7 +199,7 @@ def test_a_family_whose_own_decode_forgets_its_window_is_not_packed() -> None:
 def test_a_prompt_is_long_enough_for_attention_to_leave_keys_out() -> None:
     def of(context: int | None, **config: int) -> list[int]:
         text = SimpleNamespace(max_position_embeddings=context, **config)
-        model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+        model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
         prompts = prompts_for(model, 50)
         assert all(0 <= token < 50 for tokens in prompts for token in tokens)
         return [len(tokens) for tokens in prompts]
