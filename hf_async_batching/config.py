@@ -50,7 +50,8 @@ class BatchingConfig:
         admission: Which of the requests that wait starts next. "fcfs": the one that came first. "longest_first": the
             one with the largest `max_new_tokens`, and prompts are computed piece by piece beside rows that decode,
             for work of which only the end counts; first tokens come later. Outputs do not depend on it.
-        max_waiting: Requests that may wait for a row; one more raises `QueueFullError`.
+        max_waiting: Requests that may wait for a row; one more raises `QueueFullError`. A `generate` call of more rows
+            than this queues them in portions, as room comes.
         idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
             it again. None: never.
         attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.

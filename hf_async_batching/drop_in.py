@@ -81,7 +81,8 @@ def generate(
 
     Args:
         model: A causal language model; not changed.
-        input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so.
+        input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so, by zeros and ones. Zeros
+            between tokens are served where all layers attend to all tokens.
         logits_processor: As for `generate`; custom ones are called once per row, with a batch of one.
         stopping_criteria: As for `generate`, and called as there: once per step with the whole batch.
         generation_config: As for `generate`. In place, `stop_strings` cannot stand in it: pass them as an argument.

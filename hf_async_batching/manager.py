@@ -22,6 +22,7 @@ from hf_async_batching.assembly import Assembly, assemble, check_servable
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.collector import no_collections
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.default_device import cpu_by_default
 from hf_async_batching.errors import (
     EngineClosedError,
     ReentrantCallError,
@@ -217,6 +218,7 @@ class GenerationManager:
             raise UnsupportedArgumentError("`stop_strings` and `max_time` are looked after by `submit` only")
         return request
 
+    @cpu_by_default
     def _prepare(
         self,
         input_ids: list[int] | torch.Tensor | None,
@@ -322,6 +324,7 @@ class GenerationManager:
         """Queue a request that was made by hand; see `submit` for what it raises."""
         return self.submit_requests([request])[0]
 
+    @cpu_by_default
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
         """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
         while True:
@@ -372,6 +375,7 @@ class GenerationManager:
         check_on_unsupported(on_unsupported)
         return partial(generate, manager=self, bound=Bound(streamer, tokenizer, seed, on_unsupported))
 
+    @cpu_by_default
     def warmup(self, requests: Iterable[Request] = (), *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
 

@@ -238,16 +238,25 @@ def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens the model was built for (`max_position_embeddings`); None where its config does not say.
+    """Tokens the model was built for (`max_position_embeddings`, or MPT's `max_seq_len`); None where unknown.
 
     Models whose rotary frequencies depend on the longest sequence of the batch count up to `rope_limit` only.
     """
     limit = rope_limit(model)
     if limit is not None:
         return limit
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        length = getattr(config, "max_seq_len", None)
     # XLNet says -1 for no bound.
-    return int(length) if length is not None and length > 0 else None
+    limits = [int(length)] if length is not None and length > 0 else []
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's entry.
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - first)
+    return min(limits, default=None)
 
 
 def batch_dependent_rope(model: PreTrainedModel) -> bool:

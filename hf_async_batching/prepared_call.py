@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ from hf_async_batching.criteria import (
     read_criteria,
     stop_string_criterion,
 )
-from hf_async_batching.errors import ReentrantCallError, UnsupportedModelError
+from hf_async_batching.default_device import cpu_by_default
+from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.generation_fields import check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.lockstep import run_in_lockstep
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.prepared_checks import check_model_inputs
+from hf_async_batching.neutral_inputs import zeros_are_neutral
+from hf_async_batching.portions import submit_in_portions
+from hf_async_batching.prepared_checks import check_mask, check_model_inputs
 from hf_async_batching.processor_reader import CallRow, called, read_processors
 from hf_async_batching.prompt_embeddings import check_history
 from hf_async_batching.registry import get_manager
@@ -101,6 +105,7 @@ def with_stop_strings(criteria: StoppingCriteriaList, settings: CallSettings) ->
     return StoppingCriteriaList([*criteria[:place], made, *criteria[place:]])
 
 
+@cpu_by_default
 def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
     """Run the rows of a call in the engine and put them together as `generate` does; see `drop_in.generate`."""
     refuse_encoder(call.model)
@@ -144,7 +149,9 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     input_ids, config = call.input_ids, call.config
     check_fields(config)
     check_ends(stops, config._pad_token_tensor)
-    mask, embeddings = check_model_inputs(call.model_kwargs, input_ids)
+    mask, embeddings = check_model_inputs(call.model_kwargs, input_ids, partial(zeros_are_neutral, call.model))
+    if mask is not None:
+        check_mask(mask, call.model)
     # A caller's own criterion of this kind takes the place of the config's.
     max_length = stops.max_length if stops.max_length < math.inf else config.max_length
     max_new_tokens = max(1, math.ceil(max_length - input_ids.shape[1]))
@@ -178,7 +185,7 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
             if not shown[i]:
                 check_history(request)
         requests.append(request)
-    return manager.submit_requests(requests)
+    return submit_in_portions(manager, requests, manager.config.max_waiting)
 
 
 def _placeholders(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> torch.Tensor:
@@ -203,7 +210,7 @@ def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[in
         for row, keep in zip(rows, mask.tolist(), strict=True)
     ]
     if not all(kept):
-        raise ValueError(f"`attention_mask` hides every token of row {kept.index([])}; leave that row out")
+        raise UnsupportedArgumentError(f"`attention_mask` hides every token of row {kept.index([])}; leave it out")
     return kept
 
 

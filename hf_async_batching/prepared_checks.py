@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_async_batching.errors import UnsupportedArgumentError
 
@@ -13,11 +17,21 @@ _PLAIN = "use plain `model.generate` for this call"
 # Inputs of the model's forward that leave the outputs as they are.
 _NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
 
+_CACHES = ("cache", "past_key_values", "cache_params")
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
 
 def check_model_inputs(
-    model_kwargs: dict[str, Any], input_ids: torch.Tensor
+    model_kwargs: dict[str, Any],
+    input_ids: torch.Tensor,
+    zeros_are_neutral: Callable[[str], bool] = lambda name: False,  # noqa: ARG005
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Refuse inputs of the forward beyond token ids, their embeddings and their mask.
+
+    Args:
+        model_kwargs: All that the forward would get.
+        input_ids: The prompts [batch, length].
+        zeros_are_neutral: Whether an input, all zeros, asks for nothing; asked for token types alone.
 
     Returns:
         The mask [batch, length] or None, and the embeddings [batch, length, hidden] or None.
@@ -42,7 +56,14 @@ def check_model_inputs(
             if value.shape[-1] == shape[1] and _are_default_positions(value, mask, shape[1]):
                 continue
             raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
-        if name in ("cache", "past_key_values", "cache_params") and _is_empty(value):
+        if name in _CACHES:
+            if _is_plain(value) and _is_empty(value):
+                continue
+            raise UnsupportedArgumentError(
+                f"`{name}` is not served where it holds tokens, or where its class is not one that keeps keys and "
+                f"values as they are (got {type(value).__name__}); leave it out, or {_PLAIN}"
+            )
+        if name in _TOKEN_TYPES and not bool(torch.as_tensor(value).any()) and zeros_are_neutral(name):
             continue
         if name == "mm_encoder_outputs" and not value:  # of no image
             continue
@@ -65,6 +86,68 @@ def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, l
     return bool(((positions == mask.long().cumsum(-1) - 1) | (mask == 0)).all())
 
 
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache keeps what it is given, as the engine's pages do: by its exact class and those of its layers.
+
+    A subclass, or layers that quantize, may compute something else.
+    """
+    kind = type(cache)
+    if kind is EncoderDecoderCache:
+        return _is_plain(cache.self_attention_cache)
+    package, _, rest = kind.__module__.partition(".")
+    of_a_family = package == "transformers_modules" or (package == "transformers" and rest.startswith("models."))
+    layers = getattr(cache, "layers", ())
+    return (kind in (DynamicCache, StaticCache) or of_a_family) and all(
+        type(layer).__module__.partition(".")[0] in ("transformers", "transformers_modules")
+        and "Quantized" not in type(layer).__name__
+        for layer in layers
+    )
+
+
 def _is_empty(cache: Any) -> bool:
-    length = getattr(cache, "get_seq_length", None)
-    return length is not None and int(length()) == 0
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        length = getattr(cache, "get_seq_length", None)
+        return length is not None and int(length()) == 0
+    # Layers with states alone know no length.
+    return not any(_holds_tokens(layer) for layer in layers)
+
+
+def _holds_tokens(layer: Any) -> bool:
+    states: Any = getattr(layer, "has_previous_state", {})
+    if any(states.values()) if isinstance(states, dict) else states:
+        return True
+    return isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0
+
+
+def check_mask(mask: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuse masks that say more than which tokens are padding.
+
+    Zeros between tokens keep their places in `generate`: for full attention over positions this makes no difference,
+    for windows, convolutions and states it does.
+
+    Raises:
+        UnsupportedArgumentError: Names the mask.
+    """
+    shown = mask != 0
+    if not bool(((mask == 1) | ~shown).all()):
+        raise UnsupportedArgumentError(
+            f"`attention_mask` with other values than 0 and 1 is not served; pass zeros and ones, or {_PLAIN}"
+        )
+    counted = shown.long()
+    behind = counted.flip(-1).cumsum(-1).flip(-1)
+    between = ~shown & (counted.cumsum(-1) > 0) & (behind > 0)
+    if bool(between.any()) and not _counts_positions(model):
+        raise UnsupportedArgumentError(
+            f"`attention_mask` with zeros between tokens is not served for {type(model).__name__}, whose layers see "
+            f"the places of hidden tokens; leave these tokens out, or {_PLAIN}"
+        )
+
+
+def _counts_positions(model: PreTrainedModel) -> bool:
+    """Whether all layers attend to all tokens, and where these stand follows from `position_ids` alone."""
+    layers = DynamicCache(config=model.config).layers
+    alone = "position_ids" in inspect.signature(model.forward).parameters
+    return alone and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

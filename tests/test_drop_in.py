@@ -200,16 +200,12 @@ def test_odd_inputs_are_taken_as_generate_takes_them(model: Any, manager: Any, a
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"`input_ids` of shape \(1, 0\) is empty"),
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"`input_ids` of shape \(0, 3\) is empty"),
         (
-            {"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])},
-            "`attention_mask` hides every token of row 1",
-        ),
-        (
             {"input_ids": torch.tensor([[5, 6, 7]]), "max_length": 3, "max_new_tokens": None},
             "`max_length` is set to 3",
         ),
         ({"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
     ],
-    ids=["no tokens", "no rows", "all hidden", "max_length", "max_new_tokens"],
+    ids=["no tokens", "no rows", "max_length", "max_new_tokens"],
 )
 def test_prompts_that_cannot_be(model: Any, manager: Any, arguments: dict[str, Any], match: str) -> None:
     arguments = {"max_new_tokens": 4, **arguments}

@@ -8,15 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.tiny_models import EOS, VOCAB, tiny_model
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.cache_utils import QuantoQuantizedLayer
 from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
 
+import hf_async_batching
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.prepared_checks import check_model_inputs
+from hf_async_batching.prepared_checks import check_mask, check_model_inputs
 
 IDS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -147,3 +157,111 @@ def test_masks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_the_tiny_model_is_what_the_tests_assume(model: PreTrainedModel) -> None:
     assert model.config.vocab_size == VOCAB > IDS.max()
+
+
+class Rounds(DynamicCache):
+    """Stands for caches that quantize or compress."""
+
+    def update(self, key_states: Any, value_states: Any, *arguments: Any, **named: Any) -> Any:
+        return super().update(key_states.round(), value_states.round(), *arguments, **named)
+
+
+def test_only_caches_that_keep_what_they_are_given_pass(model: PreTrainedModel) -> None:
+    given: list[Any] = [
+        DynamicCache(),
+        DynamicCache(config=model.config),
+        StaticCache(config=model.config, max_cache_len=16),
+        EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    ]
+    for cache in given:
+        check_model_inputs({"past_key_values": cache}, IDS)
+    lossy = DynamicCache(config=model.config)
+    lossy.layers[1] = QuantoQuantizedLayer.__new__(
+        QuantoQuantizedLayer
+    )  # made without its backend, which may not be installed
+    for cache in (Rounds(), Rounds(config=model.config), EncoderDecoderCache(Rounds(), DynamicCache()), lossy):
+        with pytest.raises(UnsupportedArgumentError, match="`past_key_values` is not served"):
+            check_model_inputs({"past_key_values": cache}, IDS)
+
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+
+HOLES = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 1]])
+PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+
+
+def test_zeros_between_tokens_are_as_in_generate_where_all_attend_to_all(model: Any) -> None:
+    arguments = {"attention_mask": HOLES, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(PROMPTS, **arguments)
+    out = model.generate(PROMPTS, **arguments, custom_generate=hf_async_batching.generate)
+    assert torch.equal(out, expected)
+    for dtype in (torch.bool, torch.float32, torch.int32):
+        check_mask(HOLES.to(dtype), model)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Mamba", "Mpt"])
+def test_zeros_between_tokens_are_refused_where_layers_see_their_places(family: str) -> None:
+    other: Any = tiny_model("Mistral") if family == "Mistral" else from_config(family)
+    check_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]), other)
+    with pytest.raises(UnsupportedArgumentError, match="`attention_mask` with zeros between tokens"):
+        check_mask(HOLES, other)
+
+
+@pytest.mark.parametrize("mask", [2 * MASK, -MASK, MASK.float() * 0.5, torch.where(MASK == 0, float("-inf"), 0.0)])
+def test_masks_with_other_values_are_refused(model: PreTrainedModel, mask: torch.Tensor) -> None:
+    with pytest.raises(UnsupportedArgumentError, match="`attention_mask` with other values"):
+        check_mask(mask, model)
+
+
+def test_a_row_of_which_nothing_is_shown_is_refused_by_name(model: Any) -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    with pytest.raises(UnsupportedArgumentError, match="`attention_mask` hides every token of row 1"):
+        model.generate(IDS, attention_mask=mask, max_new_tokens=2, custom_generate=hf_async_batching.generate)
+
+
+# -- inputs that ask for nothing --------------------------------------------------------------------------------------
+
+
+def from_config(family: str) -> Any:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    common = {"hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "Mamba": common,
+        "FalconMamba": common,
+        "Mamba2": {**common, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
+        "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+        "Bert": {**common, **heads, "is_decoder": True},
+        "GPT2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+    }
+    config = getattr(transformers, f"{family}Config")(**small, **sizes[family])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("family", "neutral"), [("Bert", True), ("GPT2", False)])
+def test_token_types_of_plain_text_are_served_where_they_change_nothing(family: str, neutral: bool) -> None:
+    other = from_config(family)
+    types = torch.zeros_like(PROMPTS)
+    arguments = {"max_new_tokens": 4, "do_sample": False}
+    plug = hf_async_batching.generate
+    if neutral:
+        expected = other.generate(PROMPTS, token_type_ids=types, **arguments)
+        assert torch.equal(other.generate(PROMPTS, token_type_ids=types, custom_generate=plug, **arguments), expected)
+    for given in (types + 1,) if neutral else (types, types + 1):
+        with pytest.raises(UnsupportedArgumentError, match="`token_type_ids` is not served"):
+            other.generate(PROMPTS, token_type_ids=given, custom_generate=plug, **arguments)
+
+
+@pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba"])
+def test_models_of_states_alone_are_served_in_place(family: str) -> None:
+    other = from_config(family)
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    expected = other.generate(PROMPTS, **arguments)
+    assert torch.equal(other.generate(PROMPTS, custom_generate=hf_async_batching.generate, **arguments), expected)
+    cache = DynamicCache(config=other.config)
+    with torch.no_grad():
+        taken = next(name for name in ("cache", "cache_params") if name in inspect.signature(other.forward).parameters)
+        other(input_ids=PROMPTS, **{taken: cache}, use_cache=True)
+    with pytest.raises(UnsupportedArgumentError, match=f"`{taken}` is not served"):
+        check_model_inputs({taken: cache}, PROMPTS)
