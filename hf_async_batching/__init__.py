@@ -21,6 +21,7 @@ from hf_async_batching.errors import (
 )
 from hf_async_batching.handle import GenerationHandle, GenerationResult, RequestMetrics
 from hf_async_batching.manager import GenerationManager
+from hf_async_batching.module_calls import per_token
 from hf_async_batching.registry import get_manager
 from hf_async_batching.stats import Stats
 from hf_async_batching.timeline import StepRecord, Timeline
@@ -51,4 +52,5 @@ __all__ = [
     "generate",
     "generate_dataset",
     "get_manager",
+    "per_token",
 ]

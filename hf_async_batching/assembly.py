@@ -27,6 +27,7 @@ from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.memory import free_memory, return_memory
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable, rope_limit
+from hf_async_batching.module_calls import runs_user_code
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.process_end import process_ends
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
@@ -78,6 +79,10 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         ValueError: The KV cache does not fit in memory.
     """
     forward, backend, view = _checked_forward(model, config)
+    if runs_user_code(forward.view):
+        # It may read values that change between calls: nothing of what it computed is kept.
+        config = replace(config, compile=False, cuda_graphs=False, prefix_cache=False)
+        logger.info("compile, cuda_graphs, prefix_cache = False (hooks that are marked by `per_token`)")
     device = make_device(forward.device)
     context = context_length(model)
     bounded = batch_dependent_rope(model) or not getattr(model.config.get_text_config(), "rope_parameters", None)

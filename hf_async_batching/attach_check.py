@@ -27,6 +27,7 @@ from hf_async_batching.generate_loop import prepare_view
 from hf_async_batching.logits_error import logits_error, logits_tolerance
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
+from hf_async_batching.module_calls import runs_user_code
 from hf_async_batching.plain_attention import FlashFirst
 from hf_async_batching.plain_logits import Expected, Prompts, plain_logits, prompts_for
 from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
@@ -132,6 +133,8 @@ def _bears_threads(view: PreTrainedModel) -> bool:
 
     On the device they do not: all threads enqueue on one stream, so that scratch memory of layers is used in order.
     """
+    if runs_user_code(view):
+        return False  # nothing is known of it
     if parallel_modules(view):
         return False  # each rank must have its collectives in the same order
     # Triton's autotuner, which kernels of quantized layers and of others' code may have, is not for two threads that

@@ -33,6 +33,7 @@ from hf_async_batching.generation_fields import bound_encoder_ngrams, check_fiel
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
 from hf_async_batching.model_view import make_view
+from hf_async_batching.module_calls import refuse_unmarked_calls
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
@@ -450,6 +451,17 @@ class GenerationManager:
         if worker is not None:
             worker.weights_updated()
 
+    def model_changed(self) -> None:
+        """Say that the model computes otherwise than before: the next request starts an engine for what it is then.
+
+        Needed only for what submissions do not look at: tensors, dicts and objects in plain attributes of modules, and
+        what the model's own code reads from elsewhere. Live requests end as they began. From any thread.
+        """
+        with self._lock:
+            worker = self._worker
+        if worker is not None:
+            worker.drain()
+
     # -- looking --------------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
@@ -674,6 +686,7 @@ class GenerationManager:
     def _weights_of(self, model: PreTrainedModel) -> Weights:
         # Layers of a spread model put their parts of weights in the weights' places while they run.
         if self._group is not None and self._made_for is not None:
+            refuse_unmarked_calls(model)
             return self._made_for[0]
         return Weights.of(model)
 

@@ -7,7 +7,6 @@ outputs stay as they are, and they can go on training or generating with it.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,16 +16,21 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.length_thresholds import follows_length, original_length, rope_dicts
+from hf_async_batching.module_calls import (
+    CALL_HOOKS,
+    PerToken,
+    goes_along,
+    innermost_forward,
+    is_own_hook,
+    refuse_unmarked_calls,
+)
 from hf_async_batching.quantization import adjust, alias, has_state
 from hf_async_batching.rebinding import rebound
 from hf_async_batching.sharing import tensors_within
 from hf_async_batching.tensor_parallel.shared_modules import parallel_modules, unique_objects
 
-logger = logging.getLogger(__name__)
-
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (
-    *_CALL_HOOKS,
+    *CALL_HOOKS,
     "_backward_hooks",
     "_backward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -50,17 +54,18 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
     """A shared-weight copy of `model` in eval mode.
 
     Every tensor is shared, also those of quantized layers; forwards and hooks that are the model's own methods go
-    with the copy, others stay with the original.
+    with the copy, and so do those that are marked by `per_token`.
 
     Args:
         model: The user's model; not changed.
         attn_implementation: Name of the attention for the copy's config; None keeps the model's own.
 
     Raises:
-        UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, or cannot be
-            copied.
+        UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, has a hook or a
+            forward of a user's that is not marked, or cannot be copied.
     """
     _refuse_split(model)
+    refuse_unmarked_calls(model)
     modules = list(model.modules())
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_within(model)}
     stateful = {id(parameter): parameter for parameter in model.parameters() if has_state(parameter)}
@@ -100,7 +105,6 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
     if batch_dependent_rope(model):
         _own_frequencies(view)
     if attn_implementation is not None:
-        _announce(model)
         set_attention(view, attn_implementation)
     return view
 
@@ -111,58 +115,19 @@ def _finish(original: nn.Module, copies: dict[int, Any], memo: dict[int, Any]) -
     for attribute in _OWN_CALLS:
         if original.__dict__.get(attribute) is not None:
             copied.__dict__.pop(attribute, None)
-    forward = _innermost_forward(original)
-    if forward is not None and getattr(forward, "__self__", None) is original:
+    forward = innermost_forward(original)
+    if forward is not None and goes_along(original, forward):
         copied.forward = rebound(forward, copies)
-    for attribute in _CALL_HOOKS:
+    for attribute in CALL_HOOKS:
         for key, hook in original.__dict__[attribute].items():
-            if _is_own_hook(original, hook):
-                copied.__dict__[attribute][key] = copy.deepcopy(hook, memo)
+            if is_own_hook(original, hook) or isinstance(hook, PerToken):
+                # A user's is not copied: it may read values that are changed later.
+                copied.__dict__[attribute][key] = hook if isinstance(hook, PerToken) else copy.deepcopy(hook, memo)
                 for flags in _HOOKS:
                     if flags.startswith(attribute + "_") and key in original.__dict__[flags]:
                         copied.__dict__[flags][key] = original.__dict__[flags][key]
     adjust(copied)
     copied.training = False
-
-
-def _innermost_forward(module: nn.Module) -> Any:
-    """A module's forward where it is set on the instance, without accelerate's and torch.compile's wrapping."""
-    attributes = module.__dict__
-    forward: Any = attributes.get("_old_forward") if "_hf_hook" in attributes else attributes.get("forward")
-    while hasattr(forward, "_torchdynamo_orig_callable"):
-        forward = forward._torchdynamo_orig_callable
-    return forward
-
-
-def _is_own_hook(module: nn.Module, hook: Any) -> bool:
-    """Whether a hook is part of what the module computes: its own method, or torch's pruning and norms of weights."""
-    where = getattr(hook, "__module__", None) or type(hook).__module__
-    return getattr(hook, "__self__", None) is module or where.startswith("torch.nn.utils")
-
-
-def _announce(model: PreTrainedModel) -> None:
-    """Log what the engine leaves out: forward hooks, and forwards that hang on the instance."""
-    hooked, replaced = [], []
-    for name, module in model.named_modules():
-        hooks = [hook for attribute in _CALL_HOOKS for hook in module.__dict__[attribute].values()]
-        if not all(_is_own_hook(module, hook) for hook in hooks):
-            hooked.append(name or type(model).__name__)
-        forward = _innermost_forward(module)
-        if not (
-            vars(module).get("_is_hooked")
-            or forward is None
-            or isinstance(module, OptimizedModule)
-            or getattr(forward, "__self__", None) is module
-        ):
-            replaced.append(name or type(model).__name__)
-    for names, what in ((hooked, "forward hooks"), (replaced, "a `forward` that was set on the instance")):
-        if names:
-            logger.warning(
-                "%s: %s on it does not run inside the engine of hf_async_batching; use plain `model.generate` where "
-                "it must",
-                ", ".join(names[:5]) + (" and others" if len(names) > 5 else ""),
-                what,
-            )
 
 
 def _refuse_split(model: PreTrainedModel) -> None:

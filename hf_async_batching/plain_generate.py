@@ -17,14 +17,15 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_async_batching.errors import HfAsyncBatchingError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.lost_arguments import LostArguments
-from hf_async_batching.wrappers import transformers_generate
+from hf_async_batching.weights import Weights
+from hf_async_batching.wrappers import transformers_generate, unwrap
 
 logger = logging.getLogger(__name__)
 
 OnUnsupported = Literal["error", "generate"]
 
-# Why a model was refused: finding that out takes a forward of it, or a whole engine.
-_refused: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+# Why a model was refused, and in which state: finding that out takes a forward of it, or a whole engine.
+_refused: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, Weights]] = weakref.WeakKeyDictionary()
 
 
 def check_on_unsupported(value: Any) -> None:
@@ -38,14 +39,18 @@ def check_on_unsupported(value: Any) -> None:
 
 
 def raise_if_refused(model: PreTrainedModel) -> None:
-    """Refuse a model again that was refused before; only for calls that go to plain `generate` then.
+    """Refuse a model again that was refused as it is now; only for calls that go to plain `generate` then.
 
     Raises:
         UnsupportedModelError: With the reason of the first time.
     """
-    reason = _refused.get(model)
-    if reason is not None:
+    refused = _refused.get(model)
+    if refused is None:
+        return
+    reason, state = refused
+    if state == _state(model):
         raise UnsupportedModelError(reason)
+    _refused.pop(model, None)
 
 
 def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config: GenerationConfig | None) -> None:
@@ -58,9 +63,18 @@ def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config:
         raise UnsupportedArgumentError(
             f"`seed` cannot be kept by plain `model.generate`, which this call needs ({error}); leave `seed` out"
         ) from error
-    if isinstance(error, UnsupportedModelError):
-        _refused[model] = str(error)
+    state = _state(model) if isinstance(error, UnsupportedModelError) else None
+    if state is not None:
+        _refused[model] = str(error), state
     _warn_once(type(model).__name__, str(error))
+
+
+def _state(model: PreTrainedModel) -> Weights | None:
+    """The model as it is now; None where telling that refuses it already."""
+    try:
+        return Weights.of(unwrap(model))
+    except HfAsyncBatchingError:
+        return None
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ from hf_async_batching.length_thresholds import length_thresholds
 from hf_async_batching.logits_error import logits_error, logits_tolerance, worst_error
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import batch_dependent_rope, context_length
+from hf_async_batching.module_calls import has_replaced_forwards, runs_user_code
 
 # Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
 _FIRST_LENGTH, _SECOND_LENGTH = 69, 37
@@ -82,13 +83,18 @@ def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, few:
             all at once differ: a request that gives up its pages could not be computed again. Not looked at where
             none ever does (`recomputes`).
     """
+    expected: Expected | None = None
     if few and isinstance(forward, ModelForward) and _decodes_alike(view, prompts):
         found = _of_few_forwards(view, forward, prompts)
         if found is not None:
-            return Expected(found, 0.0)
-    logits = _one_by_one(view, forward, prompts)
-    noise = _check_all_at_once(view, forward, logits, prompts) if forward.recomputes else 0.0
-    return Expected(logits, noise)
+            expected = Expected(found, 0.0)
+    if expected is None:
+        logits = _one_by_one(view, forward, prompts)
+        noise = _check_all_at_once(view, forward, logits, prompts) if forward.recomputes else 0.0
+        expected = Expected(logits, noise)
+    if runs_user_code(view) or has_replaced_forwards(view):
+        _check_batch(view, forward, expected.logits, prompts)
+    return expected
 
 
 def _decodes_alike(view: PreTrainedModel, prompts: Prompts) -> bool:
@@ -177,6 +183,20 @@ def _check_all_at_once(
     changed = worst_error(at_once[:kept], otherwise[:kept]) if len(at_once) == len(first) else 0.0
     _refuse_above_tolerance(forward, *decodes, changed)
     return max(decodes)
+
+
+def _check_batch(view: PreTrainedModel, forward: Forward, want: dict[str, torch.Tensor], prompts: Prompts) -> None:
+    """That rows of a batch are computed as each alone: code that was set on modules may treat them differently."""
+    tokens = torch.tensor([prompts.second[:-1], prompts.third[:-1]], device=forward.device)
+    logits: torch.Tensor = view(input_ids=tokens, return_dict=True).logits[:, -1].float()
+    alone = torch.stack([want["a prompt that joined late"], want["another that joined late"]])
+    difference = worst_error(logits, alone)
+    if not difference <= logits_tolerance(forward):
+        raise UnsupportedModelError(
+            f"{forward.name} is not served: a hook or a forward that was set on a module computes rows of a batch "
+            f"otherwise than each alone (its logits differ by {difference:.2g}, relative norm). Remove it, or use "
+            "plain `model.generate`."
+        )
 
 
 def _refuse_above_tolerance(forward: Forward, *differences: float) -> None:

@@ -19,7 +19,6 @@ from hf_async_batching import (
     UnsupportedModelError,
     get_manager,
 )
-from hf_async_batching.model_view import make_view
 from hf_async_batching.wrappers import unwrap
 
 peft = pytest.importorskip("peft")
@@ -154,7 +153,9 @@ def test_adapters_for_one_call_are_refused() -> None:
     arguments = {**GREEDY, "custom_generate": hf_async_batching.generate}
     with pytest.raises(UnsupportedArgumentError, match="`adapter_names`"):
         model.generate(input_ids=ids, adapter_names=["default", "other"], **arguments)
-    get_manager(model).close()
+    # PEFT leaves its hooks on the model.
+    with pytest.raises(UnsupportedArgumentError, match="`adapter_names`"):
+        get_manager(model)
 
 
 def test_learned_prompts_are_refused() -> None:
@@ -273,12 +274,3 @@ def test_forwards_and_hooks_that_are_the_models_own() -> None:
             assert got == expected(model)
     plain = tiny_model("Llama")
     assert got != expected(plain)
-
-
-def test_forwards_that_cannot_follow_are_announced(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model("Llama")
-    mlp = model.model.layers[1].mlp
-    mlp.forward = functools.partial(type(mlp).forward, mlp)
-    view = make_view(model, "hf_async_batching_paged")
-    assert "model.layers.1.mlp: a `forward` that was set on the instance" in caplog.text
-    assert "forward" not in vars(view.model.layers[1].mlp)
