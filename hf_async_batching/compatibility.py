@@ -155,7 +155,7 @@ ENTRIES: tuple[Entry, ...] = (
     _refused("assistant_model", "", kind="argument"),
     _honoured("streamer", "called as `generate` calls it, in the calling thread", "argument"),
     _honoured("custom_generate", "this library is one", "argument"),
-    _honoured("kwargs", "fields, `attention_mask` of 0 and 1, `inputs_embeds`, default `position_ids`, `tokenizer`", "argument"),
+    _honoured("kwargs", "fields, `attention_mask`, `inputs_embeds`, `tokenizer`, default `position_ids`", "argument"),
 )
 # fmt: on
 
