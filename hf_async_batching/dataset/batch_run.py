@@ -43,9 +43,10 @@ Decode = Callable[[list[list[int]]], list[str]]
 
 
 class Failed(NamedTuple):
-    """The run cannot go on."""
+    """The run cannot go on; `decoding` is 1 where decoding a batch of rows has failed."""
 
     error: BaseException
+    decoding: int = 0
 
 
 class _Prepared(NamedTuple):
@@ -198,7 +199,7 @@ class BatchRun:
                 completion.text = text
             self._events.put(rows)
         except BaseException as error:
-            self._events.put(Failed(error))
+            self._events.put(Failed(error, decoding=1))
 
     # -- the leading thread ---------------------------------------------------------------------------------------
 
@@ -249,6 +250,7 @@ class BatchRun:
         elif isinstance(event, _ReadAll):
             self._all_chunks, self._read_error = event
         elif isinstance(event, Failed):
+            self._decoding -= event.decoding
             raise event.error
         elif isinstance(event, list):
             self._decoding -= 1
@@ -391,7 +393,9 @@ class BatchRun:
                 event = self._events.get_nowait()
             except Empty:
                 return
-            if isinstance(event, (GenerationHandle, list)):
+            if isinstance(event, Failed):
+                self._decoding -= event.decoding
+            elif isinstance(event, (GenerationHandle, list)):
                 with contextlib.suppress(HfAsyncBatchingError):
                     self._take(event)
 
@@ -408,8 +412,8 @@ class BatchRun:
             event = self._events.get()
             if isinstance(event, list):
                 self._take(event)
-            elif isinstance(event, Failed):
-                raise event.error
+            elif isinstance(event, Failed):  # the run ends anyway
+                self._decoding -= event.decoding
 
 
 def make_decode(tokenizer: Any, skip_special_tokens: bool) -> Decode:

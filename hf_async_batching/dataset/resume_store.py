@@ -201,7 +201,7 @@ class ResumeStore:
             pause = min(1.1 * pause, _MOST_WAIT_SECONDS)  # a shared disk is asked less and less
         self._files.name_strays()
         files = self._files.files(count)
-        if self._ranks.rank == 0 or self._ranks.size == 1:
+        if self._ranks.rank == 0:
             self.manifest.shards, self.manifest.num_rows = [file.path.name for file in files], num_rows
             self.manifest.checksums = {file.path.name: file.checksum for file in files}
             self.manifest.write(self.folder)

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from support.character_tokenizer import character_tokenizer
+from support.dataset_job import rows_kept
 from support.tiny_models import greedy_alone, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager, generate_dataset
+from hf_async_batching.dataset.batch_run import BatchRun, Failed
+from hf_async_batching.dataset.row import Chunk, Completion, RowResult
 from hf_async_batching.engine import Engine
 
 NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -104,3 +107,94 @@ def test_a_dataset_that_raises_ends_the_run(manager: Any, tokenizer: Any) -> Non
     with pytest.raises(OSError, match="network"):
         list(lazy)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hf_async_batching-dataset")]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["prompt", "rows", "decode"])
+def test_what_ends_a_thread_ends_the_run_and_keeps_what_is_made(
+    manager: Any, tokenizer: Any, expected: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, kind: Any, where: str
+) -> None:
+    """Ctrl-C and `sys.exit` in the caller's code that runs in a thread: nothing hangs, and finished rows stay."""
+    mended, finished = threading.Event(), threading.Event()
+    data: Any = ROWS.to_list()
+
+    def prompt(row: dict[str, Any]) -> str:
+        if where == "prompt" and not mended.is_set() and row["prompt"] == ROWS[30]["prompt"]:
+            assert finished.wait(30)
+            raise kind
+        return str(row["prompt"])
+
+    def rows() -> Any:
+        for i, row in enumerate(data):
+            if where == "rows" and not mended.is_set() and i == 30:
+                assert finished.wait(30)
+                raise kind
+            yield row
+
+    def seen(progress: Any) -> None:
+        if progress.rows >= 4:
+            finished.set()
+
+    decode = type(tokenizer).batch_decode
+
+    def decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if where == "decode" and not mended.is_set() and finished.is_set():
+            raise kind
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "batch_decode", decoding)
+    monkeypatch.setattr("hf_async_batching.dataset.source.CHUNK_ROWS", 10)
+    monkeypatch.setattr("hf_async_batching.dataset.progress.SECONDS", 0.0)
+
+    def go() -> Any:
+        stream = IterableDataset.from_generator(rows)
+        return generate_dataset(
+            manager, stream, tokenizer, prompt=prompt, callback=seen, resume_dir=tmp_path / "run", **NEW
+        )
+
+    with pytest.raises(kind):
+        go()
+    assert rows_kept(tmp_path / "run") >= 4
+    assert not [t for t in threading.enumerate() if t.name in ("hf_async_batching-dataset", "hf_async_batching-write")]
+    mended.set()
+    assert [row["completion_ids"] for row in go()] == expected
+
+
+def test_rows_that_are_made_when_a_run_fails_are_kept(manager: Any, tokenizer: Any) -> None:
+    """Those too that wait for their texts in that moment, and those of which the leading thread has not heard."""
+    rows = iter([Chunk(0, [{"prompt": "a"}])])
+    for decode in (None, lambda ids: ["?" for _ in ids]):
+        run = BatchRun(manager, rows, None, None, decode, wanted=lambda chunk: [], window=8, span=64)  # type: ignore[arg-type]
+        made = [RowResult(i, 1, [Completion([5], "eos")]) for i in range(3)]
+        run._to_decode = made[:2]
+        run._decoding = 1
+        run._events.put(Failed(RuntimeError("the end")))
+        run._events.put(made[2:])
+        run._run()
+        assert sorted(result.index for result in (run.result(), run.result(), run.result()) if result) == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="the end"):
+            run.result()
+        if decode is not None:
+            assert [result.completions[0].text for result in made[:2]] == ["?", "?"]
+
+
+def test_a_run_without_texts_that_is_stopped_does_not_hang(manager: Any) -> None:
+    rows = iter([Chunk(0, [{"prompt": "a"}])])
+    run = BatchRun(manager, rows, None, None, None, wanted=lambda chunk: [], window=8, span=64)  # type: ignore[arg-type]
+    run._to_decode = [RowResult(0, 1, [Completion([5], "eos")])]
+    run._leader.start()
+    assert [result.index for result in run.stop()] == [0]
+
+
+def test_a_panic_of_a_tokenizer_is_its_rows_own(manager: Any, tokenizer: Any, expected: Any) -> None:
+    class Panic(BaseException):
+        pass
+
+    def prompt(row: dict[str, Any]) -> str:
+        if row["prompt"] == ROWS[3]["prompt"]:
+            raise Panic("overflow")
+        return str(row["prompt"])
+
+    done = generate_dataset(manager, ROWS.select(range(6)), tokenizer, prompt=prompt, on_error="record", **NEW)
+    assert done["error"][3] == "overflow"
+    assert done["completion_ids"][:] == [*expected[:3], None, *expected[4:6]]
