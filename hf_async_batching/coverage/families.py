@@ -9,17 +9,32 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_async_batching.coverage.check import Reference, Verdict, check_model, make_prompts, reference
+from hf_async_batching.coverage.check import (
+    Reference,
+    Verdict,
+    check_model,
+    make_prompts,
+    prompt_lengths,
+    reference,
+)
 from hf_async_batching.coverage.tiny_configs import tiny_config
+from hf_async_batching.coverage.variants import VARIANTS
 
 # Distinct tokens below which a greedy run shows nothing: it could be right by saying one token over and over.
 MIN_DISTINCT = 8
+# Matrices that keep their usual size. Doge keeps the largest numbers of a softplus, of which most would be equal.
+_AS_IT_IS = {"doge": ("dt_proj",)}
 
 
 def class_names() -> list[str]:
     """Classes that `AutoModelForCausalLM` makes, and all others named `*ForCausalLM`."""
     named = {name for name in dir(transformers) if name.endswith("ForCausalLM") and not name.startswith("Auto")}
     return sorted(named | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+
+
+def entry_names() -> list[str]:
+    """What the table has: every class, and behind a plus sign the variants that real checkpoints of some have."""
+    return sorted(class_names() + [name for name in VARIANTS if hasattr(transformers, name.partition("+")[0])])
 
 
 def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0, **changes: Any) -> PreTrainedModel:
@@ -48,24 +63,30 @@ def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0
             if not torch.isfinite(parameter).all():
                 parameter.normal_(0, 0.02)
             if parameter.dim() > 1:
-                parameter.mul_(embedding_scale if "embed" in name else scale)
+                if not any(part in name for part in _AS_IT_IS.get(config.model_type, ())):
+                    parameter.mul_(embedding_scale if "embed" in name else scale)
             elif parameter.dim() == 1 and bool((parameter == 0).all()):
                 parameter.normal_(0, 0.1)
     return model
 
 
-def check_family(class_name: str) -> Verdict:
-    """Make a tiny model of a class and check it; in float32 on the CPU."""
+def check_family(name: str) -> Verdict:
+    """Make a tiny model of a class, or of a variant of it, and check it; in float32 on the CPU.
+
+    Args:
+        name: One of `entry_names`.
+    """
+    class_name, changes = name.partition("+")[0], VARIANTS.get(name, {})
     best: tuple[PreTrainedModel, Reference] | None = None
     failure = ""
     for scales in ((4.0, 1.0), (2.0, 1.0), (12.0, 1.0), (1.0, 1.0), (4.0, 40.0), (1.0, 40.0), (30.0, 1.0)):
         try:
-            model = tiny_model(class_name, *scales)
+            model = tiny_model(class_name, *scales, **changes)
         except Exception as error:
             return Verdict("not built", _line(error))
         try:
             vocab = model.config.get_text_config(decoder=True).vocab_size
-            known = reference(model, make_prompts(vocab), fresh=True)
+            known = reference(model, make_prompts(vocab, prompt_lengths(model)[0]), fresh=True)
         except Exception as error:
             failure = f"plain `generate` raises {_line(error)}"
             break

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from hf_async_batching.coverage.check import Verdict
+from hf_async_batching.coverage.check import Finding, Verdict
 from hf_async_batching.coverage.families import check_family
 
 _TITLE = "# Which models are served"
@@ -90,38 +90,70 @@ def _check(name: str, sender: Connection) -> None:
 
 
 def counts(verdicts: dict[str, Verdict]) -> Counter[str]:
-    """How many classes have each status."""
+    """How many entries have each status through `submit`."""
     return Counter(verdict.status for verdict in verdicts.values())
+
+
+def drop_in_counts(verdicts: dict[str, Verdict]) -> Counter[str]:
+    """How many entries have each status through `generate(custom_generate=...)`."""
+    return Counter(verdict.generate.status for verdict in verdicts.values())
 
 
 def to_markdown(verdicts: dict[str, Verdict]) -> str:
     """The table; the same for the same releases of torch and transformers."""
-    found = ", ".join(f"{count} {status}" for status, count in counts(verdicts).most_common())
-    routes = Counter(verdict.route for verdict in verdicts.values() if verdict.status == "exact")
+    classes = {name: verdict for name, verdict in verdicts.items() if "+" not in name}
+    variants = {name: verdict for name, verdict in verdicts.items() if "+" in name}
+    routes = Counter(verdict.route for verdict in classes.values() if verdict.status == "exact")
+    both = sum(verdict.exact for verdict in classes.values())
     lines = [
         _TITLE,
         "",
         f"Made by `hf-async-batching coverage` with transformers {transformers.__version__}: every class that",
         "`AutoModelForCausalLM` makes, and all others named `*ForCausalLM`, with tiny random weights in float32, on a",
-        "CPU. Ragged prompts, one of them late and one behind a shared prefix, computed in pieces beside rows that",
-        "decode; *exact* means that every token and log-probability is the one of `model.generate` for that prompt",
-        "alone. `hf-async-batching check MODEL` does the same with a model of yours.",
+        "CPU; and, behind a plus sign, what real checkpoints of some classes have beside their config's defaults.",
+        "The tiny models have what real ones have (windows, chunks, sparse and recurrent layers, several groups of",
+        "states, shared experts, scaled rotary frequencies, ...), so small that the prompts go beyond each length.",
         "",
-        f"{len(verdicts)} classes: {found}.",
+        "*submit*: ragged prompts, one of them late and one behind a shared prefix, computed in pieces beside rows",
+        "that decode. *generate*: the same prompts as one batch, padded on the left, through",
+        "`model.generate(custom_generate=hf_async_batching.generate)`. *exact* means that every token and",
+        "log-probability is the one of plain `model.generate` for that prompt alone. *plain, padded* says what plain",
+        "`generate` itself makes of the padded batch: the same tokens, others (its family does not look at the",
+        "mask), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.",
+        "",
+        f"{len(classes)} classes. submit: {_most_common(counts(classes))}. generate: "
+        f"{_most_common(drop_in_counts(classes))}. Exact in both ways: {both}.",
+        "",
+        f"{len(variants)} variants. submit: {_most_common(counts(variants))}. generate: "
+        f"{_most_common(drop_in_counts(variants))}.",
         "",
         _ROUTES,
-        "Exact, by how they are served: "
-        + ", ".join(f"{count} {route}" for route, count in routes.most_common())
+        "Classes that are exact, by how they are served: "
+        + "; ".join(f"{count} {route}" for route, count in routes.most_common())
         + ".",
         "",
-        "| class | | served as | remark |",
-        "| --- | --- | --- | --- |",
+        "| class | submit | generate | served as | plain, padded | remark |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {name} | {verdict.status} | {verdict.route} | {verdict.reason.replace('|', chr(92) + '|')} |"
+        f"| {name} | {verdict.status} | {verdict.generate.status} | {verdict.route} | {verdict.plain_padded} | "
+        f"{_remark(verdict)} |"
         for name, verdict in sorted(verdicts.items())
     ]
     return "\n".join(lines) + "\n"
+
+
+def _most_common(counted: Counter[str]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in counted.most_common())
+
+
+def _remark(verdict: Verdict) -> str:
+    parts = [verdict.reason]
+    if verdict.generate.reason and verdict.generate.reason != verdict.reason:
+        parts.append(f"generate: {verdict.generate.reason}")
+    if verdict.not_reached:
+        parts.append(f"not beyond {', '.join(verdict.not_reached)}")
+    return "; ".join(filter(None, parts)).replace("|", "\\|")
 
 
 def to_json(verdicts: dict[str, Verdict]) -> str:
@@ -134,4 +166,24 @@ def to_json(verdicts: dict[str, Verdict]) -> str:
 
 def read_json(path: Path) -> dict[str, Verdict]:
     """What `to_json` wrote."""
-    return {name: Verdict(**found) for name, found in json.loads(path.read_text())["classes"].items()}
+    return {name: _verdict(found) for name, found in json.loads(path.read_text())["classes"].items()}
+
+
+def write(path: Path, verdicts: dict[str, Verdict]) -> None:
+    """Write the table to `path`, and beside it what `read_json` reads."""
+    path.write_text(to_markdown(verdicts))
+    path.with_suffix(".json").write_text(to_json(verdicts) + "\n")
+
+
+def read_known(path: Path) -> dict[str, Verdict]:
+    """What stands beside a table, if this release of transformers made it and the check came to its end."""
+    beside = path.with_suffix(".json")
+    if not beside.exists() or json.loads(beside.read_text())["transformers"] != transformers.__version__:
+        return {}
+    return {name: verdict for name, verdict in read_json(beside).items() if verdict.status != "failed"}
+
+
+def _verdict(found: dict[str, Any]) -> Verdict:
+    drop_in = found.get("drop_in")
+    found = {**found, "not_reached": tuple(found.get("not_reached", ()))}
+    return Verdict(**{**found, "drop_in": Finding(**drop_in) if drop_in else None})

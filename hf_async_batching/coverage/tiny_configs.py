@@ -38,25 +38,30 @@ FIELDS: dict[str, Any] = {
     "rotary_dim": 8,
     # MLA; keys and values of different sizes
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "o_lora_rank": 16,
-    "qk_head_dim": 24, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64, "q_a_proj_dim": 24,
+    "qk_head_dim": 24, "index_head_dim": 16, "index_n_heads": 2, "q_a_proj_dim": 24,
     # experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "moe_top_k": 2, "top_k_experts": 2, "num_selected_experts": 2,
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "num_shared_experts": 1, "n_group": 2, "topk_group": 1,
     "num_expert_group": 2, "zero_expert_num": 2, "expert_num": 4, "moe_num_experts_per_tok": 2,
     # state spaces, convolutions and linear attention
-    "state_size": 8, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 8, "mamba_n_groups": 1,
-    "mamba_expand": 2, "mamba_d_conv": 4, "conv_kernel": 4, "mamba_chunk_size": 8, "chunk_size": 8, "n_groups": 1,
+    "state_size": 8, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 8, "mamba_n_groups": 2,
+    "mamba_expand": 2, "mamba_d_conv": 4, "conv_kernel": 4, "mamba_chunk_size": 8, "chunk_size": 8, "n_groups": 2,
     "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_d_ssm": 128,
-    "ssm_state_size": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "lru_width": 64, "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4,
+    "ssm_state_size": 8, "mamba_headdim": 16, "mamba_ngroups": 2, "lru_width": 64, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_head_dim": 16, "linear_num_heads": 4,
+    "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4,
     "n_mamba_heads": 2, "attention_hidden_size": 64, "adapter_rank": 8, "num_mem_blocks": 1,
     # windows and lengths
-    "attention_chunk_size": WINDOW, "attention_window_size": WINDOW, "sliding_window": WINDOW,
+    "attention_chunk_size": WINDOW, "attention_window_size": WINDOW, "sliding_window": WINDOW, "window_size": WINDOW,
+    "keep_window_size": WINDOW, "sliding_window_size": WINDOW, "rel_extent": WINDOW, "index_topk": WINDOW,
+    "index_block_size": 8, "index_topk_blocks": 2, "block_size": 8, "max_inference_chunksize": WINDOW,
+    "local_attn_chunk_length": WINDOW, "lsh_attn_chunk_length": WINDOW, "floor_scale": 8, "log_scaling_n_floor": 8,
     "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "max_seq_len": 512, "context_length": 512,
     "seq_length": 512, "max_sequence_length": 512, "max_target_positions": 512, "max_source_positions": 64,
     # vocabularies
-    "vocab_size": VOCAB, "n_vocab": VOCAB, "decoder_vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
+    "vocab_size": VOCAB, "n_vocab": VOCAB, "unpadded_vocab_size": VOCAB,
+    "decoder_vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 8, "vocab_size_or_config_json_file": VOCAB, "text_vocab_size": VOCAB,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1,
     # a tied output tends to say the input again
@@ -99,6 +104,9 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
         if isinstance(before, (list, tuple)):
             continue
         fields[name] = value
+    rope = default.to_dict().get("rope_parameters")
+    if isinstance(rope, dict):
+        fields["rope_parameters"] = _short_rope(rope)
     layers = special.get("num_hidden_layers", LAYERS)
     for name, value in default.to_dict().items():
         if isinstance(value, list) and value and isinstance(value[0], str) and len(value) > layers:
@@ -109,45 +117,119 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
     return config_class(**{**fields, **special, **changes})
 
 
+def _short_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters that are scaled from few tokens on."""
+    lengths = {
+        "original_max_position_embeddings": WINDOW,
+        "max_position_embeddings": FIELDS["max_position_embeddings"],
+    }
+    return {
+        name: _short_rope(value) if isinstance(value, dict) else lengths.get(name, value)
+        for name, value in rope.items()
+    }
+
+
 def _mixed(kinds: list[str], count: int) -> list[str]:
     """`count` layer types among which each of `kinds` occurs, as long as there is room."""
     distinct = list(dict.fromkeys(kinds))
     return (distinct * count)[:count]
 
 
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+
 # model_type -> fields that the rules above do not get right.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"num_experts_per_tok": 2},
+    "bailing_hybrid": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": LAYERS},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
     },
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "cohere2_moe": {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"] * 2},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "o_groups": 2,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    },
+    "dots1": {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "dots3_note": {
         "layer_types": ["indexed_attention", "sliding_attention"] * 2,
         "head_dim": 24,
         "sliding_window": WINDOW,
-        "per_layer_config": {},
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
     },
-    "gemma3n_text": {"num_kv_shared_layers": 2, "laurel_rank": 8},
+    # Each pair of a layer and its MLP is one layer.
+    "dory": {
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 2,
+    },
+    "falcon_h1": {
+        "mamba_n_groups": 2,
+        "mamba_rms_norm": True,
+        "key_multiplier": 0.5,
+        "attention_out_multiplier": 0.9,
+        "ssm_multipliers": [0.7, 0.8, 0.9, 1.1, 1.2],
+        "ssm_out_multiplier": 0.8,
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 2, "laurel_rank": 8, "intermediate_size": 96},
     "gemma4_text": {"num_kv_shared_layers": 2, "head_dim": 16},
     "gemma4_unified_text": {"head_dim": 16},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "glm4_moe": {"use_qk_norm": True, "n_group": 2},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 2, **_GRANITE},
+    "granitemoeshared": {"shared_intermediate_size": 32, **_GRANITE},
+    "granitemoe_swa": {"shared_intermediate_size": 32, **_GRANITE},
+    "granite_swa": _GRANITE,
     "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"num_experts_per_tok": 2},
+    "kimi_linear": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
+    "laguna": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "num_attention_heads_per_layer": [4, 8, 4, 8],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
-    "ministral": {"head_dim": 16},
-    "mistral4": {"qk_nope_head_dim": 8},
+    "mellum": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
+    "ministral": {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "mistral4": {"qk_nope_head_dim": 8, "first_k_dense_replace": 1},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
@@ -155,7 +237,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
-        "indexer_budget": 64,
+        "indexer_budget": 16,
         "indexer_compress_ratio": 4,
         "hc_lowrank": 16,
         "ngram_vocab_size_base": 100,
@@ -167,6 +249,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
         "hash_seed": 0,
     },
+    "starcoder2": {"sliding_window": WINDOW},
     "xlm": {"causal": True, "is_encoder": True, "is_decoder": False},
     "xlstm": {"hidden_size": 128, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
@@ -182,5 +265,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
         "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
     },
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "sliding_window": WINDOW},
 }

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from support.tiny_models import tiny_model
 from transformers import AttentionInterface
 
-from hf_async_batching import BatchingConfig
+from hf_async_batching import BatchingConfig, GenerationManager, generate
 from hf_async_batching.attention import interface
-from hf_async_batching.coverage.check import LENGTHS, check_model, make_prompts, reference
+from hf_async_batching.coverage import check, families
+from hf_async_batching.coverage.check import (
+    LENGTHS,
+    NEW_TOKENS,
+    Finding,
+    check_model,
+    make_prompts,
+    prompt_lengths,
+    reference,
+)
 from hf_async_batching.coverage.families import MIN_DISTINCT, check_family, class_names
 from hf_async_batching.coverage.tiny_configs import tiny_config
+from hf_async_batching.coverage.variants import VARIANTS
+from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.length_thresholds import length_thresholds
 
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=24, max_rows=4, attach_check=False)
 
@@ -29,6 +44,7 @@ def test_exact() -> None:
     verdict = check_model(tiny_model("Llama"))
     assert (verdict.status, verdict.reason, verdict.route) == ("exact", "", "packed")
     assert verdict.distinct_tokens >= MIN_DISTINCT
+    assert (verdict.drop_in, verdict.plain_padded, verdict.exact) == (Finding("exact"), "the same", True)
 
 
 @pytest.mark.parametrize("factor", [1.5, 1.01])
@@ -46,6 +62,77 @@ def test_wrong(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     assert ("token" if factor > 1.1 else "log-probabilities") in verdict.reason
 
 
+@pytest.mark.parametrize("status", ["refused", "failed", "wrong"])
+def test_the_drop_in_is_tried_too(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    """Each way in has a finding of its own."""
+
+    @functools.wraps(generate)
+    def changed(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if status == "refused":
+            raise UnsupportedArgumentError("no padding")
+        if status == "failed":
+            raise ZeroDivisionError("oh")
+        return generate(model, (input_ids + 1) % model.config.vocab_size, **kwargs)
+
+    monkeypatch.setattr(check, "generate", changed)
+    verdict = check_model(tiny_model("Llama"), config=CONFIG)
+    assert verdict.status == "exact"
+    assert verdict.generate.status == status
+    assert not verdict.exact
+
+
+def test_an_error_through_submit_is_a_finding_beside_the_drop_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GenerationManager, "submit", lambda *a, **k: 1 / 0)
+    verdict = check_model(tiny_model("Llama"), config=CONFIG)
+    assert (verdict.status, verdict.reason) == ("failed", "ZeroDivisionError: division by zero")
+    assert verdict.generate == Finding("exact")
+
+
+def test_prompts_go_beyond_what_a_config_has() -> None:
+    model = tiny_model("Mistral")
+    model.config.sliding_window = 100
+    lengths, not_reached = prompt_lengths(model)
+    assert not_reached == ()
+    assert any(length > 100 for length in lengths)
+    assert any(length < 100 < length + NEW_TOKENS for length in lengths)
+    assert prompt_lengths(model, longest=60) == (LENGTHS, ("sliding_window",))
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variants_can_be_built(name: str) -> None:
+    """Each sets something that the class's config has, to something else than its tiny config."""
+    class_name, changes = name.partition("+")[0], VARIANTS[name]
+    model_class: Any = getattr(transformers, class_name)
+    usual = tiny_config(model_class.config_class).to_dict()
+    changed = tiny_config(model_class.config_class, **changes).to_dict()
+    assert changed != usual
+
+
+@pytest.mark.parametrize(
+    ("name", "longer_than"), [("Llama4", 8), ("MiniMaxM3VL", 8), ("Gemma3", 16), ("Lfm2", 0), ("DeepseekV32", 16)]
+)
+def test_prompts_go_beyond_each_length_of_the_tiny_models(name: str, longer_than: int) -> None:
+    config = families.tiny_model(f"{name}ForCausalLM").config
+    thresholds = length_thresholds(config)
+    assert max(thresholds.values(), default=0) >= longer_than
+    assert all(value < max(LENGTHS) for value in thresholds.values())
+
+
+def test_tiny_models_have_what_real_ones_have() -> None:
+    """Layers of each kind, several groups of states, windows: what a batch can get wrong."""
+    kinds = {
+        "Lfm2ForCausalLM": {"conv", "full_attention"},
+        "MiniMaxM3VLForCausalLM": {"full_attention", "minimax_m3_sparse"},
+        "LagunaForCausalLM": {"full_attention", "sliding_attention"},
+        "ZayaForCausalLM": {"hybrid", "hybrid_sliding"},
+    }
+    for name, expected in kinds.items():
+        assert set(families.tiny_model(name).config.layer_types) == expected, name
+    groups = {"NemotronHForCausalLM": "n_groups", "FalconH1ForCausalLM": "mamba_n_groups"}
+    for name, field in groups.items():
+        assert getattr(families.tiny_model(name).config, field) == 2, name
+
+
 def test_a_model_that_does_not_generate_has_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama")
     monkeypatch.setattr(type(model), "generate", lambda *a, **k: 1 / 0)
@@ -55,9 +142,7 @@ def test_a_model_that_does_not_generate_has_no_reference(monkeypatch: pytest.Mon
 
 
 def test_a_class_that_cannot_be_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_async_batching.coverage import families
-
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise ValueError("no such size")
 
     monkeypatch.setattr(families, "tiny_model", broken)
@@ -80,8 +165,6 @@ def test_every_class_is_walked() -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "DeepseekV3", "Qwen3Next", "Bart", "Mamba2", "Gemma3Text"])
 def test_tiny_configs(name: str) -> None:
-    import transformers
-
     config = tiny_config(getattr(transformers, f"{name}Config"))
     assert config.hidden_size <= 64
     assert config.num_hidden_layers <= 4

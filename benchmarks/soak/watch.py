@@ -1,0 +1,141 @@
+"""What the process holds: memory, threads and open descriptors, and whether memory stays flat."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.request import Request
+
+MIB = 1 << 20
+# Allocators keep what they had at their fullest: growth below this says nothing, however long it takes.
+NOISE_MIB = 32.0
+# Samples before this share of the time, or these seconds, are of an allocator that still fills.
+_WARM_SHARE, _WARM_SECONDS = 0.35, 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a process holds at a moment.
+
+    Attributes:
+        at: `time.perf_counter()`.
+        rss: Resident memory in bytes.
+        allocated: Memory of tensors on the CUDA device in bytes; 0 without one.
+        reserved: Memory that torch's allocator has there.
+        threads: Python's threads.
+        os_threads: All threads of the process.
+        descriptors: Open files, pipes and sockets.
+    """
+
+    at: float
+    rss: int
+    allocated: int
+    reserved: int
+    threads: int
+    os_threads: int
+    descriptors: int
+
+    def __str__(self) -> str:
+        cuda = f", CUDA {self.allocated / MIB:.0f} of {self.reserved / MIB:.0f} MiB" if self.reserved else ""
+        return (
+            f"RSS {self.rss / MIB:.0f} MiB{cuda}, {self.threads} threads ({self.os_threads} of the system), "
+            f"{self.descriptors} descriptors"
+        )
+
+
+def held() -> Held:
+    """What this process holds now; of Linux."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Held(
+        at=time.perf_counter(),
+        rss=pages * os.sysconf("SC_PAGE_SIZE"),
+        allocated=torch.cuda.memory_allocated() if cuda else 0,
+        reserved=torch.cuda.memory_reserved() if cuda else 0,
+        threads=threading.active_count(),
+        os_threads=len(os.listdir("/proc/self/task")),
+        descriptors=len(os.listdir("/proc/self/fd")) - 1,  # one of them reads the folder
+    )
+
+
+def live_objects() -> dict[str, int]:
+    """Requests and handles that something still refers to, after a collection."""
+    gc.collect()
+    kinds = (GenerationHandle, Request)
+    found = [type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds)]
+    return {kind.__name__: found.count(kind.__name__) for kind in kinds}
+
+
+def slope(samples: list[tuple[float, float]]) -> float:
+    """The median of the slopes between samples (Theil and Sen): a few peaks do not move it.
+
+    Args:
+        samples: Times and values.
+
+    Returns:
+        Change of the value per unit of time; 0 for fewer than two samples.
+    """
+    kept = samples[:: max(1, len(samples) // 200)]
+    slopes = [
+        (later[1] - earlier[1]) / (later[0] - earlier[0])
+        for index, earlier in enumerate(kept)
+        for later in kept[index + 1 :]
+        if later[0] > earlier[0]
+    ]
+    return statistics.median(slopes) if slopes else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How memory moved after the warm-up.
+
+    Attributes:
+        name: Which memory.
+        per_minute: MiB per minute.
+        minutes: Time that was looked at.
+        bound: MiB per minute that are allowed.
+    """
+
+    name: str
+    per_minute: float
+    minutes: float
+    bound: float
+
+    @property
+    def flat(self) -> bool:
+        """Whether it grew by less than the bound, or by no more than an allocator's noise."""
+        return self.per_minute * self.minutes <= max(NOISE_MIB, self.bound * self.minutes)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.per_minute:+.2f} MiB a minute over {self.minutes:.1f} minutes "
+            f"(allowed: {self.bound:g}, or {NOISE_MIB:g} MiB altogether)"
+        )
+
+
+def growth(samples: list[Held], bound: float) -> list[Growth]:
+    """How resident memory moved after the warm-up, and allocated memory on a CUDA device.
+
+    Args:
+        samples: In the order of time.
+        bound: MiB per minute that are allowed.
+    """
+    if not samples:
+        return []
+    first, last = samples[0].at, samples[-1].at
+    warm = first + min(_WARM_SHARE * (last - first), _WARM_SECONDS)
+    steady = [sample for sample in samples if sample.at >= warm]
+    minutes = (last - warm) / 60
+    kinds = [("RSS", [(one.at / 60, one.rss / MIB) for one in steady])]
+    if any(one.reserved for one in steady):
+        kinds.append(("CUDA allocated", [(one.at / 60, one.allocated / MIB) for one in steady]))
+    return [Growth(name, slope(points), minutes, bound) for name, points in kinds]
