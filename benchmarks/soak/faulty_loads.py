@@ -92,10 +92,24 @@ def refused(job: Job) -> None:
     except TimeoutError:
         job.tally.add(job.load, "failed", 0, f"{job.subject.name}: {shown} never ends")
     except Exception as error:
+        if _plain_raises(job, prompt, arguments, type(error)):
+            job.tally.add(job.load, "refused")
+            return
         detail = f"{job.subject.name}: {shown} raises {type(error).__name__}: {str(error)[:200]}"
         job.tally.add(job.load, "failed", 0, detail)
     else:
         job.done(len(result.token_ids))
+
+
+def _plain_raises(job: Job, prompt: Any, arguments: dict[str, Any], kind: type[Exception]) -> bool:
+    """Whether plain `generate` has the same to say to the same."""
+    try:
+        job.plain(prompt, **{"eos_token_id": None, **arguments})
+    except kind:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 class Faulty(LogitsProcessor):

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.soak.job import EOS, SECONDS, Job
+from hf_async_batching.errors import EngineClosedError, QueueFullError, UnsupportedModelError
 
 
 def greedy(job: Job) -> None:
@@ -78,6 +79,9 @@ def processed(job: Job) -> None:
     arguments: dict[str, Any] = {}
     for chosen in rng.sample(possible, rng.randint(1, 3)):
         arguments.update(chosen)
+    if arguments.get("forced_bos_token_id"):  # `generate` refuses to force what it suppresses
+        arguments.pop("begin_suppress_tokens", None)
+        arguments.pop("suppress_tokens", None)
     with job.maybe_checked() as checked:
         given = {"eos_token_id": None, **arguments}
         tokens = job.submit(prompt, max_new_tokens=count, do_sample=False, **given).result(SECONDS).token_ids
@@ -225,7 +229,11 @@ def embeddings(job: Job) -> None:
     with job.maybe_checked() as checked:
         with torch.no_grad():
             given = job.subject.model.get_input_embeddings()(torch.tensor(prompt, device=job.subject.device))
-        handle = job.submit(None, inputs_embeds=given, max_new_tokens=count, do_sample=False, eos_token_id=None)
+        try:
+            handle = job.submit(None, inputs_embeds=given, max_new_tokens=count, do_sample=False, eos_token_id=None)
+        except UnsupportedModelError:  # families that are served through a cache class of their own
+            job.tally.add(job.load, "refused")
+            return
         tokens = handle.result(SECONDS).token_ids
         if checked:
             job.compare_greedy(prompt, tokens, count)
@@ -296,8 +304,6 @@ def forgotten(job: Job) -> None:
 
 def outcome_of(error: BaseException) -> tuple[Any, int, str]:
     """How an error counts that is no part of the load's own plan: outcome, tokens, detail."""
-    from hf_async_batching.errors import EngineClosedError, QueueFullError
-
     if isinstance(error, EngineClosedError):
         return "closed", 0, ""
     if isinstance(error, QueueFullError):

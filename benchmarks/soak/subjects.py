@@ -64,7 +64,7 @@ class Subject:
         self.changes = 0
         self._config = BatchingConfig(
             page_size=16,
-            num_pages=24,
+            num_pages=16,
             max_rows=8,
             max_batch_tokens=48,
             max_sequence_length=LONGEST,
@@ -123,8 +123,8 @@ class Subject:
     def new_manager(self) -> None:
         """Close the manager, with what it is doing, and make another."""
         with self.lock.alone():
-            self._manager.close()
-            self._manager = GenerationManager(self.model, self._config)
+            old, self._manager = self._manager, GenerationManager(self.model, self._config)
+            old.close()
 
 
 def _with_adapters(model: PreTrainedModel) -> Any:

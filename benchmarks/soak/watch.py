@@ -18,6 +18,7 @@ from hf_async_batching.request import Request
 MIB = 1 << 20
 # Allocators keep what they had at their fullest: growth below this says nothing, however long it takes.
 NOISE_MIB = 32.0
+ENOUGH_MINUTES = 2.0
 # Samples before this share of the time, or these seconds, are of an allocator that still fills.
 _WARM_SHARE, _WARM_SECONDS = 0.35, 240.0
 
@@ -112,14 +113,16 @@ class Growth:
 
     @property
     def flat(self) -> bool:
-        """Whether it grew by less than the bound, or by no more than an allocator's noise."""
-        return self.per_minute * self.minutes <= max(NOISE_MIB, self.bound * self.minutes)
+        """Whether it grew by less than the bound, or by no more than an allocator's noise, or nothing can be said."""
+        return self.minutes < ENOUGH_MINUTES or self.per_minute * self.minutes <= max(
+            NOISE_MIB, self.bound * self.minutes
+        )
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} {self.per_minute:+.2f} MiB a minute over {self.minutes:.1f} minutes "
-            f"(allowed: {self.bound:g}, or {NOISE_MIB:g} MiB altogether)"
-        )
+        allowed = f"allowed: {self.bound:g}, or {NOISE_MIB:g} MiB altogether"
+        if self.minutes < ENOUGH_MINUTES:
+            allowed = f"too short to judge: {ENOUGH_MINUTES:g} minutes are needed"
+        return f"{self.name} {self.per_minute:+.2f} MiB a minute over {self.minutes:.1f} minutes ({allowed})"
 
 
 def growth(samples: list[Held], bound: float) -> list[Growth]:

@@ -1,0 +1,125 @@
+"""Whether a soak went well."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.soak.subjects import Subject
+from benchmarks.soak.tally import Tally
+from benchmarks.soak.watch import Growth, Held, growth, held, live_objects
+
+_QUIET_SECONDS = 60.0
+# The same draw in another company: rounding moves the edge of a filter once in so many tokens, at most.
+_DRAWN_OTHERWISE = 1 / 20_000
+# Threads that other libraries keep for the process.
+_OTHERS = {"tqdm_monitor"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is wrong, and how memory moved.
+
+    Attributes:
+        problems: One sentence each; empty where all is well.
+        memory: How it moved after the warm-up.
+    """
+
+    problems: tuple[str, ...]
+    memory: tuple[Growth, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"memory: {found}" for found in self.memory]
+        lines += [f"PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([*lines, "verdict: " + ("all is well" if self.holds else f"{len(self.problems)} problems")])
+
+
+def judge(
+    subjects: Sequence[Subject],
+    tally: Tally,
+    samples: list[Held],
+    stuck: list[str],
+    before: Held,
+    threads_before: set[threading.Thread],
+    bound: float,
+) -> Verdict:
+    """Wait until nothing runs, look at what is held, close the managers, and look again.
+
+    Args:
+        subjects: Whose clients have ended.
+        tally: What became of requests.
+        samples: Of memory, in the order of time.
+        stuck: Threads that did not end.
+        before: What was held before the first request.
+        threads_before: The same for threads.
+        bound: MiB per minute that memory may grow.
+    """
+    memory = growth(samples, bound)
+    problems = [f"{found} is not flat" for found in memory if not found.flat]
+    problems += [f"{name} did not end" for name in stuck]
+    problems += [f"wrong: {detail}" for detail in tally.wrong]
+    problems += [f"failed: {detail}" for detail in tally.failed]
+    if not tally.notes["compared"]:
+        problems.append("nothing was compared")
+    otherwise, drawn = tally.notes["drawn otherwise"], tally.notes["drawn twice"]
+    if otherwise > 1 + _DRAWN_OTHERWISE * drawn:
+        problems.append(f"{otherwise} draws came out otherwise the second time, of {drawn} tokens")
+    problems += _rows_and_pages(subjects)
+    for subject in subjects:
+        subject.manager.close()
+    problems += _left_behind(before, threads_before)
+    return Verdict(tuple(problems), tuple(memory))
+
+
+def _rows_and_pages(subjects: Sequence[Subject]) -> list[str]:
+    """Rows and pages that are held though no request is."""
+    deadline = time.perf_counter() + _QUIET_SECONDS
+    problems: list[str] = []
+    for subject in subjects:
+        while True:
+            stats = subject.manager.stats()
+            busy = {
+                name: getattr(stats, name)
+                for name in ("running", "waiting", "rows_in_use", "pages_in_use")
+                if getattr(stats, name)
+            }
+            if not busy:
+                break
+            if time.perf_counter() > deadline:
+                problems.append(f"{subject.name} holds {busy} with no request")
+                break
+            time.sleep(0.02)
+    return problems
+
+
+def _left_behind(before: Held, threads_before: set[threading.Thread]) -> list[str]:
+    """Threads, descriptors, requests and handles that are there after the last engine."""
+    deadline = time.perf_counter() + 10.0
+    while True:
+        threads = [one.name for one in set(threading.enumerate()) - threads_before if one.name not in _OTHERS]
+        objects = {name: count for name, count in live_objects().items() if count}
+        after = held()
+        descriptors = after.descriptors - before.descriptors
+        if not (threads or objects or descriptors > 0) or time.perf_counter() > deadline:
+            break
+        time.sleep(0.2)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    print(f"after: {after}")
+    problems = []
+    if threads:
+        problems.append(f"threads are left: {', '.join(sorted(threads))}")
+    if objects:
+        problems.append(f"objects are left: {objects}")
+    if descriptors > 0:
+        problems.append(f"{descriptors} descriptors more than before are open")
+    return problems
