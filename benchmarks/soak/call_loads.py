@@ -15,6 +15,9 @@ from benchmarks.soak.job import EOS, Job
 from benchmarks.soak.loads import AddsByHistory
 from hf_async_batching.errors import UnsupportedArgumentError
 
+# Share of processors of a caller's own that look at all rows of a batch.
+_TOGETHER = 0.0
+
 
 def _batch(job: Job) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """Ragged prompts, and the same as a batch that is padded on the left."""
@@ -131,7 +134,7 @@ class AcrossTheBatch(LogitsProcessor):
 def batch_processors(job: Job) -> None:
     """Processors of the caller's own over a padded batch: of each row, or of all rows together."""
     prompts, batch = _batch(job)
-    count, together = job.new_tokens(12), job.rng.random() < 0.5
+    count, together = job.new_tokens(12), job.rng.random() < _TOGETHER
 
     def made() -> LogitsProcessorList:
         return LogitsProcessorList([AcrossTheBatch() if together else AddsByHistory(1.0)])
