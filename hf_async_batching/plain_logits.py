@@ -52,8 +52,7 @@ def prompts_for(model: PreTrainedModel, vocab_size: int) -> Prompts:
     """Prompts of the usual lengths, or shorter where a model's context is.
 
     Where attention picks the best keys of all (DeepSeek's sparse attention), it must be asked to leave some out: some
-    families pick others for the same token at once and one by one. The third prompt repeats its tokens: of keys that
-    are equal, which are picked depends on where they lie (Doge's dynamic mask), and so on padding.
+    families pick others for the same token at once and one by one.
     """
     picked = getattr(model.config.get_text_config(), "index_topk", None)
     length = max(_FIRST_LENGTH, picked + 5) if isinstance(picked, int) else _FIRST_LENGTH
@@ -66,7 +65,7 @@ def prompts_of_lengths(length: int, shorter: int, vocab_size: int) -> Prompts:
     return Prompts(
         [(7 * i + 3) % vocab_size for i in range(length)],
         [(11 * i + 5) % vocab_size for i in range(shorter)],
-        [(13 * (i % 5) + 1) % vocab_size for i in range(shorter)],
+        [(13 * i + 1) % vocab_size for i in range(shorter)],
     )
 
 

@@ -118,8 +118,8 @@ def to_markdown(verdicts: dict[str, Verdict]) -> str:
         "that decode. *generate*: the same prompts as one batch, padded on the left, through",
         "`model.generate(custom_generate=hf_async_batching.generate)`. *exact* means that every token and",
         "log-probability is the one of plain `model.generate` for that prompt alone. *plain, padded* says what plain",
-        "`generate` itself makes of the padded batch: the same tokens, others (its family does not look at the",
-        "mask), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.",
+        "`generate` itself makes of the padded batch: the same tokens, others (padding changes what the family",
+        "computes), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.",
         "",
         f"{len(classes)} classes. submit: {_most_common(counts(classes))}. generate: "
         f"{_most_common(drop_in_counts(classes))}. Exact in both ways: {both}.",
