@@ -38,6 +38,7 @@ from .pools import TRACES
 from .pulse import Pulse
 from .runs import CompareRuns, WallRuns, read_prompts
 from .serving import load
+from .sweeper import FILE_SECONDS
 from .visitor import visitor_of
 from .zero import ZeroGpu, gpu_decorator
 
@@ -80,7 +81,7 @@ def build_app(backend: Backend) -> gr.Blocks:
         comparisons.stop(visitor_of(request))
         datasets.stop(visitor_of(request))
 
-    app = gr.Blocks(title=TITLE, analytics_enabled=False)
+    app = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, int(FILE_SECONDS)))
     with app:
         # Kept by the browser, so that a reload shows the conversation again; the key only hides it from a glance.
         history = gr.BrowserState([], storage_key=_HISTORY_KEY, secret=_HISTORY_KEY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 # The engine is looked at this often and never waits for it: an answer is drawn at most twenty times a second, and a
 # slow browser costs the engine nothing.
 LOOK_SECONDS = 0.05
+# So many answers of one owner are looked at that often; where there are more, each is more rarely.
+QUICK_ANSWERS = 4
 # What drawing the longest conversation may hold up the others, out of each second, is a fiftieth of this.
 DRAW_SECONDS = 0.5
 _SETTLE_SECONDS = 5.0
@@ -100,6 +103,11 @@ class ChatService:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._turns: dict[str, _Turn] = {}
+        self._asking = Counter[str]()
+
+    def _pause(self, owner: str) -> float:
+        """Seconds between two looks at an answer: Gradio works for each part, and one owner gets a share of that."""
+        return LOOK_SECONDS * max(1.0, self._asking[owner] / QUICK_ANSWERS)
 
     def busy(self, visitor: str) -> bool:
         """Say whether an answer is being written for this visitor."""
@@ -155,7 +163,9 @@ class ChatService:
         serving: Serving | None = None
         request: Request | None = None
         # A long conversation is drawn anew with each part of the answer: the longer it is, the more rarely.
-        pause = LOOK_SECONDS + DRAW_SECONDS * sum(len(message["content"]) for message in messages) / LONGEST_HISTORY
+        drawing = DRAW_SECONDS * sum(len(message["content"]) for message in messages) / LONGEST_HISTORY
+        owner = owner or visitor
+        self._asking[owner] += 1
         try:
             while (serving := self._backend.serving) is None and not turn.cancelled:
                 stage = self._backend.stage
@@ -174,7 +184,7 @@ class ChatService:
                 told, waiting = waiting, _waits_at(serving.roster.places().get(request.request_id, 1))
                 if told != waiting:
                     yield Reply("", waiting=waiting)
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(self._pause(owner))
             if turn.cancelled:
                 yield Reply("*Stopped before the first word.*", note="", failed=True, discarded=turn.discarded)
                 return
@@ -194,7 +204,7 @@ class ChatService:
                     told, waiting = waiting, _waits_at(place)
                     if told != waiting:
                         yield Reply("", waiting=waiting)
-                await asyncio.sleep(pause if text else LOOK_SECONDS)
+                await asyncio.sleep(self._pause(owner) + (drawing if text else 0.0))
             text += detokenizer.flush()
             result = handle.result()
             if text.strip() or turn.discarded:
@@ -208,6 +218,9 @@ class ChatService:
         finally:
             turn.cancel()
             turn.done.set()
+            self._asking[owner] -= 1
+            if not self._asking[owner]:
+                del self._asking[owner]
             if serving is not None and request is not None:
                 serving.roster.forget(request)
             if self._turns.get(visitor) is turn:

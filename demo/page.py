@@ -10,6 +10,8 @@ from typing import Any
 
 import gradio as gr
 
+from .guard import app_options
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 TITLE = "hf_async_batching"
 TAGLINE = (
@@ -24,7 +26,9 @@ EXAMPLES = (
 )
 PLACEHOLDER = "### Your own chat\nIt is answered in the same batch as the wall beside it."
 
-MAX_UPLOAD = "20mb"
+MAX_UPLOAD = 20 << 20
+# Sessions of which Gradio keeps a copy of its config, some 140 kB each; this page keeps nothing in them.
+_SESSIONS = 500
 # Events that may run at once: a stream holds a place for as long as it lasts.
 _MAX_EVENTS = 400
 _SCRIPTS = ("lanes.js", "panel.js", "wall.js", "compare.js")
@@ -80,6 +84,9 @@ def launch_options() -> dict[str, Any]:
         "max_threads": _MAX_EVENTS,
         "max_file_size": MAX_UPLOAD,
         "run_history": False,
+        "state_session_capacity": _SESSIONS,
+        # Beside the file, a form has its own few lines.
+        "app_kwargs": app_options(MAX_UPLOAD + (64 << 10)),
     }
 
 

@@ -30,11 +30,14 @@ class _Entry:
     tokens: int
     rows: int = 1
     handle: GenerationHandle | None = None
+    computed: bool = False
 
     @property
     def ahead(self) -> int:
         """Prompt tokens that are computed before those of a request that comes now."""
-        return 0 if self.handle is not None and (self.handle.done or self.handle.started) else self.prompt
+        if not self.computed and self.handle is not None:
+            self.computed = bool(self.handle.started and self.handle.tokens_from(0))
+        return 0 if self.computed else self.prompt
 
 
 class Roster:

@@ -103,6 +103,7 @@ class BatchRun:
         self._decode = decode
         self._wanted = wanted
         self._window = Window(window, span)
+        self._window_rows = window
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._results: SimpleQueue[RowResult | Failed | None] = SimpleQueue()
         self._admission = Admission(block=max(1, window // 2), step_tokens=2048)
@@ -275,8 +276,10 @@ class BatchRun:
     def _feed(self) -> None:
         """Give the engine work, in batches, while it has less than it can compute at once and some to choose from."""
         rows = self._engine_rows()
-        room = rows + max(8, rows // 2) - len(self._jobs)
-        if room < max(1, rows // 16) or not self._admission:
+        # Rows are read in chunks, which may be larger than the window: the engine gets no more than the window holds.
+        most = min(rows + max(8, rows // 2), self._window_rows)
+        room = most - len(self._jobs)
+        if room < max(1, min(rows, most) // 16) or not self._admission:
             return
         self._submit(self._admission.take(room))
 

@@ -15,8 +15,9 @@ from support.demo import wait_until_idle
 from support.pace import slowed
 
 from demo.backend import Backend
-from demo.completion import complete_table
+from demo.completion import complete_table, rows_of_a_table
 from demo.dataset_runs import DatasetRuns, Job, problem_html, table_html
+from demo.line import LineFullError
 from demo.serving import Serving
 from demo.settings import Settings
 from demo.table import BUILT_IN, MAX_ROWS, TableError, built_in, read_table, text_columns, write_table
@@ -199,3 +200,60 @@ def test_problems_are_told_in_the_tab(serving: Serving, tmp_path: Path) -> None:
     assert "does not know this run" in page[1]
     assert "<script>" not in problem_html("<script>")
     assert "<script>" not in table_html(Dataset.from_list([{"a": "<script>"}]), "a", False)
+
+
+def test_a_table_takes_a_part_of_the_rows(serving: Serving, tmp_path: Path) -> None:
+    table = Dataset.from_list([{"ask": f"{i}?"} for i in range(12)])
+    most = []
+
+    def look(_: DatasetProgress) -> bool:
+        stats = serving.manager.stats()
+        most.append(stats.running + stats.waiting)
+        return True
+
+    with slowed(serving.manager):
+        done = complete_table(serving, table, "ask", Settings(max_new_tokens=20, greedy=True), tmp_path, look)
+    assert done is not None
+    assert 1 <= max(most) <= rows_of_a_table(serving) == 2
+
+
+def test_tables_wait_in_line_and_a_run_expires(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.dataset_runs.RUN_SECONDS", 2.0)
+    runs, long = DatasetRuns(Backend(serving)), Settings(max_new_tokens=900, greedy=True)
+    jobs = [Job(Dataset.from_list(ROWS), "ask", long, "jsonl") for _ in range(7)]
+    places: dict[int, list[int]] = {}
+
+    async def run(number: int) -> None:
+        async for job in runs.run(jobs[number], f"visitor-{number}", "owner"):
+            places.setdefault(number, []).append(job.place)
+
+    async def everyone() -> None:
+        started = [asyncio.create_task(run(number)) for number in range(6)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(LineFullError, match="from your address"):
+            await run(6)
+        other = Job(Dataset.from_list(ROWS[:1]), "ask", GREEDY, "jsonl")
+        seen = [job.place async for job in runs.run(other, "another", "other")]
+        assert not any(seen), "one owner leaves a place to others"
+        assert other.result is not None
+        for number in range(2, 6):
+            runs.stop(f"visitor-{number}")
+        await asyncio.gather(*started)
+
+    asyncio.run(everyone())
+    assert [max(seen) for _, seen in sorted(places.items())] == [0, 0, 1, 2, 3, 4]
+    assert "so that others can run" in jobs[0].error
+    assert all(not job.running for job in jobs)
+    assert not jobs[6].folder.exists()
+    wait_until_idle(serving)
+
+
+def test_jobs_are_forgotten_by_what_they_take(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.dataset_runs._KEPT_BYTES", 1_600_000)
+    runs = DatasetRuns(Backend(serving))
+    jobs = [Job(Dataset.from_list([{"ask": "x" * 400_000}]), "ask", GREEDY, "csv") for _ in range(6)]
+    for job in jobs:
+        job.folder_bytes = 100_000
+        runs._keep(job)
+    assert [runs.find(job.name) is not None for job in jobs] == [False, False, False, True, True, True]
+    assert [job.folder.exists() for job in jobs] == [False, False, False, True, True, True]

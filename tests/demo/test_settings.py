@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from demo.random_words import word_tokenizer
-from demo.settings import MAX_NEW_TOKENS, Settings, ends_of
+from demo.settings import MAX_NEW_TOKENS, Settings, clamp, ends_of, number, whole_number
 
 
 def test_settings_stay_within_bounds() -> None:
@@ -47,3 +47,16 @@ def test_made_up_words_are_read_and_written() -> None:
     assert chat == "<|im_start|>user\nHi<|im_end|>\n"
     with pytest.raises(ValueError, match="at least 258 tokens, the model has 100"):
         word_tokenizer(100)
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), "high", [1], {}, True, None, 10**400, -(10**400), 1.5, 65]
+)
+def test_what_is_no_number_within_bounds_is_refused_or_brought_there(value: Any) -> None:
+    with pytest.raises(ValueError, match="`chats` must be a"):
+        whole_number("chats", value, 1, 64)
+    assert 1 <= clamp(value, 1, 64) <= 64
+    if value != 1.5:
+        with pytest.raises(ValueError, match="`chats` must be a number from 1 to 64"):
+            number("chats", value, 1, 64)
+    assert whole_number("chats", 2.0, 1, 64) == 2

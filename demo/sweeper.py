@@ -1,0 +1,134 @@
+"""What visitors leave behind, cleared away while the page is served: streams that are not read, sessions, files."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gradio.utils import cancel_tasks
+
+logger = logging.getLogger(__name__)
+
+# Files that visitors sent, whole or in part, and copies of results; the oldest go.
+MOST_FILES = 1 << 30
+FILE_SECONDS = 3600.0
+_LOOK_FOR_FILES_SECONDS = 20.0
+# A stream of which nothing is read for so long is ended, and its places are given back.
+UNREAD_SECONDS = 30.0
+_MOST_UNREAD = 2000
+_SWEEP_SECONDS = 1.0
+# Of a session that has nothing running and nothing to read.
+_IDLE_SECONDS = 10.0
+_MOST_SESSIONS = 100_000
+
+# A folder of this page's own, where nothing of other Gradio apps can be swept away.
+FILES = Path(tempfile.gettempdir()) / f"hf_async_batching-files-{getpass.getuser()}"
+os.environ.setdefault("GRADIO_TEMP_DIR", str(FILES))
+
+
+def own_files() -> bool:
+    """Say whether visitors' files are in a folder of this page's own, and not in one that the user has named."""
+    return os.environ.get("GRADIO_TEMP_DIR") == str(FILES)
+
+
+class Sweeper:
+    """Looks at Gradio's queue every second: ends what is not read, and forgets sessions and files of the past."""
+
+    def __init__(self, app: Any) -> None:
+        self._queue = queue_of(app)
+        self._queue.pending_messages_per_session.max_size = _MOST_SESSIONS
+        # By session: the oldest message that is not read, and since when it is the oldest; None where there is none.
+        self._oldest: dict[str, tuple[object, float]] = {}
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        looked = 0.0
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            try:
+                await self.sweep()
+                if own_files() and time.monotonic() - looked > _LOOK_FOR_FILES_SECONDS:
+                    looked = time.monotonic()
+                    await asyncio.to_thread(delete_oldest, FILES, MOST_FILES, FILE_SECONDS)
+            except Exception:
+                logger.exception("What visitors left behind could not be cleared away.")
+
+    async def sweep(self) -> None:
+        """Look once."""
+        now = time.monotonic()
+        sessions = self._queue.pending_messages_per_session
+        for session in self._oldest.keys() - sessions.keys():
+            del self._oldest[session]
+        live = {event.session_hash for event in list(self._queue.event_ids_to_events.values())}
+        for session, messages in list(sessions.items()):
+            unread: deque[Any] = messages._queue
+            oldest = unread[0] if unread else None
+            known, since = self._oldest.get(session, (self, now))
+            if known is not oldest:
+                self._oldest[session] = (oldest, now)
+                since = now
+            if oldest is not None and (now - since > UNREAD_SECONDS or len(unread) > _MOST_UNREAD):
+                await self._end(session)
+            elif oldest is None and session not in live and now - since > _IDLE_SECONDS:
+                self._forget(session)
+        ids = self._queue.pending_event_ids_session
+        for session in [session for session in ids if session not in sessions and session not in live]:
+            ids.pop(session, None)
+
+    async def _end(self, session: str) -> None:
+        """End all runs of a session, which gives their places back."""
+        events = [event for event in self._queue.event_ids_to_events.values() if event.session_hash == session]
+        logger.info("Nothing of a stream was read: its %d runs are ended.", len(events))
+        await self._queue.clean_events(session_hash=session)
+        await cancel_tasks({f"{session}_{event.fn._id}" for event in events})
+        self._forget(session)
+
+    def _forget(self, session: str) -> None:
+        self._queue.pending_messages_per_session.pop(session, None)
+        self._queue.pending_event_ids_session.pop(session, None)
+        self._oldest.pop(session, None)
+
+
+def delete_oldest(folder: Path, most: int, seconds: float) -> None:
+    """Delete files below a folder that are older than `seconds`, and the oldest others beyond `most` bytes in all."""
+    files: list[tuple[float, int, Path]] = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            about = path.lstat()
+            if not stat.S_ISDIR(about.st_mode):
+                files.append((about.st_ctime, about.st_size, path))
+    total, old = sum(size for _, size, _ in files), time.time() - seconds
+    for made, size, path in sorted(files):
+        if total <= most and made >= old:
+            return
+        total -= size
+        with suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()
+
+
+@asynccontextmanager
+async def lifespan(app: Any) -> AsyncIterator[None]:
+    """Sweep for as long as the page is served."""
+    task = asyncio.create_task(Sweeper(app).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def queue_of(app: Any) -> Any:
+    """Return Gradio's queue: which events run or wait, and what their clients have not read yet."""
+    return app.get_blocks()._queue
