@@ -101,9 +101,12 @@ class GenerateLoop:
             setattr(modules[number], name, value)
         outputs = self._view(**inputs, return_dict=True)
         for (number, name), value in _module_state(modules).items():
-            if value is not before.get((number, name)):
+            if value is not None and value is not before.get((number, name)):
                 self._module_state[number, name] = value
-                setattr(modules[number], name, before.get((number, name)))
+                if (number, name) in before:
+                    setattr(modules[number], name, before[number, name])
+                else:
+                    delattr(modules[number], name)
         self.arguments = self._view._update_model_kwargs_for_generation(outputs, self.arguments)
         logits: torch.Tensor = outputs.logits
         if logits.dim() != 3 or logits.shape[0] != 1:
@@ -112,10 +115,10 @@ class GenerateLoop:
 
 
 def _module_state(modules: list[Any]) -> dict[tuple[int, str], Any]:
-    """Tensors that modules keep as plain attributes, by number of the module and name."""
+    """Tensors that modules keep as plain attributes, or None in their place, by number of the module and name."""
     return {
         (number, name): value
         for number, module in enumerate(modules)
         for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
+        if value is None or isinstance(value, torch.Tensor)
     }

@@ -33,6 +33,7 @@ _SMALL_UNIT = 8
 _MOST_LAYERS = 12
 _CONTEXT = 512
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+_STATE_GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "swa_num_key_value_heads")
 _CONTEXTS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|seq_length|"
                        r"max_sequence_length|model_max_length|max_target_positions)$")  # fmt: skip
@@ -182,6 +183,8 @@ def _shrink_sizes(config: Any) -> None:
             continue
         elif name in _KV_HEADS:
             _set(config, name, 4 if value == heads else min(2, value))
+        elif name in _STATE_GROUPS:
+            _set(config, name, min(2, value))
         elif value > target:
             _set(config, name, target)
     inner = [_number(config, name) for name in ("mamba_n_heads", "mamba_d_head")]

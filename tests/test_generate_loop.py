@@ -59,3 +59,25 @@ def test_the_users_generation_config_is_not_asked() -> None:
     caches = [type(loop.arguments[name]).__name__ for name in CACHE_NAMES if name in loop.arguments]
     assert caches == ["DynamicCache"]
     assert model.generation_config.to_dict() == before
+
+
+def test_what_a_step_leaves_in_a_module_is_gone_for_the_next_loop() -> None:
+    """Taken out, not set to None: families ask with a default for what is not there."""
+    view = make_view(tiny_model("LlamaForCausalLM"), None)
+    prepare_view(view)
+    module = view.model.norm
+    seen: list[torch.Tensor] = []
+
+    def remember(*_: object) -> None:
+        seen.append(getattr(module, "longest", torch.tensor(0)))
+        module.longest = seen[-1] + 1
+
+    module.register_forward_hook(remember)
+    loops = [GenerateLoop(view) for _ in range(2)]
+    with torch.inference_mode():
+        for loop in loops:
+            loop.start(torch.tensor([[5, 6]]))
+        for loop in loops:
+            loop.step(torch.tensor([[7]]))
+    assert [int(value) for value in seen] == [0, 0, 1, 1]
+    assert not hasattr(module, "longest")

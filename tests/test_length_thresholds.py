@@ -124,6 +124,11 @@ def test_heads_share_keys_as_before() -> None:
     assert heads(num_key_value_heads=1) == (4, 1)
 
 
+def test_states_are_shared_by_groups_of_heads_as_before() -> None:
+    for groups, expected in ((1, 1), (8, 2)):
+        assert scaled_down(transformers.NemotronHConfig(n_groups=groups)).n_groups == expected
+
+
 def test_layers_of_every_kind_are_kept() -> None:
     kinds = ["sliding_attention"] * 20 + ["full_attention"] * 2
     config = transformers.Gemma2Config(num_hidden_layers=22, layer_types=kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -81,7 +82,9 @@ class Closed(LlamaForCausalLM):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any) -> Any:
         kept = {name: value for name, value in kwargs.items() if name in ("use_cache", "return_dict")}
-        return super().forward(input_ids, attention_mask=attention_mask, cache=cache, **kept)
+        name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+        past = cache if cache is not None else kwargs.get(name)
+        return super().forward(input_ids, attention_mask=attention_mask, **{name: past}, **kept)
 
 
 def of_class(model_class: type[LlamaForCausalLM]) -> PreTrainedModel:

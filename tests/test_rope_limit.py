@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 from support.tiny_models import tiny_model
 from transformers import PreTrainedModel
 
@@ -39,7 +41,9 @@ def model_of(kind: str) -> PreTrainedModel:
     return tiny_model("Gemma3Text", rope_parameters=layers, max_position_embeddings=LIMIT)
 
 
-KINDS = ["longrope", "dynamic", "full longrope", "full dynamic", "sliding longrope"]
+KINDS = ["longrope", "dynamic"]
+if parse(transformers.__version__) >= parse("5.24"):  # in older releases these fail by themselves
+    KINDS += ["full longrope", "full dynamic", "sliding longrope"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
