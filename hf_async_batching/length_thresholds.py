@@ -31,6 +31,7 @@ _UNITS = {"index_topk_blocks": "index_block_size", "index_local_blocks": "index_
 SMALL = 16
 _SMALL_UNIT = 8
 _MOST_LAYERS = 12
+# More than the check's prompts reach, whatever the model's own context is.
 _CONTEXT = 512
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 _STATE_GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
@@ -279,7 +280,7 @@ def _shrink_lengths(config: Any, beyond: set[str]) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, bool) or name in beyond:
             continue
-        if _CONTEXTS.search(name) and isinstance(value, int) and value > _CONTEXT:
+        if _CONTEXTS.search(name) and isinstance(value, int) and value > 0:
             _set(config, name, _CONTEXT)
         elif isinstance(value, dict) and _is_length(name):
             _set(config, name, {key: _small_length(key, item) for key, item in value.items()})
@@ -306,7 +307,7 @@ def _shrink_rope(config: Any, reach: int | None) -> None:
             _set(config, field, _small_rope(rope, head, reach))
     original = vars(config).get("original_max_position_embeddings")
     if isinstance(original, int):
-        _set(config, "original_max_position_embeddings", min(original, _CONTEXT))
+        _set(config, "original_max_position_embeddings", _CONTEXT)
 
 
 def _small_rope(rope: dict[str, Any], head: int, reach: int | None) -> dict[str, Any]:
@@ -316,9 +317,9 @@ def _small_rope(rope: dict[str, Any], head: int, reach: int | None) -> dict[str,
         if isinstance(value, dict):
             small[name] = _small_rope(value, head, reach)
         elif name == "original_max_position_embeddings" and isinstance(value, int):
-            small[name] = min(value, _SMALL_UNIT if scaled and not (reach and value >= reach) else _CONTEXT)
+            small[name] = min(value, _SMALL_UNIT) if scaled and not (reach and value >= reach) else _CONTEXT
         elif name == "max_position_embeddings" and isinstance(value, int):
-            small[name] = min(value, _CONTEXT)
+            small[name] = _CONTEXT
         elif name in ("long_factor", "short_factor") and isinstance(value, list):
             dim = int(head * float(rope.get("partial_rotary_factor") or 1.0))
             small[name] = (value * dim)[: dim // 2]

@@ -103,6 +103,8 @@ def test_frequencies_that_follow_the_length_keep_theirs() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     small = scaled_down(transformers.LlamaConfig(rope_parameters=rope, max_position_embeddings=4096))
     assert length_thresholds(small) == {f"rope_parameters.{ORIGINAL}": 512}
+    tiny = transformers.LlamaConfig(rope_parameters=rope, max_position_embeddings=20)
+    assert length_thresholds(scaled_down(tiny)) == {f"rope_parameters.{ORIGINAL}": 512}, "beyond any prompt of a check"
 
 
 def test_lengths_out_of_reach_stay_there() -> None:
