@@ -51,7 +51,7 @@ def _refused(
 
 
 _VECTORISED = "for all rows at once"
-_CALLED = "called per row, in its place among the others"
+_CALLED = "called with the rows of the call as one batch, in its place among the others"
 _BEAMS = "beam search only"
 _ASSISTANT = "assisted decoding only"
 _HOW = "how plain `generate` runs, not what it returns"
@@ -94,7 +94,7 @@ ENTRIES: tuple[Entry, ...] = (
     _honoured("begin_suppress_tokens", "for all rows at once, up to 256 tokens; " + _CALLED + " beyond"),
     _honoured("remove_invalid_values", _VECTORISED),
     _honoured("renormalize_logits", "seen in the scores; it changes no token"),
-    _honoured("guidance_scale", _CALLED + "; the unconditional forward runs beside the batch, row by row"),
+    _honoured("guidance_scale", _CALLED + "; the unconditional forward runs beside the engine"),
     _honoured("watermarking_config", _CALLED),
     # outputs
     _honoured("num_return_sequences"),

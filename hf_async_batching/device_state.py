@@ -107,7 +107,7 @@ class DeviceState:
         self.commit(inputs, torch.zeros_like(inputs.context.rows), None)
 
     def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
-        """Start new rows and enter new pages; `staged` is the step's array as `staging.encode` wrote it."""
+        """Start new rows, enter new pages and tokens from outside, as `staging.encode` wrote them to `staged`."""
         size = sections.new_rows * (1 + PARAMS)
         if sections.new_rows:
             records = staged[:size].view(sections.new_rows, 1 + PARAMS)
@@ -125,8 +125,11 @@ class DeviceState:
             else:
                 self.page_table[index % self._groups, row, index // self._groups] = page
         if sections.writes:
-            row, column, value = staged[sections.writes_start : sections.updates_end].view(3, -1).unbind(0)
+            row, column, value = staged[sections.writes_start : sections.given_start].view(3, -1).unbind(0)
             self.memory.write(row, column, value, self.params)
+        if sections.given:
+            row, token = staged[sections.given_start : sections.updates_end].view(2, -1).unbind(0)
+            self.last_token[row] = token
         if sections.decode:
             start = sections.updates_end
             self.decode_rows[: sections.decode] = staged[start : start + sections.decode]

@@ -76,14 +76,16 @@ def generate(
     `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
 
     Stopping criteria and the streamer run in the calling thread, over tokens as they arrive. The engine does not wait
-    for them; what it makes beyond a stop is dropped. A call that a logits processor or a done-callback makes in the
-    engine's own thread goes to plain `model.generate`, which is logged once.
+    for them; what it makes beyond a stop is dropped. A call that a done-callback makes in the engine's
+    own thread goes to plain `model.generate`, which is logged once.
 
     Args:
         model: A causal language model; not changed.
         input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so, by zeros and ones. Zeros
             between tokens are served where all layers attend to all tokens.
-        logits_processor: As for `generate`; custom ones are called once per row, with a batch of one.
+        logits_processor: As for `generate`. Custom ones see the rows of the call as one batch, in the calling thread,
+            for which other calls do not wait; those with an attribute `row_wise = True` are called row by row, in
+            threads of their own, one at a time.
         stopping_criteria: As for `generate`, and called as there: once per step with the whole batch.
         generation_config: As for `generate`. In place, `stop_strings` cannot stand in it: pass them as an argument.
         streamer: As for `generate`.

@@ -34,6 +34,8 @@ class Engine:
         started: The rows of requests whose prompts began with the last call of `step`.
         outputs: Scores and logits, float32 [vocab] each or None, of requests to which the last call of `step` brought
             a token, where asked for.
+        offered: Requests whose logits the last call of `step` brought for their choosers, float32 [vocab] each, on the
+            device.
         failed: Requests that the last call of `step` ended because a processor of theirs raised, and what it raised.
     """
 
@@ -55,26 +57,44 @@ class Engine:
         self.started: tuple[NewRow, ...] = ()
         self.outputs: dict[str, tuple[Any, Any]] = {}
         self.failed: list[tuple[str, BaseException]] = []
+        self.offered: list[tuple[str, Any]] = []
+        self._blocked = False  # nothing can move before a chooser outside of the engine has chosen
         self._in_flight: deque[Launch] = deque()
         self.patience = Patience()
         self._debug = debug
 
     def add(self, request: Request) -> None:
         """Queue a request; see `Scheduler.add`."""
+        self._blocked = False
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> Emission | None:
         """End a request; see `Scheduler.cancel`."""
+        self._blocked = False
         return self.scheduler.cancel(request_id)
 
     def weights_updated(self) -> None:
         """Forget what was computed before; see `Scheduler.weights_updated`."""
         self.scheduler.weights_updated()
 
+    def choose(self, request_id: str, token: int) -> None:
+        """Go on with a token that a chooser has chosen; see `Scheduler.choose`."""
+        self._blocked = False
+        self.scheduler.choose(request_id, token)
+
+    def make_way(self) -> None:
+        """Let requests start that wait for what a request holds whose chooser takes long; see `Scheduler.make_way`."""
+        self._blocked &= not self.scheduler.make_way()
+
     @property
     def has_work(self) -> bool:
-        """Whether a step is in flight or a request is live."""
-        return bool(self._in_flight) or self.scheduler.has_live
+        """Whether a step is in flight, or a request is live that can go on by itself."""
+        return bool(self._in_flight) or (self.scheduler.has_live and not self._blocked)
+
+    @property
+    def waits_outside(self) -> bool:
+        """Whether every live request waits for a chooser, or for what those hold that do."""
+        return self._blocked and self.scheduler.has_live
 
     def spare_seconds(self) -> float:
         """How long the next step can wait for requests that would be in it; see `newcomers`."""
@@ -91,8 +111,8 @@ class Engine:
     def step(self) -> list[Emission]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
         started = time.perf_counter()
-        if self.outputs or self.failed:
-            self.outputs, self.failed = {}, []
+        if self.outputs or self.failed or self.offered:
+            self.outputs, self.failed, self.offered = {}, [], []
         plan = self.scheduler.plan()
         self.started = plan.new_rows if plan is not None else ()
         if self.started and any([new_row.again for new_row in self.started]):
@@ -100,6 +120,8 @@ class Engine:
         self.patience.planned(plan is not None)
         if plan is not None:
             self._in_flight.append(self.pipeline.launch(plan, started))
+        elif not self._in_flight and self.scheduler.waits_outside:
+            self._blocked = True
         elif not self._in_flight and self.scheduler.has_live:
             raise RuntimeError("the scheduler has live requests, nothing in flight, and no plan")
         emissions: list[Emission] = []
@@ -118,6 +140,13 @@ class Engine:
         for position, error in result.failures.items():
             self.failed += [(failed, error) for failed in self.scheduler.fail(result.step, (position,))]
         emissions = self.scheduler.complete(result)
+        if result.offered is not None:
+            live = set(self.scheduler.offered)
+            self.offered += [
+                (offer.request_id, logits)
+                for offer, logits in zip(launch.plan.offers, result.offered, strict=True)
+                if offer.request_id in live
+            ]
         if launch.plan.wanted:
             self._keep_outputs(launch.plan, result, emissions)
         compute = self._span(launch, "compute_start", "compute_done")

@@ -6,7 +6,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.assembly import Assembly, assemble, check_servable
 from hf_async_batching.autocast import Autocast
+from hf_async_batching.chosen_handles import ChosenHandle
 from hf_async_batching.collector import no_collections
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.default_device import cpu_by_default
@@ -32,15 +33,17 @@ from hf_async_batching.forking import ForkSafeLock, check_device, in_fresh_threa
 from hf_async_batching.generation_fields import bound_encoder_ngrams, check_fields
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.judged_handles import CriteriaThread
+from hf_async_batching.logits_handle import LogitsHandle
+from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.model_view import make_view
 from hf_async_batching.module_calls import refuse_unmarked_calls
 from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
 from hf_async_batching.plan import Features
 from hf_async_batching.preparation import Preparation
-from hf_async_batching.processor_reader import CallRow, Recipe, called, read_processors
+from hf_async_batching.processor_reader import CallRow, Recipe, processors_of_batch, read_processors
 from hf_async_batching.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
-from hf_async_batching.reentrancy import waiting_for
-from hf_async_batching.request import Request
+from hf_async_batching.reentrancy import chooses_for, waiting_for
+from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.requests_from_config import (
     Seed,
     build_request,
@@ -48,13 +51,14 @@ from hf_async_batching.requests_from_config import (
     new_request_id,
     seeds_of_rows,
 )
-from hf_async_batching.sequence import Sequence
+from hf_async_batching.sequence import Sequence as EngineSequence
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.step_needs import features_of
-from hf_async_batching.submission import check_limits, criteria_of, prompt_of
+from hf_async_batching.submission import check_group, check_limits, criteria_of, group_fits, prompt_of
 from hf_async_batching.tensor_parallel.follower import Follower
 from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable
 from hf_async_batching.timeline import Timeline, records_after
+from hf_async_batching.token_chooser import TokenChooser
 from hf_async_batching.weights import Weights
 from hf_async_batching.worker import Worker
 from hf_async_batching.wrappers import check_call, unwrap
@@ -149,7 +153,8 @@ class GenerationManager:
         Args:
             input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
             generation_config: As for `model.generate`; the model's own where None.
-            logits_processor: Processors of your own, as for `model.generate`; they see a batch of one.
+            logits_processor: Processors of your own, as for `model.generate`; they see a batch of one, in a thread of
+                the request's own, for which the engine does not wait.
             prefix_allowed_tokens_fn: As for `model.generate`; its first argument is 0.
             negative_prompt_ids: As for `model.generate`, with `guidance_scale`: int64 [1, length].
             negative_prompt_attention_mask: Likewise.
@@ -270,7 +275,7 @@ class GenerationManager:
         criteria = criteria_of(config, stopping_criteria, tokenizer)
         # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
         history = prompt if input_ids is not None else []
-        recipe = self._recipe(history, config, max_new_tokens, number, logprobs, extra)
+        recipe = self._recipe(history, config, max_new_tokens, number, logprobs, extra, len(prompt))
         request = build_request(prompt, config, recipe, max_new_tokens=max_new_tokens, request_id=request_id)
         if inputs_embeds is not None:
             request = replace(request, prompt_embeddings=inputs_embeds.detach().clone())
@@ -286,8 +291,12 @@ class GenerationManager:
         seed: int,
         logprobs: bool,
         extra: dict[str, Any],
+        length: int,
     ) -> Recipe:
-        """What the processors come to that transformers would make for one prompt; `config` is changed."""
+        """What the processors come to that transformers would make for one prompt; `config` is changed.
+
+        `length` counts the prompt's positions, of embeddings too, which processors do not see.
+        """
         model: Any = self._require_model()
         eos = eos_token_ids(config)
         bound_encoder_ngrams(config, len(prompt))
@@ -315,7 +324,17 @@ class GenerationManager:
             return recipe
         if model.device.type != "cpu":
             processors = prepare(model.device)
-        return called(processors, row, do_sample=do_sample, seed=seed, logprobs=logprobs, plain_model=self.plain_view)
+        chooser = TokenChooser(
+            processors_of_batch(processors, self.plain_view),
+            torch.tensor([prompt], dtype=torch.long, device=model.device),
+            do_sample=do_sample,
+            seeds=[seed],
+            lengths=[length],
+            logprobs=logprobs,
+            logits=bool(config.return_dict_in_generate and config.output_logits),
+        )
+        sampling = SamplingParams(do_sample=do_sample, seed=seed if do_sample else 0, logprobs=logprobs)
+        return sampling, LogitsParams(), 0, (), chooser
 
     def plain_view(self) -> PreTrainedModel:
         """A view of the model that shares its weights and runs its own attention."""
@@ -328,6 +347,62 @@ class GenerationManager:
     @cpu_by_default
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
         """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
+        outer: list[GenerationHandle] = []
+        autocast = Autocast.of_this_thread(self._require_model().device.type)
+
+        def make(worker: Worker, requests: list[Request]) -> list[GenerationHandle]:
+            outer.clear()
+            handles: list[GenerationHandle] = []
+            for request in requests:
+                if request.chooser is not None:
+                    chosen = ChosenHandle(request, worker.cancel, worker.choose, (worker.thread,), autocast)
+                    handles.append(chosen.inner)
+                    outer.append(chosen.outer)
+                    continue
+                handle = GenerationHandle(
+                    request.request_id,
+                    worker.cancel,
+                    logprobs=request.sampling.logprobs,
+                    scores=request.output_scores,
+                    logits=request.output_logits,
+                    threads=(worker.thread,),
+                )
+                handles.append(handle)
+                outer.append(handle)
+            return handles
+
+        self._put(requests, make)
+        return outer
+
+    def submit_group(self, requests: list[Request]) -> list[LogitsHandle]:
+        """Queue the rows of one batch, whose tokens the caller chooses from the logits of all of them.
+
+        Raises:
+            UnsupportedArgumentError: The engine does not hold them all at the same time.
+        """
+        made: list[LogitsHandle] = []
+
+        def make(worker: Worker, requests: list[Request]) -> list[LogitsHandle]:
+            threads = (worker.thread,)
+            made[:] = [
+                LogitsHandle(request.request_id, worker.cancel, worker.choose, threads=threads) for request in requests
+            ]
+            return made
+
+        self._put(requests, make, check_group)
+        return made
+
+    def holds_group(self, requests: list[Request]) -> bool:
+        """Whether the engine holds these requests at the same time, so that they can be a group; starts it."""
+        assembly = self._require_worker().assembly
+        return assembly is not None and group_fits(requests, assembly)
+
+    def _put(
+        self,
+        requests: list[Request],
+        make_handles: Callable[[Worker, list[Request]], Sequence[GenerationHandle]],
+        check: Callable[[list[Request], Assembly], None] | None = None,
+    ) -> None:
         while True:
             worker = self._require_worker()
             assembly = worker.assembly
@@ -337,20 +412,11 @@ class GenerationManager:
                 check_limits(request, assembly)
                 if self._group is not None:
                     check_sendable(request)
+            if check is not None:
+                check(requests, assembly)
             requests = self._with_embeddings(requests, assembly)
-            handles = [
-                GenerationHandle(
-                    request.request_id,
-                    worker.cancel,
-                    logprobs=request.sampling.logprobs,
-                    scores=request.output_scores,
-                    logits=request.output_logits,
-                    threads=(worker.thread,),
-                )
-                for request in requests
-            ]
-            if worker.put(requests, handles):
-                return handles
+            if worker.put(requests, list(make_handles(worker, requests))):
+                return
 
     def bind(
         self,
@@ -569,7 +635,7 @@ class GenerationManager:
         model: Any = self._require_model()
         config, _ = model._prepare_generation_config(None)
         if config.do_sample or config.repetition_penalty not in (None, 1.0):
-            recipe = self._recipe([0], config, 1, 0, False, {})
+            recipe = self._recipe([0], config, 1, 0, False, {}, 1)
             features.append(_features_alone(build_request([0], config, recipe, max_new_tokens=1)))
         return features
 
@@ -602,12 +668,6 @@ class GenerationManager:
             raise UnsupportedArgumentError(
                 "requests of a model that is spread over ranks go to rank 0's manager; on the others call follow()"
             )
-        here = self._worker
-        if here is not None and here.is_here and here.is_stepping:
-            raise ReentrantCallError(
-                "a request was submitted by a logits processor that the same engine runs: its tokens could not come "
-                "before the processor has returned. Call plain `model.generate` there, or submit it in another thread"
-            )
         while True:
             with self._lock:
                 worker = self._worker_or_its_successor()
@@ -630,11 +690,11 @@ class GenerationManager:
         if worker is not None and self._made_for is not None:
             before = self._made_for[0]
             if (weights, autocast) != self._made_for:
-                if worker.is_here:
+                if worker.is_here or chooses_for(worker.thread):
                     raise ReentrantCallError(
-                        "a request in the engine's own thread (from a done-callback) needs another engine, because "
-                        "the model or the autocast state differs from what the engine was made for: submit it in "
-                        "another thread"
+                        "a request from a done-callback or a logits processor needs another engine, because the model "
+                        "or the autocast state differs from what the engine was made for, and that engine cannot end "
+                        "before the callback or processor has returned: submit the request elsewhere"
                     )
                 # The view is stale, or computes in another precision. Live requests finish on what they began
                 # with, unless its memory is gone.
@@ -698,7 +758,7 @@ class GenerationManager:
 
 def _features_alone(request: Request) -> Features:
     """What a decode step of this request needs."""
-    sequence = Sequence(request, 0)
+    sequence = EngineSequence(request, 0)
     sequence.computed = 1
     return features_of([sequence], [])
 

@@ -79,7 +79,7 @@ class Pipeline:
         self._output_logprobs = [_Prefix(device.device_buffer(max_samples, torch.float32)) for _ in range(SLOTS)]
         self._result = [_Prefix(device.host_buffer(max_samples, torch.int32)) for _ in range(depth)]
         self._result_logprobs = [_Prefix(device.host_buffer(max_samples, torch.float32)) for _ in range(depth)]
-        self._failures: dict[int, dict[int, BaseException]] = {}
+        self._offered: dict[int, torch.Tensor] = {}
         # Scores and logits, a line per position that wants them; made when they are wanted, larger when more are.
         self._logit_size = logit_size
         self._wide_output: list[dict[str, torch.Tensor]] = [{} for _ in range(SLOTS)]
@@ -138,16 +138,17 @@ class Pipeline:
         count = plan.num_sampled
         tokens = self._result[ring](count).tolist()
         logprobs = self._result_logprobs[ring](count).tolist() if plan.features.logprobs else None
-        failures = self._failures.pop(plan.step, {})
+        # Complete: the tokens, which have arrived, were sent behind the step's compute.
+        offered = self._offered.pop(plan.step, None)
         if not plan.wanted:
-            return Result(plan.step, tokens, logprobs, failures=failures)
+            return Result(plan.step, tokens, logprobs, offered=offered)
         # Copies: the buffer is the next step's. Ordinary tensors, for callers do what they like with them.
         with torch.inference_mode(False):
             scores, logits = (
                 [line.clone() for line in self._wide_result[ring][name][: plan.num_wanted]] if wanted else None
                 for name, wanted in (("scores", plan.features.scores), ("logits", plan.features.logits))
             )
-        return Result(plan.step, tokens, logprobs, scores, logits, failures)
+        return Result(plan.step, tokens, logprobs, scores, logits, offered=offered)
 
     def warm(self, features: Features) -> None:
         """Run and capture every decode bucket between two steps, on the padding row."""
@@ -173,7 +174,7 @@ class Pipeline:
     def _send(self, plan: Plan, slot: int, events: dict[str, Any]) -> Sections:
         """Stage what changed and enqueue its copy; in steady decode there is nothing to send."""
         send_rows = not plan.chunks and plan.decode_rows is not self._resident_rows
-        if not (send_rows or plan.chunks or plan.new_rows or plan.new_pages):
+        if not (send_rows or plan.chunks or plan.new_rows or plan.new_pages or plan.given):
             return Sections()
         device = self._device
         device.synchronize(self._h2d_done[slot], Guard.HOST_INPUT_FREE)
@@ -227,8 +228,8 @@ class Pipeline:
                 self._output_logprobs[slot](count).copy_(self._state.out_logprobs[:count])
 
     def _publish_rare(self, plan: Plan, rare: RareOutputs, slot: int, wide: tuple[str, ...]) -> None:
-        if rare.failures:
-            self._failures[plan.step] = rare.failures
+        if rare.offered is not None:
+            self._offered[plan.step] = rare.offered
         for name in wide:
             made, line = getattr(rare, name), 0
             for run in plan.wanted:

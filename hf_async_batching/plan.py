@@ -45,16 +45,18 @@ class NewPage(NamedTuple):
     page: int
 
 
-class Call(NamedTuple):
-    """Logits processors that are called for one sampled position.
+class Given(NamedTuple):
+    """`token` becomes the last token of `row`: a chooser outside of the engine has chosen it."""
 
-    `sampled` counts the sampled positions of the step, `length` the tokens before the new one, prompt included.
-    """
+    row: int
+    token: int
+
+
+class Offer(NamedTuple):
+    """The logits at one sampled position go to the chooser of a request; `sampled` counts the step's positions."""
 
     sampled: int
-    row: int
-    length: int
-    request: Request
+    request_id: str
 
 
 class Run(NamedTuple):
@@ -96,7 +98,7 @@ class Features:
         penalty: Some row has a repetition penalty.
         stages: Rare changes of the logits, as bits of `logits_params.Stage`.
         memory: Some row of the step, sampled or not, keeps its history.
-        calls: Some row's processors are called.
+        offers: The logits of some row go to a chooser outside of the engine.
         scores: Some row wants its scores.
         logits: Some row wants its logits.
     """
@@ -110,14 +112,14 @@ class Features:
     penalty: bool = False
     stages: int = 0
     memory: bool = False
-    calls: bool = False
+    offers: bool = False
     scores: bool = False
     logits: bool = False
 
     @property
     def eager(self) -> bool:
         """Whether what follows the forward is too rare to be captured, or cannot be."""
-        return bool(self.stages) or self.memory or self.calls or self.scores or self.logits
+        return bool(self.stages) or self.memory or self.offers or self.scores or self.logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,8 @@ class Plan:
         new_rows: Rows that start with this step.
         new_pages: Page-table entries that start with this step.
         features: What the sampler has to do.
-        calls: Where processors are called, in the order of the sampled positions.
+        given: Tokens that choosers outside of the engine have chosen for rows of this step.
+        offers: Whose logits go to a chooser, in the order of the sampled positions.
         wanted: Sampled positions whose scores or logits are returned.
         bounds: Sizes of what rare features look at.
         context_tokens: Tokens whose keys and values the step reads, over all of its rows.
@@ -146,7 +149,8 @@ class Plan:
     new_pages: tuple[NewPage, ...] = ()
     features: Features = field(default_factory=Features)
     context_tokens: int = 0
-    calls: tuple[Call, ...] = ()
+    given: tuple[Given, ...] = ()
+    offers: tuple[Offer, ...] = ()
     wanted: tuple[Run, ...] = ()
     bounds: Bounds = NO_BOUNDS
 
@@ -203,7 +207,8 @@ class Result(NamedTuple):
     """What a step sampled, in the order of `Plan.num_sampled`.
 
     `logprobs` is None where nobody asked for them. `scores` and `logits` hold one row of host memory per position of
-    `Plan.wanted`, in order, where asked for; `failures` what processors raised, by sampled position.
+    `Plan.wanted`, in order, where asked for; `failures` what went wrong, by sampled position. `offered` is
+    float32 [offers, vocab] on the device, the logits of `Plan.offers`; None where there are none.
     """
 
     step: int
@@ -212,3 +217,4 @@ class Result(NamedTuple):
     scores: Any = None
     logits: Any = None
     failures: Mapping[int, BaseException] = MappingProxyType({})
+    offered: Any = None

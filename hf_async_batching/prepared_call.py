@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from hf_async_batching.batch_decoding import decode_batch
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.criteria import (
     HostJudge,
@@ -28,18 +29,28 @@ from hf_async_batching.criteria import (
 from hf_async_batching.default_device import cpu_by_default
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.generation_fields import check_fields
-from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.lockstep import run_in_lockstep
+from hf_async_batching.logits_handle import LogitsHandle
+from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.neutral_inputs import zeros_are_neutral
 from hf_async_batching.portions import submit_in_portions
 from hf_async_batching.prepared_checks import check_mask, check_model_inputs
-from hf_async_batching.processor_reader import CallRow, called, read_processors
+from hf_async_batching.processor_reader import (
+    CallRow,
+    Recipe,
+    can_be_row_wise,
+    is_row_wise,
+    processors_of_batch,
+    processors_of_row,
+    read_processors,
+)
 from hf_async_batching.prompt_embeddings import check_history
 from hf_async_batching.registry import get_manager
-from hf_async_batching.request import Request
-from hf_async_batching.requests_from_config import Seed, build_request, eos_token_ids, seeds_of_rows
+from hf_async_batching.request import Request, SamplingParams
+from hf_async_batching.requests_from_config import Seed, build_request, eos_token_ids, new_request_id, seeds_of_rows
 from hf_async_batching.step_scores import StepScores, stack_steps
+from hf_async_batching.token_chooser import TokenChooser
 
 GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
 
@@ -112,7 +123,10 @@ def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
     input_ids, config, streamer = call.input_ids, call.config, settings.streamer
     criteria = with_stop_strings(call.criteria, settings)
     stops = read_criteria(criteria)
-    handles = _submit(call, settings, stops)
+    manager, requests, chooser = _requests(call, settings, stops)
+    if chooser is not None:
+        return _serve_group(call, settings, criteria, manager.submit_group(requests), chooser)
+    handles = submit_in_portions(manager, requests, manager.config.max_waiting)
     call.submitted = True
     try:
         if streamer is not None and not settings.prompt_shown:
@@ -144,8 +158,49 @@ def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
     )
 
 
-def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[GenerationHandle]:
-    """One request per row of the batch."""
+def _serve_group(
+    call: PreparedCall,
+    settings: CallSettings,
+    criteria: StoppingCriteriaList,
+    handles: list[LogitsHandle],
+    chooser: TokenChooser,
+) -> GenerateOutput:
+    """Step through a batch in lockstep, with the caller's processors, criteria and streamer in this thread."""
+    call.submitted = True
+    config, streamer = call.config, settings.streamer
+    returned = bool(config.return_dict_in_generate)
+    try:
+        if streamer is not None and not settings.prompt_shown:
+            streamer.put(call.input_ids.cpu())  # type: ignore[no-untyped-call]
+        decoded = decode_batch(
+            handles,
+            chooser,
+            criteria,
+            pad=_pad_token(config) if read_criteria(criteria).pads else None,
+            streamer=streamer,
+            keep_scores=returned and bool(config.output_scores),
+            keep_logits=returned and bool(config.output_logits),
+        )
+    finally:
+        for handle in handles:
+            handle.cancel()
+    if streamer is not None:
+        settings.ended = True
+        streamer.end()  # type: ignore[no-untyped-call]
+    sequences = _assemble(call.input_ids, decoded.completions, config)
+    if not returned:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        scores=tuple(decoded.scores) if config.output_scores else None,  # type: ignore[arg-type]
+        logits=tuple(decoded.logits) if config.output_logits else None,  # type: ignore[arg-type]
+    )
+
+
+def _requests(
+    call: PreparedCall, settings: CallSettings, stops: Stops
+) -> tuple[GenerationManager, list[Request], TokenChooser | None]:
+    """One request per row of the batch, and what chooses their tokens where all of them advance together."""
     input_ids, config = call.input_ids, call.config
     check_fields(config)
     check_ends(stops, config._pad_token_tensor)
@@ -161,19 +216,28 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
     manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
     if manager.is_here:
         call.spread = manager.spread
-        raise ReentrantCallError("it was made in the engine's own thread, by a logits processor or a done-callback")
+        raise ReentrantCallError("it was made in the engine's own thread, by a done-callback")
     eos, do_sample, count = eos_token_ids(config), bool(config.do_sample), len(prompts)
-    requests: list[Request] = []
-    for i, seed in enumerate(seeds_of_rows(settings.seed, count)):
+    seeds = seeds_of_rows(settings.seed, count)
+    rows = [
         # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
-        tokens = prompts[i] if shown[i] else []
-        row = CallRow(shown[i], tokens, i, count, eos, config._eos_token_tensor, input_ids[i])
+        CallRow(shown[i], prompts[i] if shown[i] else [], i, count, eos, config._eos_token_tensor)
+        for i in range(count)
+    ]
+    recipes: list[Recipe] = []
+    for row, seed in zip(rows, seeds, strict=True):
         recipe = read_processors(call.processors, row, do_sample=do_sample, seed=seed)
         if recipe is None:
-            recipe = called(call.processors, row, do_sample=do_sample, seed=seed, plain_model=manager.plain_view)
-        sampling, logits, least, padding, processors = recipe
+            break
+        recipes.append(recipe)
+    batch: TokenChooser | None = None
+    if len(recipes) < count:
+        batch = _chooser(call, prompts, seeds, processors_of_batch(call.processors, manager.plain_view))
+        recipes = [(SamplingParams(), LogitsParams(), 0, (), batch)] * count
+    requests: list[Request] = []
+    for i, (sampling, logits, least, padding, chooser) in enumerate(recipes):
         # `generate` warns of a minimum beyond the maximum, and goes up to the latter.
-        recipe = (sampling, logits, min(least, max_new_tokens), padding, processors)
+        recipe = (sampling, logits, min(least, max_new_tokens), padding, chooser)
         request = build_request(prompts[i], config, recipe, max_new_tokens=max_new_tokens)
         if set(stops.eos) != set(eos):
             check_other_ends(request.min_new_tokens)
@@ -185,7 +249,40 @@ def _submit(call: PreparedCall, settings: CallSettings, stops: Stops) -> list[Ge
             if not shown[i]:
                 check_history(request)
         requests.append(request)
-    return submit_in_portions(manager, requests, manager.config.max_waiting)
+    if batch is None:
+        return manager, requests, None
+    alone = is_row_wise(call.processors)
+    if alone or (can_be_row_wise(call.processors) and not manager.holds_group(requests)):
+        # Each row goes its own way, in a thread of its own.
+        return manager, [_alone(call, *one, manager) for one in zip(requests, rows, seeds, strict=True)], None
+    group = new_request_id()
+    return manager, [replace(request, group=group) for request in requests], batch
+
+
+def _alone(call: PreparedCall, request: Request, row: CallRow, seed: int, manager: GenerationManager) -> Request:
+    """A row whose tokens do not depend on the others of its batch."""
+    own = processors_of_row(call.processors, row, manager.plain_view)
+    i = row.index
+    chooser = _chooser(call, [list(request.prompt)], [seed], own, call.input_ids[i : i + 1])
+    return replace(request, chooser=chooser)
+
+
+def _chooser(
+    call: PreparedCall,
+    prompts: list[list[int]],
+    seeds: list[int],
+    processors: LogitsProcessorList,
+    shown: torch.Tensor | None = None,
+) -> TokenChooser:
+    config = call.config
+    return TokenChooser(
+        processors,
+        call.input_ids if shown is None else shown,
+        do_sample=bool(config.do_sample),
+        seeds=seeds,
+        lengths=[len(prompt) for prompt in prompts],
+        logits=bool(config.return_dict_in_generate and config.output_logits),
+    )
 
 
 def _placeholders(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 The list is the truth: it holds what `generate` would apply, in its order, with a caller's own processors in their
 places. A row whose processors are all known, each at most once and in transformers' order, is served by parameters,
-together with all other rows. Any other row's list is called as a whole (`called_processors`), so that no order and no
-detail of a processor is lost.
+together with all other rows. Any other list is called as a whole (`token_chooser`), so that no order and no detail of
+a processor is lost.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import torch
 from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessorList
 
-from hf_async_batching.called_processors import CalledProcessors
 from hf_async_batching.field_checks import check_real
 from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.long_ngrams import LongNGrams
 from hf_async_batching.request import SamplingParams
 from hf_async_batching.row_layout import MAX_INT32, MAX_NGRAM, MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
 from hf_async_batching.staging import MAX_EOS
+from hf_async_batching.token_chooser import TokenChooser
 
-Recipe = tuple[SamplingParams, LogitsParams, int, tuple[int, ...], CalledProcessors | None]
+_GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
+
+Recipe = tuple[SamplingParams, LogitsParams, int, tuple[int, ...], TokenChooser | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,6 @@ class CallRow:
         rows: How many rows the call has.
         eos: End-of-sequence tokens.
         eos_tensor: The same as transformers made it, which most processors share.
-        shown_tensor: `shown` int64 [length] on the caller's device, where there is one.
     """
 
     shown: list[int]
@@ -50,7 +51,6 @@ class CallRow:
     rows: int
     eos: tuple[int, ...]
     eos_tensor: torch.Tensor | None
-    shown_tensor: torch.Tensor | None = None
 
     @property
     def padding(self) -> int:
@@ -121,32 +121,47 @@ def read_processors(
     return sampling, logits, draft.min_new_tokens, padding, None
 
 
-def called(
-    processors: LogitsProcessorList,
-    row: CallRow,
-    *,
-    do_sample: bool,
-    seed: int,
-    plain_model: Callable[[], Any],
-    logprobs: bool = False,
-) -> Recipe:
-    """What a row needs whose processors are called.
+def is_row_wise(processors: LogitsProcessorList) -> bool:
+    """Whether the caller has declared that its processors look at each row by itself (`row_wise = True` on them).
+
+    Those of transformers' own count as such where there are others.
+    """
+    own = [processor for processor in processors if not _is_known(processor)]
+    return bool(own) and all([getattr(processor, "row_wise", False) is True for processor in own])
+
+
+def can_be_row_wise(processors: LogitsProcessorList) -> bool:
+    """Whether no processor can tell a row of its batch from a batch of one."""
+    return all([_is_known(processor) or getattr(processor, "row_wise", False) is True for processor in processors])
+
+
+def _is_known(processor: Any) -> bool:
+    return type(processor).__module__ == logits_process.__name__
+
+
+def processors_of_batch(processors: LogitsProcessorList, plain_model: Callable[[], Any]) -> LogitsProcessorList:
+    """The processors of a call for all of its rows: the caller's objects, but for guidance's second forward."""
+    return LogitsProcessorList(
+        [
+            _with_model(processor, plain_model())
+            if _is_known(processor) and type(processor).__name__ == _GUIDANCE
+            else processor
+            for processor in processors
+        ]
+    )
+
+
+def processors_of_row(
+    processors: LogitsProcessorList, row: CallRow, plain_model: Callable[[], Any]
+) -> LogitsProcessorList:
+    """What the processors of a call are for one of its rows.
 
     Args:
         processors: What transformers has prepared, on the caller's device.
         row: The row.
-        do_sample: Whether tokens are drawn.
-        seed: Of the row.
         plain_model: Makes a view of the model for a second forward, where guidance needs one.
-        logprobs: Whether log-probabilities are wanted.
     """
-    own = LogitsProcessorList([_for_row(processor, row, plain_model) for processor in processors])
-    shown = row.shown_tensor if row.padding else None
-    if row.padding and shown is None:
-        raise ValueError("a padded row needs its tensor")
-    sampling = SamplingParams(do_sample=do_sample, seed=seed if do_sample else 0, logprobs=logprobs)
-    device = row.shown_tensor.device if row.shown_tensor is not None else None
-    return sampling, LogitsParams(), 0, (), CalledProcessors(own, shown, len(row.tokens), device)
+    return LogitsProcessorList([_for_row(processor, row, plain_model) for processor in processors])
 
 
 # -- readers: each takes over what a processor does, or says that it cannot ------------------------------------------
@@ -350,7 +365,7 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
         allowed = processor._prefix_allowed_tokens_fn
         prompt = row.index // processor._num_beams  # of several sequences of one prompt, the prompt's number
         return type(processor)(lambda _, sent: allowed(prompt, sent), 1)
-    if name == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
+    if name == _GUIDANCE:
         return _guidance_for_row(processor, row, plain_model)
     if name == "SynthIDTextWatermarkLogitsProcessor":
         return copy.deepcopy(processor)  # it keeps a state per row
@@ -359,12 +374,18 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
 
 def _guidance_for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
     """Guidance with an unconditional forward, and its cache, of the row's own."""
-    own = copy.copy(processor)
-    own.model = plain_model()
-    own.unconditional_context = dict(processor.unconditional_context)
+    own = _with_model(processor, plain_model())
     for name in ("input_ids", "attention_mask"):
         given = own.unconditional_context[name]
         if given is not None:
             line = row.of(given.shape[0])
             own.unconditional_context[name] = given[line : line + 1].to(own.model.device)
+    return own
+
+
+def _with_model(processor: Any, model: Any) -> Any:
+    # The user's own model would write defaults to its config, which other threads read.
+    own = copy.copy(processor)
+    own.model = model
+    own.unconditional_context = dict(processor.unconditional_context)
     return own

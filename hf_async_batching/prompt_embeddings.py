@@ -95,9 +95,9 @@ def check_history(request: Request) -> None:
     Raises:
         UnsupportedArgumentError: They do; the engine would count the placeholders of the prompt.
     """
-    if request.processors is not None or request.logits.needs_seen or request.logits.needs_memory:
+    if request.logits.needs_seen or request.logits.needs_memory:
         raise UnsupportedArgumentError(
-            "`inputs_embeds` is not served together with penalties, n-grams, biases or `logits_processor`s, whose "
+            "`inputs_embeds` is not served together with penalties, n-grams or biases, whose "
             "history has no prompt then; leave these out, or use plain `model.generate` for this call"
         )
 

@@ -1,8 +1,9 @@
 """No thread that brings tokens waits for tokens that only it can bring.
 
-A caller's code runs in engines' threads: logits processors, done-callbacks. Where such code waits for the same engine,
-directly or by way of another engine that waits for it, the wait would never end, and every other request of the engine
-would wait with it. It gets an error instead.
+A caller's done-callbacks run in engines' threads. Where such code waits for the same engine, directly or by way of
+another engine that waits for it, the wait would never end, and every other request of the engine would wait with it.
+It gets an error instead. Logits processors run in other threads and may use the same engine; they get an error only
+where the engine would have to end first, since it waits for their own request before that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,25 @@ _lock = ForkSafeLock()
 def serve_in_this_thread() -> None:
     """Say that requests are served in the calling thread."""
     _serving.add(threading.current_thread())
+
+
+_choosing = threading.local()
+
+
+@contextmanager
+def choosing_for(threads: tuple[threading.Thread, ...]) -> Iterator[None]:
+    """The calling thread chooses tokens of a request meanwhile, which the engines of these threads keep alive for."""
+    before = getattr(_choosing, "threads", ())
+    _choosing.threads = (*before, *threads)
+    try:
+        yield
+    finally:
+        _choosing.threads = before
+
+
+def chooses_for(thread: threading.Thread) -> bool:
+    """Whether the calling thread chooses tokens of a request of that thread's engine, and so holds up its end."""
+    return thread in getattr(_choosing, "threads", ())
 
 
 @contextmanager
@@ -63,6 +83,6 @@ def waiting_for(threads: tuple[threading.Thread, ...], what: str) -> Iterator[No
 
 def _message(what: str) -> str:
     return (
-        f"{what} was called in the engine's own thread (by a logits processor or a done-callback), which it would "
+        f"{what} was called in the engine's own thread (by a done-callback, say), which it would "
         "have to wait for, and so for ever: call it in another thread, or call plain `model.generate` there"
     )

@@ -127,8 +127,10 @@ class Request:
         logits: What is done to the logits before that.
         padding: Tokens in front of the prompt that the model does not see but n-grams and rules do, as in `generate`;
             at most `row_layout.MAX_PADDING`, the last ones.
-        processors: Logits processors that are called in each step, in place of `logits` and of the filters; see
-            `called_processors`.
+        chooser: What chooses the request's tokens outside of the engine, from each step's logits, in place of `logits`
+            and of `sampling`; opaque here (see `token_chooser`).
+        group: Names the requests of one call whose chooser needs the logits of all of them for each step; None where
+            the request advances by itself.
         output_scores: Whether the scores that tokens are chosen by are returned.
         output_logits: Whether the model's own logits are returned.
         lookup_tokens: Tokens that a step may compute ahead, copied from earlier ones (see `prompt_lookup`); 0 is none.
@@ -149,7 +151,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     logits: LogitsParams = field(default_factory=LogitsParams)
     padding: tuple[int, ...] = ()
-    processors: Any = None
+    chooser: Any = None
+    group: str | None = None
     output_scores: bool = False
     output_logits: bool = False
     lookup_tokens: int = 0

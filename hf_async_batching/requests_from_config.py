@@ -93,7 +93,7 @@ def build_request(
     Raises:
         ValueError: A field is out of its range.
     """
-    sampling, logits, min_new_tokens, padding, processors = recipe
+    sampling, logits, min_new_tokens, padding, chooser = recipe
     if config.do_sample and config.top_p is not None and not 0.0 <= config.top_p <= 1.0:
         # Above 1, transformers would take it for 1.
         raise ValueError(f"`top_p` must be in [0, 1], got {config.top_p}")
@@ -108,7 +108,7 @@ def build_request(
         sampling=sampling,
         logits=logits,
         padding=padding,
-        processors=processors,
+        chooser=chooser,
         output_scores=returned and bool(config.output_scores),
         output_logits=returned and bool(config.output_logits),
         lookup_tokens=_at_least_one(config, "prompt_lookup_num_tokens", 0),

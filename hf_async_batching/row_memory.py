@@ -109,8 +109,3 @@ class RowMemory:
         """int32 [rows, length], the rows' tokens from the first one on, padding included."""
         assert self.words is not None
         return self.words[rows, HISTORY_START : HISTORY_START + length]
-
-    def history(self, row: int, start: int, stop: int) -> torch.Tensor:
-        """int64 [stop - start], tokens of one row."""
-        assert self.words is not None
-        return self.words[row, HISTORY_START + start : HISTORY_START + stop].long()

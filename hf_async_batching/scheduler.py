@@ -29,7 +29,7 @@ from hf_async_batching.admission import (
 from hf_async_batching.drafting import Drafted, Drafting, settle_drafts
 from hf_async_batching.emission import Emission, Steady, emission
 from hf_async_batching.pages import IdPool, PageAllocator
-from hf_async_batching.plan import NO_BOUNDS, Call, Chunk, Features, NewPage, NewRow, Plan, Result, Run
+from hf_async_batching.plan import NO_BOUNDS, Chunk, Features, Given, NewPage, NewRow, Offer, Plan, Result, Run
 from hf_async_batching.prefix_cache import Node
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
@@ -63,6 +63,9 @@ class Scheduler:
         kept: How many of the first groups see all tokens.
         draft_rows: Nobody drafts while more sequences than this run; 0 is never.
         admission: In which order requests start.
+
+    Attributes:
+        offered: Requests whose logits the step that completed last has brought for their choosers.
     """
 
     def __init__(
@@ -114,6 +117,8 @@ class Scheduler:
         self._features = Features()
         self._decode_context = 0
         self._settled: list[Sequence] = []
+        self.offered: list[str] = []
+        self._chosen: list[Given] = []  # tokens from outside, for rows that decode with them in the next step
         self._steady: Steady | None = None
 
     # -- what callers do ------------------------------------------------------------------------------------------
@@ -146,6 +151,33 @@ class Scheduler:
             self._waiting.remove(sequence)
         return self._finish(sequence, None, None, "cancelled")
 
+    def choose(self, request_id: str, token: int) -> None:
+        """Take the token that a chooser has chosen for a request whose logits it was offered."""
+        sequence = self._live.get(request_id)
+        if sequence is None or not sequence.offered:
+            return  # it has ended meanwhile
+        sequence.offered = False
+        sequence.tokens.append(token)
+        if sequence.state is State.DECODING:
+            sequence.held = False
+            self._regroup_due = True
+            if sequence.wants_more:
+                self._chosen.append(Given(sequence.row, token))
+
+    def make_way(self) -> bool:
+        """Preempt the youngest sequence whose chooser has not chosen yet, where others wait for a row or pages.
+
+        Returns:
+            Whether one was preempted. It is computed again once its token has come.
+        """
+        if not any([not (sequence.chosen_outside and sequence.placeholders) for sequence in self._waiting]):
+            return False
+        slow = next((sequence for sequence in reversed(self._running) if sequence.offered), None)
+        if slow is None:
+            return False
+        self._preempt(slow)
+        return True
+
     def weights_updated(self) -> None:
         """Requests that start from now on find nothing that was computed before; live ones go on with their pages."""
         self.pages.weights_updated()
@@ -169,6 +201,11 @@ class Scheduler:
     def has_live(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._live)
+
+    @property
+    def waits_outside(self) -> bool:
+        """Whether a chooser has logits and has not chosen yet, or has still to say that its request has ended."""
+        return any([sequence.offered or sequence.ends_outside for sequence in self._live.values()])
 
     def state_of(self, request_id: str) -> State:
         """The state of a request; FINISHED for one that the scheduler no longer knows."""
@@ -199,7 +236,7 @@ class Scheduler:
             chunks += admitted
             prefilled += joined
         if not decoding and not chunks:
-            return None
+            return self.plan() if self._unblock() else None
 
         self._decode_context += len(decoding)  # where they are those of the step before: each is one token longer
         if decoding is not self._planned_decoding:
@@ -226,11 +263,11 @@ class Scheduler:
         if prefilled or self._had_prefills or sampled is not self._planned_sampled or self._features.min_length:
             self._planned_sampled, self._had_prefills = sampled, bool(prefilled)
             self._features = features_of(sampled, prefilled)
-        calls: tuple[Call, ...] = ()
+        offers: tuple[Offer, ...] = ()
         wanted: tuple[Run, ...] = ()
         bounds = NO_BOUNDS
         if self._features.eager:
-            calls, wanted, bounds = rare_needs(sampled)
+            offers, wanted, bounds = rare_needs(sampled)
         # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
         # it. That suffices, because steps run in the order of their plans on one stream.
         for sequence in prefilled:
@@ -245,12 +282,44 @@ class Scheduler:
             tuple(new_pages),
             self._features,
             context,
-            calls,
+            tuple(self._chosen),
+            offers,
             wanted,
             bounds,
         )
         self._step += 1
+        self._chosen.clear()
+        if offers:
+            self._hold([sequence for sequence in sampled if sequence.chosen_outside])
         return plan
+
+    def _unblock(self) -> bool:
+        """Preempt for the head of the queue where nothing can move: groups hold rows whose other members wait.
+
+        Requests of one group need each other's logits, so that two groups that are running in part could wait for
+        each other's pages. One group always fits alone.
+        """
+        if self._completed != self._step - 1 or not self._waiting:
+            return False
+        if any([s.ends_outside or (s.offered and self._is_complete(s)) for s in self._live.values()]):
+            return False  # a chooser goes on
+        group = next(iter(self._waiting)).request.group
+        victim = next((s for s in reversed(self._running) if group is None or s.request.group != group), None)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        """Whether the chooser of a sequence has the logits of its whole group."""
+        group = sequence.request.group
+        return group is None or all([s.offered for s in self._live.values() if s.request.group == group])
+
+    def _hold(self, sequences: list[Sequence]) -> None:
+        """Let sequences decode no further until their choosers have chosen."""
+        for sequence in sequences:
+            sequence.held = True
+        self._regroup_due = True
 
     def fail(self, step: int, positions: Iterable[int]) -> list[str]:
         """End the requests at these sampled positions of a step that is about to be completed.
@@ -275,6 +344,7 @@ class Scheduler:
         drafts = self._drafts.pop(result.step, ()) if self._drafts else ()
         if drafts:
             sampled, tokens, logprobs = self.drafting.check(drafts, sampled, tokens, logprobs)
+        self.offered = []
         emissions = self._settle(sampled, tokens, logprobs)
         if drafts:
             settle_drafts([draft.sequence for draft in drafts])
@@ -296,6 +366,10 @@ class Scheduler:
         for sequence, token, logprob in zip(sampled, new, logprobs, strict=True):
             if sequence.state is finished:
                 continue  # a surplus token: the request ended while this step was in flight
+            if sequence.chosen_outside:
+                sequence.offered = True
+                self.offered.append(sequence.request_id)
+                continue
             tokens = sequence.tokens
             tokens.append(token)
             if token not in sequence.eos and len(tokens) < sequence.max_length:
@@ -441,6 +515,9 @@ class Scheduler:
         for sequence in waiting:
             if budget <= 0 or not self.rows.available or passed == MOST_PASSED:
                 break
+            if sequence.chosen_outside and sequence.placeholders:
+                passed += 1
+                continue  # preempted while its chooser chooses, for which the others do not wait
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
             # Where it waits on, the next look-up goes on from here.

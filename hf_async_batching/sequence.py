@@ -32,7 +32,7 @@ class Needs(NamedTuple):
         penalty: Whether it has a repetition penalty.
         seen: Whether it matters which tokens have occurred.
         memory: Whether the row's memory is read.
-        calls: Whether processors are called.
+        offers: Whether its logits go to a chooser outside of the engine.
         scores: Whether scores are returned.
         logits: Whether logits are returned.
         fixed_writes: Words that its row's memory gets when it starts.
@@ -43,7 +43,7 @@ class Needs(NamedTuple):
     penalty: bool
     seen: bool
     memory: bool
-    calls: bool
+    offers: bool
     scores: bool
     logits: bool
     fixed_writes: int
@@ -51,24 +51,24 @@ class Needs(NamedTuple):
     @property
     def forbids_drafts(self) -> bool:
         """Whether a token's choice depends on tokens before it beyond the logits, or brings more than the token."""
-        return bool(self.stages or self.seen or self.memory or self.calls or self.scores or self.logits)
+        return bool(self.stages or self.seen or self.memory or self.offers or self.scores or self.logits)
 
     @classmethod
     def of(cls, request: Request) -> Needs | None:
         """The needs of a request; None where there are none."""
         params, sampling = request.logits, request.sampling
-        calls = request.processors is not None
-        stages = Stage(0) if calls else params.stages | sampling.stages
+        offers = request.chooser is not None
+        stages = Stage(0) if offers else params.stages | sampling.stages
         if not request.output_scores:
             stages &= ~Stage.RENORMALIZE  # it shifts all scores by the same amount
-        seen, memory = not calls and params.needs_seen, calls or params.needs_memory
+        seen, memory = not offers and params.needs_seen, not offers and params.needs_memory
         needs = cls(
-            top_k=sampling.top_k_class if sampling.do_sample and not calls else 0,
+            top_k=sampling.top_k_class if sampling.do_sample and not offers else 0,
             stages=int(stages),
-            penalty=not calls and params.repetition_penalty != 1.0,
+            penalty=not offers and params.repetition_penalty != 1.0,
             seen=seen,
             memory=memory,
-            calls=calls,
+            offers=offers,
             scores=request.output_scores,
             logits=request.output_logits,
             fixed_writes=len(request.padding) + len(params.rules) * RULE_WORDS if seen or memory else 0,
@@ -94,6 +94,8 @@ class Sequence:
         candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
         logprobs: Whether log-probabilities were asked for.
         shareable: Whether its tokens tell what its pages hold.
+        chosen_outside: Whether a chooser outside of the engine chooses its tokens.
+        offered: Whether its chooser has its logits, and the token has not come yet.
         needs: What its steps need of the device beyond that; None for the many that need nothing.
         planned: Its tokens and placeholders together.
         computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are planned
@@ -107,7 +109,7 @@ class Sequence:
         prefix: The last node of its own chain there: what of `found` it could use, and then what it entered.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
         lookup: Where its drafts come from; None where it makes none.
-        held: Whether it decodes no further until its tokens in flight have arrived.
+        held: Whether it decodes no further until its tokens in flight have arrived, or its chooser has chosen.
         draft: Tokens that are computed, or about to be, behind its last one.
         restarts: Whether what the device's tables hold of its row is not what it goes on from.
     """
@@ -122,6 +124,8 @@ class Sequence:
     candidates: int | None = field(init=False)
     logprobs: bool = field(init=False)
     shareable: bool = field(init=False)
+    chosen_outside: bool = field(init=False)
+    offered: bool = False
     needs: Needs | None = field(init=False)
     state: State = State.WAITING
     planned: int = field(init=False)
@@ -141,18 +145,15 @@ class Sequence:
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
         self.tokens = list(self.request.prompt)
-        self.eos = frozenset(self.request.eos_token_ids)
+        self.eos = frozenset() if self.request.chooser is not None else frozenset(self.request.eos_token_ids)
         self.planned = len(self.tokens)
-        # Processors that are called see to a minimum themselves.
-        called = self.request.processors is not None
-        self.min_length = 0 if called else len(self.request.prompt) + self.request.min_new_tokens
+        self.chosen_outside = outside = self.request.chooser is not None
+        self.min_length = 0 if outside else len(self.request.prompt) + self.request.min_new_tokens
         self.max_length = len(self.request.prompt) + self.request.max_new_tokens
         sampling = self.request.sampling
-        # Filters of a request whose processors are called are among these.
-        self.candidates = None
-        if sampling.do_sample:
-            self.candidates = 0 if called else sampling.candidates
-        self.logprobs = sampling.logprobs
+        # A chooser draws, filters and knows probabilities by itself.
+        self.candidates = sampling.candidates if sampling.do_sample and not outside else None
+        self.logprobs = sampling.logprobs and not outside
         self.shareable = self.request.prompt_embeddings is None
         self.needs = Needs.of(self.request)
         self.lookup = None
@@ -168,6 +169,11 @@ class Sequence:
     def wants_more(self) -> bool:
         """Whether another step must be planned while it decodes: a stop by length is known before its last token."""
         return self.planned < self.max_length
+
+    @property
+    def ends_outside(self) -> bool:
+        """Whether it has all its tokens, and its chooser has still to say so."""
+        return self.chosen_outside and len(self.tokens) >= self.max_length
 
     def writes(self, start: int) -> int:
         """Words that the row's memory gets in the step in which it starts behind `start` known tokens."""

@@ -5,6 +5,7 @@ Layout of the array, section after section (sizes in `Sections`)::
     new rows    [new_rows, 1 + PARAMS]   row, then its record of parameters and where it starts
     new pages   [new_pages, 3]           row, index, page
     writes      [3, writes]              row, column and value of words of the rows' memories (see `row_layout`)
+    given       [2, given]               row, and its last token, which a chooser outside of the engine has chosen
     decode      [decode]                 row of each decoding entry, padded with row 0 up to the bucket
     tokens      [3, tokens]              token id (-1: carry-over), row, offset within the row's piece
     samples     [samples]                index into tokens of each sampled position
@@ -102,6 +103,7 @@ class Sections(NamedTuple):
     tiles: int = 0
     writes: int = 0
     decodes: int = 0
+    given: int = 0
 
     @property
     def padding(self) -> Padding:
@@ -121,6 +123,11 @@ class Sections(NamedTuple):
     @property
     def updates_end(self) -> int:
         """Where the updates of the tables end, and the step's own inputs begin."""
+        return self.given_start + self.given * 2
+
+    @property
+    def given_start(self) -> int:
+        """Where the tokens begin that choosers have chosen."""
         return self.writes_start + self.writes * 3
 
     @classmethod
@@ -129,7 +136,7 @@ class Sections(NamedTuple):
     ) -> Sections:
         """Sizes that no step exceeds; `drafted` positions are sampled beyond one per row."""
         samples, tiles = max_rows + drafted, max_batch_tokens + max_rows
-        return cls(max_rows, num_pages, max_rows, max_batch_tokens, samples, tiles, writes)
+        return cls(max_rows, num_pages, max_rows, max_batch_tokens, samples, tiles, writes, given=max_rows)
 
 
 NO_PADDING = Padding(0, 0)
@@ -170,14 +177,16 @@ def encode(
         section(new_rows * (1 + PARAMS)).reshape(new_rows, -1)[:] = [_record(new_row) for new_row in plan.new_rows]
     if new_pages:
         section(new_pages * 3).reshape(new_pages, 3)[:] = np.array(plan.new_pages, np.int32)
-    writes = _write_memories(plan, section)
+    writes, given = _write_memories(plan, section), len(plan.given)
+    if given:
+        section(2 * given).reshape(2, given)[:] = np.array(plan.given, np.int32).T
     if not plan.chunks:
         if not send_decode_rows:
-            return Sections(new_rows, new_pages, writes=writes)
+            return Sections(new_rows, new_pages, writes=writes, given=given)
         decode = section(bucket)
         decode[: len(plan.decode_rows)] = plan.decode_rows
         decode[len(plan.decode_rows) :] = 0
-        return Sections(new_rows, new_pages, decode=bucket, writes=writes)
+        return Sections(new_rows, new_pages, decode=bucket, writes=writes, given=given)
 
     num_decodes = len(plan.decode_rows)
     lead = num_decodes if padding is None else padding.decodes
@@ -210,7 +219,7 @@ def encode(
     section(len(samples))[:] = samples
     section(4 * len(tiles)).reshape(4, -1)[:] = np.array(tiles, np.int32).T
     decodes = 0 if padding is None else lead
-    return Sections(new_rows, new_pages, 0, size, len(samples), len(tiles), writes, decodes)
+    return Sections(new_rows, new_pages, 0, size, len(samples), len(tiles), writes, decodes, given)
 
 
 def _write_memories(plan: Plan, section: Callable[[int], IntArray]) -> int:
@@ -246,7 +255,7 @@ def check_encodable(request: Request) -> None:
 def _record(new_row: NewRow) -> list[int]:
     request = new_row.request
     sampling, logits = request.sampling, request.logits
-    called = request.processors is not None
+    outside = request.chooser is not None
     temperature, top_p, min_p, repetition, encoder, top_h, typical_p, epsilon, eta = (
         np.array(
             [
@@ -269,16 +278,17 @@ def _record(new_row: NewRow) -> list[int]:
     decay = np.array([logits.decay_factor], np.float64).view(np.int32).tolist()
     # The device needs not know all of them: the host decides which token ends a request, and a row that the device
     # does not take for finished is computed once more for nothing. An id that no vocabulary has cannot be sampled.
-    eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32][:MAX_EOS]
+    ends = () if outside else request.eos_token_ids  # a chooser says itself when its request has ended
+    eos = [token for token in ends if 0 <= token <= MAX_INT32][:MAX_EOS]
     return [
         new_row.row,
-        _ONE if called else temperature,
-        0 if called else sampling.top_k,
-        _ONE if called else top_p,
-        0 if called else min_p,
-        int(sampling.do_sample),
+        _ONE if outside else temperature,
+        0 if outside else sampling.top_k,
+        _ONE if outside else top_p,
+        0 if outside else min_p,
+        0 if outside else int(sampling.do_sample),
         *seed,
-        0 if called else len(request.prompt) + request.min_new_tokens,
+        0 if outside else len(request.prompt) + request.min_new_tokens,
         new_row.start,
         len(request.prompt) + request.max_new_tokens,
         len(request.prompt),

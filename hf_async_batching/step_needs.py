@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import reduce
 from operator import or_
 
-from hf_async_batching.plan import Bounds, Call, Features, Run
+from hf_async_batching.plan import Bounds, Features, Offer, Run
 from hf_async_batching.sequence import Sequence
 
 
@@ -32,15 +32,15 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
         penalty=any([need.penalty for need in needs]),
         stages=reduce(or_, [need.stages for need in needs], 0),
         memory=any([need.memory for need in kept]),
-        calls=any([need.calls for need in needs]),
+        offers=any([need.offers for need in needs]),
         scores=any([need.scores for need in needs]),
         logits=any([need.logits for need in needs]),
     )
 
 
-def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Call, ...], tuple[Run, ...], Bounds]:
+def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Offer, ...], tuple[Run, ...], Bounds]:
     """What a step needs beside its features, where these are rare. Its sequences are planned already."""
-    calls: list[Call] = []
+    offers: list[Offer] = []
     wanted: list[Run] = []
     history = rules = ngram = 0
     for index, sequence in enumerate(sampled):
@@ -54,10 +54,10 @@ def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Call, ...], tuple[Run, ..
                 before = wanted.pop()
                 start, names = before.start, before.request_ids + names
             wanted.append(Run(start, index + 1, names))
-        if needs.calls:
-            calls.append(Call(index, sequence.row, sequence.computed, request))
+        if needs.offers:
+            offers.append(Offer(index, sequence.request_id))
         elif needs.memory:
             history = max(history, len(request.padding) + sequence.computed)
             rules = max(rules, len(request.logits.rules))
             ngram = max(ngram, request.logits.ngram)
-    return tuple(calls), tuple(wanted), Bounds(history, rules, ngram)
+    return tuple(offers), tuple(wanted), Bounds(history, rules, ngram)

@@ -113,8 +113,8 @@ def check_limits(request: Request, assembly: Assembly) -> None:
                 f"`{FIELDS_OF_KIND[rule.kind]}` names token ids {beyond}, outside of the model's vocabulary of "
                 f"{logits} tokens"
             )
-    if request.processors is not None:
-        _check_indexed(request.processors, logits)
+    if request.chooser is not None and request.group is None:
+        _check_indexed(request.chooser, logits)
     length = len(request.prompt)
     if assembly.rope_limit is not None and length + request.max_new_tokens > assembly.rope_limit:
         remedy = "shorten the prompt" if length >= assembly.rope_limit else "lower `max_new_tokens`"
@@ -145,9 +145,9 @@ _INDEXING = {
 }
 
 
-def _check_indexed(processors: Any, vocab: int) -> None:
+def _check_indexed(chooser: Any, vocab: int) -> None:
     """Refuse tokens beyond the scores where processors that are called look these up: a GPU may fail at that."""
-    for processor in getattr(processors, "processors", ()):
+    for processor in getattr(chooser, "processors", ()):
         field, attribute = _INDEXING.get(type(processor).__name__, ("", ""))
         if field:
             tokens = torch.as_tensor(getattr(processor, attribute)).flatten().tolist()
@@ -167,3 +167,28 @@ def _check_tokens(name: str, tokens: tuple[int, ...], vocab: int) -> None:
     if wrong.any():
         token = tokens[int(wrong.argmax())]
         raise ValueError(f"`{name}` holds token id {token}, outside of the model's vocabulary of {vocab} tokens")
+
+
+def check_group(requests: list[Request], assembly: Assembly) -> None:
+    """Refuse rows that advance together and do not fit together.
+
+    Raises:
+        ValueError: A processor of theirs names a token that the model does not have.
+        UnsupportedArgumentError: They need more rows or pages than the engine has.
+    """
+    _check_indexed(requests[0].chooser, assembly.forward.logit_size)
+    if not group_fits(requests, assembly):
+        most = assembly.config.max_rows
+        raise UnsupportedArgumentError(
+            f"`logits_processor`: {len(requests)} rows are computed in lockstep, because a processor may look at the "
+            f"whole batch, and the engine does not hold them together (at most {most} rows, and their pages); pass "
+            "fewer rows per call, raise BatchingConfig(max_rows=..., num_pages=...), or set `row_wise = True` on a "
+            "processor that looks at each row by itself"
+        )
+
+
+def group_fits(requests: list[Request], assembly: Assembly) -> bool:
+    """Whether an engine holds requests at the same time, up to their last tokens."""
+    pages = assembly.engine.scheduler.pages
+    needed = sum([pages.pages_for(len(request.prompt) + request.max_new_tokens) for request in requests])
+    return len(requests) <= assembly.config.max_rows and needed <= pages.size

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -15,12 +15,16 @@ from hf_async_batching.assembly import Assembly
 from hf_async_batching.emission import Emission
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
 from hf_async_batching.handle import GenerationHandle, wake
+from hf_async_batching.logits_handle import LogitsHandle
 from hf_async_batching.memory import return_memory
 from hf_async_batching.plan import Features
 from hf_async_batching.reentrancy import serve_in_this_thread, waiting_for
 from hf_async_batching.request import Request
 
 logger = logging.getLogger(__name__)
+
+# After so long without a choice, requests that wait for its row or pages get them, where nothing else runs.
+_CHOOSING_SECONDS = 1.0
 
 
 class Worker:
@@ -54,13 +58,13 @@ class Worker:
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[GenerationHandle] = deque()
         self._warmings: deque[_Warming] = deque()
+        self._choices: deque[tuple[GenerationHandle, int]] = deque()
         self._weights_changed = False
         self._handles: dict[str, GenerationHandle] = {}
         self._live: set[str] = set()
         self._changed = threading.Condition()
         self._accepting = True
         self._stopping = False
-        self._stepping = False
         self._reason = ""
         self.memory_free = threading.Event()
         self.first_step = first_step
@@ -106,6 +110,12 @@ class Worker:
         """End a request; nothing happens where it has ended already."""
         with self._changed:
             self._cancels.append(handle)
+            self._changed.notify()
+
+    def choose(self, choices: Iterable[tuple[GenerationHandle, int]]) -> None:
+        """Give requests the tokens that their choosers have chosen; together, so that they are computed together."""
+        with self._changed:
+            self._choices.extend(choices)
             self._changed.notify()
 
     def warm(self, features: list[Features], tune: bool = False) -> None:
@@ -164,11 +174,6 @@ class Worker:
         return threading.current_thread() is self._thread
 
     @property
-    def is_stepping(self) -> bool:
-        """Whether a step is being computed; of use in the engine's own thread only."""
-        return self._stepping
-
-    @property
     def assembly(self) -> Assembly | None:
         """The engine; None once the worker has stopped."""
         return self._assembly
@@ -199,7 +204,7 @@ class Worker:
             _clear_frames(caught)
             error = caught
         with self._changed:
-            self._accepting = self._stepping = False
+            self._accepting = False
             assembly, self._assembly = self._assembly, None
         self._fail_everyone(error)
         try:
@@ -221,15 +226,20 @@ class Worker:
         while True:
             with self._changed:
                 while not (self._has_orders() or self._stopping or engine.has_work):
+                    if engine.waits_outside:
+                        if not self._changed.wait(_CHOOSING_SECONDS):
+                            engine.make_way()
+                        continue
                     woken = self._accepting and self._changed.wait(self._idle_timeout)
                     if not woken and not self._has_orders():
                         self._accepting = False
                         return
                 if self._stopping:
                     return
-                arrived, cancelled = list(self._inbox), list(self._cancels)
+                arrived, cancelled, chosen = list(self._inbox), list(self._cancels), list(self._choices)
                 self._inbox.clear()
                 self._cancels.clear()
+                self._choices.clear()
                 weights_changed, self._weights_changed = self._weights_changed, False
             if weights_changed:
                 engine.weights_updated()  # before the requests that came after it are added
@@ -242,6 +252,9 @@ class Worker:
                 except BaseException as error:  # a request made by hand can hold anything
                     self._forget(request.request_id)
                     handle._fail(error)
+            for handle, token in chosen:
+                if self._handles.get(handle.request_id) is handle:
+                    engine.choose(handle.request_id, token)
             for handle in cancelled:
                 # By identity: the id may belong to another request by now.
                 if self._handles.get(handle.request_id) is handle:
@@ -250,16 +263,18 @@ class Worker:
                         self._deliver([emission])
             if not engine.has_work:
                 continue
-            self._stepping = True
             emissions = engine.step()
-            self._stepping = False
             for new_row in engine.started:
                 if new_row.request.request_id in self._handles:
                     self._handles[new_row.request.request_id]._start(new_row.start)
+            for request_id, logits in engine.offered:
+                chooser_handle = self._handles[request_id]
+                assert isinstance(chooser_handle, LogitsHandle)
+                chooser_handle._offer(logits)
             for request_id, made in engine.outputs.items():
                 self._handles[request_id]._keep(*made)
             self._deliver(emissions)
-            if emissions:
+            if emissions or engine.offered:
                 self.first_step.set()
             for request_id, raised in engine.failed:
                 handle = self._handles[request_id]
@@ -274,7 +289,7 @@ class Worker:
                 engine.patience.waited()
 
     def _has_orders(self) -> bool:
-        return bool(self._inbox or self._cancels or self._warmings or self._weights_changed)
+        return bool(self._inbox or self._cancels or self._choices or self._warmings or self._weights_changed)
 
     def _deliver(self, emissions: list[Emission]) -> None:
         handles, now = self._handles, time.perf_counter()

@@ -337,3 +337,67 @@ def test_an_incomplete_history_is_seen() -> None:
         run_random_schedule(engine, seed, num_requests=9, conversations=True)
         wrong += len(engine.wrong_histories)
     assert wrong
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_tokens_that_are_chosen_outside(depth: int) -> None:
+    """A chooser takes its time; rows of a group advance together; the others do not wait, and rows are preempted."""
+    choices = preemptions = 0
+    for seed in range(SCHEDULES // 20):
+        engine = ToyEngine(depth, seed, num_pages=17 + seed % 4, max_rows=2 + seed % 4, choosers=True)
+        verify(engine, run_random_schedule(engine, seed, num_requests=10))
+        choices += engine.choices
+        preemptions += engine.scheduler.preemptions
+    assert choices > SCHEDULES
+    assert preemptions > SCHEDULES / 200
+
+
+class KeepsGoing(Scheduler):
+    """Plans rows again whose tokens have not been chosen."""
+
+    def _hold(self, sequences: list[Any]) -> None:
+        pass
+
+
+def test_a_row_that_does_not_wait_for_its_chooser_is_seen() -> None:
+    engine = ToyEngine(2, 0, num_pages=17, choosers=True, scheduler_class=KeepsGoing)
+    with pytest.raises(AssertionError):
+        verify(engine, run_random_schedule(engine, 0, num_requests=10))
+
+
+def test_groups_that_are_running_in_part_do_not_wait_for_each_other() -> None:
+    """Two groups of three on four rows: each has its first members running, and none of them can go on."""
+    engine = ToyEngine(2, 1, num_pages=24, max_rows=4, max_batch_tokens=4)
+    for i in range(6):
+        request = Request(str(i), (1, 2, 3 + i), 5, chooser="outside", group="ab"[i % 2])
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+    for _ in range(200):
+        if not engine.engine.has_work and not engine.engine.waits_outside:
+            break
+        if engine.engine.has_work:
+            engine.step()
+        engine.choose(all_of_them=True)
+    verify(engine, engine.requests)
+    assert engine.scheduler.preemptions
+
+
+def test_a_slow_chooser_makes_way_where_others_wait() -> None:
+    engine = ToyEngine(2, 1, num_pages=24, max_rows=1, max_batch_tokens=4)
+    for i, chooser in enumerate(["outside", None]):
+        request = Request(str(i), (1, 2, 3 + i), 5, chooser=chooser)
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+    while engine.engine.has_work:
+        engine.step()
+    assert engine.engine.waits_outside
+    assert not engine.reasons
+    engine.engine.make_way()
+    while engine.engine.has_work:
+        engine.step()
+    assert engine.reasons == {"1": "length"}
+    while engine.engine.waits_outside or engine.engine.has_work:
+        engine.choose(all_of_them=True)
+        if engine.engine.has_work:
+            engine.step()
+    verify(engine, engine.requests)

@@ -265,7 +265,7 @@ def test_a_cancelled_draft_brings_nothing() -> None:
         ({"logits": LogitsParams(repetition_penalty=1.5)}, False),
         ({"output_scores": True}, False),
         ({"output_logits": True}, False),
-        ({"processors": print}, False),
+        ({"chooser": print}, False),
         ({"prompt_embeddings": object()}, False),
     ],
 )

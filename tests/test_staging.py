@@ -144,12 +144,12 @@ def test_columns_of_a_record(column: int, value: int) -> None:
     assert decoded(sections, array)["new_rows"][0][1 + column] == value
 
 
-def test_processors_that_are_called_leave_nothing_to_the_sampler() -> None:
+def test_choosers_outside_of_the_engine_leave_nothing_to_the_sampler() -> None:
     sampling = SamplingParams(True, 0.25, 12, 0.5, 0.125, 5)
-    request = Request("a", (1, 2, 3, 4), 9, 2, (7,), sampling, processors=object())
+    request = Request("a", (1, 2, 3, 4), 9, 2, (7,), sampling, chooser=object())
     sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, request),)))
     record = decoded(sections, array)["new_rows"][0][1:]
-    assert record[:8] == (bits(1.0), 0, bits(1.0), 0, 1, 5, 0, 0)
+    assert record[:8] == (bits(1.0), 0, bits(1.0), 0, 0, 5, 0, 0)
 
 
 def test_what_a_row_remembers_from_the_start() -> None:

@@ -39,6 +39,14 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
+def use_on_current_stream(tensor: torch.Tensor) -> None:
+    """Keep the memory of a tensor that an engine has made until the calling thread's stream is done with it.
+
+    What made it must have completed.
+    """
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class CudaDevice:
     """One CUDA device.
 

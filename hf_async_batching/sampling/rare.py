@@ -1,16 +1,15 @@
-"""Steps in which tokens are chosen by what cannot be captured: processors that are called, scores that are wanted.
+"""Steps in which more than a token is wanted: scores, logits, or logits for a chooser outside of the engine.
 
-Processors run on the engine's stream, behind the forward and in front of the choice. Nothing waits for the device
-unless a processor does. As in `generate`, they get ordinary tensors and run without gradients, which they can turn on.
+Nothing waits for the device here, and no code of a caller runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from hf_async_batching.plan import Call, Plan
+from hf_async_batching.plan import Plan
 from hf_async_batching.sampling.rows import SampledRows
 from hf_async_batching.sampling.sampler import Sampler, log_probabilities
 
@@ -22,12 +21,12 @@ class RareOutputs:
     Attributes:
         scores: float32 [sampled, vocab], what tokens were chosen by; None where nobody wants them.
         logits: [sampled, vocab], as the model made them; None where nobody wants them.
-        failures: What processors raised, by sampled position.
+        offered: float32 [offers, vocab], an ordinary tensor of its own; None where no chooser waits for logits.
     """
 
     scores: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    failures: dict[int, BaseException] = field(default_factory=dict)
+    offered: torch.Tensor | None = None
 
 
 def sample_rare(
@@ -46,32 +45,26 @@ def sample_rare(
     """
     features, outputs = plan.features, RareOutputs()
     scores = sampler.scores(logits, rows, features)
-    if plan.calls:
-        scores = scores.clone()
-    for call in plan.calls:
-        try:
-            scores[call.sampled] = _call(call, logits[call.sampled : call.sampled + 1], rows)[0]
-        except BaseException as error:  # native code raises such, too: whatever it is, it is this request's alone
-            outputs.failures[call.sampled] = error
     tokens = sampler.choose(scores, rows, features)
     if features.scores:
         outputs.scores = scores
     if features.logits:
         outputs.logits = logits
+    if plan.offers:
+        outputs.offered = _copied(logits, [offer.sampled for offer in plan.offers])
     return tokens.int(), log_probabilities(logits, tokens) if features.logprobs else None, outputs
 
 
-def _call(call: Call, logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
-    """What the processors of one request make of its logits [1, vocab]."""
-    assert rows.memory is not None
-    padding = len(call.request.padding)
+def _copied(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Lines of logits [sampled, vocab] as float32 in memory of their own; `positions` ascend."""
     # Tensors of inference mode cannot take part in gradients or be written to outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        history = rows.memory.history(call.row, 0, padding + call.length)
-        # A copy of its own, which a processor may write to.
-        scores: torch.Tensor = call.request.processors(history, call.length, logits.to(torch.float32, copy=True))
-    if scores.shape != logits.shape:
-        raise ValueError(
-            f"a `logits_processor` returned scores of shape {tuple(scores.shape)}, expected {tuple(logits.shape)}"
-        )
-    return scores
+    with torch.inference_mode(False):
+        out = torch.empty(len(positions), logits.shape[1], dtype=torch.float32, device=logits.device)
+    start = 0
+    while start < len(positions):  # one copy for neighbours; an index would be sent to the device
+        stop = start + 1
+        while stop < len(positions) and positions[stop] == positions[stop - 1] + 1:
+            stop += 1
+        out[start:stop].copy_(logits[positions[start] : positions[start] + stop - start])
+        start = stop
+    return out

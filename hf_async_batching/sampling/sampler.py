@@ -95,7 +95,7 @@ class Sampler:
         tokens = argmax(scores)
         if features.sampling:
             # The largest is 0 already, unless a filter has dropped it or the scores were never shifted.
-            if features.scores or features.calls or features.stages & Stage.TYPICAL:
+            if features.scores or features.stages & Stage.TYPICAL:
                 scores = scores - scores.amax(-1, keepdim=True)
             exponential = noise.exponential(rows.params, rows.positions, scores.shape[1])
             drawn = (scores - exponential.log_()).argmax(-1).int()
@@ -114,3 +114,32 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     """Log-probabilities float32 [rows] of tokens under logits [rows, vocab]."""
     scores = logits.float()
     return scores.gather(1, tokens[:, None].long())[:, 0] - scores.logsumexp(-1)
+
+
+def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One token int64 [rows] per row of scores float32 [rows, vocab], as steps of the engine draw it.
+
+    Args:
+        scores: Logarithms of what is drawn by, up to a shift.
+        records: int32 [rows, PARAMS], of which the seeds count; see `seed_records`.
+        positions: int32 [rows], that the tokens will take.
+
+    Raises:
+        RuntimeError: There is nothing to draw from, as in `generate`.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise RuntimeError(
+            "probability tensor contains either `inf`, `nan` or element < 0: the scores of a row, after its "
+            "`logits_processor`s, leave no token to draw"
+        )
+    exponential = noise.exponential(records, positions, scores.shape[1])
+    return (scores - largest - exponential.log_()).argmax(-1)
+
+
+def seed_records(seeds: list[int], device: torch.device) -> torch.Tensor:
+    """int32 [rows, PARAMS] of rows that have a seed and nothing else."""
+    records = torch.zeros(len(seeds), staging.PARAMS, dtype=torch.int32, device="cpu")
+    halves = torch.tensor(seeds, dtype=torch.int64, device="cpu").view(torch.int32).view(-1, 2)
+    records[:, staging.SEED_LOW], records[:, staging.SEED_HIGH] = halves[:, 0], halves[:, 1]
+    return records.to(device)

@@ -9,7 +9,7 @@ only: what other rows of the step write stands there for later steps, as in a mo
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.devices import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine import Engine
+from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Plan
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.request import Request
+from hf_async_batching.row_layout import HISTORY_START
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Emission, Scheduler
 from hf_async_batching.staging import Padding, Sections
@@ -103,8 +105,9 @@ class ToyForward:
 class ToyEngine:
     """An engine on a simulated device, its scheduler made by `scheduler_class`.
 
-    With `outputs`, most requests want their scores or logits; with `remembers`, most have a processor that compares
-    the history that it is given with what it must be.
+    With `outputs`, most requests want their scores or logits; with `remembers`, most keep their history, which is
+    compared with what it must be after each of their steps. With `choosers`, the tokens of most are chosen outside of
+    the engine, a while after their logits came, and some of these need the logits of a group.
     """
 
     depth: int
@@ -119,6 +122,7 @@ class ToyEngine:
     fused: bool = False
     outputs: bool = False
     remembers: bool = False
+    choosers: bool = False
     window: int | None = None
     groups: int = 1
     kept: int = 0
@@ -131,9 +135,12 @@ class ToyEngine:
     made: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
     wrong_histories: list[str] = field(default_factory=list)
     histories: int = 0
+    offered: dict[str, torch.Tensor] = field(default_factory=dict)
+    choices: int = 0
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed + 1)
+        self._whole: dict[str, list[int]] = {}
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         largest = Padding(self.max_batch_tokens + 32, self.max_rows + MAX_DRAFTED, self.max_rows)
         self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
@@ -163,6 +170,9 @@ class ToyEngine:
         def run_for_owners(plan: Plan, *rest: Any) -> None:
             self.forward.owners.update((new_row.row, new_row.request) for new_row in plan.new_rows)
             run(plan, *rest)
+            for row in (*plan.decode_rows, *[chunk.row for chunk in plan.chunks]):
+                if self.forward.owners[row].logits.needs_memory:
+                    self._compare_history(row)
 
         self.runner.run = run_for_owners  # type: ignore[method-assign]
         limits = Sections.largest(
@@ -220,6 +230,35 @@ class ToyEngine:
         for request_id, made in self.engine.outputs.items():
             self.made.setdefault(request_id, []).append(made)
         self._keep(emissions)
+        for request_id, logits in self.engine.offered:
+            assert request_id not in self.offered, "logits before the token that was chosen from the last ones"
+            self.offered[request_id] = logits
+
+    def choose(self, all_of_them: bool) -> None:
+        """Let choosers choose that have what they need: all of them, or some."""
+        for request_id in list(self.offered):
+            group = self.requests[request_id].group
+            members = [i for i, r in self.requests.items() if i == request_id or (group and r.group == group)]
+            live = [i for i in members if i not in self.reasons]
+            if request_id not in self.offered or any(i not in self.offered for i in live):
+                continue
+            if not all_of_them and self._random.random() < 0.5:
+                continue
+            tokens = {i: int(self.offered.pop(i).argmax()) for i in live}
+            for i, token in tokens.items():
+                self._choose(i, token)
+
+    def _choose(self, request_id: str, token: int) -> None:
+        """What the loops beside the engine do with a token."""
+        request, tokens = self.requests[request_id], self.emitted.setdefault(request_id, [])
+        tokens.append(token)
+        self.choices += 1
+        ended = token in request.eos_token_ids or len(tokens) == request.max_new_tokens
+        if ended:
+            self.cancel(request_id)
+            self.reasons[request_id] = "eos" if token in request.eos_token_ids else "length"
+        else:
+            self.engine.choose(request_id, token)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request that may have ended."""
@@ -233,23 +272,29 @@ class ToyEngine:
         if self.outputs and rng.random() < 0.7:
             wanted = {"output_scores": rng.random() < 0.7, "output_logits": rng.random() < 0.7}
         if self.remembers and rng.random() < 0.7:
-            wanted["processors"] = self._remember(prompt)
+            # Longer than any history, so that it changes no token.
+            wanted["logits"] = LogitsParams(no_repeat_ngram_size=64)
+        if self.choosers and rng.random() < 0.7:
+            wanted["chooser"] = "outside"
+            # Few enough that a group fits alone, as is seen to where requests are submitted.
+            wanted["group"] = rng.choice((None, f"group {int(request_id) // 2}"))
         if self.draft_rows and rng.random() < 0.8:
             wanted["lookup_tokens"] = rng.randint(1, 6)
         return wanted
 
-    def _remember(self, prompt: tuple[int, ...]) -> Any:
-        whole = list(prompt) + reference(Request("whole", prompt, self.num_pages * self.page_size))
-
-        def processors(history: torch.Tensor, length: int, scores: torch.Tensor) -> torch.Tensor:
-            if EOS in whole[len(prompt) : length]:
-                return scores  # perhaps a surplus call: the request may have ended
-            self.histories += 1
-            if history.tolist() != whole[:length] or scores.shape != (1, VOCAB):
-                self.wrong_histories.append(f"{history.tolist()} for {whole[:length]}")
-            return scores
-
-        return processors
+    def _compare_history(self, row: int) -> None:
+        request, length = self.forward.owners[row], int(self.state.lengths[row])
+        whole = self._whole.get(request.request_id)
+        if whole is None:
+            endless = replace(request, max_new_tokens=request.max_new_tokens + 4, eos_token_ids=())
+            whole = self._whole[request.request_id] = [*request.prompt, *self.reference(endless)]
+        if any(token in request.eos_token_ids for token in whole[len(request.prompt) : length]):
+            return  # a surplus step: the request has ended
+        self.histories += 1
+        assert self.state.memory.words is not None
+        history = self.state.memory.words[row, HISTORY_START : HISTORY_START + length].tolist()
+        if history != whole[:length]:
+            self.wrong_histories.append(f"{history} for {whole[:length]}")
 
     def _keep(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -273,7 +318,7 @@ def run_random_schedule(
     cancelled = rng.choice((0.0, 0.0, 0.05))
     systems = [_tokens(rng, rng.randint(4, 13)) for _ in range(2)]
     for _ in range(2000):
-        if len(requests) == num_requests and not engine.engine.has_work:
+        if len(requests) == num_requests and not engine.engine.has_work and not engine.engine.waits_outside:
             return requests
         while len(requests) < num_requests and rng.random() < 0.4:
             prompt = _continued(rng, engine, systems) if conversations else _tokens(rng, rng.randint(1, 18))
@@ -288,7 +333,9 @@ def run_random_schedule(
             engine.engine.add(request)
         if requests and rng.random() < cancelled:
             engine.cancel(rng.choice(list(requests)))
-        engine.step()
+        if engine.engine.has_work:
+            engine.step()
+        engine.choose(all_of_them=not engine.engine.has_work)
     raise RuntimeError("the schedule has no end")
 
 

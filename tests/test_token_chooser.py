@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import VOCAB, greedy_alone, tiny_model
+from support.tiny_models import greedy_alone, tiny_model
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -16,8 +18,10 @@ from transformers.generation import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
-from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError
 
 IDS = torch.tensor([[0, 0, 0, 9, 10, 11], [12, 13, 14, 15, 16, 17], [0, 18, 19, 20, 21, 22]])
 MASK = (IDS != 0).long()
@@ -72,24 +76,194 @@ def manager(model: Any, request: pytest.FixtureRequest) -> Any:
         yield manager
 
 
-def test_each_row_sees_its_own_history_and_scores(model: Any, manager: Any) -> None:
-    """Those of `generate` row by row, padding included."""
+@pytest.mark.parametrize("ends", [None, 2])
+def test_the_batch_is_that_of_generate(model: Any, manager: Any, ends: int | None) -> None:
+    """Histories and scores of all rows together, padding and rows that have ended included."""
     plain, ours = Recorder(), Recorder()
-    arguments = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 6, "do_sample": False}
-    arguments |= {"eos_token_id": None, "pad_token_id": 0}
+    arguments = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    # One that the first row says early.
+    tokens = model.generate(**arguments, eos_token_id=None)[:, IDS.shape[1] :]
+    arguments["eos_token_id"] = None if ends is None else int(tokens[0, ends])
     expected = model.generate(**arguments, logits_processor=LogitsProcessorList([plain]))
     out = model.generate(**arguments, logits_processor=LogitsProcessorList([ours]), custom_generate=manager.bind())
     assert torch.equal(out, expected)
-    assert len(plain.calls) == 6
-    assert len(ours.calls) == 18
-    seen = {tuple(ids[0].tolist()): scores for ids, scores in ours.calls}
-    for ids, scores in plain.calls:
-        for row in range(3):
-            got = seen.pop(tuple(ids[row].tolist()))
-            torch.testing.assert_close(got, scores[row : row + 1], rtol=1e-4, atol=1e-4)
-    assert not seen
-    assert all(ids.dtype == torch.int64 and ids.shape[0] == 1 for ids, _ in ours.calls)
-    assert all(scores.dtype == torch.float32 and scores.shape == (1, VOCAB) for _, scores in ours.calls)
+    assert len(plain.calls) == len(ours.calls)
+    for (ids, scores), (our_ids, our_scores) in zip(plain.calls, ours.calls, strict=True):
+        assert torch.equal(our_ids, ids)
+        torch.testing.assert_close(our_scores, scores, rtol=1e-4, atol=1e-4)
+        assert our_ids.dtype == torch.int64 and our_scores.dtype == torch.float32
+
+
+class PerRow(LogitsProcessor):
+    """One grammar per row: row r says 20 + r."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        out = torch.full_like(scores, float("-inf"))
+        out[torch.arange(len(out)), 20 + torch.arange(len(out))] = 0.0
+        return out
+
+
+class Nth(LogitsProcessor):
+    """State per step."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        out = torch.full_like(scores, float("-inf"))
+        out[:, self.step] = 0.0
+        return out
+
+
+class Script(LogitsProcessor):
+    """A matcher per row, made in the first call."""
+
+    def __init__(self) -> None:
+        self.at: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.at = self.at or list(range(len(input_ids)))
+        out = torch.full_like(scores, float("-inf"))
+        for row in range(len(input_ids)):
+            out[row, 10 + self.at[row]] = 0.0
+            self.at[row] += 1
+        return out
+
+
+class Across(LogitsProcessor):
+    """Each row gets what the others would say."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + scores.sum(0, keepdim=True) - 2 * scores
+
+
+@pytest.mark.parametrize("make", [PerRow, Nth, Script, Across])
+@pytest.mark.parametrize("returned", [1, 2])
+def test_processors_that_look_at_the_whole_batch(model: Any, manager: Any, make: Any, returned: int) -> None:
+    arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 6, "pad_token_id": 0}
+    if returned == 1:
+        arguments["do_sample"] = False
+    else:  # a draw that leaves nothing to chance
+        arguments |= {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    arguments |= {"eos_token_id": [11, 14], "return_dict_in_generate": True, "output_scores": True}
+    plain = model.generate(**arguments, logits_processor=LogitsProcessorList([make()]))
+    others = [manager.submit([7 + i, 8], max_new_tokens=20, do_sample=False, eos_token_id=None) for i in range(3)]
+    got = model.generate(**arguments, logits_processor=LogitsProcessorList([make()]), custom_generate=manager.bind())
+    assert torch.equal(got.sequences, plain.sequences)
+    for ours, theirs in zip(got.scores, plain.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    for i, other in enumerate(others):
+        usual = greedy_alone(model, [7 + i, 8], 20, eos_token_id=None, pad_token_id=0)
+        assert other.result(60).token_ids == usual
+
+
+def test_others_do_not_wait_for_a_slow_processor(model: Any, manager: Any) -> None:
+    release = threading.Event()
+
+    def slow(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        release.wait(60)
+        return scores
+
+    held = manager.submit([5, 6], max_new_tokens=3, do_sample=False, eos_token_id=None, logits_processor=[slow])
+    other = manager.submit([7, 8], max_new_tokens=40, do_sample=False, eos_token_id=None)
+    assert other.result(60).token_ids == greedy_alone(model, [7, 8], 40, eos_token_id=None, pad_token_id=0)
+    assert not held.done
+    release.set()
+    assert held.result(60).token_ids == greedy_alone(model, [5, 6], 3, eos_token_id=None, pad_token_id=0)
+
+
+def test_a_slow_processor_keeps_an_idle_engine_alive(model: Any) -> None:
+    def slow(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.3)
+        return scores
+
+    with GenerationManager(model, BatchingConfig(page_size=16, idle_timeout=0.05)) as manager:
+        handle = manager.submit([5, 6], max_new_tokens=3, do_sample=False, eos_token_id=None, logits_processor=[slow])
+        assert handle.result(60).token_ids == greedy_alone(model, [5, 6], 3, eos_token_id=None, pad_token_id=0)
+
+
+class RowWise(Recorder):
+    row_wise = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        super().__call__(input_ids, scores)
+        return scores - scores.roll(1, -1)
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_processors_that_are_declared_row_wise(model: Any, rows: int) -> None:
+    """Each row by itself, so that there may be more than the engine holds at once."""
+    ids = torch.stack([torch.tensor([5 + i, 6, 7]) for i in range(rows)])
+    arguments: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    plain, ours = RowWise(), RowWise()
+    expected = model.generate(**arguments, logits_processor=LogitsProcessorList([plain]))
+    with GenerationManager(model, BatchingConfig(page_size=16, max_rows=4, max_batch_tokens=32)) as manager:
+        out = model.generate(**arguments, logits_processor=LogitsProcessorList([ours]), custom_generate=manager.bind())
+    assert torch.equal(out, expected)
+    assert {ids.shape[0] for ids, _ in ours.calls} == {1}
+    assert len(ours.calls) == 4 * rows
+
+
+def test_a_batch_that_does_not_fit_is_refused_by_name(model: Any) -> None:
+    ids = torch.arange(5, 32).view(9, 3)
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with GenerationManager(model, BatchingConfig(page_size=16, max_rows=4, max_batch_tokens=32)) as manager:
+        call = {**arguments, "logits_processor": LogitsProcessorList([Recorder()])}
+        with pytest.raises(UnsupportedArgumentError, match=r"`logits_processor`: 9 rows.*row_wise = True"):
+            model.generate(ids, **call, custom_generate=manager.bind())
+        served = model.generate(ids, **call, custom_generate=manager.bind(on_unsupported="generate"))
+        assert torch.equal(served, model.generate(ids, **arguments))
+        # Those of transformers' own are known to look at each row by itself.
+        twice = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0), RepetitionPenaltyLogitsProcessor(3.0)])
+        known = model.generate(ids, **arguments, logits_processor=twice, custom_generate=manager.bind())
+        assert torch.equal(known, model.generate(ids, **arguments, logits_processor=twice))
+
+
+def test_criteria_and_streamer_in_lockstep(model: Any, manager: Any) -> None:
+    """As `generate` calls them: the criterion sees pads behind rows that it has ended."""
+    seen: dict[bool, list[Any]] = {False: [], True: []}
+
+    class Ends(StoppingCriteria):
+        eos_token_id = torch.tensor([96])  # which makes `generate` pad rows that have ended
+
+        def __init__(self, ours: bool) -> None:
+            self.calls = seen[ours]
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            self.calls.append(input_ids.clone())
+            return torch.tensor([input_ids.shape[1] >= 8 + 2 * row for row in range(len(input_ids))])
+
+    class Script(BaseStreamer):
+        def __init__(self) -> None:
+            self.got: list[Any] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.got.append(value.tolist())
+
+        def end(self) -> None:
+            self.got.append("end")
+
+    outs = []
+    for ours in (False, True):
+        how = {"custom_generate": manager.bind()} if ours else {}
+        outs.append(
+            model.generate(
+                IDS, attention_mask=MASK, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None,
+                logits_processor=LogitsProcessorList([Across()]), stopping_criteria=[Ends(ours)], **how,
+            )
+        )  # fmt: skip
+    assert torch.equal(*outs)
+    assert [ids.tolist() for ids in seen[True]] == [ids.tolist() for ids in seen[False]]
+    streams = []
+    for ours in (False, True):
+        how = {"custom_generate": manager.bind()} if ours else {}
+        streams.append(Script())
+        model.generate(
+            IDS[1:2], max_new_tokens=5, do_sample=False, pad_token_id=0, streamer=streams[-1],
+            logits_processor=LogitsProcessorList([Recorder()]), **how,
+        )  # fmt: skip
+    assert streams[0].got == streams[1].got
 
 
 def test_prompts_that_are_padded_on_the_right_are_shown_as_they_are(model: Any, manager: Any) -> None:
