@@ -33,6 +33,7 @@ _UNREAD = {
     "_require_grads_hook",
     "_require_grads_hooks",
     "generate",
+    "forward",  # looked at with the hooks, see `module_calls`
 }
 _UNREAD_KINDS = (PreTrainedConfig, GenerationConfig, dict, set)
 

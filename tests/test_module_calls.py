@@ -170,15 +170,23 @@ def test_other_code_is_refused_by_name_and_hurts_no_engine(way: str) -> None:
     manager.close()
 
 
-def test_a_model_is_served_once_what_refused_it_is_gone() -> None:
+@pytest.mark.parametrize("why", ["hook", "check"])
+def test_a_model_is_served_once_what_refused_it_is_gone(why: str) -> None:
     """A refusal is remembered for a model as it was, not for ever."""
     model = tiny_model("Llama")
     ids = torch.tensor([PROMPTS[3]])
-    handle = model.model.layers[0].register_forward_hook(steer)
+    layer = model.model.layers[0]
+    if why == "hook":
+        handle: Any = layer.register_forward_hook(steer)
+    else:  # found out by an engine that starts
+        mixed = lambda self, x: first_row(None, None, type(self).forward(self, x))  # noqa: E731
+        layer.mlp.forward = types.MethodType(mixed, layer.mlp)
+        handle = Handles(lambda: layer.mlp.__dict__.pop("forward"))
     call = functools.partial(hf_async_batching.generate, model, ids, on_unsupported="generate", **GREEDY)
     assert call().equal(model.generate(ids, **GREEDY))
+    assert call().equal(model.generate(ids, **GREEDY))
     with pytest.raises(UnsupportedModelError):
-        get_manager(model)
+        get_manager(model).submit(PROMPTS[3], **GREEDY)
     handle.remove()
     assert call().equal(model.generate(ids, **GREEDY))
     assert get_manager(model).assembly is not None
@@ -266,6 +274,30 @@ def test_methods_that_replace_a_forward_are_the_models_own_and_noticed() -> None
             gc.collect()
         assert served(manager) == expected(model) == seen[0] == seen[-1]
     assert len({str(tokens) for tokens in seen}) == 4
+
+
+def test_a_marked_forward_that_follows_another_is_noticed() -> None:
+    model = tiny_model("Llama")
+    mlp = model.model.layers[1].mlp
+    before = mlp.forward
+    seen = []
+    with GenerationManager(model, CONFIG) as manager:
+        for factor in (1.0, -2.0, 3.0):
+            mlp.forward = per_token(functools.partial(lambda scale, x: scale * before(x), factor))
+            seen.append(served(manager))
+            assert seen[-1] == expected(model)
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_forward_in_the_memory_of_another_is_noticed() -> None:
+    model = tiny_model("Llama")
+    mlp = model.model.layers[1].mlp
+    states = []
+    for _ in range(2):
+        mlp.forward = types.MethodType(lambda self, x: x, mlp)
+        states.append((id(mlp.forward), Weights.of(model)))
+        del mlp.forward
+    assert states[0][1] != states[1][1]
 
 
 def test_a_forward_of_another_module_is_refused() -> None:
