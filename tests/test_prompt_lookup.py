@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ def test_what_followed_the_last_tokens_before() -> None:
     assert find([1, 2, 3, 4, 5, 6, 7, 9, 2]) == [3, 4, 5, 6], "one token, where two have not stood before"
     assert find([1, 2, 3]) == []
     assert find([5]) == []
+
+
+def test_the_size_of_the_n_grams_does_not_bound_the_work() -> None:
+    tokens = [7] * 20_000  # every length of n-gram has stood before
+    began = time.perf_counter()
+    assert find(tokens, ngram=2**31) == [7] * 4
+    assert time.perf_counter() - began < 0.5
 
 
 def test_longer_n_grams_come_first() -> None:

@@ -355,6 +355,18 @@ def test_the_smallest_top_p_leaves_the_most_probable_token() -> None:
     assert torch.equal(tokens.long(), logits.argmax(-1))
 
 
+def test_a_temperature_that_loses_the_largest_logit_to_infinity_leaves_the_arg_max() -> None:
+    """Also where another row of the step wants its scores, which are not shifted."""
+    row = drawn(temperature=1e-42)
+    logits = 20 + torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(6))
+    rows = SampledRows(seeded(row, list(range(50))), torch.zeros(50, dtype=torch.long))
+    for scores in (False, True):
+        features = Features(sampling=True, scores=scores)
+        sampler = Sampler(fused=False)
+        chosen = sampler.choose(sampler.scores(logits, rows, features), rows, features)
+        assert torch.equal(chosen.long(), logits.argmax(-1))
+
+
 def test_the_hash_is_lowbias32() -> None:
     """Integer by integer; the engine's are signed and wrap around."""
 
