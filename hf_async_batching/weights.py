@@ -62,14 +62,15 @@ class Weights:
             attributes, of_class = module.__dict__, module.__class__
             for tensor in attributes["_parameters"].values():
                 tensors[id(tensor)] = tensor
-            if with_buffers:
+            if with_buffers and attributes["_buffers"]:
                 for tensor in attributes["_buffers"].values():
                     tensors[id(tensor)] = tensor
             if "merged_adapters" in attributes or _computes_merged_adapters(of_class):
                 adapters.append(_adapter_state(module))
             if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
                 called.append(module)
-            stack += attributes["_modules"].values()
+            if attributes["_modules"]:
+                stack += attributes["_modules"].values()
         tensors.pop(id(None), None)
         kind = nn.Parameter
         plain = [p for tensor in tensors.values() for p in ([tensor] if type(tensor) is kind else _parts(tensor))]
