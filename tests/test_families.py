@@ -52,7 +52,7 @@ REPRESENTATIVES = {
     "DeepseekV3ForCausalLM": "packed",  # latent attention: keys and values of different sizes
     "BloomForCausalLM": "padded",  # ALiBi
     "DiffLlamaForCausalLM": "padded",  # attends twice per layer
-    "DeepseekV32ForCausalLM": "padded",  # an indexer with keys of its own
+    "DeepseekV32ForCausalLM": "single",  # its indexer picks other keys at once than one by one
     "FalconH1ForCausalLM": "padded, row states",  # attention and a state space in one layer
     "JambaForCausalLM": "padded, row states, whole prompts",
     "BartForCausalLM": "lockstep",  # positions follow the length of the cache

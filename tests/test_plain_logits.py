@@ -199,7 +199,8 @@ def test_a_family_whose_own_decode_forgets_its_window_is_not_packed() -> None:
 def test_a_prompt_is_long_enough_for_attention_to_leave_keys_out() -> None:
     def of(context: int | None, **config: int) -> list[int]:
         text = SimpleNamespace(max_position_embeddings=context, **config)
-        model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
+        config_of = SimpleNamespace(get_text_config=lambda **_: text)
+        model: Any = SimpleNamespace(config=config_of, named_modules=lambda: [])
         prompts = prompts_for(model, 50)
         assert all(0 <= token < 50 for tokens in prompts for token in tokens)
         return [len(tokens) for tokens in prompts]
