@@ -17,6 +17,8 @@ from gradio_client.exceptions import AppError
 from support.demo import Served, wait_until_idle
 from support.pace import slowed
 
+from demo.endpoints import _TRACED_STEPS
+
 CLIENTS = 32
 
 
@@ -161,9 +163,12 @@ def test_a_dataset(client: Any) -> None:
     assert all(row["completion"] and not row["error"] for row in completed)
 
 
-def test_figures_and_trace(client: Any) -> None:
-    client.predict("Hi", max_new_tokens=4, api_name="/chat")
+def test_figures_and_trace(client: Any, served: Served) -> None:
+    while len(served.serving.manager.timeline().steps) < 1.5 * _TRACED_STEPS:
+        client.predict("Hi", max_new_tokens=200, api_name="/chat")
     stats = client.predict(api_name="/stats")
     assert stats["figures"]["pages_total"] == 384
     events = client.predict(api_name="/trace")["traceEvents"]
     assert {event["name"].split()[0] for event in events if event["ph"] == "X"} >= {"decode", "plan", "settle"}
+    plans = [event for event in events if event["ph"] == "X" and event["name"].split()[0] == "plan"]
+    assert len(plans) == _TRACED_STEPS, "Gradio walks through all of it in the event loop"
