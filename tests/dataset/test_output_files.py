@@ -101,6 +101,9 @@ def test_other_values(tmp_path: Path) -> None:
     assert write(dataset, tmp_path / "out.csv").decode().splitlines() == [
         "n,d,b", "nan,2026-01-02,True", "inf,,False", "0.1,2026-01-02,"
     ]  # fmt: skip
+    assert (
+        write(Dataset.from_dict({"a": ["x\ry", "z"], "b": [1, 2]}), tmp_path / "return.csv") == b'a,b\n"x\ry",1\nz,2\n'
+    )
     one = Dataset.from_dict({"a": ["x", None, ""]})
     assert write(one, tmp_path / "one.csv") == b'a\nx\n""\n""\n'
     assert len(pd.read_csv(tmp_path / "one.csv")) == 3

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value
 
@@ -199,6 +200,26 @@ def test_a_writer_that_fails_says_so_to_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="part-000000"):
         store.finish()
     assert store.abort([]) == 0
+
+
+def test_journals_that_were_swapped_do_no_harm(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    store = make(folder)
+    store.read(chunk())
+    for index in (0, 1, 5):
+        store.add(result(index))
+    assert store.abort([]) == 3
+    first, second = (folder / "work" / f"part-00000{i}.journal" for i in (0, 1))
+    first.rename(folder / "work" / "kept")
+    second.rename(first)
+    (folder / "work" / "kept").rename(second)
+    store = make(folder)
+    assert store.read(chunk()) == list(range(10))
+    store.abort([])
+    files = complete(make(folder))
+    assert [pq.read_table(file.path)["completion_ids"].to_pylist() for file in files] == [
+        [[i] for i in range(start, min(start + 4, 10))] for start in (0, 4, 8)
+    ]
 
 
 def test_more_and_fewer_rows(tmp_path: Path) -> None:

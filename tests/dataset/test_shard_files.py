@@ -197,21 +197,6 @@ def test_the_lock_is_let_go_where_a_run_cannot_start(
     assert raised.tb is not None
 
 
-def test_journals_that_were_swapped_do_no_harm(manager: Any, tokenizer: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    rows = [*ROWS[:3], {"prompt": None, "n": 3}, *ROWS[4:7], {"prompt": None, "n": 7}]
-    whole = run(manager, tokenizer, tmp_path / "whole", rows, on_error="record")
-    with pytest.raises(HfAsyncBatchingError, match=r"row [37]"):
-        run(manager, tokenizer, folder, rows)
-    first, second = (folder / "work" / f"part-00000{i}.journal" for i in (0, 1))
-    for path in (first, second):
-        path.touch()
-    first.rename(folder / "kept")
-    second.rename(first)
-    (folder / "kept").rename(second)
-    assert run(manager, tokenizer, folder, rows, on_error="record") == whole
-
-
 def test_names_of_shards() -> None:
     assert [shard_number(name) for name in ("part-000012.parquet", "part-1234567.parquet")] == [12, 1234567]
     assert not [name for name in (*STRAYS[::2], "part-0000001.parquet") if shard_number(name) is not None]

@@ -149,7 +149,7 @@ def test_a_transform_is_served(manager: Any, tokenizer: Any, tmp_path: Path, way
             generate_dataset(manager, data, tokenizer, **NEW, **arguments)
 
 
-def test_a_transform_that_raises(manager: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_transform_that_raises(manager: Any, tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
     """The rows before are kept, also those that are read in one piece with it."""
 
     def bad(batch: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +161,7 @@ def test_a_transform_that_raises(manager: Any, tokenizer: Any, tmp_path: Path) -
     data.set_transform(bad)
     with pytest.raises(RuntimeError, match="a bad row"):
         generate_dataset(manager, data, tokenizer, resume_dir=tmp_path / "run", **NEW)
+    assert "70 of 72 rows are kept" in caplog.text
     data.set_transform(lambda batch: {"prompt": batch["prompt"][:-1]})
     with pytest.raises(ValueError, match="changes the number of rows"):
         generate_dataset(manager, data, tokenizer, **NEW)
