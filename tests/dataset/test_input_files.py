@@ -34,7 +34,7 @@ def text_of(kind: str) -> str:
 def test_rows(tmp_path: Path, kind: str, packed: bool, streaming: bool) -> None:
     path = tmp_path / f"in{kind}{'.gz' if packed else ''}"
     content = text_of(kind).encode()
-    path.write_bytes(gzip.compress(content) if packed else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
     assert read(path, streaming=streaming) == ROWS
 
 
@@ -52,7 +52,7 @@ def test_names_that_look_like_patterns(tmp_path: Path, name: str) -> None:
     for streaming in (False, True):
         assert read(tmp_path / name, streaming=streaming) == ROWS
     packed = tmp_path / f"{name}.gz"
-    packed.write_bytes(gzip.compress(b"{}"))
+    packed.write_bytes(gzip.compress(b"{}", mtime=0))
     with pytest.raises(InputError, match=r"cannot read a \.gz file"):
         read(packed)
 
@@ -60,7 +60,7 @@ def test_names_that_look_like_patterns(tmp_path: Path, name: str) -> None:
 def test_several_files(tmp_path: Path) -> None:
     for i, name in enumerate(["b.jsonl", "a.jsonl", "c.jsonl.gz"]):
         line = json.dumps({"prompt": str(i)}).encode()
-        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+        (tmp_path / name).write_bytes(gzip.compress(line, mtime=0) if name.endswith("gz") else line)
     assert read(tmp_path / "*.jsonl*") == [{"prompt": "1"}, {"prompt": "0"}, {"prompt": "2"}]
     assert find_files(str(tmp_path / "*.csv")) == []
     (tmp_path / "a.tsv").write_text("prompt\nx\n")
@@ -73,11 +73,11 @@ def test_several_files(tmp_path: Path) -> None:
 BROKEN = [
     ("a.jsonl", b"", "a.jsonl: the file is empty"),
     ("a.jsonl", b" \n\n", "a.jsonl: the file is empty"),
-    ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: the file is empty"),
+    ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz: the file is empty"),
     ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": oops}\n', "a.jsonl, line 3: Expecting value"),
     ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', "a.jsonl, line 2: Expecting ',' delimiter"),
-    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\nno\n'), "a.jsonl.gz, line 2: Expecting value"),
-    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999)[:40], "a.jsonl.gz: Compressed file ended"),
+    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\nno\n', mtime=0), "a.jsonl.gz, line 2: Expecting value"),
+    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999, mtime=0)[:40], "a.jsonl.gz: Compressed file ended"),
     ("a.csv", b"", "a.csv: the file is empty"),
     ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "a.csv: .*Expected 2 fields in line 3, saw 4"),
     ("a.tsv", b"a\tb\n1\t2\n1\t2\t3\n", "a.tsv: .*Expected 2 fields in line 3, saw 3"),
