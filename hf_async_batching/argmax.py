@@ -14,22 +14,26 @@ import functools
 import torch
 
 from hf_async_batching.compiler_start import runs_triton
+from hf_async_batching.outcome_marks import marked
 
 _BLOCK = 2048
 _MAX_PARTS = 64
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest logit of each row, the first of equals; NaN counts as the largest.
+    """Index of the largest logit of each row, the first of equals; NaN counts as the largest, as in torch.
+
+    (On a GPU it counts as inf, so that of a row with both the first one is taken.)
 
     Args:
         logits: [rows, vocab], any float dtype.
 
     Returns:
-        int32 [rows].
+        int32 [rows], outcomes (see `outcomes`): the index is marked where the largest is NaN or infinite.
     """
     if not runs_triton(logits.device) or logits.stride(-1) != 1 or not logits.shape[0]:
-        return logits.argmax(-1).int()
+        tokens = logits.argmax(-1)
+        return marked(tokens.int(), unsound=~logits.gather(1, tokens[:, None])[:, 0].isfinite())
     return argmax_in_parts(logits, _parts(logits))
 
 

@@ -4,6 +4,10 @@
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
+from hf_async_batching import outcomes
+
+_FIRST_UNSOUND: tl.constexpr = tl.constexpr(outcomes.FIRST_UNSOUND)
+
 
 # One kernel for any number of parts.
 @triton.jit(do_not_specialize=["blocks", "parts"])
@@ -28,8 +32,11 @@ def parts_kernel(logits, values, indices, vocab, stride, blocks, parts, BLOCK: t
 
 @triton.jit(do_not_specialize=["parts"])
 def compare_kernel(values, indices, out, parts, MAX_PARTS: tl.constexpr):
-    """One program: the best part of one row."""
+    """One program: the best part of one row, marked where it is not finite."""
     row, part = tl.program_id(0), tl.arange(0, MAX_PARTS)
     value = tl.load(values + row * parts + part, mask=part < parts, other=float("-inf"))
     index = tl.load(indices + row * parts + part, mask=part < parts, other=0x7FFFFFFF)
-    tl.store(out + row, tl.min(tl.where(value == tl.max(value, 0), index, 0x7FFFFFFF), 0))
+    best = tl.max(value, 0)
+    token = tl.min(tl.where(value == best, index, 0x7FFFFFFF), 0)
+    finite = (best > float("-inf")) & (best < float("inf"))
+    tl.store(out + row, tl.where(finite, token, _FIRST_UNSOUND - token))

@@ -15,6 +15,7 @@ import torch
 
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.compiler_start import runs_triton
+from hf_async_batching.outcome_marks import tokens_of, without_token
 from hf_async_batching.plan import Features
 from hf_async_batching.row_memory import RowMemory
 from hf_async_batching.staging import FIRST_EOS, MAX_LENGTH, NO_PADDING, PARAMS, START, Padding, Sections
@@ -54,15 +55,15 @@ class DeviceState:
         groups: Groups of layers that have pages of their own.
 
     Attributes:
-        last_token: int32 [rows], the token that was sampled last for the row.
+        last_token: int32 [rows], the token that was sampled last for the row; 0 where none could be drawn.
         lengths: int32 [rows], tokens whose keys and values are in the cache.
-        finished: int32 [rows], 1 for a row whose request ends with `last_token`.
+        finished: int32 [rows], 1 for a row whose request ends with `last_token`, or for lack of one.
         page_table: int32 [rows, max_pages_per_row], or [groups, rows, max_pages_per_row].
         params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
         padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, where its graph finds them.
         memory: What rows remember beyond that, where they need to.
-        out_tokens: int32 [max_samples], tokens of the step that ran last, in plan order.
+        out_tokens: int32 [max_samples], outcomes (see `outcomes`) of the step that ran last, in plan order.
         out_logprobs: float32 [max_samples], their log-probabilities where asked for.
     """
 
@@ -211,7 +212,7 @@ class DeviceState:
 
         Args:
             inputs: The step.
-            tokens: int32 [sampled].
+            tokens: int32 [sampled], outcomes (see `outcomes`).
             logprobs: float32 [sampled], or None.
         """
         context = inputs.context
@@ -241,11 +242,11 @@ class DeviceState:
         rows = self.sampled_rows(inputs)
         # A row that has several positions sampled goes on from a token that the host will give: what is kept of them
         # here does not matter.
-        records = self.params[rows]
-        is_eos = (records[:, FIRST_EOS:] == tokens[:, None]).any(1)
+        records, taken = self.params[rows], tokens_of(tokens)
+        is_eos = (records[:, FIRST_EOS:] == taken[:, None]).any(1)
         is_last = self.next_positions(inputs) + 1 >= records[:, MAX_LENGTH]
-        self.finished[rows] = (is_eos | is_last).int()
-        self.last_token[rows] = tokens
+        self.finished[rows] = (is_eos | is_last | without_token(tokens)).int()
+        self.last_token[rows] = taken
         for table in (self.lengths, self.finished, self.last_token):
             table[:1].zero_()  # the padding row, which stands for many entries at once
         self.out_tokens[: tokens.shape[0]] = tokens

@@ -12,7 +12,10 @@ import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
+from hf_async_batching import outcomes as marks
 from hf_async_batching.staging import FIRST_EOS, MAX_EOS, MAX_LENGTH
+
+_FIRST_UNSOUND: tl.constexpr = tl.constexpr(marks.FIRST_UNSOUND)
 
 # Entries per program: few enough that the rows of a large batch are spread over several multiprocessors.
 _BLOCK = 64
@@ -70,8 +73,10 @@ def commit_decode_kernel(
     """BLOCK entries of a decode step: their tokens to the output, and their rows advanced."""
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = entries < size
-    token = tl.load(tokens + entries, mask=mask, other=0)
-    tl.store(out_tokens + entries, token, mask=mask)
+    outcome = tl.load(tokens + entries, mask=mask, other=0)
+    tl.store(out_tokens + entries, outcome, mask=mask)
+    token = tl.where(outcome < 0, tl.maximum(_FIRST_UNSOUND - outcome, 0), outcome)
+    is_none = ((outcome < 0) & (outcome > _FIRST_UNSOUND)).to(tl.int32)
     if HAS_LOGPROBS:
         tl.store(out_logprobs + entries, tl.load(logprobs + entries, mask=mask, other=0.0), mask=mask)
     row = tl.load(rows + entries, mask=mask, other=0)
@@ -84,7 +89,7 @@ def commit_decode_kernel(
     owned = row != 0  # neither padding nor beyond the end
     tl.store(lengths + row, length, mask=owned)
     tl.store(last_token + row, token, mask=owned)
-    tl.store(finished + row, is_eos | is_last, mask=owned)
+    tl.store(finished + row, is_eos | is_last | is_none, mask=owned)
 
 
 def begin_decode(
@@ -130,7 +135,7 @@ def commit_decode(
     Args:
         rows: int32 [entries], as `begin_decode` made them; no row but 0 twice.
         context_lengths: int32 [entries], likewise.
-        tokens: int32 [entries], what was sampled, contiguous.
+        tokens: int32 [entries], outcomes of what was sampled (see `outcomes`), contiguous.
         logprobs: float32 [entries], contiguous, or None.
         params: int32 [rows, PARAMS].
         lengths: int32 [rows], written.

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_async_batching.devices import Device
 from hf_async_batching.emission import Emission
+from hf_async_batching.errors import InvalidProbabilitiesError
 from hf_async_batching.newcomers import Patience
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.plan import Launch, NewRow, Plan, Result
@@ -36,7 +37,8 @@ class Engine:
             a token, where asked for.
         offered: Requests whose logits the last call of `step` brought for their choosers, float32 [vocab] each, on the
             device.
-        failed: Requests that the last call of `step` ended because a processor of theirs raised, and what it raised.
+        failed: Requests that the last call of `step` ended with an error, because no token could be drawn, say; and the
+            error.
     """
 
     def __init__(
@@ -147,6 +149,9 @@ class Engine:
                 for offer, logits in zip(launch.plan.offers, result.offered, strict=True)
                 if offer.request_id in live
             ]
+        if self.scheduler.undrawable:
+            self.failed += [(failed, _undrawable(failed)) for failed in self.scheduler.undrawable]
+            self.scheduler.undrawable.clear()
         if launch.plan.wanted:
             self._keep_outputs(launch.plan, result, emissions)
         compute = self._span(launch, "compute_start", "compute_done")
@@ -192,3 +197,11 @@ class Engine:
         """Wait for all device work."""
         self.pipeline.close()
         self._in_flight.clear()
+
+
+def _undrawable(request_id: str) -> InvalidProbabilitiesError:
+    return InvalidProbabilitiesError(
+        f"request {request_id}: probability tensor contains either `inf`, `nan` or element < 0: scores hold NaN or "
+        "inf, or all of them are -inf, so that no token can be drawn; look at the model's weights, `logits_processor` "
+        "and `suppress_tokens`"
+    )

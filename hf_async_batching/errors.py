@@ -23,6 +23,10 @@ class EngineFailedError(HfAsyncBatchingError, RuntimeError):
     """The engine's own step failed; `__cause__` holds the reason. The next call starts a fresh engine."""
 
 
+class InvalidProbabilitiesError(HfAsyncBatchingError, RuntimeError):
+    """A token was to be drawn from scores with NaN or inf, or that are all -inf. Tokens made before are kept."""
+
+
 class ReentrantCallError(HfAsyncBatchingError, RuntimeError):
     """A call in an engine's own thread (in a logits processor or a done-callback) that would wait for that thread."""
 

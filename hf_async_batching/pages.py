@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from hf_async_batching.prefix_cache import PrefixCache
+from hf_async_batching.prefix_cache import Node, PrefixCache
 
 
 class IdPool:
@@ -171,6 +171,10 @@ class PageAllocator(IdPool):
     def are_own(self, pages: Iterable[int]) -> bool:
         """Whether each page has a single holder, and nobody else can find it."""
         return all([self._holders[page] == 1 and page not in self.prefixes for page in pages if page])
+
+    def forget(self, node: Node) -> None:
+        """Let nothing be found any more that shares a page with the path to `node`."""
+        super().release(self.prefixes.forget(node))
 
     def weights_updated(self) -> None:
         """Forget what the pages hold; see `PrefixCache.weights_updated`."""

@@ -234,17 +234,36 @@ class PrefixCache:
             if top.pages.index(page) >= self._kept:
                 freed += self._forget(top, self._kept)
                 continue
-            assert top.parent is not None
-            del top.parent.children[top.tokens]
-            below = [top]
-            while below:
-                node = below.pop()
-                if node.children:
-                    below += node.children.values()
-                    node.children.clear()
-                node.known = False
-                freed += self._forget(node, 0)
+            freed += self._cut(top)
         self.evictions += len(freed)
+        return freed
+
+    def forget(self, node: Node) -> list[int]:
+        """Forget the first node on the path to `node`, with all that continues it.
+
+        Returns:
+            Those of their pages that are not held.
+        """
+        if not node.depth or not node.known:
+            return []
+        while node.parent is not None and node.parent.depth:
+            node = node.parent
+        # One of older weights is in no tree.
+        return self._cut(node) if node.weights == self._root.weights else []
+
+    def _cut(self, top: Node) -> list[int]:
+        """Take a node out of the tree, with all that continues it; those of their pages that are not held."""
+        freed: list[int] = []
+        assert top.parent is not None
+        del top.parent.children[top.tokens]
+        below = [top]
+        while below:
+            node = below.pop()
+            if node.children:
+                below += node.children.values()
+                node.children.clear()
+            node.known = False
+            freed += self._forget(node, 0)
         return freed
 
     def _forget(self, node: Node, first: int) -> list[int]:

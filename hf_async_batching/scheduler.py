@@ -28,6 +28,7 @@ from hf_async_batching.admission import (
 )
 from hf_async_batching.drafting import Drafted, Drafting, settle_drafts
 from hf_async_batching.emission import Emission, Steady, emission
+from hf_async_batching.outcomes import is_undrawable, is_unsound, token_of
 from hf_async_batching.pages import IdPool, PageAllocator
 from hf_async_batching.plan import NO_BOUNDS, Chunk, Features, Given, NewPage, NewRow, Offer, Plan, Result, Run
 from hf_async_batching.prefix_cache import Node
@@ -92,6 +93,7 @@ class Scheduler:
         self.drafting = Drafting(self.pages, draft_rows)
         self.preemptions = 0
         self.finished = 0
+        self.undrawable: list[str] = []  # requests that `complete` has ended for lack of a token
         self._waiting = WaitingQueue(admission, max_rows)
         self._spreads = admission == "longest_first"
         self._padded_decodes = padded_decodes(max_rows)
@@ -345,6 +347,8 @@ class Scheduler:
         if drafts:
             sampled, tokens, logprobs = self.drafting.check(drafts, sampled, tokens, logprobs)
         self.offered = []
+        if tokens and min(tokens) < 0:
+            tokens = self._tokens_of(sampled, tokens)
         emissions = self._settle(sampled, tokens, logprobs)
         if drafts:
             settle_drafts([draft.sequence for draft in drafts])
@@ -353,6 +357,30 @@ class Scheduler:
         if self._retired:
             self._release_retired()
         return emissions
+
+    def _tokens_of(self, sampled: list[Sequence], outcomes: list[int]) -> list[int]:
+        """The tokens of outcomes; ends sequences that have none, and forgets pages that are not sound."""
+        for sequence, outcome in zip(sampled, outcomes, strict=True):
+            if outcome >= 0 or sequence.state is State.FINISHED:
+                continue
+            if is_unsound(outcome):
+                self._forget_pages(sequence)
+            if is_undrawable(outcome):
+                self.undrawable.append(sequence.request_id)
+                self.cancel(sequence.request_id)
+        return [token_of(outcome) for outcome in outcomes]
+
+    def _forget_pages(self, sequence: Sequence) -> None:
+        """Let no sequence that starts from now on find what this one has computed or began with.
+
+        Which page is at fault is not known, so that the whole chain goes, and what continues it.
+        """
+        if sequence.prefix is not None:
+            self.pages.forget(sequence.prefix)
+        sequence.shareable = False
+        for other in self._running:
+            if other.prefix is not None and not other.prefix.known:
+                other.shareable = False  # it would make the pages known again
 
     def _settle(self, sampled: list[Sequence], new: list[int], logprobs: list[float | None]) -> list[Emission]:
         steady = self._steady

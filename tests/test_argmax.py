@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from hf_async_batching.argmax import argmax, argmax_in_parts
+from hf_async_batching.outcome_marks import tokens_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -34,7 +35,12 @@ def test_edges() -> None:
     logits[4] = -math.inf
     logits[4, 3000] = -1e30
     logits[5, 100] = math.nan
-    assert argmax_in_parts(logits, 2).tolist() == [4096, 0, 0, 17, 3000, 100]
+    got = argmax_in_parts(logits, 2)
+    assert tokens_of(got).tolist() == [4096, 0, 0, 17, 3000, 100]
+    assert (got < 0).tolist() == [False, False, True, True, False, True], "what is not finite is marked"
+    logits[3, 17] = 0.0
+    assert argmax_in_parts(logits, 2).tolist() == argmax(logits.cpu()).tolist()
+    assert tokens_of(argmax(logits)).tolist() == logits.argmax(-1).tolist()
 
 
 def test_rows_need_not_be_next_to_each_other() -> None:

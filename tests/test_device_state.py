@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_async_batching import staging
+from hf_async_batching import outcomes, staging
 from hf_async_batching.device_state import DeviceState, StepInputs
-from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
+from hf_async_batching.plan import Chunk, Features, NewPage, NewRow, Plan
 from hf_async_batching.request import Request, SamplingParams
 from hf_async_batching.staging import Sections, encode
 
@@ -319,3 +319,45 @@ def test_commit_of_a_step_that_samples_nothing() -> None:
     state.commit(inputs, torch.empty(0, dtype=torch.int32), None)
     assert state.lengths.tolist() == [0, 2, 0, 0, 0, 0, 0]
     assert not state.last_token.any()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("fused", WAYS)
+def test_what_is_no_token_is_harmless_in_steps_in_flight(fused: bool, decode: bool) -> None:
+    """Rows without a token end; a marked token goes on as itself. The host gets what was sampled."""
+    state = serving(fused)
+    rows = (1, 2, 3, 4, 5)
+    staged, sections = stage(Plan(0, rows))
+    state.apply_updates(staged, sections)
+    if decode:
+        inputs = state.decode_inputs(5)
+    else:
+        staged, sections = stage(Plan(0, rows, chunks=(Chunk(6, (8, 9), 0),)))
+        state.apply_updates(staged, sections)
+        inputs = state.mixed_inputs(staged, sections)
+    marks = int32(outcomes.UNDRAWABLE, outcomes.UNDRAWABLE_UNSOUND, -3 - 40, -3 - EOS, 41)
+    state.commit(inputs, marks, None)
+    assert state.out_tokens[:5].tolist() == marks.tolist()
+    assert state.last_token[1:6].tolist() == [0, 0, 40, EOS, 41]
+    assert state.finished[1:6].tolist() == [1, 1, 0, 1, 0]
+    assert state.lengths[1:6].tolist() == [11, 21, 31, 41, 51]
+    following = state.decode_inputs(5)
+    assert following.token_ids.tolist() == [0, 0, 40, 0, 41]
+    assert following.context.rows.tolist() == [0, 0, 3, 0, 5]
+
+
+@pytest.mark.parametrize("fused", WAYS)
+def test_rows_with_histories_remember_them_beside_rows_that_mark_what_has_occurred(fused: bool) -> None:
+    """Only where a step has no histories do kernels mark what has occurred, and only where that is kept."""
+    for memory in (True, False):
+        state = DeviceState(
+            max_rows=2, max_pages_per_row=5, device=torch.device("cpu"), fused=fused, max_length=20, vocab_size=200
+        )
+        state.memory.ensure(words=memory, seen=True)
+        state.last_token[1], state.lengths[1] = 101, 3
+        staged, sections = stage(Plan(0, (1,)))
+        state.apply_updates(staged, sections)
+        state.note(state.decode_inputs(1), Features(seen=True, memory=memory))
+        assert state.memory.seen is not None
+        assert state.memory.seen[1, 101] & 1
+        assert not memory or state.memory.history(1, 0, 4).tolist() == [0, 0, 0, 101]

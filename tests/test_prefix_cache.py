@@ -314,3 +314,20 @@ def test_a_prompt_of_a_whole_number_of_pages_again() -> None:
         ]
     assert first.token_ids == second.token_ids == greedy_alone(model, prompt, 5, eos_token_id=None)
     assert (first.metrics.cached_prompt_tokens, second.metrics.cached_prompt_tokens) == (0, 2 * PAGE)
+
+
+def test_a_chain_is_forgotten_with_all_that_shares_a_page_with_it() -> None:
+    cache = PrefixCache(2)
+    node = chain(cache, A + B, 11, 12)
+    below = chain(cache, A + C + D, 11, 13, 14)
+    chain(cache, D + A, 15, 16)
+    cache.let_go([11, 12])
+    assert set(cache.forget(node)) == {11, 12}, "13 and 14 are held"
+    assert found(cache, A + B + (9,)) == found(cache, A + C + D + (9,)) == []
+    assert found(cache, D + A + (9,)) == [15, 16]
+    assert not below.known
+    assert cache.forget(node) == cache.forget(below) == [], "it is gone already"
+    assert cache.forget(cache.find(None, A)) == [], "the root stays"
+    old = chain(cache, B + C, 17, 18)
+    cache.weights_updated()
+    assert cache.forget(old) == []

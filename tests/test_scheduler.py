@@ -14,6 +14,7 @@ import pytest
 
 import hf_async_batching
 import hf_async_batching.scheduler as scheduler_module
+from hf_async_batching.outcomes import FIRST_UNSOUND, UNDRAWABLE, UNDRAWABLE_UNSOUND
 from hf_async_batching.pages import IdPool
 from hf_async_batching.plan import Features, Plan, Result
 from hf_async_batching.request import Request, SamplingParams
@@ -890,3 +891,40 @@ def test_scheduling_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_row_without_a_token_ends_and_others_go_on() -> None:
+    scheduler = make()
+    scheduler.add(request("a"))
+    scheduler.add(request("b"))
+    step(scheduler, 50, 51)
+    plan = planned(scheduler)
+    ahead = planned(scheduler)
+    assert [e[:2] for e in settle(scheduler, plan, UNDRAWABLE, 52)] == [("b", 52)]
+    assert scheduler.undrawable == ["a"]
+    assert scheduler.state_of("a") is State.FINISHED
+    assert [e[:2] for e in settle(scheduler, ahead, UNDRAWABLE, 53)] == [("b", 53)], "a surplus one"
+    assert scheduler.undrawable == ["a"]
+    assert scheduler.pages.prefixes.find(None, request("a", prompt=9).prompt).depth == 0
+
+
+@pytest.mark.parametrize("outcome", [50, UNDRAWABLE, UNDRAWABLE_UNSOUND, FIRST_UNSOUND - 50])
+def test_pages_of_unsound_logits_are_found_by_no_other(outcome: int) -> None:
+    """Nor those that it shares, or what another that shares them enters later."""
+    scheduler = make(max_batch_tokens=24, num_pages=32)
+    prompt = request("a", prompt=9).prompt
+    for name, new in (("first", 6), ("second", 12)):
+        scheduler.add(Request(name, prompt, new))
+        step(scheduler, *[50] * (1 if name == "first" else 2))
+    plan = planned(scheduler)
+    settle(scheduler, plan, outcome, 51)
+    sound = outcome in (50, UNDRAWABLE)
+    assert scheduler.pages.prefixes.find(None, prompt).depth == (2 if sound else 0)
+    while scheduler.has_live:
+        step(scheduler)
+    assert scheduler.pages.prefixes.find(None, prompt).depth == (2 if sound else 0)
+    assert scheduler.pages.in_use == 0
+    step_after = Request("third", prompt, 2)
+    scheduler.add(step_after)
+    plan, _ = step(scheduler)
+    assert chunk_sizes(plan) == [(plan.chunks[0].row, 1 if sound else 9, True)]

@@ -31,8 +31,8 @@ def choose(logits: torch.Tensor, rows: SampledRows, features: Features) -> torch
         features: What any row needs, of what the kernels serve.
 
     Returns:
-        int32 [rows]. Of more than 1,024 tokens as probable as the `top_k`-th (4,096 where some row's `top_k` is above
-        64), those beyond are dropped, larger ids first.
+        int32 [rows], outcomes (see `outcomes`). Of more than 1,024 tokens as probable as the `top_k`-th (4,096 where
+        some row's `top_k` is above 64), those beyond are dropped, larger ids first.
     """
     count, vocab = logits.shape
     device = logits.device

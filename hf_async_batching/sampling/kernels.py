@@ -22,7 +22,7 @@ with the variates of `noise`, so that the torch code draws the same tokens up to
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
-from hf_async_batching import staging
+from hf_async_batching import outcomes, staging
 
 _TEMPERATURE: tl.constexpr = tl.constexpr(staging.TEMPERATURE)
 _TOP_K: tl.constexpr = tl.constexpr(staging.TOP_K)
@@ -32,6 +32,8 @@ _DO_SAMPLE: tl.constexpr = tl.constexpr(staging.DO_SAMPLE)
 _SEED_LOW: tl.constexpr = tl.constexpr(staging.SEED_LOW)
 _SEED_HIGH: tl.constexpr = tl.constexpr(staging.SEED_HIGH)
 _PENALTY: tl.constexpr = tl.constexpr(staging.REPETITION_PENALTY)
+_UNDRAWABLE: tl.constexpr = tl.constexpr(outcomes.UNDRAWABLE_UNSOUND)
+_FIRST_UNSOUND: tl.constexpr = tl.constexpr(outcomes.FIRST_UNSOUND)
 _NOBODY: tl.constexpr = tl.constexpr(2**31 - 1)
 _ROUNDS: tl.constexpr = tl.constexpr(200)  # more than any draw needs; NaN must not hang the device
 
@@ -90,12 +92,18 @@ def _log_or_less(x):
 
 @triton.jit
 def _load(logits, seen, offsets, mask, penalty, HAS_SEEN: tl.constexpr):
-    """Logits in float32 after the repetition penalty; -inf outside of the mask."""
+    """Logits in float32 after the repetition penalty; inf for NaN, -inf outside of the mask."""
     x = tl.load(logits + offsets, mask=mask, other=float("-inf")).to(tl.float32)
     if HAS_SEEN:
         occurred = (tl.load(seen + offsets, mask=mask, other=0) & 1) != 0
         x = tl.where(occurred, tl.where(x < 0.0, x * penalty, x / penalty), x)
-    return x
+    # A maximum would pass NaN by.
+    return tl.where(x != x, float("inf"), x)
+
+
+@triton.jit
+def _finite(x):
+    return (x > float("-inf")) & (x < float("inf"))
 
 
 @triton.jit
@@ -149,7 +157,7 @@ def bounds_kernel(
                 penalty = _float_at(record, _PENALTY)
             x = _load(logits + entry * logits_stride, seen_row, offsets, offsets < vocab, penalty, HAS_SEEN)
             token = tl.min(tl.where((x == top) & (offsets < vocab), offsets, vocab - 1), axis=0)
-            tl.store(tokens + entry, token)
+            tl.store(tokens + entry, tl.where(_finite(top), token, _FIRST_UNSOUND - token))
         elif HAS_FREE:
             temperature = _float_at(record, _TEMPERATURE)
             low = _ordered(top + _log_or_less(_float_at(record, _MIN_P)) * temperature)
@@ -242,8 +250,12 @@ def accept_kernel(
         least = tl.min(race, axis=0)
         token = tl.min(tl.where(race == least, winners, _NOBODY), axis=0)
         token = tl.minimum(token, vocab - 1)
+        group = tl.arange(0, GROUPS)
+        largest = tl.load(maxima + entry * groups + group, mask=group < groups, other=float("-inf"))
+        top = tl.max(largest, axis=0)
+        drawable = _finite(top)
         top_p = _float_at(record, _TOP_P)
-        if top_p < 1.0:
+        if (top_p < 1.0) & drawable:
             temperature = _float_at(record, _TEMPERATURE)
             line = logits + entry * logits_stride
             seen_row = seen
@@ -251,9 +263,6 @@ def accept_kernel(
             if HAS_SEEN:
                 seen_row = seen + tl.load(rows + entry).to(tl.int64) * seen_stride
                 penalty = _float_at(record, _PENALTY)
-            group = tl.arange(0, GROUPS)
-            largest = tl.load(maxima + entry * groups + group, mask=group < groups, other=float("-inf"))
-            top = tl.max(largest, axis=0)
             nucleus = top_p * tl.load(totals + entry)
             searching = 1
             rounds = 0
@@ -278,7 +287,7 @@ def accept_kernel(
                         maxima + entry * groups, top, key + 1, 0, tiles, vocab, groups, GROUP, TILE, HAS_SEEN,
                     )  # fmt: skip
                     token = tl.minimum(token, vocab - 1)
-        tl.store(tokens + entry, token)
+        tl.store(tokens + entry, tl.where(drawable, token, _UNDRAWABLE))
 
 
 @triton.jit
@@ -389,7 +398,7 @@ def draw_bounded_kernel(
         race = tl.where(keep, _race(_exponential(token, key, second_key), scaled), float("inf"))
         least = tl.min(race, axis=0)
         winner = tl.min(tl.where(keep & (race == least), token, _NOBODY), axis=0)
-        tl.store(tokens + entry, tl.minimum(winner, vocab - 1))
+        tl.store(tokens + entry, tl.where(_finite(top), tl.minimum(winner, vocab - 1), _UNDRAWABLE))
 
 
 @triton.jit

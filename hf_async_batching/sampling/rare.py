@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_async_batching.outcome_marks import tokens_of
 from hf_async_batching.plan import Plan
 from hf_async_batching.sampling.rows import SampledRows
 from hf_async_batching.sampling.sampler import Sampler, log_probabilities
@@ -41,18 +42,18 @@ def sample_rare(
         plan: The step.
 
     Returns:
-        Tokens int32 [rows], their log-probabilities where asked for, and the rest.
+        Outcomes int32 [rows] (see `outcomes`), their log-probabilities where asked for, and the rest.
     """
     features, outputs = plan.features, RareOutputs()
     scores = sampler.scores(logits, rows, features)
-    tokens = sampler.choose(scores, rows, features)
+    chosen = sampler.choose(scores, rows, features, logits)
     if features.scores:
         outputs.scores = scores
     if features.logits:
         outputs.logits = logits
     if plan.offers:
         outputs.offered = _copied(logits, [offer.sampled for offer in plan.offers])
-    return tokens.int(), log_probabilities(logits, tokens) if features.logprobs else None, outputs
+    return chosen, log_probabilities(logits, tokens_of(chosen)) if features.logprobs else None, outputs
 
 
 def _copied(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:

@@ -13,7 +13,9 @@ import torch
 from hf_async_batching import staging
 from hf_async_batching.argmax import argmax
 from hf_async_batching.compiler_start import runs_triton
+from hf_async_batching.errors import InvalidProbabilitiesError
 from hf_async_batching.logits_params import Stage
+from hf_async_batching.outcome_marks import marked, tokens_of
 from hf_async_batching.plan import Features
 from hf_async_batching.sampling import noise
 from hf_async_batching.sampling.changes import changed, without_early_eos
@@ -49,15 +51,15 @@ class Sampler:
             features: What any row needs.
 
         Returns:
-            Tokens int32 [rows]; log-probabilities float32 [rows] of the tokens under the unfiltered logits where
-            `features.logprobs`, else None.
+            Outcomes int32 [rows] (see `outcomes`); log-probabilities float32 [rows] of the tokens under the unfiltered
+            logits where `features.logprobs`, else None.
         """
         if features.sampling or features.min_length or features.penalty:
             assert rows is not None
-            tokens = self._choose_usual(logits, rows, features)
+            chosen = self._choose_usual(logits, rows, features)
         else:
-            tokens = argmax(logits)
-        return tokens.int(), log_probabilities(logits, tokens) if features.logprobs else None
+            chosen = argmax(logits)
+        return chosen, log_probabilities(logits, tokens_of(chosen)) if features.logprobs else None
 
     def _choose_usual(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
         if self._fused is None:
@@ -69,7 +71,7 @@ class Sampler:
                 if features.min_length:
                     logits = without_early_eos(logits, rows.params, rows.positions)
                 return fused.choose(logits, rows, features)
-        return self.choose(self.scores(logits, rows, features), rows, features)
+        return self.choose(self.scores(logits, rows, features), rows, features, logits)
 
     def scores(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
         """What tokens are chosen by, after all changes and filters.
@@ -90,17 +92,31 @@ class Sampler:
             scores = torch.where(rows.integers(staging.RENORMALIZE) > 0, scores.log_softmax(-1), scores)
         return scores
 
-    def choose(self, scores: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
-        """One token int32 [rows] per row of scores float32 [rows, vocab]: the best, or a draw."""
-        tokens = argmax(scores)
+    def choose(
+        self, scores: torch.Tensor, rows: SampledRows, features: Features, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """One token per row: the best, or a draw.
+
+        Args:
+            scores: float32 [rows, vocab].
+            rows: Their parameters.
+            features: What any row needs.
+            logits: [rows, vocab], the model's own.
+
+        Returns:
+            int32 [rows], outcomes: a draw from scores whose largest is not finite is none, as in `generate`.
+        """
+        best = argmax(scores)
+        tokens, undrawable = tokens_of(best), None
         if features.sampling:
             # The largest is 0 already, unless a filter has dropped it or the scores were never shifted.
             if features.scores or features.stages & Stage.TYPICAL:
                 scores = scores - scores.amax(-1, keepdim=True)
             exponential = noise.exponential(rows.params, rows.positions, scores.shape[1])
             drawn = (scores - exponential.log_()).argmax(-1).int()
-            tokens = torch.where(rows.params[:, staging.DO_SAMPLE] > 0, drawn, tokens)
-        return tokens
+            drawing = rows.params[:, staging.DO_SAMPLE] > 0
+            tokens, undrawable = torch.where(drawing, drawn, tokens), drawing & (best < 0)
+        return marked(tokens, undrawable=undrawable, unsound=~logits.amax(-1).isfinite())
 
 
 @functools.lru_cache(256)
@@ -125,11 +141,11 @@ def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -
         positions: int32 [rows], that the tokens will take.
 
     Raises:
-        RuntimeError: There is nothing to draw from, as in `generate`.
+        InvalidProbabilitiesError: There is nothing to draw from; a `RuntimeError`, as in `generate`.
     """
     largest = scores.amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):
-        raise RuntimeError(
+        raise InvalidProbabilitiesError(
             "probability tensor contains either `inf`, `nan` or element < 0: the scores of a row, after its "
             "`logits_processor`s, leave no token to draw"
         )

@@ -140,7 +140,7 @@ def test_the_first_two_tokens_of_20000_draws(model: Any, kind: dict[str, Any]) -
 
     def draw(logits: torch.Tensor, position: int) -> torch.Tensor:
         some = SampledRows(params, torch.full((DRAWS,), position), owners, memory)
-        return sampler.choose(sampler.scores(logits, some, usual), some, usual)
+        return sampler.choose(sampler.scores(logits, some, usual), some, usual, logits)
 
     first = draw(table[prompt[-1]].expand(DRAWS, -1), len(prompt))
     memory.seen[owners.long(), first] |= 1
