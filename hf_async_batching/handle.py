@@ -272,7 +272,7 @@ class GenerationHandle:
 
     def _metrics(self) -> RequestMetrics:
         rate = None
-        if self._first is not None and self._last is not None and len(self._tokens) > 1 and self._last > self._first:
+        if self._first is not None and self._last is not None and self._last > self._first:  # two tokens or more
             rate = (len(self._tokens) - 1) / (self._last - self._first)
         return RequestMetrics(
             queue_seconds=None if self._started is None else self._started - self._submitted,

@@ -14,6 +14,7 @@ from support.tiny_models import EOS, greedy_alone, ragged_prompts, tiny_model
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
 from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching import sequence as sequences
 from hf_async_batching.coverage import families
 from hf_async_batching.drafting import Drafted, Drafting
 from hf_async_batching.logits_params import LogitsParams
@@ -386,3 +387,19 @@ def test_states_that_cannot_go_back_are_served_without(told: Any) -> None:
         settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
         assert manager.submit(PROMPTS[1], **settings).result(60).token_ids == expected
         assert manager.stats().drafted_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "drafts"),
+    [
+        ({"lookup_tokens": 3}, True),
+        ({}, False),
+        ({"lookup_tokens": 3, "prompt_embeddings": object()}, False),
+        ({"lookup_tokens": 3, "output_scores": True}, False),
+        ({"lookup_tokens": 3, "sampling": SamplingParams(do_sample=True, top_k=5, seed=1)}, True),
+        ({"lookup_tokens": 3, "logits": LogitsParams(repetition_penalty=1.2)}, False),
+    ],
+    ids=str,
+)
+def test_who_can_draft(changes: dict[str, Any], drafts: bool) -> None:
+    assert (sequences.Sequence(Request("a", (5, 6), 9, **changes), 0).lookup is not None) == drafts

@@ -47,6 +47,13 @@ def test_metrics_come_from_the_times_of_arrival() -> None:
     assert result.metrics.tokens_per_second == pytest.approx(4)
 
 
+def test_one_token_has_no_rate() -> None:
+    handle = make()
+    handle._push(5, None, handle._submitted + 2)
+    handle._finish("length")
+    assert handle.result(0).metrics.tokens_per_second is None
+
+
 def test_a_waiting_iterator_is_woken_for_each_token_and_the_end() -> None:
     handle, got = make(), []
 

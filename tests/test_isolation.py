@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.engine_threads import engine_threads
 from support.pace import slowed
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
-from hf_async_batching import BatchingConfig, EngineClosedError, GenerationManager
+from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager
 from hf_async_batching.attention.probe import _sees
 from hf_async_batching.logits_params import LogitsParams
 from hf_async_batching.request import Request, SamplingParams
@@ -304,3 +305,42 @@ def test_exit_waits_for_no_long_step() -> None:
         timeout=400,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_error_that_a_caller_keeps_holds_nothing_of_the_engine(model: Any) -> None:
+    class Fails:
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            held = torch.ones(5)
+            tensors.append(weakref.ref(held))
+            first, second = ValueError("one"), ValueError("two")
+            first.__cause__, second.__cause__ = second, first  # a circle, which must not be followed for ever
+            raise first
+
+    tensors: list[Any] = []
+    with GenerationManager(model, CONFIG) as manager:
+        innocent = manager.submit(PROMPTS[1], max_new_tokens=30, **GREEDY)
+        handle = manager.submit([5, 6], max_new_tokens=3, logits_processor=[Fails()], **GREEDY)
+        with pytest.raises(ValueError, match="one") as caught:
+            handle.result(60)
+        assert tensors[0]() is None, "the frame of the processor is kept"
+        assert innocent.result(60).token_ids == greedy_alone(model, PROMPTS[1], 30, eos_token_id=None)
+    del caught
+
+
+def test_a_failure_that_a_caller_keeps_holds_nothing_of_the_engine(model: Any) -> None:
+    with GenerationManager(model, CONFIG) as manager:
+        with slowed(manager):
+            handle = manager.submit(PROMPTS[1], max_new_tokens=300, **GREEDY)
+            next(iter(handle))
+            assembly = manager.assembly
+            assert assembly is not None
+            assembly.forward.bind(None, None)  # type: ignore[arg-type]
+        with pytest.raises(EngineFailedError) as caught:
+            handle.result(60)
+        engine = weakref.ref(assembly.engine)
+        del assembly
+        deadline = time.monotonic() + 60
+        while gc.collect() >= 0 and engine() is not None:
+            assert time.monotonic() < deadline, "an error that is kept holds the engine"
+            time.sleep(0.02)
+        assert caught.value.__cause__ is not None

@@ -10,8 +10,9 @@ import torch
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
 from hf_async_batching import admission, step_sizes
-from hf_async_batching.admission import WORTH_WAITING, WaitingQueue, spread_budget
+from hf_async_batching.admission import WORTH_WAITING, WaitingQueue, found_a_step_later, spread_budget
 from hf_async_batching.plan import Plan, Result
+from hf_async_batching.prefix_cache import PrefixCache
 from hf_async_batching.request import Request
 from hf_async_batching.scheduler import Scheduler
 from hf_async_batching.sequence import Sequence, State
@@ -307,3 +308,17 @@ def test_nobody_waits_for_pages_of_other_weights() -> None:
     scheduler.weights_updated()
     scheduler.add(Request("b", (*SHARED, *range(200)), 9))
     assert [new.request.request_id for new in next_plan(scheduler).new_rows] == ["b"]
+
+
+def test_a_request_waits_for_one_that_goes_on_from_the_same_pages() -> None:
+    """However far the other has come; not for one that computes equal tokens behind other pages."""
+    page, cache = 16, PrefixCache(16)
+    tokens = tuple(range(3 * WORTH_WAITING))
+    start = cache.enter(cache.find(None, tokens), tokens, [1, 2], 2)
+    further = cache.enter(start, tokens, [1, 2, 3, 4, 5], 5)
+    waits, computed = (Sequence(Request(name, tokens, 4), 0) for name in "ab")
+    waits.prefix = start
+    computed.computed = 2 * WORTH_WAITING
+    for own, expected in ((start, True), (further, True), (start.parent, False), (None, False)):
+        computed.prefix = own
+        assert found_a_step_later(waits, [computed], page) is expected
