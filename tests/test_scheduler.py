@@ -928,3 +928,12 @@ def test_pages_of_unsound_logits_are_found_by_no_other(outcome: int) -> None:
     scheduler.add(step_after)
     plan, _ = step(scheduler)
     assert chunk_sizes(plan) == [(plan.chunks[0].row, 1 if sound else 9, True)]
+
+
+def test_a_sequence_whose_beginning_was_unsound_never_enters_a_page() -> None:
+    scheduler = make()
+    scheduler.add(request("a", prompt=3, new=12))
+    step(scheduler, FIRST_UNSOUND - 50)
+    while scheduler.has_live:
+        step(scheduler)
+    assert scheduler.pages.prefixes.num_unheld == 0
