@@ -37,8 +37,7 @@ class Engine:
             a token, where asked for.
         offered: Requests whose logits the last call of `step` brought for their choosers, float32 [vocab] each, on the
             device.
-        failed: Requests that the last call of `step` ended with an error, because no token could be drawn, say; and the
-            error.
+        failed: Requests that the last call of `step` ended with an error, since no token could be drawn, say.
     """
 
     def __init__(

@@ -207,9 +207,9 @@ class Result(NamedTuple):
     """What a step sampled, in the order of `Plan.num_sampled`.
 
     `tokens` are outcomes (see `outcomes`). `logprobs` is None where they were not asked for. `scores` and `logits`
-    hold one row of host memory per position of `Plan.wanted`, in order, where asked for; `failures` what went wrong, by
-    sampled position. `offered` is float32 [offers, vocab] on the device, the logits of `Plan.offers`; None where there
-    are none.
+    hold one row of host memory per position of `Plan.wanted`, in order, where asked for; `failures` what went wrong,
+    by sampled position. `offered` is float32 [offers, vocab] on the device, the logits of `Plan.offers`; None where
+    there are none.
     """
 
     step: int

@@ -360,4 +360,4 @@ def test_rows_with_histories_remember_them_beside_rows_that_mark_what_has_occurr
         state.note(state.decode_inputs(1), Features(seen=True, memory=memory))
         assert state.memory.seen is not None
         assert state.memory.seen[1, 101] & 1
-        assert not memory or state.memory.history(1, 0, 4).tolist() == [0, 0, 0, 101]
+        assert not memory or state.memory.histories_of(int32(1), 4)[0].tolist() == [0, 0, 0, 101]

@@ -266,7 +266,6 @@ def test_a_cancelled_draft_brings_nothing() -> None:
         ({"logits": LogitsParams(repetition_penalty=1.5)}, False),
         ({"output_scores": True}, False),
         ({"output_logits": True}, False),
-        ({"chooser": print}, False),
         ({"prompt_embeddings": object()}, False),
     ],
 )
@@ -396,6 +395,7 @@ def test_states_that_cannot_go_back_are_served_without(told: Any) -> None:
         ({}, False),
         ({"lookup_tokens": 3, "prompt_embeddings": object()}, False),
         ({"lookup_tokens": 3, "output_scores": True}, False),
+        ({"lookup_tokens": 3, "chooser": print}, False),
         ({"lookup_tokens": 3, "sampling": SamplingParams(do_sample=True, top_k=5, seed=1)}, True),
         ({"lookup_tokens": 3, "logits": LogitsParams(repetition_penalty=1.2)}, False),
     ],
