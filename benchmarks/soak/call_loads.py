@@ -16,7 +16,7 @@ from benchmarks.soak.loads import AddsByHistory
 from hf_async_batching.errors import UnsupportedArgumentError
 
 # Share of processors of a caller's own that look at all rows of a batch.
-_TOGETHER = 0.0
+_TOGETHER = 0.5
 
 
 def _batch(job: Job) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
