@@ -27,7 +27,7 @@ from benchmarks.soak.job import Job
 from benchmarks.soak.subjects import FAMILIES, IDLE, Subject, make_tokenizer, missing
 from benchmarks.soak.tally import Tally
 from benchmarks.soak.verdict import Verdict, judge
-from benchmarks.soak.watch import Held, held
+from benchmarks.soak.watch import Held, held, return_freed_memory
 
 Load = Callable[[Job], None]
 
@@ -59,6 +59,7 @@ LOADS: dict[Load, int] = {
 }
 
 _JOIN_SECONDS = 240.0
+_TRIM_EVERY = 5  # samples
 _TURN_SECONDS, _AT_RANDOM = 4.0, 0.2
 
 
@@ -175,6 +176,8 @@ def run(arguments: argparse.Namespace) -> Verdict:
     tokens = 0
     while (now := time.perf_counter()) < began + 60 * arguments.minutes:
         time.sleep(min(1.0, began + 60 * arguments.minutes - now))
+        if len(samples) % _TRIM_EVERY == 0:
+            return_freed_memory()
         samples.append(held())
         if samples[-1].at >= shown + arguments.every:
             print(_report(began, tally, subjects, samples[-1], tokens, samples[-1].at - shown), flush=True)

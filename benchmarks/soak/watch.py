@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import inspect
 import os
 import statistics
 import threading
@@ -19,6 +22,7 @@ MIB = 1 << 20
 # Allocators keep what they had at their fullest: growth below this says nothing, however long it takes.
 NOISE_MIB = 32.0
 ENOUGH_MINUTES = 2.0
+_MOST_HOLDERS = 8
 # Samples before this share of the time, or these seconds, are of an allocator that still fills.
 _WARM_SHARE, _WARM_SECONDS = 0.35, 240.0
 
@@ -54,7 +58,7 @@ class Held:
 
 
 def held() -> Held:
-    """What this process holds now; of Linux."""
+    """What this process holds now; on Linux."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return Held(
@@ -68,12 +72,38 @@ def held() -> Held:
     )
 
 
+def return_freed_memory() -> None:
+    """Let the C library return what is free: with many threads it keeps much, and that would look like a leak."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def live_objects() -> dict[str, int]:
-    """Requests and handles that something still refers to, after a collection."""
+    """Requests and handles that something still refers to, after a collection, by what refers to one of them."""
     gc.collect()
-    kinds = (GenerationHandle, Request)
-    found = [type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds)]
-    return {kind.__name__: found.count(kind.__name__) for kind in kinds}
+    objects = gc.get_objects()
+    found: dict[str, int] = {}
+    for kind in (GenerationHandle, Request):
+        alive = [one for one in objects if type(one) is kind]
+        if alive:
+            found[f"{kind.__name__} ({_holders(alive[0], {id(objects), id(alive)})})"] = len(alive)
+    return found
+
+
+def _holders(one: object, ignored: set[int]) -> str:
+    """What refers to an object, and what to that, and so on: types, the nearest first."""
+    chain: list[str] = []
+    for _ in range(_MOST_HOLDERS):
+        referrers = gc.get_referrers(one)
+        ignored.add(id(referrers))
+        others = [holder for holder in referrers if id(holder) not in ignored and not inspect.isframe(holder)]
+        if not others:
+            break
+        one = others[0]
+        ignored.add(id(one))
+        keys = f" {sorted(map(str, one))[:3]}" if isinstance(one, dict) else ""
+        chain.append(type(one).__qualname__ + keys)
+    return " in ".join(["held", *chain])
 
 
 def slope(samples: list[tuple[float, float]]) -> float:

@@ -119,7 +119,13 @@ def test_what_is_left_behind_is_found(job: Job, monkeypatch: pytest.MonkeyPatch)
     os.close(read)
     os.close(write)
     assert row
-    for found in ("threads are left: left over", "2 descriptors", "GenerationHandle", "'rows_in_use': 1", "client 3"):
+    for found in (
+        "threads are left: left over",
+        "2 descriptors",
+        "GenerationHandle (held",
+        "'rows_in_use': 1",
+        "client 3",
+    ):
         assert found in problems, problems
 
 
