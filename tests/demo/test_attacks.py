@@ -233,6 +233,12 @@ def test_what_is_too_much_is_refused_by_name(attacker: Attacker) -> None:
     )
 
 
+def test_runs_that_end_at_once_are_bounded_by_their_number_in_a_second(attacker: Attacker) -> None:
+    events(attacker, Path())
+    assert attacker.statuses.count(200) >= 64
+    assert attacker.statuses.count(429) > 100
+
+
 def test_bodies_and_files_are_bounded(attacker: Attacker) -> None:
     assert attacker.post("call/chat", {"data": ["x" * (5 << 20)]}).status_code == 413
 
