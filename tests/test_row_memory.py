@@ -53,7 +53,7 @@ def rows_hold(state: DeviceState, live: dict[int, tuple[Request, list[int]]]) ->
     assert state.memory.words is not None and state.memory.seen is not None
     for row, (request, tokens) in live.items():
         history = [*request.padding, *tokens]
-        assert state.memory.history(row, 0, len(history)).tolist() == history
+        assert state.memory.histories_of(torch.tensor([row]), len(history))[0].tolist() == history
         prompt, occurred = {*request.prompt, *request.padding}, set(tokens)
         expected = [(token in occurred) + 2 * (token in prompt) for token in range(VOCAB)]
         assert state.memory.seen[row].tolist() == expected
