@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.logits_process import LogitsProcessorList
 
+from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.sampling.sampler import draw, log_probabilities, seed_records
 
 
@@ -117,7 +118,7 @@ class _Elsewhere:
 
 
 _locks: dict[int, tuple[weakref.ref[Any] | Any, threading.RLock]] = {}
-_locks_lock = threading.Lock()
+_locks_lock = ForkSafeLock()
 
 
 def _lock_of(processor: Any) -> Any:

@@ -266,7 +266,7 @@ def test_a_cancelled_draft_brings_nothing() -> None:
         ({"logits": LogitsParams(repetition_penalty=1.5)}, False),
         ({"output_scores": True}, False),
         ({"output_logits": True}, False),
-        ({"prompt_embeddings": object()}, False),
+        ({"prompt_embeddings": "opaque"}, False),
     ],
 )
 def test_what_goes_with_drafts(changes: dict[str, Any], drafts: bool) -> None:
@@ -393,7 +393,7 @@ def test_states_that_cannot_go_back_are_served_without(told: Any) -> None:
     [
         ({"lookup_tokens": 3}, True),
         ({}, False),
-        ({"lookup_tokens": 3, "prompt_embeddings": object()}, False),
+        ({"lookup_tokens": 3, "prompt_embeddings": "opaque"}, False),
         ({"lookup_tokens": 3, "output_scores": True}, False),
         ({"lookup_tokens": 3, "chooser": print}, False),
         ({"lookup_tokens": 3, "sampling": SamplingParams(do_sample=True, top_k=5, seed=1)}, True),
