@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from transformers.generation import LogitsProcessorList
 from transformers.generation.logits_process import SuppressTokensAtBeginLogitsProcessor
 
@@ -14,7 +13,7 @@ from hf_async_batching.row_layout import ANY
 
 
 def read(processor: Any, shown: list[int], tokens: list[int]) -> Recipe | None:
-    row = CallRow(shown, tokens, 0, 1, (), None, torch.tensor(shown))
+    row = CallRow(shown, tokens, 0, 1, (), None)
     return read_processors(LogitsProcessorList([processor]), row, do_sample=False, seed=0)
 
 

@@ -368,7 +368,7 @@ def test_a_temperature_that_loses_the_largest_logit_to_infinity_leaves_the_arg_m
     for scores in (False, True):
         features = Features(sampling=True, scores=scores)
         sampler = Sampler(fused=False)
-        chosen = sampler.choose(sampler.scores(logits, rows, features), rows, features)
+        chosen = sampler.choose(sampler.scores(logits, rows, features), rows, features, logits)
         assert torch.equal(chosen.long(), logits.argmax(-1))
 
 
