@@ -138,8 +138,6 @@ class Engine:
     def _collect(self, launch: Launch) -> list[Emission]:
         result = self.pipeline.collect(launch)
         arrived = time.perf_counter()
-        for position, error in result.failures.items():
-            self.failed += [(failed, error) for failed in self.scheduler.fail(result.step, (position,))]
         emissions = self.scheduler.complete(result)
         if result.offered is not None:
             live = set(self.scheduler.offered)

@@ -74,5 +74,10 @@ class LogitsHandle(GenerationHandle):
             self._offered = logits
             self._changed.notify_all()
         on_first, self._on_first = self._on_first, None
-        if on_first is not None:
+        if on_first is None:
+            return
+        try:
             on_first()
+        except BaseException as error:  # a process that can start no more threads: this request's matter alone
+            self.cancel()
+            self._fail(error)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hf_async_batching.request import Request
@@ -207,9 +205,8 @@ class Result(NamedTuple):
     """What a step sampled, in the order of `Plan.num_sampled`.
 
     `tokens` are outcomes (see `outcomes`). `logprobs` is None where they were not asked for. `scores` and `logits`
-    hold one row of host memory per position of `Plan.wanted`, in order, where asked for; `failures` what went wrong,
-    by sampled position. `offered` is float32 [offers, vocab] on the device, the logits of `Plan.offers`; None where
-    there are none.
+    hold one row of host memory per position of `Plan.wanted`, in order, where asked for. `offered` is float32
+    [offers, vocab] on the device, the logits of `Plan.offers`; None where there are none.
     """
 
     step: int
@@ -217,5 +214,4 @@ class Result(NamedTuple):
     logprobs: list[float] | None = None
     scores: Any = None
     logits: Any = None
-    failures: Mapping[int, BaseException] = MappingProxyType({})
     offered: Any = None

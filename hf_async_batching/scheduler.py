@@ -16,7 +16,6 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from hf_async_batching.admission import (
@@ -67,6 +66,7 @@ class Scheduler:
 
     Attributes:
         offered: Requests whose logits the step that completed last has brought for their choosers.
+        undrawable: Requests that `complete` has ended because no token could be drawn for them.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Scheduler:
         self.drafting = Drafting(self.pages, draft_rows)
         self.preemptions = 0
         self.finished = 0
-        self.undrawable: list[str] = []  # requests that `complete` has ended for lack of a token
+        self.undrawable: list[str] = []
         self._waiting = WaitingQueue(admission, max_rows)
         self._spreads = admission == "longest_first"
         self._padded_decodes = padded_decodes(max_rows)
@@ -322,19 +322,6 @@ class Scheduler:
         for sequence in sequences:
             sequence.held = True
         self._regroup_due = True
-
-    def fail(self, step: int, positions: Iterable[int]) -> list[str]:
-        """End the requests at these sampled positions of a step that is about to be completed.
-
-        Returns:
-            The ids of those that had not ended before.
-        """
-        failed = [self._sampled[step][position] for position in positions]
-        return [
-            sequence.request_id
-            for sequence in failed
-            if sequence.state is not State.FINISHED and self.cancel(sequence.request_id) is not None
-        ]
 
     def complete(self, result: Result) -> list[Emission]:
         """Settle the tokens of a step, end the requests that stop with them, and free what nothing can touch."""

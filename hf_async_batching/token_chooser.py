@@ -70,22 +70,22 @@ class TokenChooser:
         self._positions = torch.tensor(lengths, dtype=torch.int32, device=prompt.device)
         self._logprobs = logprobs
         self._logits = logits
+        self._locks = {_lock_of(processor) for processor in processors}
 
     def __call__(self, history: torch.Tensor, logits: torch.Tensor) -> Chosen:
         """Choose one token per row.
 
         Args:
             history: int64 [rows, length + step], on the caller's device.
-            logits: float32 [rows, vocab], likewise; may be changed.
+            logits: float32 [rows, vocab], on the same device; may be changed.
 
         Raises:
             ValueError: A processor returned scores of another shape.
-            RuntimeError: There is nothing to draw from: scores of a row are NaN, infinite, or minus infinity for all
-                tokens. `generate` raises the same.
+            InvalidProbabilitiesError: There is nothing to draw from: scores of a row are NaN, infinite, or minus
+                infinity for all tokens.
             BaseException: Whatever a processor raises.
         """
         own = logits.clone() if self._logits or self._logprobs else logits
-        # A copy that is an ordinary tensor, whatever mode the calling thread is in.
         scores: torch.Tensor = self.processors(history, logits)  # type: ignore[arg-type]
         if scores.shape != logits.shape:
             raise ValueError(
@@ -104,7 +104,7 @@ class TokenChooser:
         """Hold the processors for one thread, where requests share objects and have threads of their own."""
         with contextlib.ExitStack() as held:
             # In one order, so that no two threads wait for each other.
-            for lock in sorted({_lock_of(processor) for processor in self.processors}, key=id):
+            for lock in sorted(self._locks, key=id):
                 held.enter_context(lock)
             yield
 
@@ -117,18 +117,15 @@ class _Elsewhere:
     """Stands for a chooser on the ranks that do not run it."""
 
 
-_locks: dict[int, tuple[weakref.ref[Any] | Any, threading.RLock]] = {}
+# By the address of a processor. A chooser holds its processors and their locks, so an address stands for one object as
+# long as its lock is here.
+_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
 _locks_lock = ForkSafeLock()
 
 
-def _lock_of(processor: Any) -> Any:
+def _lock_of(processor: Any) -> threading.RLock:
     with _locks_lock:
-        kept = _locks.get(id(processor))
-        if kept is None:
-            try:
-                key = id(processor)
-                holder: Any = weakref.ref(processor, lambda _: _locks.pop(key, None))
-            except TypeError:  # without weak references: kept for good, so that its address is its own
-                holder = processor
-            kept = _locks[id(processor)] = (holder, threading.RLock())
-        return kept[1]
+        lock = _locks.get(id(processor))
+        if lock is None:
+            lock = _locks[id(processor)] = threading.RLock()
+        return lock

@@ -173,6 +173,46 @@ def test_others_do_not_wait_for_a_slow_processor(model: Any, manager: Any) -> No
     assert held.result(60).token_ids == greedy_alone(model, [5, 6], 3, eos_token_id=None, pad_token_id=0)
 
 
+def test_a_thread_that_cannot_start_fails_its_own_request(
+    model: Any, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a process that has used up its threads."""
+    manager.warmup()
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if "processors of" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    other = manager.submit([7, 8], max_new_tokens=40, do_sample=False, eos_token_id=None)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    failed = manager.submit([5, 6], max_new_tokens=3, do_sample=False, logits_processor=[Recorder()])
+    with pytest.raises(RuntimeError, match="new thread"):
+        failed.result(60)
+    assert other.result(60).token_ids == greedy_alone(model, [7, 8], 40, eos_token_id=None, pad_token_id=0)
+    assert manager.stats().running == 0
+
+
+def test_requests_that_share_a_processor_call_it_one_at_a_time(manager: Any) -> None:
+    inside = most = 0
+
+    def counts(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.002)
+        inside -= 1
+        return scores
+
+    handles = [
+        manager.submit([5 + i, 6], max_new_tokens=6, do_sample=False, eos_token_id=None, logits_processor=[counts])
+        for i in range(6)
+    ]
+    assert all(len(handle.result(60).token_ids) == 6 for handle in handles)
+    assert most == 1
+
+
 def test_a_slow_processor_keeps_an_idle_engine_alive(model: Any) -> None:
     def slow(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         time.sleep(0.3)
