@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .sweeper import lifespan, queue_of
 from .visitor import address_of
 
-# Of one address: events that run or wait, requests that are open, calls and new files over time.
+# Bounds for one address: events that run or wait, requests that are open, calls and new files over time.
 MOST_EVENTS = 64
 _MOST_OPEN = 512
 _CALLS_PER_SECOND, _MOST_CALLS_AT_ONCE = 10.0, 64.0

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hf_async_batching import GenerationHandle
     from hf_async_batching.request import Request
 
-# Of rows and tokens this part stays free for a visitor who has nothing running yet.
+# This part of the rows and tokens stays free for a visitor who has nothing running yet.
 _SPARE = 8
 
 

@@ -27,7 +27,7 @@ _LOOK_FOR_FILES_SECONDS = 20.0
 UNREAD_SECONDS = 30.0
 _MOST_UNREAD = 2000
 _SWEEP_SECONDS = 1.0
-# Of a session that has nothing running and nothing to read.
+# A session goes after so long with nothing running and nothing to read.
 _IDLE_SECONDS = 10.0
 _MOST_SESSIONS = 100_000
 

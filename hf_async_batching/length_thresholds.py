@@ -44,7 +44,7 @@ def text_config(config: Any) -> Any:
     """The part of a config that describes the decoder of text."""
     try:
         return config.get_text_config(decoder=True)
-    except (AttributeError, ValueError):  # of none, or of several
+    except (AttributeError, ValueError):  # a config without one, or with several
         return config
 
 

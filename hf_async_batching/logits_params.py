@@ -68,7 +68,7 @@ class LogitsParams:
 
     Raises:
         TypeError: A field is no number; the message names it.
-        ValueError: A field is out of its range; likewise.
+        ValueError: A field is out of its range; the message names it.
     """
 
     rules: tuple[Rule, ...] = ()

@@ -30,7 +30,7 @@ NEUTRAL_HOOKS = {
     "make_inputs_require_grads": "transformers.",  # `enable_input_require_grads`
     "make_inputs_require_grad": "peft.",
     "neftune_post_forward_hook": "transformers.",  # adds noise in training only
-    "_fw_pre_hook": "torch.utils.module_tracker",  # of torch's counter of operations
+    "_fw_pre_hook": "torch.utils.module_tracker",  # torch's counter of operations
     "_fw_post_hook": "torch.utils.module_tracker",
 }
 

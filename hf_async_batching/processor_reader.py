@@ -363,7 +363,7 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
         return LongNGrams(processor.ngram_size)
     if name == "PrefixConstrainedLogitsProcessor":
         allowed = processor._prefix_allowed_tokens_fn
-        prompt = row.index // processor._num_beams  # of several sequences of one prompt, the prompt's number
+        prompt = row.index // processor._num_beams  # the prompt's number, for each of its sequences
         return type(processor)(lambda _, sent: allowed(prompt, sent), 1)
     if name == _GUIDANCE:
         return _guidance_for_row(processor, row, plain_model)

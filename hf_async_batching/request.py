@@ -44,7 +44,7 @@ class SamplingParams:
 
     Raises:
         TypeError: A field is no number; the message names it.
-        ValueError: A field is out of its range; likewise.
+        ValueError: A field is out of its range; the message names it.
     """
 
     do_sample: bool = False

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 Forward = ModelForward | CacheForward
 
-# Of the prompt that comes in chunks, and of those that join it late: thresholds of 8 and 16 tokens are crossed by a
-# prompt, by a chunk and by a decode, and lie between a long row and a short one.
+# Lengths of the prompt that comes in chunks, and of those that join it late. A prompt, a chunk and a decode cross
+# thresholds of 8 and 16 tokens, which lie between a long row and a short one.
 _LENGTHS = ((69, 17), (46, 6))
 _MOST_PARAMETERS = 8_000_000
 # A small random model can be near a tie, of experts or of keys, which rounding decides.
@@ -106,7 +106,7 @@ class ThresholdCheck:
 
         Args:
             route: See `refuse`.
-            make_forward: Likewise.
+            make_forward: See `refuse`.
             wanted: Whether to.
         """
         if not (wanted and self.thresholds):

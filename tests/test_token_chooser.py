@@ -1,4 +1,4 @@
-"""Processors that the engine does not know get what they get in `generate`, and harm nobody but their own request."""
+"""Processors that the engine does not know get what they get in `generate`, and harm their own request alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients in threads, somebody who changes weights and engines meanwhile, a report each half minute, and a verdict.
+"""Clients in threads, changes of weights and engines meanwhile, a report each half minute, and a verdict.
 
 python -m benchmarks.soak --minutes 15
 python -m benchmarks.soak --minutes 15 --device cuda --dtype bfloat16

@@ -89,7 +89,7 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 

@@ -54,7 +54,7 @@ class Tally:
             return Counter(self._notes)
 
     def outcomes(self) -> Counter[Outcome]:
-        """Of all loads."""
+        """What all loads came to, together."""
         with self._lock:
             return sum(self._outcomes.values(), Counter())
 

@@ -26,12 +26,12 @@ _METADATA = b"hf_async_batching"
 
 
 def shard_name(number: int) -> str:
-    """Of a shard's file; sorted by name, shards are in order."""
+    """The name of a shard's file; sorted by name, shards are in order."""
     return f"part-{number:06d}.parquet"
 
 
 def shard_number(name: str) -> int | None:
-    """Of the shard that has this file; None for any other file."""
+    """The number of the shard that has this file; None for any other file."""
     match = _NAME.fullmatch(name)
     number = int(match[1]) if match else None
     return number if number is not None and shard_name(number) == name else None

@@ -36,7 +36,7 @@ def _holds_bytes(feature: Any) -> bool:
         return any(map(_holds_bytes, feature.values()))
     if isinstance(feature, (list, tuple)):
         return any(map(_holds_bytes, feature))
-    if hasattr(feature, "feature"):  # of a list
+    if hasattr(feature, "feature"):  # a list's
         return _holds_bytes(feature.feature)
     kind = str(getattr(feature, "dtype", ""))
     return "binary" in kind or type(feature).__name__ in ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")

@@ -166,7 +166,7 @@ def test_folders_with_the_signs_of_patterns(manager: Any, tokenizer: Any, tmp_pa
 def test_ranks_look_at_each_others_shards(
     manager: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 must not take a damaged shard of rank 1 for done; whoever has its rank next computes it again."""
+    """Rank 0 must not take a damaged shard of rank 1 for done; the next process of that rank computes it again."""
     folder = tmp_path / "run"
     monkeypatch.setattr(resume_store, "DEAD_SECONDS", 0.3)
     with pytest.raises(HfAsyncBatchingError, match=r"1 of 3 shards .* no process of rank 1"):
