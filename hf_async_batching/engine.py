@@ -78,10 +78,10 @@ class Engine:
         """Forget what was computed before; see `Scheduler.weights_updated`."""
         self.scheduler.weights_updated()
 
-    def choose(self, request_id: str, token: int) -> None:
+    def choose(self, request_id: str, token: int) -> Emission | None:
         """Go on with a token that a chooser has chosen; see `Scheduler.choose`."""
         self._blocked = False
-        self.scheduler.choose(request_id, token)
+        return self.scheduler.choose(request_id, token)
 
     def make_way(self) -> None:
         """Let requests start that wait for what a request holds whose chooser takes long; see `Scheduler.make_way`."""

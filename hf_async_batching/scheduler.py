@@ -153,18 +153,25 @@ class Scheduler:
             self._waiting.remove(sequence)
         return self._finish(sequence, None, None, "cancelled")
 
-    def choose(self, request_id: str, token: int) -> None:
-        """Take the token that a chooser has chosen for a request whose logits it was offered."""
+    def choose(self, request_id: str, token: int) -> Emission | None:
+        """Take the token that a chooser has chosen for a request whose logits it was offered.
+
+        Returns:
+            The end of a request that has all its tokens now.
+        """
         sequence = self._live.get(request_id)
         if sequence is None or not sequence.offered:
-            return  # it has ended meanwhile
+            return None  # it has ended meanwhile
         sequence.offered = False
         sequence.tokens.append(token)
+        if not sequence.wants_more:
+            ended = self.cancel(request_id)
+            return ended and ended._replace(finish_reason="length")
         if sequence.state is State.DECODING:
             sequence.held = False
             self._regroup_due = True
-            if sequence.wants_more:
-                self._chosen.append(Given(sequence.row, token))
+            self._chosen.append(Given(sequence.row, token))
+        return None
 
     def make_way(self) -> bool:
         """Preempt the youngest sequence whose chooser has not chosen yet, where others wait for a row or pages.
@@ -206,8 +213,8 @@ class Scheduler:
 
     @property
     def waits_outside(self) -> bool:
-        """Whether a chooser has logits and has not chosen yet, or has still to say that its request has ended."""
-        return any([sequence.offered or sequence.ends_outside for sequence in self._live.values()])
+        """Whether a chooser has logits and has not chosen yet."""
+        return any([sequence.offered for sequence in self._live.values()])
 
     def state_of(self, request_id: str) -> State:
         """The state of a request; FINISHED for one that the scheduler no longer knows."""
@@ -303,7 +310,7 @@ class Scheduler:
         """
         if self._completed != self._step - 1 or not self._waiting:
             return False
-        if any([s.ends_outside or (s.offered and self._is_complete(s)) for s in self._live.values()]):
+        if any([s.offered and self._is_complete(s) for s in self._live.values()]):
             return False  # a chooser goes on
         group = next(iter(self._waiting)).request.group
         victim = next((s for s in reversed(self._running) if group is None or s.request.group != group), None)

@@ -170,11 +170,6 @@ class Sequence:
         """Whether another step must be planned while it decodes: a stop by length is known before its last token."""
         return self.planned < self.max_length
 
-    @property
-    def ends_outside(self) -> bool:
-        """Whether it has all its tokens, and its chooser has still to say so."""
-        return self.chosen_outside and len(self.tokens) >= self.max_length
-
     def writes(self, start: int) -> int:
         """Words that the row's memory gets in the step in which it starts behind `start` known tokens."""
         needs = self.needs

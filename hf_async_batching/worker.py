@@ -254,7 +254,9 @@ class Worker:
                     handle._fail(error)
             for handle, token in chosen:
                 if self._handles.get(handle.request_id) is handle:
-                    engine.choose(handle.request_id, token)
+                    emission = engine.choose(handle.request_id, token)
+                    if emission is not None:
+                        self._deliver([emission])
             for handle in cancelled:
                 # By identity: the id may belong to another request by now.
                 if self._handles.get(handle.request_id) is handle:

@@ -223,6 +223,36 @@ def test_a_slow_processor_keeps_an_idle_engine_alive(model: Any) -> None:
         assert handle.result(60).token_ids == greedy_alone(model, [5, 6], 3, eos_token_id=None, pad_token_id=0)
 
 
+def test_a_slow_processor_gives_its_row_to_those_that_wait(model: Any) -> None:
+    """And goes on later with the token that it has chosen."""
+    release = threading.Event()
+
+    def slow(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        release.wait(60)
+        return scores
+
+    with GenerationManager(model, BatchingConfig(page_size=16, max_rows=1, max_batch_tokens=32)) as manager:
+        held = manager.submit([5, 6], max_new_tokens=3, do_sample=False, eos_token_id=None, logits_processor=[slow])
+        other = manager.submit([7, 8], max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert other.result(60).token_ids == greedy_alone(model, [7, 8], 5, eos_token_id=None, pad_token_id=0)
+        release.set()
+        assert held.result(60).token_ids == greedy_alone(model, [5, 6], 3, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_seed_draws_the_same_tokens_with_and_without_a_processor(model: Any, manager: Any, batch: bool) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    recorder = LogitsProcessorList([Recorder()])
+    if batch:
+        arguments |= {"attention_mask": MASK, "pad_token_id": 0, "custom_generate": manager.bind(seed=7)}
+        usual = model.generate(IDS, **arguments)
+        assert torch.equal(model.generate(IDS, **arguments, logits_processor=recorder), usual)
+    else:
+        usual = manager.submit([5, 6, 7], **arguments, seed=7).result(60).token_ids
+        ours = manager.submit([5, 6, 7], **arguments, seed=7, logits_processor=recorder).result(60).token_ids
+        assert ours == usual
+
+
 class RowWise(Recorder):
     row_wise = True
 
@@ -261,7 +291,7 @@ def test_a_batch_that_does_not_fit_is_refused_by_name(model: Any) -> None:
 
 
 def test_criteria_and_streamer_in_lockstep(model: Any, manager: Any) -> None:
-    """As `generate` calls them: the criterion sees pads behind rows that it has ended."""
+    """As `generate` calls them: the criterion sees pads behind rows that it has ended, and the scores so far."""
     seen: dict[bool, list[Any]] = {False: [], True: []}
 
     class Ends(StoppingCriteria):
@@ -271,7 +301,7 @@ def test_criteria_and_streamer_in_lockstep(model: Any, manager: Any) -> None:
             self.calls = seen[ours]
 
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            self.calls.append(input_ids.clone())
+            self.calls.append((input_ids.tolist(), [line.shape for line in scores]))
             return torch.tensor([input_ids.shape[1] >= 8 + 2 * row for row in range(len(input_ids))])
 
     class Script(BaseStreamer):
@@ -290,11 +320,12 @@ def test_criteria_and_streamer_in_lockstep(model: Any, manager: Any) -> None:
         outs.append(
             model.generate(
                 IDS, attention_mask=MASK, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None,
-                logits_processor=LogitsProcessorList([Across()]), stopping_criteria=[Ends(ours)], **how,
-            )
+                logits_processor=LogitsProcessorList([Across()]), stopping_criteria=[Ends(ours)],
+                return_dict_in_generate=True, output_scores=True, **how,
+            ).sequences
         )  # fmt: skip
     assert torch.equal(*outs)
-    assert [ids.tolist() for ids in seen[True]] == [ids.tolist() for ids in seen[False]]
+    assert seen[True] == seen[False]
     streams = []
     for ours in (False, True):
         how = {"custom_generate": manager.bind()} if ours else {}

@@ -231,6 +231,7 @@ class ToyEngine:
             self.made.setdefault(request_id, []).append(made)
         self._keep(emissions)
         for request_id, logits in self.engine.offered:
+            assert request_id not in self.reasons, "logits of a request that has ended"
             assert request_id not in self.offered, "logits before the token that was chosen from the last ones"
             self.offered[request_id] = logits
 
@@ -253,12 +254,13 @@ class ToyEngine:
         request, tokens = self.requests[request_id], self.emitted.setdefault(request_id, [])
         tokens.append(token)
         self.choices += 1
-        ended = token in request.eos_token_ids or len(tokens) == request.max_new_tokens
-        if ended:
+        if token in request.eos_token_ids:
             self.cancel(request_id)
-            self.reasons[request_id] = "eos" if token in request.eos_token_ids else "length"
-        else:
-            self.engine.choose(request_id, token)
+            self.reasons[request_id] = "eos"
+            return
+        emission = self.engine.choose(request_id, token)
+        if emission is not None:
+            self._keep([emission])
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request that may have ended."""
