@@ -7,6 +7,7 @@ python -m benchmarks.soak --minutes 15 --device cuda --dtype bfloat16
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ from benchmarks.soak.job import Job
 from benchmarks.soak.subjects import FAMILIES, IDLE, Subject, make_tokenizer, missing
 from benchmarks.soak.tally import Tally
 from benchmarks.soak.verdict import Verdict, judge
-from benchmarks.soak.watch import Held, held, return_freed_memory
+from benchmarks.soak.watch import Held, held, known_objects, return_freed_memory
 
 Load = Callable[[Job], None]
 
@@ -160,7 +161,7 @@ def run(arguments: argparse.Namespace) -> Verdict:
         subject.new_manager()
     gc.collect()
     before = held()
-    threads_before = set(threading.enumerate())
+    threads_before, objects_before = set(threading.enumerate()), known_objects()
     print(f"before: {before}", flush=True)
     clients = [Client(number, subjects, chosen, tally, stop, arguments) for number in range(arguments.clients)]
     changer = threading.Thread(
@@ -185,7 +186,7 @@ def run(arguments: argparse.Namespace) -> Verdict:
     stop.set()
     stuck = _joined([*clients, changer])
     rate = tally.tokens / (time.perf_counter() - began)
-    verdict = judge(subjects, tally, samples, stuck, before, threads_before, arguments.flat)
+    verdict = judge(subjects, tally, samples, stuck, before, threads_before, objects_before, arguments.flat)
     for load, found in tally.by_load().items():
         print(f"  {load}: " + ", ".join(f"{count} {outcome}" for outcome, count in found.most_common()))
     print("  " + ", ".join(f"{count} {what}" for what, count in tally.notes.most_common()))
@@ -252,8 +253,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    logging.getLogger("hf_async_batching").setLevel(logging.CRITICAL)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         return 0 if run(arguments).holds else 1
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let libraries log less meanwhile: many requests are bad on purpose."""
+    levels = {"hf_async_batching": logging.CRITICAL, "transformers": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

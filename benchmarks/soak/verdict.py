@@ -50,6 +50,7 @@ def judge(
     stuck: list[str],
     before: Held,
     threads_before: set[threading.Thread],
+    objects_before: frozenset[int],
     bound: float,
 ) -> Verdict:
     """Wait until nothing runs, look at what is held, close the managers, and look again.
@@ -61,6 +62,7 @@ def judge(
         stuck: Threads that did not end.
         before: What was held before the first request.
         threads_before: The same for threads.
+        objects_before: The same for requests and handles; see `known_objects`.
         bound: MiB per minute that memory may grow.
     """
     memory = growth(samples, bound)
@@ -76,7 +78,7 @@ def judge(
     problems += _rows_and_pages(subjects)
     for subject in subjects:
         subject.manager.close()
-    problems += _left_behind(before, threads_before)
+    problems += _left_behind(before, threads_before, objects_before)
     return Verdict(tuple(problems), tuple(memory))
 
 
@@ -101,12 +103,12 @@ def _rows_and_pages(subjects: Sequence[Subject]) -> list[str]:
     return problems
 
 
-def _left_behind(before: Held, threads_before: set[threading.Thread]) -> list[str]:
+def _left_behind(before: Held, threads_before: set[threading.Thread], objects_before: frozenset[int]) -> list[str]:
     """Threads, descriptors, requests and handles that are there after the last engine."""
     deadline = time.perf_counter() + 10.0
     while True:
         threads = [one.name for one in set(threading.enumerate()) - threads_before if one.name not in _OTHERS]
-        objects = {name: count for name, count in live_objects().items() if count}
+        objects = {name: count for name, count in live_objects(objects_before).items() if count}
         after = held()
         descriptors = after.descriptors - before.descriptors
         if not (threads or objects or descriptors > 0) or time.perf_counter() > deadline:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.logits_handle import LogitsHandle
 from hf_async_batching.request import Request
 
 MIB = 1 << 20
@@ -78,13 +79,27 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def live_objects() -> dict[str, int]:
-    """Requests and handles that something still refers to, after a collection, by what refers to one of them."""
+# What a request is to its caller and to the engine.
+_KINDS = (GenerationHandle, LogitsHandle, Request)
+
+
+def known_objects() -> frozenset[int]:
+    """Requests and handles that are there already, by identity: others in the process may hold some."""
+    gc.collect()
+    return frozenset(id(one) for one in gc.get_objects() if type(one) in _KINDS)
+
+
+def live_objects(known: frozenset[int]) -> dict[str, int]:
+    """Requests and handles that something still refers to, after a collection, by what refers to one of them.
+
+    Args:
+        known: Those that were there before.
+    """
     gc.collect()
     objects = gc.get_objects()
     found: dict[str, int] = {}
-    for kind in (GenerationHandle, Request):
-        alive = [one for one in objects if type(one) is kind]
+    for kind in _KINDS:
+        alive = [one for one in objects if type(one) is kind and id(one) not in known]
         if alive:
             found[f"{kind.__name__} ({_holders(alive[0], {id(objects), id(alive)})})"] = len(alive)
     return found

@@ -19,18 +19,20 @@ from benchmarks.soak.steady_lock import SteadyLock
 from benchmarks.soak.subjects import FAMILIES, Subject, make_tokenizer, missing
 from benchmarks.soak.tally import Tally
 from benchmarks.soak.verdict import judge
-from benchmarks.soak.watch import MIB, Held, growth, held, slope
+from benchmarks.soak.watch import MIB, Held, growth, held, known_objects, slope
 from hf_async_batching.coverage.tiny_configs import VOCAB
 
 
 @pytest.mark.timeout(300)
 def test_a_short_soak_goes_well(capsys: pytest.CaptureFixture[str]) -> None:
     families = ",".join(name for name in ("llama", "convolutions", "experts") if missing(name) is None)
+    level = logging.getLogger("hf_async_batching").level
     status = main(
         ["--minutes", "0.3", "--families", families, "--clients", "6", "--every", "5", "--change-every", "1"]
     )
     out = capsys.readouterr().out
     assert status == 0, out
+    assert logging.getLogger("hf_async_batching").level == level
     assert "verdict: all is well" in out
     assert "weights changed" in out
     assert all(word in out for word in ("0.1 min: RSS", "descriptors", "rows", "pages", "tokens/s"))
@@ -52,6 +54,16 @@ def test_what_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["--families", "nothing"]) == 2
 
 
+_known: frozenset[int] = frozenset()
+
+
+@pytest.fixture(autouse=True)
+def known() -> None:
+    """What other tests in the process hold is none of a soak's."""
+    global _known
+    _known = known_objects()
+
+
 @pytest.fixture
 def job() -> Any:
     subject = Subject("llama", torch.device("cpu"), torch.float32)
@@ -69,6 +81,7 @@ def _judged(job: Job, **changes: Any) -> str:
         "stuck": [],
         "before": held(),
         "threads_before": set(threading.enumerate()),
+        "objects_before": _known,
         "bound": 1.0,
     }
     return "\n".join(judge(**{**arguments, **changes}).problems)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching import GenerationManager, HfAsyncBatchingError
 from hf_async_batching.compatibility import FIELDS
-from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
+from hf_async_batching.errors import EngineClosedError, EngineFailedError, InvalidProbabilitiesError, QueueFullError
 from hf_async_batching.generation_fields import INSTALLED
 
 PROMPT = [5, 6, 7, 5, 6, 8, 9, 5, 6]
@@ -171,7 +171,10 @@ def _try(
         tokens = _quietly(way, model, manager, arguments)
     except Exception as error:
         counts.refused[type(error).__name__] += 1
-        if not _is_a_good_refusal(error, name):
+        good = _is_a_good_refusal(error, name)
+        if isinstance(error, InvalidProbabilitiesError):  # names no field: `generate` must not be able to draw either
+            good = _has_no_distribution(model, {**arguments, name: 10_000} if listed else arguments)
+        if not good:
             counts.faults.append(f"{what}: {type(error).__name__}: {str(error)[:160]}")
     seconds = time.perf_counter() - began
     counts.slowest = max(counts.slowest, (seconds, what))
@@ -227,6 +230,14 @@ def _is_a_good_refusal(error: Exception, name: str) -> bool:
         return any("/transformers/" in frame.filename for frame in frames)
     usual = isinstance(error, (ValueError, TypeError, HfAsyncBatchingError))
     return usual and any(one in str(error) for one in (name, *_ALIASES.get(name, ())))
+
+
+def _has_no_distribution(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    try:
+        _quietly(_plain, model, PROMPT, **arguments)
+    except Exception as error:
+        return _is_no_distribution(error)
+    return False
 
 
 def _is_no_distribution(error: Exception) -> bool:
