@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -147,7 +148,9 @@ def worker_and_handles(rows: int, length: int, steps: int) -> dict[str, float]:
     engine.step = marked_step  # type: ignore[method-assign]
     clock.watch_engine(engine)
     assembly: Any = SimpleNamespace(engine=engine, forward=SimpleNamespace(device=torch.device("cpu")))
-    worker = Worker(assembly, max_waiting=rows, idle_timeout=None, on_stop=lambda _: None)
+    worker = Worker(
+        assembly, max_waiting=rows, idle_timeout=None, first_step=threading.Event(), on_stop=lambda _: None
+    )
     clock.watch(worker, "_deliver", "deliver")
     handles = [GenerationHandle(str(i), worker.cancel) for i in range(rows)]
     assert worker.put(make_requests(rows, length, new), handles)
