@@ -8,7 +8,7 @@ import torch
 
 from hf_async_batching import assembly
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError, inductor_options
-from hf_async_batching.early_launches import device_launches_early, generated_code_waits, waits
+from hf_async_batching.early_launches import device_launches_early, foreign_operations, generated_code_waits, waits
 
 WAIT, LAUNCH = "    tl.extra.cuda.gdc_wait()\n", "    tl.extra.cuda.gdc_launch_dependents()\n"
 LOAD, STORE = "    tmp0 = tl.load(in_ptr0 + x0)\n", "    tl.store(out_ptr0 + x0, tmp0)\n"
@@ -45,6 +45,40 @@ def test_one_kernel(body: str, right: bool) -> None:
 def test_kernels_that_are_not_launched_early_need_no_wait() -> None:
     assert waits(module(LOAD + STORE, STORE, early=False))
     assert waits("def call(args):\n    return args\n")
+
+
+CALL = (
+    "\n\nclass Runner:\n    def call(self, args):\n"
+    "        # buf0 = [call_function[target=torch.ops.aten.sort.stable](args)]\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "right"),
+    [
+        ("buf1 = torch.ops.hf_async_batching.linear.default(buf0, arg3_1, None, arg4_1)", True),
+        ("extern_kernels.mm(buf0, arg1_1, out=buf1)", True),
+        ("extern_kernels.addmm(arg0_1, buf0, arg1_1, alpha=1, beta=1, out=buf1)", True),
+        ("assert_size_stride(buf1, (1, s37), (s37, 1), 'torch.ops.aten.sort.stable')", True),
+        # What a sort or a histogram writes reaches kernels behind nodes that launch nothing.
+        ("buf1 = torch.ops.aten.sort.stable(buf0, stable=False, dim=0)", False),
+        ("buf1 = torch.ops.aten._grouped_mm.default(buf0, arg1_1, buf2)", False),
+        ("buf1 = torch.ops.aten.view_as_complex.default(buf0)", False),
+        ("buf1 = torch.ops.some_library.kernel(buf0)", False),
+        ("extern_kernels.convolution(buf0, arg1_1)", False),
+    ],
+)
+def test_none_is_launched_early_behind_operations_of_others(call: str, right: bool) -> None:
+    good = LOAD + WAIT + LAUNCH + STORE
+    assert waits(module(good) + CALL + f"        {call}\n") == right
+    assert bool(foreign_operations(CALL + f"        {call}\n")) != right
+    assert waits(module(LOAD + STORE, early=False) + CALL + f"        {call}\n"), "none is launched early"
+
+
+def test_a_kernel_of_the_user_is_foreign() -> None:
+    users = module(LOAD + STORE, early=False).replace("pointwise", "user_autotune")
+    assert waits(users)
+    assert not waits(users + module(LOAD + WAIT + LAUNCH + STORE))
 
 
 def test_all_generated_modules_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
