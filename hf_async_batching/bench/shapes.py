@@ -1,158 +1,113 @@
-"""Shapes of real models by name, with random weights: speed depends on shapes, not on what a model has learnt."""
+"""Models of real shapes by name, with random weights: speed depends on shapes, not on what a model has learnt."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_async_batching.bench.quantized import nf4_model
+from hf_async_batching.bench.shape_configs import SHAPES, Shape
 
-class Shape(NamedTuple):
-    """A class of config by name, and its fields."""
+__all__ = ["QUANTIZATIONS", "SHAPES", "Shape", "random_model", "shape_config"]
 
-    config: str
-    fields: dict[str, Any]
+QUANTIZATIONS = ("nf4",)
 
-
-def _llama3_rope(factor: float) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "rope_theta": 500_000.0,
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
-def _qwen3_rope() -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 1_000_000.0}
-
-
-# The fields are those of each model's public config.json.
-SHAPES: dict[str, Shape] = {
-    "llama-3.1-8b": Shape(
-        "LlamaConfig",
-        {
-            "vocab_size": 128_256,
-            "hidden_size": 4096,
-            "intermediate_size": 14_336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131_072,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _llama3_rope(8.0),
-            "tie_word_embeddings": False,
-        },
-    ),
-    "llama-3.2-1b": Shape(
-        "LlamaConfig",
-        {
-            "vocab_size": 128_256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131_072,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _llama3_rope(32.0),
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3-0.6b": Shape(
-        "Qwen3Config",
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40_960,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": _qwen3_rope(),
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3-8b": Shape(
-        "Qwen3Config",
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 4096,
-            "intermediate_size": 12_288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40_960,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": _qwen3_rope(),
-            "tie_word_embeddings": False,
-        },
-    ),
-    "smollm2-135m": Shape(
-        "LlamaConfig",
-        {
-            "vocab_size": 49_152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-            "tie_word_embeddings": True,
-        },
-    ),
-    # For tests: large weights, so that greedy outputs do not settle into one token.
-    "tiny": Shape(
-        "LlamaConfig",
-        {
-            "vocab_size": 211,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 16_384,
-            "initializer_range": 0.3,
-            "tie_word_embeddings": False,
-        },
-    ),
-}
+# Fields that list the kind of each layer, and fields that count the dense layers in front of the sparse ones.
+_KINDS = ("layer_types", "layers_block_type")
+_DENSE = ("num_dense_layers", "first_k_dense_replace")
 
 
 def random_model(
-    shape: str, device: torch.device, dtype: torch.dtype, *, seed: int = 0, **changes: Any
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    quantize: str | None = None,
+    **changes: Any,
 ) -> PreTrainedModel:
     """A model of `shape` in evaluation mode whose weights are drawn on `device`; nothing ends its completions.
 
     Args:
         shape: A key of `SHAPES`.
         device: Where the weights are made and stay.
-        dtype: Of the weights.
+        dtype: Of the weights; of what quantized layers compute with.
         seed: Of the weights. The state of torch's own generators is the same before and after.
-        changes: Fields of the config that differ from the shape's, such as `num_hidden_layers`.
+        quantize: None, or one of `QUANTIZATIONS`: each linear layer is quantized as soon as it is drawn.
+        changes: Fields of the config that differ from the shape's; for `num_hidden_layers`, see `shape_config`.
 
     Raises:
-        ValueError: No such shape.
+        ValueError: No such shape, layers or quantization, also where a package for it is missing or too old.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}")
-    config_class: Any = getattr(transformers, SHAPES[shape].config)
-    # No token means anything here: one that ends a completion would only make runs shorter at random.
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = config_class(**{**SHAPES[shape].fields, **special, **changes})
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"there is no quantization {quantize!r}; choose one of {', '.join(QUANTIZATIONS)}")
+    config = shape_config(shape, **changes)
     # `manual_seed` seeds every GPU, so the state of every GPU is kept.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), device:
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: Any
+        if quantize is not None:
+            model = nf4_model(config, device, dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     made: PreTrainedModel = model.eval()
     return made
+
+
+def shape_config(shape: str, **changes: Any) -> PreTrainedConfig:
+    """The config of `shape`, without special tokens.
+
+    Args:
+        shape: A key of `SHAPES`.
+        changes: Fields that differ. Fewer layers (`num_hidden_layers`) are the first ones; a kind of layer that comes
+            later takes the place of the last layer whose kind stays, where there is one.
+
+    Raises:
+        ValueError: No such shape, more layers than it has, or the installed transformers does not have the model.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}")
+    name, fields = SHAPES[shape]
+    config_class: Any = getattr(transformers, name, None)
+    if config_class is None or config_class not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"shape {shape!r} needs a transformers whose causal language models include {name}; "
+            f"transformers {transformers.__version__} has none: install a newer one"
+        )
+    layers = changes.pop("num_hidden_layers", None)
+    if layers is not None:
+        fields = _fewer_layers(shape, fields, layers)
+    # No token means anything here: one that ends a completion would only make runs shorter at random.
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config: PreTrainedConfig = config_class(**{**fields, **special, **changes})
+    return config
+
+
+def _fewer_layers(shape: str, fields: dict[str, Any], layers: int) -> dict[str, Any]:
+    listed = next((key for key in _KINDS if key in fields), None)
+    all_layers: int = fields["num_hidden_layers"] if listed is None else len(fields[listed])
+    if not 1 <= layers <= all_layers:
+        raise ValueError(f"shape {shape!r} has {all_layers} layers: choose 1 to {all_layers}, not {layers}")
+    fields = dict(fields)
+    if "num_hidden_layers" in fields:
+        fields["num_hidden_layers"] = layers
+    if listed is not None:
+        fields[listed] = _some_of_each(fields[listed], layers)
+    for key in _DENSE:
+        if key in fields:
+            fields[key] = min(fields[key], layers - 1)
+    return fields
+
+
+def _some_of_each(kinds: list[str], layers: int) -> list[str]:
+    kept = kinds[:layers]
+    for kind in dict.fromkeys(kinds):
+        counts = Counter(kept)
+        spare = [index for index, other in enumerate(kept) if counts[other] > 1]
+        if kind not in counts and spare:
+            kept[spare[-1]] = kind
+    return kept
