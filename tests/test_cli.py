@@ -106,6 +106,17 @@ def check_document(contents: dict[str, Any], name: str) -> None:
     assert contents["accuracy"]["generate_equal"] == [2, 2]
 
 
+def test_a_part_of_a_shape_with_quantized_weights(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Plain forwards of so narrow a layer fail in bitsandbytes, for some CPUs.
+    settings = ["--layers", "1", "--quantize", "nf4", "--depth", "1", "2", "--accuracy", "0", "--out", str(tmp_path)]
+    assert main(["bench", "seed", *SMALL, *settings]) == 0
+    contents = json.loads((tmp_path / "seed-tiny-1-layers-nf4.json").read_text())
+    assert contents["model"]["quantization"] == "nf4"
+    assert contents["model"]["parameters"] == 22_816, "of which two share a byte"
+    assert [run["equal_to_first_run"] for run in contents["runs"]] == [1, 1]
+
+
 def test_settings_reach_the_engine(tmp_path: Path) -> None:
     settings = ["--page-size", "32", "--max-rows", "2", "--max-batch-tokens", "64", "--no-graphs", "--engine"]
     settings += ["--admission", "longest_first"]
@@ -210,6 +221,9 @@ def test_a_saved_measurement_is_drawn_again(tmp_path: Path) -> None:
         (["seed", "--shape", "tiny", "--rows", "0"], "must be at least 1, got 0"),
         (["seed", "--shape", "tiny", "--depth", "0"], "must be at least 1, got 0"),
         (["seed", "--shape", "tiny", "--turns", "2"], "--turns belongs to the workload chat"),
+        (["seed", "--shape", "tiny", "--layers", "3", "--device", "cpu"], "has 2 layers: choose 1 to 2, not 3"),
+        (["seed", "--model", "x", "--layers", "1"], "--layers belongs to --shape"),
+        (["seed", "--shape", "tiny", "--quantize", "q8"], "invalid choice: 'q8'"),
         (["seed", "--shape", "tiny", "--accuracy", "-1"], "--accuracy must not be negative"),
         (["seed", "--shape", "tiny", "--page-size", "48"], "`page_size` must be 16, 32, 64, 128 or 256"),
         (["seed", "--shape", "tiny", "--peer", "vllm"], "invalid choice: 'vllm'"),

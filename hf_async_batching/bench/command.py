@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.peers import PEERS, run_peer
+from hf_async_batching.bench.quantized import nf4_config
 from hf_async_batching.bench.sampling_option import SamplingOption
-from hf_async_batching.bench.shapes import SHAPES, random_model
+from hf_async_batching.bench.shapes import QUANTIZATIONS, SHAPES, random_model
 from hf_async_batching.bench.timeline_picture import draw
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload
 from hf_async_batching.config import BatchingConfig
@@ -53,6 +55,13 @@ examples:
     hf-async-batching bench chat --shape qwen3-8b
     hf-async-batching bench chat --shape qwen3-8b --no-prefix-cache
 
+  a mixture of experts, and a model whose linear layers are quantized to 4 bits (needs bitsandbytes):
+    hf-async-batching bench small --shape qwen3-30b-a3b
+    hf-async-batching bench small --shape qwen3-8b --quantize nf4
+
+  the first layers of a large model, some of each kind:
+    hf-async-batching bench small --shape nemotron-h-8b --layers 8
+
   your own model, on a part of the work:
     hf-async-batching bench mix small --model path/or/hub-name --rows 32 --new 64
 
@@ -70,7 +79,7 @@ workloads (greedy, random token ids, all requests there at the start, no end of 
           end of the answer before it
 
 shapes:
-  {", ".join(SHAPES)}
+{textwrap.fill(", ".join(SHAPES), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}
 
 The table: host ms/step is planning, launching and reading, without waiting. MBU is the bytes that the steps must read
 (all weights once per step, the live keys and values once) over their time, over the copy bandwidth measured in the
@@ -106,6 +115,8 @@ def add_parser(commands: Any) -> None:
     add("workloads", nargs="*", metavar="WORKLOAD", help=f"what to serve: {', '.join(WORKLOADS)}")
     add("--shape", metavar="NAME", help="random weights of this shape (see below)")
     add("--model", metavar="NAME", help="a model's folder or its name on the Hub, instead of a shape")
+    add("--layers", type=count, metavar="N", help="of --shape: the first N layers, some of each kind where N allows")
+    add("--quantize", choices=QUANTIZATIONS, help="linear layers by bitsandbytes: 4-bit NormalFloat")
     add("--depth", type=count, nargs="+", default=[1, 2], metavar="N", help="steps in flight, one run each (1 2)")
     add("--engine", action="store_true", help="step the engine directly, without GenerationManager's thread")
     add("--peer", nargs="+", default=[], choices=PEERS, metavar="NAME", help=f"also run: {', '.join(PEERS)}")
@@ -157,6 +168,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BenchError("name either a --shape or a --model")
     if arguments.shape is not None and arguments.shape not in SHAPES:
         raise BenchError(f"there is no shape {arguments.shape!r}; choose one of {', '.join(SHAPES)}")
+    if arguments.layers is not None and arguments.shape is None:
+        raise BenchError("--layers belongs to --shape: a model of your own has the layers that it was trained with")
     if arguments.turns is not None and "chat" not in arguments.workloads:
         raise BenchError("--turns belongs to the workload chat")
     if arguments.sampling is not None:
@@ -208,15 +221,30 @@ def _config(arguments: argparse.Namespace, depth: int, admission: Admission) -> 
 
 
 def _model(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    quantize: str | None = arguments.quantize
     if arguments.shape is not None:
-        return random_model(arguments.shape, device, dtype)
+        changes = {} if arguments.layers is None else {"num_hidden_layers": arguments.layers}
+        try:
+            return random_model(arguments.shape, device, dtype, quantize=quantize, **changes)
+        except ValueError as error:
+            raise BenchError(f"--shape {arguments.shape}: {error}") from error
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+        settings = {"quantization_config": nf4_config(dtype), "device_map": {"": device}} if quantize else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **settings)
     except (OSError, ValueError) as error:
         raise BenchError(f"--model {arguments.model}: {error}") from error
     model.generation_config.eos_token_id = None
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _label(arguments: argparse.Namespace) -> str:
+    parts = [arguments.shape or Path(arguments.model).name]
+    if arguments.layers is not None:
+        parts.append(f"{arguments.layers}-layers")
+    if arguments.quantize is not None:
+        parts.append(arguments.quantize)
+    return "-".join(parts)
 
 
 def _bench_workload(
@@ -226,7 +254,7 @@ def _bench_workload(
     machine: Machine,
     configs: list[BatchingConfig],
 ) -> bool:
-    label = arguments.shape or Path(arguments.model).name
+    label = _label(arguments)
 
     def make(seed: int) -> Workload:
         sizes = {"rows": arguments.rows, "prompt": arguments.prompt, "new": arguments.new}
@@ -277,8 +305,9 @@ def _bench_workload(
                 "name": label,
                 "random_weights": arguments.shape is not None,
                 "class": type(model).__name__,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "parameters": model.num_parameters(),
                 "dtype": str(model.dtype).removeprefix("torch."),
+                "quantization": arguments.quantize,
             },
             machine=machine,
             measured=measured,

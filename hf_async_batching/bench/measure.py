@@ -302,5 +302,8 @@ def _peak(device: torch.device) -> tuple[int, int] | None:
 
 
 def _weights(model: PreTrainedModel) -> int:
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    parameters = list(model.parameters())
+    states = [getattr(parameter, "quant_state", None) for parameter in parameters]
+    scales = [state.absmax for state in states if state is not None]  # of 4-bit weights
+    tensors = {id(tensor): tensor for tensor in (*parameters, *scales, *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
