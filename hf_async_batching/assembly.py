@@ -11,26 +11,25 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attach_check import attach_check, compile_checked
+from hf_async_batching.attach_check import compile_checked
 from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.attention.cache import PagedCache, group_layers
 from hf_async_batching.autocast import Autocast
-from hf_async_batching.cache_forward import MODES, CacheForward
+from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError
-from hf_async_batching.compiler_start import start_compiler
-from hf_async_batching.config import BatchingConfig, ResolvedConfig, default_page_size
+from hf_async_batching.config import BatchingConfig, ResolvedConfig
 from hf_async_batching.device_state import DeviceState
 from hf_async_batching.devices import make_device
 from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.engine import Engine
-from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.memory import free_memory, return_memory
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import batch_dependent_rope, context_length, refuse_unservable, rope_limit
+from hf_async_batching.model_view import batch_dependent_rope, context_length, rope_limit
 from hf_async_batching.module_calls import runs_user_code
 from hf_async_batching.pipeline import Pipeline
 from hf_async_batching.process_end import process_ends
 from hf_async_batching.prompt_lookup import MAX_DRAFTED
+from hf_async_batching.route_choice import choose_route
 from hf_async_batching.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.runner import Runner
 from hf_async_batching.scheduler import Scheduler
@@ -39,7 +38,6 @@ from hf_async_batching.step_sizes import largest_padding
 from hf_async_batching.tensor_parallel.agreed_captures import with_agreed_captures
 from hf_async_batching.tensor_parallel.leading_pipeline import LeadingPipeline
 from hf_async_batching.tensor_parallel.rank_group import RankGroup
-from hf_async_batching.threshold_check import ThresholdCheck
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         UnsupportedModelError: The model cannot be served, or its outputs would not be right.
         ValueError: The KV cache does not fit in memory.
     """
-    forward, backend, view = _checked_forward(model, config)
+    forward, backend, view = choose_route(model, config)
     if runs_user_code(forward.view):
         # It may read values that change between calls: nothing of what it computed is kept.
         config = replace(config, compile=False, cuda_graphs=False, prefix_cache=False)
@@ -196,82 +194,6 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     if not (isinstance(forward, ModelForward) and resolved.settings.compile):
         view = None
     return Assembly(engine, resolved, forward, runner, cache, autocast, view, rope_limit(model))
-
-
-def check_servable(model: PreTrainedModel) -> None:
-    """Refuse what no route can serve, by a forward over a few tokens; the attach check may still refuse the rest.
-
-    Raises:
-        UnsupportedModelError: Says why.
-    """
-    refuse_unservable(model)
-    try:
-        ModelForward(model)
-    except UnsupportedModelError as packed:
-        try:
-            CacheForward(model)
-        except UnsupportedModelError as error:
-            raise error from packed
-
-
-def _checked_forward(
-    model: PreTrainedModel, config: BatchingConfig
-) -> tuple[ModelForward | CacheForward, AttentionBackend, PreTrainedModel | None]:
-    """A forward whose logits agree with those of plain `generate`: the first route for which that is so.
-
-    Returns:
-        The forward, its kernels, and the view of the model that it was checked against.
-    """
-    refuse_unservable(model)
-    device = next(model.parameters()).device
-    backend = make_backend(config.attention_backend, device)
-    start_compiler(device)
-    beyond = ThresholdCheck(model, config.max_sequence_length)
-    try:
-        with beyond.beside("packed", ModelForward, config.attach_check and device.type == "cuda"):
-            packed_forward, view = _packed_forward(model, config, backend)
-        if config.attach_check:
-            beyond.refuse("packed", ModelForward)
-        return packed_forward, backend, view
-    except UnsupportedModelError as error:
-        packed = error
-    reasons: list[UnsupportedModelError] = []
-    for batching, whole_prompts in MODES:
-        try:
-            forward = CacheForward(model, batching, whole_prompts)
-            if forward.recomputes:  # the last resort is `generate`'s own loop
-                route = f"{batching}, whole prompts" if whole_prompts else batching
-                make = partial(CacheForward, batching=batching, whole_prompts=whole_prompts)
-                beyond.refuse(route, make)
-            view = attach_check(model, forward, backend, config.page_size or default_page_size(forward.device))
-        except UnsupportedModelError as error:
-            logger.debug("%s as %s, %s: %s", type(model).__name__, batching, whole_prompts, error)
-            reasons.append(error)
-            continue
-        logger.warning(
-            "%s is served through its own cache class (%s), slower than packed: %s",
-            forward.name,
-            forward.route,
-            str(packed).removeprefix(f"{forward.name} is not served: "),
-        )
-        return forward, backend, view
-    raise reasons[-1] from packed
-
-
-def _packed_forward(
-    model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend
-) -> tuple[ModelForward, PreTrainedModel | None]:
-    """A packed forward that passed the check; without fused weights where it does only then."""
-    device = next(model.parameters()).device
-    page_size = config.page_size or default_page_size(device)
-    if config.fuses_weights(device):
-        try:
-            forward = ModelForward(model, fused=True, skinny=not config.compiles(device))
-            return forward, attach_check(model, forward, backend, page_size)
-        except Exception as error:
-            logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
-    forward = ModelForward(model)
-    return forward, attach_check(model, forward, backend, page_size) if config.attach_check else None
 
 
 def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool:

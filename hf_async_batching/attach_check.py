@@ -21,8 +21,9 @@ from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.compiled_regions import EXAMPLE_TOKENS
 from hf_async_batching.compiler_start import after_compiler_start
+from hf_async_batching.device_failure import device_failure, is_device_failure
 from hf_async_batching.device_state import DeviceState, StepInputs
-from hf_async_batching.errors import UnsupportedModelError, does_not_fit
+from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
 from hf_async_batching.generate_loop import prepare_view
 from hf_async_batching.logits_error import logits_error, logits_tolerance
 from hf_async_batching.model_forward import ModelForward
@@ -62,7 +63,9 @@ def attach_check(
         The second view, which is the model as it was checked.
 
     Raises:
-        UnsupportedModelError: The logits differ by more than rounding, or a step fails.
+        LogitsDifferError: The logits differ by more than rounding.
+        UnsupportedModelError: A step fails.
+        DeviceFailedError: The device fails.
     """
     vocab = forward.vocab_size
     few = prompts is None
@@ -70,12 +73,14 @@ def attach_check(
     views: list[PreTrainedModel] = []
     expected: list[Expected] = []
     got: dict[str, torch.Tensor] = {}
+    steps: list[str] = []
 
     in_turn = not isinstance(forward, ModelForward) or not _bears_threads(forward.view)
     plain_ended = threading.Event()
 
     def run_plain() -> None:
         try:
+            steps.append("plain forwards")
             view = make_view(model, None)
             views.append(view)
             prepare_view(view)
@@ -95,14 +100,19 @@ def attach_check(
             side_by_side([after_compiler_start(kernel) for kernel in kernels], forward.device)
         if in_turn:
             plain_ended.wait()
-        got.update(_engine_logits(forward, backend, page_size, prompts))
+        got.update(_engine_logits(forward, backend, page_size, prompts, steps))
 
     try:
         # Both take seconds in a fresh process: libraries that load on the one side, compilers on the other.
         side_by_side([run_plain, run_engine], forward.device)
+    except LogitsDifferError:
+        raise
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{forward.name} is not served: {_bare(forward, error)}") from error
     except Exception as error:
+        if is_device_failure(error):
+            step = f"the attach check ({'; '.join(steps)})"
+            raise device_failure(error, forward.name, forward.route, step, forward.device) from error
         if not does_not_fit(error):
             raise
         raise UnsupportedModelError(
@@ -119,11 +129,12 @@ def attach_check(
             continue
         difference = logits_error(got[label], want)
         if not difference <= tolerance:
-            raise UnsupportedModelError(
+            raise LogitsDifferError(
                 f"{forward.name} is not served: its logits for {label} differ from plain `generate`'s by "
                 f"{difference:.2g} (relative norm, {forward.dtype}). Load it with attn_implementation='eager' if its "
                 "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
-                "use plain `model.generate`; and please report it with its config."
+                "use plain `model.generate`; and please report it with its config.",
+                f"its logits for {label} differ by {difference:.2g} in {forward.dtype}",
             )
     return views[0]
 
@@ -153,9 +164,13 @@ def _bare(forward: ModelForward | CacheForward, error: Exception) -> str:
 
 
 def _engine_logits(
-    forward: ModelForward | CacheForward, backend: AttentionBackend, page_size: int, prompts: Prompts
+    forward: ModelForward | CacheForward,
+    backend: AttentionBackend,
+    page_size: int,
+    prompts: Prompts,
+    steps: list[str],
 ) -> dict[str, torch.Tensor]:
-    """Logits [vocab] by what they are for."""
+    """Logits [vocab] by what they are for; what is computed is appended to `steps`."""
     first, second, third = prompts
     split = prompts.chunk
     pages = -(-(len(first) + 1) // page_size)
@@ -201,6 +216,7 @@ def _engine_logits(
         del forced[0]
     logits: list[torch.Tensor] = []
     for plan in plans:
+        steps.append(f"step {plan.step}: {len(plan.chunks)} chunks, {len(plan.decode_rows)} rows that decode")
         staged, sections = _stage(plan, forward.device, forward.tile_size or backend.tile_size, len(prompts))
         state.apply_updates(staged, sections)
         inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(len(plan.decode_rows))

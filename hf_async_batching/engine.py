@@ -109,6 +109,15 @@ class Engine:
             self.records, len(plan.decode_rows), plan.context_tokens, time.perf_counter()
         )
 
+    @property
+    def in_flight(self) -> str:
+        """What the device has not answered yet, in words."""
+        steps = [
+            f"step {plan.step} ({len(plan.decode_rows)} rows that decode, {plan.num_prompt_tokens} tokens of prompts)"
+            for plan in [launch.plan for launch in self._in_flight]
+        ]
+        return ", ".join(steps) or "a step that was being launched or read"
+
     def step(self) -> list[Emission]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
         started = time.perf_counter()

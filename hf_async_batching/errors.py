@@ -23,6 +23,10 @@ class EngineFailedError(HfAsyncBatchingError, RuntimeError):
     """The engine's own step failed; `__cause__` holds the reason. The next call starts a fresh engine."""
 
 
+class DeviceFailedError(EngineFailedError):
+    """A device failed while a model was checked; the message says where, and whether it can be used again."""
+
+
 class InvalidProbabilitiesError(HfAsyncBatchingError, RuntimeError):
     """A token was to be drawn from scores with NaN or inf, or that are all -inf. Tokens made before are kept."""
 
@@ -37,6 +41,21 @@ class ForkedProcessError(HfAsyncBatchingError, RuntimeError):
 
 class UnsupportedModelError(HfAsyncBatchingError, NotImplementedError):
     """The model's attention cannot be routed to the paged cache, or its outputs would not be right."""
+
+
+class LogitsDifferError(UnsupportedModelError):
+    """A forward's logits differ from those of plain `generate` by more than rounding explains.
+
+    Args:
+        message: What differs, and what to do.
+        short: The first of it, without the model's name.
+        plain: Whether two ways of plain `generate` itself differ, whatever the route.
+    """
+
+    def __init__(self, message: str, short: str = "its logits differ", *, plain: bool = False) -> None:
+        super().__init__(message)
+        self.short = short
+        self.plain = plain
 
 
 class UnsupportedArgumentError(HfAsyncBatchingError, NotImplementedError):

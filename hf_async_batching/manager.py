@@ -18,7 +18,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_async_batching.assembly import Assembly, assemble, check_servable
+from hf_async_batching.assembly import Assembly, assemble
 from hf_async_batching.autocast import Autocast
 from hf_async_batching.chosen_handles import ChosenHandle
 from hf_async_batching.collector import no_collections
@@ -51,6 +51,7 @@ from hf_async_batching.requests_from_config import (
     new_request_id,
     seeds_of_rows,
 )
+from hf_async_batching.route_choice import check_servable
 from hf_async_batching.sequence import Sequence as EngineSequence
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.step_needs import features_of
@@ -100,9 +101,9 @@ class GenerationManager:
         self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig | None, model: PreTrainedModel
     ) -> None:
         self._group = RankGroup.of(model)
-        # Refused here, before any memory is taken; the engine makes its own view when it starts.
-        check_servable(model)
         self.config = config or BatchingConfig()
+        # Refused here, before any memory is taken; the engine makes its own view when it starts.
+        check_servable(model, self.config.max_sequence_length)
         self._engine_config = self.config if self._group is None else self.config.for_ranks()
         self._get_model = get_model
         self._lock = ForkSafeLock()

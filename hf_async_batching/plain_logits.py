@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.cache_forward import CacheForward
-from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError
 from hf_async_batching.generate_loop import GenerateLoop
 from hf_async_batching.length_thresholds import length_thresholds
 from hf_async_batching.logits_error import logits_error, logits_tolerance, worst_error
@@ -203,10 +203,12 @@ def _refuse_above_tolerance(forward: Forward, *differences: float) -> None:
     tolerance = logits_tolerance(forward)
     above = [difference for difference in differences if not difference <= tolerance]
     if above:
-        raise UnsupportedModelError(
+        raise LogitsDifferError(
             f"{forward.name} is not served: its tokens change the logits of tokens before them, or those after tokens "
             f"one by one and all at once differ, by {above[0]:.2g} (relative norm, {forward.dtype}). Set "
-            "`config.is_decoder = True` if it has that, or use plain `model.generate`."
+            "`config.is_decoder = True` if it has that, or use plain `model.generate`.",
+            f"its logits of tokens one by one and all at once differ by {above[0]:.2g} in {forward.dtype}",
+            plain=True,
         )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_async_batching.wide_tensor import WideTensor
+
 
 def is_quantized(model: PreTrainedModel) -> bool:
     """Whether any layer computes with quantized weights, and perhaps with quantized activations.
@@ -23,7 +25,7 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor is made of others (torchao, quanto)."""
-    return hasattr(type(tensor), "__tensor_flatten__")
+    return hasattr(type(tensor), "__tensor_flatten__") and not isinstance(tensor, WideTensor)
 
 
 def has_state(parameter: torch.Tensor) -> bool:
@@ -33,6 +35,7 @@ def has_state(parameter: torch.Tensor) -> bool:
         isinstance(parameter, nn.Parameter)
         and kind is not nn.Parameter
         and not is_wrapped(parameter)
+        and not isinstance(parameter, WideTensor)
         and bool(vars(parameter))
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from hf_async_batching.assembly import Assembly
+from hf_async_batching.device_failure import device_failure, is_device_failure
 from hf_async_batching.emission import Emission
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
 from hf_async_batching.handle import GenerationHandle, wake
@@ -206,7 +207,7 @@ class Worker:
         with self._changed:
             self._accepting = False
             assembly, self._assembly = self._assembly, None
-        self._fail_everyone(error)
+        self._fail_everyone(error, assembly)
         try:
             if assembly is not None:
                 assembly.engine.close()
@@ -310,17 +311,26 @@ class Worker:
         del self._handles[request_id]
         self._live.discard(request_id)
 
-    def _fail_everyone(self, cause: BaseException | None) -> None:
+    def _fail_everyone(self, cause: BaseException | None, assembly: Assembly | None) -> None:
         left = [*self._handles.values(), *[handle for _, handle in self._inbox]]
         self._handles.clear()
         self._inbox.clear()
+        told = _told(cause, assembly) if cause is not None and left else ""
         for handle in left:
             if cause is None:
                 handle._fail(EngineClosedError(f"{self._reason} while request {handle.request_id} was live"))
             else:
-                failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {cause!r}")
+                failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {told}")
                 failure.__cause__ = cause
                 handle._fail(failure)
+
+
+def _told(cause: BaseException, assembly: Assembly | None) -> str:
+    """What failed; where a device did, also which model, in which step, and whether it can be used again."""
+    if assembly is None or not is_device_failure(cause):
+        return repr(cause)
+    forward = assembly.forward
+    return str(device_failure(cause, forward.name, forward.route, assembly.engine.in_flight, forward.device))
 
 
 class _Warming:

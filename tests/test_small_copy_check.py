@@ -17,7 +17,7 @@ from transformers.models.ministral3 import modeling_ministral3
 import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
 from hf_async_batching import model_forward as model_forward_module
-from hf_async_batching import threshold_check as module
+from hf_async_batching import small_copy_check as module
 from hf_async_batching.attach_check import attach_check
 from hf_async_batching.attention import interface
 from hf_async_batching.attention.backend import make_backend
@@ -27,7 +27,7 @@ from hf_async_batching.coverage.check import check_model, make_prompts, referenc
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.row_cache import RowCache
-from hf_async_batching.threshold_check import ThresholdCheck
+from hf_async_batching.small_copy_check import SmallCopyCheck
 
 # Beyond what the attach check's own prompts reach.
 FAR = 200
@@ -115,7 +115,7 @@ def test_a_packed_route_that_is_wrong_beyond_a_threshold_is_caught(
 ) -> None:
     class_name, changes, plant = MISTAKES[threshold]
     model = tiny_model(class_name, **changes)
-    check = ThresholdCheck(model)
+    check = SmallCopyCheck(model)
     assert threshold in check.thresholds
     if "index" not in threshold:
         check.refuse("packed", ModelForward)
@@ -126,7 +126,7 @@ def test_a_packed_route_that_is_wrong_beyond_a_threshold_is_caught(
     with pytest.raises(
         UnsupportedModelError, match=rf"beyond its thresholds .*{threshold.split('*')[0]}.*small model"
     ):
-        ThresholdCheck(model).refuse("packed", ModelForward)
+        SmallCopyCheck(model).refuse("packed", ModelForward)
 
 
 @needs_masks
@@ -150,7 +150,7 @@ def test_a_padded_route_that_is_wrong_beyond_a_threshold_is_caught(
         model = tiny_model("Llama4ForCausalLM", floor_scale=FAR, attn_scale=0.5)
     attach_check(model, CacheForward(model, "padded", False), make_backend("auto", torch.device("cpu")))
     with pytest.raises(UnsupportedModelError, match="beyond its thresholds"):
-        ThresholdCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", False))
+        SmallCopyCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", False))
 
 
 @needs_masks
@@ -196,13 +196,13 @@ def test_only_what_is_within_reach_costs_anything(
     fields: dict[str, Any], longest: int | None, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama_like("Mistral", **fields) if fields else llama_like("Llama")
-    check = ThresholdCheck(model, longest)
+    check = SmallCopyCheck(model, longest)
     assert check.thresholds == expected
     if not expected:
         monkeypatch.setattr(module, "_make", fail)
         check.refuse("packed", ModelForward)
         with check.beside("packed", ModelForward, True):
-            assert not any("threshold" in thread.name for thread in threading.enumerate())
+            assert not any("small copy" in thread.name for thread in threading.enumerate())
 
 
 def test_one_check_for_models_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,15 +210,15 @@ def test_one_check_for_models_of_a_config(monkeypatch: pytest.MonkeyPatch) -> No
     make = module._make
     monkeypatch.setattr(module, "_make", lambda *args: made.append(args[2]) or make(*args))
     for _ in range(2):
-        ThresholdCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+        SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
     assert made == [0]
-    ThresholdCheck(llama_like("Mistral", num_key_value_heads=4)).refuse("packed", ModelForward)
+    SmallCopyCheck(llama_like("Mistral", num_key_value_heads=4)).refuse("packed", ModelForward)
     assert made == [0, 0]
 
 
 def test_what_a_thread_finds_out_beside_is_known() -> None:
     model = llama_like("Mistral")
-    check = ThresholdCheck(model)
+    check = SmallCopyCheck(model)
     with check.beside("packed", ModelForward, False):
         pass
     assert not module._verdicts
@@ -254,14 +254,14 @@ def test_what_cannot_be_told_is_logged(
     elif why == "does not generate":
         monkeypatch.setattr(Further, "forward", lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.INFO, "hf_async_batching"):
-        ThresholdCheck(model).refuse("packed", ModelForward)
+        SmallCopyCheck(model).refuse("packed", ModelForward)
     assert "is not checked beyond sliding_window" in caplog.text
     reason = {"its own way": "how to make a Own", "too large": "parameters", "does not generate": "ZeroDivisionError"}
     assert reason[why] in caplog.text
 
 
 def test_a_class_that_is_made_as_its_base_is_checked() -> None:
-    ThresholdCheck(of(Further)).refuse("packed", ModelForward)
+    SmallCopyCheck(of(Further)).refuse("packed", ModelForward)
     assert list(module._verdicts.values()) == [None]
 
 
@@ -273,7 +273,7 @@ def test_a_callers_settings_neither_matter_nor_change(class_name: str) -> None:
     try:
         torch.set_default_dtype(torch.bfloat16)
         with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
-            ThresholdCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", True))
+            SmallCopyCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", True))
     finally:
         torch.set_default_dtype(torch.float32)
     assert list(module._verdicts.values()) == [None]
@@ -290,11 +290,11 @@ def test_rounding_near_a_tie_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(module, "attach_check", sometimes)
     failures = 1
-    ThresholdCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+    SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
     failures = 100
     module._verdicts.clear()
     with pytest.raises(UnsupportedModelError, match=r"shows \(.*its logits differ\)"):
-        ThresholdCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+        SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
 
 
 def test_an_unchecked_engine_makes_no_small_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
-"""Whether a route is right beyond the lengths at which a model begins to compute otherwise.
+"""Whether a route is right, as a small model of the same class shows on the CPU.
 
-The attach check's prompts are short, and a real model's windows are not. So a small model of the same class, whose
-thresholds lie within a few tokens (`scaled_down`), goes through the same check on the CPU, in float32: prompts and
-decodes on both sides of each threshold, short rows beside long ones. A route that is wrong there is not taken.
+A route can be wrong in two ways that the attach check does not find, or finds too late. Its prompts are short, and a
+real model's windows are not: so the small model's thresholds lie within a few tokens (`scaled_down`), and it goes
+through the same check with prompts and decodes on both sides of each threshold, short rows beside long ones. And a
+forward that a family does not bear may end in an assertion on the device, after which the process cannot use its GPU
+any more: on the CPU it is an exception. A route that is wrong here is not taken, and not tried on the device.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from hf_async_batching.length_thresholds import length_thresholds, scaled_down
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import context_length, make_view
 from hf_async_batching.plain_logits import prompts_of_lengths
+from hf_async_batching.reference_kernels import use_reference_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class _NotChecked(Exception):
     """No small model could be made, or it does not generate."""
 
 
-class ThresholdCheck:
+class SmallCopyCheck:
     """The check of one model's routes.
 
     Args:
@@ -70,17 +73,18 @@ class ThresholdCheck:
         self.thresholds = {name: value for name, value in found.items() if reach is None or value < reach}
         self._models: dict[int, PreTrainedModel] = {}
 
-    def refuse(self, route: str, make_forward: Callable[[PreTrainedModel], Forward]) -> None:
-        """Refuse a route that is wrong beyond a threshold. Where that cannot be told, it is logged.
+    def refuse(self, route: str, make_forward: Callable[[PreTrainedModel], Forward], *, always: bool = False) -> None:
+        """Refuse a route that is wrong. Where that cannot be told, it is logged.
 
         Args:
             route: Its name: a class and config are checked once per route and process.
             make_forward: Makes a forward of that route for a model.
+            always: Check it although the model has no thresholds.
 
         Raises:
             UnsupportedModelError: Logits differ from those of plain `generate`.
         """
-        if not self.thresholds:
+        if not self.thresholds and not always:
             return
         try:
             key = self._class, self._signature, route
@@ -88,16 +92,17 @@ class ThresholdCheck:
                 if key not in _verdicts:
                     _verdicts[key] = self._verdict(make_forward)
         except Exception as error:  # whatever a family's own code raises at sizes that it was not made for
-            logger.info(
-                "%s is not checked beyond %s: %s", self._class.__name__, ", ".join(self.thresholds), _line(error)
-            )
+            beyond = ", ".join(self.thresholds)
+            what = f"is not checked beyond {beyond}" if beyond else f"is not tried on the CPU ({route})"
+            logger.info("%s %s: %s", self._class.__name__, what, _line(error))
             return
         wrong = _verdicts[key]
         if wrong is not None:
             names = ", ".join(f"{name}={value}" for name, value in self.thresholds.items())
+            where = f"beyond its thresholds ({names}) it" if names else "it"
             raise UnsupportedModelError(
-                f"{self._class.__name__} is not served: beyond its thresholds ({names}) it would not be right, as a "
-                f"small model of its class shows ({wrong})"
+                f"{self._class.__name__} is not served: {where} would not be right, as a small model of its class "
+                f"shows ({wrong})"
             )
 
     @contextmanager
@@ -117,7 +122,7 @@ class ThresholdCheck:
             with suppress(UnsupportedModelError):
                 self.refuse(route, make_forward)
 
-        thread = threading.Thread(target=find_out, name="hf_async_batching threshold check", daemon=True)
+        thread = threading.Thread(target=find_out, name="hf_async_batching small copy check", daemon=True)
         thread.start()
         try:
             yield
@@ -180,6 +185,7 @@ def _make(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTrai
                 parameter.mul_(_SCALE)
     plain: Any = GenerationConfig
     model.generation_config = plain(pad_token_id=0)
+    use_reference_kernels(model)
     view = make_view(model, None)
     prepare_view(view)
     loop = GenerateLoop(view)

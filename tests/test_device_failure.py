@@ -1,0 +1,80 @@
+"""A device that fails is named with the model, the route and the step; and whether the process can go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_async_batching import device_failure as module
+from hf_async_batching.attach_check import attach_check
+from hf_async_batching.attention.backend import make_backend
+from hf_async_batching.coverage.families import tiny_model
+from hf_async_batching.device_failure import device_failure, is_device_failure, is_lost
+from hf_async_batching.errors import DeviceFailedError, EngineFailedError, UnsupportedModelError
+from hf_async_batching.model_forward import ModelForward
+
+ASSERT = "CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in https://docs.nvidia.com\n"
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (RuntimeError(ASSERT), True),
+        (RuntimeError("Triton Error [CUDA]: device-side assert triggered"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (caused(UnsupportedModelError("its forward fails"), RuntimeError(ASSERT)), True),
+        (DeviceFailedError("it failed"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (IndexError("index 3 is out of bounds"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. CUDA error"), False),
+        (caused(UnsupportedModelError("its forward fails"), ValueError("no")), False),
+    ],
+)
+def test_which_errors_are_a_devices(error: Exception, failed: bool) -> None:
+    assert is_device_failure(error) == failed
+
+
+def test_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:1")
+    for lost in (True, False):
+        monkeypatch.setattr(module, "is_lost", lambda _, lost=lost: lost)
+        error = device_failure(RuntimeError(ASSERT), "Falcon", "padded", "step 3", device)
+        assert isinstance(error, EngineFailedError)
+        text = str(error)
+        assert text.startswith(
+            "Falcon, served as padded, failed on cuda:1 in step 3: RuntimeError: CUDA error: device"
+        )
+        assert "Search for" not in text
+        assert ("The CUDA context of this process is gone" in text) == lost
+
+
+def test_only_cuda_is_asked() -> None:
+    assert not is_lost(torch.device("cpu"))
+
+
+def test_the_attach_check_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("LlamaForCausalLM")
+    forward = ModelForward(model)
+    calls: list[int] = []
+    call = ModelForward.__call__
+
+    def fails(self: ModelForward, inputs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError(ASSERT)
+        return call(self, inputs)
+
+    monkeypatch.setattr(ModelForward, "__call__", fails)
+    with pytest.raises(
+        DeviceFailedError, match=r"LlamaForCausalLM, served as packed, failed on cpu in the attach"
+    ) as caught:
+        attach_check(model, forward, make_backend("auto", torch.device("cpu")))
+    assert "step 2: 0 chunks, 1 rows that decode" in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)

@@ -1,0 +1,167 @@
+"""Rounding is told from a mistake in a wider dtype."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching import BatchingConfig, UnsupportedModelError
+from hf_async_batching.attention.interface import PagedLayer
+from hf_async_batching.cache_forward import CacheForward
+from hf_async_batching.coverage.families import tiny_model
+from hf_async_batching.errors import LogitsDifferError
+from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.route_choice import choose_route
+from hf_async_batching.wide_check import agrees_in_wide_dtype
+from hf_async_batching.wide_tensor import WideTensor, widen_weights
+
+ROUNDING = LogitsDifferError("its logits differ")
+
+
+def experts(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model whose router flips in bfloat16: the attach check finds 0.26, of 0.1 that it allows."""
+    return tiny_model("GptOssForCausalLM").to(dtype)  # type: ignore[no-any-return]
+
+
+def test_choices_that_rounding_decides_cost_no_route(caplog: pytest.LogCaptureFixture) -> None:
+    model = experts()
+    before = {name: (parameter.data_ptr(), parameter.dtype) for name, parameter in model.named_parameters()}
+    with caplog.at_level(logging.INFO, "hf_async_batching"):
+        forward, _, view = choose_route(model, BatchingConfig())
+    assert forward.route == "packed"
+    assert forward.dtype == torch.bfloat16
+    assert view is not None and next(view.parameters()).dtype == torch.bfloat16
+    assert "in torch.float32 they agree" in caplog.text
+    assert before == {name: (parameter.data_ptr(), parameter.dtype) for name, parameter in model.named_parameters()}
+
+
+def layer_without(**changes: Any) -> Callable[[ModelForward], None]:
+    def plant(forward: ModelForward) -> None:
+        layers = sorted(forward._paged_layers.items(), key=lambda item: item[1].index)
+        key, layer = layers[0]
+        seen = {name: getattr(layer, name) for name in ("sliding_window", "chunk")}
+        forward._paged_layers[key] = PagedLayer(layer.index, **seen | changes)
+
+    return plant
+
+
+def another_expert(forward: ModelForward) -> None:
+    """Two experts of one layer change places."""
+    module = next(module for module in forward.view.modules() if hasattr(module, "down_proj"))
+    weight = module.down_proj
+    changed = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+    changed[[0, 1]] = changed[[1, 0]].clone()
+    module._parameters["down_proj"] = changed
+
+
+def scaled_output(forward: ModelForward) -> None:
+    """One layer's experts count for a tenth more."""
+    module = next(module for module in forward.view.modules() if hasattr(module, "down_proj"))
+    module.register_forward_hook(lambda _module, _args, out: out * 1.1)
+
+
+def shifted_positions(forward: ModelForward) -> None:
+    """Rotary frequencies of one layer's queries and keys stand a token further apart."""
+    module = next(module for module in forward.view.modules() if hasattr(module, "sinks"))
+
+    def shift(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        cos, sin = kwargs["position_embeddings"]
+        return args, kwargs | {"position_embeddings": (cos.roll(1, dims=1), sin.roll(1, dims=1))}
+
+    module.register_forward_pre_hook(shift, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [layer_without(sliding_window=20), another_expert, scaled_output, shifted_positions],
+    ids=lambda p: p.__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_mistake_in_one_layer_is_no_rounding(plant: Callable[[ModelForward], None], dtype: torch.dtype) -> None:
+    def make(model: PreTrainedModel) -> ModelForward:
+        forward = ModelForward(model)
+        plant(forward)
+        return forward
+
+    model = experts(dtype)
+    assert agrees_in_wide_dtype(model, ModelForward, 16, ROUNDING) is not None
+    assert agrees_in_wide_dtype(model, make, 16, ROUNDING) is None
+
+
+def test_routes_through_a_cache_class_are_compared_too() -> None:
+    model = tiny_model("NemotronHForCausalLM").to(torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="recurrent states"):
+        ModelForward(model)
+    assert choose_route(model, BatchingConfig())[0].route == "padded, row states"
+
+
+def test_what_is_the_same_for_all_routes_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def differs(make: Any, *_: Any) -> Any:
+        tried.append(make.keywords["batching"])
+        if tried[-1] == "single":
+            raise UnsupportedModelError("nor that")
+        raise LogitsDifferError("it differs from itself", plain=True)
+
+    monkeypatch.setattr("hf_async_batching.route_choice._checked", differs)
+    with pytest.raises(UnsupportedModelError, match="nor that"):
+        choose_route(tiny_model("Mamba2ForCausalLM"), BatchingConfig(attach_check=False))
+    assert tried == ["padded", "single"]
+
+
+@pytest.mark.parametrize("reason", ["quantized", "float64", "memory"])
+def test_what_cannot_be_compared_is_no_rounding(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = experts(torch.float64 if reason == "float64" else torch.bfloat16)
+    if reason == "quantized":
+        monkeypatch.setattr("hf_async_batching.wide_check.is_quantized", lambda _: True)
+    if reason == "memory":
+
+        def none_left(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("none left")
+
+        monkeypatch.setattr("hf_async_batching.wide_check.attach_check", none_left)
+    assert agrees_in_wide_dtype(model, ModelForward, 16, ROUNDING) is None
+
+
+def test_a_wide_weight_is_converted_where_it_is_used() -> None:
+    narrow = torch.randn(6, 40, 30).to(torch.bfloat16)
+    wide = WideTensor(narrow, torch.float32)
+    one = wide[2]
+    assert isinstance(one, WideTensor) and one.dtype == torch.float32
+    assert one._narrow.data_ptr() == narrow[2].data_ptr(), "nothing was copied"
+    inputs = torch.randn(5, 30)
+    assert torch.equal(torch.nn.functional.linear(inputs, one), inputs @ narrow[2].float().T)
+    assert torch.equal(inputs @ one.T, inputs @ narrow[2].float().T)
+    assert torch.equal(torch.nn.functional.embedding(torch.tensor([3, 3]), one), narrow[2].float()[[3, 3]])
+    assert torch.equal(wide + 1, narrow.float() + 1)
+    assert type(wide * 2) is torch.Tensor
+    assert "kept in torch.bfloat16" in repr(wide)
+
+
+def test_weights_stay_shared_and_tied() -> None:
+    module = torch.nn.ModuleDict({"first": torch.nn.Linear(1100, 1000), "second": torch.nn.Linear(1100, 1000)})
+    module.to(torch.bfloat16)
+    module["second"].weight = module["first"].weight
+    module.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    kept = module["first"].weight.data_ptr()
+    widen_weights(module, torch.float32)
+    first, second = module["first"].weight, module["second"].weight
+    assert first is second
+    assert isinstance(first, WideTensor) and isinstance(first, torch.nn.Parameter)
+    assert first._narrow.data_ptr() == kept
+    assert type(module["first"].bias) is torch.nn.Parameter and module["first"].bias.dtype == torch.float32
+    assert module.mask.dtype == torch.bool
+    assert module["first"](torch.ones(1, 1100)).dtype == torch.float32
+
+
+def test_forwards_of_both_kinds_take_wide_weights() -> None:
+    model = experts()
+    widen_weights(model, torch.float32)
+    for forward in (ModelForward(model), CacheForward(model, "padded", False)):
+        assert forward.dtype == torch.float32
