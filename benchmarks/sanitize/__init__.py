@@ -1,0 +1,1 @@
+"""NVIDIA's compute-sanitizer over small steps of the engine and over each kernel."""

@@ -1,0 +1,158 @@
+"""Every tool over every scenario, a table, one JSON, and an exit status.
+
+python -m benchmarks.sanitize --out results
+python -m benchmarks.sanitize --tools memcheck --scenarios decode mixed
+python -m benchmarks.sanitize --device cpu          # the scenarios alone; kernels in Triton's interpreter
+
+Each scenario first runs alone. Then memcheck and initcheck watch it with each tensor in an allocation of its own and
+steps that are not captured; memcheck also with captured ones; racecheck watches each of our kernels once.
+Exit status 1: an error that is ours to look at. 2: none found, but something could not be run to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.sanitize.finder import SanitizerNotFoundError, find_sanitizer
+from benchmarks.sanitize.kernel_names import package_kernels
+from benchmarks.sanitize.runs import (
+    ALONE,
+    DEFAULT_TOOLS,
+    TOOLS,
+    Outcome,
+    Run,
+    command_of,
+    environment_of,
+    execute,
+    plan_runs,
+)
+from benchmarks.sanitize.scenarios import SCENARIOS, run_scenario
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    about = "\n".join(f"  {name:10s} {scenario.about}" for name, scenario in SCENARIOS.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nscenarios:\n{about}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(DEFAULT_TOOLS))
+    parser.add_argument(
+        "--scenarios",
+        nargs="+",
+        choices=SCENARIOS,
+        help="all where left out; racecheck then skips those without kernels of their own",
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--side-by-side", type=int, metavar="N", help="6, and on a CPU 1")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for one process")
+    parser.add_argument("--all-kernels", action="store_true", help="racecheck looks at libraries' kernels, too")
+    parser.add_argument("--out", type=Path, help="folder for sanitize.json and the logs; else logs are deleted")
+    parser.add_argument("--scenario", choices=SCENARIOS, help="run this one in this process, without a tool")
+    given = parser.parse_args(arguments)
+    if given.scenario is not None:
+        import torch
+
+        run_scenario(given.scenario, torch.device(given.device))
+        return 0
+    sanitizer: Path | None = None
+    if given.device != "cpu":
+        try:
+            sanitizer = find_sanitizer()
+        except SanitizerNotFoundError as error:
+            print(error, file=sys.stderr)
+            return 2
+    with TemporaryDirectory(prefix="sanitize-") as scratch:
+        folder = given.out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        outcomes = _run_all(given, sanitizer, folder, Path(scratch))
+        summary = {
+            "device": given.device,
+            "sanitizer": None if sanitizer is None else _version(sanitizer),
+            "seconds": round(time.perf_counter() - began, 1),
+            "runs": [outcome.as_json() for outcome in outcomes],
+        }
+        _print(outcomes)
+        status = verdict(outcomes)
+        text = json.dumps(summary | {"exit_status": status})
+        print(text)
+        (folder / "sanitize.json").write_text(text)
+    return status
+
+
+def verdict(outcomes: Sequence[Outcome]) -> int:
+    """The exit status: 1 for an error of ours, 2 for what was not run to its end, else 0."""
+    if any(outcome.ours for outcome in outcomes):
+        return 1
+    return 2 if any(outcome.status not in ("clean", "errors") for outcome in outcomes) else 0
+
+
+def _run_all(given: argparse.Namespace, sanitizer: Path | None, folder: Path, settings: Path) -> list[Outcome]:
+    names = package_kernels()
+    kernels = frozenset() if given.all_kernels else names
+    count = given.side_by_side or (1 if given.device == "cpu" else 6)
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(count):
+        slots.put(slot)
+
+    def one(run: Run) -> Outcome:
+        slot = slots.get()
+        try:
+            log = folder / f"{run.name}.log"
+            command = command_of(run, sanitizer=sanitizer, log=log, device=given.device, slot=slot, names=kernels)
+            environment = environment_of(run, os.environ, device=given.device, settings=settings)
+            outcome = execute(run, command, environment, folder, given.limit, names)
+        finally:
+            slots.put(slot)
+        print(f"{outcome.seconds:6.1f} s  {run.name}: {outcome.status} {outcome.note}"[:300].rstrip(), flush=True)
+        return outcome
+
+    scenarios = given.scenarios or list(SCENARIOS)
+    with ThreadPoolExecutor(count) as pool:
+        alone = list(pool.map(one, [Run(ALONE, name) for name in scenarios]))
+        if sanitizer is None:
+            return alone
+        fails = {outcome.run.scenario for outcome in alone if outcome.status != "clean"}
+        runs = plan_runs(given.tools, scenarios, all_races=given.scenarios is not None)
+        watched = pool.map(one, [run for run in runs if run.scenario not in fails])
+        left_out = [Outcome(run, "not run", note="fails alone") for run in runs if run.scenario in fails]
+        return [*alone, *watched, *left_out]
+
+
+def _version(sanitizer: Path) -> str:
+    said = subprocess.run([str(sanitizer), "--version"], capture_output=True, text=True, check=False).stdout
+    return next((line for line in said.splitlines() if line.startswith("Version")), "unknown")
+
+
+def _print(outcomes: Sequence[Outcome]) -> None:
+    print("\n| tool | scenario | memory | status | seconds | ours | others | copies |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for outcome in outcomes:
+        run = outcome.run
+        counts = " | ".join(
+            str(sum(finding.count for finding in found)) for found in (outcome.ours, outcome.others, outcome.copies)
+        )
+        memory = "one by one" if run.one_by_one else "cached"
+        print(f"| {run.tool} | {run.scenario} | {memory} | {outcome.status} | {outcome.seconds:.0f} | {counts} |")
+    for name, title in (("ours", "to look at"), ("others", "in libraries"), ("copies", "outside of kernels")):
+        lines = [
+            f"  {o.run.name}: {f.count} x {f.severity}: {f.kind} in {f.kernel[:100] or '-'} {f.place}".rstrip()
+            for o in outcomes
+            for f in getattr(o, name)
+        ]
+        if lines:
+            print(f"\n{title}:", *lines, sep="\n")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The processes of a run: which tool looks at which scenario, and how each is started and judged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.sanitize.kernel_names import GENERATED, is_ours
+from benchmarks.sanitize.sanitizer_log import Report, SanitizerLog, read_log
+from benchmarks.sanitize.scenarios import ONE_BY_ONE, SCENARIOS
+
+ALONE = "alone"
+"""In place of a tool: the scenario as it is, which also fills the caches of the compilers."""
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+DEFAULT_TOOLS = TOOLS[:3]
+ERRORS_FOUND = 86
+"""Exit status of a process in which a tool found something."""
+
+# Of all settings of the allocator this one makes memcheck report writes that are in bounds.
+_UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", ONE_BY_ONE)
+_FIRST_PORT, _PORTS = 49152, 16
+_TOOL_OPTIONS = {
+    # A kernel that was ended leaves the context as it is, so that the next error is found, too.
+    "memcheck": ("--destroy-on-device-error", "kernel", "--report-api-errors", "no"),
+}
+
+
+class Run(NamedTuple):
+    """One process.
+
+    Attributes:
+        tool: One of `TOOLS`, or `ALONE`.
+        scenario: One of `SCENARIOS`.
+        one_by_one: Whether each tensor is an allocation of its own, and no step is captured.
+    """
+
+    tool: str
+    scenario: str
+    one_by_one: bool = False
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return f"{self.tool}-{self.scenario}{'-one-by-one' if self.one_by_one else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Reports of one kind in one kernel."""
+
+    kernel: str
+    kind: str
+    severity: str
+    count: int
+    place: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a process.
+
+    Attributes:
+        run: Which one.
+        status: "clean", "errors", "failed", "too long", or "not run".
+        seconds: How long it took.
+        ours: Findings in kernels that the package answers for.
+        others: Findings in other libraries' kernels.
+        copies: Findings outside of kernels: copies of memory that was not written.
+        note: Why it failed, or what the tool did not see.
+    """
+
+    run: Run
+    status: str
+    seconds: float = 0.0
+    ours: list[Finding] = field(default_factory=list)
+    others: list[Finding] = field(default_factory=list)
+    copies: list[Finding] = field(default_factory=list)
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file of results."""
+        found = {
+            name: [{slot: getattr(finding, slot) for slot in Finding.__slots__} for finding in getattr(self, name)]
+            for name in ("ours", "others", "copies")
+        }
+        return {
+            **self.run._asdict(),
+            "status": self.status,
+            "seconds": round(self.seconds, 1),
+            "note": self.note,
+            **found,
+        }
+
+
+def plan_runs(tools: Sequence[str], scenarios: Sequence[str], *, all_races: bool) -> list[Run]:
+    """The processes with a tool, those that take longest first.
+
+    Races within a block do not depend on what launches a kernel, so that racecheck and synccheck look at each kernel
+    once; `all_races` lets them look at all scenarios.
+    """
+    runs: list[Run] = []
+    for tool in sorted(tools, key=("racecheck", "memcheck", "initcheck", "synccheck").index):
+        for name in sorted(scenarios, key=list(SCENARIOS).index):
+            scenario = SCENARIOS[name]
+            if tool in ("racecheck", "synccheck"):
+                runs += [Run(tool, name)] if scenario.races or all_races else []
+                continue
+            runs.append(Run(tool, name, one_by_one=True))
+            if tool == "memcheck" and scenario.captured:
+                runs.append(Run(tool, name))
+    return runs
+
+
+def command_of(
+    run: Run, *, sanitizer: Path | None, log: Path, device: str, slot: int, names: Collection[str]
+) -> list[str]:
+    """The command line of a process.
+
+    Args:
+        run: What it runs.
+        sanitizer: The program; not needed where there is no tool.
+        log: Where the tool writes to.
+        device: Where the scenario runs.
+        slot: A number that no process has that runs at the same time.
+        names: Kernels that racecheck looks at, beside generated ones; all where empty.
+    """
+    scenario = [sys.executable, "-m", "benchmarks.sanitize", "--scenario", run.scenario, "--device", device]
+    if run.tool == ALONE:
+        return scenario
+    options = [*_TOOL_OPTIONS.get(run.tool, ())]
+    if run.one_by_one and run.tool == "memcheck":
+        options += ["--padding", "512"]
+    if run.tool == "racecheck" and names:
+        # Never for initcheck: what kernels write that it does not look at would count as unwritten.
+        options += [word for name in sorted(names) for word in ("--kernel-name", f"kne={name}")]
+        options += ["--kernel-name", f"kns={GENERATED}"]
+    return [
+        str(sanitizer), "--tool", run.tool, "--target-processes", "all", "--error-exitcode", str(ERRORS_FOUND),
+        "--print-limit", "1000", "--show-backtrace", "device", "--port", str(_FIRST_PORT + _PORTS * slot),
+        "--log-file", str(log), *options, *scenario,
+    ]  # fmt: skip
+
+
+def environment_of(run: Run, base: Mapping[str, str], *, device: str, settings: Path) -> dict[str, str]:
+    """The variables of a process.
+
+    Args:
+        run: What it runs.
+        base: The variables of this one.
+        device: Where the scenario runs.
+        settings: An empty folder, in place of the one with measured settings of kernels.
+    """
+    environment = {name: value for name, value in base.items() if name not in _UNSET}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_ASYNC_BATCHING_CACHE": str(settings),
+        # Compilers in processes of their own would be watched, too.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if run.one_by_one:
+        environment[ONE_BY_ONE] = "1"
+    if device == "cpu":
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1")}
+    return environment
+
+
+def execute(
+    run: Run, command: Sequence[str], environment: Mapping[str, str], folder: Path, limit: float, names: frozenset[str]
+) -> Outcome:
+    """Run a process to its end, or for `limit` seconds, and judge it. Its output and log stay in `folder`."""
+    output, log = folder / f"{run.name}.txt", folder / f"{run.name}.log"
+    log.unlink(missing_ok=True)
+    began = time.perf_counter()
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+        )
+        code: int | None = None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if code is None:
+                # The tool and what it watches: they are a session of their own.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    seconds = time.perf_counter() - began
+    written = read_log(log.read_text(errors="replace")) if log.is_file() else None
+    outcome = judge(run, code, written, names)
+    outcome.seconds = seconds
+    if outcome.status in ("failed", "too long"):
+        last = [line for line in output.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        outcome.note = "; ".join(part for part in (outcome.note, *last) if part)
+    return outcome
+
+
+def judge(run: Run, code: int | None, log: SanitizerLog | None, names: frozenset[str]) -> Outcome:
+    """What a process came to.
+
+    Kernels of torch and the libraries below it write outside of their memory only where what they are given makes
+    them, so that memcheck's errors are all for us to look at. Racecheck and initcheck are known to report their
+    kernels for nothing.
+
+    Args:
+        run: Which process.
+        code: Its exit status; None where it was ended for its limit.
+        log: What the tool wrote; None where it wrote nothing.
+        names: The package's Triton functions.
+    """
+    outcome = Outcome(run, "clean")
+    if log is not None:
+        kinds: dict[str, list[Report]] = {"ours": [], "others": [], "copies": []}
+        for report in log.reports:
+            ours = run.tool == "memcheck" or any(is_ours(frame.function, names) for frame in report.frames)
+            kinds["copies" if not report.frames else "ours" if ours else "others"].append(report)
+        outcome.ours, outcome.others, outcome.copies = map(_grouped, kinds.values())
+        notes = dict.fromkeys(log.troubles)
+        if log.not_printed:
+            notes[f"{log.not_printed} more were not printed"] = None
+        outcome.note = "; ".join(notes)
+    # A log without a summary is of a tool that did not come to its end; nor has one that left a kernel out.
+    complete = run.tool == ALONE or (
+        log is not None
+        and log.summary is not None
+        and not any(trouble.startswith("Internal Sanitizer") for trouble in log.troubles)
+    )
+    if outcome.ours:
+        outcome.status = "errors"
+    elif code is None:
+        outcome.status = "too long"
+    elif code not in ((0,) if run.tool == ALONE else (0, ERRORS_FOUND)) or not complete:
+        outcome.status = "failed"
+    return outcome
+
+
+def _grouped(reports: Sequence[Report]) -> list[Finding]:
+    counts: dict[tuple[str, str, str], int] = {}
+    places: dict[tuple[str, str, str], str] = {}
+    for report in reports:
+        key = (report.kernel, report.kind, report.severity)
+        counts[key] = counts.get(key, 0) + report.hazards
+        places.setdefault(key, report.place)
+    ordered = sorted(counts, key=lambda key: -counts[key])
+    return [Finding(*key, counts[key], places[key]) for key in ordered]
