@@ -331,6 +331,7 @@ def test_the_whole_command(
     result = json.loads((out / "sanitize.json").read_text())
     assert result["exit_status"] == status
     assert len(result["runs"]) == 5, "two alone, two one by one, one captured"
+    assert max(run["seconds"] for run in result["runs"]) < 40, "what takes too long is ended"
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1]) == result
     assert "| memcheck | decode | one by one |" in printed
