@@ -81,8 +81,9 @@ def generate(
 
     Args:
         model: A causal language model; not changed.
-        input_ids: Prompts [batch, length], padded on any side where `attention_mask` says so, by zeros and ones. Zeros
-            between tokens are served where all layers attend to all tokens.
+        input_ids: Prompts [batch, length], padded on the left where `attention_mask` says so, by zeros and ones.
+            Padding on the right is refused: `generate` would go on behind it. Zeros between tokens are served where
+            all layers attend to all tokens.
         logits_processor: As for `generate`. Custom ones see the rows of the call as one batch, in the calling thread,
             for which other calls do not wait; those with an attribute `row_wise = True` are called row by row, in
             threads of their own, one at a time.

@@ -123,10 +123,15 @@ def _holds_tokens(layer: Any) -> bool:
 
 
 def check_mask(mask: torch.Tensor, model: PreTrainedModel) -> None:
-    """Refuse masks that say more than which tokens are padding.
+    """Refuse masks that say more than which tokens are padding on the left.
 
-    Zeros between tokens keep their places in `generate`: for full attention over positions this makes no difference,
-    for windows, convolutions and states it does.
+    Zeros behind the last token are no padding for `generate`: it computes the first new token from the last place,
+    whatever stands there. Zeros between tokens keep their places: for full attention over positions this makes no
+    difference, for windows, convolutions and states it does.
+
+    Args:
+        mask: [batch, length], of any dtype.
+        model: Which the call is of.
 
     Raises:
         UnsupportedArgumentError: Names the mask.
@@ -136,9 +141,14 @@ def check_mask(mask: torch.Tensor, model: PreTrainedModel) -> None:
         raise UnsupportedArgumentError(
             f"`attention_mask` with other values than 0 and 1 is not served; pass zeros and ones, or {_PLAIN}"
         )
-    counted = shown.long()
-    behind = counted.flip(-1).cumsum(-1).flip(-1)
-    between = ~shown & (counted.cumsum(-1) > 0) & (behind > 0)
+    behind = shown.any(-1) & ~shown[:, -1:].all(-1)
+    if bool(behind.any()):
+        raise UnsupportedArgumentError(
+            f"`attention_mask` with zeros behind the last token (row {int(behind.nonzero()[0])}; without a mask "
+            "`generate` makes one that hides pad tokens) is not served: `generate` goes on behind the padding there. "
+            f'Pad on the left (`tokenizer.padding_side = "left"`), or {_PLAIN}'
+        )
+    between = ~shown & (shown.long().cumsum(-1) > 0)
     if bool(between.any()) and not _counts_positions(model):
         raise UnsupportedArgumentError(
             f"`attention_mask` with zeros between tokens is not served for {type(model).__name__}, whose layers see "

@@ -38,13 +38,10 @@ def plug(manager: Any) -> Any:
     return manager.bind()
 
 
-def padded(prompts: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+def padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     width = max(map(len, prompts))
-    ids, mask = [], []
-    for prompt in prompts:
-        fill = [0] * (width - len(prompt))
-        ids.append(fill + prompt if side == "left" else prompt + fill)
-        mask.append([0] * len(fill) + [1] * len(prompt) if side == "left" else [1] * len(prompt) + [0] * len(fill))
+    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
@@ -67,7 +64,7 @@ PROMPTS = ragged_prompts(5, 30, seed=3)
     ids=str,
 )
 def test_left_padded_greedy_equals_generate(model: Any, plug: Any, arguments: dict[str, Any]) -> None:
-    inputs = padded(PROMPTS, "left")
+    inputs = padded(PROMPTS)
     expected = model.generate(**inputs, do_sample=False, **arguments) if arguments else model.generate(**inputs)
     got = model.generate(**inputs, custom_generate=plug, **({"do_sample": False, **arguments} if arguments else {}))
     assert torch.equal(got, expected)
@@ -75,7 +72,7 @@ def test_left_padded_greedy_equals_generate(model: Any, plug: Any, arguments: di
 
 
 def test_early_ends_are_exercised(model: Any, plug: Any) -> None:
-    inputs = padded(PROMPTS, "left")
+    inputs = padded(PROMPTS)
     out = model.generate(
         **inputs,
         custom_generate=plug,
@@ -89,9 +86,8 @@ def test_early_ends_are_exercised(model: Any, plug: Any) -> None:
     assert len({int((row != 1).sum()) for row in new}) > 1, "all rows ended together"
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_is_left_out(model: Any, plug: Any, side: str) -> None:
-    inputs = padded(PROMPTS, side)
+def test_padding_is_left_out(model: Any, plug: Any) -> None:
+    inputs = padded(PROMPTS)
     out = model.generate(**inputs, custom_generate=plug, max_new_tokens=8, do_sample=False, eos_token_id=None)
     width = inputs["input_ids"].shape[1]
     assert torch.equal(out[:, :width], inputs["input_ids"])
@@ -100,7 +96,7 @@ def test_padding_on_either_side_is_left_out(model: Any, plug: Any, side: str) ->
 
 
 def test_direct_call_takes_the_same_arguments(model: Any, manager: Any) -> None:
-    inputs = padded(PROMPTS, "left")
+    inputs = padded(PROMPTS)
     expected = model.generate(**inputs, max_new_tokens=7, do_sample=False)
     assert torch.equal(
         hf_async_batching.generate(model, **inputs, max_new_tokens=7, do_sample=False, manager=manager), expected
@@ -132,7 +128,7 @@ def test_default_manager_is_shared_and_replaced_after_close(model: Any) -> None:
 
 
 def test_return_dict(model: Any, plug: Any) -> None:
-    inputs = padded(PROMPTS, "left")
+    inputs = padded(PROMPTS)
     arguments = {**inputs, "max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     expected, got = model.generate(**arguments), model.generate(**arguments, custom_generate=plug)
     assert isinstance(got, GenerateDecoderOnlyOutput)
@@ -215,9 +211,8 @@ def test_prompts_that_cannot_be(model: Any, manager: Any, arguments: dict[str, A
         hf_async_batching.generate(model, manager=manager, **arguments)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_max_length_counts_the_padding(model: Any, plug: Any, side: str) -> None:
-    inputs = padded(PROMPTS, side)
+def test_max_length_counts_the_padding(model: Any, plug: Any) -> None:
+    inputs = padded(PROMPTS)
     out = model.generate(**inputs, custom_generate=plug, max_length=36, do_sample=False, eos_token_id=None)
     assert out.shape == (5, 36)
     for row, prompt in zip(out[:, 30:].tolist(), PROMPTS, strict=True):
@@ -389,7 +384,7 @@ def test_custom_generate_folder_takes_what_a_callable_never_sees(model: Any, man
 
 
 def test_custom_generate_folder(model: Any) -> None:
-    inputs = padded(PROMPTS, "left")
+    inputs = padded(PROMPTS)
     expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     got = model.generate(
         **inputs, max_new_tokens=5, do_sample=False, custom_generate=str(ROOT), trust_remote_code=True
@@ -414,7 +409,7 @@ def test_what_is_not_served_is_refused_by_name(model: Any, plug: Any, arguments:
 
 
 def test_positions_that_differ_only_under_padding_are_taken(model: Any, plug: Any) -> None:
-    inputs = padded(PROMPTS, "left")
+    inputs = padded(PROMPTS)
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
     out = model.generate(**inputs, position_ids=positions, max_new_tokens=4, do_sample=False, custom_generate=plug)

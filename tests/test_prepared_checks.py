@@ -202,7 +202,7 @@ def test_zeros_between_tokens_are_as_in_generate_where_all_attend_to_all(model: 
 @pytest.mark.parametrize("family", ["Mistral", "Mamba", "Mpt"])
 def test_zeros_between_tokens_are_refused_where_layers_see_their_places(family: str) -> None:
     other: Any = tiny_model("Mistral") if family == "Mistral" else from_config(family)
-    check_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]), other)
+    check_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), other)
     with pytest.raises(UnsupportedArgumentError, match="`attention_mask` with zeros between tokens"):
         check_mask(HOLES, other)
 

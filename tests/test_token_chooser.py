@@ -337,9 +337,9 @@ def test_criteria_and_streamer_in_lockstep(model: Any, manager: Any) -> None:
     assert streams[0].got == streams[1].got
 
 
-def test_prompts_that_are_padded_on_the_right_are_shown_as_they_are(model: Any, manager: Any) -> None:
+def test_tokens_that_the_mask_hides_are_shown_as_they_are(model: Any, manager: Any) -> None:
     recorder = Recorder()
-    ids = torch.tensor([[9, 10, 11, 0, 0]])
+    ids = torch.tensor([[0, 9, 10, 0, 11]])
     out = model.generate(
         ids, attention_mask=(ids != 0).long(), max_new_tokens=3, do_sample=False, eos_token_id=None,
         logits_processor=LogitsProcessorList([recorder]), custom_generate=manager.bind(),
