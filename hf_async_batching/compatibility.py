@@ -155,7 +155,11 @@ ENTRIES: tuple[Entry, ...] = (
     _refused("assistant_model", "", kind="argument"),
     _honoured("streamer", "called as `generate` calls it, in the calling thread", "argument"),
     _honoured("custom_generate", "this library is one", "argument"),
-    _honoured("kwargs", "fields, `attention_mask`, `inputs_embeds`, `tokenizer`, default `position_ids`", "argument"),
+    _honoured(
+        "kwargs",
+        "fields, `attention_mask` (padding on the left), `inputs_embeds`, `tokenizer`, default `position_ids`",
+        "argument",
+    ),
 )
 # fmt: on
 
