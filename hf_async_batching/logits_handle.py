@@ -50,7 +50,10 @@ class LogitsHandle(GenerationHandle):
         Raises:
             HfAsyncBatchingError: What ended the request.
             EngineClosedError: It was cancelled.
+            ForkedProcessError: The request was submitted before this process was forked.
         """
+        if self._offered is None and not self._done.is_set():
+            self._check_process()
         with waiting_for(self._threads, "a call with logits processors"), self._changed:
             self._watchers += 1
             try:

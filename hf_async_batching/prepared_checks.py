@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.length_thresholds import length_thresholds
 
 _PLAIN = "use plain `model.generate` for this call"
 
@@ -160,4 +161,7 @@ def _counts_positions(model: PreTrainedModel) -> bool:
     """Whether all layers attend to all tokens, and where these stand follows from `position_ids` alone."""
     layers = DynamicCache(config=model.config).layers
     alone = "position_ids" in inspect.signature(model.forward).parameters
-    return alone and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    # The cache's layers say which ones have a `sliding_window`; of GPT-Neo's `window_size` they know nothing.
+    windows = [name for name in length_thresholds(model.config) if not name.startswith("rope_")]
+    others = any(not name.endswith("sliding_window") for name in windows)
+    return alone and not others and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

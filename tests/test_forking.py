@@ -143,6 +143,64 @@ def test_locks_that_others_hold_at_the_fork_are_free_in_the_child() -> None:
     )
 
 
+def test_waits_of_every_kind_say_that_the_request_is_the_parents() -> None:
+    """A batch with processors, a request with some, an iteration over tokens, a run over rows."""
+    run(
+        """
+        import asyncio
+        from transformers import LogitsProcessor
+        from hf_async_batching import generate_dataset
+
+        class Nothing(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                return scores
+
+        manager = GenerationManager(model, BatchingConfig(page_size=16))
+        group = manager.make_request([8, 9], max_new_tokens=400, do_sample=False, eos_token_id=None)
+        import dataclasses
+        from hf_async_batching.token_chooser import TokenChooser
+        chooser = TokenChooser([Nothing()], torch.tensor([[8, 9]]), do_sample=False, seeds=[0], lengths=[2], logits=False)
+        inner, = manager.submit_group([dataclasses.replace(group, chooser=chooser, group="g")])
+        first = inner.next_logits()
+        outer = manager.submit(
+            [8, 9], max_new_tokens=400, do_sample=False, eos_token_id=None, logits_processor=[Nothing()]
+        )
+        tokens, later = iter(outer), aiter(outer)
+        next(tokens)
+        rows = generate_dataset(
+            manager, ({"prompt": [5, 6 + i]} for i in range(8)), prompt="prompt", max_new_tokens=5, eos_token_id=None,
+        )
+        next(rows)
+
+        async def anext_of():
+            await anext(later)
+            while True:
+                await anext(later)
+
+        def job():
+            waits = {
+                "logits": inner.next_logits,
+                "result": outer.result,
+                "iteration": lambda: list(tokens),
+                "asynchronous iteration": lambda: asyncio.run(anext_of()),
+                "rows": lambda: list(rows),
+            }
+            for what, wait in waits.items():
+                try:
+                    wait()
+                except ForkedProcessError as error:
+                    assert "before this process was forked" in str(error), what
+                else:
+                    raise AssertionError(what)
+
+        assert in_child(job, 60) == 0
+        inner.choose([(inner, 5)])
+        assert inner.next_logits().shape == first.shape, "the parent goes on"
+        assert len(list(rows)) == 7
+        """
+    )
+
+
 def test_map_with_several_processes(tmp_path: Path) -> None:
     run(
         f"""

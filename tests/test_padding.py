@@ -21,6 +21,7 @@ KINDS = {
     "BloomForCausalLM": False,  # biases, and no positions in its forward
     "MptForCausalLM": False,  # biases by places
     "MistralForCausalLM": False,  # windows
+    "GPTNeoForCausalLM": False,  # windows of which its cache knows nothing
     "Gemma3ForCausalLM": False,  # some layers with windows
     "Llama4ForCausalLM": False,  # chunks
     "Lfm2ForCausalLM": False,  # convolutions

@@ -29,7 +29,14 @@ from hf_async_batching.dataset.prompts import PromptMaker
 from hf_async_batching.dataset.row import Chunk, Completion, PreparedRow, RowResult
 from hf_async_batching.dataset.row_requests import RowRequests
 from hf_async_batching.dataset.window import Window
-from hf_async_batching.errors import EngineClosedError, EngineFailedError, HfAsyncBatchingError, QueueFullError
+from hf_async_batching.errors import (
+    EngineClosedError,
+    EngineFailedError,
+    ForkedProcessError,
+    HfAsyncBatchingError,
+    QueueFullError,
+)
+from hf_async_batching.forking import forks
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.manager import GenerationManager
 
@@ -96,6 +103,7 @@ class BatchRun:
         span: int,
         threads: int | None = None,
     ) -> None:
+        self._forks = forks()
         self._manager = manager
         self._chunks = chunks
         self._prompts = prompts
@@ -134,8 +142,14 @@ class BatchRun:
 
         Raises:
             queue.Empty: There is none within `timeout` seconds.
+            ForkedProcessError: The run was started before this process was forked.
             Exception: Why the run cannot go on.
         """
+        if self._forks != forks():
+            raise ForkedProcessError(
+                "this run over a dataset was started before this process was forked, and goes on in the parent alone: "
+                "call generate_dataset again in this process"
+            )
         result = self._results.get(timeout=timeout)
         if isinstance(result, Failed):
             raise result.error
@@ -143,10 +157,16 @@ class BatchRun:
 
     def release(self, index: int) -> None:
         """The caller has done with a row, so that another one may be read."""
-        self._window.leave(index)
+        if self._forks == forks():
+            self._window.leave(index)
 
     def stop(self) -> list[RowResult]:
-        """End the run now. Returns the rows that were finished and not taken yet."""
+        """End the run now. Returns the rows that were finished and not taken yet.
+
+        In a forked process nothing happens: threads of the parent may have held the run's locks at the fork.
+        """
+        if self._forks != forks():
+            return []
         self._stopped.set()
         self._window.close()
         self._events.put(None)
