@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching import BatchingConfig
+from hf_async_batching.bench import measure as measure_module
 from hf_async_batching.bench.drive import ThroughEngine, ThroughManager
 from hf_async_batching.bench.machine import copy_bandwidth, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Pace, Spread, Traffic, measure
@@ -151,3 +152,12 @@ def test_the_machine() -> None:
     assert machine.versions["CUDA"] is None
     assert "torch" in str(machine) and "TB/s" in str(machine)
     assert 1e8 < copy_bandwidth(torch.device("cpu"), gib=1 / 64) < 1e13
+
+
+def test_scales_of_quantized_weights_are_read_too() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = random_model("tiny", torch.device("cpu"), torch.float32, quantize="nf4")
+    plain = 2 * 211 * 32 * 4 + 5 * 32 * 4 + sum(buffer.nbytes for buffer in model.buffers())
+    # Half a byte a weight, and a scale in float32 for each 64 of them.
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert measure_module._weights(model) == plain + weights // 2 + weights // 64 * 4
