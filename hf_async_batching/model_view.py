@@ -24,6 +24,7 @@ from hf_async_batching.module_calls import (
     is_own_hook,
     refuse_unmarked_calls,
 )
+from hf_async_batching.private_kernels import use_private_kernels
 from hf_async_batching.quantization import adjust, alias, has_state
 from hf_async_batching.rebinding import rebound
 from hf_async_batching.sharing import tensors_within
@@ -106,6 +107,8 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
         _own_frequencies(view)
     if attn_implementation is not None:
         set_attention(view, attn_implementation)
+    if next(view.parameters()).device.type == "cuda":
+        use_private_kernels(view)
     return view
 
 

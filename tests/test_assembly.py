@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_model
 
-from hf_async_batching import BatchingConfig, assembly
+from hf_async_batching import BatchingConfig, assembly, route_choice
 from hf_async_batching.assembly import assemble
 from hf_async_batching.coverage.families import tiny_model as coverage_model
 from hf_async_batching.model_forward import ModelForward
@@ -21,14 +21,15 @@ def test_memory_of_packed_weights_returns_before_the_cache_is_measured(
     order: list[tuple[str, torch.device]] = []
 
     def noted(name: str) -> None:
-        made = getattr(assembly, name)
+        home = route_choice if name == "attach_check" else assembly
+        made = getattr(home, name)
 
         def note(*arguments: Any, **named: Any) -> Any:
             result = made(*arguments, **named)
             order.append((name, arguments[0] if name.endswith("memory") else None))
             return result
 
-        monkeypatch.setattr(assembly, name, note)
+        monkeypatch.setattr(home, name, note)
 
     for name in ("attach_check", "return_memory", "free_memory", "PagedCache"):
         noted(name)
@@ -51,13 +52,13 @@ def test_the_view_that_was_checked_is_the_one_to_compile(
     settings: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views: list[Any] = []
-    check = assembly.attach_check
+    check = route_choice.attach_check
 
     def checked(*arguments: Any) -> Any:
         views.append(check(*arguments))
         return views[-1]
 
-    monkeypatch.setattr(assembly, "attach_check", checked)
+    monkeypatch.setattr(route_choice, "attach_check", checked)
     made = assemble(tiny_model("Llama"), BatchingConfig(max_sequence_length=64, **settings))
     made.engine.close()
     assert made.view is (views[0] if kept else None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_model
 
-from hf_async_batching import BatchingConfig, assembly, compiler_start
+from hf_async_batching import BatchingConfig, assembly, compiler_start, route_choice
 from hf_async_batching.compiler_start import after_compiler_start, start_compiler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -103,13 +103,13 @@ def test_it_connects_to_the_driver() -> None:
 
 def test_it_begins_before_the_model_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[Any] = []
-    packed = assembly._packed_forward
+    packed = route_choice._packed_forward
 
     def look(*args: Any) -> Any:
         order.append("model")
         return packed(*args)
 
-    monkeypatch.setattr(assembly, "start_compiler", order.append)
-    monkeypatch.setattr(assembly, "_packed_forward", look)
+    monkeypatch.setattr(route_choice, "start_compiler", order.append)
+    monkeypatch.setattr(route_choice, "_packed_forward", look)
     assembly.assemble(tiny_model("Llama"), BatchingConfig()).engine.close()
     assert order == [CPU, "model"]

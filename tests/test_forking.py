@@ -159,7 +159,8 @@ def test_waits_of_every_kind_say_that_the_request_is_the_parents() -> None:
         group = manager.make_request([8, 9], max_new_tokens=400, do_sample=False, eos_token_id=None)
         import dataclasses
         from hf_async_batching.token_chooser import TokenChooser
-        chooser = TokenChooser([Nothing()], torch.tensor([[8, 9]]), do_sample=False, seeds=[0], lengths=[2], logits=False)
+        ids = torch.tensor([[8, 9]])
+        chooser = TokenChooser([Nothing()], ids, do_sample=False, seeds=[0], lengths=[2], logits=False)
         inner, = manager.submit_group([dataclasses.replace(group, chooser=chooser, group="g")])
         first = inner.next_logits()
         outer = manager.submit(

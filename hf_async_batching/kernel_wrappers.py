@@ -1,0 +1,60 @@
+"""Rebinds methods of modules of our own that call kernels of other packages.
+
+Transformers writes what such a kernel stands for in torch, under a wrapper that chooses between the two when the
+modelling file is imported. A method finds the wrapper among its globals: a copy of the method, with other globals, is
+set on the instance. Neither transformers nor any other model notices.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+# The file of transformers that has the wrappers.
+_WRAPPERS = "hub_kernels.py"
+
+
+def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Callable[..., Any] | None]) -> None:
+    """Let a model's modules call something else where they call a wrapper.
+
+    Args:
+        model: Nobody else's.
+        replace: Takes a wrapper, and returns what is called in its place; None for the wrapper itself.
+    """
+    for module in model.modules():
+        for name, method in _methods(type(module)):
+            called: dict[str, Any] = {name: method.__globals__.get(name) for name in method.__code__.co_names}
+            wrappers = {name: found for name, value in called.items() if (found := _wrapper(value)) is not None}
+            replaced = {name: made for name, found in wrappers.items() if (made := replace(found)) is not None}
+            if replaced:
+                setattr(module, name, types.MethodType(_with_globals(method, replaced), module))
+
+
+def _with_globals(method: types.FunctionType, changed: dict[str, Any]) -> types.FunctionType:
+    made = types.FunctionType(
+        method.__code__, {**method.__globals__, **changed}, method.__name__, method.__defaults__, method.__closure__
+    )
+    made.__kwdefaults__ = method.__kwdefaults__
+    return made
+
+
+def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """Methods of a class as written, without what decorates them."""
+    for name in dir(cls):
+        method = inspect.unwrap(inspect.getattr_static(cls, name))
+        if isinstance(method, types.FunctionType) and method.__module__.startswith("transformers.models."):
+            yield name, method
+
+
+def _wrapper(value: Any) -> types.FunctionType | None:
+    """The wrapper that a function is, or wraps."""
+    while isinstance(value, types.FunctionType):
+        if Path(value.__code__.co_filename).name == _WRAPPERS and hasattr(value, "__wrapped__"):
+            return value
+        value = getattr(value, "__wrapped__", None)
+    return None
