@@ -27,6 +27,7 @@ from hf_async_batching.module_calls import (
 from hf_async_batching.private_kernels import use_private_kernels
 from hf_async_batching.quantization import adjust, alias, has_state
 from hf_async_batching.rebinding import rebound
+from hf_async_batching.rescaling import rescale_as_generate_does
 from hf_async_batching.sharing import tensors_within
 from hf_async_batching.tensor_parallel.shared_modules import parallel_modules, unique_objects
 
@@ -58,15 +59,17 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
     with the copy, and so do those that are marked by `per_token`.
 
     Args:
-        model: The user's model; not changed.
+        model: The user's model; not changed, but for what its own forward would do to its weights first; see
+            `rescaling`.
         attn_implementation: Name of the attention for the copy's config; None keeps the model's own.
 
     Raises:
         UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, has a hook or a
-            forward of a user's that is not marked, or cannot be copied.
+            forward of a user's that is not marked, rescales its weights and is in training mode, or cannot be copied.
     """
     _refuse_split(model)
     refuse_unmarked_calls(model)
+    rescale_as_generate_does(model)
     modules = list(model.modules())
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_within(model)}
     stateful = {id(parameter): parameter for parameter in model.parameters() if has_state(parameter)}
