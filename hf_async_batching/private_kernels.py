@@ -93,8 +93,9 @@ def _import(name: str) -> None:
 
 
 def _stub(package: types.ModuleType) -> types.ModuleType:
-    """A package that has its folder, and nothing of its own."""
+    """A package that has its folder, and what it says of itself."""
     made = types.ModuleType(package.__name__)
+    vars(made).update({name: value for name, value in vars(package).items() if isinstance(value, (str, int, float))})
     made.__path__ = list(package.__path__)
     made.__spec__ = package.__spec__
     return made

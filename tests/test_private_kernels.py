@@ -15,9 +15,9 @@ from hf_async_batching import private_kernels
 # A package as flash-linear-attention is laid out: an `__init__` that imports more than a model needs, kernels that are
 # tuned, and functions that call each other through the package's own modules.
 FILES = {
-    "fla/__init__.py": "",
+    "fla/__init__.py": "__version__ = '0.6.0'\n",
     "fla/ops/__init__.py": "from fla.ops import gated_delta_rule, others\n",
-    "fla/ops/others.py": "LOADED = 'all kernels'\n",
+    "fla/ops/others.py": "LOADED = ['all kernels']\n",
     "fla/ops/utils.py": """
 from types import SimpleNamespace
 from triton.runtime.autotuner import Autotuner
@@ -32,7 +32,7 @@ heuristics = SimpleNamespace(fn=kernel)
 from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 """,
     "fla/ops/gated_delta_rule/chunk.py": """
-import sys
+from fla import __version__
 from fla.ops.utils import heuristics, kernel
 calls = []
 def chunk_gated_delta_rule(query, key, value, g, beta, initial_state=None, output_final_state=False,
@@ -106,7 +106,7 @@ def test_what_needs_all_of_the_package_gets_it(tmp_path: Path) -> None:
     out = run(tmp_path, FILES | {chunk: "from fla.ops import others\n" + FILES[chunk]})
     assert "view: {1} theirs meanwhile: [] equal: True" in out
     out = run(tmp_path, FILES | {chunk: "from fla.ops import LOADED\n" + FILES[chunk], "fla/ops/__init__.py": (
-        "LOADED = 'all kernels'\n" + FILES["fla/ops/__init__.py"])})  # fmt: skip
+        "LOADED = ['all kernels']\n" + FILES["fla/ops/__init__.py"])})  # fmt: skip
     assert "view: {1} theirs meanwhile: [] equal: True" in out
     assert "others loaded again: True" in out
     assert "modules untouched: True" in out
