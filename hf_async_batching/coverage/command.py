@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from hf_async_batching.coverage.check import LONGEST, Verdict, check_model
+from hf_async_batching.coverage.check import LONGEST, check_model
+from hf_async_batching.coverage.verdicts import BAD, describe
 
 _CHECK = """\
 Serve ragged prompts of random tokens together, through `submit` and as one padded batch through
 `generate(custom_generate=...)`, and compare every token and log-probability with plain `generate`, one prompt at a
-time. The exit status is 0 where all are equal.
+time. The exit status is 0 where all are equal, or differ by rounding.
 """
 
 
@@ -20,7 +24,11 @@ def add_parsers(commands: Any) -> None:
     check = commands.add_parser("check", help="whether a model is served exactly", description=_CHECK)
     check.add_argument("model", metavar="MODEL", help="name on the Hub, or folder")
     check.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
-    check.add_argument("--dtype", default="float32", help="of the weights; float32 can be exact (default)")
+    check.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the weights (default: float32; others are compared as far as rounding lets one say)",
+    )
     check.add_argument("--new-tokens", type=int, default=12, metavar="N", help="tokens per prompt (default: 12)")
     check.add_argument(
         "--longest",
@@ -39,51 +47,112 @@ def add_parsers(commands: Any) -> None:
     coverage.add_argument(
         "classes", nargs="*", metavar="CLASS", help="only these classes, or variants (CLASS+VARIANT)"
     )
-    coverage.add_argument("--out", type=Path, metavar="FILE.md", help="where to write the table, and FILE.json beside")
+    coverage.add_argument("--device", default="cpu", help="where to run them, cpu or cuda (default: cpu)")
     coverage.add_argument(
-        "--resume", action="store_true", help="keep what FILE.json has of this release, and check what is missing"
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights"
     )
-    coverage.add_argument("--workers", type=int, default=2, metavar="N", help="classes at a time (default: 2)")
-    coverage.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="per class (default: 600)")
+    coverage.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.md",
+        help="table that is to have the results, with FILE.json beside; what it has of other devices, dtypes, "
+        "releases of transformers and classes stays",
+    )
+    coverage.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE.json",
+        help="check nothing: put what these files have into the table (--out)",
+    )
+    coverage.add_argument(
+        "--resume", action="store_true", help="check what FILE.json lacks of this device, dtype and release, or failed"
+    )
+    coverage.add_argument(
+        "--workers", type=int, metavar="N", help="classes at a time (default: 2; on a GPU one per CPU, up to 16)"
+    )
+    coverage.add_argument("--timeout", type=float, metavar="SECONDS", help="per class (default: 600; on a GPU 120)")
+    coverage.add_argument(
+        "--limit-minutes", type=float, metavar="M", help="begin with no class after M minutes (default: no limit)"
+    )
     coverage.set_defaults(run=_coverage)
 
 
-def describe(verdict: Verdict) -> str:
-    """One line for a person."""
-    found = verdict.generate
-    parts = [verdict.status, f"({verdict.route})" if verdict.route else "", verdict.reason]
-    if found.status != verdict.status or found.reason != verdict.reason:
-        parts += [f"through submit; {found.status} through generate", found.reason]
-    if verdict.not_reached:
-        parts.append(f"[no prompt went beyond {', '.join(verdict.not_reached)}]")
-    return " ".join(part for part in parts if part)
-
-
 def _check(arguments: argparse.Namespace) -> int:
+    import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(arguments.device).eval()
     verdict = check_model(model, new_tokens=arguments.new_tokens, longest=arguments.longest)
     print(f"{type(model).__name__}: {describe(verdict)}")
-    return 0 if verdict.exact else 1
+    return 0 if verdict.served else 1
 
 
 def _coverage(arguments: argparse.Namespace) -> int:
-    from hf_async_batching.coverage.families import entry_names
-    from hf_async_batching.coverage.table import check_families, counts, drop_in_counts, read_known, write
+    import torch
+    import transformers
 
-    names = arguments.classes or entry_names()
-    verdicts: dict[str, Verdict] = {}
-    if arguments.resume and arguments.out is not None:
-        verdicts = {name: verdict for name, verdict in read_known(arguments.out).items() if name in set(names)}
-    missing = [name for name in names if name not in verdicts]
-    for name, verdict in check_families(missing, workers=arguments.workers, timeout=arguments.timeout):
-        verdicts[name] = verdict
-        print(f"{len(verdicts)}/{len(names)} {name}: {describe(verdict)}", flush=True)
-        if arguments.out is not None:
-            write(arguments.out, verdicts)
-    ways = {"submit": counts(verdicts), "generate": drop_in_counts(verdicts)}
-    for way, found in ways.items():
-        print(f"{way}: " + ", ".join(f"{count} {status}" for status, count in found.most_common()))
-    bad = {"wrong", "failed"}
-    return 1 if any(bad & found.keys() for found in ways.values()) else 0
+    from hf_async_batching.coverage.families import entry_names, is_there
+    from hf_async_batching.coverage.processes import check_families, start_method
+    from hf_async_batching.coverage.results import Run, merged, read_json
+    from hf_async_batching.coverage.table import read, summary, write
+
+    out: Path | None = arguments.out
+    runs = read(out) if out is not None else []
+    if arguments.merge is not None:
+        if out is None:
+            print("--merge needs --out", file=sys.stderr)
+            return 2
+        write(out, merged(runs, *(run for path in arguments.merge for run in read_json(path))))
+        return 0
+
+    begun = time.monotonic()
+    on_gpu = arguments.device.startswith("cuda")
+    workers = arguments.workers or (min(16, os.cpu_count() or 2) if on_gpu else 2)
+    timeout = arguments.timeout or (120.0 if on_gpu else 600.0)
+    until = begun + 60 * arguments.limit_minutes if arguments.limit_minutes is not None else float("inf")
+    try:
+        method, card = start_method(arguments.device)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if method != "forkserver":
+        print("something that is imported touches the GPU: each class starts a Python of its own", flush=True)
+
+    kind = arguments.device.partition(":")[0]
+    run = Run(kind, arguments.dtype, transformers.__version__, str(torch.__version__), card)
+    known = next((each.finished for each in runs if each.key == run.key), {}) if arguments.resume else {}
+    elsewhere = {name for each in runs for name in each.classes}
+    asked = arguments.classes or entry_names()
+    names = [name for name in asked if is_there(name)]
+    if absent := sorted(name for name in arguments.classes or elsewhere if not is_there(name)):
+        print(f"not in transformers {transformers.__version__}, skipped: {', '.join(absent)}", flush=True)
+    run.classes.update({name: verdict for name, verdict in known.items() if name in set(names)})
+    print(f"{run.label}{f' on {card}' if card else ''}: {len(names)} classes and variants, {workers} at a time")
+
+    missing = [name for name in names if name not in run.classes]
+    for checked in check_families(
+        missing,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        workers=workers,
+        timeout=timeout,
+        until=until,
+        method=method,
+    ):
+        run.classes[checked.name] = checked.verdict
+        print(f"{len(run.classes)}/{len(names)} {checked.name}: {describe(checked.verdict)}", flush=True)
+        if checked.log:
+            print("".join(f"    {line}\n" for line in checked.log.splitlines()), end="", flush=True)
+        if out is not None:
+            write(out, merged(runs, run))
+    for line in summary(run.classes):
+        print(line)
+    left = len(names) - len(run.classes)
+    if left:
+        print(f"{left} were not begun within the limit: --resume goes on with them")
+    print(f"{time.monotonic() - begun:.0f} seconds")
+    statuses = {each for verdict in run.classes.values() for each in (verdict.status, verdict.generate.status)}
+    return 1 if statuses & BAD else 0

@@ -1,27 +1,47 @@
-"""Checks every family, each in a process of its own, and writes the table of what is served."""
+"""The table of what is served: a column for each device and dtype that was looked at."""
 
 from __future__ import annotations
 
-import json
-import logging
-import multiprocessing
-import os
-import time
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
+from hf_async_batching.coverage.results import KINDS, Run, kind_label, read_json, replace_text, to_json
+from hf_async_batching.coverage.verdicts import SERVED, Verdict
 
-from hf_async_batching.coverage.check import Finding, Verdict
-from hf_async_batching.coverage.families import check_family
+_NOT_RUN = "\N{EN DASH}"
+_INTRODUCTION = f"""\
+# Which models are served
 
-_TITLE = "# Which models are served"
+Made by `hf-async-batching coverage`: every class that `AutoModelForCausalLM` makes, and all others named
+`*ForCausalLM`, with tiny random weights. Behind a plus sign is what real checkpoints of some classes have beside their
+config's defaults. The tiny models have what real ones have (windows, chunks, sparse and recurrent layers, several
+groups of states, shared experts, scaled rotary frequencies, ...), so small that the prompts go beyond each length.
+Their weights have the dtypes in which `from_pretrained` loads them.
+
+*submit*: ragged prompts, one of them late and one behind a shared prefix, computed in pieces beside rows that decode.
+*generate*: the same prompts as one batch, padded on the left, through
+`model.generate(custom_generate=hf_async_batching.generate)`. A cell with one result is of both; with two, the first is
+of *submit*. A route in brackets differs from that in "served as".
+
+| a cell says | which means |
+| --- | --- |
+| exact | every token is that of plain `model.generate` for the prompt alone, every log-probability within tolerance |
+| within rounding | some tokens differ; after those before them, plain `generate` finds each as likely as its own |
+| wrong | other tokens or log-probabilities |
+| refused | not served, by an error that says why |
+| no reference | plain `generate` fails, or says the same token over and over |
+| not built | no tiny model could be made |
+| failed | an error that is no refusal |
+| crashed | the process ended, or its GPU took no more work |
+| timed out | the process was ended at its limit |
+| {_NOT_RUN} | not run, or not in that release of transformers |
+
+Log-probabilities may differ by 0.002 in float32, without TF32. In 16 bits they may differ by four times the difference
+between plain `generate` in 16 bits and plain `generate` in float32 with the same weights, and by 0.06 at least.
+*plain, padded* says what plain `generate` itself makes of the padded batch: the same tokens, others (padding changes
+what the family computes), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.
+"""
 _ROUTES = """\
 | served as | which means |
 | --- | --- |
@@ -33,157 +53,149 @@ _ROUTES = """\
 | whole prompts | prompts are not computed in pieces |
 """
 
-
-def check_families(names: Iterable[str], *, workers: int = 2, timeout: float = 600.0) -> Iterator[tuple[str, Verdict]]:
-    """Check classes, each in a process that may crash or hang without harm to the others.
-
-    Args:
-        names: Of classes; see `class_names`.
-        workers: Processes at a time.
-        timeout: Seconds per class.
-
-    Yields:
-        Name and verdict, in order of completion.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_async_batching.coverage.families"])
-    todo = list(names)[::-1]
-    running: dict[Any, tuple[str, Any, float]] = {}
-    while todo or running:
-        while todo and len(running) < workers:
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_check, args=(todo[-1], sender), daemon=True)
-            process.start()
-            sender.close()
-            running[receiver] = todo.pop(), process, time.monotonic() + timeout
-        first_deadline = min(deadline for _, _, deadline in running.values())
-        ready = set(wait(list(running), max(0.0, first_deadline - time.monotonic())))
-        for receiver, (name, process, deadline) in list(running.items()):
-            if receiver in ready:
-                try:
-                    verdict = receiver.recv()
-                except EOFError:
-                    verdict = Verdict("failed", "the process ended without a word")
-            elif time.monotonic() >= deadline:
-                verdict = Verdict("failed", f"not done after {timeout:g} seconds")
-            else:
-                continue
-            process.kill()
-            process.join()
-            del running[receiver]
-            yield name, verdict
+Verdicts = dict[str, Verdict]
 
 
-def _check(name: str, sender: Connection) -> None:
-    # Families print, warn and log a good deal about configs that nobody would train.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    try:
-        verdict = check_family(name)
-    except Exception as error:
-        verdict = Verdict("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    sender.send(verdict)
-    sender.close()
-
-
-def counts(verdicts: dict[str, Verdict]) -> Counter[str]:
+def counts(verdicts: Verdicts) -> Counter[str]:
     """How many entries have each status through `submit`."""
     return Counter(verdict.status for verdict in verdicts.values())
 
 
-def drop_in_counts(verdicts: dict[str, Verdict]) -> Counter[str]:
+def drop_in_counts(verdicts: Verdicts) -> Counter[str]:
     """How many entries have each status through `generate(custom_generate=...)`."""
     return Counter(verdict.generate.status for verdict in verdicts.values())
 
 
-def to_markdown(verdicts: dict[str, Verdict]) -> str:
-    """The table; the same for the same releases of torch and transformers."""
-    classes = {name: verdict for name, verdict in verdicts.items() if "+" not in name}
-    variants = {name: verdict for name, verdict in verdicts.items() if "+" in name}
-    routes = Counter(verdict.route for verdict in classes.values() if verdict.status == "exact")
-    both = sum(verdict.exact for verdict in classes.values())
-    lines = [
-        _TITLE,
-        "",
-        f"Made by `hf-async-batching coverage` with transformers {transformers.__version__}: every class that",
-        "`AutoModelForCausalLM` makes, and all others named `*ForCausalLM`, with tiny random weights in float32, on a",
-        "CPU; and, behind a plus sign, what real checkpoints of some classes have beside their config's defaults.",
-        "The tiny models have what real ones have (windows, chunks, sparse and recurrent layers, several groups of",
-        "states, shared experts, scaled rotary frequencies, ...), so small that the prompts go beyond each length.",
-        "",
-        "*submit*: ragged prompts, one of them late and one behind a shared prefix, computed in pieces beside rows",
-        "that decode. *generate*: the same prompts as one batch, padded on the left, through",
-        "`model.generate(custom_generate=hf_async_batching.generate)`. *exact* means that every token and",
-        "log-probability is the one of plain `model.generate` for that prompt alone. *plain, padded* says what plain",
-        "`generate` itself makes of the padded batch: the same tokens, others (padding changes what the family",
-        "computes), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.",
-        "",
-        f"{len(classes)} classes. submit: {_most_common(counts(classes))}. generate: "
-        f"{_most_common(drop_in_counts(classes))}. Exact in both ways: {both}.",
-        "",
-        f"{len(variants)} variants. submit: {_most_common(counts(variants))}. generate: "
-        f"{_most_common(drop_in_counts(variants))}.",
-        "",
-        _ROUTES,
-        "Classes that are exact, by how they are served: "
-        + "; ".join(f"{count} {route}" for route, count in routes.most_common())
-        + ".",
-        "",
-        "| class | submit | generate | served as | plain, padded | remark |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {name} | {verdict.status} | {verdict.generate.status} | {verdict.route} | {verdict.plain_padded} | "
-        f"{_remark(verdict)} |"
-        for name, verdict in sorted(verdicts.items())
-    ]
+def routes(verdicts: Verdicts) -> Counter[str]:
+    """How many entries that are served, both ways in, have each route."""
+    return Counter(verdict.route for verdict in verdicts.values() if verdict.served)
+
+
+def summary(verdicts: Verdicts) -> list[str]:
+    """Lines for a person."""
+    named = {"submit": counts(verdicts), "generate": drop_in_counts(verdicts), "served as": routes(verdicts)}
+    return [f"{name}: " + _listed(counted) for name, counted in named.items() if counted]
+
+
+def to_markdown(runs: Iterable[Run]) -> str:
+    """The table; the same for the same runs."""
+    runs = list(runs)
+    columns = _columns(runs)
+    lines = [_INTRODUCTION, *_counted(runs), "", _ROUTES]
+    heads = [run.label if run is not None else label for label, run in columns]
+    lines += [_row(["class", "served as", *heads, "plain, padded", "remark"]), _row(["---"] * (len(heads) + 4))]
+    for name in sorted({name for run in runs for name in run.classes}):
+        found = [(run, run.classes.get(name) if run is not None else None) for _, run in columns]
+        there = [(run, verdict) for run, verdict in found if run is not None and verdict is not None]
+        route = next((verdict.route for _, verdict in there if verdict.route), "")
+        padded = next((verdict.plain_padded for _, verdict in there if verdict.plain_padded), "")
+        cells = [_cell(verdict, route) for _, verdict in found]
+        lines.append(_row([name, route, *cells, padded, _remarks(there)]))
     return "\n".join(lines) + "\n"
 
 
-def _most_common(counted: Counter[str]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in counted.most_common())
+def write(path: Path, runs: Iterable[Run]) -> None:
+    """Write the table to `path`, and beside it what `read` reads."""
+    runs = list(runs)
+    replace_text(path.with_suffix(".json"), to_json(runs))
+    replace_text(path, to_markdown(runs))
+
+
+def read(path: Path) -> list[Run]:
+    """The runs of which the table at `path` was made; none where there is no such table."""
+    return read_json(path.with_suffix(".json"))
+
+
+def _columns(runs: list[Run]) -> list[tuple[str, Run | None]]:
+    """All runs, in order, and where nothing was run what could be."""
+    columns: list[tuple[str, Run | None]] = []
+    for kind in KINDS:
+        of_kind = [run for run in runs if (run.device, run.dtype) == kind]
+        columns += [(run.label, run) for run in of_kind] or [(kind_label(*kind), None)]
+    return columns + [(run.label, run) for run in runs if (run.device, run.dtype) not in KINDS]
+
+
+def _counted(runs: list[Run]) -> list[str]:
+    """What there is how often, a column for each run."""
+    columns = _columns(runs)
+    classes = [{k: v for k, v in run.classes.items() if "+" not in k} if run else {} for _, run in columns]
+    variants = [{k: v for k, v in run.classes.items() if "+" in k} if run else {} for _, run in columns]
+
+    def rows(label: str, of: list[Verdicts], count: Callable[[Verdicts], Counter[str]]) -> list[str]:
+        counted = [count(verdicts) for verdicts in of]
+        total: Counter[str] = sum(counted, Counter())
+        return [
+            _row([f"{label}: {name}", *(str(each[name]) if v else _NOT_RUN for each, v in zip(counted, of))])
+            for name, _ in total.most_common()
+        ]
+
+    def made_on(run: Run | None) -> str:
+        return ", ".join(filter(None, (f"torch {run.torch}" if run.torch else "", run.card))) if run else _NOT_RUN
+
+    return [
+        _row(["", *(run.label if run is not None else label for label, run in columns)]),
+        _row(["---"] * (len(columns) + 1)),
+        _row(["made on", *(made_on(run) for _, run in columns)]),
+        _row(["classes", *(str(len(found)) if found else _NOT_RUN for found in classes)]),
+        _row(["**served both ways**", *(_served(found) for found in classes)]),
+        *rows("submit", classes, counts),
+        *rows("generate", classes, drop_in_counts),
+        *rows("served as", classes, routes),
+        _row(["tokens that are plain `generate`'s choice", *(_share(found) for found in classes)]),
+        _row(["variants", *(str(len(found)) if found else _NOT_RUN for found in variants)]),
+        _row(["**variants served both ways**", *(_served(found) for found in variants)]),
+        *rows("variants, submit", variants, counts),
+        *rows("variants, generate", variants, drop_in_counts),
+    ]
+
+
+def _served(verdicts: Verdicts) -> str:
+    return f"**{sum(verdict.served for verdict in verdicts.values())}**" if verdicts else _NOT_RUN
+
+
+def _share(verdicts: Verdicts) -> str:
+    """Tokens that are the plain model's choice after the same tokens, among those that were compared."""
+    found = [each for verdict in verdicts.values() for each in (verdict, verdict.generate) if each.tokens]
+    tokens = sum(each.tokens for each in found)
+    return f"{100 * (1 - sum(each.other_tokens for each in found) / tokens):.2f} %" if tokens else _NOT_RUN
+
+
+def _cell(verdict: Verdict | None, route: str) -> str:
+    if verdict is None:
+        return _NOT_RUN
+    text = str(verdict.status)
+    if verdict.generate.status != verdict.status:
+        text += f" / {verdict.generate.status}"
+    return f"{text} ({verdict.route})" if verdict.route and verdict.route != route else text
+
+
+def _remarks(found: list[tuple[Run, Verdict]]) -> str:
+    """What is to be said of each run; once where it is the same."""
+    by_text: dict[str, list[str]] = {}
+    for run, verdict in found:
+        by_text.setdefault(_remark(verdict), []).append(kind_label(run.device, run.dtype))
+    parts = [
+        text if len(labels) == len(found) else f"{', '.join(dict.fromkeys(labels))}: {text}"
+        for text, labels in by_text.items()
+        if text
+    ]
+    return "; ".join(parts).replace("|", "\\|")
 
 
 def _remark(verdict: Verdict) -> str:
-    parts = [verdict.reason]
-    if verdict.generate.reason and verdict.generate.reason != verdict.reason:
-        parts.append(f"generate: {verdict.generate.reason}")
+    # By how much rounding made a family's tokens differ stands in the JSON.
+    parts = [verdict.reason if verdict.status not in SERVED else ""]
+    found = verdict.generate
+    if found.reason and found.reason != verdict.reason and found.status not in SERVED:
+        parts.append(f"generate: {found.reason}")
     if verdict.not_reached:
         parts.append(f"not beyond {', '.join(verdict.not_reached)}")
-    return "; ".join(filter(None, parts)).replace("|", "\\|")
+    return "; ".join(filter(None, parts))
 
 
-def to_json(verdicts: dict[str, Verdict]) -> str:
-    """All that was found, with the versions."""
-    found = {name: asdict(verdict) for name, verdict in sorted(verdicts.items())}
-    return json.dumps(
-        {"transformers": transformers.__version__, "torch": torch.__version__, "classes": found}, indent=1
-    )
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def read_json(path: Path) -> dict[str, Verdict]:
-    """What `to_json` wrote."""
-    return {name: _verdict(found) for name, found in json.loads(path.read_text())["classes"].items()}
-
-
-def write(path: Path, verdicts: dict[str, Verdict]) -> None:
-    """Write the table to `path`, and beside it what `read_json` reads."""
-    path.write_text(to_markdown(verdicts))
-    path.with_suffix(".json").write_text(to_json(verdicts) + "\n")
-
-
-def read_known(path: Path) -> dict[str, Verdict]:
-    """What stands beside a table, if this release of transformers made it and the check came to its end."""
-    beside = path.with_suffix(".json")
-    if not beside.exists() or json.loads(beside.read_text())["transformers"] != transformers.__version__:
-        return {}
-    return {name: verdict for name, verdict in read_json(beside).items() if verdict.status != "failed"}
-
-
-def _verdict(found: dict[str, Any]) -> Verdict:
-    drop_in = found.get("drop_in")
-    found = {**found, "not_reached": tuple(found.get("not_reached", ()))}
-    return Verdict(**{**found, "drop_in": Finding(**drop_in) if drop_in else None})
+def _listed(counted: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counted.most_common())

@@ -14,18 +14,12 @@ from transformers import AttentionInterface
 from hf_async_batching import BatchingConfig, GenerationManager, generate
 from hf_async_batching.attention import interface
 from hf_async_batching.coverage import check, families
-from hf_async_batching.coverage.check import (
-    LENGTHS,
-    NEW_TOKENS,
-    Finding,
-    check_model,
-    make_prompts,
-    prompt_lengths,
-    reference,
-)
+from hf_async_batching.coverage.check import check_model, prompt_lengths
 from hf_async_batching.coverage.families import MIN_DISTINCT, check_family, class_names
+from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, make_prompts, reference
 from hf_async_batching.coverage.tiny_configs import tiny_config
 from hf_async_batching.coverage.variants import VARIANTS
+from hf_async_batching.coverage.verdicts import Verdict
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.length_thresholds import length_thresholds
 
@@ -44,7 +38,9 @@ def test_exact() -> None:
     verdict = check_model(tiny_model("Llama"))
     assert (verdict.status, verdict.reason, verdict.route) == ("exact", "", "packed")
     assert verdict.distinct_tokens >= MIN_DISTINCT
-    assert (verdict.drop_in, verdict.plain_padded, verdict.exact) == (Finding("exact"), "the same", True)
+    assert (verdict.generate.status, verdict.plain_padded, verdict.exact) == ("exact", "the same", True)
+    assert verdict.tokens == verdict.generate.tokens == NEW_TOKENS * len(LENGTHS)
+    assert verdict.difference is not None and verdict.difference < 1e-3
 
 
 @pytest.mark.parametrize("factor", [1.5, 1.01])
@@ -85,7 +81,44 @@ def test_an_error_through_submit_is_a_finding_beside_the_drop_in(monkeypatch: py
     monkeypatch.setattr(GenerationManager, "submit", lambda *a, **k: 1 / 0)
     verdict = check_model(tiny_model("Llama"), config=CONFIG)
     assert (verdict.status, verdict.reason) == ("failed", "ZeroDivisionError: division by zero")
-    assert verdict.generate == Finding("exact")
+    assert verdict.generate.status == "exact"
+
+
+def test_what_is_known_is_reported_before_the_next_way_in_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may crash in the second; what the first came to stays known."""
+    reports: list[Verdict] = []
+
+    @functools.wraps(generate)
+    def crashes(*_: Any, **__: Any) -> Any:
+        assert [(verdict.status, verdict.drop_in) for verdict in reports] == [("exact", None)]
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(check, "generate", crashes)
+    assert check_model(tiny_model("Llama"), config=CONFIG, report=reports.append).generate.status == "failed"
+    assert [verdict.generate.status for verdict in reports] == ["exact", "failed"]
+
+
+def test_a_lost_gpu_is_a_crash_and_ends_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a device-side assert whatever else is tried in this process fails, and says nothing of the model."""
+
+    def lost(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nand much advice")
+
+    monkeypatch.setattr(check, "synchronize_device", lost)
+    assert check._lost(torch.device("cpu")) is None
+    found = check._lost(torch.device("cuda"))
+    assert found is not None
+    assert (found.status, found.reason) == ("crashed", "RuntimeError: CUDA error: device-side assert triggered")
+    monkeypatch.setattr(check, "_lost", lambda _: found)
+    monkeypatch.setattr(check, "_drop_in", lambda *_: pytest.fail("tried on a device that is lost"))
+    for error in (RuntimeError("CUDA error"), UnsupportedArgumentError("a refusal that the assert caused")):
+
+        def failing(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(GenerationManager, "submit", failing)
+        verdict = check_model(tiny_model("Llama"), config=CONFIG)
+        assert (verdict.status, verdict.generate.status) == ("crashed", "crashed")
 
 
 def test_prompts_go_beyond_what_a_config_has() -> None:

@@ -1,0 +1,130 @@
+"""What plain `generate` says to prompts, each alone: by its own choice, or after given tokens."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+
+NEW_TOKENS = 12
+LENGTHS = (5, 37, 1, 23, 14, 40)
+"""Ragged, on both sides of a page; the last but one joins late, the last begins like one that was served before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What plain `generate` says to the prompts, each alone.
+
+    Attributes:
+        prompts: Token ids.
+        tokens: New tokens per prompt.
+        logprobs: Their log-probabilities.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+    @property
+    def distinct_tokens(self) -> int:
+        """Different tokens in all completions."""
+        return len({token for tokens in self.tokens for token in tokens})
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """What plain `generate` computes where it is made to say given tokens.
+
+    Attributes:
+        logprobs: Of the given tokens.
+        best: Of its own choice at each place.
+    """
+
+    logprobs: list[float]
+    best: list[float]
+
+
+def make_prompts(vocab_size: int, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths from random tokens above 3; the last one begins with the second."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    low = min(4, vocab_size - 1)
+    prompts = [torch.randint(low, vocab_size, (n,), generator=generator, device="cpu").tolist() for n in lengths]
+    shared = min(len(prompts[1]) - 1, len(prompts[-1]) - 1)
+    prompts[-1][:shared] = prompts[1][:shared]
+    return prompts
+
+
+def reference(
+    model: PreTrainedModel, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, *, fresh: bool = False
+) -> Reference:
+    """Run plain `model.generate` on each prompt alone, greedily, without an end-of-sequence token.
+
+    Args:
+        model: A causal language model.
+        prompts: Token ids.
+        new_tokens: Tokens per prompt.
+        fresh: Give each prompt a copy of the model of its own. Some families leave a state behind in their modules,
+            on which what they say to the next prompt depends.
+
+    Raises:
+        Exception: Whatever `generate` raises.
+    """
+    all_tokens, all_logprobs = [], []
+    for prompt in prompts:
+        tokens, scores = _generate(copy.deepcopy(model) if fresh else model, prompt, new_tokens)
+        all_tokens.append(tokens.tolist())
+        all_logprobs.append(scores.gather(1, tokens[:, None])[:, 0].tolist())
+    return Reference(prompts, all_tokens, all_logprobs)
+
+
+def forced(model: PreTrainedModel, prompt: list[int], tokens: list[int], *, fresh: bool = False) -> Forced:
+    """Run plain `model.generate` on a prompt and make it say `tokens`, step by step as it would say its own.
+
+    Args:
+        model: A causal language model.
+        prompt: Token ids.
+        tokens: New tokens.
+        fresh: Use a copy of the model; see `reference`.
+
+    Raises:
+        Exception: Whatever `generate` raises.
+    """
+    said, scores = _generate(
+        copy.deepcopy(model) if fresh else model, prompt, len(tokens), logits_processor=[_Say(len(prompt), tokens)]
+    )
+    return Forced(scores.gather(1, said[:, None])[:, 0].tolist(), scores.max(-1).values.tolist())
+
+
+class _Say(LogitsProcessor):  # type: ignore[misc, unused-ignore]
+    """Leaves one token to choose."""
+
+    def __init__(self, start: int, tokens: list[int]) -> None:
+        self._start, self._tokens = start, tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        chosen = torch.full_like(scores, float("-inf"))
+        chosen[:, self._tokens[input_ids.shape[1] - self._start]] = 0
+        return chosen  # type: ignore[return-value, unused-ignore]
+
+
+def _generate(
+    generator: Any, prompt: list[int], new_tokens: int, **arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens [n], and log-probabilities [n, vocab] in float32 at least, on one device."""
+    ids = torch.tensor([prompt], device=next(generator.parameters()).device)
+    out = generator.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **arguments,
+    )
+    scores = torch.cat(out.logits).float().log_softmax(-1)
+    return out.sequences[0, len(prompt) :].to(scores.device), scores

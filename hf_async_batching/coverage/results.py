@@ -1,0 +1,108 @@
+"""What runs of the check have found, by device, dtype and release of transformers, in one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hf_async_batching.coverage.verdicts import UNFINISHED, Finding, Verdict
+
+Key = tuple[str, str, str]
+
+KINDS = (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16"))
+"""Device and dtype of the columns that a table always has, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was found on one device, in one dtype, with one release of transformers.
+
+    Attributes:
+        device: Its kind: "cpu" or "cuda".
+        dtype: Of the weights.
+        transformers: Its release.
+        torch: Its release; of the last run.
+        card: Name of the GPU; empty on a CPU.
+        classes: What was found, by entry.
+    """
+
+    device: str
+    dtype: str
+    transformers: str
+    torch: str = ""
+    card: str = ""
+    classes: dict[str, Verdict] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What another run must share to be of the same column."""
+        return self.device, self.dtype, self.transformers
+
+    @property
+    def label(self) -> str:
+        """For a column."""
+        return f"{kind_label(self.device, self.dtype)}, {self.transformers}"
+
+    @property
+    def finished(self) -> dict[str, Verdict]:
+        """Entries of which the check came to its end."""
+        return {
+            name: verdict
+            for name, verdict in self.classes.items()
+            if not {verdict.status, verdict.generate.status} & UNFINISHED
+        }
+
+
+def kind_label(device: str, dtype: str) -> str:
+    """For a person."""
+    return f"{'GPU' if device == 'cuda' else device.upper()} {dtype}"
+
+
+def merged(runs: Iterable[Run], *others: Run) -> list[Run]:
+    """Runs with others put in: an entry of the same device, dtype and release is replaced, all else stays."""
+    found = {run.key: run for run in runs}
+    for run in others:
+        classes = found[run.key].classes if run.key in found else {}
+        found[run.key] = replace(run, classes={**classes, **run.classes})
+    return sorted(found.values(), key=_order)
+
+
+def _order(run: Run) -> tuple[int, str, str, list[int | str]]:
+    kind = (run.device, run.dtype)
+    release = [int(part) if part.isdigit() else part for part in run.transformers.split(".")[:2]]
+    return KINDS.index(kind) if kind in KINDS else len(KINDS), *kind, release
+
+
+def to_json(runs: Iterable[Run]) -> str:
+    """All that was found, with the versions."""
+    listed = [{**asdict(run), "classes": dict(sorted(asdict(run)["classes"].items()))} for run in runs]
+    return json.dumps({"runs": listed}, indent=1) + "\n"
+
+
+def read_json(path: Path) -> list[Run]:
+    """What `to_json` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if "runs" not in found:  # of a release that knew one column
+        found = {"runs": [{"device": "cpu", "dtype": "float32", **found}]}
+    return [
+        Run(**{**run, "classes": {name: _verdict(of) for name, of in run["classes"].items()}}) for run in found["runs"]
+    ]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file of which, when the process is ended meanwhile, the old content is left."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _verdict(found: dict[str, Any]) -> Verdict:
+    drop_in = found.get("drop_in")
+    found = {**found, "not_reached": tuple(found.get("not_reached", ()))}
+    return Verdict(**{**found, "drop_in": Finding(**drop_in) if drop_in else None})
