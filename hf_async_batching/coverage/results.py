@@ -78,9 +78,23 @@ def _order(run: Run) -> tuple[int, str, str, list[int | str]]:
 
 
 def to_json(runs: Iterable[Run]) -> str:
-    """All that was found, with the versions."""
-    listed = [{**asdict(run), "classes": dict(sorted(asdict(run)["classes"].items()))} for run in runs]
-    return json.dumps({"runs": listed}, indent=1) + "\n"
+    """All that was found, with the versions: a line for each entry, without the fields that are empty."""
+    listed = []
+    for run in runs:
+        about = json.dumps({**_less(asdict(replace(run, classes={}))), "classes": {}}).removesuffix("}}")
+        lines = (f"{json.dumps(name)}: {json.dumps(_fields(found))}" for name, found in sorted(run.classes.items()))
+        listed.append(about + "\n" + ",\n".join(lines) + "\n}}")
+    return '{"runs": [\n' + ",\n".join(listed) + "\n]}\n"
+
+
+def _fields(verdict: Verdict) -> dict[str, Any]:
+    drop_in = verdict.drop_in and {"drop_in": _less(asdict(verdict.drop_in))}
+    return _less(asdict(replace(verdict, drop_in=None))) | (drop_in or {})
+
+
+def _less(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what is empty; 0.0 is a difference that was measured."""
+    return {name: value for name, value in fields.items() if value or type(value) is float}
 
 
 def read_json(path: Path) -> list[Run]:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from hf_async_batching.cli import main
-from hf_async_batching.coverage import table
-from hf_async_batching.coverage.check import Finding, Verdict
+from hf_async_batching.coverage import families, processes
 from hf_async_batching.coverage.families import entry_names
-from hf_async_batching.coverage.table import (
-    check_families,
-    counts,
-    drop_in_counts,
-    read_json,
-    read_known,
-    to_json,
-    to_markdown,
-    write,
-)
+from hf_async_batching.coverage.processes import Checked, check_families
+from hf_async_batching.coverage.results import Run, read_json, to_json
+from hf_async_batching.coverage.table import counts, drop_in_counts, read, routes, to_markdown, write
+from hf_async_batching.coverage.verdicts import BAD, SERVED, Finding, Verdict
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOUND = {
@@ -30,78 +26,169 @@ FOUND = {
     "AForCausalLM": Verdict("exact", "", "packed", 20, Finding("failed", "TypeError: no"), "fails", ("window",)),
     "AForCausalLM+rope": Verdict("exact", "", "packed", 20, Finding("exact"), "the same"),
 }
+ROUNDED = Verdict(
+    "within rounding", "2 of 72", "single", 20, Finding("exact", "", 72), "other tokens", (), 72, 2, 0.1, 0.2
+)
+CPU = Run("cpu", "float32", "5.24.0", "2.13.0", "", FOUND)
+GPU = Run(
+    "cuda", "bfloat16", "5.17.0", "2.11.0", "H200", {"AForCausalLM": ROUNDED, "BForCausalLM": FOUND["BForCausalLM"]}
+)
+OWN = Run("cpu", "float32", transformers.__version__, str(torch.__version__))
 
 
-def test_table(tmp_path: Path) -> None:
-    text = to_markdown(FOUND)
-    assert "2 classes. submit: 1 refused, 1 exact. generate: 1 refused, 1 failed. Exact in both ways: 0." in text
-    assert "1 variants. submit: 1 exact. generate: 1 exact." in text
-    first = "| AForCausalLM | exact | failed | packed | fails | generate: TypeError: no; not beyond window |"
-    assert text.index(first) < text.index("| BForCausalLM | refused | refused |")
-    assert "| AForCausalLM+rope | exact | exact | packed | the same |  |" in text
-    assert "it has \\| no attention" in text
-    (tmp_path / "found.json").write_text(to_json(FOUND))
-    assert read_json(tmp_path / "found.json") == FOUND
+def test_table_of_one_column() -> None:
+    text = to_markdown([CPU]).replace("\N{EN DASH}", "~")
+    assert "|  | CPU float32, 5.24.0 | GPU float32 | GPU bfloat16 |" in text
+    assert "| classes | 2 | ~ | ~ |" in text
+    assert "| **served both ways** | **0** | ~ | ~ |" in text
+    assert "| submit: exact | 1 | ~ | ~ |" in text
+    assert "| generate: failed | 1 | ~ | ~ |" in text
+    assert "| variants | 1 | ~ | ~ |" in text
+    assert "| **variants served both ways** | **1** | ~ | ~ |" in text
+    first = "| AForCausalLM | packed | exact / failed | ~ | ~ | fails | generate: TypeError: no; not beyond window |"
+    assert text.index(first) < text.index("| BForCausalLM |  | refused | ~ | ~ |  | it has \\| no attention |")
+    assert "| AForCausalLM+rope | packed | exact | ~ | ~ | the same |  |" in text
     assert drop_in_counts(FOUND) == {"refused": 1, "failed": 1, "exact": 1}
 
 
-def test_a_run_goes_on_where_one_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "table.md"
-    assert read_known(out) == {}
-    write(out, {"LlamaForCausalLM": FOUND["AForCausalLM"], "GPT2LMHeadModel": Verdict("failed", "hung")})
-    assert main(["coverage", "LlamaForCausalLM", "GPT2LMHeadModel", "--out", str(out), "--resume"]) == 1
-    found = read_json(out.with_suffix(".json"))
-    assert found["LlamaForCausalLM"] == FOUND["AForCausalLM"]  # as it was; that is why the exit status is 1
-    assert found["GPT2LMHeadModel"].exact
-    assert "2/2 GPT2LMHeadModel: exact (packed)" in capsys.readouterr().out
-    out.with_suffix(".json").write_text(to_json(found).replace(f'"{transformers.__version__}"', '"4.0"'))
-    assert read_known(out) == {}
+def test_columns_side_by_side() -> None:
+    """A route is said where it is another; a remark belongs to its column, or to all."""
+    text = to_markdown([CPU, GPU]).replace("\N{EN DASH}", "~")
+    assert "| made on | torch 2.13.0 | ~ | torch 2.11.0, H200 |" in text
+    assert "| served as: single | 0 | ~ | 1 |" in text
+    assert "| tokens that are plain `generate`'s choice | ~ | ~ | 98.61 % |" in text
+    remark = "CPU float32: generate: TypeError: no; not beyond window"
+    assert (
+        f"| AForCausalLM | packed | exact / failed | ~ | within rounding / exact (single) | fails | {remark} |" in text
+    )
+    assert "| BForCausalLM |  | refused | ~ | refused |  | it has \\| no attention |" in text
+    assert "| AForCausalLM+rope | packed | exact | ~ | ~ | the same |  |" in text
+    more = replace(CPU, dtype="bfloat16")
+    assert "| CPU float32, 5.24.0 | GPU float32 | GPU bfloat16 | CPU bfloat16, 5.24.0 |" in to_markdown([CPU, more])
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _checked(monkeypatch: pytest.MonkeyPatch, found: dict[str, Verdict], log: str = "") -> dict[str, Any]:
+    """Let the command find this; returns what it is asked for."""
+    asked: dict[str, Any] = {}
+
+    def check(names: list[str], **arguments: Any) -> Iterator[Checked]:
+        asked.update(arguments, names=names)
+        yield from (Checked(name, found[name], log) for name in names if name in found)
+
+    monkeypatch.setattr(processes, "check_families", check)
+    return asked
+
+
+def test_a_run_goes_on_where_one_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "table.md"
-    assert main(["coverage", "LlamaForCausalLM", "RwkvForCausalLM", "--out", str(out), "--workers", "1"]) == 0
+    verdicts = {"LlamaForCausalLM": FOUND["AForCausalLM+rope"], "GPT2LMHeadModel": Verdict("timed out", "hung")}
+    write(out, [replace(OWN, classes=verdicts), GPU])
+    asked = _checked(monkeypatch, {"GPT2LMHeadModel": ROUNDED})
+    names = ["LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"]
+    assert main(["coverage", *names, "--out", str(out), "--resume"]) == 0
+    assert asked["names"] == names[1:]
+    assert read(out) == [replace(OWN, classes={**verdicts, "GPT2LMHeadModel": ROUNDED}), GPU]
+    shown = capsys.readouterr().out
+    assert "2/3 GPT2LMHeadModel: within rounding (single) 2 of 72 through submit; exact through generate" in shown
+    assert "1 were not begun within the limit" in shown
+
+
+def test_what_is_bad_is_said_with_its_log_and_by_the_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for status in sorted(BAD):
+        _checked(monkeypatch, {"OPTForCausalLM": Verdict(status, "oh")}, "the stack\nof it")
+        assert main(["coverage", "OPTForCausalLM"]) == 1
+        assert (
+            f"1/1 OPTForCausalLM: {status} oh\n    the stack\n    of it\nsubmit: 1 {status}" in capsys.readouterr().out
+        )
+
+
+def test_a_gpu_has_settings_and_a_column_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "start_method", lambda _: ("spawn", "a card"))
+    asked = _checked(monkeypatch, {"OPTForCausalLM": ROUNDED})
+    out = tmp_path / "table.md"
+    write(out, [CPU])
+    command = ["coverage", "OPTForCausalLM", "--device", "cuda:0", "--dtype", "bfloat16", "--limit-minutes", "2"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert (asked["device"], asked["dtype"], asked["method"], asked["timeout"]) == ("cuda:0", "bfloat16", "spawn", 120)
+    assert asked["workers"] == min(16, os.cpu_count() or 2)
+    assert asked["until"] < float("inf")
+    cpu, gpu = read(out)
+    assert cpu == CPU
+    assert (gpu.device, gpu.card, gpu.classes) == ("cuda", "a card", {"OPTForCausalLM": ROUNDED})
+
+
+def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none(_: str) -> Any:
+        raise RuntimeError("cuda cannot be used: no driver")
+
+    monkeypatch.setattr(processes, "start_method", none)
+    assert main(["coverage", "--device", "cuda"]) == 2
+    assert "no driver" in capsys.readouterr().err
+
+
+def test_classes_that_a_release_does_not_have_are_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = _checked(monkeypatch, {"OPTForCausalLM": ROUNDED})
+    assert main(["coverage", "OPTForCausalLM", "NewForCausalLM"]) == 0
+    assert asked["names"] == ["OPTForCausalLM"]
+    assert f"not in transformers {transformers.__version__}, skipped: NewForCausalLM\n" in capsys.readouterr().out
+    # Those of another column, where all are asked for.
+    monkeypatch.setattr(families, "entry_names", lambda: ["OPTForCausalLM"])
+    out = tmp_path / "table.md"
+    write(out, [CPU])
+    assert main(["coverage", "--out", str(out)]) == 0
+    assert "skipped: AForCausalLM, AForCausalLM+rope, BForCausalLM\n" in capsys.readouterr().out
+
+
+def test_files_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, other = tmp_path / "table.md", tmp_path / "machine.json"
+    write(out, [CPU])
+    other.write_text(to_json([GPU]))
+    assert main(["coverage", "--merge", str(other), "--out", str(out)]) == 0
+    assert read(out) == [CPU, GPU]
+    assert out.read_text() == to_markdown([CPU, GPU])
+    assert main(["coverage", "--merge", str(other)]) == 2
+    assert "--merge needs --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    out = tmp_path / "table.md"
+    names = ["LlamaForCausalLM", "RwkvForCausalLM"]
+    assert main(["coverage", *names, "--out", str(out), "--workers", "1", "--dtype", dtype]) == 0
     assert "2/2 RwkvForCausalLM: exact (single)" in capsys.readouterr().out
-    assert counts(read_json(out.with_suffix(".json"))) == {"exact": 2}
-    assert "| LlamaForCausalLM | exact | exact | packed | the same |  |" in out.read_text()
-
-
-def test_a_process_that_dies_or_hangs_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is monkeypatched here is not in the processes: a class that is not there fails in them, and one second is
-    # less than any class takes.
-    found = dict(check_families(["NoSuchForCausalLM", "LlamaForCausalLM"], workers=2))
-    assert found["NoSuchForCausalLM"].status == "not built"
-    assert found["LlamaForCausalLM"].status == "exact"
-    hung = dict(check_families(["LlamaForCausalLM"], timeout=0.0))
-    assert hung["LlamaForCausalLM"] == Verdict("failed", "not done after 0 seconds")
-    monkeypatch.setattr(table, "_check", _die)
-    died = dict(check_families(["LlamaForCausalLM"]))
-    assert died["LlamaForCausalLM"] == Verdict("failed", "the process ended without a word")
-
-
-def _die(*_: object) -> Iterator[None]:
-    os._exit(3)
+    (run,) = read_json(out.with_suffix(".json"))
+    assert (run.device, run.dtype, run.transformers) == ("cpu", dtype, transformers.__version__)
+    assert set(counts(run.classes)) <= SERVED
+    assert routes(run.classes) == {"packed": 1, "single": 1}
+    assert all(verdict.generate.tokens == 72 for verdict in run.classes.values())
 
 
 def test_committed_table_is_of_all_classes() -> None:
-    found = read_json(DOCS / "model-coverage.json")
-    if f'"transformers": "{transformers.__version__}"' in (DOCS / "model-coverage.json").read_text():
-        assert sorted(found) == entry_names()
-        assert (DOCS / "model-coverage.md").read_text() == to_markdown(found)
-    for statuses in (counts(found), drop_in_counts(found)):
+    runs = read(DOCS / "model-coverage.md")
+    assert (DOCS / "model-coverage.md").read_text() == to_markdown(runs)
+    (cpu,) = (run for run in runs if (run.device, run.dtype) == ("cpu", "float32"))
+    if cpu.transformers == transformers.__version__:
+        assert sorted(cpu.classes) == entry_names()
+    for statuses in (counts(cpu.classes), drop_in_counts(cpu.classes)):
         assert statuses["exact"] >= 170
-        assert statuses["wrong"] == statuses["failed"] == 0
+        assert not BAD & set(statuses)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_class_of_this_release() -> None:
-    found = dict(check_families(entry_names(), workers=os.cpu_count() or 1))
+    found = {each.name: each.verdict for each in check_families(entry_names(), workers=os.cpu_count() or 1)}
     for statuses in (counts(found), drop_in_counts(found)):
-        assert statuses["wrong"] == statuses["failed"] == 0, found
+        assert not BAD & set(statuses), found
         assert statuses["exact"] >= 105
-    committed = read_json(DOCS / "model-coverage.json")
-    if f'"transformers": "{transformers.__version__}"' in (DOCS / "model-coverage.json").read_text():
-        assert {name: (v.status, v.generate.status, v.route) for name, v in found.items()} == {
-            name: (v.status, v.generate.status, v.route) for name, v in committed.items()
-        }
+    for run in read(DOCS / "model-coverage.md"):
+        if run.key == OWN.key:
+            assert {name: (v.status, v.generate.status, v.route) for name, v in found.items()} == {
+                name: (v.status, v.generate.status, v.route) for name, v in run.classes.items()
+            }
