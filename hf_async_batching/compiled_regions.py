@@ -133,28 +133,38 @@ def compile_regions(
         UnsafeEarlyLaunchError: A kernel would not wait for the one before it; the view is then of no use.
         Exception: Whatever the compiler raises; likewise.
     """
-    compiler = _with_residual_sums(backend, inductor_options(early))
+    compiler = _with_residual_sums(backend, early)
     regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]
     for region in regions:
         region.marking = True
-    run_example()
+    try:
+        run_example()
+    except Exception as error:
+        if early and not generated_code_waits():  # torch.compile wraps what its backend raises
+            raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it") from error
+        raise
     for region in regions:
         region.marking = False
-    if early and not generated_code_waits():
-        raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it")
     return regions
 
 
-def _with_residual_sums(backend: str | Compiler, options: dict[str, Any]) -> Compiler:
+def _with_residual_sums(backend: str | Compiler, early: bool) -> Compiler:
+    options = inductor_options(early)
+
     def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         merge_residual_sums(module.graph)
         module.recompile()
         if backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
-            return compile_fx(module, inputs, config_patches=options)
-        chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
-        return chosen(module, inputs)
+            compiled = compile_fx(module, inputs, config_patches=options)
+        else:
+            chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+            compiled = chosen(module, inputs)
+        # Before it runs: an index that is not written yet ends the process's context.
+        if early and not generated_code_waits():
+            raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it")
+        return compiled
 
     return compiler
 

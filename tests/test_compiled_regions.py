@@ -10,10 +10,10 @@ import torch
 from support.tiny_models import FAMILIES, ragged_prompts, tiny_model
 from torch._dynamo.utils import counters
 
-from hf_async_batching import BatchingConfig, GenerationManager, assembly, attach_check
+from hf_async_batching import BatchingConfig, GenerationManager, assembly, attach_check, compiled_regions
 from hf_async_batching.assembly import assemble, compile_for
 from hf_async_batching.attention.backend import make_backend
-from hf_async_batching.compiled_regions import region_modules
+from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError, region_modules
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.request import Request
 
@@ -130,6 +130,26 @@ def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert "runs uncompiled" in caplog.text
     serve(running, [[1, 2, 3]], 2)
     assert running.runner._forward is plain
+
+
+def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its indices may not be written yet: one run of it can end the process's context."""
+    ran: list[bool] = []
+
+    def generates(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            ran.append(True)
+            return module(*args)
+
+        return run
+
+    monkeypatch.setattr(compiled_regions, "generated_code_waits", lambda: False)
+    compile_checked, model = attach_check.compile_checked, tiny_model("Llama")
+    with pytest.raises(UnsafeEarlyLaunchError):
+        compile_checked(ModelForward(model), make_backend("auto", CPU), generates, early=True)
+    assert not ran
+    compile_checked(ModelForward(model), make_backend("auto", CPU), generates, early=False)
+    assert ran
 
 
 def test_serving_goes_on_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
