@@ -199,6 +199,11 @@ class Engine:
             return None
         return self.device.time_of(launch.events[start]), self.device.time_of(launch.events[end])
 
+    def let_go(self) -> None:
+        """Hold nothing of requests that have ended, nor of what the last step brought; for an engine that waits."""
+        self.started, self.outputs, self.failed, self.offered = (), {}, [], []
+        self.scheduler.let_go()
+
     def close(self) -> None:
         """Wait for all device work."""
         self.pipeline.close()

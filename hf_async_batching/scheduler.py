@@ -679,6 +679,12 @@ class Scheduler:
                 keep.append(retired)
         self._retired = keep
 
+    def let_go(self) -> None:
+        """Hold no request that has ended; for an engine that waits. Without effect while a request is live."""
+        if not self._live:
+            self._decoding, self._prefilling, self._drafters = [], [], []
+            self._planned_decoding, self._planned_sampled, self._settled = [], [], []
+
     def check_invariants(self) -> None:
         """Pages in = pages out, rows in = rows out, and the order of the queues.
 

@@ -110,12 +110,19 @@ class Worker:
     def cancel(self, handle: GenerationHandle) -> None:
         """End a request; nothing happens where it has ended already."""
         with self._changed:
+            if self._assembly is None:  # its requests have ended; this must not hold their handles
+                return
             self._cancels.append(handle)
             self._changed.notify()
 
     def choose(self, choices: Iterable[tuple[GenerationHandle, int]]) -> None:
-        """Give requests the tokens that their choosers have chosen; together, so that they are computed together."""
+        """Give requests the tokens that their choosers have chosen; together, so that they are computed together.
+
+        Nothing happens where the engine has stopped: the handles say why.
+        """
         with self._changed:
+            if self._assembly is None:
+                return
             self._choices.extend(choices)
             self._changed.notify()
 
@@ -207,6 +214,9 @@ class Worker:
         with self._changed:
             self._accepting = False
             assembly, self._assembly = self._assembly, None
+            # Managers refer to a worker that has stopped, and a handle's error to its caller's frames.
+            for orders in (self._cancels, self._choices, self._warmings):
+                orders.clear()
         self._fail_everyone(error, assembly)
         try:
             if assembly is not None:
@@ -223,73 +233,83 @@ class Worker:
 
     def _serve(self) -> None:
         assert self._assembly is not None
-        engine = self._assembly.engine
-        while True:
+        while self._serve_turn(self._assembly):
+            pass
+
+    def _serve_turn(self, assembly: Assembly) -> bool:
+        """Wait for work and do a step of it; False where there is nothing more to do.
+
+        A turn is a call of its own, so that a thread that waits holds nothing of the requests before: neither handles
+        nor errors, whose frames may hold the manager.
+        """
+        engine = assembly.engine
+        with self._changed:
+            while not (self._has_orders() or self._stopping or engine.has_work):
+                engine.let_go()
+                if engine.waits_outside:
+                    if not self._changed.wait(_CHOOSING_SECONDS):
+                        engine.make_way()
+                    continue
+                woken = self._accepting and self._changed.wait(self._idle_timeout)
+                if not woken and not self._has_orders():
+                    self._accepting = False
+                    return False
+            if self._stopping:
+                return False
+            arrived, cancelled, chosen = list(self._inbox), list(self._cancels), list(self._choices)
+            self._inbox.clear()
+            self._cancels.clear()
+            self._choices.clear()
+            weights_changed, self._weights_changed = self._weights_changed, False
+        if weights_changed:
+            engine.weights_updated()  # before the requests that came after it are added
+        while self._warmings:
+            self._warmings.popleft().run(assembly)
+        self._handles.update((request.request_id, handle) for request, handle in arrived)
+        for request, handle in arrived:
+            try:
+                engine.add(request)
+            except BaseException as error:  # a request made by hand can hold anything
+                self._forget(request.request_id)
+                handle._fail(error)
+        for handle, token in chosen:
+            if self._handles.get(handle.request_id) is handle:
+                emission = engine.choose(handle.request_id, token)
+                if emission is not None:
+                    self._deliver([emission])
+        for handle in cancelled:
+            # By identity: the id may belong to another request by now.
+            if self._handles.get(handle.request_id) is handle:
+                emission = engine.cancel(handle.request_id)
+                if emission is not None:
+                    self._deliver([emission])
+        if not engine.has_work:
+            return True
+        emissions = engine.step()
+        for new_row in engine.started:
+            if new_row.request.request_id in self._handles:
+                self._handles[new_row.request.request_id]._start(new_row.start)
+        for request_id, logits in engine.offered:
+            chooser_handle = self._handles[request_id]
+            assert isinstance(chooser_handle, LogitsHandle)
+            chooser_handle._offer(logits)
+        for request_id, made in engine.outputs.items():
+            self._handles[request_id]._keep(*made)
+        self._deliver(emissions)
+        if emissions or engine.offered:
+            self.first_step.set()
+        for request_id, raised in engine.failed:
+            handle = self._handles[request_id]
+            self._forget(request_id)
+            _clear_frames(raised)
+            handle._fail(raised)
+        spare = engine.spare_seconds()
+        if spare > 0 and self._accepting:
+            # To the end, whoever comes: others may follow, and the plan is not needed before.
             with self._changed:
-                while not (self._has_orders() or self._stopping or engine.has_work):
-                    if engine.waits_outside:
-                        if not self._changed.wait(_CHOOSING_SECONDS):
-                            engine.make_way()
-                        continue
-                    woken = self._accepting and self._changed.wait(self._idle_timeout)
-                    if not woken and not self._has_orders():
-                        self._accepting = False
-                        return
-                if self._stopping:
-                    return
-                arrived, cancelled, chosen = list(self._inbox), list(self._cancels), list(self._choices)
-                self._inbox.clear()
-                self._cancels.clear()
-                self._choices.clear()
-                weights_changed, self._weights_changed = self._weights_changed, False
-            if weights_changed:
-                engine.weights_updated()  # before the requests that came after it are added
-            while self._warmings:
-                self._warmings.popleft().run(self._assembly)
-            self._handles.update((request.request_id, handle) for request, handle in arrived)
-            for request, handle in arrived:
-                try:
-                    engine.add(request)
-                except BaseException as error:  # a request made by hand can hold anything
-                    self._forget(request.request_id)
-                    handle._fail(error)
-            for handle, token in chosen:
-                if self._handles.get(handle.request_id) is handle:
-                    emission = engine.choose(handle.request_id, token)
-                    if emission is not None:
-                        self._deliver([emission])
-            for handle in cancelled:
-                # By identity: the id may belong to another request by now.
-                if self._handles.get(handle.request_id) is handle:
-                    emission = engine.cancel(handle.request_id)
-                    if emission is not None:
-                        self._deliver([emission])
-            if not engine.has_work:
-                continue
-            emissions = engine.step()
-            for new_row in engine.started:
-                if new_row.request.request_id in self._handles:
-                    self._handles[new_row.request.request_id]._start(new_row.start)
-            for request_id, logits in engine.offered:
-                chooser_handle = self._handles[request_id]
-                assert isinstance(chooser_handle, LogitsHandle)
-                chooser_handle._offer(logits)
-            for request_id, made in engine.outputs.items():
-                self._handles[request_id]._keep(*made)
-            self._deliver(emissions)
-            if emissions or engine.offered:
-                self.first_step.set()
-            for request_id, raised in engine.failed:
-                handle = self._handles[request_id]
-                self._forget(request_id)
-                _clear_frames(raised)
-                handle._fail(raised)
-            spare = engine.spare_seconds()
-            if spare > 0 and self._accepting:
-                # To the end, whoever comes: others may follow, and the plan is not needed before.
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, spare)
-                engine.patience.waited()
+                self._changed.wait_for(lambda: self._stopping, spare)
+            engine.patience.waited()
+        return True
 
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._choices or self._warmings or self._weights_changed)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.soak.subjects import Subject
 from benchmarks.soak.tally import Tally
-from benchmarks.soak.watch import Growth, Held, growth, held, live_objects
+from benchmarks.soak.watch import Growth, Held, growth, held, held_objects, live_objects
 
 _QUIET_SECONDS = 60.0
 # The same draw in another company: rounding moves the edge of a filter once in so many tokens, at most.
@@ -108,7 +108,7 @@ def _left_behind(before: Held, threads_before: set[threading.Thread], objects_be
     deadline = time.perf_counter() + 10.0
     while True:
         threads = [one.name for one in set(threading.enumerate()) - threads_before if one.name not in _OTHERS]
-        objects = {name: count for name, count in live_objects(objects_before).items() if count}
+        objects = live_objects(objects_before)
         after = held()
         descriptors = after.descriptors - before.descriptors
         if not (threads or objects or descriptors > 0) or time.perf_counter() > deadline:
@@ -121,7 +121,7 @@ def _left_behind(before: Held, threads_before: set[threading.Thread], objects_be
     if threads:
         problems.append(f"threads are left: {', '.join(sorted(threads))}")
     if objects:
-        problems.append(f"objects are left: {objects}")
+        problems.append(f"objects are left: {held_objects(objects_before) or objects}")
     if descriptors > 0:
         problems.append(f"{descriptors} descriptors more than before are open")
     return problems

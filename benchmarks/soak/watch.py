@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import inspect
 import os
 import statistics
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.soak.holders import holders
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.logits_handle import LogitsHandle
 from hf_async_batching.request import Request
@@ -23,7 +25,7 @@ MIB = 1 << 20
 # Allocators keep what they had at their fullest: growth below this says nothing, however long it takes.
 NOISE_MIB = 32.0
 ENOUGH_MINUTES = 2.0
-_MOST_HOLDERS = 8
+_MOST_SHOWN = 3
 # Samples before this share of the time, or these seconds, are of an allocator that still fills.
 _WARM_SHARE, _WARM_SECONDS = 0.35, 240.0
 
@@ -90,35 +92,34 @@ def known_objects() -> frozenset[int]:
 
 
 def live_objects(known: frozenset[int]) -> dict[str, int]:
-    """Requests and handles that something still refers to, after a collection, by what refers to one of them.
+    """How many requests and handles something still refers to, after a collection, by their types.
 
     Args:
         known: Those that were there before.
     """
+    return {name: len(alive) for name, alive in _alive(known).items()}
+
+
+def held_objects(known: frozenset[int]) -> dict[str, int]:
+    """As `live_objects`, by what keeps some of them alive; takes a second or more where there are any."""
+    found: Counter[str] = Counter()
+    for name, alive in _alive(known).items():
+        shown = alive[:_MOST_SHOWN]
+        own: list[Any] = [alive, shown]
+        for _ in range(len(shown)):
+            found[f"{name} (held in {holders(shown.pop(), own)})"] += 1
+        if len(alive) > _MOST_SHOWN:
+            found[f"{name}, not looked at"] += len(alive) - _MOST_SHOWN
+    return dict(found)
+
+
+def _alive(known: frozenset[int]) -> dict[str, list[object]]:
     gc.collect()
-    objects = gc.get_objects()
-    found: dict[str, int] = {}
-    for kind in _KINDS:
-        alive = [one for one in objects if type(one) is kind and id(one) not in known]
-        if alive:
-            found[f"{kind.__name__} ({_holders(alive[0], {id(objects), id(alive)})})"] = len(alive)
-    return found
-
-
-def _holders(one: object, ignored: set[int]) -> str:
-    """What refers to an object, and what to that, and so on: types, the nearest first."""
-    chain: list[str] = []
-    for _ in range(_MOST_HOLDERS):
-        referrers = gc.get_referrers(one)
-        ignored.add(id(referrers))
-        others = [holder for holder in referrers if id(holder) not in ignored and not inspect.isframe(holder)]
-        if not others:
-            break
-        one = others[0]
-        ignored.add(id(one))
-        keys = f" {sorted(map(str, one))[:3]}" if isinstance(one, dict) else ""
-        chain.append(type(one).__qualname__ + keys)
-    return " in ".join(["held", *chain])
+    alive: dict[str, list[object]] = {}
+    for one in gc.get_objects():
+        if type(one) in _KINDS and id(one) not in known:
+            alive.setdefault(type(one).__name__, []).append(one)
+    return alive
 
 
 def slope(samples: list[tuple[float, float]]) -> float:

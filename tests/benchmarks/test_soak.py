@@ -135,7 +135,7 @@ def test_what_is_left_behind_is_found(job: Job, monkeypatch: pytest.MonkeyPatch)
     for found in (
         "threads are left: left over",
         "2 descriptors",
-        "GenerationHandle (held",
+        "GenerationHandle (held in local handle of test_what_is_left_behind_is_found, which runs)",
         "'rows_in_use': 1",
         "client 3",
     ):
