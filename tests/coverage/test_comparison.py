@@ -106,3 +106,12 @@ def test_weights_have_the_dtypes_in_which_they_are_loaded(name: str, tmp_path: o
 
     assert dtypes(model) == dtypes(loaded)
     assert model.dtype == torch.bfloat16
+
+
+def test_what_a_class_keeps_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases of transformers keep it when they load a model only, not when they make one."""
+    plan = {"q_proj": torch.float32, "layers.*.input_layernorm": torch.float32}
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_get_dtype_plan", lambda *_: plan)
+    model = as_loaded(coverage_model("LlamaForCausalLM"), torch.bfloat16)
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {name for name, _ in model.named_parameters() if "q_proj" in name or "input_layernorm" in name}
