@@ -82,7 +82,8 @@ def _first_of_small_copy(small: SmallCopyCheck) -> None:
 def _refuse_cached(small: SmallCopyCheck, make: partial[CacheForward], always: bool = True) -> None:
     batching, whole_prompts = make.keywords["batching"], make.keywords["whole_prompts"]
     if batching != "single":
-        small.refuse(f"{batching}, whole prompts" if whole_prompts else batching, make, always=always)
+        # What fails on the device there is the model's own code, which the small copy alone shows.
+        small.refuse(f"{batching}, whole prompts" if whole_prompts else batching, make, always=always, known=always)
 
 
 def choose_route(

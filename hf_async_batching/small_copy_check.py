@@ -73,13 +73,21 @@ class SmallCopyCheck:
         self.thresholds = {name: value for name, value in found.items() if reach is None or value < reach}
         self._models: dict[int, PreTrainedModel] = {}
 
-    def refuse(self, route: str, make_forward: Callable[[PreTrainedModel], Forward], *, always: bool = False) -> None:
+    def refuse(
+        self,
+        route: str,
+        make_forward: Callable[[PreTrainedModel], Forward],
+        *,
+        always: bool = False,
+        known: bool = False,
+    ) -> None:
         """Refuse a route that is wrong. Where that cannot be told, it is logged.
 
         Args:
             route: Its name: a class and config are checked once per route and process.
             make_forward: Makes a forward of that route for a model.
             always: Check it although the model has no thresholds.
+            known: Refuse it where it cannot be told, too.
 
         Raises:
             UnsupportedModelError: Logits differ from those of plain `generate`.
@@ -95,6 +103,11 @@ class SmallCopyCheck:
             beyond = ", ".join(self.thresholds)
             what = f"is not checked beyond {beyond}" if beyond else f"is not tried on the CPU ({route})"
             logger.info("%s %s: %s", self._class.__name__, what, _line(error))
+            if known:
+                raise UnsupportedModelError(
+                    f"{self._class.__name__} is not served: whether it is right as {route} cannot be told without "
+                    f"risking the device ({_line(error)})"
+                ) from error
             return
         wrong = _verdicts[key]
         if wrong is not None:

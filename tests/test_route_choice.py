@@ -99,6 +99,19 @@ def test_a_mask_that_a_release_cannot_make_is_met_on_the_cpu(
     assert caplog.text.count("out of bounds") >= len(MODES) - 1
 
 
+def test_what_the_cpu_cannot_tell_is_not_tried_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with HrmText and transformers 5.17: no small copy could be made, and the padded route ended the context."""
+    model = tiny_model("FalconForCausalLM")
+    watch = Watch(model, monkeypatch)
+
+    def none(*_: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(small_copy_check, "_make", none)
+    assert choose_route(model, BatchingConfig())[0].route == "single"
+    assert watch.made == ["packed", "single whole"], "the packed route refuses by looking at calls, not by failing"
+
+
 def test_a_model_that_looks_packed_costs_no_small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("LlamaForCausalLM")
     watch = Watch(model, monkeypatch)
@@ -119,13 +132,13 @@ def test_a_model_that_looks_packed_and_is_not_is_tried_on_the_cpu(monkeypatch: p
     tried: list[str] = []
     refuse_small = small_copy_check.SmallCopyCheck.refuse
 
-    def noted(self: Any, route: str, make: Any, *, always: bool = False) -> None:
-        tried.append(f"{route}: {always}")
-        refuse_small(self, route, make, always=always)
+    def noted(self: Any, route: str, make: Any, **options: bool) -> None:
+        tried.append(f"{route}: {options}")
+        refuse_small(self, route, make, **options)
 
     monkeypatch.setattr(small_copy_check.SmallCopyCheck, "refuse", noted)
     assert choose_route(model, BatchingConfig())[0].route == "padded"
-    assert tried == ["padded: True"]
+    assert tried == ["padded: {'always': True, 'known': True}"]
     assert watch.made == ["padded"]
 
 
