@@ -6,10 +6,12 @@ to do; this finds them before the first request is served.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.cache_forward import CacheForward
-from hf_async_batching.compiled_regions import EXAMPLE_TOKENS
+from hf_async_batching.compiled_regions import EXAMPLE_TOKENS, share_alike
 from hf_async_batching.compiler_start import after_compiler_start
 from hf_async_batching.device_failure import device_failure, is_device_failure
 from hf_async_batching.device_state import DeviceState, StepInputs
@@ -38,8 +40,12 @@ from hf_async_batching.side_by_side import side_by_side
 from hf_async_batching.staging import Sections, encode
 from hf_async_batching.tensor_parallel.shared_modules import parallel_modules
 
+logger = logging.getLogger(__name__)
+
 # Relative norm; rounding may be less by chance.
 _LEAST_NOISE = 5e-3
+# Of tokens in a compiled layer of experts, among which a router rounds to others for some.
+_LEAST_ALIKE = 0.6
 
 
 @torch.inference_mode()
@@ -281,8 +287,20 @@ def compile_checked(
     forward.compile(lambda: forward(prefill), compiler, early=early)
     for step, want in zip((prefill, decode), expected, strict=True):
         error = logits_error(forward(step).float(), want)
-        if not error <= logits_tolerance(forward):
-            raise RuntimeError(f"compiled logits of {forward.name} differ by {error:.2g} (relative norm)")
+        if error <= logits_tolerance(forward):
+            continue
+        alike = share_alike(forward.regions, partial(forward, step))
+        if alike < _LEAST_ALIKE:
+            raise RuntimeError(
+                f"compiled logits of {forward.name} differ by {error:.2g} (relative norm), and in one of its modules "
+                f"{alike:.0%} of the tokens come to the same"
+            )
+        logger.info(
+            "compiled logits of %s differ by %.2g; module by module %.0f %% are alike",
+            forward.name,
+            error,
+            100 * alike,
+        )
 
 
 def _stage(plan: Plan, device: torch.device, tile_size: int, max_rows: int) -> tuple[torch.Tensor, Sections]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.early_launches import generated_code_waits
+from hf_async_batching.logits_error import tolerance_of
 from hf_async_batching.position_cache import PositionCache
 from hf_async_batching.residual_sums import merge_residual_sums
 
@@ -46,10 +47,13 @@ class Region:
 
     Attributes:
         marking: Set while the example runs: dimensions of `EXAMPLE_TOKENS` are then marked as dynamic.
+        compared: Where it is a list, both codes run, and it gets which tokens they agree on, bool [tokens] per call;
+            what comes behind goes on with the uncompiled code's result.
     """
 
     def __init__(self, modules: list[nn.Module], backend: Compiler) -> None:
         self.marking = False
+        self.compared: list[torch.Tensor] | None = None
         self.modules = modules
         original = type(modules[0]).forward
         self._original: Callable[..., Any] = original
@@ -74,7 +78,13 @@ class Region:
             return self._original(module, *args, **kwargs)
         if self.marking:
             _mark((*args, *kwargs.values()))
-        return self._compiled(module, *args, **kwargs)
+        if self.compared is None:
+            return self._compiled(module, *args, **kwargs)
+        given = args[0].clone() if args and isinstance(args[0], torch.Tensor) else None
+        want = self._original(module, *(args if given is None else (given.clone(), *args[1:])), **kwargs)
+        got = self._compiled(module, *args, **kwargs)
+        self.compared.append(_tokens_alike(_first(got), _first(want), given))
+        return want
 
 
 class _RegionCall:
@@ -93,6 +103,54 @@ def _tokens(values: tuple[Any, ...]) -> int:
         if isinstance(value, torch.Tensor) and value.dim() >= 2:
             return value.shape[1]
     return 1
+
+
+def _first(out: Any) -> torch.Tensor:
+    """The tensor [1, tokens, ...] that a module returns, alone or in front of others."""
+    tensor: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
+    return tensor
+
+
+def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens have the same result but for rounding: relative to what the module adds to them.
+
+    Args:
+        got: Compiled, [1, tokens, ...].
+        want: Uncompiled.
+        given: The module's input, which it adds to where the shapes are the same.
+    """
+
+    def norm(values: torch.Tensor) -> torch.Tensor:
+        norms: torch.Tensor = values.float().flatten(2).norm(dim=-1)
+        return norms[0]
+
+    added = want - given if given is not None and given.shape == want.shape else want
+    # A sum with a large number loses bits of what is added.
+    return norm(got - want) <= tolerance_of(want.dtype) * norm(added) + 2 * torch.finfo(want.dtype).eps * norm(want)
+
+
+def share_alike(regions: list[Region], run: Callable[[], Any]) -> float:
+    """Compare compiled and uncompiled code module by module, each with the same input.
+
+    A router that rounds to another expert changes all that comes behind, and a whole forward shows no more. Module by
+    module it changes a few tokens; a miscompiled module changes most.
+
+    Args:
+        regions: Of a view.
+        run: Runs the view.
+
+    Returns:
+        The share of tokens that come to the same but for rounding, in the region where it is least.
+    """
+    for region in regions:
+        region.compared = []
+    try:
+        run()
+        shares = [float(torch.cat(region.compared).float().mean()) for region in regions if region.compared]
+    finally:
+        for region in regions:
+            region.compared = None
+    return min(shares, default=0.0)
 
 
 def _mark(values: Any) -> None:

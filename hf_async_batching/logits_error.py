@@ -38,6 +38,11 @@ def _parts(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return (got - want).masked_fill(got == want, 0), want.masked_fill(want.isinf(), 0)
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The relative error that rounding explains in a dtype."""
+    return _TOLERANCE.get(dtype, 1e-1)
+
+
 def logits_tolerance(forward: ModelForward | CacheForward) -> float:
     """The error that rounding alone explains."""
     dtype = forward.dtype

@@ -16,7 +16,7 @@ from hf_async_batching.attention import probe as attention_probe
 from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import LayerShape, PagedCache
 from hf_async_batching.attention.interface import PagedCall, attach_tags
-from hf_async_batching.compiled_regions import compile_regions
+from hf_async_batching.compiled_regions import Region, compile_regions
 from hf_async_batching.device_state import StepInputs
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
@@ -45,6 +45,7 @@ class ModelForward:
         logit_size: Width of the logits, which can differ from it.
         device: Where the weights lie.
         packed_groups: Groups of projections that share a product; None where weights are not fused.
+        regions: What is compiled.
 
     Raises:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
@@ -78,6 +79,7 @@ class ModelForward:
         self._passes_context = findings.passes_context
         self._layer_at: dict[int, int] = {}
         self._compiled = False
+        self.regions: list[Region] = []
         self.packed_groups: int | None = self._fuse(seen, skinny) if fused else None
         set_attention(self.view, interface.NAME)
         self._cache: PagedCache | None = None
@@ -131,7 +133,7 @@ class ModelForward:
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
-        compile_regions(self.view, set(self._paged_layers), run_example, backend, early=early)
+        self.regions = compile_regions(self.view, set(self._paged_layers), run_example, backend, early=early)
         ready_products(self.view, (16, 32, 64))
 
     def tune(self, batches: list[int]) -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from hf_async_batching import BatchingConfig, GenerationManager, assembly, attach_check, compiled_regions
 from hf_async_batching.assembly import assemble, compile_for
 from hf_async_batching.attention.backend import make_backend
-from hf_async_batching.compiled_regions import UnsafeEarlyLaunchError, region_modules
+from hf_async_batching.compiled_regions import EXAMPLE_TOKENS, UnsafeEarlyLaunchError, region_modules
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.request import Request
 
@@ -130,6 +130,60 @@ def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert "runs uncompiled" in caplog.text
     serve(running, [[1, 2, 3]], 2)
     assert running.runner._forward is plain
+
+
+def off_by(factor: float, rows: slice) -> Callable[..., Any]:
+    """A compiler whose code is wrong for some tokens."""
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            outs = [out.clone() for out in module(*args)]
+            for out in outs:
+                if out.is_floating_point() and out.dim() == 3:
+                    out[:, rows] *= factor
+            return tuple(outs)
+
+        return run
+
+    return compiler
+
+
+@pytest.mark.parametrize(
+    ("factor", "rows", "right"),
+    [
+        (1.0, slice(None), True),
+        (3.0, slice(3), True),  # as a router does that rounds to another expert for three tokens of 37
+        (3.0, slice(20), False),
+        (1.3, slice(None), False),
+        (float("nan"), slice(None), False),
+    ],
+)
+def test_choices_that_rounding_decides_are_no_miscompilation(
+    factor: float, rows: slice, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach_check, "logits_error", lambda got, want: 0.49)
+    forward = ModelForward(tiny_model("Llama").to(torch.bfloat16))
+    prompt = off_by(factor, rows)
+    if right:
+        compile_only_prompts(forward, prompt)
+        assert all(region.compared is None for region in forward.regions)
+        return
+    with pytest.raises(RuntimeError, match=r"differ by 0.49 .* of the tokens come to the same"):
+        compile_only_prompts(forward, prompt)
+
+
+def compile_only_prompts(forward: ModelForward, compiler: Callable[..., Any]) -> None:
+    """Compiled code is right for the two tokens of a decode step."""
+
+    def of_prompts(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        wrong = compiler(module, inputs)
+        return lambda *args: (
+            wrong(*args)
+            if any(isinstance(a, torch.Tensor) and EXAMPLE_TOKENS in a.shape for a in args)
+            else module(*args)
+        )
+
+    attach_check.compile_checked(forward, make_backend("auto", CPU), of_prompts)
 
 
 def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
