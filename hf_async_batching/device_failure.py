@@ -35,12 +35,13 @@ def device_failure(error: BaseException, name: str, route: str, step: str, devic
     Args:
         error: The device's own.
         name: Class of the model.
-        route: How it was served: "packed", "padded", …
+        route: How it was served: "packed", "padded", …; empty where that was not known yet.
         step: What was computed.
         device: Where.
     """
     reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    text = f"{name}, served as {route}, failed on {device} in {step}: {type(error).__name__}: {reason}."
+    served = f", served as {route}," if route else ""
+    text = f"{name}{served} failed on {device} in {step}: {type(error).__name__}: {reason}."
     if is_lost(device):
         text += (
             " The CUDA context of this process is gone with it: nothing in this process can use the GPU any more, "

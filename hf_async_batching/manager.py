@@ -53,6 +53,7 @@ from hf_async_batching.requests_from_config import (
 )
 from hf_async_batching.route_choice import check_servable
 from hf_async_batching.sequence import Sequence as EngineSequence
+from hf_async_batching.start_progress import told
 from hf_async_batching.stats import Stats, read_stats
 from hf_async_batching.step_needs import features_of
 from hf_async_batching.submission import check_group, check_limits, criteria_of, group_fits, prompt_of
@@ -103,7 +104,8 @@ class GenerationManager:
         self._group = RankGroup.of(model)
         self.config = config or BatchingConfig()
         # Refused here, before any memory is taken; the engine makes its own view when it starts.
-        check_servable(model, self.config.max_sequence_length)
+        with told(type(model).__name__):
+            check_servable(model, self.config.max_sequence_length)
         self._engine_config = self.config if self._group is None else self.config.for_ranks()
         self._get_model = get_model
         self._lock = ForkSafeLock()
@@ -717,7 +719,7 @@ class GenerationManager:
         first_step = threading.Event()
 
         def make() -> Assembly:
-            with autocast():
+            with autocast(), told(type(model).__name__):
                 return assemble(model, self._engine_config, self._group)
 
         with no_collections():

@@ -18,12 +18,13 @@ from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.compiler_start import start_compiler
 from hf_async_batching.config import BatchingConfig, default_page_size
-from hf_async_batching.device_failure import is_device_failure
+from hf_async_batching.device_failure import device_failure, is_device_failure
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError
 from hf_async_batching.length_thresholds import text_config
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view, refuse_unservable
 from hf_async_batching.small_copy_check import SmallCopyCheck
+from hf_async_batching.start_progress import stage
 from hf_async_batching.wide_check import agrees_in_wide_dtype
 
 logger = logging.getLogger(__name__)
@@ -164,11 +165,24 @@ def _checked(
     backend: AttentionBackend,
 ) -> tuple[_Forward, PreTrainedModel]:
     """A forward that agrees with plain `generate`, in the model's dtype or in a wider one."""
-    forward = make(model)
+    name = type(model).__name__
+    stage("its forward is tried with a few tokens")
+    try:
+        forward = make(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        if is_device_failure(error):
+            raise device_failure(
+                error, name, "what it is not known yet", "a first forward", next(model.parameters()).device
+            ) from error
+        raise
+    stage(f"its logits as {forward.route} are compared with those of plain `generate`")
     page_size = config.page_size or default_page_size(forward.device)
     try:
         return forward, attach_check(model, forward, backend, page_size)
     except LogitsDifferError as error:
+        stage(f"its logits as {forward.route} are compared in a wider dtype, since {error.short}")
         view = agrees_in_wide_dtype(model, make, page_size, error)
         if view is None:
             raise

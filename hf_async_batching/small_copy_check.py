@@ -31,6 +31,7 @@ from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import context_length, make_view
 from hf_async_batching.plain_logits import prompts_of_lengths
 from hf_async_batching.reference_kernels import use_reference_kernels
+from hf_async_batching.start_progress import stage
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class SmallCopyCheck:
             key = self._class, self._signature, route
             with _lock:
                 if key not in _verdicts:
+                    stage(f"a small copy of it is tried as {route} on the CPU")
                     _verdicts[key] = self._verdict(make_forward)
         except Exception as error:  # whatever a family's own code raises at sizes that it was not made for
             beyond = ", ".join(self.thresholds)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_async_batching import BatchingConfig
 from hf_async_batching import device_failure as module
 from hf_async_batching.attach_check import attach_check
 from hf_async_batching.attention.backend import make_backend
@@ -14,6 +15,7 @@ from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.device_failure import device_failure, is_device_failure, is_lost
 from hf_async_batching.errors import DeviceFailedError, EngineFailedError, UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.route_choice import choose_route
 
 ASSERT = "CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in https://docs.nvidia.com\n"
 
@@ -78,3 +80,17 @@ def test_the_attach_check_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
         attach_check(model, forward, make_backend("auto", torch.device("cpu")))
     assert "step 2: 0 chunks, 1 rows that decode" in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_first_forward_that_ends_the_context_says_so(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bool] = []
+
+    def fails(self: ModelForward, model: Any, **options: Any) -> None:
+        tried.append(bool(options.get("fused")))
+        raise RuntimeError(ASSERT)
+
+    monkeypatch.setattr(ModelForward, "__init__", fails)
+    with pytest.raises(DeviceFailedError, match="LlamaForCausalLM failed on cpu in a first forward"):
+        choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig(fuse_weights=fused))
+    assert tried == [fused], "nothing else is tried in a context that may be gone"
