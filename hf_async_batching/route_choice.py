@@ -173,9 +173,7 @@ def _checked(
         raise
     except Exception as error:
         if is_device_failure(error):
-            raise device_failure(
-                error, name, "what it is not known yet", "a first forward", next(model.parameters()).device
-            ) from error
+            raise device_failure(error, name, "", "a first forward", next(model.parameters()).device) from error
         raise
     stage(f"its logits as {forward.route} are compared with those of plain `generate`")
     page_size = config.page_size or default_page_size(forward.device)
