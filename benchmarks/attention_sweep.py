@@ -422,6 +422,7 @@ def main() -> None:
         "seconds": time.perf_counter() - begin,
     }
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1, default=str))
     for case in cases:
         show(case, rows, tolerance=2e-3 if arguments.quick else 2e-2)

@@ -118,6 +118,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"copy_bandwidth": bandwidth, "results": results}, indent=1))
 
 

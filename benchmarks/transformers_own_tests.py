@@ -168,6 +168,7 @@ def main() -> int:
         print(f"{family:12} {name:50} {outcome[0]:15} {outcome[1][:120]}", flush=True)
         found.append((family, name, outcome))
     if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(report(found, arguments.tests_of))
     return int(not found or any(outcome[0] == "failed" for _, _, outcome in found))
 

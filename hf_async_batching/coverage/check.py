@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, Reference, make_prompts, reference
-from hf_async_batching.coverage.verdicts import Finding, Padded, Verdict
+from hf_async_batching.coverage.verdicts import SERVED, Finding, Padded, Verdict
 from hf_async_batching.devices.cuda import synchronize_device
 from hf_async_batching.drop_in import generate
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError, UnsupportedModelError
@@ -33,6 +33,9 @@ _LATE = 4
 _PAGE_SIZE = 16
 _SECONDS = 600.0
 _PAD = 0
+
+_Run = Callable[[GenerationManager, int, Comparison], Finding]
+"""One way in."""
 
 
 def prompt_lengths(model: PreTrainedModel, longest: int = LONGEST) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -83,7 +86,6 @@ def check_model(
             known = reference(model, make_prompts(vocab, lengths), new_tokens)
         except Exception as error:
             return Verdict("no reference", f"plain `generate` raises {_line(error)}")
-    device = next(model.parameters()).device
     pages_per_row = -(-(max(map(len, known.prompts)) + new_tokens) // _PAGE_SIZE)
     settings = config or BatchingConfig(
         page_size=_PAGE_SIZE,
@@ -98,44 +100,82 @@ def check_model(
         compared = compared or Comparison(model, known)
     except Exception as error:
         return Verdict("no reference", f"plain `generate` with the weights in float32 raises {_line(error)}")
-    routes: list[str] = []
 
-    def served(run: Callable[[GenerationManager, int, Comparison], Finding]) -> Finding:
-        try:
-            with GenerationManager(model, settings) as manager:
-                try:
-                    return run(manager, new_tokens, compared)
-                finally:
-                    if manager.assembly is not None:
-                        routes.append(str(getattr(manager.assembly.forward, "route", "packed")))
-        except (UnsupportedModelError, UnsupportedArgumentError, RequestTooLongError) as error:
-            return _lost(device) or Finding("refused", _line(error, named=False))
-        except Exception as error:
-            traceback.print_exc()
-            return _lost(device) or Finding("failed", _line(error))
+    def served(run: _Run) -> tuple[Finding, str]:
+        def serve(model: PreTrainedModel, compared: Comparison) -> tuple[Finding, str]:
+            return _serve(model, settings, run, new_tokens, compared)
 
-    submitted = served(_submit)
+        found, route = serve(model, compared)
+        if compared.may_be_choices(found):
+            found = _with_choices(compared, found, route, serve)
+        return found, route
+
+    submitted, route = served(_submit)
     verdict = Verdict(
         submitted.status,
         submitted.reason,
-        routes[0] if routes and submitted.tokens else "",
+        route if submitted.tokens else "",
         known.distinct_tokens,
         not_reached=not_reached,
         tokens=submitted.tokens,
         other_tokens=submitted.other_tokens,
         difference=submitted.difference,
         tolerance=compared.tolerance,
+        beyond=submitted.beyond,
     )
     if submitted.status == "crashed":
         return verdict
     if report is not None:
         report(verdict)
-    verdict = replace(verdict, drop_in=served(_drop_in), tolerance=compared.tolerance)
+    verdict = replace(verdict, drop_in=served(_drop_in)[0], tolerance=compared.tolerance)
     if verdict.generate.status == "crashed":
         return verdict
     if report is not None:
         report(verdict)
     return replace(verdict, plain_padded=_plain_padded(model, known, new_tokens))
+
+
+def _serve(
+    model: PreTrainedModel, settings: BatchingConfig, run: _Run, new_tokens: int, compared: Comparison
+) -> tuple[Finding, str]:
+    """What comes of one way in, and how the model was served; the latter is empty where it was not."""
+    device = next(model.parameters()).device
+    route = ""
+    try:
+        with GenerationManager(model, settings) as manager:
+            try:
+                found = run(manager, new_tokens, compared)
+            finally:
+                if manager.assembly is not None:
+                    route = str(getattr(manager.assembly.forward, "route", "packed"))
+        return found, route
+    except (UnsupportedModelError, UnsupportedArgumentError, RequestTooLongError) as error:
+        return _lost(device) or Finding("refused", _line(error, named=False)), route
+    except Exception as error:
+        traceback.print_exc()
+        return _lost(device) or Finding("failed", _line(error)), route
+
+
+def _with_choices(
+    compared: Comparison,
+    found: Finding,
+    route: str,
+    serve: Callable[[PreTrainedModel, Comparison], tuple[Finding, str]],
+) -> Finding:
+    """A finding of few tokens beyond the tolerance in 16 bits, judged by what comes of the same weights in float32."""
+    try:
+        wide, route_wide = serve(*compared.in_float32())
+    except Exception as error:
+        wide, route_wide = Finding("no reference", f"plain `generate` raises {_line(error)}"), route
+    if wide.status == "crashed":
+        return wide
+    then = f"with the same weights in float32 it is {wide.status}"
+    if wide.status in SERVED and route_wide == route:
+        reason = f"{found.reason}: choices that one bit decides; {then}"
+        return replace(found, status="within rounding", reason=reason)
+    if wide.status in SERVED:
+        then += f", served as {route_wide}"
+    return replace(found, reason="; ".join(filter(None, (found.reason, then, wide.reason))))
 
 
 def _submit(manager: GenerationManager, new_tokens: int, compared: Comparison) -> Finding:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if verdict.served else 1
 
 
+def _cannot_write(out: Path | None) -> str:
+    """What keeps the table from being written, which is to be known before hours of checks; its folder is made."""
+    if out is None:
+        return ""
+    if out.suffix == ".json":
+        return f"--out names the table, and FILE.json is put beside it: --out {out.with_suffix('.md')}"
+    if out.is_dir():
+        return f"--out names a file, and {out} is a folder: --out {out / 'model-coverage.md'}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--out {out}: its folder cannot be made: {error}"
+    return "" if os.access(out.parent, os.W_OK) else f"--out {out}: nothing can be written into its folder"
+
+
+def _cannot_read(paths: Iterable[Path]) -> str:
+    absent = [str(path) for path in paths if not path.is_file()]
+    return f"--merge: there is no file {', '.join(absent)}" if absent else ""
+
+
 def _coverage(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
@@ -100,6 +121,9 @@ def _coverage(arguments: argparse.Namespace) -> int:
     from hf_async_batching.coverage.table import read, summary, write
 
     out: Path | None = arguments.out
+    if mistake := _cannot_write(out) or _cannot_read(arguments.merge or ()):
+        print(mistake, file=sys.stderr)
+        return 2
     runs = read(out) if out is not None else []
     if arguments.merge is not None:
         if out is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from hf_async_batching.coverage.results import KINDS, Run, kind_label, read_json, replace_text, to_json
-from hf_async_batching.coverage.verdicts import SERVED, Verdict
+from hf_async_batching.coverage.verdicts import SERVED, Status, Verdict
 
 _NOT_RUN = "\N{EN DASH}"
 _INTRODUCTION = f"""\
@@ -22,12 +23,12 @@ Their weights have the dtypes in which `from_pretrained` loads them.
 *submit*: ragged prompts, one of them late and one behind a shared prefix, computed in pieces beside rows that decode.
 *generate*: the same prompts as one batch, padded on the left, through
 `model.generate(custom_generate=hf_async_batching.generate)`. A cell with one result is of both; with two, the first is
-of *submit*. A route in brackets differs from that in "served as".
+of *submit*, and so with numbers. A route in brackets differs from that in "served as".
 
 | a cell says | which means |
 | --- | --- |
 | exact | every token is that of plain `model.generate` for the prompt alone, every log-probability within tolerance |
-| within rounding | some tokens differ; after those before them, plain `generate` finds each as likely as its own |
+| within rounding | some tokens differ; plain `generate` finds each (with a remark: all but few) as likely as its own |
 | wrong | other tokens or log-probabilities |
 | refused | not served, by an error that says why |
 | no reference | plain `generate` fails, or says the same token over and over |
@@ -38,7 +39,10 @@ of *submit*. A route in brackets differs from that in "served as".
 | {_NOT_RUN} | not run, or not in that release of transformers |
 
 Log-probabilities may differ by 0.002 in float32, without TF32. In 16 bits they may differ by four times the difference
-between plain `generate` in 16 bits and plain `generate` in float32 with the same weights, and by 0.06 at least.
+between plain `generate` in 16 bits and plain `generate` in float32 with the same weights, and by 0.06 at least. A
+router's choice of experts can hang on one bit, and a token behind it differs by more. So where at most one token in
+twenty is beyond the tolerance, the same weights are served in float32, too: where that is exact, the cell says "within
+rounding", and the remark how many tokens are beyond; else it says "wrong".
 *plain, padded* says what plain `generate` itself makes of the padded batch: the same tokens, others (padding changes
 what the family computes), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.
 """
@@ -54,6 +58,7 @@ _ROUTES = """\
 """
 
 Verdicts = dict[str, Verdict]
+_STATUSES: tuple[str, ...] = get_args(Status)
 
 
 def counts(verdicts: Verdicts) -> Counter[str]:
@@ -64,6 +69,15 @@ def counts(verdicts: Verdicts) -> Counter[str]:
 def drop_in_counts(verdicts: Verdicts) -> Counter[str]:
     """How many entries have each status through `generate(custom_generate=...)`."""
     return Counter(verdict.generate.status for verdict in verdicts.values())
+
+
+def by_route(verdicts: Verdicts) -> dict[str, Counter[str]]:
+    """How many entries of each route have each status; where the ways in differ, the status of the worse."""
+    found: dict[str, Counter[str]] = {}
+    for verdict in verdicts.values():
+        worse = max(verdict.status, verdict.generate.status, key=_STATUSES.index)
+        found.setdefault(verdict.route, Counter())[worse] += 1
+    return found
 
 
 def routes(verdicts: Verdicts) -> Counter[str]:
@@ -118,16 +132,9 @@ def _columns(runs: list[Run]) -> list[tuple[str, Run | None]]:
 def _counted(runs: list[Run]) -> list[str]:
     """What there is how often, a column for each run."""
     columns = _columns(runs)
-    classes = [{k: v for k, v in run.classes.items() if "+" not in k} if run else {} for _, run in columns]
-    variants = [{k: v for k, v in run.classes.items() if "+" in k} if run else {} for _, run in columns]
-
-    def rows(label: str, of: list[Verdicts], count: Callable[[Verdicts], Counter[str]]) -> list[str]:
-        counted = [count(verdicts) for verdicts in of]
-        total: Counter[str] = sum(counted, Counter())
-        return [
-            _row([f"{label}: {name}", *(str(each[name]) if v else _NOT_RUN for each, v in zip(counted, of))])
-            for name, _ in total.most_common()
-        ]
+    classes = [_of(run, variants=False) for _, run in columns]
+    variants = [_of(run, variants=True) for _, run in columns]
+    left = [str(_left(run, runs)) if run else _NOT_RUN for _, run in columns]
 
     def made_on(run: Run | None) -> str:
         return ", ".join(filter(None, (f"torch {run.torch}" if run.torch else "", run.card))) if run else _NOT_RUN
@@ -136,21 +143,60 @@ def _counted(runs: list[Run]) -> list[str]:
         _row(["", *(run.label if run is not None else label for label, run in columns)]),
         _row(["---"] * (len(columns) + 1)),
         _row(["made on", *(made_on(run) for _, run in columns)]),
-        _row(["classes", *(str(len(found)) if found else _NOT_RUN for found in classes)]),
-        _row(["**served both ways**", *(_served(found) for found in classes)]),
-        *rows("submit", classes, counts),
-        *rows("generate", classes, drop_in_counts),
-        *rows("served as", classes, routes),
+        *([_row(["not run yet, of that release", *left])] if set(left) - {"0", _NOT_RUN} else []),
+        *_numbers("classes", "", classes),
         _row(["tokens that are plain `generate`'s choice", *(_share(found) for found in classes)]),
-        _row(["variants", *(str(len(found)) if found else _NOT_RUN for found in variants)]),
-        _row(["**variants served both ways**", *(_served(found) for found in variants)]),
-        *rows("variants, submit", variants, counts),
-        *rows("variants, generate", variants, drop_in_counts),
+        *_numbers("variants", "variants, ", variants),
     ]
 
 
+def _numbers(label: str, prefix: str, of: list[Verdicts]) -> list[str]:
+    """How many there are, of each status, and of each status by route."""
+    ways = [(counts(found), drop_in_counts(found)) for found in of]
+    by = [by_route(found) for found in of]
+    total: Counter[str] = sum((routes(found) for found in of), Counter())
+    named = sorted({route for each in by for route in each}, key=lambda route: (not route, -total[route], route))
+
+    def number(submit: int, generate: int) -> str:
+        return str(submit) if submit == generate else f"{submit} / {generate}"
+
+    def row(name: str, cells: Iterable[str]) -> str:
+        return _row([name, *(cell if found else _NOT_RUN for cell, found in zip(cells, of, strict=True))])
+
+    return [
+        row(f"**{label}**", (f"**{len(found)}**" for found in of)),
+        row(f"{prefix}served both ways", map(_served, of)),
+        *(
+            row(f"{prefix}{status}", (number(submit[status], generate[status]) for submit, generate in ways))
+            for status in _STATUSES
+            if any(submit[status] or generate[status] for submit, generate in ways)
+        ),
+        *(
+            row(
+                prefix + (f"served as {route}" if route else "not served"),
+                (_by_status(each.get(route, Counter())) for each in by),
+            )
+            for route in named
+        ),
+    ]
+
+
+def _by_status(counted: Counter[str]) -> str:
+    return ", ".join(f"{counted[status]} {status}" for status in _STATUSES if counted[status]) or "0"
+
+
+def _of(run: Run | None, variants: bool) -> Verdicts:
+    return {name: found for name, found in run.classes.items() if ("+" in name) == variants} if run else {}
+
+
+def _left(run: Run, runs: list[Run]) -> int:
+    """Entries that another run with the same release has, and this one lacks."""
+    names = {name for each in runs if each.transformers == run.transformers for name in each.classes}
+    return len(names - set(run.classes))
+
+
 def _served(verdicts: Verdicts) -> str:
-    return f"**{sum(verdict.served for verdict in verdicts.values())}**" if verdicts else _NOT_RUN
+    return str(sum(verdict.served for verdict in verdicts.values()))
 
 
 def _share(verdicts: Verdicts) -> str:
@@ -171,22 +217,34 @@ def _cell(verdict: Verdict | None, route: str) -> str:
 
 def _remarks(found: list[tuple[Run, Verdict]]) -> str:
     """What is to be said of each run; once where it is the same."""
-    by_text: dict[str, list[str]] = {}
+    by_text: dict[str, list[Run]] = {}
     for run, verdict in found:
-        by_text.setdefault(_remark(verdict), []).append(kind_label(run.device, run.dtype))
+        by_text.setdefault(_remark(verdict), []).append(run)
+    there = [run for run, _ in found]
     parts = [
-        text if len(labels) == len(found) else f"{', '.join(dict.fromkeys(labels))}: {text}"
-        for text, labels in by_text.items()
+        text if len(runs) == len(found) else f"{' and '.join(_labels(runs, there))}: {text}"
+        for text, runs in by_text.items()
         if text
     ]
     return "; ".join(parts).replace("|", "\\|")
 
 
+def _labels(runs: list[Run], there: list[Run]) -> dict[str, None]:
+    """What names these runs and none else of those that are there: device and dtype, or the release, or both."""
+    others = [run for run in there if run not in runs]
+    kinds = {run.key: kind_label(run.device, run.dtype) for run in there}
+    releases = {run.key: f"transformers {run.transformers}" for run in there}
+    for names in (kinds, releases):
+        if not {names[run.key] for run in runs} & {names[run.key] for run in others}:
+            return dict.fromkeys(names[run.key] for run in runs)
+    return dict.fromkeys(run.label for run in runs)
+
+
 def _remark(verdict: Verdict) -> str:
     # By how much rounding made a family's tokens differ stands in the JSON.
-    parts = [verdict.reason if verdict.status not in SERVED else ""]
+    parts = [verdict.reason if verdict.status not in SERVED or verdict.beyond else ""]
     found = verdict.generate
-    if found.reason and found.reason != verdict.reason and found.status not in SERVED:
+    if found.reason and found.reason != verdict.reason and (found.status not in SERVED or found.beyond):
         parts.append(f"generate: {found.reason}")
     if verdict.not_reached:
         parts.append(f"not beyond {', '.join(verdict.not_reached)}")

@@ -32,15 +32,17 @@ class Finding:
     Attributes:
         status: "exact": every token is `generate`'s, and every log-probability is, as far as rounding lets one say.
             "within rounding": some tokens are others, and each of these is, after the same tokens before it, as
-            likely as `generate`'s as far as rounding lets one say. "refused": not served, by an error that says why.
-            "wrong": served with other tokens or log-probabilities. "no reference": plain `generate` fails, or says
-            the same token over and over. "not built": no tiny model could be made. "failed": an error that is no
-            refusal. "crashed": the process ended, or its device takes no more work. "timed out": the process was
-            ended at its limit.
+            likely as `generate`'s as far as rounding lets one say. In 16 bits also: few tokens are beyond that, and
+            the same weights are exact, or within rounding, where they are served in float32. "refused": not served, by
+            an error that says why. "wrong": served with other tokens or log-probabilities. "no reference": plain
+            `generate` fails, or says the same token over and over. "not built": no tiny model could be made.
+            "failed": an error that is no refusal. "crashed": the process ended, or its device takes no more work.
+            "timed out": the process was ended at its limit.
         reason: Why not exact; empty where it is.
         tokens: Tokens compared.
         other_tokens: Tokens that are not plain `generate`'s choice after the same tokens before them.
         difference: The largest difference of a log-probability; None where none was compared.
+        beyond: Tokens that differ by more than the tolerance.
     """
 
     status: Status
@@ -48,6 +50,7 @@ class Finding:
     tokens: int = 0
     other_tokens: int = 0
     difference: float | None = None
+    beyond: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class Verdict:
         other_tokens: See `Finding`; through `submit`.
         difference: See `Finding`; through `submit`.
         tolerance: By how much log-probabilities may differ; None where none were compared.
+        beyond: See `Finding`; through `submit`.
     """
 
     status: Status
@@ -79,6 +83,7 @@ class Verdict:
     other_tokens: int = 0
     difference: float | None = None
     tolerance: float | None = None
+    beyond: int = 0
 
     @property
     def generate(self) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -47,13 +48,34 @@ def test_float32(model: PreTrainedModel, known: Reference) -> None:
     found = compared(known.tokens, known.logprobs)
     assert (found.status, found.tokens, found.other_tokens, found.difference) == ("exact", 8, 0, 0.0)
     shifted = [[value + 1e-2 for value in values] for values in known.logprobs]
-    assert "log-probabilities differ by 0.01" in compared(known.tokens, shifted).reason
+    found = compared(known.tokens, shifted)
+    assert found.reason.startswith("8 of 8 tokens beyond the tolerance of 0.002; the worst, token ")
+    assert found.reason.endswith("has a log-probability that differs by 0.01")
+    assert (found.beyond, compared.may_be_choices(found)) == (8, False)
     assert compared(known.tokens, [[float("nan")] * 4] * 2).status == "wrong"
     assert "3 tokens and not 4" in compared([tokens[:3] for tokens in known.tokens], known.logprobs).reason
     other = [[(known.tokens[0][0] + 1) % 97, *known.tokens[0][1:]], known.tokens[1]]
     found = compared(other, known.logprobs)
     assert found.status == "wrong"
-    assert "prompt 0 of 5 tokens: token 0 is less likely than `generate`'s by" in found.reason
+    assert "prompt 0 (5 tokens)" in found.reason
+    assert found.beyond > 1
+
+
+def test_all_tokens_beyond_the_tolerance_are_counted(model: PreTrainedModel, known: Reference) -> None:
+    """Over all prompts, and the worst is named wherever it is."""
+    shifted = [list(values) for values in known.logprobs]
+    shifted[0][2] += 0.01
+    shifted[1][0] -= 0.02
+    shifted[1][3] += 1e-3
+    found = Comparison(model, known)(known.tokens, shifted)
+    assert (found.status, found.beyond, found.tokens) == ("wrong", 2, 8)
+    assert found.reason == (
+        "2 of 8 tokens beyond the tolerance of 0.002; the worst, token 0 of prompt 1 (9 tokens), has a "
+        "log-probability that differs by 0.02"
+    )
+    assert found.difference == pytest.approx(0.02)
+    short = [known.tokens[0], known.tokens[1][:3]]
+    assert "prompt 1 of 9 tokens: 3 tokens and not 4" in Comparison(model, known)(short, shifted).reason
 
 
 @pytest.mark.parametrize(("gap", "status"), [(1e-3, "within rounding"), (3e-3, "wrong")])
@@ -84,7 +106,28 @@ def test_16_bits_are_measured_by_the_model_itself() -> None:
         shifted = [[value + factor * compared.tolerance for value in values] for values in known.logprobs]
         found = compared(known.tokens, shifted)
         assert found.status == status
-    assert "rounding explains" in found.reason
+    assert "8 of 8 tokens beyond the tolerance of" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("beyond", "value", "may_be"), [(0, 9.0, False), (3, 9.0, True), (4, 9.0, False), (1, math.nan, False)]
+)
+def test_choices_of_one_bit_are_few_and_finite(beyond: int, value: float, may_be: bool) -> None:
+    """At most one token in twenty; and no rounding makes a number none."""
+    model = as_loaded(coverage_model("LlamaForCausalLM"), torch.bfloat16)
+    known = reference(model, make_prompts(97, (5, 9, 7)), 20)
+    compared = Comparison(model, known)
+    shifted = [list(values) for values in known.logprobs]
+    for place in range(beyond):
+        shifted[place % 3][place] += value
+    found = compared(known.tokens, shifted)
+    assert (found.beyond, compared.may_be_choices(found)) == (beyond, may_be)
+    assert found.status == ("wrong" if beyond else "exact")
+    served, in_float32 = compared.in_float32()
+    assert served.dtype == served.config.dtype == torch.float32
+    assert in_float32.tolerance == FLOAT32_TOLERANCE
+    assert in_float32.known.prompts == known.prompts
+    assert [len(tokens) for tokens in in_float32.known.tokens] == [20] * 3
 
 
 def test_a_model_that_rounding_makes_another_is_not_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

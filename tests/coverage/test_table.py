@@ -39,12 +39,12 @@ OWN = Run("cpu", "float32", transformers.__version__, str(torch.__version__))
 def test_table_of_one_column() -> None:
     text = to_markdown([CPU]).replace("\N{EN DASH}", "~")
     assert "|  | CPU float32, 5.24.0 | GPU float32 | GPU bfloat16 |" in text
-    assert "| classes | 2 | ~ | ~ |" in text
-    assert "| **served both ways** | **0** | ~ | ~ |" in text
-    assert "| submit: exact | 1 | ~ | ~ |" in text
-    assert "| generate: failed | 1 | ~ | ~ |" in text
-    assert "| variants | 1 | ~ | ~ |" in text
-    assert "| **variants served both ways** | **1** | ~ | ~ |" in text
+    assert "| **classes** | **2** | ~ | ~ |\n| served both ways | 0 | ~ | ~ |" in text
+    assert "| exact | 1 / 0 | ~ | ~ |\n| refused | 1 | ~ | ~ |\n| failed | 0 / 1 | ~ | ~ |" in text
+    assert "| served as packed | 1 failed | ~ | ~ |\n| not served | 1 refused | ~ | ~ |" in text
+    assert "| **variants** | **1** | ~ | ~ |\n| variants, served both ways | 1 | ~ | ~ |" in text
+    assert "| variants, exact | 1 | ~ | ~ |\n| variants, served as packed | 1 exact | ~ | ~ |" in text
+    assert "not run yet" not in text
     first = "| AForCausalLM | packed | exact / failed | ~ | ~ | fails | generate: TypeError: no; not beyond window |"
     assert text.index(first) < text.index("| BForCausalLM |  | refused | ~ | ~ |  | it has \\| no attention |")
     assert "| AForCausalLM+rope | packed | exact | ~ | ~ | the same |  |" in text
@@ -55,7 +55,7 @@ def test_columns_side_by_side() -> None:
     """A route is said where it is another; a remark belongs to its column, or to all."""
     text = to_markdown([CPU, GPU]).replace("\N{EN DASH}", "~")
     assert "| made on | torch 2.13.0 | ~ | torch 2.11.0, H200 |" in text
-    assert "| served as: single | 0 | ~ | 1 |" in text
+    assert "| served as single | 0 | ~ | 1 within rounding |" in text
     assert "| tokens that are plain `generate`'s choice | ~ | ~ | 98.61 % |" in text
     remark = "CPU float32: generate: TypeError: no; not beyond window"
     assert (
@@ -65,6 +65,33 @@ def test_columns_side_by_side() -> None:
     assert "| AForCausalLM+rope | packed | exact | ~ | ~ | the same |  |" in text
     more = replace(CPU, dtype="bfloat16")
     assert "| CPU float32, 5.24.0 | GPU float32 | GPU bfloat16 | CPU bfloat16, 5.24.0 |" in to_markdown([CPU, more])
+
+
+def test_a_remark_is_of_a_kind_or_of_a_release_or_of_one_column() -> None:
+    bad = Verdict("failed", "oh")
+    cells = [("cpu", "5.24.0"), ("cuda", "5.17.0"), ("cuda", "5.24.0")]
+
+    def remark(*failed: int) -> str:
+        good = FOUND["AForCausalLM+rope"]
+        runs = [
+            Run(device, "float32", release, classes={"A": bad if index in failed else good})
+            for index, (device, release) in enumerate(cells)
+        ]
+        return to_markdown(runs).splitlines()[-1].split(" | ")[-1].removesuffix(" |")
+
+    assert remark(0, 1, 2) == "oh"
+    assert remark(1, 2) == "GPU float32: oh"
+    assert remark(0, 2) == "transformers 5.24.0: oh"
+    assert remark(1) == "transformers 5.17.0: oh"
+    assert remark(2) == "GPU float32, 5.24.0: oh"
+
+
+def test_what_was_not_run_yet_of_a_release_is_counted() -> None:
+    """What another release lacks is not."""
+    partly = replace(GPU, transformers="5.24.0")
+    text = to_markdown([CPU, partly]).replace("\N{EN DASH}", "~")
+    assert "| not run yet, of that release | 0 | ~ | 1 |" in text
+    assert "not run yet" not in to_markdown([CPU, GPU])
 
 
 def _checked(monkeypatch: pytest.MonkeyPatch, found: dict[str, Verdict], log: str = "") -> dict[str, Any]:
@@ -156,9 +183,29 @@ def test_files_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "--merge needs --out" in capsys.readouterr().err
 
 
+def test_what_cannot_be_read_or_written_is_said_before_classes_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "check_families", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    absent, table = tmp_path / "absent.json", str(tmp_path / "table.md")
+    for arguments, said in (
+        (["--out", str(tmp_path / "file" / "table.md")], "its folder cannot be made: "),
+        (["--out", str(tmp_path)], f"is a folder: --out {tmp_path / 'model-coverage.md'}"),
+        (["--out", str(tmp_path / "table.json")], f"put beside it: --out {table}"),
+        (["--out", table, "--merge", str(absent)], f"--merge: there is no file {absent}"),
+    ):
+        assert main(["coverage", "OPTForCausalLM", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert main(["coverage", "OPTForCausalLM", "--out", table]) == 2
+    assert "nothing can be written into its folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
-    out = tmp_path / "table.md"
+    out = tmp_path / "new" / "folder" / "table.md"
     names = ["LlamaForCausalLM", "RwkvForCausalLM"]
     assert main(["coverage", *names, "--out", str(out), "--workers", "1", "--dtype", dtype]) == 0
     assert "2/2 RwkvForCausalLM: exact (single)" in capsys.readouterr().out
