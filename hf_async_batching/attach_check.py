@@ -7,6 +7,7 @@ to do; this finds them before the first request is served.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,12 +22,13 @@ from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.attention.cache import PagedCache
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.cache_forward import CacheForward
-from hf_async_batching.compiled_regions import EXAMPLE_TOKENS, share_alike
+from hf_async_batching.compiled_regions import EXAMPLE_TOKENS, UnsafeEarlyLaunchError, share_alike
 from hf_async_batching.compiler_start import after_compiler_start
-from hf_async_batching.device_failure import device_failure, is_device_failure
+from hf_async_batching.device_failure import device_failure, ends_the_search
 from hf_async_batching.device_state import DeviceState, StepInputs
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
 from hf_async_batching.generate_loop import prepare_view
+from hf_async_batching.length_thresholds import makes_choices
 from hf_async_batching.logits_error import logits_error, logits_tolerance
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
@@ -116,7 +118,7 @@ def attach_check(
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{forward.name} is not served: {_bare(forward, error)}") from error
     except Exception as error:
-        if is_device_failure(error):
+        if ends_the_search(error, forward.device):
             step = f"the attach check ({'; '.join(steps)})"
             raise device_failure(error, forward.name, forward.route, step, forward.device) from error
         if not does_not_fit(error):
@@ -141,6 +143,7 @@ def attach_check(
                 "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
                 "use plain `model.generate`; and please report it with its config.",
                 f"its logits for {label} differ by {difference:.2g} in {forward.dtype}",
+                finite=math.isfinite(difference),
             )
     return views[0]
 
@@ -289,11 +292,13 @@ def compile_checked(
         error = logits_error(forward(step).float(), want)
         if error <= logits_tolerance(forward):
             continue
-        alike = share_alike(forward.regions, partial(forward, step))
+        if early:
+            # What a race has done is not there when other code runs in between.
+            raise UnsafeEarlyLaunchError(f"the logits differ by {error:.2g}")
+        alike = share_alike(forward.regions, partial(forward, step)) if makes_choices(forward.view.config) else 0.0
         if alike < _LEAST_ALIKE:
             raise RuntimeError(
-                f"compiled logits of {forward.name} differ by {error:.2g} (relative norm), and in one of its modules "
-                f"{alike:.0%} of the tokens come to the same"
+                f"compiled logits of {forward.name} differ by {error:.2g} (relative norm), by no router's choice"
             )
         logger.info(
             "compiled logits of %s differ by %.2g; module by module %.0f %% are alike",

@@ -140,17 +140,21 @@ def share_alike(regions: list[Region], run: Callable[[], Any]) -> float:
         run: Runs the view.
 
     Returns:
-        The share of tokens that come to the same but for rounding, in the region where it is least.
+        The share of tokens that come to the same but for rounding, in the region where it is least. 0 where a token is
+        wrong in most layers: a router rounds to others for other tokens in each.
     """
     for region in regions:
         region.compared = []
     try:
         run()
-        shares = [float(torch.cat(region.compared).float().mean()) for region in regions if region.compared]
+        alike = [torch.stack(region.compared).float() for region in regions if region.compared]
     finally:
         for region in regions:
             region.compared = None
-    return min(shares, default=0.0)
+    # A module that is there once has no router.
+    if any(not one.all() for one in alike if len(one) == 1) or any(one.mean(0).min() < 0.25 for one in alike):
+        return 0.0
+    return min((float(one.mean()) for one in alike), default=0.0)
 
 
 def _mark(values: Any) -> None:

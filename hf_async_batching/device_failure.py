@@ -57,6 +57,16 @@ def is_lost(device: torch.device) -> bool:
         return False
     try:
         torch.zeros(1, device=device).item()
+    except torch.OutOfMemoryError:
+        return False
     except RuntimeError:
         return True
     return False
+
+
+def ends_the_search(error: BaseException, device: torch.device) -> bool:
+    """Whether nothing else can be tried after an error: a device's own, after which it answers to nothing.
+
+    Libraries report shapes that they do not know, and memory that they lack, as errors of the device, too.
+    """
+    return isinstance(error, DeviceFailedError) or (is_device_failure(error) and is_lost(device))

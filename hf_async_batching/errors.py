@@ -50,12 +50,16 @@ class LogitsDifferError(UnsupportedModelError):
         message: What differs, and what to do.
         short: The first of it, without the model's name.
         plain: Whether two ways of plain `generate` itself differ, whatever the route.
+        finite: Whether the difference is a number.
     """
 
-    def __init__(self, message: str, short: str = "its logits differ", *, plain: bool = False) -> None:
+    def __init__(
+        self, message: str, short: str = "its logits differ", *, plain: bool = False, finite: bool = True
+    ) -> None:
         super().__init__(message)
         self.short = short
         self.plain = plain
+        self.finite = finite
 
 
 class UnsupportedArgumentError(HfAsyncBatchingError, NotImplementedError):

@@ -17,6 +17,7 @@ from torch import nn
 
 # The file of transformers that has the wrappers.
 _WRAPPERS = "hub_kernels.py"
+_MARK = "_hf_async_batching_kernels"
 
 
 def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Callable[..., Any] | None]) -> None:
@@ -28,6 +29,8 @@ def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Ca
     """
     for module in model.modules():
         for name, method in _methods(type(module)):
+            if name in vars(module):
+                continue  # a user's, or bound before
             called: dict[str, Any] = {name: method.__globals__.get(name) for name in method.__code__.co_names}
             wrappers = {name: found for name, value in called.items() if (found := _wrapper(value)) is not None}
             replaced = {name: made for name, found in wrappers.items() if (made := replace(found)) is not None}
@@ -40,7 +43,13 @@ def _with_globals(method: types.FunctionType, changed: dict[str, Any]) -> types.
         method.__code__, {**method.__globals__, **changed}, method.__name__, method.__defaults__, method.__closure__
     )
     made.__kwdefaults__ = method.__kwdefaults__
+    vars(made)[_MARK] = True
     return made
+
+
+def is_rebound(method: Any) -> bool:
+    """Whether a method that is set on a module is its class's own, with other kernels."""
+    return hasattr(getattr(method, "__func__", None), _MARK)
 
 
 def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:

@@ -24,6 +24,8 @@ _LENGTH = re.compile(
 _OTHER = re.compile(r"pattern|layers|feed_forward|lm_head|num_|time_step|block_sizes|experts|type|_init|image|vision")
 # Kinds of rotary frequencies that are the same at any length.
 _FIXED_ROPE = {"default", "linear", "yarn", "llama3", "proportional", "mrope", "su", "none"}
+# Fields that count experts, or keys that an indexer picks.
+_CHOICES = re.compile(r"expert|moe_|index_topk|topk")
 # Lengths of these count in units of another field.
 _UNITS = {"index_topk_blocks": "index_block_size", "index_local_blocks": "index_block_size"}
 
@@ -46,6 +48,18 @@ def text_config(config: Any) -> Any:
         return config.get_text_config(decoder=True)
     except (AttributeError, ValueError):  # a config without one, or with several
         return config
+
+
+def makes_choices(config: Any) -> bool:
+    """Whether a model of this config takes the best of several experts or keys, where one bit can decide.
+
+    Args:
+        config: Of any model; what is said about its decoder of text counts.
+    """
+    fields = dict(vars(text_config(config)))
+    for value in list(fields.values()):
+        fields.update(value if isinstance(value, dict) else vars(value) if isinstance(value, PreTrainedConfig) else {})
+    return any(type(value) is int and value > 1 and _CHOICES.search(str(name)) for name, value in fields.items())
 
 
 def rope_dicts(config: Any) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as torch_module
 
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.kernel_wrappers import is_rebound
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _KINDS = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
@@ -145,7 +146,7 @@ def runs_user_code(model: nn.Module) -> bool:
 
 def has_replaced_forwards(view: nn.Module) -> bool:
     """Whether forwards of a view's modules are other than their classes'."""
-    return any("forward" in vars(module) for module in view.modules())
+    return any("forward" in vars(module) and not is_rebound(vars(module)["forward"]) for module in view.modules())
 
 
 def _refuse_adapters_of_a_call(hook: Any) -> None:

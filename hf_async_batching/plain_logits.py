@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -209,6 +210,7 @@ def _refuse_above_tolerance(forward: Forward, *differences: float) -> None:
             "`config.is_decoder = True` if it has that, or use plain `model.generate`.",
             f"its logits of tokens one by one and all at once differ by {above[0]:.2g} in {forward.dtype}",
             plain=True,
+            finite=all(map(math.isfinite, above)),
         )
 
 

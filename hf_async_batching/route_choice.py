@@ -18,11 +18,12 @@ from hf_async_batching.attention.backend import AttentionBackend, make_backend
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.compiler_start import start_compiler
 from hf_async_batching.config import BatchingConfig, default_page_size
-from hf_async_batching.device_failure import device_failure, is_device_failure
+from hf_async_batching.device_failure import device_failure, ends_the_search
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError
 from hf_async_batching.length_thresholds import text_config
+from hf_async_batching.linear.engine_linear import products_agree
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.model_view import make_view, refuse_unservable
+from hf_async_batching.model_view import embedding_shape, make_view, refuse_unservable
 from hf_async_batching.small_copy_check import SmallCopyCheck
 from hf_async_batching.start_progress import stage
 from hf_async_batching.wide_check import agrees_in_wide_dtype
@@ -56,7 +57,7 @@ def check_servable(model: PreTrainedModel, longest: int | None = None) -> None:
     """
     refuse_unservable(model)
     if _is_on_cuda(model) and not looks_packed(model):
-        make_view(model, None)  # for what it refuses
+        embedding_shape(make_view(model, None))  # for what these refuse
         _first_of_small_copy(SmallCopyCheck(model, longest))
         return
     try:
@@ -127,11 +128,12 @@ def choose_route(
             logger.debug("%s as %s, %s: %s", type(model).__name__, batching, whole_prompts, error)
             reasons.append(error)
             continue
+        why = [packed, *reasons[:1]] if batching == "single" else [packed]
         logger.warning(
             "%s is served through its own cache class (%s), slower than packed: %s",
             cached_forward.name,
             cached_forward.route,
-            str(packed).removeprefix(f"{cached_forward.name} is not served: "),
+            "; not in batches: ".join(str(one).removeprefix(f"{cached_forward.name} is not served: ") for one in why),
         )
         return cached_forward, backend, view
     raise reasons[-1] from packed
@@ -147,7 +149,7 @@ def _packed_forward(
         try:
             return _checked(make, model, config, backend)
         except Exception as error:
-            if is_device_failure(error):
+            if ends_the_search(error, device):
                 raise
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     if not config.attach_check:
@@ -172,7 +174,7 @@ def _checked(
     except UnsupportedModelError:
         raise
     except Exception as error:
-        if is_device_failure(error):
+        if ends_the_search(error, next(model.parameters()).device):
             raise device_failure(error, name, "", "a first forward", next(model.parameters()).device) from error
         raise
     stage(f"its logits as {forward.route} are compared with those of plain `generate`")
@@ -181,7 +183,11 @@ def _checked(
         return forward, attach_check(model, forward, backend, page_size)
     except LogitsDifferError as error:
         stage(f"its logits as {forward.route} are compared in a wider dtype, since {error.short}")
-        view = agrees_in_wide_dtype(model, make, page_size, error)
+        # A wide view fuses nothing: what is fused is compared by itself.
+        fused = isinstance(forward, ModelForward) and forward.packed_groups is not None
+        if fused and not products_agree(forward.view):
+            raise
+        view = agrees_in_wide_dtype(model, make, backend, page_size, error)
         if view is None:
             raise
         return forward, view

@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.attach_check import attach_check
-from hf_async_batching.attention.backend import make_backend
-from hf_async_batching.attention.reference import ReferenceBackend
+from hf_async_batching.attention.backend import AttentionBackend
 from hf_async_batching.cache_forward import CacheForward
-from hf_async_batching.device_failure import is_device_failure
+from hf_async_batching.device_failure import ends_the_search
 from hf_async_batching.errors import LogitsDifferError
 from hf_async_batching.generate_loop import prepare_view
+from hf_async_batching.length_thresholds import makes_choices
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.model_view import make_view
 from hf_async_batching.module_calls import runs_user_code
@@ -33,13 +33,12 @@ from hf_async_batching.wide_tensor import widen_weights
 logger = logging.getLogger(__name__)
 
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-# A tie can fall in a wider dtype, too, of thousands of choices; not with the same prompts' neighbours again.
-_TRIES = 3
 
 
 def agrees_in_wide_dtype(
     model: PreTrainedModel,
     make_forward: Callable[[PreTrainedModel], ModelForward | CacheForward],
+    backend: AttentionBackend,
     page_size: int,
     error: LogitsDifferError,
 ) -> PreTrainedModel | None:
@@ -48,46 +47,64 @@ def agrees_in_wide_dtype(
     Args:
         model: The user's model; not changed.
         make_forward: Makes the forward whose logits differ.
+        backend: The kernels with which they differ.
         page_size: Of the engine to come.
         error: What the check in the model's own dtype said.
 
     Returns:
         A view of the model, which is the model as it was checked; None where the logits differ in the wider dtype,
         too, or cannot be compared there.
+
+    Raises:
+        DeviceFailedError: The device fails.
     """
-    dtype = next(model.parameters()).dtype
-    if dtype not in _WIDER or is_quantized(model) or runs_user_code(model) or parallel_modules(model):
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, parameter.device
+    # What is not finite, or differs where nothing is chosen, is no rounding.
+    if dtype not in _WIDER or not error.finite or not makes_choices(model.config):
         return None
-    # Kernels of the device, and products of experts by groups, know no float64.
+    if is_quantized(model) or runs_user_code(model) or parallel_modules(model):
+        return None
+    # Kernels of the device, and products of experts by groups, know no float64; autocast undoes what is widened.
     exact = _WIDER[dtype] == torch.float64
+    if torch.is_autocast_enabled(device.type) or (exact and device.type != "cpu"):
+        return None
     wide = make_view(model, None)
     widen_weights(wide, _WIDER[dtype])
     if exact:
         _loop_over_experts(wide)
-    for number in range(_TRIES):
+
+    def agrees(number: int) -> bool:
+        forward = make_forward(wide)
+        if forward.dtype.itemsize < _WIDER[dtype].itemsize:
+            raise TypeError(f"its logits are in {forward.dtype}")
+        prompts = _shifted(prompts_for(model, forward.vocab_size), number, forward.vocab_size)
         try:
-            forward = make_forward(wide)
-            prompts = _shifted(prompts_for(model, forward.vocab_size), number, forward.vocab_size)
-            backend = ReferenceBackend() if exact else make_backend("auto", forward.device)
             attach_check(wide, forward, backend, page_size, prompts)
         except LogitsDifferError as again:
             logger.debug("in %s: %s", _WIDER[dtype], again)
-            continue
-        except Exception as failure:  # no memory, or a kernel that does not know the dtype
-            if is_device_failure(failure):
-                raise
-            logger.info("%s cannot be compared in %s: %s", type(model).__name__, _WIDER[dtype], failure)
+            return False
+        return True
+
+    name = type(model).__name__
+    try:
+        # A tie can fall in a wider dtype, too, of thousands of choices; not in two of three sets of prompts.
+        if not (agrees(0) or (agrees(1) and agrees(2))):
             return None
-        logger.info(
-            "%s: %s; in %s they agree, so it is rounding (of choices among experts or keys)",
-            forward.name,
-            error.short,
-            _WIDER[dtype],
-        )
-        view = make_view(model, None)
-        prepare_view(view)
-        return view
-    return None
+    except Exception as failure:  # no memory, or a kernel that does not know the dtype
+        if ends_the_search(failure, device):
+            raise
+        logger.info("%s cannot be compared in %s: %s", name, _WIDER[dtype], failure)
+        return None
+    logger.info(
+        "%s: %s; in %s they agree, so it is rounding (of choices among experts or keys)",
+        name,
+        error.short,
+        _WIDER[dtype],
+    )
+    view = make_view(model, None)
+    prepare_view(view)
+    return view
 
 
 def _loop_over_experts(view: PreTrainedModel) -> None:

@@ -347,10 +347,14 @@ class Worker:
 
 def _told(cause: BaseException, assembly: Assembly | None) -> str:
     """What failed; where a device did, also which model, in which step, and whether it can be used again."""
-    if assembly is None or not is_device_failure(cause):
+    try:
+        if assembly is None or not is_device_failure(cause):
+            return repr(cause)
+        forward = assembly.forward
+        return str(device_failure(cause, forward.name, forward.route, assembly.engine.in_flight, forward.device))
+    except Exception:  # callers wait for an answer, whatever can be said
+        logger.exception("what failed cannot be told")
         return repr(cause)
-    forward = assembly.forward
-    return str(device_failure(cause, forward.name, forward.route, assembly.engine.in_flight, forward.device))
 
 
 class _Warming:

@@ -1,5 +1,6 @@
 """Compiled layers: the same logits, one compilation for all layers and all sizes, and a change-over while serving."""
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -132,15 +133,23 @@ def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert running.runner._forward is plain
 
 
-def off_by(factor: float, rows: slice) -> Callable[..., Any]:
+def off_by(factor: float, rows: Any) -> Callable[..., Any]:
     """A compiler whose code is wrong for some tokens."""
+    calls = itertools.count()
 
     def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             outs = [out.clone() for out in module(*args)]
+            layer = len([node for node in module.graph.nodes if node.op == "call_function"]) > 20
+            wrong = rows
+            if isinstance(rows, str):
+                wrong = slice(0, 0)
+                if layer:
+                    first = 7 * next(calls) % 30
+                    wrong = slice(first, first + 3)
             for out in outs:
                 if out.is_floating_point() and out.dim() == 3:
-                    out[:, rows] *= factor
+                    out[:, wrong] *= factor
             return tuple(outs)
 
         return run
@@ -149,26 +158,29 @@ def off_by(factor: float, rows: slice) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("factor", "rows", "right"),
+    ("factor", "rows", "chooses", "right"),
     [
-        (1.0, slice(None), True),
-        (3.0, slice(3), True),  # as a router does that rounds to another expert for three tokens of 37
-        (3.0, slice(20), False),
-        (1.3, slice(None), False),
-        (float("nan"), slice(None), False),
+        (1.0, slice(None), True, True),
+        (1.0, slice(None), False, False),  # nothing rounds to something else there
+        (3.0, "another in each layer", True, True),
+        (3.0, slice(32, None), True, False),  # the last tile
+        (3.0, slice(20), True, False),
+        (1.3, slice(None), True, False),
+        (float("nan"), slice(None), True, False),
     ],
 )
 def test_choices_that_rounding_decides_are_no_miscompilation(
-    factor: float, rows: slice, right: bool, monkeypatch: pytest.MonkeyPatch
+    factor: float, rows: Any, chooses: bool, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attach_check, "logits_error", lambda got, want: 0.49)
-    forward = ModelForward(tiny_model("Llama").to(torch.bfloat16))
+    monkeypatch.setattr(attach_check, "makes_choices", lambda config: chooses)
+    forward = ModelForward(tiny_model("Llama", num_hidden_layers=4).to(torch.bfloat16))
     prompt = off_by(factor, rows)
     if right:
         compile_only_prompts(forward, prompt)
         assert all(region.compared is None for region in forward.regions)
         return
-    with pytest.raises(RuntimeError, match=r"differ by 0.49 .* of the tokens come to the same"):
+    with pytest.raises(RuntimeError, match=r"differ by 0.49 .* no router's choice"):
         compile_only_prompts(forward, prompt)
 
 

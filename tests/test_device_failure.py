@@ -12,7 +12,7 @@ from hf_async_batching import device_failure as module
 from hf_async_batching.attach_check import attach_check
 from hf_async_batching.attention.backend import make_backend
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.device_failure import device_failure, is_device_failure, is_lost
+from hf_async_batching.device_failure import device_failure, ends_the_search, is_device_failure, is_lost
 from hf_async_batching.errors import DeviceFailedError, EngineFailedError, UnsupportedModelError
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.route_choice import choose_route
@@ -57,6 +57,28 @@ def test_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("The CUDA context of this process is gone" in text) == lost
 
 
+@pytest.mark.parametrize("text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", ASSERT])
+@pytest.mark.parametrize("lost", [True, False])
+def test_only_a_lost_device_ends_the_search(text: str, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_lost", lambda _: lost)
+    assert ends_the_search(RuntimeError(text), torch.device("cuda")) == lost
+    assert not ends_the_search(ValueError("no"), torch.device("cuda"))
+    assert ends_the_search(DeviceFailedError("it failed"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"), [(torch.OutOfMemoryError("full"), False), (RuntimeError(ASSERT), True), (None, False)], ids=str
+)
+def test_a_full_device_is_not_lost(error: Exception | None, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: Any, **__: Any) -> Any:
+        if error is not None:
+            raise error
+        return torch.tensor([0.0])
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert is_lost(torch.device("cuda")) == lost
+
+
 def test_only_cuda_is_asked() -> None:
     assert not is_lost(torch.device("cpu"))
 
@@ -74,6 +96,7 @@ def test_the_attach_check_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
         return call(self, inputs)
 
     monkeypatch.setattr(ModelForward, "__call__", fails)
+    monkeypatch.setattr(module, "is_lost", lambda _: True)
     with pytest.raises(
         DeviceFailedError, match=r"LlamaForCausalLM, served as packed, failed on cpu in the attach"
     ) as caught:
@@ -91,6 +114,7 @@ def test_a_first_forward_that_ends_the_context_says_so(fused: bool, monkeypatch:
         raise RuntimeError(ASSERT)
 
     monkeypatch.setattr(ModelForward, "__init__", fails)
+    monkeypatch.setattr(module, "is_lost", lambda _: True)
     with pytest.raises(DeviceFailedError, match="LlamaForCausalLM failed on cpu in a first forward"):
         choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig(fuse_weights=fused))
     assert tried == [fused], "nothing else is tried in a context that may be gone"

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching import BatchingConfig, UnsupportedModelError
+from hf_async_batching import BatchingConfig, UnsupportedModelError, route_choice
+from hf_async_batching.attention.backend import make_backend
 from hf_async_batching.attention.interface import PagedLayer
+from hf_async_batching.attention.reference import ReferenceBackend
 from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.errors import LogitsDifferError
+from hf_async_batching.length_thresholds import makes_choices
+from hf_async_batching.linear.engine_linear import EngineLinear
 from hf_async_batching.model_forward import ModelForward
-from hf_async_batching.route_choice import choose_route
+from hf_async_batching.route_choice import _packed_forward, choose_route
 from hf_async_batching.wide_check import agrees_in_wide_dtype
 from hf_async_batching.wide_tensor import WideTensor, widen_weights
 
 ROUNDING = LogitsDifferError("its logits differ")
+CPU_KERNELS = make_backend("auto", torch.device("cpu"))
 
 
 def experts(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -89,8 +95,8 @@ def test_a_mistake_in_one_layer_is_no_rounding(plant: Callable[[ModelForward], N
         return forward
 
     model = experts(dtype)
-    assert agrees_in_wide_dtype(model, ModelForward, 16, ROUNDING) is not None
-    assert agrees_in_wide_dtype(model, make, 16, ROUNDING) is None
+    assert agrees_in_wide_dtype(model, ModelForward, CPU_KERNELS, 16, ROUNDING) is not None
+    assert agrees_in_wide_dtype(model, make, CPU_KERNELS, 16, ROUNDING) is None
 
 
 def test_routes_through_a_cache_class_are_compared_too() -> None:
@@ -115,18 +121,97 @@ def test_what_is_the_same_for_all_routes_is_compared_once(monkeypatch: pytest.Mo
     assert tried == ["padded", "single"]
 
 
-@pytest.mark.parametrize("reason", ["quantized", "float64", "memory"])
+REASONS = ["quantized", "float64", "memory", "not finite", "nothing is chosen", "autocast", "narrow logits"]
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_what_cannot_be_compared_is_no_rounding(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = experts(torch.float64 if reason == "float64" else torch.bfloat16)
+    error, autocast = ROUNDING, False
     if reason == "quantized":
         monkeypatch.setattr("hf_async_batching.wide_check.is_quantized", lambda _: True)
-    if reason == "memory":
+    elif reason == "memory":
 
         def none_left(*_: Any) -> Any:
             raise torch.OutOfMemoryError("none left")
 
         monkeypatch.setattr("hf_async_batching.wide_check.attach_check", none_left)
-    assert agrees_in_wide_dtype(model, ModelForward, 16, ROUNDING) is None
+    elif reason == "not finite":
+        error = LogitsDifferError("its logits differ", finite=False)
+    elif reason == "nothing is chosen":
+        model = tiny_model("LlamaForCausalLM").to(torch.bfloat16)
+    elif reason == "narrow logits":
+        monkeypatch.setattr("hf_async_batching.wide_check.widen_weights", lambda *_: None)
+    autocast = reason == "autocast"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert agrees_in_wide_dtype(model, ModelForward, CPU_KERNELS, 16, error) is None
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "right"), [([0], True), ([1, 2], True), ([1], False), ([2], False), ([], False)], ids=str
+)
+def test_a_tie_in_the_wider_dtype_is_no_mistake(
+    agreeing: list[int], right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def sometimes(model: Any, forward: Any, backend: Any, page_size: int, prompts: Any) -> None:
+        assert backend is CPU_KERNELS
+        assert prompts not in seen, "other tokens each time"
+        seen.append(prompts)
+        if len(seen) - 1 not in agreeing:
+            raise LogitsDifferError("they differ")
+
+    monkeypatch.setattr("hf_async_batching.wide_check.attach_check", sometimes)
+    view = agrees_in_wide_dtype(experts(), ModelForward, CPU_KERNELS, 16, ROUNDING)
+    assert (view is not None) == right
+
+
+@pytest.mark.parametrize("kernels", ["wrong", "not finite"])
+def test_wrong_kernels_are_no_rounding(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute in the wider dtype, too."""
+    decode = ReferenceBackend.attend
+
+    def wrong(self: ReferenceBackend, *args: Any, **options: Any) -> torch.Tensor:
+        out = decode(self, *args, **options)
+        return out * (0.9 if kernels == "wrong" else float("nan"))
+
+    monkeypatch.setattr(ReferenceBackend, "attend", wrong)
+    with pytest.raises(UnsupportedModelError):
+        _packed_forward(experts(), BatchingConfig(), CPU_KERNELS)
+
+
+def test_what_is_fused_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wide view has no fused products, and would not notice."""
+
+    def differs(*_: Any) -> Any:
+        raise LogitsDifferError("they differ")
+
+    monkeypatch.setattr(route_choice, "attach_check", differs)
+    monkeypatch.setattr(route_choice, "agrees_in_wide_dtype", lambda *_: "a view")
+    model, made = experts(), partial(ModelForward, fused=True)
+    assert route_choice._checked(made, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
+    product = EngineLinear._product
+    monkeypatch.setattr(EngineLinear, "_product", lambda *args: product(*args) * 1.3)
+    with pytest.raises(LogitsDifferError):
+        route_choice._checked(made, model, BatchingConfig(), CPU_KERNELS)
+    assert route_choice._checked(ModelForward, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("LlamaForCausalLM", False),
+        ("Gemma3ForCausalLM", False),
+        ("MambaForCausalLM", False),
+        ("GptOssForCausalLM", True),
+        ("MixtralForCausalLM", True),
+        ("DeepseekV32ForCausalLM", True),
+        ("DbrxForCausalLM", True),
+    ],
+)
+def test_which_models_choose(name: str, chosen: bool) -> None:
+    assert makes_choices(tiny_model(name).config) == chosen
 
 
 def test_a_wide_weight_is_converted_where_it_is_used() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_async_batching.linear.library import gains_by_bias, library_linear
+from hf_async_batching.logits_error import tolerance_of, worst_error
 
 MAX_STRIPS = 8192
 """Length of the kernel's counters: strips of outputs that one product may have."""
@@ -147,6 +148,24 @@ class EngineLinear(nn.Linear):
         if self.skinny:
             return _linear(x, weight, bias, self.counters)
         return library_linear(x, weight, bias)
+
+
+@torch.inference_mode()
+def products_agree(view: nn.Module) -> bool:
+    """Whether each linear layer of a view, alone or in its bundle, is `x @ weight.T + bias` of its own weights."""
+    bundles: dict[int, list[EngineLinear]] = {}
+    for module in view.modules():
+        if isinstance(module, EngineLinear):
+            bundles.setdefault(id(module if module.bundle is None else module.bundle), []).append(module)
+    generator = torch.Generator("cpu").manual_seed(0)
+    for modules in bundles.values():
+        weight = modules[0].weight
+        x = torch.randn(1, 3, weight.shape[1], generator=generator, device="cpu").to(weight.device, weight.dtype)
+        for module in sorted(modules, key=lambda one: one.closes):  # the last of a bundle forgets the product
+            want = nn.functional.linear(x, module.weight, module.bias)
+            if not worst_error(module(x)[0].float(), want[0].float()) <= tolerance_of(x.dtype):
+                return False
+    return True
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
