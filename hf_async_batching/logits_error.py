@@ -46,9 +46,9 @@ def tolerance_of(dtype: torch.dtype) -> float:
 def logits_tolerance(forward: ModelForward | CacheForward) -> float:
     """The error that rounding alone explains."""
     dtype = forward.dtype
-    weights = [parameter.dtype for parameter in forward.view.parameters() if parameter.dim() > 1]
-    if weights and weights[-1].is_floating_point and weights[-1].itemsize < dtype.itemsize:
-        dtype = weights[-1]  # some families return logits in float32, whatever they computed in
+    weights = max(forward.view.parameters(), key=torch.Tensor.numel, default=torch.empty(0)).dtype
+    if weights.is_floating_point and weights.itemsize < dtype.itemsize:
+        dtype = weights  # some families return logits in float32, whatever they computed in
     if is_quantized(forward.view):
         return max(_QUANTIZED_TOLERANCE, _TOLERANCE.get(dtype, 1e-1))
     if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":

@@ -114,10 +114,11 @@ class SmallCopyCheck:
         wrong = _verdicts[key]
         if wrong is not None:
             names = ", ".join(f"{name}={value}" for name, value in self.thresholds.items())
-            where = f"beyond its thresholds ({names}) it" if names else "it"
+            what = f"it cannot be served as {route}"
+            if names:
+                what += f", or is not right beyond its thresholds ({names})"
             raise UnsupportedModelError(
-                f"{self._class.__name__} is not served: {where} would not be right, as a small model of its class "
-                f"shows ({wrong})"
+                f"{self._class.__name__} is not served: {what}, as a small model of its class shows ({wrong})"
             )
 
     @contextmanager
