@@ -25,6 +25,17 @@ def caused(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def met_while_handling(error: Exception, first: Exception) -> Exception:
+    error.__context__ = first
+    return error
+
+
+def circle() -> Exception:
+    error = ValueError("no")
+    error.__context__ = caused(ValueError("nor that"), error)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "failed"),
     [
@@ -32,7 +43,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (RuntimeError("Triton Error [CUDA]: device-side assert triggered"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
         (caused(UnsupportedModelError("its forward fails"), RuntimeError(ASSERT)), True),
+        (met_while_handling(KeyError("states"), RuntimeError(ASSERT)), True),
+        (getattr(torch, "AcceleratorError", DeviceFailedError)("without any sign"), True),
         (DeviceFailedError("it failed"), True),
+        (circle(), False),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (IndexError("index 3 is out of bounds"), False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. CUDA error"), False),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError, route_choice, small_copy_check
 from hf_async_batching.cache_forward import MODES, CacheForward
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.errors import DeviceFailedError
+from hf_async_batching.errors import DeviceFailedError, LogitsDifferError
 from hf_async_batching.model_forward import ModelForward
 from hf_async_batching.route_choice import check_servable, choose_route, looks_packed
 
@@ -47,6 +47,12 @@ def test_looks(name: str, packed: bool) -> None:
 def test_code_from_elsewhere_does_not_look_packed() -> None:
     model = tiny_model("LlamaForCausalLM")
     model.__class__ = type("OwnForCausalLM", (type(model),), {})
+    assert not looks_packed(model)
+
+
+def test_a_class_that_keeps_states_does_not_look_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("LlamaForCausalLM")
+    monkeypatch.setattr(type(model), "_is_stateful", True, raising=False)
     assert not looks_packed(model)
 
 
@@ -162,3 +168,36 @@ def test_a_manager_is_made_without_a_forward_of_the_model(monkeypatch: pytest.Mo
     with GenerationManager(model):
         assert not watch.made
         assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_refusal_says_what_every_route_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Mamba2ForCausalLM")
+
+    def refuse(_: Any, of: PreTrainedModel, batching: str = "single", whole_prompts: bool = True) -> None:
+        raise UnsupportedModelError(f"no {batching}")
+
+    monkeypatch.setattr(CacheForward, "__init__", refuse)
+    for ask in (check_servable, lambda model: choose_route(model, BatchingConfig(attach_check=False))):
+        with pytest.raises(UnsupportedModelError, match="no single") as caught:
+            ask(model)
+        assert "AttentionInterface" in str(caught.value.__cause__), "why it is not packed"
+
+
+def test_an_encoder_is_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("LlamaForCausalLM")
+    watch = Watch(model, monkeypatch)
+    model.config.is_encoder_decoder = True
+    for ask in (check_servable, lambda model: choose_route(model, BatchingConfig())):
+        with pytest.raises(UnsupportedModelError, match="an encoder and a decoder"):
+            ask(model)
+    assert not watch.made
+
+
+def test_what_differs_in_the_wider_dtype_too_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(*_: Any) -> Any:
+        raise LogitsDifferError("its logits differ", plain=True)
+
+    monkeypatch.setattr(route_choice, "attach_check", differs)
+    monkeypatch.setattr(route_choice, "agrees_in_wide_dtype", lambda *_: None)
+    with pytest.raises(LogitsDifferError, match="its logits differ"):
+        choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig())

@@ -244,7 +244,7 @@ def of(model_class: Any, *args: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("why", ["its own way", "too large", "does not generate"])
+@pytest.mark.parametrize("why", ["its own way", "too large", "does not generate", "not finite"])
 def test_what_cannot_be_told_is_logged(
     why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,11 +253,76 @@ def test_what_cannot_be_told_is_logged(
         monkeypatch.setattr(module, "_MOST_PARAMETERS", 10)
     elif why == "does not generate":
         monkeypatch.setattr(Further, "forward", lambda *_, **__: 1 / 0)
+    elif why == "not finite":
+
+        def no_numbers(*args: Any, **kwargs: Any) -> Any:
+            out = MistralForCausalLM.forward(*args, **kwargs)
+            out.logits = out.logits * torch.nan
+            return out
+
+        monkeypatch.setattr(Further, "forward", no_numbers)
     with caplog.at_level(logging.INFO, "hf_async_batching"):
         SmallCopyCheck(model).refuse("packed", ModelForward)
     assert "is not checked beyond sliding_window" in caplog.text
-    reason = {"its own way": "how to make a Own", "too large": "parameters", "does not generate": "ZeroDivisionError"}
+    reason = {
+        "its own way": "how to make a Own",
+        "too large": "parameters",
+        "does not generate": "ZeroDivisionError",
+        "not finite": "are not finite",
+    }
     assert reason[why] in caplog.text
+
+
+class Unfilled(MistralForCausalLM):
+    """Its class leaves memory as it was, as `torch.empty` does."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        torch.nn.init.constant_(self.lm_head.weight, torch.nan)
+
+
+def test_weights_that_a_class_leaves_unset_are_drawn() -> None:
+    with torch.no_grad():
+        made: Any = module._make(Unfilled, llama_like("Mistral").config, 0)
+    assert torch.isfinite(made.lm_head.weight).all()
+    assert made.lm_head.weight.std() > 0
+
+
+def test_a_small_copy_tells_its_keys_apart() -> None:
+    """As drawn by its class it takes the mean of all values, and a mistake in one of them looks like rounding."""
+    config = llama_like("Mistral").config
+    config._attn_implementation = "eager"
+    with torch.no_grad():
+        made = module._make(MistralForCausalLM, config, 0)
+        weights = made(torch.arange(3, 13)[None], output_attentions=True).attentions
+    for layer in weights:
+        assert layer[0, :, -1].log().std(-1).mean() > 0.2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_small_copy_has_the_attention_of_its_model(attention: str) -> None:
+    model = llama_like("Mistral")
+    model.config._attn_implementation = attention
+    assert SmallCopyCheck(model)._small_config._attn_implementation == attention
+
+
+def test_a_copy_that_is_made_in_inference_mode_serves_outside_of_it() -> None:
+    check = SmallCopyCheck(llama_like("Mistral"))
+    with torch.inference_mode():
+        check.refuse("packed", ModelForward)
+    (made,) = check._models.values()
+    assert not any(parameter.is_inference() for parameter in made.parameters())
+    check.refuse("padded", lambda small: CacheForward(small, "padded", False))
+    assert list(check._models.values()) == [made], "one copy for all routes"
+
+
+def test_prompts_and_chunks_lie_on_both_sides_of_every_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "attach_check", lambda *_, prompts: seen.append(prompts))
+    SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+    for lengths in ([len(prompts.second) for prompts in seen], [prompts.chunk for prompts in seen]):
+        assert min(lengths) < 16 < max(lengths)
+    assert min(len(prompt) for prompts in seen for prompt in prompts) < 8
 
 
 def test_a_class_that_is_made_as_its_base_is_checked() -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching import BatchingConfig, UnsupportedModelError, route_choice
+from hf_async_batching import BatchingConfig, UnsupportedModelError, per_token, route_choice, wide_check
 from hf_async_batching.attention.backend import make_backend
 from hf_async_batching.attention.interface import PagedLayer
 from hf_async_batching.attention.reference import ReferenceBackend
 from hf_async_batching.cache_forward import CacheForward
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.errors import LogitsDifferError
+from hf_async_batching.errors import DeviceFailedError, LogitsDifferError
 from hf_async_batching.length_thresholds import makes_choices
 from hf_async_batching.linear.engine_linear import EngineLinear
 from hf_async_batching.model_forward import ModelForward
@@ -122,6 +122,7 @@ def test_what_is_the_same_for_all_routes_is_compared_once(monkeypatch: pytest.Mo
 
 
 REASONS = ["quantized", "float64", "memory", "not finite", "nothing is chosen", "autocast", "narrow logits"]
+REASONS += ["user's code", "tensor parallel"]
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -130,6 +131,10 @@ def test_what_cannot_be_compared_is_no_rounding(reason: str, monkeypatch: pytest
     error, autocast = ROUNDING, False
     if reason == "quantized":
         monkeypatch.setattr("hf_async_batching.wide_check.is_quantized", lambda _: True)
+    elif reason == "user's code":
+        model.lm_head.register_forward_hook(per_token(lambda module, args, out: out))
+    elif reason == "tensor parallel":
+        monkeypatch.setattr(wide_check, "parallel_modules", lambda model: [model])
     elif reason == "memory":
 
         def none_left(*_: Any) -> Any:
@@ -165,6 +170,7 @@ def test_a_tie_in_the_wider_dtype_is_no_mistake(
     monkeypatch.setattr("hf_async_batching.wide_check.attach_check", sometimes)
     view = agrees_in_wide_dtype(experts(), ModelForward, CPU_KERNELS, 16, ROUNDING)
     assert (view is not None) == right
+    assert view is None or view.generation_config.max_new_tokens == 1, "it can be asked at once"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kernels", ["wrong", "not finite"])
@@ -214,6 +220,15 @@ def test_which_models_choose(name: str, chosen: bool) -> None:
     assert makes_choices(tiny_model(name).config) == chosen
 
 
+def test_a_device_that_fails_in_the_comparison_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise DeviceFailedError("the context is gone")
+
+    monkeypatch.setattr(wide_check, "attach_check", fails)
+    with pytest.raises(DeviceFailedError):
+        agrees_in_wide_dtype(experts(), ModelForward, CPU_KERNELS, 16, ROUNDING)
+
+
 def test_a_wide_weight_is_converted_where_it_is_used() -> None:
     narrow = torch.randn(6, 40, 30).to(torch.bfloat16)
     wide = WideTensor(narrow, torch.float32)
@@ -234,6 +249,8 @@ def test_weights_stay_shared_and_tied() -> None:
     module.to(torch.bfloat16)
     module["second"].weight = module["first"].weight
     module.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    module.register_buffer("scales", torch.ones(3, dtype=torch.bfloat16))
+    module.register_buffer("exact", torch.ones(3, dtype=torch.float64))
     kept = module["first"].weight.data_ptr()
     widen_weights(module, torch.float32)
     first, second = module["first"].weight, module["second"].weight
@@ -242,6 +259,8 @@ def test_weights_stay_shared_and_tied() -> None:
     assert first._narrow.data_ptr() == kept
     assert type(module["first"].bias) is torch.nn.Parameter and module["first"].bias.dtype == torch.float32
     assert module.mask.dtype == torch.bool
+    assert module.scales.dtype == torch.float32
+    assert module.exact.dtype == torch.float64, "never narrower"
     assert module["first"](torch.ones(1, 1100)).dtype == torch.float32
 
 

@@ -22,9 +22,11 @@ from hf_async_batching import (
     BatchingConfig,
     DatasetRowError,
     GenerationManager,
+    HfAsyncBatchingError,
     ResumeMismatchError,
     generate_dataset,
 )
+from hf_async_batching.dataset.in_folder import load_finished
 
 NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 TEXTS = [f"text-{i}" for i in range(25)]
@@ -102,6 +104,18 @@ def test_an_empty_dataset(manager: Any, tokenizer: Any, dataset: Dataset, tmp_pa
     done = generate_dataset(manager, dataset.select([]), tokenizer, resume_dir=tmp_path / "run", **NEW)
     assert len(done) == 0
     assert "completion" in done.column_names
+    finished = load_finished(tmp_path / "run")
+    assert (len(finished), finished.column_names) == (0, [*done.column_names, "error"])
+
+
+def test_a_run_that_is_not_finished_is_not_loaded(manager: Any, tmp_path: Path) -> None:
+    with pytest.raises(HfAsyncBatchingError, match="not finished"):
+        load_finished(tmp_path)
+    rows = Dataset.from_dict({"prompt": [[5, 6], [5, 7], [10**6]]})
+    with pytest.raises(DatasetRowError):
+        generate_dataset(manager, rows, resume_dir=tmp_path / "run", shard_rows=1, on_error="raise", **NEW)
+    with pytest.raises(HfAsyncBatchingError, match="not finished"):
+        load_finished(tmp_path / "run")
 
 
 def test_what_has_changed_is_named(manager: Any, tokenizer: Any, dataset: Dataset, tmp_path: Path) -> None:
