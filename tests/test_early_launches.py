@@ -72,6 +72,8 @@ def test_none_is_launched_early_behind_operations_of_others(call: str, right: bo
     good = LOAD + WAIT + LAUNCH + STORE
     assert waits(module(good) + CALL + f"        {call}\n") == right
     assert bool(foreign_operations(CALL + f"        {call}\n")) != right
+    elsewhere = "triton_poi = kernels.load(triton_meta={'launch_pdl': True})\n"
+    assert waits(elsewhere + CALL + f"        {call}\n") == right, "also where kernels have files of their own"
     assert waits(module(LOAD + STORE, early=False) + CALL + f"        {call}\n"), "none is launched early"
 
 

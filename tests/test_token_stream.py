@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hf_async_batching import ReentrantCallError
 from hf_async_batching.handle import GenerationHandle, wake
 
 
@@ -130,6 +131,36 @@ def test_an_error_is_raised_once_behind_the_tokens(error: Exception) -> None:
         next(stream)
     assert list(stream) == []
     assert asyncio.run(read()) == [3]
+
+
+def test_a_wake_for_a_token_that_was_taken_blocks_no_loop() -> None:
+    handle = make()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(anext(aiter(handle)))
+        await asyncio.sleep(0)
+        wake([handle])
+        later = threading.Timer(0.3, push, (handle, 5))
+        later.start()
+        await asyncio.sleep(0.01)
+        assert not task.done(), "other tasks ran meanwhile"
+        assert await task == 5
+        later.join()
+
+    asyncio.run(main())
+
+
+def test_an_iteration_in_the_thread_that_brings_the_tokens_is_refused() -> None:
+    handle = GenerationHandle("a", lambda handle: None, threads=(threading.current_thread(),))
+    with pytest.raises(ReentrantCallError, match="iteration over a request's tokens"):
+        next(iter(handle))
+
+    async def later() -> None:
+        await anext(aiter(handle))
+
+    with pytest.raises(ReentrantCallError, match="iteration over a request's tokens"):
+        asyncio.run(later())
+    assert not handle._watchers and not handle._async_watchers
 
 
 def test_closing_an_iteration_leaves_the_request_to_others() -> None:
