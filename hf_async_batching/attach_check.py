@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Relative norm; rounding may be less by chance.
 _LEAST_NOISE = 5e-3
-# Of tokens in a compiled layer of experts, among which a router rounds to others for some.
+# The share of tokens that a compiled layer must compute alike: a router rounds to other experts for some.
 _LEAST_ALIKE = 0.6
 
 

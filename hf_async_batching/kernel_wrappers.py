@@ -24,7 +24,7 @@ def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Ca
     """Let a model's modules call something else where they call a wrapper.
 
     Args:
-        model: Nobody else's.
+        model: A copy of our own.
         replace: Takes a wrapper, and returns what is called in its place; None for the wrapper itself.
     """
     for module in model.modules():

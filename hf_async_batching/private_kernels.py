@@ -37,7 +37,7 @@ def use_private_kernels(view: nn.Module) -> None:
     Nothing changes where the package is not in use.
 
     Args:
-        view: Nobody else's.
+        view: A view of our own.
     """
     if _PACKAGE not in sys.modules:
         return

@@ -22,7 +22,7 @@ def use_reference_kernels(model: nn.Module) -> None:
     Nothing changes where no such package is installed, and nothing but this model ever does.
 
     Args:
-        model: A model that nobody else uses.
+        model: A model of our own.
     """
     if any(find_spec(package) for package in _PACKAGES):
         rebind_wrappers(model, inspect.unwrap)

@@ -58,10 +58,10 @@ def _widened(value: Any) -> Any:
 
 
 def widen_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let a module, and all modules within, compute in a wider dtype. Weights stay shared with whoever has them.
+    """Let a module, and all modules within, compute in a wider dtype. The weights stay shared.
 
     Args:
-        module: Nobody else's; its parameters and buffers are replaced.
+        module: A copy of our own, whose parameters and buffers are replaced.
         dtype: The wider dtype.
     """
     wide: dict[int, torch.Tensor] = {}

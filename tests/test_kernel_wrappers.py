@@ -28,7 +28,7 @@ def wrapped(function: Callable[..., Any]) -> Any:
 
 
 def helper(value: int) -> int:
-    """Of the same file, and no wrapper."""
+    """A function of the same file that is no wrapper."""
     return value
 
 

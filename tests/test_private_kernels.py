@@ -88,7 +88,7 @@ def run(folder: Path, files: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_a_view_calls_a_copy_and_nobody_else_notices(tmp_path: Path) -> None:
+def test_a_view_calls_a_copy_and_the_model_does_not(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     out = run(tmp_path, FILES)
     assert "theirs: {4}" in out

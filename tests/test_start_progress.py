@@ -28,7 +28,7 @@ def test_a_long_start_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert "Llama has been starting for 0 s: it is looked at" in caplog.text
     assert "its kernels are compiled" in caplog.text
     assert not threads()
-    stage("nobody asks")
+    stage("no start is told")
 
 
 def test_a_short_start_is_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from hf_async_batching.assembly import Assembly
 from hf_async_batching.early_launches import device_launches_early
 
 VOCAB = 4112
-"""Of the models made here: a multiple of 16, as the products want it, and of no block of the sampling kernels."""
+"""The models' vocabulary: a multiple of 16, as the products want it, and of no block of the sampling kernels."""
 
 _HYBRIDS = ("Lfm2ForCausalLM", "Qwen3_5ForCausalLM", "FalconH1ForCausalLM", "BambaForCausalLM")
 _SECONDS = 300.0

@@ -23,7 +23,7 @@ DEFAULT_TOOLS = TOOLS[:3]
 ERRORS_FOUND = 86
 """Exit status of a process in which a tool found something."""
 
-# Of all settings of the allocator this one makes memcheck report writes that are in bounds.
+# This setting of the allocator alone makes memcheck report writes that are in bounds.
 _UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", ONE_BY_ONE)
 _FIRST_PORT, _PORTS = 49152, 16
 _TOOL_OPTIONS = {

@@ -24,12 +24,12 @@ from hf_async_batching.coverage.plain_reference import Forced, Reference, forced
 from hf_async_batching.coverage.verdicts import Finding
 
 FLOAT32_TOLERANCE = 2e-3
-# Of log-probabilities. The reference and the engine are each as far from float32 as rounding makes them, in other
-# directions, and the largest of a hundred differences is not the largest of all.
+# A factor for log-probabilities. The reference and the engine are each as far from float32 as rounding makes them, in
+# other directions, and the largest of a hundred differences is not the largest of all.
 _ROUNDINGS = 4.0
 # Rounding may be less by chance; the last bit of a bfloat16 logit of 8 to 16 is 0.06.
 _LEAST_16_BIT_TOLERANCE = 0.06
-# Of the tokens: what choices of one bit may put beyond the tolerance. A mistake in a mask or a position is in most.
+# The share of tokens that choices of one bit may put beyond the tolerance. A mistake in a mask is in most.
 _MOST_CHOICES = 0.05
 
 

@@ -209,7 +209,7 @@ def _ended(status: Status, reason: str, so_far: Verdict | None) -> Verdict:
 
 
 def _check(check: Check, name: str, device: str, dtype: str, sender: Connection, log: str, deadline: float) -> None:
-    # Families print, warn and log a good deal about configs that nobody would train.
+    # Families print, warn and log a good deal about configs that are never trained.
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -67,7 +67,7 @@ def _make(way: str) -> None:
 
 
 def _chain() -> str:
-    """Of the only object there is; without a local that holds it."""
+    """The only object there is, without a local that holds it."""
     gc.collect()
     found = [one for one in gc.get_objects() if type(one) is Held]
     assert len(found) == 1
