@@ -41,9 +41,7 @@ def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
         left = RECORDS[: sum(end <= length for end in ends[1:])]
         assert list(read_journal(path)) == left
         again = Journal(path)
-        assert path.stat().st_size == max(end for end in ends if end <= max(length, ends[0])), (
-            "what is torn is gone at once"
-        )
+        assert path.stat().st_size == max(end for end in ends if end <= max(length, ends[0])), "what is torn is gone"
         again.append([{"again": length}])
         again.close()
         assert list(read_journal(path)) == [*left, {"again": length}]
