@@ -64,5 +64,13 @@ def test_tolerances(
 ) -> None:
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     monkeypatch.setattr(module, "is_quantized", lambda _: quantized)
-    forward: Any = SimpleNamespace(dtype=dtype, device=device, view=None)
+    forward: Any = SimpleNamespace(dtype=dtype, device=device, view=torch.nn.Linear(2, 2, dtype=dtype))
     assert logits_tolerance(forward) == tolerance
+
+
+def test_logits_in_float32_of_weights_in_bfloat16_are_as_exact_as_the_weights() -> None:
+    """Mamba's kin return such."""
+    weights = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    weights.A_log = torch.nn.Parameter(torch.zeros(4))
+    forward: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), view=weights)
+    assert logits_tolerance(forward) == 1e-1
