@@ -134,6 +134,6 @@ def _settle(value: Any) -> None:
 
 
 def _distance(config: Any) -> tuple[int, int]:
-    """How far a setting is from what suits most shapes, and fits the shared memory of any card."""
+    """How far a setting is from a middling one, which needs little shared memory."""
     blocks = sum(abs(size.bit_length() - 7) for size in config.kwargs.values() if type(size) is int)
     return abs(config.num_warps.bit_length() - 3) + abs(config.num_stages - 2), blocks

@@ -1,7 +1,8 @@
 """Chooses how a model is served: looks at it, tries a small copy on the CPU, checks the model itself on its device.
 
-On CUDA a forward that fails can end in an assertion, after which the process cannot use the device any more. So no
-route is tried there that a look at the model, or a small copy of it on the CPU, has not found to be one.
+On CUDA a forward that fails can end in an assertion, after which the process cannot use the device any more. So a
+look at the model, or a small copy of it on the CPU, chooses the route. Where no small copy can be made, the packed
+route is tried all the same: it refuses by what the model calls, before it computes with it.
 """
 
 from __future__ import annotations

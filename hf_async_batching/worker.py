@@ -305,7 +305,7 @@ class Worker:
             handle._fail(raised)
         spare = engine.spare_seconds()
         if spare > 0 and self._accepting:
-            # To the end, whoever comes: others may follow, and the plan is not needed before.
+            # To the end, although one has come: others may follow, and the plan is not needed before.
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, spare)
             engine.patience.waited()
