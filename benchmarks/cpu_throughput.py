@@ -15,13 +15,13 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM
 
-from demo.embedded import embedded_model_dir
+from demo.serving.embedded_model import embedded_model_dir
 from hf_async_batching import BatchingConfig
 from hf_async_batching.bench.machine import look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, measure
 from hf_async_batching.bench.peers import run_peer
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
 
 
 def make_requests(count: int, vocab: int, seed: int) -> Workload:

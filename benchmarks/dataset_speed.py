@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
 from hf_async_batching.bench.machine import look_at
 from hf_async_batching.bench.shapes import SHAPES, random_model
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
 
 TRIAL_STEPS = 12
 

@@ -30,7 +30,7 @@ from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
 from hf_async_batching.bench.report import header, run_row
 from hf_async_batching.bench.shapes import random_model
 from hf_async_batching.bench.workloads import Workload, make_workload
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
 
 
 def run_engine(
@@ -88,10 +88,10 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
     """Prompt lookup that is told what follows, wrong now and then: captured steps with drafts, token for token."""
     from support.tiny_models import ragged_prompts, tiny_model
 
-    import hf_async_batching.sequence as sequences
-    from hf_async_batching.prompt_lookup import PromptLookup
-    from hf_async_batching.runner import Captured, Runner
-    from hf_async_batching.staging import Padding
+    import hf_async_batching.scheduler.sequence as sequences
+    from hf_async_batching.runner.model_runner import Captured, Runner
+    from hf_async_batching.runner.staging import Padding
+    from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 
     out: dict[str, Any] = {}
     texts: list[list[int]] = []
@@ -337,7 +337,7 @@ def syncs(device: torch.device) -> dict[str, Any]:
     """Counts CUDA calls that make the host wait, in a run whose kernels and graphs are warm."""
     model = random_model("llama-3.1-8b", device, torch.bfloat16, num_hidden_layers=4)
     requests = make_workload("seed", model.config.vocab_size, rows=32, prompt=64, new=64).first
-    from hf_async_batching.assembly import assemble
+    from hf_async_batching.engine.builder import assemble
 
     engine = assemble(model, BatchingConfig(depth=2, max_sequence_length=256)).engine
 

@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
-from hf_async_batching.device_state import DeviceState, StepInputs
+from hf_async_batching.core.request import Request
 from hf_async_batching.devices import CpuDevice, Graph, Stream
 from hf_async_batching.devices.base import Kernel
-from hf_async_batching.engine import Engine
+from hf_async_batching.engine.engine import Engine
+from hf_async_batching.engine.engine_thread import Worker
 from hf_async_batching.handle import GenerationHandle
-from hf_async_batching.pipeline import Pipeline
-from hf_async_batching.request import Request
-from hf_async_batching.runner import Runner
-from hf_async_batching.scheduler import Scheduler
-from hf_async_batching.staging import Sections
-from hf_async_batching.worker import Worker
+from hf_async_batching.runner.model_runner import Runner
+from hf_async_batching.runner.pipeline import Pipeline
+from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.staging import Sections
+from hf_async_batching.scheduler.scheduler import Scheduler
 
 PAGE_SIZE = 16
 MAX_BATCH_TOKENS = 2048

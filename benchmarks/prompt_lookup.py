@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo.embedded import embedded_model_dir
+from demo.serving.embedded_model import embedded_model_dir
 from hf_async_batching import BatchingConfig, GenerationManager
 
 REPORT = (

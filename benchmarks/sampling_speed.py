@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_async_batching import staging
-from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.plan import Features, NewRow, Plan
-from hf_async_batching.request import Request, SamplingParams
-from hf_async_batching.row_memory import RowMemory
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.plan import Features, NewRow, Plan
+from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.runner import staging
 from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.scheduler import features_of
-from hf_async_batching.sequence import Sequence
+from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.scheduler.scheduler import features_of
+from hf_async_batching.scheduler.sequence import Sequence
 
 USUAL: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
 CASES: dict[str, dict[str, Any] | None] = {

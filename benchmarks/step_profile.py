@@ -21,15 +21,15 @@ from typing import Any, get_args
 import torch
 from torch.profiler import ProfilerActivity
 
-from hf_async_batching.admission import Admission
 from hf_async_batching.bench.drive import ThroughEngine
 from hf_async_batching.bench.machine import look_at
 from hf_async_batching.bench.measure import Traffic
 from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.workloads import WORKLOADS, make_workload
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.step_sizes import PADDED_TOKENS, decode_buckets
-from hf_async_batching.timeline import StepRecord
+from hf_async_batching.core.graph_buckets import PADDED_TOKENS, decode_buckets
+from hf_async_batching.core.timeline import StepRecord
+from hf_async_batching.scheduler.waiting_queue import Admission
 
 WATCHED, MOST_KERNELS = 10, 16
 

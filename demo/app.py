@@ -25,22 +25,22 @@ if not __package__:
     __package__ = _folder.name
     importlib.import_module(__package__)
 
-from .backend import Backend
-from .chat import ChatService
-from .dataset_runs import DatasetRuns
-from .endpoints import add_endpoints
-from .handlers import ChatHandlers
-from .layout import chat_parts, compare_parts, dataset_parts, wall_parts
-from .line import Line
-from .models import load_chat_model
-from .page import FOCUS_JS, TITLE, asset, header_html, launch_options
-from .pools import TRACES
-from .pulse import Pulse
-from .runs import CompareRuns, WallRuns, read_prompts
-from .serving import load
-from .sweeper import FILE_SECONDS
-from .visitor import visitor_of
-from .zero import ZeroGpu, gpu_decorator
+from .chat.handlers import ChatHandlers
+from .chat.service import ChatService
+from .dataset.handlers import DatasetRuns
+from .page.endpoints import add_endpoints
+from .page.layout import chat_parts, compare_parts, dataset_parts, wall_parts
+from .page.style import FOCUS_JS, TITLE, asset, header_html, launch_options
+from .page.sweeper import FILE_SECONDS
+from .serving.backend import Backend
+from .serving.line import Line
+from .serving.models import load_chat_model
+from .serving.pools import TRACES
+from .serving.pulse import Pulse
+from .serving.serving import load
+from .serving.visitor import visitor_of
+from .wall.handlers import CompareRuns, WallRuns, read_prompts
+from .wall.zero_gpu import ZeroGpu, gpu_decorator
 
 MODEL_VARIABLE = "HF_ASYNC_BATCHING_MODEL"
 DEVICE_VARIABLE = "HF_ASYNC_BATCHING_DEVICE"

@@ -4,8 +4,10 @@
 """
 
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.core.timeline import StepRecord, Timeline
 from hf_async_batching.dataset import DatasetProgress, generate_dataset
-from hf_async_batching.drop_in import generate
+from hf_async_batching.drop_in.generate import generate
+from hf_async_batching.engine.stats import Stats
 from hf_async_batching.errors import (
     DatasetRowError,
     EngineClosedError,
@@ -22,10 +24,8 @@ from hf_async_batching.errors import (
 )
 from hf_async_batching.handle import GenerationHandle, GenerationResult, RequestMetrics
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.module_calls import per_token
+from hf_async_batching.model.view.module_calls import per_token
 from hf_async_batching.registry import get_manager
-from hf_async_batching.stats import Stats
-from hf_async_batching.timeline import StepRecord, Timeline
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from hf_async_batching.admission import Admission
-from hf_async_batching.attention.backend import BackendName
-from hf_async_batching.attention.cache import LayerGroups, LayerShape, group_layers
+from hf_async_batching.attention.base import BackendName
+from hf_async_batching.kv_cache.paged_cache import LayerGroups, LayerShape, group_layers
+from hf_async_batching.scheduler.waiting_queue import Admission
 
 logger = logging.getLogger(__name__)
 

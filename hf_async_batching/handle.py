@@ -13,8 +13,8 @@ from typing import Literal, cast
 import torch
 
 from hf_async_batching.errors import ForkedProcessError
-from hf_async_batching.forking import forks
-from hf_async_batching.reentrancy import waiting_for
+from hf_async_batching.runtime.forking import forks
+from hf_async_batching.runtime.reentrancy import waiting_for
 from hf_async_batching.token_stream import AsyncTokenIterator, TokenIterator
 
 logger = logging.getLogger(__name__)

@@ -18,52 +18,52 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_async_batching.assembly import Assembly, assemble
-from hf_async_batching.autocast import Autocast
-from hf_async_batching.chosen_handles import ChosenHandle
-from hf_async_batching.collector import no_collections
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.default_device import cpu_by_default
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.plan import Features
+from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.core.timeline import Timeline, records_after
+from hf_async_batching.distributed.rank_group import Quit, RankGroup, Start, check_sendable
+from hf_async_batching.drop_in.fallback import OnUnsupported, check_on_unsupported
+from hf_async_batching.engine.background_compile import Preparation
+from hf_async_batching.engine.builder import Assembly, assemble
+from hf_async_batching.engine.engine_thread import Worker
+from hf_async_batching.engine.follower import Follower
+from hf_async_batching.engine.route import check_servable
+from hf_async_batching.engine.stats import Stats, read_stats
 from hf_async_batching.errors import (
     EngineClosedError,
     ReentrantCallError,
     UnsupportedArgumentError,
 )
-from hf_async_batching.forking import ForkSafeLock, check_device, in_fresh_thread, leave_behind, renew_in_child
-from hf_async_batching.generation_fields import bound_encoder_ngrams, check_fields
 from hf_async_batching.handle import GenerationHandle
-from hf_async_batching.judged_handles import CriteriaThread
-from hf_async_batching.logits_handle import LogitsHandle
-from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.model_view import make_view
-from hf_async_batching.module_calls import refuse_unmarked_calls
-from hf_async_batching.plain_generate import OnUnsupported, check_on_unsupported
-from hf_async_batching.plan import Features
-from hf_async_batching.preparation import Preparation
-from hf_async_batching.processor_reader import CallRow, Recipe, processors_of_batch, read_processors
-from hf_async_batching.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
-from hf_async_batching.reentrancy import chooses_for, waiting_for
-from hf_async_batching.request import Request, SamplingParams
-from hf_async_batching.requests_from_config import (
+from hf_async_batching.host_decoding.chosen_handles import ChosenHandle
+from hf_async_batching.host_decoding.logits_handle import LogitsHandle
+from hf_async_batching.host_decoding.token_chooser import TokenChooser
+from hf_async_batching.inputs.generation_fields import bound_encoder_ngrams, check_fields
+from hf_async_batching.inputs.logits_processors import CallRow, Recipe, processors_of_batch, read_processors
+from hf_async_batching.inputs.request_builder import (
     Seed,
     build_request,
     eos_token_ids,
     new_request_id,
     seeds_of_rows,
 )
-from hf_async_batching.route_choice import check_servable
-from hf_async_batching.sequence import Sequence as EngineSequence
-from hf_async_batching.start_progress import told
-from hf_async_batching.stats import Stats, read_stats
-from hf_async_batching.step_needs import features_of
-from hf_async_batching.submission import check_group, check_limits, criteria_of, group_fits, prompt_of
-from hf_async_batching.tensor_parallel.follower import Follower
-from hf_async_batching.tensor_parallel.rank_group import Quit, RankGroup, Start, check_sendable
-from hf_async_batching.timeline import Timeline, records_after
-from hf_async_batching.token_chooser import TokenChooser
-from hf_async_batching.weights import Weights
-from hf_async_batching.worker import Worker
-from hf_async_batching.wrappers import check_call, unwrap
+from hf_async_batching.inputs.submission import check_group, check_limits, criteria_of, group_fits, prompt_of
+from hf_async_batching.model.view.model_view import make_view
+from hf_async_batching.model.view.module_calls import refuse_unmarked_calls
+from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.unwrap import check_call, unwrap
+from hf_async_batching.runner.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
+from hf_async_batching.runtime.autocast import Autocast
+from hf_async_batching.runtime.default_device import cpu_by_default
+from hf_async_batching.runtime.forking import ForkSafeLock, check_device, in_fresh_thread, leave_behind, renew_in_child
+from hf_async_batching.runtime.gc_pause import no_collections
+from hf_async_batching.runtime.reentrancy import chooses_for, waiting_for
+from hf_async_batching.runtime.start_progress import told
+from hf_async_batching.scheduler.sequence import Sequence as EngineSequence
+from hf_async_batching.scheduler.step_features import features_of
+from hf_async_batching.stopping.criteria_relay import CriteriaThread
 
 logger = logging.getLogger(__name__)
 
@@ -440,7 +440,7 @@ class GenerationManager:
         Raises:
             ValueError: `on_unsupported` is neither "error" nor "generate".
         """
-        from hf_async_batching.drop_in import Bound, generate
+        from hf_async_batching.drop_in.generate import Bound, generate
 
         check_on_unsupported(on_unsupported)
         return partial(generate, manager=self, bound=Bound(streamer, tokenizer, seed, on_unsupported))

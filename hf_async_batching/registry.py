@@ -7,9 +7,9 @@ import weakref
 from transformers import PreTrainedModel
 
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.wrappers import unwrap
+from hf_async_batching.model.view.unwrap import unwrap
+from hf_async_batching.runtime.forking import ForkSafeLock
 
 _CLOSE_TIMEOUT = 5.0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from hf_async_batching.reentrancy import waiting_for
+from hf_async_batching.runtime.reentrancy import waiting_for
 
 if TYPE_CHECKING:
     from hf_async_batching.handle import GenerationHandle

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_async_batching.attention.cache import LayerShape, group_layers
 from hf_async_batching.config import GIB, BatchingConfig, ResolvedConfig
+from hf_async_batching.kv_cache.paged_cache import LayerShape, group_layers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # 2 layers of 2 heads of 8 + 8 numbers of 4 bytes: 256 bytes per token.

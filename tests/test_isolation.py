@@ -19,11 +19,11 @@ from support.pace import slowed
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager
-from hf_async_batching.attention.probe import _sees
-from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.request import Request, SamplingParams
-from hf_async_batching.row_layout import Rule, RuleKind
-from hf_async_batching.worker import _clear_frames
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.core.row_layout import Rule, RuleKind
+from hf_async_batching.engine.engine_thread import _clear_frames
+from hf_async_batching.model.forward.attention_probe import _sees
 
 PROMPTS = ragged_prompts(4, 30, seed=8)
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)

@@ -31,10 +31,10 @@ from hf_async_batching import (
     UnsupportedArgumentError,
     UnsupportedModelError,
 )
+from hf_async_batching.core.plan import Features
+from hf_async_batching.core.request import Request
 from hf_async_batching.coverage.families import tiny_model as make_family
-from hf_async_batching.plan import Features
-from hf_async_batching.request import Request
-from hf_async_batching.worker import Worker
+from hf_async_batching.engine.engine_thread import Worker
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}

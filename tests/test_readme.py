@@ -12,7 +12,7 @@ from datasets import Dataset
 from support.smollm2 import load_smollm2
 
 import hf_async_batching
-from demo.embedded import embedded_model_dir
+from demo.serving.embedded_model import embedded_model_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 IN_PLACE, ENGINE, DATASET, COMPLETE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

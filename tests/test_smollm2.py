@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, TextIteratorStreamer
 from transformers.generation import StopStringCriteria
 
 import hf_async_batching
-from demo.embedded import embedded_model_dir
+from demo.serving.embedded_model import embedded_model_dir
 from hf_async_batching import BatchingConfig, GenerationManager
 
 CONFIGS = [(1, 256), (2, 16), (3, 16), (1, 16), (2, 256), (3, 256)]

@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_async_batching import BatchingConfig, GenerationHandle, GenerationManager
-from hf_async_batching.assembly import Assembly
-from hf_async_batching.early_launches import device_launches_early
+from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.model.compile.pdl_check import device_launches_early
 
 VOCAB = 4112
 """The models' vocabulary: a multiple of 16, as the products want it, and of no block of the sampling kernels."""

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_async_batching import staging
-from hf_async_batching.argmax import argmax_in_parts
 from hf_async_batching.attention import triton_kernels as kernels
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE
-from hf_async_batching.device_state import DeviceState
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
+from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.linear.engine_linear import MAX_STRIPS
 from hf_async_batching.linear.skinny import SkinnySetting, default_setting, shared_memory_limit, skinny_linear
-from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.plan import Chunk, NewPage, NewRow, Plan
-from hf_async_batching.request import Request, SamplingParams
-from hf_async_batching.sampling import SampledRows, Sampler, fused
-from hf_async_batching.sequence import Sequence
-from hf_async_batching.step_needs import features_of
+from hf_async_batching.runner import staging
+from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.sampling import triton_sampler as fused
+from hf_async_batching.sampling.argmax import argmax_in_parts
+from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.step_features import features_of
 
 _UNWRITTEN_PAGE = 1
 

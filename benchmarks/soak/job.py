@@ -12,7 +12,7 @@ import torch
 from benchmarks.soak.subjects import Subject
 from benchmarks.soak.tally import Tally
 from hf_async_batching.bench.accuracy import teacher_forced
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
 
 SECONDS = 180.0
 """After which a request that has not ended counts as stuck."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.soak.steady_lock import SteadyLock
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.coverage.tiny_configs import VOCAB
+from hf_async_batching.model.small.tiny_configs import VOCAB
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.soak.holders import holders
+from hf_async_batching.core.request import Request
 from hf_async_batching.handle import GenerationHandle
-from hf_async_batching.logits_handle import LogitsHandle
-from hf_async_batching.request import Request
+from hf_async_batching.host_decoding.logits_handle import LogitsHandle
 
 MIB = 1 << 20
 # Allocators keep what they had at their fullest: growth below this says nothing, however long it takes.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from hf_async_batching.attention.backend import AttentionBackend
-    from hf_async_batching.attention.cache import PagedCache
+    from hf_async_batching.attention.base import AttentionBackend
+    from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 
 @dataclass(slots=True)

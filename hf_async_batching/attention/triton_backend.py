@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from hf_async_batching.attention.backend import AttentionOptions
-from hf_async_batching.attention.cache import LayerShape, PagedCache
+from hf_async_batching.attention.base import AttentionOptions
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
-from hf_async_batching.attention.triton_settings import Problem, TritonSettings
-from hf_async_batching.side_by_side import side_by_side
-from hf_async_batching.tuning import Tuning
+from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
+from hf_async_batching.devices.parallel import side_by_side
+from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.runtime.autotune import Tuning
 
 # Of decode attention, one for each key-value head of each row; with more of those no context needs splitting.
 _COUNTERS = 16384

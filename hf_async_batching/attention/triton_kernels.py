@@ -29,7 +29,7 @@ from hf_async_batching.attention.triton_prefill import (
     prefill_kernel,
     write_kv_kernel,
 )
-from hf_async_batching.early_launches import device_launches_early
+from hf_async_batching.model.compile.pdl_check import device_launches_early
 
 __all__ = [
     "MAX_SPLITS",

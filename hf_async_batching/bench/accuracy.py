@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.generate_loop import CACHE_NAMES
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
+from hf_async_batching.model.forward.generate_loop import CACHE_NAMES
 
 # Positions whose logits are in memory at once: 512 of a vocabulary of 128K take 0.25 GiB in float32.
 _SLICE = 512

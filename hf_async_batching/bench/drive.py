@@ -11,15 +11,15 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.assembly import Assembly, assemble, compile_for
 from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.core.plan import Features
+from hf_async_batching.core.request import Request
+from hf_async_batching.core.timeline import StepRecord
+from hf_async_batching.devices.memory import return_memory
+from hf_async_batching.engine.builder import Assembly, assemble, compile_for
 from hf_async_batching.handle import GenerationHandle, GenerationResult
 from hf_async_batching.manager import GenerationManager
-from hf_async_batching.memory import return_memory
-from hf_async_batching.plan import Features
-from hf_async_batching.request import Request
-from hf_async_batching.timeline import StepRecord
 
 
 @dataclass(slots=True)

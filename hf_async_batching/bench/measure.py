@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.assembly import Assembly
 from hf_async_batching.bench.drive import Driver, Served, ThroughEngine, ThroughManager
 from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.memory import return_memory
-from hf_async_batching.stats import read_stats
-from hf_async_batching.timeline import StepRecord, Timeline
+from hf_async_batching.core.timeline import StepRecord, Timeline
+from hf_async_batching.devices.memory import return_memory
+from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.engine.stats import read_stats
 
 # More than any workload takes: the records of a whole run are kept.
 KEPT_STEPS = 1 << 20

@@ -11,8 +11,8 @@ import torch
 
 from hf_async_batching.bench.peer_run import Pass, PeerRun
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.memory import return_memory
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
+from hf_async_batching.devices.memory import return_memory
 
 
 def padded_generate(

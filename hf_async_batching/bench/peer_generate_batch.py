@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from hf_async_batching.bench.peer_run import Pass, PeerRun, short
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.memory import return_memory
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
+from hf_async_batching.devices.memory import return_memory
 
 logger = logging.getLogger(__name__)
 

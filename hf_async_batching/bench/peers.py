@@ -15,7 +15,7 @@ from hf_async_batching.bench.peer_generate import padded_generate
 from hf_async_batching.bench.peer_generate_batch import generate_batch
 from hf_async_batching.bench.peer_run import Pass, PeerRun, short
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.memory import return_memory
+from hf_async_batching.devices.memory import return_memory
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from hf_async_batching.bench.measure import Measured, Run
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.timeline_picture import SAVED_STEPS, Panel, steady_window
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.timeline import StepRecord
+from hf_async_batching.core.timeline import StepRecord
 
 # What was not measured.
 _NONE = "-"

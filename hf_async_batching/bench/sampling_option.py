@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hf_async_batching.bench.workloads import Workload
-from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.request import SamplingParams
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.request import SamplingParams
 
 _DRAWING = {
     "temperature": float,

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
 
 # Small ids are special tokens in most vocabularies.
 _FIRST_TOKEN = 3

@@ -21,10 +21,10 @@ from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, Reference, make_prompts, reference
 from hf_async_batching.coverage.verdicts import SERVED, Finding, Padded, Verdict
 from hf_async_batching.devices.cuda import synchronize_device
-from hf_async_batching.drop_in import generate
+from hf_async_batching.drop_in.generate import generate
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError, UnsupportedModelError
-from hf_async_batching.length_thresholds import length_thresholds
 from hf_async_batching.manager import GenerationManager
+from hf_async_batching.model.small.length_thresholds import length_thresholds
 
 LONGEST = 512
 """Tokens up to which a prompt goes beyond the lengths at which a model's config makes it compute otherwise."""

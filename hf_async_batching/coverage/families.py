@@ -14,9 +14,9 @@ from hf_async_batching.coverage.check import check_model, prompt_lengths
 from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.loaded_dtype import as_loaded
 from hf_async_batching.coverage.plain_reference import make_prompts, reference
-from hf_async_batching.coverage.tiny_configs import tiny_config
 from hf_async_batching.coverage.variants import VARIANTS
 from hf_async_batching.coverage.verdicts import Verdict
+from hf_async_batching.model.small.tiny_configs import tiny_config
 
 # Distinct tokens below which a greedy run shows nothing: it could be right by saying one token over and over.
 MIN_DISTINCT = 8

@@ -35,7 +35,7 @@ _FRAMES = 3
 _PRELOADED = (
     "hf_async_batching.coverage.processes",
     "hf_async_batching.attention.triton_backend",
-    "hf_async_batching.cli",
+    "hf_async_batching.cli.main",
 )
 
 

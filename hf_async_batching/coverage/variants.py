@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_async_batching.coverage.tiny_configs import WINDOW
+from hf_async_batching.model.small.tiny_configs import WINDOW
 
 # Scaled from so few tokens that the check's prompts go beyond them, while they decode and before.
 ORIGINAL = 32

@@ -1,6 +1,6 @@
 """A model over a whole dataset: `generate_dataset`."""
 
 from hf_async_batching.dataset.generate import generate_dataset
-from hf_async_batching.dataset.progress import DatasetProgress
+from hf_async_batching.dataset.run.progress import DatasetProgress
 
 __all__ = ["DatasetProgress", "generate_dataset"]

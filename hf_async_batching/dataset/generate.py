@@ -11,22 +11,22 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.dataset.consumer import OnError
-from hf_async_batching.dataset.in_folder import load_folder, through_folder
-from hf_async_batching.dataset.in_memory import completed_dataset, completed_rows, completed_stream
-from hf_async_batching.dataset.output_columns import OutputColumns
-from hf_async_batching.dataset.progress import DatasetProgress
-from hf_async_batching.dataset.prompts import PromptFunction
-from hf_async_batching.dataset.ranks import Ranks, find_ranks
-from hf_async_batching.dataset.row_requests import split_arguments
-from hf_async_batching.dataset.runs import make_requests, without_unused
+from hf_async_batching.core.request import MAX_SEED
+from hf_async_batching.dataset.build import make_requests, without_unused
+from hf_async_batching.dataset.rows.output_columns import OutputColumns
+from hf_async_batching.dataset.rows.prompts import PromptFunction
+from hf_async_batching.dataset.rows.source import DatasetSource, PlainSource, StreamSource
+from hf_async_batching.dataset.rows.tables import check_no_table, is_data_frame, rows_of_data_frame
+from hf_async_batching.dataset.run.consumer import OnError
+from hf_async_batching.dataset.run.progress import DatasetProgress
+from hf_async_batching.dataset.run.row_requests import split_arguments
 from hf_async_batching.dataset.settings import Settings, row_parameter_columns
-from hf_async_batching.dataset.source import DatasetSource, PlainSource, StreamSource
-from hf_async_batching.dataset.tables import check_no_table, is_data_frame, rows_of_data_frame
+from hf_async_batching.dataset.store.ranks import Ranks, find_ranks
+from hf_async_batching.dataset.to_folder import load_folder, through_folder
+from hf_async_batching.dataset.to_memory import completed_dataset, completed_rows, completed_stream
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.registry import get_manager
-from hf_async_batching.request import MAX_SEED
 
 
 def generate_dataset(

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_async_batching.dataset.files import sync_folder, write_whole
-from hf_async_batching.dataset.in_folder import load_finished
+from hf_async_batching.dataset.store.atomic_files import sync_folder, write_whole
 from hf_async_batching.dataset.text_files import binary_columns, text_kind, write_text
+from hf_async_batching.dataset.to_folder import load_finished
 
 # Endings that people give to files, not to folders.
 _OTHER_FILES = {

@@ -9,19 +9,19 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from hf_async_batching.dataset.consumer import OnError
-from hf_async_batching.dataset.fingerprint import (
+from hf_async_batching.dataset.rows.output_columns import OutputColumns
+from hf_async_batching.dataset.rows.prompts import PromptFunction
+from hf_async_batching.dataset.run.consumer import OnError
+from hf_async_batching.dataset.run.progress import DatasetProgress
+from hf_async_batching.dataset.store.fingerprint import (
     Fingerprint,
     fingerprint_of_config,
     fingerprint_of_function,
     fingerprint_of_model,
     fingerprint_of_tokenizer,
 )
-from hf_async_batching.dataset.output_columns import OutputColumns
-from hf_async_batching.dataset.progress import DatasetProgress
-from hf_async_batching.dataset.prompts import PromptFunction
-from hf_async_batching.dataset.ranks import Ranks
-from hf_async_batching.generation_fields import INSTALLED
+from hf_async_batching.dataset.store.ranks import Ranks
+from hf_async_batching.inputs.generation_fields import INSTALLED
 from hf_async_batching.manager import GenerationManager
 
 _ALIASES = {"stop": "stop_strings"}

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from hf_async_batching.collector import no_collections
 from hf_async_batching.devices.base import Graph, Guard, Kernel, Stream
+from hf_async_batching.runtime.gc_pause import no_collections
 
 # A device must not be synchronized while one of its streams is being captured; captures of several engines, and the
 # start of another engine, take turns.

@@ -12,8 +12,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import nn
 
+from hf_async_batching.checks.logits_error import tolerance_of, worst_error
 from hf_async_batching.linear.library import gains_by_bias, library_linear
-from hf_async_batching.logits_error import tolerance_of, worst_error
 
 MAX_STRIPS = 8192
 """Length of the kernel's counters: strips of outputs that one product may have."""

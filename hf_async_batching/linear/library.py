@@ -13,7 +13,7 @@ import functools
 import torch
 from torch.nn.functional import linear
 
-from hf_async_batching.forking import ForkSafeLock
+from hf_async_batching.runtime.forking import ForkSafeLock
 
 # Where it was measured to pay: rows below this, and inner dimensions from this on.
 _BELOW_ROWS, _FROM_INNER = 512, 8192

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.devices.cuda import synchronize_device
-from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.linear.engine_linear import bundle_together, is_plain
+from hf_async_batching.runtime.forking import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 

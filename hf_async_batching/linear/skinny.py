@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 
-from hf_async_batching.early_launches import device_launches_early
 from hf_async_batching.linear.skinny_kernel import skinny_linear_kernel
+from hf_async_batching.model.compile.pdl_check import device_launches_early
 
 MAX_ROWS = 64
 """Beyond this many rows the vendor's library is faster (measured on an H200, benchmarks/linear_sweep.py)."""

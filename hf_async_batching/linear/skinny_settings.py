@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from hf_async_batching.forking import ForkSafeLock
 from hf_async_batching.linear import library, skinny, skinny_kernel
 from hf_async_batching.linear.library import library_linear
 from hf_async_batching.linear.skinny import (
@@ -18,7 +17,8 @@ from hf_async_batching.linear.skinny import (
     default_setting,
     skinny_linear,
 )
-from hf_async_batching.tuning import Tuning, source_version
+from hf_async_batching.runtime.autotune import Tuning, source_version
+from hf_async_batching.runtime.forking import ForkSafeLock
 
 KERNEL = f"skinny product {source_version(skinny_kernel.__file__, skinny.__file__, library.__file__)}"
 

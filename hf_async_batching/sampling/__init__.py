@@ -1,6 +1,6 @@
 """From logits to tokens, one job a file."""
 
-from hf_async_batching.sampling.rows import SampledRows
+from hf_async_batching.sampling.metadata import SampledRows
 from hf_async_batching.sampling.sampler import Sampler
 
 __all__ = ["SampledRows", "Sampler"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from hf_async_batching import staging
-from hf_async_batching.logits_params import Stage
-from hf_async_batching.plan import Features
-from hf_async_batching.sampling.rows import SampledRows
+from hf_async_batching.core.logits_params import Stage
+from hf_async_batching.core.plan import Features
+from hf_async_batching.runner import staging
+from hf_async_batching.sampling.metadata import SampledRows
 
 _NEGATIVE_INFINITY = float("-inf")
 

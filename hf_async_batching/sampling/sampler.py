@@ -10,17 +10,17 @@ from dataclasses import replace
 
 import torch
 
-from hf_async_batching import staging
-from hf_async_batching.argmax import argmax
-from hf_async_batching.compiler_start import runs_triton
+from hf_async_batching.core.logits_params import Stage
+from hf_async_batching.core.plan import Features
 from hf_async_batching.errors import InvalidProbabilitiesError
-from hf_async_batching.logits_params import Stage
-from hf_async_batching.outcome_marks import marked, tokens_of
-from hf_async_batching.plan import Features
-from hf_async_batching.sampling import noise
-from hf_async_batching.sampling.changes import changed, without_early_eos
+from hf_async_batching.runner import staging
+from hf_async_batching.runtime.triton_start import runs_triton
+from hf_async_batching.sampling import gumbel as noise
+from hf_async_batching.sampling.argmax import argmax
 from hf_async_batching.sampling.filters import filtered
-from hf_async_batching.sampling.rows import SampledRows
+from hf_async_batching.sampling.logits_processors import changed, without_early_eos
+from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.outcome_marks import marked, tokens_of
 
 
 class Sampler:
@@ -65,7 +65,7 @@ class Sampler:
         if self._fused is None:
             self._fused = runs_triton(logits.device)
         if self._fused and (features.sampling or features.penalty):
-            from hf_async_batching.sampling import fused
+            from hf_async_batching.sampling import triton_sampler as fused
 
             if fused.serves(features):
                 if features.min_length:
@@ -121,7 +121,7 @@ class Sampler:
 
 @functools.lru_cache(256)
 def _without_candidates(features: Features) -> Features:
-    from hf_async_batching.sampling import fused
+    from hf_async_batching.sampling import triton_sampler as fused
 
     return replace(features, candidates=0) if fused.serves(features) else features
 

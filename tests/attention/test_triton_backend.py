@@ -12,11 +12,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from hf_async_batching.attention import triton_backend
-from hf_async_batching.attention.backend import AttentionOptions
-from hf_async_batching.attention.cache import LayerShape, PagedCache
+from hf_async_batching.attention.base import AttentionOptions
 from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.attention.reference import ReferenceBackend
+from hf_async_batching.attention.torch_backend import ReferenceBackend
 from hf_async_batching.attention.triton_backend import TritonBackend
+from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = LayerShape(2, 16, 32, torch.float32)

@@ -16,7 +16,7 @@ from hf_async_batching.bench.machine import copy_bandwidth, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Pace, Spread, Traffic, measure
 from hf_async_batching.bench.shapes import random_model
 from hf_async_batching.bench.workloads import Workload, make_workload
-from hf_async_batching.timeline import StepRecord
+from hf_async_batching.core.timeline import StepRecord
 
 
 @pytest.fixture(scope="module")

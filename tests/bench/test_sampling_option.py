@@ -6,7 +6,7 @@ import pytest
 
 from hf_async_batching.bench.sampling_option import SamplingOption
 from hf_async_batching.bench.workloads import make_workload
-from hf_async_batching.cli import main
+from hf_async_batching.cli.main import main
 
 
 def test_all_fields_reach_every_request() -> None:

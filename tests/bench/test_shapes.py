@@ -12,7 +12,7 @@ import transformers
 from support.small_shapes import small
 
 from hf_async_batching.bench.shapes import SHAPES, random_model, shape_config
-from hf_async_batching.quantization import adjust, is_quantized
+from hf_async_batching.model.view.quantization import adjust, is_quantized
 
 CPU = torch.device("cpu")
 

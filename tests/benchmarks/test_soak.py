@@ -20,7 +20,7 @@ from benchmarks.soak.subjects import FAMILIES, Subject, make_tokenizer, missing
 from benchmarks.soak.tally import Tally
 from benchmarks.soak.verdict import judge
 from benchmarks.soak.watch import MIB, Held, growth, held, known_objects, slope
-from hf_async_batching.coverage.tiny_configs import VOCAB
+from hf_async_batching.model.small.tiny_configs import VOCAB
 
 
 @pytest.mark.timeout(300)

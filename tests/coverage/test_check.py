@@ -12,16 +12,16 @@ from support.tiny_models import tiny_model
 from transformers import AttentionInterface
 
 from hf_async_batching import BatchingConfig, GenerationManager, generate
-from hf_async_batching.attention import interface
+from hf_async_batching.attention import hf_interface as interface
 from hf_async_batching.coverage import check, families
 from hf_async_batching.coverage.check import check_model, prompt_lengths
 from hf_async_batching.coverage.families import MIN_DISTINCT, check_family, class_names
 from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, make_prompts, reference
-from hf_async_batching.coverage.tiny_configs import tiny_config
 from hf_async_batching.coverage.variants import VARIANTS
 from hf_async_batching.coverage.verdicts import Verdict
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.length_thresholds import length_thresholds
+from hf_async_batching.model.small.length_thresholds import length_thresholds
+from hf_async_batching.model.small.tiny_configs import tiny_config
 
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=24, max_rows=4, attach_check=False)
 

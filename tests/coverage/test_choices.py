@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.attention import interface
+from hf_async_batching.attention import hf_interface as interface
 from hf_async_batching.coverage import check
 from hf_async_batching.coverage.check import check_model
 from hf_async_batching.coverage.comparison import Comparison

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from hf_async_batching.cli import main
+from hf_async_batching.cli.main import main
 from hf_async_batching.coverage import families, processes
 from hf_async_batching.coverage.families import entry_names
 from hf_async_batching.coverage.processes import Checked, check_families

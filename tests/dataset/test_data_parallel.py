@@ -12,8 +12,8 @@ import pytest
 from support.dataset_job import checksums, make_dataset, rows_kept, run
 
 from hf_async_batching import HfAsyncBatchingError, ResumeMismatchError
-from hf_async_batching.dataset import resume_store
-from hf_async_batching.dataset.ranks import Ranks, find_ranks
+from hf_async_batching.dataset.store import resume_store
+from hf_async_batching.dataset.store.ranks import Ranks, find_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -11,7 +11,7 @@ from support.tiny_models import EOS, greedy_alone
 from transformers import GenerationConfig
 
 from hf_async_batching import DatasetRowError, UnsupportedArgumentError, generate, generate_dataset
-from hf_async_batching.requests_from_config import seeds_of_rows
+from hf_async_batching.inputs.request_builder import seeds_of_rows
 
 TEXTS = [f"{'abc' * (i % 7)}ROW{chr(40 + 2 * i)}" for i in range(30)]
 ENDS = [EOS, 17]

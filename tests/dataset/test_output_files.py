@@ -15,9 +15,9 @@ import pytest
 from datasets import Dataset, Features, Image, Json, List, Value, load_dataset
 
 from hf_async_batching.dataset import output_files
-from hf_async_batching.dataset.output_columns import OutputColumns
 from hf_async_batching.dataset.output_files import OutputError, check_columns, check_output, write_output
-from hf_async_batching.dataset.row import Completion, RowResult
+from hf_async_batching.dataset.rows.output_columns import OutputColumns
+from hf_async_batching.dataset.rows.row import Completion, RowResult
 
 LONG = list(range(1100))
 FEATURES = Features(

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demo.app import build_app
-from demo.backend import Backend
-from demo.browser import launch
-from demo.models import load_chat_model
-from demo.page import launch_options
-from demo.roster import Roster
-from demo.serving import Serving, serve
+from demo.page.style import launch_options
+from demo.serving.backend import Backend
+from demo.serving.models import load_chat_model
+from demo.serving.roster import Roster
+from demo.serving.serving import Serving, serve
+from demo.tools.browser import launch
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

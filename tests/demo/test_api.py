@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 from support.demo import Served, wait_until_idle
 from support.pace import slowed
 
-from demo.endpoints import _TRACED_STEPS
+from demo.page.endpoints import _TRACED_STEPS
 
 CLIENTS = 32
 

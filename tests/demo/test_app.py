@@ -13,7 +13,7 @@ import pytest
 from support.demo import Served, wait_until_idle
 from support.pace import slowed
 
-from demo.browser import press_section, set_numbers
+from demo.tools.browser import press_section, set_numbers
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

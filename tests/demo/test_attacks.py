@@ -18,7 +18,7 @@ import pytest
 from support.demo import Served, wait_until_idle
 from support.pace import slowed
 
-import demo.sweeper
+import demo.page.sweeper
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -82,7 +82,7 @@ class Attacker:
 
 @pytest.fixture
 def attacker(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attacker]:
-    monkeypatch.setattr(demo.sweeper, "UNREAD_SECONDS", 3.0)
+    monkeypatch.setattr(demo.page.sweeper, "UNREAD_SECONDS", 3.0)
     global addresses
     addresses += 1  # what one test has used up is not missing in the next
     made, usual = Attacker(served.url), sys.getswitchinterval()

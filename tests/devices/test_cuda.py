@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_async_batching.collector import no_collections
 from hf_async_batching.devices import cuda
 from hf_async_batching.devices.cuda import CudaDevice
+from hf_async_batching.runtime.gc_pause import no_collections
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 import hf_async_batching
 from hf_async_batching import get_manager
 
-pytest.importorskip("hf_async_batching.criteria", reason="the harness stops by criteria")
+pytest.importorskip("hf_async_batching.stopping.criteria", reason="the harness stops by criteria")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lm_eval")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_async_batching.linear.engine_linear import EngineLinear
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
-from hf_async_batching.model_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import ModelForward
 
 
 def groups_of(model: PreTrainedModel) -> list[list[str]]:

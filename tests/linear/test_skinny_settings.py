@@ -16,7 +16,7 @@ from hf_async_batching.linear import engine_linear, skinny_settings
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, products
 from hf_async_batching.linear.skinny import LIBRARY, SkinnySetting, default_setting, shared_memory_limit
 from hf_async_batching.linear.skinny_settings import SkinnySettings
-from hf_async_batching.tuning import Tuning
+from hf_async_batching.runtime.autotune import Tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RULE = default_setting(16, 64, 64, shared_memory_limit(DEVICE))

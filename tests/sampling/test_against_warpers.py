@@ -13,14 +13,15 @@ from support.tiny_models import tiny_model
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList
 
-from hf_async_batching import BatchingConfig, GenerationManager, staging
-from hf_async_batching.plan import Features, NewRow, Plan
-from hf_async_batching.processor_reader import CallRow, read_processors
-from hf_async_batching.request import Request
-from hf_async_batching.row_memory import RowMemory
+from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.core.plan import Features, NewRow, Plan
+from hf_async_batching.core.request import Request
+from hf_async_batching.inputs.logits_processors import CallRow, read_processors
+from hf_async_batching.runner import staging
 from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sequence import Sequence
-from hf_async_batching.step_needs import features_of, rare_needs
+from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.step_features import features_of, rare_needs
 
 VOCAB = 32
 DRAWS = 20_000

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_async_batching import outcomes, staging
-from hf_async_batching.logits_params import LogitsParams
-from hf_async_batching.outcome_marks import marked, tokens_of, without_token
-from hf_async_batching.plan import Features, NewRow, Plan
-from hf_async_batching.request import Request, SamplingParams
-from hf_async_batching.row_memory import RowMemory
+from hf_async_batching.core import outcomes
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.plan import Features, NewRow, Plan
+from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.runner import staging
 from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sequence import Sequence
-from hf_async_batching.step_needs import features_of
+from hf_async_batching.sampling.outcome_marks import marked, tokens_of, without_token
+from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.step_features import features_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 700

@@ -19,12 +19,12 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from hf_async_batching import staging
-from hf_async_batching.plan import Features, NewRow, Plan
-from hf_async_batching.request import Request, SamplingParams
+from hf_async_batching.core.plan import Features, NewRow, Plan
+from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.runner import staging
+from hf_async_batching.runner.staging import encode
 from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sampling import noise as noise_module
-from hf_async_batching.staging import encode
+from hf_async_batching.sampling import gumbel as noise_module
 
 VOCAB = 97
 SMALL_VOCAB = 40

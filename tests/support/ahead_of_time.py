@@ -167,23 +167,24 @@ def skinny_early(dtype: torch.dtype) -> None:
 
 
 def tables(dtype: torch.dtype) -> None:
-    from hf_async_batching.device_state import DeviceState
+    from hf_async_batching.runner.row_tables import DeviceState
 
     state = DeviceState(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
     state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
 
 
 def largest(dtype: torch.dtype) -> None:
-    from hf_async_batching.argmax import argmax_in_parts
+    from hf_async_batching.sampling.argmax import argmax_in_parts
 
     argmax_in_parts(torch.empty(32, 128256, dtype=dtype), 16)
 
 
 def sampling(dtype: torch.dtype) -> None:
-    from hf_async_batching.plan import Features
-    from hf_async_batching.row_memory import RowMemory
-    from hf_async_batching.sampling import SampledRows, fused
-    from hf_async_batching.staging import PARAMS
+    from hf_async_batching.core.plan import Features
+    from hf_async_batching.runner.staging import PARAMS
+    from hf_async_batching.sampling import SampledRows
+    from hf_async_batching.sampling import triton_sampler as fused
+    from hf_async_batching.sampling.token_history import RowMemory
 
     index = torch.zeros(4, dtype=torch.int32)
     params, positions = torch.zeros(4, PARAMS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)

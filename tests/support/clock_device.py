@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_async_batching.core.plan import Plan
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Stream
-from hf_async_batching.plan import Plan
 from support.toy_engine import VOCAB, ToyEngine
 
 PLANNING = 0.001

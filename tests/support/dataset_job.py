@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset
 
 from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
-from hf_async_batching.dataset.journal import read_journal
+from hf_async_batching.dataset.store.journal import read_journal
 from support.character_tokenizer import character_tokenizer
 from support.pace import slowed
 from support.tiny_models import tiny_model

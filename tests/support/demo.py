@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from demo.backend import Backend
-from demo.serving import Serving
+from demo.serving.backend import Backend
+from demo.serving.serving import Serving
 from hf_async_batching.bench.machine import Machine
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
 
 MACHINE = Machine("CPU, 1 threads", 5e9, {"torch": "2", "transformers": "5"})
 

@@ -21,9 +21,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching import GenerationManager, HfAsyncBatchingError
-from hf_async_batching.compatibility import FIELDS
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, InvalidProbabilitiesError, QueueFullError
-from hf_async_batching.generation_fields import INSTALLED
+from hf_async_batching.inputs.compatibility import FIELDS
+from hf_async_batching.inputs.generation_fields import INSTALLED
 
 PROMPT = [5, 6, 7, 5, 6, 8, 9, 5, 6]
 VICTIM = [11, 12, 13]

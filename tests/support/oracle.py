@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from hf_async_batching.prompt_lookup import PromptLookup
-from hf_async_batching.request import Request
+from hf_async_batching.core.request import Request
+from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 from support.toy_engine import VOCAB, reference
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from demo.embedded import embedded_model_dir
+from demo.serving.embedded_model import embedded_model_dir
 from support.chat_prompts import chat_prompts
 
 

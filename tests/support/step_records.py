@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_async_batching.timeline import StepRecord
+from hf_async_batching.core.timeline import StepRecord
 
 
 def record(step: int, start: float, end: float, **changes: Any) -> StepRecord:

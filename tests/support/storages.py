@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_async_batching.sharing import tensors_within
+from hf_async_batching.model.view.shared_tensors import tensors_within
 
 
 def storages(*roots: Any) -> dict[int, int]:

@@ -16,8 +16,9 @@ from datasets import Dataset
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, assembly, generate_dataset
-from hf_async_batching.attention.reference import ReferenceBackend
+from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, generate_dataset
+from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.engine import builder as assembly
 from support.fake_graphs import RankDevice
 from support.tiny_models import ragged_prompts
 

@@ -1,0 +1,208 @@
+"""What the chat's buttons do: each handler turns an event into new values for the page's components."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from ..page.style import note_html
+from ..serving.settings import LONGEST_TEXT, Settings
+from ..serving.text import display_markdown
+from ..serving.visitor import owner_of, visitor_of
+from .service import ChatService, Message, read_messages
+
+# What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
+Page = tuple[Any, Any, Any, Any, Any, Any]
+# What the controls say, in the order in which they are laid out.
+Knobs = tuple[str, float, float, float, float, bool, float | None]
+
+
+class ChatHandlers:
+    """The chat's event handlers. Gradio passes `request` by its type; the session hash in it names the visitor.
+
+    The history comes from the visitor's browser, which keeps it.
+    """
+
+    def __init__(self, service: ChatService) -> None:
+        self._service = service
+
+    async def submit(
+        self,
+        text: str,
+        history: Any,
+        system: str,
+        max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        greedy: bool,
+        seed: float | None,
+        request: gr.Request,
+    ) -> AsyncIterator[Page]:
+        """Ask what stands in the message box."""
+        visitor, text = visitor_of(request), str(text or "").strip()[:LONGEST_TEXT]
+        if not text or not await self._service.ready(visitor):
+            yield _page()
+            return
+        asked = [*read_messages(history), Message(role="user", content=text)]
+        settings = Settings.within_bounds(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        yield _page(drawn=_waiting(asked), box="", note="", running=True)
+        async for page in self._answer(asked, settings, request):
+            yield page
+
+    async def example(
+        self,
+        history: Any,
+        system: str,
+        max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        greedy: bool,
+        seed: float | None,
+        event: gr.SelectData,
+        request: gr.Request,
+    ) -> AsyncIterator[Page]:
+        """Ask the example that was clicked."""
+        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        async for page in self.submit(event.value["text"], history, *knobs, request=request):
+            yield page
+
+    async def retry(
+        self,
+        history: Any,
+        system: str,
+        max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        greedy: bool,
+        seed: float | None,
+        event: gr.RetryData,
+        request: gr.Request,
+    ) -> AsyncIterator[Page]:
+        """Answer a question again, and forget what came after it."""
+        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        messages = read_messages(history)
+        async for page in self._again(messages[: _question(messages, event.index) + 1], knobs, request):
+            yield page
+
+    async def edit(
+        self,
+        history: Any,
+        system: str,
+        max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        greedy: bool,
+        seed: float | None,
+        event: gr.EditData,
+        request: gr.Request,
+    ) -> AsyncIterator[Page]:
+        """Answer a question that was rewritten, and forget what came after it."""
+        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        messages = read_messages(history)
+        index, text = _question(messages, event.index), str(event.value or "").strip()[:LONGEST_TEXT]
+        if index < 0 or not text:
+            yield _page(messages=messages)
+            return
+        async for page in self._again([*messages[:index], Message(role="user", content=text)], knobs, request):
+            yield page
+
+    async def undo(self, history: Any, event: gr.UndoData, request: gr.Request) -> Page:
+        """Take a question and all after it back into the message box."""
+        await self._service.settle(visitor_of(request))
+        messages = read_messages(history)
+        index = _question(messages, event.index)
+        text = messages[index]["content"] if 0 <= index < len(messages) else ""
+        return _page(messages=messages[: max(index, 0)], box=text, note="", running=False)
+
+    async def clear(self, request: gr.Request) -> Page:
+        """Forget the conversation."""
+        self._service.discard(visitor_of(request))
+        return _page(messages=[], note="", running=False)
+
+    async def stop(self, request: gr.Request) -> None:
+        """End the answer that is being written; what was written stays."""
+        self._service.stop(visitor_of(request))
+
+    async def restore(self, history: Any) -> list[dict[str, str]]:
+        """Draw the conversation that the browser has kept."""
+        return draw(read_messages(history))
+
+    def leave(self, request: gr.Request) -> None:
+        """Free what a closed tab was still using."""
+        self._service.stop(visitor_of(request))
+
+    async def _again(self, messages: list[Message], knobs: Knobs, request: gr.Request) -> AsyncIterator[Page]:
+        visitor = visitor_of(request)
+        await self._service.settle(visitor)
+        if not messages:
+            yield _page()
+            return
+        yield _page(drawn=_waiting(messages), note="", running=True)
+        async for page in self._answer(messages, Settings.within_bounds(*knobs), request):
+            yield page
+
+    async def _answer(self, messages: list[Message], settings: Settings, request: gr.Request) -> AsyncIterator[Page]:
+        """Write the assistant's next message: the one path that submit, examples, retry and edit all take."""
+        drawn = draw(messages)
+        # Gradio sends the last page of a generator twice, the second time perhaps after the page of another event. So
+        # the last page must still be right then: after Clear, this one shows a cleared chat, too.
+        async for reply in self._service.reply(visitor_of(request), messages, settings, owner_of(request)):
+            if reply.note is None:
+                growing = [*drawn, _answer_bubble(display_markdown(reply.text) or reply.waiting)]
+                # The buttons again each time: of pages that arrive together, the page may only see the last.
+                yield _page(drawn=growing, running=True)
+            elif reply.discarded:
+                yield _page(messages=[], note="", running=False)
+            else:
+                answer = Message(role="assistant", content=reply.text)
+                if reply.failed:
+                    answer["failed"] = True
+                yield _page(messages=[*messages, answer], note=reply.note, running=False)
+
+
+def draw(messages: list[Message]) -> list[dict[str, str]]:
+    """Return a conversation as the Chatbot takes it."""
+    return [{"role": message["role"], "content": display_markdown(message["content"])} for message in messages]
+
+
+def _page(
+    *,
+    messages: list[Message] | None = None,
+    drawn: list[dict[str, str]] | None = None,
+    box: str | None = None,
+    note: str | None = None,
+    running: bool | None = None,
+) -> Page:
+    """Return new values for the components that change; the others keep what they have."""
+    same = gr.skip()
+    if messages is not None and drawn is None:
+        drawn = draw(messages)
+    return (
+        same if messages is None else messages,
+        same if drawn is None else drawn,
+        same if box is None else box,
+        same if note is None else note_html(note),
+        same if running is None else gr.update(visible=not running),
+        same if running is None else gr.update(visible=running),
+    )
+
+
+def _waiting(messages: list[Message]) -> list[dict[str, str]]:
+    """Draw a conversation whose next answer has not begun yet."""
+    return [*draw(messages), _answer_bubble("…")]
+
+
+def _answer_bubble(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _question(messages: list[Message], index: int | tuple[int, int]) -> int:
+    """Return the index of the user's message at or before `index`, or -1."""
+    at = index if isinstance(index, int) else index[0]
+    return next((i for i in range(min(at, len(messages) - 1), -1, -1) if messages[i]["role"] == "user"), -1)

@@ -1,0 +1,214 @@
+"""Where everything is on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from ..dataset.handlers import table_html
+from ..dataset.table import BUILT_IN, FORMATS, built_in, text_columns
+from ..serving.settings import LONGEST_TEXT, MAX_NEW_TOKENS, Settings
+from ..wall.wall import MOST_CHATS, MOST_TURNS
+from .style import EXAMPLES, PLACEHOLDER, asset
+
+_BUTTON_WIDTH = 84
+_LONGEST_PROMPTS = 100_000
+
+
+class ChatParts(NamedTuple):
+    """The chat's components; `knobs` in the order in which the handlers take them."""
+
+    chatbot: gr.Chatbot
+    box: gr.Textbox
+    send: gr.Button
+    stop: gr.Button
+    note: gr.HTML
+    knobs: list[gr.components.Component]
+
+
+class WallParts(NamedTuple):
+    """The wall's components; `knobs` in the order in which the handlers take them."""
+
+    start: gr.Button
+    stop: gr.Button
+    add: gr.Button
+    wall: gr.HTML
+    prompts: gr.Textbox
+    knobs: list[gr.components.Component]
+
+
+class CompareParts(NamedTuple):
+    """The comparison's components."""
+
+    which: gr.Radio
+    chats: gr.Slider
+    longest: gr.Slider
+    run: gr.Button
+    stop: gr.Button
+    view: gr.HTML
+
+
+class DatasetParts(NamedTuple):
+    """The Dataset tab's components; `knobs` in the order in which the handlers take them."""
+
+    source: gr.Dropdown
+    file: gr.File
+    column: gr.Dropdown
+    about: gr.HTML
+    knobs: list[gr.components.Component]
+    run: gr.Button
+    stop: gr.Button
+    resume: gr.Button
+    progress: gr.HTML
+    download: gr.DownloadButton
+
+
+def chat_parts() -> ChatParts:
+    """Lay out the conversation, the line to type in, and the settings."""
+    chatbot = gr.Chatbot(
+        label="Your chat",
+        show_label=False,
+        elem_id="chat",
+        placeholder=PLACEHOLDER,
+        examples=[{"text": example} for example in EXAMPLES],
+        buttons=["copy"],
+        editable="user",
+        layout="bubble",
+        height=None,
+    )
+    with gr.Row(elem_id="ask"):
+        box = gr.Textbox(
+            label="Your message",
+            placeholder="Type a message",
+            show_label=False,
+            container=False,
+            lines=1,
+            max_lines=6,
+            max_length=LONGEST_TEXT,
+            elem_id="message",
+        )
+        # Two buttons in one place: only one of them is ever shown.
+        send = gr.Button("Send", variant="primary", elem_id="send", min_width=_BUTTON_WIDTH, scale=0)
+        stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, min_width=_BUTTON_WIDTH, scale=0)
+    note = gr.HTML('<p role="status"></p>', elem_id="note")
+    default = Settings()
+    with gr.Accordion("System prompt and sampling", open=False), gr.Group(elem_classes="knobs"):
+        system = gr.Textbox(
+            label="System prompt",
+            placeholder="You are a helpful assistant.",
+            lines=2,
+            max_lines=5,
+            max_length=LONGEST_TEXT,
+        )
+        longest = gr.Slider(
+            8, MAX_NEW_TOKENS, value=default.max_new_tokens, step=8, label="Max new tokens", buttons=[]
+        )
+        greedy = gr.Checkbox(default.greedy, label="Greedy", info="Always the likeliest token; no sampling.")
+        temperature = gr.Slider(0.1, 2.0, value=default.temperature, step=0.05, label="Temperature", buttons=[])
+        top_p = gr.Slider(0.05, 1.0, value=default.top_p, step=0.05, label="Top-p", buttons=[])
+        top_k = gr.Slider(0, 200, value=default.top_k, step=1, label="Top-k (0 is off)", buttons=[])
+        seed = gr.Number(default.seed, label="Seed (empty: another one each time)", precision=0, minimum=0)
+    # In the browser: a round trip to the server would only make the switch lag.
+    greedy.change(
+        None,
+        greedy,
+        [temperature, top_p, top_k, seed],
+        js="on => Array(4).fill({__type__: 'update', interactive: !on})",
+        api_visibility="private",
+    )
+    return ChatParts(chatbot, box, send, stop, note, [system, longest, temperature, top_p, top_k, greedy, seed])
+
+
+def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> WallParts:
+    """Lay out the wall: how many, start, stop, the settings, the tiles."""
+    with gr.Row(elem_id="walls", equal_height=False):
+        chats = gr.Slider(1, MOST_CHATS, value=16, step=1, label="Chats at once", scale=4, min_width=180, buttons=[])
+        start = gr.Button("Start 16 chats", variant="primary", elem_id="start", scale=2, min_width=130)
+        stop = gr.Button("Stop all", variant="stop", elem_id="stop-wall", visible=False, scale=2, min_width=130)
+        add = gr.Button("Add 4", elem_id="add", interactive=False, scale=1, min_width=_BUTTON_WIDTH)
+    with gr.Accordion("Prompts and settings", open=False), gr.Group(elem_classes="knobs"):
+        box = gr.Textbox(
+            prompts,
+            label="Prompts, one per line",
+            lines=6,
+            max_lines=10,
+            max_length=_LONGEST_PROMPTS,
+            elem_id="prompts",
+        )
+        turns = gr.Slider(1, MOST_TURNS, value=2, step=1, label="Questions per chat", buttons=[])
+        longest = gr.Slider(8, MAX_NEW_TOKENS, value=120, step=8, label="Max new tokens per answer", buttons=[])
+        stagger = gr.Slider(0, 2, value=0.15, step=0.05, label="Seconds between two starts", buttons=[])
+        greedy = gr.Checkbox(False, label="Greedy", info="Always the likeliest token; no sampling.")
+    wall = gr.HTML(
+        value="",
+        html_template=asset("wall.html"),
+        js_on_load="hfab.wall(element.querySelector('.wall'), props, watch, server)",
+        apply_default_css=False,
+        server_functions=server_functions,
+        elem_id="wall",
+    )
+    chats.change(
+        None,
+        chats,
+        start,
+        js="n => ({__type__: 'update', value: `Start ${n} chat${n === 1 ? '' : 's'}`})",
+        api_visibility="private",
+    )
+    return WallParts(start, stop, add, wall, box, [chats, box, turns, longest, stagger, greedy])
+
+
+def compare_parts() -> CompareParts:
+    """Lay out the comparison."""
+    with gr.Row(elem_id="comparisons", equal_height=False):
+        which = gr.Radio(
+            [("Both", "both"), ("Sync", "sync"), ("Async", "async")],
+            value="both",
+            label="Run",
+            scale=3,
+            min_width=250,
+        )
+        chats = gr.Slider(1, MOST_CHATS, value=16, step=1, label="Chats", scale=2, min_width=130, buttons=[])
+        longest = gr.Slider(8, 512, value=64, step=8, label="Tokens", scale=2, min_width=130, buttons=[])
+        run = gr.Button("Run", variant="primary", elem_id="run", scale=1, min_width=_BUTTON_WIDTH)
+        stop = gr.Button("Stop", variant="stop", elem_id="stop-run", visible=False, scale=1, min_width=_BUTTON_WIDTH)
+    view = gr.HTML(
+        value="",
+        html_template=asset("compare.html"),
+        js_on_load="hfab.compare(element.querySelector('.compare'), props, watch)",
+        apply_default_css=False,
+        elem_id="compare",
+    )
+    return CompareParts(which, chats, longest, run, stop, view)
+
+
+def dataset_parts() -> DatasetParts:
+    """Lay out the Dataset tab."""
+    first = next(iter(BUILT_IN))
+    table = built_in(first)
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=240):
+            source = gr.Dropdown(list(BUILT_IN), value=first, label="Dataset")
+            column = gr.Dropdown(text_columns(table), value="prompt", label="Prompt column")
+        file = gr.File(
+            label="Or your own file",
+            file_types=[".csv", ".jsonl", ".ndjson", ".json", ".parquet"],
+            height=168,
+            min_width=240,
+            elem_id="upload",
+        )
+    about = gr.HTML(table_html(table, "prompt", False), elem_id="about")
+    with gr.Accordion("Settings", open=False), gr.Group(elem_classes="knobs"):
+        system = gr.Textbox(label="System prompt for every row", lines=2, max_lines=5, max_length=LONGEST_TEXT)
+        longest = gr.Slider(8, MAX_NEW_TOKENS, value=64, step=8, label="Max new tokens per row", buttons=[])
+        greedy = gr.Checkbox(True, label="Greedy rows", info="Always the likeliest token; no sampling.")
+        kind = gr.Radio(list(FORMATS), value=FORMATS[0], label="Format of the result")
+    with gr.Row(elem_id="datasets", equal_height=False):
+        run = gr.Button("Complete all rows", variant="primary", elem_id="complete", min_width=130)
+        stop = gr.Button("Stop rows", variant="stop", visible=False, elem_id="stop-rows", min_width=130)
+        resume = gr.Button("Resume", visible=False, elem_id="resume", min_width=_BUTTON_WIDTH)
+        download = gr.DownloadButton("Download", visible=False, elem_id="download", min_width=_BUTTON_WIDTH)
+    progress = gr.HTML('<p role="status"></p>', elem_id="progress")
+    knobs: list[gr.components.Component] = [source, file, column, system, longest, greedy, kind]
+    return DatasetParts(source, file, column, about, knobs, run, stop, resume, progress, download)

@@ -1,0 +1,100 @@
+"""How the page looks: theme, style sheet, scripts, and the arguments of `launch` that carry them."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .guard import app_options
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+TITLE = "hf_async_batching"
+TAGLINE = (
+    "Asynchronous continuous batching for Hugging Face <code>generate</code>. "
+    "Everyone on this page shares one batch; while it is computed, the next step is planned."
+)
+EXAMPLES = (
+    "Explain photosynthesis to a ten-year-old.",
+    "Write a Python function that reverses a list.",
+    "What is the capital of France, and what is it known for?",
+    "Give me three ideas for a rainy Sunday.",
+)
+PLACEHOLDER = "### Your own chat\nIt is answered in the same batch as the wall beside it."
+
+MAX_UPLOAD = 20 << 20
+# Sessions of which Gradio keeps a copy of its config, some 140 kB each; this page keeps nothing in them.
+_SESSIONS = 500
+# Events that may run at once: a stream holds a place for as long as it lasts.
+_MAX_EVENTS = 400
+_SCRIPTS = ("lanes.js", "panel.js", "wall.js", "compare.js")
+_FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+_MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+# A keyboard is at hand where the page is wide; on a phone the focus would open one and scroll the page.
+FOCUS_JS = """() => {
+  if (matchMedia("(min-width: 900px)").matches)
+    document.querySelector("#message textarea")?.focus({ preventScroll: true });
+}"""
+
+# Gradio makes a table of all events with pandas whenever one ends, for a page that is not shown here.
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a file in `assets`."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def launch_options() -> dict[str, Any]:
+    """Return the arguments of `Blocks.launch` that make the page look and behave as it should."""
+    # Fonts of the visitor's own system: nothing is fetched from anywhere, and text never jumps when a font arrives.
+    theme = gr.themes.Base(
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="slate",
+        radius_size="md",
+        font=_FONTS,
+        font_mono=_MONO_FONTS,
+    ).set(
+        # Darker than the theme's own: text must reach a contrast of 4.5 to 1.
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        checkbox_border_color_dark="*neutral_500",
+    )
+    return {
+        "theme": theme,
+        "css": asset("style.css"),
+        "head": f"<script>{''.join(map(asset, _SCRIPTS))}</script>",
+        "footer_links": ["api", "gradio", "settings"],
+        "ssr_mode": False,
+        "max_threads": _MAX_EVENTS,
+        "max_file_size": MAX_UPLOAD,
+        "run_history": False,
+        "state_session_capacity": _SESSIONS,
+        # Beside the file, a form has its own few lines.
+        "app_kwargs": app_options(MAX_UPLOAD + (64 << 10)),
+    }
+
+
+def header_html() -> str:
+    """Return title and tagline."""
+    return f"<h1>{TITLE}</h1><p>{TAGLINE}</p>"
+
+
+def note_html(note: str) -> str:
+    """Return the line under the chat. A screen reader speaks it when it changes."""
+    return f'<p role="status">{escape(note)}</p>'

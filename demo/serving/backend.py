@@ -1,0 +1,124 @@
+"""What answers, and how far it has come: it is loaded in a thread while the page is there already."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from .models import ModelLoadError
+from .serving import Report, Serving
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..wall.zero_gpu import ZeroGpu
+
+logger = logging.getLogger(__name__)
+
+ONLY_WALLS = (
+    "On ZeroGPU there is a GPU only while a wall runs: start one. Your own chat, comparisons and datasets need a "
+    "Space with a GPU of its own."
+)
+
+
+class Stage(NamedTuple):
+    """How far loading has come. `number` counts from 1 to `STAGES`, and is `STAGES + 1` when all is done."""
+
+    number: int
+    text: str
+    failed: bool = False
+
+
+STAGES = 4
+
+
+class BackendFailedError(RuntimeError):
+    """The model or the engine did not come up; the message says why."""
+
+
+class Backend:
+    """Holds what answers, as soon as it is there. Its methods may be called from any thread.
+
+    Args:
+        serving: What answers, where it is there already.
+        zero: What runs walls on a ZeroGPU Space, where nothing else answers.
+    """
+
+    def __init__(self, serving: Serving | None = None, zero: ZeroGpu | None = None) -> None:
+        self._serving = serving
+        self.zero = zero
+        self._stage = Stage(STAGES + 1, "Ready") if serving or zero else Stage(1, "Starting")
+        self._settled = threading.Event()
+        self._warm = threading.Event()
+        if serving is not None or zero is not None:
+            self._settled.set()
+            self._warm.set()
+
+    @property
+    def serving(self) -> Serving | None:
+        """What answers; None while it is loaded, and where that has failed."""
+        return self._serving
+
+    @property
+    def stage(self) -> Stage:
+        """How far loading has come."""
+        return self._stage
+
+    @property
+    def warm(self) -> bool:
+        """Whether everything is compiled and captured: figures from before would be too low."""
+        return self._warm.is_set()
+
+    async def ready(self) -> Serving:
+        """Wait for what answers.
+
+        Raises:
+            BackendFailedError: It did not come up.
+        """
+        while not self._settled.is_set():
+            await asyncio.sleep(0.1)
+        return self.require()
+
+    def require(self) -> Serving:
+        """What answers, without waiting.
+
+        Raises:
+            BackendFailedError: It is not there yet, or did not come up.
+        """
+        if self.zero is not None:
+            raise BackendFailedError(ONLY_WALLS)
+        if self._serving is None:
+            raise BackendFailedError(self._stage.text if self._stage.failed else "The model is still being loaded.")
+        return self._serving
+
+    def start(self, load: Callable[[Report], Serving]) -> None:
+        """Load in a thread; `load` reports the stage that begins."""
+        threading.Thread(target=self._load, args=(load,), name="demo-loader", daemon=True).start()
+
+    def _load(self, load: Callable[[Report], Serving]) -> None:
+        try:
+            self._serving = load(self._report)
+            self._settled.set()
+            self._report(STAGES, "Compiling and capturing; chats work already")
+            # Most answers are drawn as the page's controls stand at first.
+            self._serving.manager.warmup([Settings().request([0], ())])
+            self._stage = Stage(STAGES + 1, "Ready")
+            self._warm.set()
+        except Exception as error:  # the page says so, and stays
+            logger.exception("The model or its engine did not come up.")
+            text = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
+            self._stage = Stage(self._stage.number, text, failed=True)
+            self._serving = None
+        finally:
+            self._settled.set()
+
+    def _report(self, number: int, text: str) -> None:
+        logger.info("%d/%d %s", number, STAGES, text)
+        self._stage = Stage(number, text)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self._serving is not None:
+            self._serving.manager.close()

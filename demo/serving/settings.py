@@ -1,0 +1,133 @@
+"""What a visitor can set, and the request that it makes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.inputs.request_builder import eos_token_ids, new_request_id
+
+if TYPE_CHECKING:
+    from .models import ChatModel
+
+MAX_NEW_TOKENS = 1024
+LONGEST_TEXT = 20_000
+_LARGEST_TOP_K = 1000
+_SEEDS = 2**31
+MOST_SEED = _SEEDS - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the page's controls say.
+
+    Attributes:
+        system: System prompt; empty for none.
+        max_new_tokens: Longest answer.
+        temperature: Divides the logits.
+        top_p: Keep the likeliest tokens up to this probability; 1 switches it off.
+        top_k: Keep this many of the likeliest tokens; 0 switches it off.
+        greedy: Always the likeliest token; the others are ignored.
+        seed: Makes a sampled answer reproducible; None draws one.
+    """
+
+    system: str = ""
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    greedy: bool = False
+    seed: int | None = None
+
+    @classmethod
+    def within_bounds(
+        cls,
+        system: str = "",
+        max_new_tokens: float = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        top_k: float = 0,
+        greedy: bool = False,
+        seed: float | None = None,
+    ) -> Settings:
+        """The controls' values within the bounds that the page shows, whatever a browser sent."""
+        return cls(
+            system=str(system or "")[:LONGEST_TEXT],
+            max_new_tokens=int(clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
+            temperature=clamp(temperature, 0.1, 2.0),
+            top_p=clamp(top_p, 0.05, 1.0),
+            top_k=int(clamp(top_k, 0, _LARGEST_TOP_K)),
+            greedy=bool(greedy),
+            seed=None if seed is None else int(clamp(seed, 0, MOST_SEED)),
+        )
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """What these settings are as arguments of `generate`, without system prompt and seed."""
+        if self.greedy:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
+    def request(self, prompt: Sequence[int], eos: tuple[int, ...]) -> Request:
+        """The request for a prompt's token ids; `eos` are the tokens that end an answer."""
+        seed = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
+        sampling = (
+            SamplingParams()
+            if self.greedy
+            else SamplingParams(True, self.temperature, top_k=self.top_k, top_p=self.top_p, seed=seed)
+        )
+        return Request(new_request_id(), tuple(prompt), self.max_new_tokens, eos_token_ids=eos, sampling=sampling)
+
+
+def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
+    """The tokens that end an answer of this model."""
+    model: Any = chat_model.model
+    ends = eos_token_ids(model.generation_config)
+    own = chat_model.tokenizer.eos_token_id
+    return ends or ((int(own),) if isinstance(own, int) else ())
+
+
+def whole_number(name: str, value: Any, least: int, most: int) -> int:
+    """Return a number that a client sent for an argument.
+
+    Raises:
+        ValueError: It is no whole number from `least` to `most`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"`{name}` must be a number from {least} to {most}, got {shown(value)}")
+    if value != int(value):
+        raise ValueError(f"`{name}` must be a whole number from {least} to {most}, got {shown(value)}")
+    return int(value)
+
+
+def number(name: str, value: Any, least: float, most: float) -> float:
+    """Return a number that a client sent for an argument.
+
+    Raises:
+        ValueError: It is no number from `least` to `most`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"`{name}` must be a number from {least} to {most}, got {shown(value)}")
+    return float(value)
+
+
+def clamp(value: Any, least: float, most: float) -> float:
+    """Return the nearest number within bounds; what is no number at all becomes the least."""
+    try:
+        asked = float(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        return least
+    return min(max(asked, least), most) if asked == asked else least
+
+
+def shown(value: Any) -> str:
+    """Return the start of what a client sent, for a message."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    # The digits of a long integer take quadratic time.
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return "a huge integer"
+    return repr(value if not isinstance(value, str) else value[:80])

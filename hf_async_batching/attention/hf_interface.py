@@ -1,0 +1,243 @@
+"""The attention function that transformers' modules call, registered once under `NAME`.
+
+Context reaches it as the keyword argument `paged` of the model's forward. Families whose layers drop unknown keyword
+arguments (StableLM, for one) get it from the thread: the engine's worker sets it around the forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from hf_async_batching.attention.base import AttentionOptions
+from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.runtime.autocast import lowered
+
+NAME = "hf_async_batching_paged"
+
+# Keyword arguments that attention may be given beside those that it uses: what they say, the step says already, or it
+# is about other things. Any other could change the result.
+HARMLESS = frozenset(
+    {
+        *("position_ids", "position_embeddings", "cache_position", "use_cache", "layer_idx"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+        *("num_items_in_batch", "dropout", "deterministic", "attention_mask", "sliding_window"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayer:
+    """What the probe learned of one attention module: its place in the cache, and how far its queries see."""
+
+    index: int
+    sliding_window: int | None = None
+    chunk: int | None = None
+
+
+def refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuse keyword arguments that are not known to leave attention's result as it is.
+
+    Args:
+        module: The attention module, for the message.
+        arguments: What it passes beside the arguments of `paged_attention_forward`.
+
+    Raises:
+        UnsupportedModelError: One of them is not None, and not in `HARMLESS`.
+    """
+    for name, value in arguments.items():
+        if name not in HARMLESS and value is not None and not (name == "is_causal" and value is True):
+            raise UnsupportedModelError(f"{type(module).__name__} passes `{name}` to attention, which is not served")
+
+
+class _Active(threading.local):
+    call: Any = None
+
+
+_active = _Active()
+
+
+@contextmanager
+def active(call: PagedCall) -> Iterator[None]:
+    """Offer `call` to attention functions of this thread whose model dropped the keyword argument."""
+    _active.call = call
+    try:
+        yield
+    finally:
+        _active.call = None
+
+
+class PagedCall:
+    """What `paged` carries through a forward.
+
+    Args:
+        context: The step.
+        layers: The model's attention layers by identity of module.
+        layer_at: Layer index by address of the layer's tag, for compiled code.
+    """
+
+    def __init__(self, context: AttentionContext, layers: dict[int, PagedLayer], layer_at: dict[int, int]) -> None:
+        self.context = context
+        self.layers = layers
+        self.layer_at = layer_at
+
+
+def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch.device) -> dict[int, int]:
+    """Give the attention modules of a view tags by which compiled code names its layer.
+
+    A tag is a small tensor, of which only the address matters: an index would be a constant of the compiled code, and
+    every layer of a model would need code of its own.
+
+    Returns:
+        Layer index by address, for `PagedCall`.
+    """
+    # 64 bytes each: compiled code copies inputs that are not aligned as its example was.
+    tags = torch.zeros(len(modules), 16, dtype=torch.int32, device=device)
+    for tag, (module, layer) in zip(tags, modules, strict=True):
+        module._paged_tag = tag
+        # A negative window is the size of a chunk.
+        module._paged_window = layer.sliding_window or -(layer.chunk or 0)  # type: ignore[assignment]
+    return {tag.data_ptr(): layer.index for tag, (_, layer) in zip(tags, modules, strict=True)}
+
+
+_library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor tag, float scaling, int window, float softcap,"
+    " Tensor? sinks) -> Tensor"
+)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tag: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    call: PagedCall = _active.call
+    context = call.context
+    assert context.backend is not None
+    seen = window if window > 0 else None
+    options = AttentionOptions(scaling, seen, softcap or None, -window if window < 0 else None, sinks)
+    out: torch.Tensor = context.backend.attend(query, key, value, call.layer_at[tag.data_ptr()], context, options)
+    return out
+
+
+def _attention_shape(
+    query: torch.Tensor,
+    key: torch.Tensor,  # noqa: ARG001
+    value: torch.Tensor,
+    tag: torch.Tensor,  # noqa: ARG001
+    scaling: float,  # noqa: ARG001
+    window: int,  # noqa: ARG001
+    softcap: float,  # noqa: ARG001
+    sinks: torch.Tensor | None,  # noqa: ARG001
+) -> torch.Tensor:
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
+
+
+# The operator writes the pages, which its schema does not say: nothing else in compiled code reads them, and a
+# mutation that is declared could make the compiler copy them.
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::attention", _attention_shape, lib=_library)
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    paged: PagedCall | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers' modules on packed tokens.
+
+    Args:
+        module: The attention module.
+        query: [1, num_heads, tokens, key_dim].
+        key: [1, num_kv_heads, tokens, key_dim].
+        value: [1, num_kv_heads, tokens, value_dim].
+        attention_mask: Must be None: who sees whom follows from the context.
+        scaling: Factor on the scores; `key_dim ** -0.5` where None.
+        softcap: See `AttentionOptions`.
+        s_aux: [num_heads], the sinks of `AttentionOptions`.
+        paged: The step, where the family passes keyword arguments on.
+        others: Arguments that change nothing; see `HARMLESS`.
+
+    Returns:
+        [1, tokens, num_heads, value_dim], and None for the weights.
+
+    Raises:
+        UnsupportedModelError: The family asks for something that the kernels do not do.
+    """
+    query, key, value = lowered(query, key, value)
+    # Not `is_compiling()`: that is true in every thread while one of them compiles.
+    if torch.compiler.is_dynamo_compiling():
+        return _traced(module, query, key, value, scaling, softcap, s_aux), None
+    call = paged if paged is not None else _active.call
+    if call is None:
+        raise RuntimeError(
+            f"attention implementation {NAME!r} works inside the engine of hf_async_batching only; "
+            "set `attn_implementation` to 'sdpa' or 'eager' for a plain forward"
+        )
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not served")
+    refuse_unknown(module, others)
+    layer = call.layers[id(module)]
+    options = AttentionOptions(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        sliding_window=layer.sliding_window,
+        softcap=softcap,
+        chunk=layer.chunk,
+        sinks=s_aux,
+    )
+    assert call.context.backend is not None
+    # A batch of one: packed tokens take the place of the batch dimension.
+    out = call.context.backend.attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        layer.index,
+        call.context,
+        options,
+    )
+    return out[None], None
+
+
+def _traced(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hf_async_batching.attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        module._paged_tag,
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        module._paged_window,
+        softcap or 0.0,
+        sinks,
+    )
+    return out[None]
+
+
+AttentionInterface.register(NAME, paged_attention_forward)

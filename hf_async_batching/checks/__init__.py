@@ -1,0 +1,1 @@
+"""Checks that an engine computes what plain `generate` computes."""

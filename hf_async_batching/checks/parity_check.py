@@ -1,0 +1,316 @@
+"""Short prompts, together, chunked and joined late, against what plain `generate` computes for each alone.
+
+Wrong answers from batching engines come from silent mismatches between what a model does and what the engine takes it
+to do; this finds them before the first request is served.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_async_batching.attention.base import AttentionBackend
+from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.checks.logits_error import logits_error, logits_tolerance
+from hf_async_batching.checks.reference_attention import FlashFirst
+from hf_async_batching.checks.reference_logits import Expected, Prompts, plain_logits, prompts_for
+from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
+from hf_async_batching.core.request import Request
+from hf_async_batching.devices.failure import device_failure, ends_the_search
+from hf_async_batching.devices.parallel import side_by_side
+from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
+from hf_async_batching.kv_cache.paged_cache import PagedCache
+from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafeEarlyLaunchError, share_alike
+from hf_async_batching.model.forward.cache_forward import CacheForward
+from hf_async_batching.model.forward.generate_loop import prepare_view
+from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.small.length_thresholds import makes_choices
+from hf_async_batching.model.view.model_view import make_view
+from hf_async_batching.model.view.module_calls import runs_user_code
+from hf_async_batching.model.view.parallel_modules import parallel_modules
+from hf_async_batching.model.view.quantization import is_quantized
+from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.staging import Sections, encode
+from hf_async_batching.runtime.triton_start import after_compiler_start
+from hf_async_batching.sampling.argmax import argmax
+
+logger = logging.getLogger(__name__)
+
+# Relative norm; rounding may be less by chance.
+_LEAST_NOISE = 5e-3
+# The share of tokens that a compiled layer must compute alike: a router rounds to other experts for some.
+_LEAST_ALIKE = 0.6
+
+
+@torch.inference_mode()
+def attach_check(
+    model: PreTrainedModel,
+    forward: ModelForward | CacheForward,
+    backend: AttentionBackend,
+    page_size: int = 16,
+    prompts: Prompts | None = None,
+) -> PreTrainedModel:
+    """Compare a forward's logits with those of plain `generate`, on tables and pages of its own.
+
+    Args:
+        model: The user's model, of which a second view is made for `generate`.
+        forward: The forward; left bound to the check's pages.
+        backend: The attention kernels.
+        page_size: Of the engine to come, whose kernels are compiled for it.
+        prompts: Others than the usual ones; each token of theirs is then computed as `generate` computes it.
+
+    Returns:
+        The second view, which is the model as it was checked.
+
+    Raises:
+        LogitsDifferError: The logits differ by more than rounding.
+        UnsupportedModelError: A step fails.
+        DeviceFailedError: The device fails.
+    """
+    vocab = forward.vocab_size
+    few = prompts is None
+    prompts = prompts_for(model, vocab) if prompts is None else prompts
+    views: list[PreTrainedModel] = []
+    expected: list[Expected] = []
+    got: dict[str, torch.Tensor] = {}
+    steps: list[str] = []
+
+    in_turn = not isinstance(forward, ModelForward) or not _bears_threads(forward.view)
+    plain_ended = threading.Event()
+
+    def run_plain() -> None:
+        try:
+            steps.append("plain forwards")
+            view = make_view(model, None)
+            views.append(view)
+            prepare_view(view)
+            # Other routes compute with the same kernels as `generate`, and are compared more strictly for that.
+            with FlashFirst() if isinstance(forward, ModelForward) else nullcontext():
+                expected.append(plain_logits(view, forward, prompts, few))
+        finally:
+            plain_ended.set()
+
+    def run_engine() -> None:
+        if isinstance(forward, ModelForward):
+            kernels: list[Callable[[], object]] = [
+                lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
+                lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
+                lambda: argmax(torch.zeros(2, vocab, dtype=forward.dtype, device=forward.device)),
+            ]
+            side_by_side([after_compiler_start(kernel) for kernel in kernels], forward.device)
+        if in_turn:
+            plain_ended.wait()
+        got.update(_engine_logits(forward, backend, page_size, prompts, steps))
+
+    try:
+        # Both take seconds in a fresh process: libraries that load on the one side, compilers on the other.
+        side_by_side([run_plain, run_engine], forward.device)
+    except LogitsDifferError:
+        raise
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{forward.name} is not served: {_bare(forward, error)}") from error
+    except Exception as error:
+        if ends_the_search(error, forward.device):
+            step = f"the attach check ({'; '.join(steps)})"
+            raise device_failure(error, forward.name, forward.route, step, forward.device) from error
+        if not does_not_fit(error):
+            raise
+        raise UnsupportedModelError(
+            f"{forward.name} is not served: as {forward.route} its forward fails with {type(error).__name__}: {error}"
+        ) from error
+    (plain,) = expected
+    tolerance = logits_tolerance(forward)
+    if isinstance(forward, CacheForward) and forward.recomputes:
+        # The same kernels as `generate`'s own: what differs by more than the order of its own sums is a wrong position
+        # or mask, which 16-bit numbers must not hide.
+        tolerance = min(tolerance, max(_LEAST_NOISE, 4 * plain.noise))
+    for label, want in plain.logits.items():
+        if label not in got:
+            continue
+        difference = logits_error(got[label], want)
+        if not difference <= tolerance:
+            raise LogitsDifferError(
+                f"{forward.name} is not served: its logits for {label} differ from plain `generate`'s by "
+                f"{difference:.2g} (relative norm, {forward.dtype}). Load it with attn_implementation='eager' if its "
+                "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
+                "use plain `model.generate`; and please report it with its config.",
+                f"its logits for {label} differ by {difference:.2g} in {forward.dtype}",
+                finite=math.isfinite(difference),
+            )
+    return views[0]
+
+
+def _bears_threads(view: PreTrainedModel) -> bool:
+    """Whether two forwards of a model may run at the same time.
+
+    On the device they do not: all threads enqueue on one stream, so that scratch memory of layers is used in order.
+    """
+    if runs_user_code(view):
+        return False  # nothing is known of it
+    if parallel_modules(view):
+        return False  # each rank must have its collectives in the same order
+    # Triton's autotuner, which kernels of quantized layers and of others' code may have, is not for two threads that
+    # meet a shape first: https://github.com/triton-lang/triton/issues/11494
+    ours = "transformers.models.", "transformers.activations", "torch.nn.modules.", "hf_async_batching."
+    return not is_quantized(view) and all(_written_in(module).startswith(ours) for module in view.modules())
+
+
+def _written_in(module: torch.nn.Module) -> str:
+    """The Python module that a layer's forward is from."""
+    return str(getattr(getattr(module.forward, "__func__", module.forward), "__module__", ""))
+
+
+def _bare(forward: ModelForward | CacheForward, error: Exception) -> str:
+    return str(error).removeprefix(f"{forward.name} is not served: ")
+
+
+def _engine_logits(
+    forward: ModelForward | CacheForward,
+    backend: AttentionBackend,
+    page_size: int,
+    prompts: Prompts,
+    steps: list[str],
+) -> dict[str, torch.Tensor]:
+    """Logits [vocab] by what they are for; what is computed is appended to `steps`."""
+    first, second, third = prompts
+    split = prompts.chunk
+    pages = -(-(len(first) + 1) // page_size)
+    cache = PagedCache(forward.layers, num_pages=pages * len(prompts), page_size=page_size, device=forward.device)
+    state = DeviceState(max_rows=len(prompts), max_pages_per_row=pages, device=forward.device)
+    forward.bind(cache, backend)
+    requests = [Request(str(row), tuple(tokens), 1) for row, tokens in enumerate(prompts)]
+
+    def new_pages(row: int) -> tuple[NewPage, ...]:
+        return tuple(NewPage(row, i, (row - 1) * pages + i + 1) for i in range(pages))
+
+    # The others join late: beside the rest of the first, and in the order of positions that mixes all.
+    plans = [
+        Plan(
+            0,
+            (),
+            (Chunk(1, tuple(first[:split]), not forward.whole_prompts),),
+            (NewRow(1, requests[0]),),
+            new_pages(1),
+        ),
+        Plan(
+            1,
+            (),
+            (
+                Chunk(1, tuple(first[split:-2]), True),
+                Chunk(2, tuple(second[:-1]), True),
+                Chunk(3, tuple(third[:-1]), True),
+            ),
+            (NewRow(2, requests[1]), NewRow(3, requests[2])),
+            new_pages(2) + new_pages(3),
+        ),
+        Plan(2, (1,)),
+        Plan(3, (1, 2, 3)),
+    ]
+    labels = [
+        *([] if forward.whole_prompts else ["a chunk of a prompt"]),
+        *("the rest of a prompt", "a prompt that joined late", "another that joined late"),
+        *("a decode alone", "a decode", "a late decode", "another late decode"),
+    ]
+    # The tokens that follow each sampled position, as if sampled.
+    forced = [first[split], first[-2], second[-1], third[-1], first[-1], 0, 0, 0]
+    if forward.whole_prompts:
+        del forced[0]
+    logits: list[torch.Tensor] = []
+    for plan in plans:
+        steps.append(f"step {plan.step}: {len(plan.chunks)} chunks, {len(plan.decode_rows)} rows that decode")
+        staged, sections = _stage(plan, forward.device, forward.tile_size or backend.tile_size, len(prompts))
+        state.apply_updates(staged, sections)
+        inputs = state.mixed_inputs(staged, sections) if plan.chunks else state.decode_inputs(len(plan.decode_rows))
+        logits += forward(inputs).float().unbind(0)
+        count = plan.num_sampled
+        tokens = torch.tensor(forced[:count], dtype=torch.int32, device=forward.device)
+        del forced[:count]
+        state.commit(inputs, tokens, None)
+        # Requests of one new token end with it; here they go on.
+        state.finished.zero_()
+    return dict(zip(labels, logits, strict=True))
+
+
+@torch.inference_mode()
+def compile_checked(
+    forward: ModelForward,
+    backend: AttentionBackend,
+    compiler: str = "inductor",
+    *,
+    page_size: int = 16,
+    early: bool = False,
+) -> None:
+    """Compile a forward on an example, and compare its logits with those it had uncompiled.
+
+    Args:
+        forward: A forward that nobody else uses; left bound to the check's pages.
+        backend: The attention kernels.
+        compiler: Backend of `torch.compile`.
+        page_size: Of the engine, whose kernels are compiled for it.
+        early: Let kernels be launched early; see `early_launches`.
+
+    Raises:
+        UnsafeEarlyLaunchError: With `early`, a kernel would not wait for the one before it.
+        RuntimeError: The logits differ by more than rounding.
+        Exception: Whatever the compiler raises.
+    """
+    pages = -(-(EXAMPLE_TOKENS + 1) // page_size)
+    state = DeviceState(max_rows=2, max_pages_per_row=pages, device=forward.device)
+    forward.bind(PagedCache(forward.layers, num_pages=pages, page_size=page_size, device=forward.device), backend)
+    prompt = tuple((7 * i + 3) % forward.vocab_size for i in range(EXAMPLE_TOKENS))
+    plan = Plan(
+        0,
+        (),
+        (Chunk(1, prompt, True),),
+        (NewRow(1, Request("example", prompt, 1)),),
+        tuple(NewPage(1, i, i + 1) for i in range(pages)),
+    )
+    staged, sections = _stage(plan, forward.device, backend.tile_size, 2)
+    state.apply_updates(staged, sections)
+    prefill = replace(state.mixed_inputs(staged, sections), sample_index=None)
+    # Two tokens of one row at the same position: what they see does not depend on which was written last.
+    rows = torch.ones(2, dtype=torch.int32, device=forward.device)
+    context = AttentionContext(
+        page_table=state.page_table,
+        rows=rows,
+        positions=rows * EXAMPLE_TOKENS,
+        decode=True,
+        context_lengths=rows * (EXAMPLE_TOKENS + 1),
+    )
+    decode = StepInputs(rows.long(), context.positions.long(), None, context)
+    expected = [forward(step).float() for step in (prefill, decode)]
+    forward.compile(lambda: forward(prefill), compiler, early=early)
+    for step, want in zip((prefill, decode), expected, strict=True):
+        error = logits_error(forward(step).float(), want)
+        if error <= logits_tolerance(forward):
+            continue
+        if early:
+            # What a race has done is not there when other code runs in between.
+            raise UnsafeEarlyLaunchError(f"the logits differ by {error:.2g}")
+        alike = share_alike(forward.regions, partial(forward, step)) if makes_choices(forward.view.config) else 0.0
+        if alike < _LEAST_ALIKE:
+            raise RuntimeError(
+                f"compiled logits of {forward.name} differ by {error:.2g} (relative norm), by no router's choice"
+            )
+        logger.info(
+            "compiled logits of %s differ by %.2g; module by module %.0f %% are alike",
+            forward.name,
+            error,
+            100 * alike,
+        )
+
+
+def _stage(plan: Plan, device: torch.device, tile_size: int, max_rows: int) -> tuple[torch.Tensor, Sections]:
+    limits = Sections.largest(max_rows=max_rows, max_batch_tokens=plan.num_tokens, num_pages=len(plan.new_pages))
+    host = torch.zeros(limits.total, dtype=torch.int32, device="cpu")
+    bucket = len(plan.decode_rows)
+    sections = encode(plan, host.numpy(), bucket=bucket, send_decode_rows=True, tile_size=tile_size)
+    return host.to(device), sections

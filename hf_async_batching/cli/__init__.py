@@ -1,0 +1,1 @@
+"""The command line `hf-async-batching`, one file for each command."""

@@ -1,0 +1,1 @@
+"""The values that all rooms speak: requests, plans, layouts, outcomes. No torch."""

@@ -1,0 +1,73 @@
+"""The parts of a run, put together from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hf_async_batching.dataset.rows.prompts import PromptMaker
+from hf_async_batching.dataset.rows.row import Chunk
+from hf_async_batching.dataset.run.batch_run import BatchRun, make_decode
+from hf_async_batching.dataset.run.progress import Progress
+from hf_async_batching.dataset.run.row_requests import RowRequests
+from hf_async_batching.dataset.settings import Settings
+
+# Finished rows may be so many windows ahead of the oldest unfinished one.
+_SPAN_WINDOWS = 8
+
+
+def make_requests(settings: Settings, split: str) -> RowRequests:
+    """Makes the requests of a split's rows."""
+    return RowRequests(
+        settings.manager,
+        settings.generation_config,
+        settings.arguments,
+        tokenizer=settings.tokenizer,
+        num_completions=settings.num_completions,
+        seed=settings.seed,
+        scope=split,
+        logprobs=settings.logprobs,
+    )
+
+
+def make_run(settings: Settings, chunks: Iterator[Chunk], split: str, wanted: Callable[[Chunk], Any]) -> BatchRun:
+    """Serves the rows of `chunks` that `wanted` picks."""
+    prompts = PromptMaker(
+        settings.tokenizer,
+        settings.prompt,
+        settings.row_parameters,
+        chat=settings.chat,
+        system_prompt=settings.system_prompt,
+        chat_template_arguments=settings.chat_template_arguments,
+    )
+    decode = None
+    if settings.tokenizer is not None and "text" in settings.columns.names:
+        decode = make_decode(settings.tokenizer, settings.skip_special_tokens)
+    return BatchRun(
+        settings.manager,
+        chunks,
+        prompts,
+        make_requests(settings, split),
+        decode,
+        wanted=wanted,
+        window=settings.window,
+        span=_SPAN_WINDOWS * settings.window,
+        threads=settings.tokenize_threads,
+    )
+
+
+def make_progress(settings: Settings, total: int | None, split: str) -> Progress:
+    """Shows how far a run over `total` rows is."""
+    return Progress(settings.manager, total, split=split, bar=settings.progress, callback=settings.callback)
+
+
+def where(split: str) -> str:
+    """Of which split, for messages."""
+    return f" of split {split!r}" if split else ""
+
+
+def without_unused(settings: Settings, columns: dict[str, Any]) -> dict[str, Any]:
+    """Where errors are raised, no column is needed for them."""
+    if settings.on_error == "raise":
+        columns.pop(settings.columns.names.get("error", ""), None)
+    return columns

@@ -1,0 +1,1 @@
+"""The threads of a run, and the order of its rows."""

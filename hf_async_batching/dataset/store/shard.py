@@ -1,0 +1,110 @@
+"""A range of rows that becomes one Parquet file: what was read of it, what is finished of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_async_batching.dataset.rows.output_columns import OutputColumns
+from hf_async_batching.dataset.rows.row import Completion, RowResult
+from hf_async_batching.dataset.store.atomic_files import write_whole
+from hf_async_batching.dataset.store.journal import Journal, read_journal
+from hf_async_batching.dataset.store.shard_files import shard_name
+
+
+class Shard:
+    """One shard that is not written yet. Finished rows go to a journal, and all of them to a file at the end.
+
+    Args:
+        number: Of the shard.
+        rows: Indices of its rows, if it is not the last one.
+        work: The folder of the journals.
+        columns: That the run adds.
+
+    Attributes:
+        done: Results by row.
+        num_rows: Of the shard, once that is known.
+    """
+
+    def __init__(self, number: int, rows: range, work: Path, columns: OutputColumns) -> None:
+        self.number = number
+        self.num_rows: int | None = None
+        self._first = rows.start
+        self._columns = columns
+        self._inputs: dict[int, Any] = {}
+        self._journal_path = work / f"{Path(shard_name(number)).stem}.journal"
+        self._journal: Journal | None = None
+        self.done: dict[int, RowResult] = {}
+        for record in read_journal(self._journal_path):
+            # A journal that was given another one's name is of no use, and does no harm.
+            if record["index"] in rows:
+                self.done[record["index"]] = _result(record)
+
+    def put_inputs(self, start: int, table: Any) -> None:
+        """Rows from `start` on as they were read, all columns."""
+        self._inputs[start] = table
+
+    def add(self, results: list[RowResult]) -> None:
+        """Remember finished rows.
+
+        Raises:
+            OSError: They could not be written.
+        """
+        if self._journal is None:
+            self._journal = Journal(self._journal_path)
+        self._journal.append([_record(result) for result in results])
+        self.done.update((result.index, result) for result in results)
+
+    @property
+    def unsynced(self) -> int:
+        """Bytes that a crash of the machine would lose."""
+        return self._journal.unsynced if self._journal is not None else 0
+
+    def sync(self) -> None:
+        """Bring the finished rows to the disk."""
+        if self._journal is not None:
+            self._journal.sync()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are finished."""
+        return self.num_rows is not None and len(self.done) == self.num_rows
+
+    def write(self, path: Path, schema: Any) -> None:
+        """Write the shard's file, and remove the journal.
+
+        Raises:
+            OSError: It could not be written; the journal is still there.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        assert self.num_rows is not None
+        inputs = pa.concat_tables([self._inputs[start] for start in sorted(self._inputs)])
+        added = self._columns.arrays([self.done[self._first + i] for i in range(self.num_rows)])
+        arrays = {name: inputs.column(name) for name in inputs.column_names} | added
+        # In one piece, so that the file does not depend on the pieces in which the rows were read.
+        table = pa.table([arrays[name] for name in schema.names], schema=schema).combine_chunks()
+        write_whole(path, lambda draft: pq.write_table(table, draft))
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the journal."""
+        if self._journal is not None:
+            self._journal.close()
+        self._journal_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Bring the journal to the disk and close it."""
+        if self._journal is not None:
+            self._journal.close()
+
+
+def _record(result: RowResult) -> dict[str, Any]:
+    return asdict(result)
+
+
+def _result(record: dict[str, Any]) -> RowResult:
+    completions = [Completion(**completion) for completion in record.pop("completions")]
+    return RowResult(completions=completions, **record)

@@ -1,0 +1,225 @@
+"""The shards' files of a run's folder: which of them are whole, and are what this run has written.
+
+A file's name proves nothing: a copy, a file of another run, or half a file can have it. Each file says in its metadata
+which run and which shard it is, and the run keeps a checksum of each file that it has written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_async_batching.dataset.store.journal import Journal, read_journal
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"part-(\d{6,})\.parquet")
+_LOG = re.compile(r"shards-\d+\.log")
+_METADATA = b"hf_async_batching"
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's file; sorted by name, shards are in order."""
+    return f"part-{number:06d}.parquet"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of the shard that has this file; None for any other file."""
+    match = _NAME.fullmatch(name)
+    number = int(match[1]) if match else None
+    return number if number is not None and shard_name(number) == name else None
+
+
+class ShardFile(NamedTuple):
+    """A file that is whole.
+
+    Attributes:
+        path: Where it is.
+        checksum: Of its content.
+    """
+
+    path: Path
+    checksum: str
+
+
+class ShardFiles:
+    """Knows the shards that are written.
+
+    Args:
+        data: The folder of the shards.
+        work: The folder of the logs.
+        rank: Whose log is written.
+        run: What tells this run from others.
+        shard_rows: Rows per shard; the last one has the rest.
+        signed: Whether each file says which run and which shard it is, as those of earlier versions do not.
+        checksums: Of a finished run's files, by name.
+
+    Attributes:
+        num_rows: Of the whole dataset, where that is known.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        work: Path,
+        rank: int,
+        *,
+        run: str,
+        shard_rows: int,
+        signed: bool = True,
+        checksums: dict[str, str] | None = None,
+    ) -> None:
+        self._data, self._work, self._run, self._shard_rows, self._signed = data, work, run, shard_rows, signed
+        self._checksums = checksums or {}
+        self._whole: dict[int, ShardFile] = {}
+        self._seen: dict[int, tuple[int, int]] = {}
+        self.num_rows: int | None = None
+        self._journal = Journal(work / f"shards-{rank}.log")
+        self._logged: dict[int, set[str]] = {}
+
+    def metadata(self, number: int) -> dict[bytes, bytes]:
+        """What a shard's schema says of it."""
+        return {_METADATA: json.dumps({"run": self._run, "shard": number}).encode()}
+
+    def path(self, number: int) -> Path:
+        """Where a shard's file belongs."""
+        return self._data / shard_name(number)
+
+    def written(self, number: int) -> None:
+        """Take note of a file that this process has just written."""
+        checksum = _checksum(self.path(number))
+        self._whole[number] = ShardFile(self.path(number), checksum)
+        self._journal.append([{"shard": number, "checksum": checksum}])
+
+    def look(self, numbers: Iterable[int]) -> None:
+        """Read shards' files that may be there; those that are damaged are named in a warning."""
+        self._read_logs()
+        for number in numbers:
+            if number not in self._whole:
+                self._look_at(number)
+
+    def whole(self, number: int) -> bool:
+        """Whether a shard was found to be whole."""
+        return number in self._whole
+
+    def files(self, count: int) -> list[ShardFile]:
+        """The first `count` shards, all of which are whole."""
+        return [self._whole[number] for number in range(count)]
+
+    def present(self) -> Iterator[int]:
+        """Shards of which there is a file, whole or not."""
+        return (number for path in self._data.iterdir() if (number := self._number(path)) is not None)
+
+    def name_strays(self) -> None:
+        """Warn of files that are no shards of this run; they are not read."""
+        files = (path for path in self._data.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in files if self._number(path) is None)
+        if names:
+            logger.warning(
+                "%s: %s: no shards of this run, ignored here; remove them before others read the folder",
+                self._data,
+                ", ".join(names),
+            )
+
+    def rows_present(self) -> int:
+        """Rows of the shards that are there, other processes' too, and not known to be damaged."""
+        import pyarrow.parquet as pq
+
+        rows = sum(self._rows(number) for number in self._whole)
+        for number in self.present():
+            if number not in self._whole and number not in self._seen:
+                with contextlib.suppress(Exception):
+                    rows += pq.read_metadata(self.path(number)).num_rows
+        return rows
+
+    def sync(self) -> None:
+        """Bring the log to the disk."""
+        self._journal.sync()
+
+    def close(self) -> None:
+        """Sync and close."""
+        self._journal.close()
+
+    def _number(self, path: Path) -> int | None:
+        number = shard_number(path.name)
+        beyond = number is not None and self.num_rows is not None and number * self._shard_rows >= self.num_rows
+        return None if beyond else number
+
+    def _rows(self, number: int) -> int:
+        rest = self._shard_rows if self.num_rows is None else self.num_rows - number * self._shard_rows
+        return min(self._shard_rows, rest)
+
+    def _read_logs(self) -> None:
+        logged: defaultdict[int, set[str]] = defaultdict(set)
+        for name, checksum in self._checksums.items():
+            number = shard_number(name)
+            if number is not None:
+                logged[number].add(checksum)
+        for path in self._work.iterdir():
+            for record in read_journal(path) if _LOG.fullmatch(path.name) else ():
+                logged[record["shard"]].add(record["checksum"])
+        self._logged = dict(logged)
+
+    def _look_at(self, number: int) -> None:
+        path = self.path(number)
+        try:
+            status = path.stat()
+            state = status.st_mtime_ns, status.st_size
+            if self._seen.get(number) == state:  # damaged, as before
+                return
+            self._seen[number] = state
+            checksum = _checksum(path)
+            problem = self._problem(number, path, checksum)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # pyarrow raises many kinds
+            problem = str(error)
+        if problem is None:
+            self._whole[number] = ShardFile(path, checksum)
+        else:
+            logger.warning("%s is damaged (%s); its rows are computed again", path, problem)
+
+    def _problem(self, number: int, path: Path, checksum: str) -> str | None:
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_metadata(path)
+        if metadata.num_rows != self._rows(number):
+            return f"it has {metadata.num_rows} rows, not {self._rows(number)}"
+        said = (pq.read_schema(path).metadata or {}).get(_METADATA)
+        if said is not None and said != self.metadata(number)[_METADATA]:
+            return "it is another shard, or another run's"
+        known = self._logged.get(number)
+        if known is None:
+            # Its writer was killed before it could note the checksum.
+            return None if said is not None or not self._signed else "it was not written by this run"
+        return None if checksum in known else "its content has changed"
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
+
+
+def load_files(files: list[ShardFile], features: Any, *, streaming: bool) -> Any:
+    """The rows of shards, in order.
+
+    Args:
+        files: At least one.
+        features: Of the rows (`datasets.Features`).
+        streaming: Give an `IterableDataset`.
+    """
+    from datasets import Dataset, IterableDataset
+    from datasets.data_files import DataFilesDict, DataFilesList
+
+    # A list of names would be taken for patterns; these are files. What `datasets` keeps of them goes by the content.
+    listed = DataFilesList([str(file.path.absolute()) for file in files], [(file.checksum,) for file in files])
+    found = DataFilesDict({"train": listed})
+    loaded: Any = (IterableDataset if streaming else Dataset).from_parquet(found, split="train", features=features)
+    return loaded

@@ -1,0 +1,90 @@
+"""Runs jobs of a start side by side: most of what compilers and loading libraries do needs no lock of Python."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from hf_async_batching.devices.cuda import synchronize_device
+from hf_async_batching.runtime.autocast import Autocast
+
+# Compilers' front ends do need Python's lock: with more of them at once, each gets to its long part later.
+_THREADS = 3
+
+
+def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None:
+    """Run all jobs; returns when they have ended, on the device too.
+
+    On CUDA each runs in a thread, whose stream is not the caller's: they begin behind what the device has to do, and
+    what the caller enqueues next comes behind them.
+
+    Args:
+        jobs: What to run, in inference mode and under the caller's autocast, in any order.
+        device: The current device of the jobs.
+
+    Raises:
+        Exception: What the first job that failed raised.
+    """
+    autocast = Autocast.of_this_thread(device.type)
+
+    def run(job: Callable[[], object]) -> None:
+        with torch.inference_mode(), autocast():
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    job()
+            else:
+                job()
+
+    if device.type != "cuda":
+        for job in jobs:  # the interpreter gains nothing by threads, and has never been promised to bear them
+            run(job)
+        return
+    synchronize_device(device)
+    run_in_threads([lambda job=job: run(job) for job in jobs])  # type: ignore[misc]
+    synchronize_device(device)
+
+
+def run_in_threads(jobs: list[Callable[[], object]]) -> None:
+    """Run jobs in a few threads; returns when all have ended. Interrupted, it begins no more of them.
+
+    Not by an executor: none takes work once the main thread has ended, which other threads of a program may outlive.
+
+    Raises:
+        BaseException: What the first job that failed raised.
+    """
+    errors: dict[int, BaseException] = {}
+    left = list(enumerate(jobs))[::-1]
+    running, changed = 0, threading.Condition()
+
+    def work() -> None:
+        nonlocal running
+        while True:
+            with changed:
+                if not left:
+                    return
+                number, job = left.pop()
+                running += 1
+            try:
+                job()
+            except BaseException as error:
+                errors[number] = error
+            finally:
+                with changed:
+                    running -= 1
+                    changed.notify()
+
+    try:
+        for number in range(min(_THREADS, len(jobs))):
+            # No daemon, whatever this thread is: Python would end it in the middle of a compiler.
+            threading.Thread(target=work, name=f"hf_async_batching_start_{number}", daemon=False).start()
+        with changed:
+            changed.wait_for(lambda: not left and not running)
+    finally:
+        # What was begun uses the caller's model and device.
+        with changed:
+            left.clear()
+            changed.wait_for(lambda: not running)
+    if errors:
+        raise errors[min(errors)]

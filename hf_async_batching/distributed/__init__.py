@@ -1,0 +1,1 @@
+"""The ranks over which one model is spread."""

@@ -1,0 +1,45 @@
+"""Captures that succeed on all ranks of a model, or on none.
+
+NCCL wants a collective to be launched from a graph on every rank or on none (its user guide, "Using NCCL with CUDA
+Graphs"). And a rank that has given up capturing no longer pads its decode steps: its collectives would have other
+sizes than those of the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from hf_async_batching.devices import Device, Graph
+from hf_async_batching.devices.base import Kernel
+from hf_async_batching.distributed.rank_group import RankGroup
+
+
+def with_agreed_captures(device: Device, group: RankGroup) -> Device:
+    """A rank's device, but for captures: these fail on all ranks where they fail on one.
+
+    Args:
+        device: Of this rank.
+        group: The ranks, which all capture the same steps in the same order.
+    """
+    return cast(Device, _AgreedCaptures(device, group))
+
+
+class _AgreedCaptures:
+    def __init__(self, device: Device, group: RankGroup) -> None:
+        self._device = device
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def capture(self, work: Kernel) -> Graph:
+        succeeded = 0
+        try:
+            graph = self._device.capture(work)
+            succeeded = 1
+        finally:
+            # Of a failure, too: the other ranks wait for the answer.
+            everywhere = self._group.least(succeeded)
+        if not everywhere:
+            raise RuntimeError("another rank could not capture the step")
+        return graph

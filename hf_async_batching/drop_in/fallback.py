@@ -1,0 +1,165 @@
+"""`on_unsupported="generate"`: what the engine does not serve goes to plain `model.generate`, whole and as it came."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from hf_async_batching.drop_in.caller_frame import LostArguments
+from hf_async_batching.errors import HfAsyncBatchingError, UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.unwrap import transformers_generate, unwrap
+
+logger = logging.getLogger(__name__)
+
+OnUnsupported = Literal["error", "generate"]
+
+# Why a model was refused, and in which state: finding that out takes a forward of it, or a whole engine.
+_refused: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, Weights]] = weakref.WeakKeyDictionary()
+
+
+def check_on_unsupported(value: Any) -> None:
+    """Refuse values that mean nothing.
+
+    Raises:
+        ValueError: It is neither "error" nor "generate".
+    """
+    if value not in ("error", "generate"):
+        raise ValueError(f'`on_unsupported` must be "error" or "generate", got {value!r}')
+
+
+def raise_if_refused(model: PreTrainedModel) -> None:
+    """Refuse a model again that was refused as it is now; only for calls that go to plain `generate` then.
+
+    Raises:
+        UnsupportedModelError: With the reason of the first time.
+    """
+    refused = _refused.get(model)
+    if refused is None:
+        return
+    reason, state = refused
+    if state == _state(model):
+        raise UnsupportedModelError(reason)
+    _refused.pop(model, None)
+
+
+def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config: GenerationConfig | None) -> None:
+    """Log why a call goes to plain `generate`, once per reason.
+
+    Raises:
+        UnsupportedArgumentError: The call has a seed of ours, which plain `generate` would ignore.
+    """
+    if seed is not None and (config is None or config.do_sample):
+        raise UnsupportedArgumentError(
+            f"`seed` cannot be kept by plain `model.generate`, which this call needs ({error}); leave `seed` out"
+        ) from error
+    state = _state(model) if isinstance(error, UnsupportedModelError) else None
+    if state is not None:
+        _refused[model] = str(error), state
+    _warn_once(type(model).__name__, str(error))
+
+
+def _state(model: PreTrainedModel) -> Weights | None:
+    """The model as it is now; None where telling that refuses it already."""
+    try:
+        return Weights.of(unwrap(model))
+    except HfAsyncBatchingError:
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(name: str, reason: str) -> None:
+    logger.warning("a call on %s goes to plain `model.generate`: %s", name, reason)
+
+
+def decode_plainly(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *,
+    inputs_tensor: torch.Tensor | None,
+    lost: LostArguments,
+    tokenizer: Any,
+    streamer: BaseStreamer | None,
+    own_names: frozenset[str],
+) -> Any:
+    """Go on where `model.generate` called us, with the decoding that it would have chosen without us.
+
+    All that it prepared is as it would be then: rows are expanded by beams, processors and criteria are built.
+
+    Args:
+        model: The model.
+        input_ids: Prepared prompts, expanded.
+        processors: Prepared.
+        criteria: Prepared.
+        config: Prepared.
+        model_kwargs: Inputs of the model's forward.
+        inputs_tensor: What `generate` was given as its main input.
+        lost: What it did not hand on.
+        tokenizer: The caller's.
+        streamer: The caller's; it has seen the prompt.
+        own_names: Arguments of ours that `generate` does not know.
+
+    Raises:
+        UnsupportedArgumentError: The decoding lives in a repository, and the call could not be seen as a whole.
+    """
+    transformers_model: Any = model
+    mode = config.get_generation_mode(lost.assistant_model)
+    target = GENERATION_MODES_MAPPING[mode]
+    if "/" in target:
+        # Moved out of transformers: such code takes a call's raw arguments and prepares them itself.
+        if lost.original is None:
+            raise UnsupportedArgumentError(
+                f"{mode} is not served, and the arguments of `model.generate` could not be read; leave out "
+                "`custom_generate` for this call"
+            )
+        raw = {k: v for k, v in lost.original.items() if k != "custom_generate" and k not in own_names}
+        if streamer is not None:
+            raw["streamer"] = _PromptShown(streamer)
+        return transformers_generate(transformers_model)(**raw)
+    given = {"tokenizer": tokenizer, "assistant_tokenizer": lost.assistant_tokenizer}
+    arguments = transformers_model._extract_generation_mode_kwargs(
+        None, given, lost.synced_gpus, lost.assistant_model, streamer
+    )
+    transformers_model._validate_generation_mode(mode, config, arguments)
+    method = getattr(type(model), target)
+    if "inputs_tensor" in inspect.signature(method).parameters:
+        arguments["inputs_tensor"] = inputs_tensor
+    return method(
+        model,
+        input_ids,
+        logits_processor=processors,
+        stopping_criteria=criteria,
+        generation_config=config,
+        **arguments,
+        **model_kwargs,
+    )
+
+
+class _PromptShown(BaseStreamer):
+    """A streamer that has seen the prompt already, which a second `generate` shows again."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self._streamer = streamer
+        self._shown = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._shown:
+            self._streamer.put(value)  # type: ignore[no-untyped-call]
+        self._shown = True
+
+    def end(self) -> None:
+        self._streamer.end()  # type: ignore[no-untyped-call]

@@ -1,0 +1,291 @@
+"""`generate`: the callable for `model.generate(..., custom_generate=...)`, and the same called directly.
+
+transformers prepares everything (padding, lengths, special tokens, processors) and calls the function once; rows of
+the batch become requests of the model's shared manager, where they meet the rows of every other call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from hf_async_batching.config import BatchingConfig
+from hf_async_batching.drop_in.call import (
+    CallSettings,
+    GenerateOutput,
+    PreparedCall,
+    refuse_encoder,
+    serve,
+    with_stop_strings,
+)
+from hf_async_batching.drop_in.caller_frame import LostArguments, lost_arguments
+from hf_async_batching.drop_in.fallback import (
+    OnUnsupported,
+    check_on_unsupported,
+    decode_plainly,
+    note,
+    raise_if_refused,
+)
+from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.inputs.request_builder import Seed
+from hf_async_batching.manager import GenerationManager
+from hf_async_batching.model.view.unwrap import transformers_generate
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What `GenerationManager.bind` fixes for the calls of a callable."""
+
+    streamer: BaseStreamer | None = None
+    tokenizer: Any = None
+    seed: Seed | list[Seed] | None = None
+    on_unsupported: OnUnsupported = "error"
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None = None,
+    *,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: BaseStreamer | None = None,
+    tokenizer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    seed: Seed | list[Seed] | None = None,
+    on_unsupported: OnUnsupported | None = None,
+    manager: GenerationManager | None = None,
+    batching_config: BatchingConfig | None = None,
+    bound: Bound | None = None,
+    inputs_tensor: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> GenerateOutput:
+    """Like `model.generate`, served by the asynchronous engine together with all other calls on the model.
+
+    Use it in place, `model.generate(**inputs, custom_generate=hf_async_batching.generate)`, or directly,
+    `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
+
+    Stopping criteria and the streamer run in the calling thread, over tokens as they arrive. The engine does not wait
+    for them; what it makes beyond a stop is dropped. A call that a done-callback makes in the engine's
+    own thread goes to plain `model.generate`, which is logged once.
+
+    Args:
+        model: A causal language model; not changed.
+        input_ids: Prompts [batch, length], padded on the left where `attention_mask` says so, by zeros and ones.
+            Padding on the right is refused: `generate` would go on behind it. Zeros between tokens are served where
+            all layers attend to all tokens.
+        logits_processor: As for `generate`. Custom ones see the rows of the call as one batch, in the calling thread,
+            for which other calls do not wait; those with an attribute `row_wise = True` are called row by row, in
+            threads of their own, one at a time.
+        stopping_criteria: As for `generate`, and called as there: once per step with the whole batch.
+        generation_config: As for `generate`. In place, `stop_strings` cannot stand in it: pass them as an argument.
+        streamer: As for `generate`.
+        tokenizer: For `stop_strings`.
+        stop_strings: As for `generate`.
+        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence; each
+            an integer, or a `torch.Generator` from which one number is drawn.
+        on_unsupported: What becomes of a call that the engine does not serve (beams, an assistant, an encoder, a
+            model that was refused, ...): "error" (default) raises; "generate" hands it to plain `model.generate`
+            and logs the reason, once.
+        manager: The manager to use; the model's shared one where None.
+        batching_config: Settings for the model's shared manager, where this call is the one that makes it.
+        bound: Set by `GenerationManager.bind`.
+        inputs_tensor: Set by transformers.
+        kwargs: Everything else that `generate` takes.
+
+    Returns:
+        What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
+        token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
+        whose `sequences` they are (there is no cache to return: it is shared). Its `scores` and
+        `logits`, where asked for, are those of `generate`, but 0 for rows that have ended.
+
+    Raises:
+        UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.
+        UnsupportedModelError: The model is not served.
+        ValueError: An argument is out of range.
+        RequestTooLongError: Prompt and new tokens exceed the context or the cache.
+    """
+    bound = bound or Bound()
+    on_unsupported = on_unsupported if on_unsupported is not None else bound.on_unsupported
+    check_on_unsupported(on_unsupported)
+    settings = CallSettings(
+        streamer=streamer if streamer is not None else bound.streamer,
+        tokenizer=tokenizer if tokenizer is not None else bound.tokenizer,
+        stop_strings=stop_strings,
+        seed=seed if seed is not None else bound.seed,
+        plain=on_unsupported == "generate",
+        manager=manager,
+        batching_config=batching_config,
+    )
+    if logits_processor is None or stopping_criteria is None or not hasattr(generation_config, "_eos_token_tensor"):
+        arguments = {
+            "input_ids": input_ids,
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            **kwargs,
+        }
+        return _directly(model, arguments, settings)
+    assert input_ids is not None and generation_config is not None
+    prepared = PreparedCall(model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+    return _in_place(prepared, settings, inputs_tensor)
+
+
+# Arguments of ours that `model.generate` does not know.
+_OWN_NAMES = frozenset(inspect.signature(generate).parameters) - {
+    *inspect.signature(GenerationMixin.generate).parameters,
+    *("input_ids", "tokenizer", "stop_strings", "inputs_tensor"),
+}
+
+
+def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallSettings) -> GenerateOutput:
+    """Have `model.generate` prepare the call, as it does for any `custom_generate`, but for what it would lose."""
+    if arguments.pop("custom_generate", None) not in (None, generate):
+        raise ValueError("`custom_generate` makes no sense here: this function is the custom generate")
+    # None means "not given" for named parameters only: as a field (eos_token_id=None) it is a value of its own.
+    named = {*inspect.signature(generate).parameters, *inspect.signature(GenerationMixin.generate).parameters}
+    given = {name: value for name, value in arguments.items() if value is not None or name not in named}
+    if "inputs" in given and "input_ids" in given:
+        raise ValueError("pass either `inputs` or `input_ids`, not both")
+    raw = dict(given)
+    for name in ("streamer", "tokenizer", "stop_strings"):
+        if getattr(settings, name) is not None:
+            raw[name] = getattr(settings, name)
+    transformers_model: Any = model
+    calls: list[PreparedCall] = []
+
+    def prepared(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateOutput:
+        calls.append(
+            PreparedCall(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        )
+        return serve(calls[-1], settings)
+
+    with _ending(settings):
+        try:
+            _refuse_arguments(given.pop("assistant_model", None), given.pop("synced_gpus", None))
+            given.pop("assistant_tokenizer", None)
+            if settings.plain:
+                raise_if_refused(model)
+            refuse_encoder(model)  # before it has run for nothing
+            _refuse_token_healing(transformers_model, given)
+            _take_stop_strings(transformers_model, given, settings)
+            out: GenerateOutput = transformers_generate(transformers_model)(custom_generate=prepared, **given)
+            return out
+        except (UnsupportedArgumentError, UnsupportedModelError) as error:
+            if not settings.plain or any(call.submitted for call in calls):
+                raise
+            note(model, error, settings.seed, calls[-1].config if calls else None)
+        except ReentrantCallError as error:
+            if calls[-1].bound_to_engine:
+                raise
+            note(model, error, settings.seed, calls[-1].config)
+        plain: GenerateOutput = transformers_generate(transformers_model)(**raw)
+        return plain
+
+
+def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
+    """Before transformers misses the tokenizer for it, which was kept from it."""
+    configs = (given.get("generation_config"), model.generation_config)
+    values = [given.get("token_healing"), *[getattr(config, "token_healing", None) for config in configs]]
+    if next((value for value in values if value is not None), False):
+        raise UnsupportedArgumentError(
+            "`token_healing=True` is not served yet; use plain `model.generate` for this call"
+        )
+
+
+def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings) -> None:
+    """Keep strings from transformers, which does not hand the tokenizer on and would miss it."""
+    config: GenerationConfig | None = given.get("generation_config")
+    if settings.stop_strings is None:
+        settings.stop_strings = getattr(config, "stop_strings", None)
+    of_model = model.generation_config.stop_strings
+    if settings.stop_strings is None:
+        settings.stop_strings = of_model
+    if config is not None and config.stop_strings is not None:
+        given["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    if of_model is not None:
+        given["stop_strings"] = None  # unlike a field of the config, it overrides the model's own
+
+
+def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.Tensor | None) -> GenerateOutput:
+    """Serve a call of `model.generate` that has reached us as its `custom_generate`."""
+    with _ending(settings):
+        lost = lost_arguments()
+        if lost.streamer is not None and settings.streamer is not None and lost.streamer is not settings.streamer:
+            lost.streamer.end()
+            raise ValueError("two different streamers: one is bound, the other was given to `generate`; pass only one")
+        # transformers has shown the prompt to a streamer that went through its own argument.
+        settings.prompt_shown = lost.streamer is not None
+        settings.streamer = lost.streamer if lost.streamer is not None else settings.streamer
+        settings.tokenizer = lost.tokenizer if lost.tokenizer is not None else settings.tokenizer
+        try:
+            _refuse_arguments(lost.assistant_model, lost.synced_gpus)
+            if settings.plain:
+                raise_if_refused(call.model)
+            return serve(call, settings)
+        except (UnsupportedArgumentError, UnsupportedModelError) as error:
+            if not settings.plain or call.submitted:
+                raise
+            note(call.model, error, settings.seed, call.config)
+        except ReentrantCallError as error:
+            if call.bound_to_engine:
+                raise
+            note(call.model, error, settings.seed, call.config)
+        return _decode_plainly(call, settings, lost, inputs_tensor)
+
+
+def _decode_plainly(
+    call: PreparedCall, settings: CallSettings, lost: LostArguments, inputs_tensor: torch.Tensor | None
+) -> GenerateOutput:
+    if settings.streamer is not None and not settings.prompt_shown:
+        settings.streamer.put(call.input_ids.cpu())  # type: ignore[no-untyped-call]
+    out: GenerateOutput = decode_plainly(
+        call.model,
+        call.input_ids,
+        call.processors,
+        with_stop_strings(call.criteria, settings),
+        call.config,
+        call.model_kwargs,
+        inputs_tensor=inputs_tensor,
+        lost=lost,
+        tokenizer=settings.tokenizer,
+        streamer=settings.streamer,
+        own_names=_OWN_NAMES,
+    )
+    return out
+
+
+@contextlib.contextmanager
+def _ending(settings: CallSettings) -> Iterator[None]:
+    """End the streamer where the call fails: a reader in another thread waits for that, whatever went wrong."""
+    try:
+        yield
+    except BaseException:
+        if settings.streamer is not None and not settings.ended:
+            settings.streamer.end()  # type: ignore[no-untyped-call]
+        raise
+
+
+def _refuse_arguments(assistant_model: Any, synced_gpus: Any) -> None:
+    if assistant_model is not None:
+        raise UnsupportedArgumentError("`assistant_model` is not served; use plain `model.generate` for this call")
+    if synced_gpus:
+        raise UnsupportedArgumentError("`synced_gpus` is not served; use plain `model.generate` for this call")

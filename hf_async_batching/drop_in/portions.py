@@ -1,0 +1,48 @@
+"""Calls with more rows than may wait: their requests are queued in portions, as room comes."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from hf_async_batching.core.request import Request
+from hf_async_batching.errors import QueueFullError
+from hf_async_batching.handle import GenerationHandle
+
+_PAUSE = 0.005
+
+
+class Submitting(Protocol):
+    """What a manager does."""
+
+    def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
+        """Queue requests, all of them or none."""
+        ...
+
+
+def submit_in_portions(manager: Submitting, requests: list[Request], max_waiting: int) -> list[GenerationHandle]:
+    """Queue the requests of one call, in the calling thread.
+
+    Up to `max_waiting` of them are queued at once. Of more, portions follow each other; the first one needs room, and
+    the others wait for it.
+
+    Raises:
+        QueueFullError: There is no room for the first portion.
+        Exception: Whatever `submit_requests` raises; nothing is left in the queue then.
+    """
+    size = len(requests) if len(requests) <= max_waiting else max(1, max_waiting // 2)
+    handles: list[GenerationHandle] = []
+    try:
+        while len(handles) < len(requests):
+            portion = requests[len(handles) : len(handles) + size]
+            try:
+                handles += manager.submit_requests(portion)
+            except QueueFullError:
+                if not handles:
+                    raise
+                time.sleep(_PAUSE)
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+    return handles

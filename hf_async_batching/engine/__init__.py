@@ -1,0 +1,1 @@
+"""The engine, the thread that owns it, and how both are built for a model."""

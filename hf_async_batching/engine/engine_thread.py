@@ -1,0 +1,386 @@
+"""The thread that owns an engine, its inbox, and the way of tokens and errors back to their callers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import torch
+
+from hf_async_batching.core.plan import Features
+from hf_async_batching.core.request import Request
+from hf_async_batching.devices.failure import device_failure, is_device_failure
+from hf_async_batching.devices.memory import return_memory
+from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
+from hf_async_batching.handle import GenerationHandle, wake
+from hf_async_batching.host_decoding.logits_handle import LogitsHandle
+from hf_async_batching.runtime.reentrancy import serve_in_this_thread, waiting_for
+from hf_async_batching.scheduler.outputs import Emission
+
+logger = logging.getLogger(__name__)
+
+# After so long without a choice, requests that wait for its row or pages get them, where nothing else runs.
+_CHOOSING_SECONDS = 1.0
+
+
+class Worker:
+    """Runs an engine in a thread of its own until it is stopped, idle for too long, or fails.
+
+    Args:
+        assembly: The engine; from now on only the thread touches it.
+        max_waiting: Requests that may wait for a row.
+        idle_timeout: Seconds without work after which the thread ends; None for never.
+        first_step: What the thread sets when the first request has a token, or has ended without one.
+        on_stop: Called, from the thread, when it has ended and its memory is free.
+
+    Attributes:
+        memory_free: Set when the engine is gone and its memory was returned.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        *,
+        max_waiting: int,
+        idle_timeout: float | None,
+        first_step: threading.Event,
+        on_stop: Callable[[Worker], None],
+    ) -> None:
+        self._assembly: Assembly | None = assembly
+        self._device = assembly.forward.device
+        self._max_waiting = max_waiting
+        self._idle_timeout = idle_timeout
+        self._on_stop = on_stop
+        self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
+        self._cancels: deque[GenerationHandle] = deque()
+        self._warmings: deque[_Warming] = deque()
+        self._choices: deque[tuple[GenerationHandle, int]] = deque()
+        self._weights_changed = False
+        self._handles: dict[str, GenerationHandle] = {}
+        self._live: set[str] = set()
+        self._changed = threading.Condition()
+        self._accepting = True
+        self._stopping = False
+        self._reason = ""
+        self.memory_free = threading.Event()
+        self.first_step = first_step
+        # A daemon, so that a process can always end; `GenerationManager` stops it at exit.
+        self._thread = threading.Thread(target=self._run, name="hf_async_batching", daemon=True)
+        self._thread.start()
+
+    # -- from any thread ------------------------------------------------------------------------------------------
+
+    def put(self, requests: list[Request], handles: list[GenerationHandle]) -> bool:
+        """Hand requests over, which then arrive together.
+
+        Returns:
+            False when the worker takes no more: it has stopped or is about to.
+
+        Raises:
+            QueueFullError: There is no room for all of them; none is taken.
+            ValueError: A live request has the same id as one of them; none is taken.
+        """
+        with self._changed:
+            assembly = self._assembly
+            if not self._accepting or assembly is None:
+                return False
+            assembly.engine.pipeline.order_after_caller()
+            waiting = len(self._inbox) + assembly.engine.scheduler.num_waiting
+            if waiting + len(requests) > self._max_waiting:
+                raise QueueFullError(
+                    f"no room for {len(requests)} more: {waiting} requests wait already "
+                    f"(max_waiting={self._max_waiting}); try again later, or raise BatchingConfig(max_waiting=...)"
+                )
+            ids = [request.request_id for request in requests]
+            if len(set(ids)) != len(ids):
+                raise ValueError("`request_id`s of requests that arrive together must differ")
+            for request_id in ids:
+                if request_id in self._live:
+                    raise ValueError(f"`request_id` {request_id!r} is in use by a live request; choose another")
+            self._live.update(ids)
+            self._inbox.extend(zip(requests, handles, strict=True))
+            self._changed.notify()
+            return True
+
+    def cancel(self, handle: GenerationHandle) -> None:
+        """End a request; nothing happens where it has ended already."""
+        with self._changed:
+            if self._assembly is None:  # its requests have ended; this must not hold their handles
+                return
+            self._cancels.append(handle)
+            self._changed.notify()
+
+    def choose(self, choices: Iterable[tuple[GenerationHandle, int]]) -> None:
+        """Give requests the tokens that their choosers have chosen; together, so that they are computed together.
+
+        Nothing happens where the engine has stopped: the handles say why.
+        """
+        with self._changed:
+            if self._assembly is None:
+                return
+            self._choices.extend(choices)
+            self._changed.notify()
+
+    def warm(self, features: list[Features], tune: bool = False) -> None:
+        """Run and capture every decode bucket for each of `features`, between two steps; returns when that is done.
+
+        With `tune`, kernel settings are measured first, which live requests wait for.
+        """
+        warming = _Warming(features, tune)
+        with waiting_for((self._thread,), "warmup()"):
+            with self._changed:
+                if not self._accepting:
+                    return
+                self._warmings.append(warming)
+                self._changed.notify()
+            while not warming.done.wait(0.1) and not self.memory_free.is_set():
+                pass
+        if warming.error is not None:
+            raise warming.error
+
+    def weights_updated(self) -> None:
+        """Requests that are put from now on find nothing that was computed before."""
+        with self._changed:
+            if self._assembly is not None:
+                # Whoever's requests come next, they are computed after what this thread has enqueued.
+                self._assembly.engine.pipeline.order_after_caller()
+            self._weights_changed = True
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Take no more requests, and stop once the live ones have ended."""
+        with self._changed:
+            self._accepting = False
+            self._changed.notify()
+
+    def stop(self, timeout: float | None = None, reason: str = "the manager was closed") -> None:
+        """Stop at the next step; live requests fail with `EngineClosedError`.
+
+        Returns when memory is free; in the engine's own thread, which must go on for that, at once.
+        """
+        with self._changed:
+            self._accepting = False
+            self._stopping = True
+            self._reason = reason
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self.memory_free.wait(timeout)
+
+    @property
+    def thread(self) -> threading.Thread:
+        """The engine's own."""
+        return self._thread
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is called in the engine's own thread."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """The engine; None once the worker has stopped."""
+        return self._assembly
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken; once false, it stays so."""
+        return self._accepting
+
+    @property
+    def num_inbox(self) -> int:
+        """Requests that the scheduler has not seen yet."""
+        return len(self._inbox)
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        serve_in_this_thread()
+        try:
+            # A new thread inherits neither no_grad nor inference mode nor the current device.
+            with torch.inference_mode():
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)
+                self._serve()
+        except BaseException as caught:  # whatever it is, callers wait for an answer
+            logger.exception("the engine failed; requests in it fail, the next call starts a fresh one")
+            _clear_frames(caught)
+            error = caught
+        with self._changed:
+            self._accepting = False
+            assembly, self._assembly = self._assembly, None
+            # Managers refer to a worker that has stopped, and a handle's error to its caller's frames.
+            for orders in (self._cancels, self._choices, self._warmings):
+                orders.clear()
+        self._fail_everyone(error, assembly)
+        try:
+            if assembly is not None:
+                assembly.engine.close()
+        except BaseException:
+            logger.exception("the engine did not close cleanly")
+        del assembly
+        try:
+            return_memory(self._device)
+        except BaseException:  # of a device that has failed
+            logger.exception("the engine's memory did not return")
+        self.memory_free.set()
+        self._on_stop(self)
+
+    def _serve(self) -> None:
+        assert self._assembly is not None
+        while self._serve_turn(self._assembly):
+            pass
+
+    def _serve_turn(self, assembly: Assembly) -> bool:
+        """Wait for work and do a step of it; False where there is nothing more to do.
+
+        A turn is a call of its own, so that a thread that waits holds nothing of the requests before: neither handles
+        nor errors, whose frames may hold the manager.
+        """
+        engine = assembly.engine
+        with self._changed:
+            while not (self._has_orders() or self._stopping or engine.has_work):
+                engine.let_go()
+                if engine.waits_outside:
+                    if not self._changed.wait(_CHOOSING_SECONDS):
+                        engine.make_way()
+                    continue
+                woken = self._accepting and self._changed.wait(self._idle_timeout)
+                if not woken and not self._has_orders():
+                    self._accepting = False
+                    return False
+            if self._stopping:
+                return False
+            arrived, cancelled, chosen = list(self._inbox), list(self._cancels), list(self._choices)
+            self._inbox.clear()
+            self._cancels.clear()
+            self._choices.clear()
+            weights_changed, self._weights_changed = self._weights_changed, False
+        if weights_changed:
+            engine.weights_updated()  # before the requests that came after it are added
+        while self._warmings:
+            self._warmings.popleft().run(assembly)
+        self._handles.update((request.request_id, handle) for request, handle in arrived)
+        for request, handle in arrived:
+            try:
+                engine.add(request)
+            except BaseException as error:  # a request made by hand can hold anything
+                self._forget(request.request_id)
+                handle._fail(error)
+        for handle, token in chosen:
+            if self._handles.get(handle.request_id) is handle:
+                emission = engine.choose(handle.request_id, token)
+                if emission is not None:
+                    self._deliver([emission])
+        for handle in cancelled:
+            # By identity: the id may belong to another request by now.
+            if self._handles.get(handle.request_id) is handle:
+                emission = engine.cancel(handle.request_id)
+                if emission is not None:
+                    self._deliver([emission])
+        if not engine.has_work:
+            return True
+        emissions = engine.step()
+        for new_row in engine.started:
+            if new_row.request.request_id in self._handles:
+                self._handles[new_row.request.request_id]._start(new_row.start)
+        for request_id, logits in engine.offered:
+            chooser_handle = self._handles[request_id]
+            assert isinstance(chooser_handle, LogitsHandle)
+            chooser_handle._offer(logits)
+        for request_id, made in engine.outputs.items():
+            self._handles[request_id]._keep(*made)
+        self._deliver(emissions)
+        if emissions or engine.offered:
+            self.first_step.set()
+        for request_id, raised in engine.failed:
+            handle = self._handles[request_id]
+            self._forget(request_id)
+            _clear_frames(raised)
+            handle._fail(raised)
+        spare = engine.spare_seconds()
+        if spare > 0 and self._accepting:
+            # To the end, although one has come: others may follow, and the plan is not needed before.
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, spare)
+            engine.patience.waited()
+        return True
+
+    def _has_orders(self) -> bool:
+        return bool(self._inbox or self._cancels or self._choices or self._warmings or self._weights_changed)
+
+    def _deliver(self, emissions: list[Emission]) -> None:
+        handles, now = self._handles, time.perf_counter()
+        watched: list[GenerationHandle] = []
+        for request_id, token, logprob, finish_reason in emissions:
+            handle = handles[request_id]
+            if token is not None and handle._push(token, logprob, now):
+                watched.append(handle)
+            if finish_reason is not None:
+                self._forget(request_id)
+                handle._finish(finish_reason)
+        if watched:
+            wake(watched)
+
+    def _forget(self, request_id: str) -> None:
+        del self._handles[request_id]
+        self._live.discard(request_id)
+
+    def _fail_everyone(self, cause: BaseException | None, assembly: Assembly | None) -> None:
+        left = [*self._handles.values(), *[handle for _, handle in self._inbox]]
+        self._handles.clear()
+        self._inbox.clear()
+        told = _told(cause, assembly) if cause is not None and left else ""
+        for handle in left:
+            if cause is None:
+                handle._fail(EngineClosedError(f"{self._reason} while request {handle.request_id} was live"))
+            else:
+                failure = EngineFailedError(f"the engine failed while request {handle.request_id} was live: {told}")
+                failure.__cause__ = cause
+                handle._fail(failure)
+
+
+def _told(cause: BaseException, assembly: Assembly | None) -> str:
+    """What failed; where a device did, also which model, in which step, and whether it can be used again."""
+    try:
+        if assembly is None or not is_device_failure(cause):
+            return repr(cause)
+        forward = assembly.forward
+        return str(device_failure(cause, forward.name, forward.route, assembly.engine.in_flight, forward.device))
+    except Exception:  # callers wait for an answer, whatever can be said
+        logger.exception("what failed cannot be told")
+        return repr(cause)
+
+
+class _Warming:
+    def __init__(self, features: list[Features], tune: bool) -> None:
+        self._features = features
+        self._tune = tune
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self, assembly: Assembly) -> None:
+        try:
+            if self._tune:
+                assembly.engine.pipeline.tune()
+            for features in self._features:
+                assembly.engine.pipeline.warm(features)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the locals of an error's frames: they hold the engine's tensors, and callers may keep the error."""
+    seen: list[BaseException] = []
+    # A caller's errors can be chained in a circle.
+    while error is not None and not any(error is one for one in seen):
+        seen.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ if error.__cause__ is not None else error.__context__

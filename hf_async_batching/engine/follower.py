@@ -1,0 +1,95 @@
+"""What a rank other than 0 does: launch what rank 0 launches."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from hf_async_batching.core.plan import Launch
+from hf_async_batching.devices.memory import return_memory
+from hf_async_batching.distributed.rank_group import Quit, RankGroup, Start, Step, Tune, Warm, checksum
+from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.errors import EngineFailedError
+
+
+class Follower:
+    """Runs one engine after the other, as rank 0 says.
+
+    Args:
+        group: The ranks.
+        assemble: Builds an engine, at the same time as rank 0 does.
+    """
+
+    def __init__(self, group: RankGroup, assemble: Callable[[], Assembly]) -> None:
+        self._group = group
+        self._assemble = assemble
+
+    def follow(self) -> None:
+        """Return when rank 0 has closed its manager.
+
+        Raises:
+            EngineFailedError: This rank has sampled other tokens than rank 0.
+        """
+        while True:
+            message = self._group.receive()
+            if isinstance(message, Quit):
+                return
+            if isinstance(message, Start):
+                assembly = self._assemble()
+                device = assembly.forward.device
+                try:
+                    _Engine(self._group, assembly).run()
+                finally:
+                    assembly.engine.pipeline.close()
+                    del assembly
+                    return_memory(device)
+
+
+class _Engine:
+    def __init__(self, group: RankGroup, assembly: Assembly) -> None:
+        self._group = group
+        self._pipeline = assembly.engine.pipeline
+        self._depth = assembly.config.depth
+        self._in_flight: deque[Launch] = deque()
+        self._checksums: dict[int, int] = {}
+        self._rows: tuple[int, ...] = ()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Launch steps until rank 0 closes its engine."""
+        while True:
+            message = self._group.receive()
+            if isinstance(message, Step):
+                self._step(message)
+            elif isinstance(message, Warm):
+                self._pipeline.warm(message.features)
+            elif isinstance(message, Tune):
+                self._pipeline.tune()
+            else:
+                return
+
+    def _step(self, message: Step) -> None:
+        for step, expected in message.collected.items():
+            while step not in self._checksums:
+                self._collect()
+            if self._checksums.pop(step) != expected:
+                raise EngineFailedError(
+                    f"rank {self._group.rank} has sampled other tokens than rank 0 in step {step}: the model's logits "
+                    "are not the same on all ranks"
+                )
+        plan = message.plan
+        if message.rows_unchanged:
+            # The same object: rows that did not change are not copied to the device again.
+            plan = replace(plan, decode_rows=self._rows)
+        self._rows = plan.decode_rows
+        self._in_flight.append(self._pipeline.launch(plan, time.perf_counter()))
+        if len(self._in_flight) >= self._depth:
+            self._collect()
+
+    def _collect(self) -> None:
+        launch = self._in_flight.popleft()
+        self._checksums[launch.plan.step] = checksum(self._pipeline.collect(launch).tokens)

@@ -1,0 +1,102 @@
+"""A snapshot of what an engine is doing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from hf_async_batching.core.timeline import Timeline
+from hf_async_batching.engine.builder import Assembly
+
+WINDOW_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Figures of now, or of the last two seconds where they are rates.
+
+    Attributes:
+        running: Requests that hold a row.
+        waiting: Requests that wait for one.
+        tokens_per_second: New tokens of all requests.
+        busy_fraction: Share of the time in which the device computed a step, 0 to 1.
+        ms_per_step: Mean time per step while there was work, in milliseconds.
+        host_ms_per_step: Mean host time per step, in milliseconds.
+        pages_in_use: KV pages held by requests, retired ones included. Where layers with a window and such without
+            have pages of their own, each of them counts.
+        pages_total: KV pages that requests can own.
+        rows_in_use: Rows held by requests, retired ones included.
+        steps: Steps since the engine started.
+        finished: Requests that have ended, for whatever reason, since the engine started.
+        preemptions: Requests that gave their pages up, since the engine started.
+        prefix_query_tokens: Prompt tokens that were looked up in the prefix cache, since the engine started.
+        prefix_hit_tokens: Those of them whose pages were found, and not computed again.
+        prefix_pages: KV pages that no request holds and the prefix cache still knows; they count as free.
+        drafted_tokens: Tokens that prompt lookup had computed ahead, since the engine started.
+        accepted_tokens: Those of them that were right.
+        depth: Steps in flight at once.
+        page_size: Tokens per page.
+        cache_bytes: Memory of the KV cache.
+        graphs: Captured CUDA graphs.
+        graph_bytes: Memory that they hold.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    tokens_per_second: float = 0.0
+    busy_fraction: float = 0.0
+    ms_per_step: float = 0.0
+    host_ms_per_step: float = 0.0
+    pages_in_use: int = 0
+    pages_total: int = 0
+    rows_in_use: int = 0
+    steps: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_pages: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    depth: int = 0
+    page_size: int = 0
+    cache_bytes: int = 0
+    graphs: int = 0
+    graph_bytes: int = 0
+
+
+def read_stats(assembly: Assembly | None, inbox: int) -> Stats:
+    """Figures of an engine; zeros for None. Reads without stopping it, so that figures may be one step apart."""
+    if assembly is None:
+        return Stats()
+    engine, scheduler = assembly.engine, assembly.engine.scheduler
+    records = tuple(engine.records.copy())
+    now = time.perf_counter()
+    recent = Timeline(tuple(record for record in records if record.compute[1] >= now - WINDOW_SECONDS))
+    # Rates are over the window, so that they fall to zero when work ends.
+    elapsed = now - max(now - WINDOW_SECONDS, recent.steps[0].compute[0]) if recent.steps else WINDOW_SECONDS
+    busy = sum(record.compute[1] - max(record.compute[0], now - WINDOW_SECONDS) for record in recent.steps)
+    return Stats(
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting + inbox,
+        tokens_per_second=sum(record.tokens for record in recent.steps) / elapsed,
+        busy_fraction=min(1.0, busy / elapsed),
+        ms_per_step=recent.ms_per_step,
+        host_ms_per_step=recent.host_ms_per_step,
+        pages_in_use=scheduler.pages.in_use,
+        pages_total=scheduler.pages.size,
+        rows_in_use=scheduler.rows.in_use,
+        steps=records[-1].step + 1 if records else 0,
+        finished=scheduler.finished,
+        preemptions=scheduler.preemptions,
+        prefix_query_tokens=scheduler.pages.prefixes.query_tokens,
+        prefix_hit_tokens=scheduler.pages.prefixes.hit_tokens,
+        prefix_pages=scheduler.pages.prefixes.num_unheld,
+        drafted_tokens=scheduler.drafting.drafted,
+        accepted_tokens=scheduler.drafting.accepted,
+        depth=engine.depth,
+        page_size=assembly.config.page_size,
+        cache_bytes=assembly.cache.num_bytes,
+        graphs=len(assembly.runner.captured),
+        graph_bytes=engine.device.graph_bytes(),
+    )

@@ -1,0 +1,1 @@
+"""Requests whose tokens are chosen on the host, by a caller's own logits processors."""

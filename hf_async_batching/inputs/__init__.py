@@ -1,0 +1,1 @@
+"""From the arguments of `generate` to a `Request`."""

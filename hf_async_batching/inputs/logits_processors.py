@@ -1,0 +1,391 @@
+"""From the logits processors that transformers has prepared for a call to what the engine does for each of its rows.
+
+The list is the truth: it holds what `generate` would apply, in its order, with a caller's own processors in their
+places. A row whose processors are all known, each at most once and in transformers' order, is served by parameters,
+together with all other rows. Any other list is called as a whole (`token_chooser`), so that no order and no detail of
+a processor is lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.generation import logits_process
+from transformers.generation.logits_process import LogitsProcessorList
+
+from hf_async_batching.core.field_checks import check_real
+from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.request import SamplingParams
+from hf_async_batching.core.row_layout import MAX_INT32, MAX_NGRAM, MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
+from hf_async_batching.host_decoding.long_ngrams import LongNGrams
+from hf_async_batching.host_decoding.token_chooser import TokenChooser
+from hf_async_batching.runner.staging import MAX_EOS
+
+_GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
+
+Recipe = tuple[SamplingParams, LogitsParams, int, tuple[int, ...], TokenChooser | None]
+
+
+@dataclass(frozen=True, slots=True)
+class CallRow:
+    """One row of a `generate` call.
+
+    Attributes:
+        shown: Token ids as the caller passed them on, padding included.
+        tokens: The same without padding.
+        index: Number of the row.
+        rows: How many rows the call has.
+        eos: End-of-sequence tokens.
+        eos_tensor: The same as transformers made it, which most processors share.
+    """
+
+    shown: list[int]
+    tokens: list[int]
+    index: int
+    rows: int
+    eos: tuple[int, ...]
+    eos_tensor: torch.Tensor | None
+
+    @property
+    def padding(self) -> int:
+        """How many tokens are padding, wherever they stand."""
+        return len(self.shown) - len(self.tokens)
+
+    @property
+    def left_padded(self) -> bool:
+        """Whether all padding stands on the left."""
+        return self.shown[self.padding :] == self.tokens
+
+    def of(self, batch: int) -> int:
+        """The row's place in something that has one line per prompt, each of which may be several rows."""
+        return self.index * batch // self.rows
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What has been read so far."""
+
+    do_sample: bool
+    sampling: dict[str, Any] = field(default_factory=dict)
+    logits: dict[str, Any] = field(default_factory=dict)
+    rules: list[Rule] = field(default_factory=list)
+    min_new_tokens: int = 0
+    needs_padding: int = 0
+
+
+def read_processors(
+    processors: LogitsProcessorList, row: CallRow, *, do_sample: bool, seed: int, logprobs: bool = False
+) -> Recipe | None:
+    """What a row of a call needs, by parameters.
+
+    Args:
+        processors: What transformers has prepared.
+        row: The row.
+        do_sample: Whether tokens are drawn.
+        seed: Of the row.
+        logprobs: Whether log-probabilities are wanted.
+
+    Returns:
+        Sampling and logits parameters, the minimum of new tokens, padding to remember, and no processors; or None
+        where the list must be called.
+
+    Raises:
+        ValueError: A parameter is out of its range.
+    """
+    draft, last = _Draft(do_sample), -1
+    for processor in processors:
+        kind = type(processor)
+        place = _ORDER.get(kind)
+        if place is None or place <= last or not _READERS[kind](processor, row, draft):
+            return None
+        last = place
+    if len(draft.rules) > MAX_RULES or any(len(rule.prefix) > MAX_PREFIX for rule in draft.rules):
+        return None
+    logits = LogitsParams(tuple(draft.rules), **draft.logits)
+    padding: tuple[int, ...] = ()
+    if row.padding and (draft.needs_padding or any(rule.prefix for rule in draft.rules)):
+        if not row.left_padded or draft.needs_padding > MAX_PADDING:
+            return None
+        padding = tuple(row.shown[max(0, row.padding - MAX_PADDING) : row.padding])
+    if not row.eos:
+        draft.min_new_tokens = 0
+    sampling = SamplingParams(logprobs=logprobs)
+    if do_sample:
+        sampling = SamplingParams(do_sample=True, seed=seed, logprobs=logprobs, **draft.sampling)
+    return sampling, logits, draft.min_new_tokens, padding, None
+
+
+def is_row_wise(processors: LogitsProcessorList) -> bool:
+    """Whether the caller has declared that its processors look at each row by itself (`row_wise = True` on them).
+
+    Those of transformers' own count as such where there are others.
+    """
+    own = [processor for processor in processors if not _is_known(processor)]
+    return bool(own) and all([getattr(processor, "row_wise", False) is True for processor in own])
+
+
+def can_be_row_wise(processors: LogitsProcessorList) -> bool:
+    """Whether no processor can tell a row of its batch from a batch of one."""
+    return all([_is_known(processor) or getattr(processor, "row_wise", False) is True for processor in processors])
+
+
+def _is_known(processor: Any) -> bool:
+    return type(processor).__module__ == logits_process.__name__
+
+
+def processors_of_batch(processors: LogitsProcessorList, plain_model: Callable[[], Any]) -> LogitsProcessorList:
+    """The processors of a call for all of its rows: the caller's objects, but for guidance's second forward."""
+    return LogitsProcessorList(
+        [
+            _with_model(processor, plain_model())
+            if _is_known(processor) and type(processor).__name__ == _GUIDANCE
+            else processor
+            for processor in processors
+        ]
+    )
+
+
+def processors_of_row(
+    processors: LogitsProcessorList, row: CallRow, plain_model: Callable[[], Any]
+) -> LogitsProcessorList:
+    """What the processors of a call are for one of its rows.
+
+    Args:
+        processors: What transformers has prepared, on the caller's device.
+        row: The row.
+        plain_model: Makes a view of the model for a second forward, where guidance needs one.
+    """
+    return LogitsProcessorList([_for_row(processor, row, plain_model) for processor in processors])
+
+
+# -- readers: each takes over what a processor does, or says that it cannot ------------------------------------------
+
+
+def _sequence_bias(kind: RuleKind, processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    if len(draft.rules) + len(processor.sequence_bias) > MAX_RULES:
+        return False  # before a list of them is made
+    for sequence, bias in processor.sequence_bias.items():
+        if math.isnan(bias):
+            return False
+        if not sequence:
+            continue  # which `generate` passes over, too
+        *prefix, token = (int(one) for one in sequence)
+        draft.rules.append(Rule(kind, token, tuple(prefix), float(bias)))
+    return True
+
+
+def _encoder_repetition(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    ids = processor.encoder_input_ids
+    if not _divides(ids.shape[0], row) or ids[row.of(ids.shape[0])].tolist() != row.shown:
+        return False
+    draft.logits["encoder_repetition_penalty"] = float(processor.penalty)
+    if row.padding:
+        draft.needs_padding = max(draft.needs_padding, 1)
+    return True
+
+
+def _repetition(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    ignored = processor.prompt_ignore_length
+    if isinstance(ignored, torch.Tensor):
+        if ignored.shape != (row.rows,):
+            return False
+        ignored = int(ignored[row.index])
+    if (ignored or 0) != row.padding or not row.left_padded:
+        return False
+    draft.logits["repetition_penalty"] = float(processor.penalty)
+    return True
+
+
+def _ngram(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    draft.logits["no_repeat_ngram_size"] = int(processor.ngram_size)
+    draft.needs_padding = max(draft.needs_padding, processor.ngram_size)
+    return bool(processor.ngram_size <= MAX_NGRAM)
+
+
+def _encoder_ngram(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    size, batch = processor.ngram_size, processor.batch_size
+    if not _divides(batch, row) or size > MAX_NGRAM:
+        return False
+    following: dict[tuple[int, ...], list[int]] = {}
+    for ngram in zip(*[row.shown[i:] for i in range(size)]):
+        following.setdefault(tuple(ngram[:-1]), []).append(ngram[-1])
+    if processor.generated_ngrams[row.of(batch)] != following:
+        return False
+    draft.logits["encoder_no_repeat_ngram_size"] = int(size)
+    draft.needs_padding = max(draft.needs_padding, size)
+    return True
+
+
+def _min_length(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    return _minimum(processor.min_length, processor, row, draft)
+
+
+def _min_new_tokens(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    return _minimum(processor.prompt_length_to_skip + processor.min_new_tokens, processor, row, draft)
+
+
+def _minimum(length: float, processor: Any, row: CallRow, draft: _Draft) -> bool:
+    # Where it stands between others does not matter, as long as one record holds all of the tokens.
+    draft.min_new_tokens = max(draft.min_new_tokens, math.ceil(length) - len(row.shown))
+    return _same_ends(processor, row)
+
+
+def _forced_bos(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    if len(row.shown) == 1:
+        draft.rules.append(Rule(RuleKind.FORCE, int(processor.bos_token_id), position=1))
+    return True
+
+
+def _forced_eos(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    position = min(math.ceil(processor.max_length) - 1 - row.padding, MAX_INT32)
+    draft.rules = [rule for rule in draft.rules if rule.kind is not RuleKind.FORCE or rule.position != position]
+    draft.rules += [Rule(RuleKind.FORCE, token, position=position) for token in processor.eos_token_id.tolist()]
+    return True
+
+
+def _remove_invalid(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    draft.logits["remove_invalid"] = True
+    return True
+
+
+def _decay(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    start, factor = processor.regulation_start, processor.regulation_factor
+    check_real("exponential_decay_length_penalty", start)
+    check_real("exponential_decay_length_penalty", factor)
+    factor = float(factor)
+    if not (start % 1 == 0 and math.isfinite(factor)):  # nor is it where it is NaN
+        return False
+    draft.logits["decay_start"] = max(-MAX_INT32, min(int(start) - row.padding, MAX_INT32))  # out of reach, both
+    draft.logits["decay_factor"] = factor
+    return _same_ends(processor, row)
+
+
+def _suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    draft.rules += [Rule(RuleKind.SUPPRESS, token) for token in _token_ids(processor.suppress_tokens)]
+    return True
+
+
+def _begin_suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:
+    position = min(processor.begin_index - row.padding, MAX_INT32)
+    tokens = _token_ids(processor.begin_suppress_tokens)
+    if position >= 0:  # else the row is beyond it from the start; one of those positions would stand for any
+        draft.rules += [Rule(RuleKind.SUPPRESS, token, position=position) for token in tokens]
+    return True
+
+
+def _token_ids(tokens: torch.Tensor) -> list[int]:
+    """Those of `tokens` that a vocabulary can have; what is suppressed of the others makes no difference."""
+    return [int(token) for token in tokens.flatten().tolist() if 0 <= token <= MAX_INT32 and token % 1 == 0]
+
+
+def _filter(name: str, attribute: str, processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    value = getattr(processor, attribute)
+    draft.sampling[name] = min(value, MAX_INT32) if name == "top_k" else float(value)
+    return (
+        draft.do_sample
+        and getattr(processor, "min_tokens_to_keep", 1) == 1
+        and getattr(processor, "filter_value", -math.inf) == -math.inf
+        and getattr(processor, "top_n", 100) == 100
+    )
+
+
+def _renormalize(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
+    draft.logits["renormalize"] = True
+    return True
+
+
+def _divides(batch: int, row: CallRow) -> bool:
+    return batch > 0 and row.rows % batch == 0
+
+
+def _same_ends(processor: Any, row: CallRow) -> bool:
+    tokens: torch.Tensor = processor.eos_token_id
+    if len(row.eos) > MAX_EOS:
+        return False
+    return tokens is row.eos_tensor or set(tokens.tolist()) == set(row.eos)
+
+
+# In the order in which transformers applies them; names that a release lacks are left out.
+_BY_NAME: Mapping[str, Callable[[Any, CallRow, _Draft], bool]] = {
+    "SequenceBiasLogitsProcessor": partial(_sequence_bias, RuleKind.BIAS),
+    "EncoderRepetitionPenaltyLogitsProcessor": _encoder_repetition,
+    "RepetitionPenaltyLogitsProcessor": _repetition,
+    "NoRepeatNGramLogitsProcessor": _ngram,
+    "EncoderNoRepeatNGramLogitsProcessor": _encoder_ngram,
+    "NoBadWordsLogitsProcessor": partial(_sequence_bias, RuleKind.BAN),
+    "MinLengthLogitsProcessor": _min_length,
+    "MinNewTokensLengthLogitsProcessor": _min_new_tokens,
+    "ForcedBOSTokenLogitsProcessor": _forced_bos,
+    "ForcedEOSTokenLogitsProcessor": _forced_eos,
+    "InfNanRemoveLogitsProcessor": _remove_invalid,
+    "ExponentialDecayLengthPenalty": _decay,
+    "SuppressTokensLogitsProcessor": _suppress,
+    "SuppressTokensAtBeginLogitsProcessor": _begin_suppress,
+    "TemperatureLogitsWarper": partial(_filter, "temperature", "temperature"),
+    "TopHLogitsWarper": partial(_filter, "top_h", "top_h"),
+    "TopKLogitsWarper": partial(_filter, "top_k", "top_k"),
+    "TopPLogitsWarper": partial(_filter, "top_p", "top_p"),
+    "MinPLogitsWarper": partial(_filter, "min_p", "min_p"),
+    "TypicalLogitsWarper": partial(_filter, "typical_p", "mass"),
+    "EpsilonLogitsWarper": partial(_filter, "epsilon_cutoff", "epsilon"),
+    "EtaLogitsWarper": partial(_filter, "eta_cutoff", "epsilon"),
+    "LogitNormalization": _renormalize,
+}
+_READERS = {getattr(logits_process, name): read for name, read in _BY_NAME.items() if hasattr(logits_process, name)}
+_ORDER = {kind: place for place, kind in enumerate(_READERS)}
+
+
+# -- processors for one row of a call --------------------------------------------------------------------------------
+
+
+def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
+    """What a processor that was made for all rows of a call is for one of them."""
+    name = type(processor).__name__ if type(processor).__module__ == logits_process.__name__ else ""
+    if name == "RepetitionPenaltyLogitsProcessor" and isinstance(processor.prompt_ignore_length, torch.Tensor):
+        own = copy.copy(processor)
+        own.prompt_ignore_length = processor.prompt_ignore_length[row.index : row.index + 1]
+        return own
+    if name == "EncoderRepetitionPenaltyLogitsProcessor":
+        own, line = copy.copy(processor), row.of(processor.encoder_input_ids.shape[0])
+        own.encoder_input_ids = processor.encoder_input_ids[line : line + 1]
+        return own
+    if name == "EncoderNoRepeatNGramLogitsProcessor":
+        own, line = copy.copy(processor), row.of(processor.batch_size)
+        own.batch_size, own.generated_ngrams = 1, processor.generated_ngrams[line : line + 1]
+        return own
+    if name == "NoRepeatNGramLogitsProcessor" and processor.ngram_size > MAX_NGRAM:
+        return LongNGrams(processor.ngram_size)
+    if name == "PrefixConstrainedLogitsProcessor":
+        allowed = processor._prefix_allowed_tokens_fn
+        prompt = row.index // processor._num_beams  # the prompt's number, for each of its sequences
+        return type(processor)(lambda _, sent: allowed(prompt, sent), 1)
+    if name == _GUIDANCE:
+        return _guidance_for_row(processor, row, plain_model)
+    if name == "SynthIDTextWatermarkLogitsProcessor":
+        return copy.deepcopy(processor)  # it keeps a state per row
+    return processor
+
+
+def _guidance_for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
+    """Guidance with an unconditional forward, and its cache, of the row's own."""
+    own = _with_model(processor, plain_model())
+    for name in ("input_ids", "attention_mask"):
+        given = own.unconditional_context[name]
+        if given is not None:
+            line = row.of(given.shape[0])
+            own.unconditional_context[name] = given[line : line + 1].to(own.model.device)
+    return own
+
+
+def _with_model(processor: Any, model: Any) -> Any:
+    # The user's own model would write defaults to its config, which other threads read.
+    own = copy.copy(processor)
+    own.model = model
+    own.unconditional_context = dict(processor.unconditional_context)
+    return own

@@ -1,0 +1,1 @@
+"""Compiles a view's layers."""

@@ -1,0 +1,256 @@
+"""Compiles a view's repeated layers: once for all of them, for any number of tokens.
+
+A transformer's layers run the same code, so one layer is compiled and serves every other one, which keeps the start
+short; the modules around them (final norm, rotary frequencies) are compiled beside it. Weights and pages are inputs
+of the compiled code. A step of a single token runs uncompiled: sizes 0 and 1 are special to torch.compile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_async_batching.checks.logits_error import tolerance_of
+from hf_async_batching.model.compile.pdl_check import generated_code_waits
+from hf_async_batching.model.compile.residual_fusion import merge_residual_sums
+from hf_async_batching.model.view.position_cache import PositionCache
+
+logger = logging.getLogger(__name__)
+
+Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]
+"""A backend of `torch.compile`."""
+
+# Sizes of the example that is compiled with: odd, and unlike the sizes of any model, so that what has this size
+# counts tokens.
+EXAMPLE_TOKENS = 37
+
+_numbers = itertools.count()
+
+
+class UnsafeEarlyLaunchError(RuntimeError):
+    """Compiled code must not be launched early."""
+
+
+class Region:
+    """The compiled forward of modules that share their code.
+
+    Args:
+        modules: Modules of one class, of which one is compiled for all.
+        backend: Of `torch.compile`.
+
+    Attributes:
+        marking: Set while the example runs: dimensions of `EXAMPLE_TOKENS` are then marked as dynamic.
+        compared: Where it is a list, both codes run, and it gets which tokens they agree on, bool [tokens] per call;
+            what comes behind goes on with the uncompiled code's result.
+    """
+
+    def __init__(self, modules: list[nn.Module], backend: Compiler) -> None:
+        self.marking = False
+        self.compared: list[torch.Tensor] | None = None
+        self.modules = modules
+        original = type(modules[0]).forward
+        self._original: Callable[..., Any] = original
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return original(module, *args, **kwargs)
+
+        # Dynamo keeps its compiled code by code object, for all engines and the user's own torch.compile together,
+        # and drops out beyond a few variants: this one gets an object of its own.
+        name = f"region_{next(_numbers)}"
+        own = types.FunctionType(
+            call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
+        )
+        self._compiled = torch.compile(own, backend=backend, fullgraph=True)
+        for module in modules:
+            module.forward = types.MethodType(_RegionCall(self), module)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of one of the modules."""
+        tokens = _tokens((*args, *kwargs.values()))
+        if tokens == 1:
+            return self._original(module, *args, **kwargs)
+        if self.marking:
+            _mark((*args, *kwargs.values()))
+        if self.compared is None:
+            return self._compiled(module, *args, **kwargs)
+        given = args[0].clone() if args and isinstance(args[0], torch.Tensor) else None
+        want = self._original(module, *(args if given is None else (given.clone(), *args[1:])), **kwargs)
+        got = self._compiled(module, *args, **kwargs)
+        self.compared.append(_tokens_alike(_first(got), _first(want), given))
+        return want
+
+
+class _RegionCall:
+    """`forward` of a module in a region; an object with a name is easier to recognise in a trace than a closure."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._region.run(module, args, kwargs)
+
+
+def _tokens(values: tuple[Any, ...]) -> int:
+    """Size of dimension 1 of the first tensor: [1, tokens, ...]."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return 1
+
+
+def _first(out: Any) -> torch.Tensor:
+    """The tensor [1, tokens, ...] that a module returns, alone or in front of others."""
+    tensor: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
+    return tensor
+
+
+def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens have the same result but for rounding: relative to what the module adds to them.
+
+    Args:
+        got: Compiled, [1, tokens, ...].
+        want: Uncompiled.
+        given: The module's input, which it adds to where the shapes are the same.
+    """
+
+    def norm(values: torch.Tensor) -> torch.Tensor:
+        norms: torch.Tensor = values.float().flatten(2).norm(dim=-1)
+        return norms[0]
+
+    added = want - given if given is not None and given.shape == want.shape else want
+    # A sum with a large number loses bits of what is added.
+    return norm(got - want) <= tolerance_of(want.dtype) * norm(added) + 2 * torch.finfo(want.dtype).eps * norm(want)
+
+
+def share_alike(regions: list[Region], run: Callable[[], Any]) -> float:
+    """Compare compiled and uncompiled code module by module, each with the same input.
+
+    A router that rounds to another expert changes all that comes behind, and a whole forward shows no more. Module by
+    module it changes a few tokens; a miscompiled module changes most.
+
+    Args:
+        regions: Of a view.
+        run: Runs the view.
+
+    Returns:
+        The share of tokens that come to the same but for rounding, in the region where it is least. 0 where a token is
+        wrong in most layers: a router rounds to others for other tokens in each.
+    """
+    for region in regions:
+        region.compared = []
+    try:
+        run()
+        alike = [torch.stack(region.compared).float() for region in regions if region.compared]
+    finally:
+        for region in regions:
+            region.compared = None
+    # A module that is there once has no router.
+    if any(not one.all() for one in alike if len(one) == 1) or any(one.mean(0).min() < 0.25 for one in alike):
+        return 0.0
+    return min((float(one.mean()) for one in alike), default=0.0)
+
+
+def _mark(values: Any) -> None:
+    if isinstance(values, torch.Tensor):
+        for dimension, size in enumerate(values.shape):
+            if size == EXAMPLE_TOKENS:
+                torch._dynamo.mark_dynamic(values, dimension)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            _mark(value)
+    elif isinstance(values, dict):
+        _mark(tuple(values.values()))
+    elif isinstance(values, PositionCache):
+        _mark(values.before)
+
+
+def compile_regions(
+    view: PreTrainedModel,
+    attention_modules: set[int],
+    run_example: Callable[[], Any],
+    backend: str | Compiler = "inductor",
+    *,
+    early: bool = False,
+) -> list[Region]:
+    """Replace the forwards of a view's layers by compiled ones, and compile them now.
+
+    Args:
+        view: A view that nobody else runs.
+        attention_modules: Identities of its attention modules.
+        run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
+        backend: Of `torch.compile`.
+        early: Let kernels be launched early; see `early_launches`.
+
+    Returns:
+        The regions.
+
+    Raises:
+        UnsafeEarlyLaunchError: A kernel would not wait for the one before it; the view is then of no use.
+        Exception: Whatever the compiler raises; likewise.
+    """
+    compiler = _with_residual_sums(backend, early)
+    regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]
+    for region in regions:
+        region.marking = True
+    try:
+        run_example()
+    except Exception as error:
+        if early and not generated_code_waits():  # torch.compile wraps what its backend raises
+            raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it") from error
+        raise
+    for region in regions:
+        region.marking = False
+    return regions
+
+
+def _with_residual_sums(backend: str | Compiler, early: bool) -> Compiler:
+    options = inductor_options(early)
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        merge_residual_sums(module.graph)
+        module.recompile()
+        if backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            compiled = compile_fx(module, inputs, config_patches=options)
+        else:
+            chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+            compiled = chosen(module, inputs)
+        # Before it runs: an index that is not written yet ends the process's context.
+        if early and not generated_code_waits():
+            raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it")
+        return compiled
+
+    return compiler
+
+
+def region_modules(view: PreTrainedModel, attention_modules: set[int]) -> list[list[nn.Module]]:
+    """Modules to compile, grouped by class: layers that hold attention, and small modules beside their list."""
+    groups: dict[type, list[nn.Module]] = {}
+    for owner in view.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList) and _holds(child, attention_modules):
+                for layer in child:
+                    groups.setdefault(type(layer), []).append(layer)
+                for beside in owner.children():
+                    if not isinstance(beside, (nn.ModuleList, nn.Embedding, nn.Linear, nn.Dropout, nn.Identity)):
+                        groups.setdefault(type(beside), []).append(beside)
+                return list(groups.values())
+    return []
+
+
+def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
+    return any(id(module) in attention_modules for layer in modules for module in layer.modules())
+
+
+def inductor_options(early: bool = False) -> dict[str, Any]:
+    """Settings of Inductor for small kernels in a captured graph, which are launched early where `early`."""
+    # Measuring variants would synchronize the device, which a capture in the engine's thread does not survive.
+    return {"triton.autotune_pointwise": False, "triton.enable_pdl": early}

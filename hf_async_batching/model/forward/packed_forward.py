@@ -1,0 +1,221 @@
+"""The forward of a model's view over packed tokens, with attention over pages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_async_batching.attention import hf_interface as interface
+from hf_async_batching.attention.base import AttentionBackend
+from hf_async_batching.attention.hf_interface import PagedCall, attach_tags
+from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
+from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
+from hf_async_batching.model.compile.regions import Region, compile_regions
+from hf_async_batching.model.forward import attention_probe
+from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refuse_states
+from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable, set_attention
+from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
+from hf_async_batching.runner.row_tables import StepInputs
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class ModelForward:
+    """Calls the view for one step.
+
+    Args:
+        model: The user's model; a shared-weight view of it is made.
+        fused: Whether projections of one input share a product; their weights are packed, see `linear.packing`.
+        skinny: Whether uncompiled code, too, sends few rows to our own kernel; only with `fused`.
+
+    Attributes:
+        name: Class of the model, for messages.
+        route: How the model is served, for messages.
+        layers: Keys and values of each attention layer, as the probe saw them.
+        vocab_size: Rows of the input embedding: token ids must be below.
+        embedding_size: Its columns.
+        logit_size: Width of the logits, which can differ from it.
+        device: Where the weights lie.
+        packed_groups: Groups of projections that share a product; None where weights are not fused.
+        regions: What is compiled.
+
+    Raises:
+        UnsupportedModelError: The model's attention cannot be routed to the pages.
+    """
+
+    # As `CacheForward` has them.
+    route = "packed"
+    capturable = True
+    whole_prompts = False
+    recomputes = True
+    prefix_cacheable = True
+    state_bytes = 0
+    tile_size: int | None = None
+    takes_embeddings = True
+
+    def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
+        self.name = type(model).__name__
+        refuse_unservable(model)
+        self.view = make_view(model, attention_probe.NAME)
+        self.device: torch.device = next(self.view.parameters()).device
+        parameters = _parameters(self.view)
+        self._takes_positions = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self.vocab_size, self.embedding_size = embedding_shape(self.view)
+        self.logit_size = self.vocab_size
+        self._cache_argument: str | None = None
+        findings, seen = self._probe()
+        self.layers: list[LayerShape] = findings.shapes
+        self.dtype: torch.dtype = self.layers[0].dtype
+        self._paged_layers = findings.layers
+        self._passes_context = findings.passes_context
+        self._layer_at: dict[int, int] = {}
+        self._compiled = False
+        self.regions: list[Region] = []
+        self.packed_groups: int | None = self._fuse(seen, skinny) if fused else None
+        set_attention(self.view, interface.NAME)
+        self._cache: PagedCache | None = None
+        self._backend: AttentionBackend | None = None
+
+    def _probe(self) -> tuple[attention_probe.Findings, LinearCalls]:
+        tokens = torch.arange(1, attention_probe.PROBE_TOKENS + 1, device=self.device) % self.vocab_size
+
+        def forward(**context: Any) -> None:
+            seen.calls.clear()
+            logits = self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
+            self.logit_size = logits.shape[-1]
+
+        def run(tokens: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(len(tokens), device=self.device)
+            return attention_probe.without_attention(lambda: self._call(tokens, positions, None, {}))
+
+        with torch.inference_mode():
+            with watch_linears(self.view) as seen:
+                findings = attention_probe.probe(self.name, forward)
+                layers = [module for module in self.view.modules() if id(module) in findings.layers]
+                self._cache_argument = cache_argument(self.view, layers)
+                if self._cache_argument is not None:
+                    findings = attention_probe.probe(self.name, forward)
+            try:
+                refuse_states(self.view)
+                refuse_mixing(run, tokens, self.vocab_size)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{self.name} is not served: {error}") from error
+        return findings, seen
+
+    def _fuse(self, seen: LinearCalls, skinny: bool) -> int:
+        groups = parallel_projections(self.view, seen)
+        counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
+        for module in self.view.modules():
+            if is_plain(module):
+                convert(module, counters, skinny=skinny)
+        return pack(groups)
+
+    def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, early: bool = False) -> None:
+        """Compile the layers of the view; see `compiled_regions`.
+
+        Args:
+            run_example: Calls this forward with `EXAMPLE_TOKENS` tokens, all of them sampled.
+            backend: Of `torch.compile`.
+            early: Let kernels be launched early; see `early_launches`.
+
+        Raises:
+            Exception: Whatever the compiler raises; this forward is then of no use.
+        """
+        modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
+        self._layer_at = attach_tags(modules, self.device)
+        self._compiled = True
+        self.regions = compile_regions(self.view, set(self._paged_layers), run_example, backend, early=early)
+        ready_products(self.view, (16, 32, 64))
+
+    def tune(self, batches: list[int]) -> None:
+        """Measure kernel settings on this device, unless that was done before; nothing else may run on it.
+
+        Args:
+            batches: Rows of decode steps.
+        """
+        assert self._backend is not None and self._cache is not None
+        # Typical of chats. Contexts grow while they are served, and no setting is far off for another length.
+        self._backend.tune(self._cache, batches=batches, context=1024, prompt=1024)
+        tune_products(self.view, tuple(batches))
+
+    def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:
+        """Set the pages and kernels that steps use from now on."""
+        self._cache, self._backend = cache, backend
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all where None)."""
+        context = inputs.context
+        context.cache, context.backend = self._cache, self._backend
+        call = PagedCall(context, self._paged_layers, self._layer_at)
+        # Compiled code would look at every attribute of a keyword argument in each call.
+        passed = self._passes_context and not self._compiled
+        kwargs = {"paged": call} if passed else {}
+        with nullcontext() if passed else interface.active(call):
+            logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs, inputs.embeddings)
+        if inputs.sample_index is not None and not self._takes_logits_to_keep:
+            logits = logits[inputs.sample_index]
+        return logits
+
+    def _call(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        embeddings: tuple[tuple[int, torch.Tensor], ...] = (),
+    ) -> torch.Tensor:
+        if self._takes_positions:
+            kwargs = {**kwargs, "position_ids": positions[None]}
+        if self._cache_argument is not None:
+            kwargs = {**kwargs, self._cache_argument: PositionCache(positions)}
+        if keep is not None and self._takes_logits_to_keep:
+            kwargs = {**kwargs, "logits_to_keep": keep}
+        if embeddings:
+            view: Any = self.view
+            embedded = view.get_input_embeddings()(tokens)
+            for start, piece in embeddings:
+                embedded[start : start + len(piece)] = piece
+            kwargs = {**kwargs, "inputs_embeds": embedded[None]}
+        else:
+            kwargs = {**kwargs, "input_ids": tokens[None]}
+        out = self.view(use_cache=False, return_dict=True, **kwargs)
+        logits: torch.Tensor = out.logits
+        return logits[0]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a decode step reads: all parameters but an embedding that is only looked up."""
+        # Of a weight that is spread over ranks, this rank's part.
+        seen: dict[int, int] = {id(p): getattr(p, "_local_tensor", p).nbytes for p in self.view.parameters()}
+        view: Any = self.view
+        embedding, output = view.get_input_embeddings(), view.get_output_embeddings()
+        if output is not None and getattr(output, "weight", None) is not embedding.weight:
+            seen.pop(id(embedding.weight), None)
+        return sum(seen.values())
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    """Names of the arguments that a model's forward takes, itself or by handing on what it does not name."""
+    # A forward that was set on the instance comes before that of the class, as a rule one that calls it.
+    forwards = [vars(module).get("forward"), *(vars(base).get("forward") for base in type(module).__mro__)]
+    names: set[str] = set()
+    for forward in forwards:
+        if not callable(forward):
+            continue
+        parameters = inspect.signature(forward).parameters.values()
+        names.update(one.name for one in parameters if one.kind not in _OPEN)
+        if forward is not forwards[0] and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break
+    if names <= {"self"}:
+        # All is handed on: to the model within, if not to a base class.
+        names.update(*(_parameters(child) for child in module.children() if isinstance(child, PreTrainedModel)))
+    return names

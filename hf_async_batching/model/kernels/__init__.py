@@ -1,0 +1,1 @@
+"""Which kernels of other packages a view calls."""

@@ -1,0 +1,1 @@
+"""Runs one step on the device, in the order that the streams need."""

@@ -1,0 +1,267 @@
+"""The tables that live on the device for a row's whole life, and the carry-over that reads them.
+
+Every table is indexed by row. Row 0 is the padding row: no request has it, and its entries in all tables stay 0.
+
+A row that has sampled an end-of-sequence token, or reached its length, is *finished*. The host learns that when the
+step's tokens arrive, and may have planned the row for more steps by then; there its entries are padding. The flag
+saves work and keeps the row's pages as they are: which token ends a request, the host decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.core.plan import Features
+from hf_async_batching.runner.staging import FIRST_EOS, MAX_LENGTH, NO_PADDING, PARAMS, START, Padding, Sections
+from hf_async_batching.runtime.triton_start import runs_triton
+from hf_async_batching.sampling.outcome_marks import tokens_of, without_token
+from hf_async_batching.sampling.token_history import RowMemory
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What the model's forward needs for one step.
+
+    Attributes:
+        token_ids: int64 [tokens].
+        position_ids: int64 [tokens].
+        sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
+        context: Rows, pages and lengths for the attention.
+        embeddings: Where embeddings take the place of token ids: index of the first, and [length, hidden].
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sample_index: torch.Tensor | None
+    context: AttentionContext
+    embeddings: tuple[tuple[int, torch.Tensor], ...] = ()
+
+
+class DeviceState:
+    """The row tables. All methods enqueue device work and must run inside a pipeline kernel.
+
+    Args:
+        max_rows: Rows that requests can own; the tables have one more.
+        max_pages_per_row: Width of the page table.
+        device: Where the tables live.
+        fused: Whether decode steps use the Triton kernels; None for CUDA with Triton.
+        max_length: Tokens that a row can reach; of what its memory holds.
+        vocab_size: Token ids are below; likewise.
+        max_samples: Tokens that a step can sample; None for `max_rows`.
+        padding: The largest step with prompts that is captured.
+        groups: Groups of layers that have pages of their own.
+
+    Attributes:
+        last_token: int32 [rows], the token that was sampled last for the row; 0 where none could be drawn.
+        lengths: int32 [rows], tokens whose keys and values are in the cache.
+        finished: int32 [rows], 1 for a row whose request ends with `last_token`, or for lack of one.
+        page_table: int32 [rows, max_pages_per_row], or [groups, rows, max_pages_per_row].
+        params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
+        decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
+        padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, where its graph finds them.
+        memory: What rows remember beyond that, where they need to.
+        out_tokens: int32 [max_samples], outcomes (see `outcomes`) of the step that ran last, in plan order.
+        out_logprobs: float32 [max_samples], their log-probabilities where asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_pages_per_row: int,
+        device: torch.device,
+        fused: bool | None = None,
+        max_length: int = 0,
+        vocab_size: int = 0,
+        max_samples: int | None = None,
+        padding: Padding = NO_PADDING,
+        groups: int = 1,
+    ) -> None:
+        def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.last_token = table(max_rows + 1)
+        self.lengths = table(max_rows + 1)
+        self.finished = table(max_rows + 1)
+        self._groups = groups
+        if groups == 1:
+            self.page_table = table(max_rows + 1, max_pages_per_row)
+        else:
+            # A table that does not begin on 16 bytes would have kernels of its own, compiled while a step waits.
+            self.page_table = table(groups, max_rows + 1, -(-max_pages_per_row // 4) * 4)
+        self.params = table(max_rows + 1, PARAMS)
+        self.decode_rows = table(max_rows)
+        self.padded = table(padding.sections.total)
+        max_samples = max(max_rows if max_samples is None else max_samples, padding.sections.samples)
+        self.out_tokens = table(max_samples)
+        self.out_logprobs = table(max_samples, dtype=torch.float32)
+        self._fused = runs_triton(device) if fused is None else fused
+        self.memory = RowMemory(max_rows=max_rows, max_length=max_length, vocab_size=vocab_size, device=device)
+
+    @torch.inference_mode()
+    def ready(self) -> None:
+        """Compile the kernels of decode steps, on tables that no request uses yet."""
+        inputs = self.decode_inputs(1)
+        self.commit(inputs, torch.zeros_like(inputs.context.rows), None)
+
+    def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
+        """Start new rows, enter new pages and tokens from outside, as `staging.encode` wrote them to `staged`."""
+        size = sections.new_rows * (1 + PARAMS)
+        if sections.new_rows:
+            records = staged[:size].view(sections.new_rows, 1 + PARAMS)
+            rows = records[:, 0]
+            self.params[rows] = records[:, 1:]
+            # From the record, also where it is 0: torch would copy a Python scalar from pageable host memory, and wait
+            # for the copy.
+            self.lengths[rows] = records[:, 1 + START]
+            self.finished[rows] = torch.zeros_like(rows)
+            self.memory.start(rows)
+        if sections.new_pages:
+            row, index, page = staged[size : size + 3 * sections.new_pages].view(-1, 3).unbind(1)
+            if self._groups == 1:
+                self.page_table[row, index] = page
+            else:
+                self.page_table[index % self._groups, row, index // self._groups] = page
+        if sections.writes:
+            row, column, value = staged[sections.writes_start : sections.given_start].view(3, -1).unbind(0)
+            self.memory.write(row, column, value, self.params)
+        if sections.given:
+            row, token = staged[sections.given_start : sections.updates_end].view(2, -1).unbind(0)
+            self.last_token[row] = token
+        if sections.decode:
+            start = sections.updates_end
+            self.decode_rows[: sections.decode] = staged[start : start + sections.decode]
+
+    def decode_inputs(self, size: int) -> StepInputs:
+        """Carry-over for a step in which the first `size` entries of `decode_rows` decode one token each."""
+        rows = self.decode_rows[:size]
+        if self._fused:
+            from hf_async_batching.runner.row_table_kernels import begin_decode
+
+            rows, token_ids, position_ids, positions, context_lengths = begin_decode(
+                rows, self.finished, self.lengths, self.last_token
+            )
+        else:
+            rows = self._padding_where_finished(rows)
+            positions = self.lengths[rows]
+            token_ids, position_ids, context_lengths = self.last_token[rows].long(), positions.long(), positions + 1
+        context = AttentionContext(
+            page_table=self.page_table,
+            rows=rows,
+            positions=positions,
+            decode=True,
+            context_lengths=context_lengths,
+        )
+        return StepInputs(token_ids, position_ids, None, context)
+
+    def mixed_inputs(self, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
+        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last.
+
+        The first `num_decodes` tokens are known to be rows that decode, which attention can read faster.
+        """
+        start = sections.updates_end
+        token_end = start + 3 * sections.tokens
+        sample_end = token_end + sections.samples
+        given, rows, offsets = staged[start:token_end].view(3, -1).unbind(0)
+        samples = staged[token_end:sample_end].long()
+        tile_rows, tile_queries, tile_lengths, tile_offsets = staged[sample_end : sections.total].view(4, -1).unbind(0)
+        # The entry and the tile of a decoding row that has finished; a row with a prompt piece never has.
+        rows, tile_rows = self._padding_where_finished(rows), self._padding_where_finished(tile_rows)
+        positions = self.lengths[rows] + offsets
+        token_ids = torch.where(given < 0, self.last_token[rows], given)
+        context = AttentionContext(
+            page_table=self.page_table,
+            rows=rows,
+            positions=positions,
+            decode=False,
+            context_lengths=positions[:num_decodes] + 1,
+            num_decodes=num_decodes,
+            tile_rows=tile_rows,
+            tile_queries=tile_queries,
+            tile_lengths=tile_lengths,
+            tile_positions=self.lengths[tile_rows] + tile_offsets,
+        )
+        return StepInputs(token_ids.long(), positions.long(), samples, context)
+
+    def keep_padded(self, staged: torch.Tensor, sections: Sections) -> None:
+        """Take the inputs of a padded step out of its staged array, where they begin elsewhere each time."""
+        size = sections.total - sections.updates_end
+        self.padded[:size] = staged[sections.updates_end : sections.total]
+
+    def padded_inputs(self, padding: Padding) -> StepInputs:
+        """Carry-over for a padded step that was kept."""
+        return self.mixed_inputs(self.padded[: padding.sections.total], padding.sections, padding.decodes)
+
+    def note(self, inputs: StepInputs, features: Features) -> None:
+        """Enter the inputs of a step into the memories of its rows, where some row needs that."""
+        if features.memory or features.seen:
+            context = inputs.context
+            if self._fused and context.decode and not features.memory:
+                from hf_async_batching.sampling.triton_sampler import mark_seen
+
+                assert self.memory.seen is not None
+                mark_seen(context.rows, inputs.token_ids, self.memory.seen)
+                return
+            self.memory.note(context.rows, context.positions, inputs.token_ids, self.params, words=features.memory)
+
+    def commit(self, inputs: StepInputs, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+        """Advance the rows of a step and keep what was sampled.
+
+        Args:
+            inputs: The step.
+            tokens: int32 [sampled], outcomes (see `outcomes`).
+            logprobs: float32 [sampled], or None.
+        """
+        context = inputs.context
+        if context.decode and self._fused:
+            from hf_async_batching.runner.row_table_kernels import commit_decode
+
+            assert context.context_lengths is not None
+            commit_decode(
+                context.rows,
+                context.context_lengths,
+                tokens,
+                logprobs,
+                params=self.params,
+                lengths=self.lengths,
+                last_token=self.last_token,
+                finished=self.finished,
+                out_tokens=self.out_tokens,
+                out_logprobs=self.out_logprobs,
+            )
+            return
+        if context.decode:
+            assert context.context_lengths is not None
+            self.lengths[context.rows] = context.context_lengths
+        else:
+            assert context.tile_rows is not None and context.tile_lengths is not None
+            self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
+        rows = self.sampled_rows(inputs)
+        # A row that has several positions sampled goes on from a token that the host will give: what is kept of them
+        # here does not matter.
+        records, taken = self.params[rows], tokens_of(tokens)
+        is_eos = (records[:, FIRST_EOS:] == taken[:, None]).any(1)
+        is_last = self.next_positions(inputs) + 1 >= records[:, MAX_LENGTH]
+        self.finished[rows] = (is_eos | is_last | without_token(tokens)).int()
+        self.last_token[rows] = taken
+        for table in (self.lengths, self.finished, self.last_token):
+            table[:1].zero_()  # the padding row, which stands for many entries at once
+        self.out_tokens[: tokens.shape[0]] = tokens
+        if logprobs is not None:
+            self.out_logprobs[: tokens.shape[0]] = logprobs
+
+    def _padding_where_finished(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * (1 - self.finished[rows])
+
+    def sampled_rows(self, inputs: StepInputs) -> torch.Tensor:
+        """int32 [sampled], the row of each sampled position."""
+        rows = inputs.context.rows
+        return rows if inputs.sample_index is None else rows[inputs.sample_index]
+
+    def next_positions(self, inputs: StepInputs) -> torch.Tensor:
+        """int64 [sampled], the position that each sampled token will take."""
+        positions = inputs.position_ids
+        return (positions if inputs.sample_index is None else positions[inputs.sample_index]) + 1

@@ -1,0 +1,1 @@
+"""What concerns the whole process: forks, threads that wait, its end, its caches."""

@@ -1,0 +1,178 @@
+"""Kernel settings chosen by measurement on the card at hand, and remembered in the user's cache folder.
+
+Measuring happens only in `Tuning.tune`, which a warm-up calls; `Tuning.choose` looks up what was measured, by this or
+an earlier process, and else answers the rule's default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from hf_async_batching.runtime.forking import ForkSafeLock
+
+logger = logging.getLogger(__name__)
+
+# A named tuple of numbers and flags: what JSON can hold, and what two runs can compare.
+Config = TypeVar("Config", bound=tuple[Any, ...])
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: `$HF_ASYNC_BATCHING_CACHE`, else `~/.cache/hf_async_batching`."""
+    named = os.environ.get("HF_ASYNC_BATCHING_CACHE")
+    return Path(named) if named else Path("~/.cache/hf_async_batching").expanduser()
+
+
+def source_version(*files: str) -> str:
+    """A short name for the contents of source files, part of a kernel's name: a changed kernel is another one."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What a measurement holds for: the card and the compilers."""
+    try:
+        import triton  # type: ignore[import-untyped,unused-ignore]
+
+        version = str(triton.__version__)
+    except ImportError:
+        version = "none"
+    about = {"device": device.type, "capability": "", "torch": str(torch.__version__), "triton": version}
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+        about["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return about
+
+
+def benchmark(launch: Callable[[], None]) -> float:
+    """Seconds that `launch`'s work takes on the current CUDA device, in a captured graph, as decode steps run it.
+
+    Launched one by one, short kernels would be timed by how fast the host is.
+    """
+    from triton.testing import do_bench_cudagraph  # type: ignore[import-untyped,unused-ignore]
+
+    return float(do_bench_cudagraph(launch, rep=20, return_mode="median")) / 1000
+
+
+class Tuning:
+    """The best known settings on one kind of card. All methods may be called from any thread.
+
+    Args:
+        device: Where the kernels run.
+        folder: Where measurements are kept; `cache_folder()` where None.
+        timer: Seconds that a launch takes; `benchmark` where None.
+
+    Attributes:
+        path: The file: one for each card and versions of the compilers.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        folder: Path | None = None,
+        timer: Callable[[Callable[[], None]], float] | None = None,
+    ) -> None:
+        self._about = describe(device)
+        name = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (folder or cache_folder()) / f"tuning-{name}.json"
+        self._timer = timer or benchmark
+        self._lock = ForkSafeLock()
+        self._best: dict[str, Any] = self._read()
+
+    def choose(self, kernel: str, key: str, candidates: Sequence[Config], default: Config) -> Config:
+        """The candidate that was measured to be the fastest.
+
+        Args:
+            kernel: Name and version of the kernel; see `source_version`.
+            key: The problem: everything that the answer may depend on.
+            candidates: The settings that may be answered.
+            default: The answer where nothing was measured, or something that is no candidate any more.
+        """
+        with self._lock:
+            remembered = self._best.get(_entry(kernel, key))
+        best = remembered.get("config") if isinstance(remembered, dict) else None
+        return next((candidate for candidate in (default, *candidates) if _plain(candidate) == best), default)
+
+    def tune(
+        self,
+        kernel: str,
+        key: str,
+        candidates: Sequence[Config],
+        run: Callable[[Config], Callable[[], None]],
+        default: Config,
+    ) -> Config:
+        """Measure the default and the candidates, unless this was done before, and remember the fastest.
+
+        Args:
+            kernel: As in `choose`.
+            key: As in `choose`.
+            candidates: The settings to try. One that raises, as it may where it does not fit the card, is left out.
+            run: Given a setting, returns what launches the work with it. The device must be idle otherwise.
+            default: What the rule says; the answer where every candidate fails.
+        """
+        with self._lock:
+            known = _entry(kernel, key) in self._best
+        if known:
+            return self.choose(kernel, key, candidates, default)
+        times: dict[Config, float] = {}
+        for candidate in dict.fromkeys((default, *candidates)):
+            try:
+                times[candidate] = self._timer(run(candidate))
+            except Exception as error:
+                logger.debug("%s, %s: %s does not run: %s", kernel, key, candidate, error)
+        if not times:
+            return default
+        best = min(times, key=lambda candidate: times[candidate])
+        logger.info(
+            "%s, %s: %s takes %.1f us (the rule's %s: %.1f us)",
+            kernel, key, best, times[best] * 1e6, default, times.get(default, float("nan")) * 1e6,
+        )  # fmt: skip
+        with self._lock:
+            self._best[_entry(kernel, key)] = {"config": _plain(best), "seconds": times[best]}
+            self._write()
+        return best
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        best = content.get("best") if isinstance(content, dict) else None
+        return best if isinstance(best, dict) else {}
+
+    def _write(self) -> None:
+        """Replace the file at once, with what other processes have added meanwhile."""
+        self._best = self._read() | self._best
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, prefix=self.path.stem, suffix=".tmp", delete=False
+            ) as file:
+                temporary = Path(file.name)
+                json.dump({"about": self._about, "best": self._best}, file, indent=1)
+            temporary.replace(self.path)
+        except OSError as error:
+            # A read-only home is no reason not to serve: the process keeps what it measured.
+            logger.warning("measured kernel settings cannot be kept in %s: %s", self.path, error)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+def _entry(kernel: str, key: str) -> str:
+    return f"{kernel}: {key}"
+
+
+def _plain(config: tuple[Any, ...]) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(config))

@@ -1,0 +1,74 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""The arg-max of each row of logits, spread over the whole card.
+
+torch gives a row to few programs, so that 32 rows of a large vocabulary leave most of a card idle. Here many programs
+share a row, and a second kernel compares what they found. On a CPU it is torch's own.
+
+The parameters of a kernel have no Python types; `argmax` is the typed door. Importing this does not import triton.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from hf_async_batching.runtime.triton_start import runs_triton
+from hf_async_batching.sampling.outcome_marks import marked
+
+_BLOCK = 2048
+_MAX_PARTS = 64
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Index of the largest logit of each row, the first of equals; NaN counts as the largest, as in torch.
+
+    (On a GPU it counts as inf, so that of a row with both the first one is taken.)
+
+    Args:
+        logits: [rows, vocab], any float dtype.
+
+    Returns:
+        int32 [rows], outcomes (see `outcomes`): the index is marked where the largest is NaN or infinite.
+    """
+    if not runs_triton(logits.device) or logits.stride(-1) != 1 or not logits.shape[0]:
+        tokens = logits.argmax(-1)
+        return marked(tokens.int(), unsound=~logits.gather(1, tokens[:, None])[:, 0].isfinite())
+    return argmax_in_parts(logits, _parts(logits))
+
+
+def argmax_in_parts(logits: torch.Tensor, parts: int) -> torch.Tensor:
+    """The same by `parts` programs for each row, 1 to 64."""
+    import triton  # type: ignore[import-untyped,unused-ignore]
+
+    kernels = _kernels()
+    rows, vocab = logits.shape
+    values = logits.new_empty((rows, parts), dtype=torch.float32)
+    indices = logits.new_empty((rows, parts), dtype=torch.int32)
+    out = logits.new_empty(rows, dtype=torch.int32)
+    blocks = triton.cdiv(triton.cdiv(vocab, _BLOCK), parts)
+    with torch.cuda.device_of(logits):
+        kernels.parts_kernel[(rows, parts)](
+            logits, values, indices, vocab, logits.stride(0), blocks, parts, BLOCK=_BLOCK, num_warps=8
+        )
+        kernels.compare_kernel[(rows,)](values, indices, out, parts, MAX_PARTS=_MAX_PARTS, num_warps=1)
+    return out
+
+
+def _parts(logits: torch.Tensor) -> int:
+    """So many that there are four programs for each multiprocessor, none without a block."""
+    wanted = 4 * _multiprocessors(logits.device) // logits.shape[0]
+    most = min(_MAX_PARTS, -(-logits.shape[1] // _BLOCK))
+    return max(1, min(wanted, most))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _kernels():
+    from hf_async_batching.sampling import argmax_kernels
+
+    return argmax_kernels

@@ -1,0 +1,53 @@
+"""What the sampler knows of the rows whose tokens it chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_async_batching.core.plan import NO_BOUNDS, Bounds
+from hf_async_batching.runner import staging
+from hf_async_batching.sampling.token_history import RowMemory
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The rows of a step's sampled positions.
+
+    Attributes:
+        params: int32 [sampled, PARAMS], their records as `staging` lays them out.
+        positions: int64 [sampled], the position that each sampled token will take, which is the number of tokens
+            before it.
+        rows: int32 [sampled], the rows; None where no memory is read.
+        memory: The memories of all rows; likewise.
+        bounds: Sizes that no row exceeds.
+    """
+
+    params: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor | None = None
+    memory: RowMemory | None = None
+    bounds: Bounds = NO_BOUNDS
+
+    def integers(self, column: int) -> torch.Tensor:
+        """int32 [sampled, 1], a column of the records."""
+        return self.params[:, column, None]
+
+    def floats(self, column: int) -> torch.Tensor:
+        """float32 [sampled, 1], a column of the records."""
+        return self.params[:, column].contiguous().view(torch.float32)[:, None]
+
+    def doubles(self, column: int) -> torch.Tensor:
+        """float64 [sampled, 1], two columns of the records."""
+        return self.params[:, column : column + 2].clone(memory_format=torch.contiguous_format).view(torch.float64)
+
+    def seen(self, vocab: int) -> torch.Tensor:
+        """uint8 [sampled, vocab], see `RowMemory.seen`."""
+        assert self.memory is not None and self.memory.seen is not None and self.rows is not None
+        return self.memory.seen[self.rows, :vocab]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int64 [sampled, 1], tokens of the histories, padding included."""
+        return self.positions[:, None] + self.params[:, staging.PADDING, None]

@@ -1,0 +1,32 @@
+"""Outcomes (see `outcomes`) on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_async_batching.core.outcomes import FIRST_UNSOUND, UNDRAWABLE, UNDRAWABLE_UNSOUND
+
+
+def tokens_of(outcomes: torch.Tensor) -> torch.Tensor:
+    """int32 [rows], the tokens of outcomes int32 [rows]; 0 where there is none."""
+    return torch.where(outcomes < 0, (FIRST_UNSOUND - outcomes).clamp(min=0), outcomes)
+
+
+def without_token(outcomes: torch.Tensor) -> torch.Tensor:
+    """bool [rows], where there is none."""
+    return (outcomes < 0) & (outcomes > FIRST_UNSOUND)
+
+
+def marked(tokens: torch.Tensor, *, undrawable: torch.Tensor | None = None, unsound: torch.Tensor) -> torch.Tensor:
+    """int32 [rows], outcomes of tokens int32 [rows].
+
+    Args:
+        tokens: Of each row.
+        undrawable: bool [rows], where a token was to be drawn and cannot be.
+        unsound: bool [rows], where the model's logits are not finite.
+    """
+    outcomes = torch.where(unsound, FIRST_UNSOUND - tokens, tokens)
+    if undrawable is not None:
+        none = torch.where(unsound, UNDRAWABLE_UNSOUND, UNDRAWABLE).int()
+        outcomes = torch.where(undrawable, none, outcomes)
+    return outcomes

@@ -1,0 +1,111 @@
+"""What rows remember beyond their last token: rules, histories, and which tokens have occurred.
+
+Both tables are made when the first request needs them, and never again: captured steps hold their addresses. A row's
+history is complete before each step's tokens are chosen, because it is written together with the step's inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING, RULE_WORDS
+from hf_async_batching.runner import staging
+
+# Bits of a `seen` entry.
+OCCURRED = 1
+IN_PROMPT = 2
+
+
+class RowMemory:
+    """The tables. All methods enqueue device work and must run inside a pipeline kernel.
+
+    Args:
+        max_rows: Rows that requests can own; the tables have one more.
+        max_length: Tokens that a row can reach, prompt and completion.
+        vocab_size: Token ids are below.
+        device: Where the tables live.
+
+    Attributes:
+        words: int32 [rows, HISTORY_START + MAX_PADDING + max_length], laid out as in `row_layout`; None until needed.
+        seen: uint8 [rows, vocab_size], the bits `OCCURRED` (in the history, padding aside) and `IN_PROMPT` (in the
+            prompt or its padding) of each token; None until needed.
+    """
+
+    def __init__(self, *, max_rows: int, max_length: int, vocab_size: int, device: torch.device) -> None:
+        self._rows = max_rows + 1
+        self._width = HISTORY_START + MAX_PADDING + max_length
+        self._vocab = vocab_size
+        self._device = device
+        self.words: torch.Tensor | None = None
+        self.seen: torch.Tensor | None = None
+
+    def ensure(self, *, words: bool, seen: bool) -> None:
+        """Make the tables that a step needs."""
+        if words and self.words is None:
+            self.words = torch.zeros(self._rows, self._width, dtype=torch.int32, device=self._device)
+        if seen and self.seen is None:
+            self.seen = torch.zeros(self._rows, self._vocab, dtype=torch.uint8, device=self._device)
+
+    def start(self, rows: torch.Tensor) -> None:
+        """Forget what the rows int32 [new] held."""
+        if self.words is not None:
+            self.words[rows, :HISTORY_START] = torch.zeros_like(rows)[:, None]
+        if self.seen is not None:
+            self.seen[rows] = torch.zeros_like(rows, dtype=torch.uint8)[:, None]
+
+    def write(self, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, params: torch.Tensor) -> None:
+        """Enter words of new rows.
+
+        Args:
+            rows: int32 [words].
+            columns: int32 [words].
+            values: int32 [words].
+            params: int32 [rows, PARAMS], the table of records.
+        """
+        if self.words is not None:
+            self.words[rows.long(), columns.long()] = values
+        if self.seen is not None:
+            positions = columns - HISTORY_START - params[rows, staging.PADDING]
+            padding = (columns >= HISTORY_START) & (positions < 0)
+            # Before the tokens: one of them may be the padding token.
+            owner = rows * padding
+            self.seen[owner.long(), (values * padding).long()] = torch.full_like(owner, IN_PROMPT, dtype=torch.uint8)
+            known = positions >= 0
+            self._mark(rows * known, positions, values * known, params)
+
+    def note(
+        self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, params: torch.Tensor, *, words: bool
+    ) -> None:
+        """Enter the inputs of a step.
+
+        Args:
+            rows: int32 [tokens].
+            positions: int32 [tokens].
+            tokens: int64 [tokens].
+            params: int32 [rows, PARAMS], the table of records.
+            words: Whether some row of the step keeps its history.
+        """
+        if words and self.words is not None:
+            columns = HISTORY_START + params[rows, staging.PADDING] + positions
+            self.words[rows.long(), columns.long()] = tokens.int()
+        if self.seen is not None:
+            self._mark(rows, positions, tokens, params)
+
+    def _mark(self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, params: torch.Tensor) -> None:
+        assert self.seen is not None
+        entries = rows.long(), tokens.long()
+        self.seen[entries] = self.seen[entries] | OCCURRED
+        # Afterwards, and all bits at once: entries of a completion that comes back after a preemption would race.
+        prompt = positions < params[rows, staging.PROMPT_LENGTH]
+        owner = (rows * prompt).long()
+        self.seen[owner, (tokens * prompt).long()] = torch.full_like(owner, OCCURRED | IN_PROMPT, dtype=torch.uint8)
+
+    def rules_of(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """int32 [rows, count, RULE_WORDS], the first rules of the rows."""
+        assert self.words is not None
+        return self.words[rows, : count * RULE_WORDS].view(rows.shape[0], count, RULE_WORDS)
+
+    def histories_of(self, rows: torch.Tensor, length: int) -> torch.Tensor:
+        """int32 [rows, length], the rows' tokens from the first one on, padding included."""
+        assert self.words is not None
+        return self.words[rows, HISTORY_START : HISTORY_START + length]

@@ -1,0 +1,71 @@
+"""Steps in which more than a token is wanted: scores, logits, or logits for a chooser outside of the engine.
+
+Nothing waits for the device here, and no code of a caller runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_async_batching.core.plan import Plan
+from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.outcome_marks import tokens_of
+from hf_async_batching.sampling.sampler import Sampler, log_probabilities
+
+
+@dataclass(slots=True)
+class RareOutputs:
+    """What a step brings beyond tokens.
+
+    Attributes:
+        scores: float32 [sampled, vocab], what tokens were chosen by; None where nobody wants them.
+        logits: [sampled, vocab], as the model made them; None where nobody wants them.
+        offered: float32 [offers, vocab], an ordinary tensor of its own; None where no chooser waits for logits.
+    """
+
+    scores: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    offered: torch.Tensor | None = None
+
+
+def sample_rare(
+    sampler: Sampler, logits: torch.Tensor, rows: SampledRows, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor | None, RareOutputs]:
+    """Choose a step's tokens.
+
+    Args:
+        sampler: Does all but the calls.
+        logits: [rows, vocab], as the model made them; not changed.
+        rows: Their parameters and memories.
+        plan: The step.
+
+    Returns:
+        Outcomes int32 [rows] (see `outcomes`), their log-probabilities where asked for, and the rest.
+    """
+    features, outputs = plan.features, RareOutputs()
+    scores = sampler.scores(logits, rows, features)
+    chosen = sampler.choose(scores, rows, features, logits)
+    if features.scores:
+        outputs.scores = scores
+    if features.logits:
+        outputs.logits = logits
+    if plan.offers:
+        outputs.offered = _copied(logits, [offer.sampled for offer in plan.offers])
+    return chosen, log_probabilities(logits, tokens_of(chosen)) if features.logprobs else None, outputs
+
+
+def _copied(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Lines of logits [sampled, vocab] as float32 in memory of their own; `positions` ascend."""
+    # Tensors of inference mode cannot take part in gradients or be written to outside of it.
+    with torch.inference_mode(False):
+        out = torch.empty(len(positions), logits.shape[1], dtype=torch.float32, device=logits.device)
+    start = 0
+    while start < len(positions):  # one copy for neighbours; an index would be sent to the device
+        stop = start + 1
+        while stop < len(positions) and positions[stop] == positions[stop - 1] + 1:
+            stop += 1
+        out[start:stop].copy_(logits[positions[start] : positions[start] + stop - start])
+        start = stop
+    return out

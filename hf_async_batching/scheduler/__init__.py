@@ -1,0 +1,1 @@
+"""Chooses what the next step computes. Integers only; no torch, no threads."""

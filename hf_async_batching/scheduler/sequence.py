@@ -1,0 +1,182 @@
+"""A request while it is being served: CPU bookkeeping, no tensors."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hf_async_batching.core.logits_params import Stage
+from hf_async_batching.core.request import Request
+from hf_async_batching.core.row_layout import RULE_WORDS
+from hf_async_batching.kv_cache.prefix_cache import Node
+from hf_async_batching.scheduler.prompt_lookup import PromptLookup
+
+
+class State(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    VERIFYING = "verifying"
+    FINISHED = "finished"
+
+
+class Needs(NamedTuple):
+    """What a request's steps need of the device beyond the arg-max, the usual filters and log-probabilities.
+
+    Attributes:
+        top_k: See `SamplingParams.top_k_class`; 0 where nothing is drawn.
+        stages: Rare changes of the logits.
+        penalty: Whether it has a repetition penalty.
+        seen: Whether it matters which tokens have occurred.
+        memory: Whether the row's memory is read.
+        offers: Whether its logits go to a chooser outside of the engine.
+        scores: Whether scores are returned.
+        logits: Whether logits are returned.
+        fixed_writes: Words that its row's memory gets when it starts.
+    """
+
+    top_k: int
+    stages: int
+    penalty: bool
+    seen: bool
+    memory: bool
+    offers: bool
+    scores: bool
+    logits: bool
+    fixed_writes: int
+
+    @property
+    def forbids_drafts(self) -> bool:
+        """Whether a token's choice depends on tokens before it beyond the logits, or brings more than the token."""
+        return bool(self.stages or self.seen or self.memory or self.offers or self.scores or self.logits)
+
+    @classmethod
+    def of(cls, request: Request) -> Needs | None:
+        """The needs of a request; None where there are none."""
+        params, sampling = request.logits, request.sampling
+        offers = request.chooser is not None
+        stages = Stage(0) if offers else params.stages | sampling.stages
+        if not request.output_scores:
+            stages &= ~Stage.RENORMALIZE  # it shifts all scores by the same amount
+        seen, memory = not offers and params.needs_seen, not offers and params.needs_memory
+        needs = cls(
+            top_k=sampling.top_k_class if sampling.do_sample and not offers else 0,
+            stages=int(stages),
+            penalty=not offers and params.repetition_penalty != 1.0,
+            seen=seen,
+            memory=memory,
+            offers=offers,
+            scores=request.output_scores,
+            logits=request.output_logits,
+            fixed_writes=len(request.padding) + len(params.rules) * RULE_WORDS if seen or memory else 0,
+        )
+        return needs if any(needs) else None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request, its row and pages, and how far it has come.
+
+    Beside its known tokens it has placeholders: tokens that a step in flight is about to sample, whose values only the
+    device knows.
+
+    Attributes:
+        request: What was asked.
+        arrival: Order of arrival; smaller is older.
+        request_id: The request's.
+        tokens: Prompt and settled output tokens.
+        eos: The request's end-of-sequence tokens.
+        min_length: Tokens, prompt included, below which no end-of-sequence token may follow.
+        max_length: Tokens, prompt included, at which it ends.
+        candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
+        logprobs: Whether log-probabilities were asked for.
+        shareable: Whether its tokens tell what its pages hold.
+        chosen_outside: Whether a chooser outside of the engine chooses its tokens.
+        offered: Whether its chooser has its logits, and the token has not come yet.
+        needs: What its steps need of the device beyond that; None for the many that need nothing.
+        planned: Its tokens and placeholders together.
+        computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are planned
+            but the last.
+        decide_at: For a decoding sequence, the value of `computed` at which it needs a page or has reached its
+            length; until then each step is like the one before.
+        row: The row on the device; 0 while the sequence has none.
+        pages: KV pages in order of position, those of all groups together; 0 for those that it has given back.
+        passed: Before how many, counted in one group, it has given back what no token to come sees.
+        found: What the last look-up in the prefix cache found, from which the next goes on; None before the first.
+        prefix: The last node of its own chain there: what of `found` it could use, and then what it entered.
+        last_step: Number of the last planned step that touches the row or the pages; -1 for none.
+        lookup: Where its drafts come from; None where it makes none.
+        held: Whether it decodes no further until its tokens in flight have arrived, or its chooser has chosen.
+        draft: Tokens that are computed, or about to be, behind its last one.
+        restarts: Whether what the device's tables hold of its row is not what it goes on from.
+    """
+
+    request: Request
+    arrival: int
+    request_id: str = field(init=False)
+    tokens: list[int] = field(init=False)
+    eos: frozenset[int] = field(init=False)
+    min_length: int = field(init=False)
+    max_length: int = field(init=False)
+    candidates: int | None = field(init=False)
+    logprobs: bool = field(init=False)
+    shareable: bool = field(init=False)
+    chosen_outside: bool = field(init=False)
+    offered: bool = False
+    needs: Needs | None = field(init=False)
+    state: State = State.WAITING
+    planned: int = field(init=False)
+    computed: int = 0
+    decide_at: int = 0
+    row: int = 0
+    pages: list[int] = field(default_factory=list)
+    passed: int = 0
+    found: Node | None = None
+    prefix: Node | None = None
+    last_step: int = -1
+    lookup: PromptLookup | None = field(init=False)
+    held: bool = False
+    draft: tuple[int, ...] = ()
+    restarts: bool = False
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.tokens = list(self.request.prompt)
+        self.eos = frozenset() if self.request.chooser is not None else frozenset(self.request.eos_token_ids)
+        self.planned = len(self.tokens)
+        self.chosen_outside = outside = self.request.chooser is not None
+        self.min_length = 0 if outside else len(self.request.prompt) + self.request.min_new_tokens
+        self.max_length = len(self.request.prompt) + self.request.max_new_tokens
+        sampling = self.request.sampling
+        # A chooser draws, filters and knows probabilities by itself.
+        self.candidates = sampling.candidates if sampling.do_sample and not outside else None
+        self.logprobs = sampling.logprobs and not outside
+        self.shareable = self.request.prompt_embeddings is None
+        self.needs = Needs.of(self.request)
+        self.lookup = None
+        if self.request.lookup_tokens and self.shareable and not (self.needs and self.needs.forbids_drafts):
+            self.lookup = PromptLookup(self.request.lookup_tokens, self.request.lookup_ngram, self.eos)
+
+    @property
+    def placeholders(self) -> int:
+        """Output tokens that steps in flight will deliver."""
+        return self.planned - len(self.tokens)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another step must be planned while it decodes: a stop by length is known before its last token."""
+        return self.planned < self.max_length
+
+    def writes(self, start: int) -> int:
+        """Words that the row's memory gets in the step in which it starts behind `start` known tokens."""
+        needs = self.needs
+        if needs is None or not (needs.seen or needs.memory):
+            return 0
+        return needs.fixed_writes + start
+
+    def decide_later(self, room: int) -> None:
+        """Set `decide_at` by the tokens that its pages hold; for a sequence that decodes."""
+        self.decide_at = min(room, self.max_length - 1)

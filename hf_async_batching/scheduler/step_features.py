@@ -1,0 +1,63 @@
+"""What the device has to do for the sequences of a step, beyond the arg-max."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+
+from hf_async_batching.core.plan import Bounds, Features, Offer, Run
+from hf_async_batching.scheduler.sequence import Sequence
+
+
+def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
+    """What a step needs that samples for some sequences, and computes prompts of some."""
+    candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
+    features = Features(
+        sampling=bool(candidates),
+        candidates=-1 if -1 in candidates else max(candidates, default=0),
+        min_length=any([sequence.computed - len(sequence.draft) < sequence.min_length for sequence in sampled]),
+        logprobs=any([sequence.logprobs for sequence in sampled]),
+    )
+    needs = [sequence.needs for sequence in sampled if sequence.needs is not None]
+    # What a row has seen is kept from its first token on, also by steps that sample nothing for it.
+    kept = needs + [sequence.needs for sequence in prefilled if sequence.needs is not None]
+    if not kept:
+        return features
+    classes = {need.top_k for need in needs}
+    return replace(
+        features,
+        top_k=-1 if -1 in classes else max(classes, default=0),
+        seen=any([need.seen for need in kept]),
+        penalty=any([need.penalty for need in needs]),
+        stages=reduce(or_, [need.stages for need in needs], 0),
+        memory=any([need.memory for need in kept]),
+        offers=any([need.offers for need in needs]),
+        scores=any([need.scores for need in needs]),
+        logits=any([need.logits for need in needs]),
+    )
+
+
+def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Offer, ...], tuple[Run, ...], Bounds]:
+    """What a step needs beside its features, where these are rare. Its sequences are planned already."""
+    offers: list[Offer] = []
+    wanted: list[Run] = []
+    history = rules = ngram = 0
+    for index, sequence in enumerate(sampled):
+        needs, request = sequence.needs, sequence.request
+        if needs is None:
+            continue
+        if needs.scores or needs.logits:
+            start = index
+            names: tuple[str, ...] = (sequence.request_id,)
+            if wanted and wanted[-1].stop == index:
+                before = wanted.pop()
+                start, names = before.start, before.request_ids + names
+            wanted.append(Run(start, index + 1, names))
+        if needs.offers:
+            offers.append(Offer(index, sequence.request_id))
+        elif needs.memory:
+            history = max(history, len(request.padding) + sequence.computed)
+            rules = max(rules, len(request.logits.rules))
+            ngram = max(ngram, request.logits.ngram)
+    return tuple(offers), tuple(wanted), Bounds(history, rules, ngram)

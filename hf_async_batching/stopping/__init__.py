@@ -1,0 +1,1 @@
+"""Stopping criteria and streamers, which run beside the engine."""

@@ -1,0 +1,238 @@
+"""Stopping criteria: which of them the engine decides itself, which the host decides by integers, which are called.
+
+Nothing here runs in the engine's thread. Criteria look at tokens after they were made, in a thread of the caller's or
+of the manager's; the engine runs ahead, and what it made beyond a stop is dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from hf_async_batching.core.field_checks import check_real
+from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.stopping.batch_scores import StepScores
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """What ends the rows of a batch.
+
+    Attributes:
+        eos: Tokens that end a row; the engine looks for them itself.
+        max_length: Tokens, padded prompt included, at which a row ends; known to the engine beforehand.
+        strings: Criteria that look for strings.
+        times: Criteria that look at the clock.
+        pads: Whether a row that has finished goes on with the pad token, and not with what the model says.
+        custom: Whether the list holds criteria of the caller's own: it is then called as a whole.
+    """
+
+    eos: tuple[int, ...]
+    max_length: float
+    strings: tuple[StopStringCriteria, ...]
+    times: tuple[MaxTimeCriteria, ...]
+    pads: bool
+    custom: bool
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether the engine alone ends every row where it should."""
+        return not (self.strings or self.times or self.custom)
+
+
+def read_criteria(criteria: StoppingCriteriaList) -> Stops:
+    """Sort the criteria that `generate` has prepared by who decides them.
+
+    Subclasses and impostors of transformers' classes count as the caller's own.
+    """
+    eos: dict[int, None] = {}
+    max_length = math.inf
+    strings, times, custom = [], [], False
+    for criterion in criteria:
+        kind = type(criterion)
+        if kind is MaxLengthCriteria:
+            max_length = min(max_length, criterion.max_length)
+        elif kind is EosTokenCriteria:
+            eos.update(dict.fromkeys(criterion.eos_token_id.flatten().tolist()))
+        elif kind is StopStringCriteria:
+            strings.append(criterion)
+        elif kind is MaxTimeCriteria:
+            check_real("max_time", criterion.max_time)
+            times.append(criterion)
+        else:
+            custom = True
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    return Stops(tuple(eos), max_length, tuple(strings), tuple(times), pads, custom)
+
+
+class StopStrings:
+    """`StopStringCriteria` for one row at a time, on the host: the same decisions.
+
+    A string can only be completed by a token that overlaps its end, which a table tells without a tensor; the
+    criterion itself is asked for those alone.
+
+    Args:
+        criterion: Not changed, and not called: it is copied, since calling it moves its tables between devices.
+    """
+
+    def __init__(self, criterion: StopStringCriteria) -> None:
+        self._criterion: Any = copy.copy(criterion)
+        self._criterion.embedding_vec = table = criterion.embedding_vec.cpu()
+        self._criterion.target_lens = criterion.target_lens.cpu()
+        self.window: int = criterion.maximum_token_len
+        ends = table[:, criterion.max_valid_positions * criterion.num_stop_strings : -1]
+        self._completes: np.ndarray[Any, Any] = (ends > 0).any(dim=1).numpy()
+
+    def stops(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of `tokens` completes a string; only the last `window` of them matter."""
+        # Ids beyond the tokenizer's stand for the last entry of the table, as in the criterion.
+        if not self._completes[min(tokens[-1], len(self._completes) - 1)]:
+            return False
+        return bool(self._criterion(torch.tensor([tokens[-self.window :]]), None)[0])
+
+
+_by_tokenizer: weakref.WeakKeyDictionary[Any, dict[Any, StopStringCriteria]] = weakref.WeakKeyDictionary()
+
+
+def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> StopStringCriteria:
+    """The criterion that `generate` makes for `stop_strings`; kept, because making it reads the whole vocabulary.
+
+    Raises:
+        TypeError: `strings` is no list.
+        ValueError: There is no tokenizer, or `strings` holds something else.
+    """
+    if not isinstance(strings, (str, Iterable)):
+        raise TypeError(f"`stop_strings` must be a string or a list of strings, got {strings!r}")
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    if tokenizer is None:
+        raise ValueError(
+            "`stop_strings` needs the model's tokenizer: pass `tokenizer` too (to hf_async_batching.generate, "
+            "GenerationManager.submit or .bind), since strings are found across the borders of tokens"
+        )
+    if not strings or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"`stop_strings` must be a string or a list of strings, none of them empty; got {strings!r}")
+    try:
+        kept = _by_tokenizer.setdefault(tokenizer, {})
+    except TypeError:  # a tokenizer without weak references
+        return StopStringCriteria(tokenizer=tokenizer, stop_strings=list(strings))
+    key = (strings, len(tokenizer))
+    if key not in kept:
+        if len(kept) >= 8:
+            kept.clear()
+        kept[key] = StopStringCriteria(tokenizer=tokenizer, stop_strings=list(strings))
+    return kept[key]
+
+
+class Judge(Protocol):
+    """Says, step by step, which rows of a batch have finished."""
+
+    def step(self, tokens: list[int]) -> list[bool]:
+        """Take the next token of every row, and say whether it has finished with it."""
+        ...
+
+
+class HostJudge:
+    """Decides transformers' own criteria by integers, as calling them would.
+
+    Args:
+        prompts: The padded prompts, a row of token ids each.
+        stops: What `read_criteria` found; nothing of the caller's own.
+    """
+
+    def __init__(self, prompts: list[list[int]], stops: Stops) -> None:
+        self._eos = frozenset(stops.eos)
+        self._max_length = stops.max_length
+        self._length = len(prompts[0])
+        self._strings = [StopStrings(criterion) for criterion in stops.strings]
+        self._times = stops.times
+        window = max((string.window for string in self._strings), default=0)
+        self._rows = [row[-window:] for row in prompts] if window else []
+
+    def step(self, tokens: list[int]) -> list[bool]:
+        """See `Judge`."""
+        self._length += 1
+        for row, token in zip(self._rows, tokens):
+            row.append(token)
+        if self._length >= self._max_length or any(_is_over(criterion) for criterion in self._times):
+            return [True] * len(tokens)
+        found = [token in self._eos for token in tokens]
+        for string in self._strings:
+            found = [done or string.stops(row) for done, row in zip(found, self._rows)]
+        return found
+
+
+class ListJudge:
+    """Calls the caller's list of criteria exactly as `generate` does: once a step, with the whole batch.
+
+    Args:
+        input_ids: The padded prompts [batch, length]; criteria get int64 [batch, length + step] on their device.
+        criteria: As `generate` has prepared them, its own included.
+        scores: Of the batch, where they are returned: criteria see them then.
+    """
+
+    def __init__(
+        self, input_ids: torch.Tensor, criteria: StoppingCriteriaList, scores: StepScores | None = None
+    ) -> None:
+        self._criteria = criteria
+        self._scores = scores
+        self._pads = read_criteria(criteria).pads
+        self._live = [True] * input_ids.shape[0]
+        self._history = input_ids
+        self._unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+
+    def step(self, tokens: list[int]) -> list[bool]:
+        """See `Judge`."""
+        # Made anew in each step, as in `generate`: a criterion may keep what it was given, or write to it.
+        new = torch.tensor(tokens, device=self._history.device)[:, None]
+        self._history = torch.cat([self._history, new], dim=-1)
+        scores: Any = self._scores.after(self._live) if self._scores is not None else None
+        self._unfinished = self._unfinished & ~self._criteria(self._history, scores)
+        live = [bool(unfinished) for unfinished in self._unfinished.tolist()]
+        if self._pads:  # else rows go on after they have finished
+            self._live = live
+        return [not one for one in live]
+
+
+def check_ends(stops: Stops, pad: torch.Tensor | None) -> None:
+    """Refuse ends after which there is nothing to fill rows with.
+
+    Raises:
+        ValueError: Finished rows are to be padded, and no pad token is known.
+    """
+    if stops.pads and pad is None:
+        raise ValueError(
+            "`stopping_criteria` ends rows at an end-of-sequence token, and there is no token to fill them with; "
+            "pass `pad_token_id`"
+        )
+
+
+def check_other_ends(min_new_tokens: int) -> None:
+    """Refuse a least length, which counts for the config's end-of-sequence tokens, where a criterion has others.
+
+    Raises:
+        UnsupportedArgumentError: There is a least length.
+    """
+    if min_new_tokens:
+        raise UnsupportedArgumentError(
+            "`stopping_criteria`: EosTokenCriteria has other tokens than `eos_token_id`, which is not served together "
+            "with `min_new_tokens` or `min_length`; pass `eos_token_id` to generate instead"
+        )
+
+
+def _is_over(criterion: MaxTimeCriteria) -> bool:
+    return time.time() - criterion.initial_timestamp > criterion.max_time

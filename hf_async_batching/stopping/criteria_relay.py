@@ -1,0 +1,191 @@
+"""Handles of requests with stopping criteria: a token is seen by nobody before the criteria have passed it.
+
+The engine fills a handle of its own and knows nothing of this. A relay takes the tokens from there, asks the criteria,
+and hands on what passes; where they say stop, the request is cancelled and the rest dropped. Criteria of transformers'
+own take microseconds and share one thread of the manager; those of a caller can take any time, and have a thread per
+request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import torch
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from hf_async_batching.core.request import Request
+from hf_async_batching.handle import GenerationHandle, wake
+from hf_async_batching.runtime.forking import ForkSafeLock, leave_behind, renew_in_child
+from hf_async_batching.runtime.reentrancy import serve_in_this_thread
+from hf_async_batching.stopping.batch_scores import StepScores
+from hf_async_batching.stopping.criteria import HostJudge, Judge, ListJudge, Stops, read_criteria
+
+
+class CriteriaThread:
+    """The thread in which criteria that cannot block are asked; it lives while there are requests with such."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._live = 0
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew in a forked process, which has no such thread."""
+        leave_behind(self._loop)
+        self._loop = self._thread = None
+        self._live = 0
+
+    def judge(
+        self,
+        handle: GenerationHandle,
+        request: Request,
+        criteria: StoppingCriteriaList,
+        device: torch.device,
+        history: list[int],
+    ) -> GenerationHandle:
+        """A handle in place of the engine's own, which ends where the criteria say so.
+
+        Args:
+            handle: The engine's.
+            request: What it serves.
+            criteria: As for `generate`; a caller's own ones are called with int64 [1, prompt + new] and the scores
+                (None where they are not returned), once for each token.
+            device: Where those are to lie.
+            history: The prompt's tokens as criteria see them.
+        """
+        stops = read_criteria(criteria)
+        judge: Judge
+        if stops.custom:
+            scores = StepScores([handle], device) if handle.has_scores else None
+            judge = ListJudge(torch.tensor([history], dtype=torch.long, device=device), criteria, scores)
+        else:
+            judge = HostJudge([history], stops)
+        relay = _Relay(handle, request, judge, stops)
+        if stops.custom:
+            name = f"hf_async_batching criteria of {request.request_id}"
+            thread = threading.Thread(target=relay.run, name=name, daemon=True)
+            relay.outer._threads = (thread, *handle._threads)
+            thread.start()
+        else:
+            self._add(relay)
+        return relay.outer
+
+    def _add(self, relay: _Relay) -> None:
+        with self._lock:
+            if self._loop is None or self._thread is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=_run_loop, args=(self._loop,), name="hf_async_batching criteria", daemon=True
+                )
+                self._thread.start()
+            self._live += 1
+            relay.outer._threads = (self._thread, *relay.outer._threads)
+            asyncio.run_coroutine_threadsafe(self._run(relay), self._loop)
+
+    async def _run(self, relay: _Relay) -> None:
+        try:
+            await relay.run_in_loop()
+        finally:
+            with self._lock:
+                self._live -= 1
+                if self._live == 0 and self._loop is not None:
+                    self._loop.stop()
+                    self._loop = self._thread = None
+
+
+class _Relay:
+    """From the engine's handle to the caller's, past the judge.
+
+    Attributes:
+        outer: The caller's handle.
+    """
+
+    def __init__(self, inner: GenerationHandle, request: Request, judge: Judge, stops: Stops) -> None:
+        self._inner = inner
+        self._judge = judge
+        self._eos = {*request.eos_token_ids, *stops.eos}
+        self._count = 0
+        self._over = False
+        self._lock = threading.Lock()  # the caller may cancel while a criterion is being asked
+        self.outer = GenerationHandle(
+            request.request_id,
+            self._cancel,
+            logprobs=request.sampling.logprobs,
+            scores=request.output_scores,
+            logits=request.output_logits,
+            threads=inner._threads,
+        )
+
+    def run(self) -> None:
+        """Relay until the end, in a thread of its own."""
+        try:
+            for token in self._inner:
+                if self._take(token):
+                    return
+            self._end(self._inner.result().finish_reason)
+        except BaseException as error:  # whatever a criterion raises, it is its caller's
+            self._fail(error)
+
+    async def run_in_loop(self) -> None:
+        """Relay until the end, in an event loop."""
+        try:
+            async for token in self._inner:
+                if self._take(token):
+                    return
+            self._end(self._inner.result().finish_reason)
+        except BaseException as error:
+            self._fail(error)
+
+    def _take(self, token: int) -> bool:
+        """Hand on a token, and say whether nothing more is wanted."""
+        if self._over:
+            return True
+        stop = self._judge.step([token])[0]
+        logprobs = self._inner._logprobs
+        with self._lock:
+            if self._over:
+                return True
+            if self._count == 0 and self._inner._started is not None:
+                self.outer._cached, self.outer._started = self._inner._cached, self._inner._started
+            logprob = None if logprobs is None else logprobs[self._count]
+            scores, logits = self._inner.made("scores"), self._inner.made("logits")
+            self.outer._keep(
+                None if scores is None else scores[self._count], None if logits is None else logits[self._count]
+            )
+            self._count += 1
+            watched = self.outer._push(token, logprob, time.perf_counter())
+        if stop:
+            self._inner.cancel()
+            self._end("eos" if token in self._eos else "stop")
+        elif watched:
+            wake((self.outer,))
+        return stop
+
+    def _cancel(self, _: GenerationHandle) -> None:
+        self._inner.cancel()
+        self._end("cancelled")
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            over, self._over = self._over, True
+        if not over:
+            self.outer._finish(reason)
+
+    def _fail(self, error: BaseException) -> None:
+        self._inner.cancel()
+        with self._lock:
+            over, self._over = self._over, True
+        if not over:
+            self.outer._fail(error)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    serve_in_this_thread()
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()

@@ -1,0 +1,280 @@
+"""Compiled layers: the same logits, one compilation for all layers and all sizes, and a change-over while serving."""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, ragged_prompts, tiny_model
+from torch._dynamo.utils import counters
+
+from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.attention.base import make_backend
+from hf_async_batching.checks import parity_check as attach_check
+from hf_async_batching.core.request import Request
+from hf_async_batching.engine import builder as assembly
+from hf_async_batching.engine.builder import assemble, compile_for
+from hf_async_batching.model.compile import regions as compiled_regions
+from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafeEarlyLaunchError, region_modules
+from hf_async_batching.model.forward.packed_forward import ModelForward
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's tracing and guards with its operators run as they are: Inductor would take a minute on a CPU."""
+    compile_checked = assembly.compile_checked
+    monkeypatch.setattr(
+        assembly,
+        "compile_checked",
+        lambda forward, backend, **options: compile_checked(forward, backend, "eager", **options),
+    )
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+QUICK = ("Llama", "Gemma2", "StableLm", "Mixtral")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_every_family_compiles_to_the_same_logits(family: str) -> None:
+    forward = ModelForward(tiny_model(family), fused=True)
+    attach_check.compile_checked(forward, make_backend("auto", CPU), "eager")
+    # Two kinds of layers at most (sliding and full attention), the final norm, and one or two sets of frequencies.
+    assert 2 <= graphs() <= 5
+
+
+def test_regions_are_the_layers_and_the_modules_beside_them() -> None:
+    forward = ModelForward(tiny_model("Llama"))
+    found = [
+        [type(module).__name__ for module in group]
+        for group in region_modules(forward.view, set(forward._paged_layers))
+    ]
+    assert found == [["LlamaDecoderLayer"] * 2, ["LlamaRMSNorm"], ["LlamaRotaryEmbedding"]]
+
+
+def serve(running: assembly.Assembly, prompts: list[list[int]], new: int) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        running.engine.add(Request(str(i), tuple(prompt), new))
+    with torch.inference_mode():
+        while running.engine.has_work:
+            for emission in running.engine.step():
+                if emission.token is not None:
+                    tokens[emission.request_id].append(emission.token)
+    return tokens
+
+
+def test_no_recompilation_in_steady_state(quick_compiler: None) -> None:
+    model = tiny_model("Qwen3", num_hidden_layers=4)
+    running = assemble(
+        model, BatchingConfig(compile=True, fuse_weights=True, max_rows=6, max_batch_tokens=32, depth=2)
+    )
+    prompts = ragged_prompts(9, 60)
+    want = serve(running, prompts, 10)
+    with torch.inference_mode():
+        assert compile_for(model, weakref.ref(running))
+    compiled = graphs()
+    assert compiled == 3, "four layers share one graph"
+    # Steps of 1 to 32 tokens, prompts and decodes, one row and six.
+    assert serve(running, prompts, 10) == want
+    assert serve(running, prompts[:1], 5) == {"0": want["0"][:5]}
+    assert running.runner._forward._compiled
+    assert graphs() == compiled
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_engines_do_not_share_a_limit_of_variants(quick_compiler: None) -> None:
+    """Dynamo gives up beyond some variants of one code object: many models in one process must not reach it."""
+    for i in range(3):
+        model = tiny_model("Llama", num_hidden_layers=1, intermediate_size=32 + 16 * i)
+        running = assemble(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
+        with torch.inference_mode():
+            assert compile_for(model, weakref.ref(running)), f"model {i}"
+
+
+def test_an_engine_that_is_gone_gets_nothing(quick_compiler: None) -> None:
+    model = tiny_model("Llama")
+    running = assemble(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
+    gone = weakref.ref(running)
+    del running
+    assert not compile_for(model, gone)
+
+
+def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def miscompile(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            return tuple(out * 1.01 if out.is_floating_point() else out for out in module(*args))
+
+        return run
+
+    compile_checked = assembly.compile_checked
+    monkeypatch.setattr(
+        assembly, "compile_checked", lambda f, b, **options: compile_checked(f, b, miscompile, **options)
+    )
+    model = tiny_model("Llama")
+    running = assemble(model, BatchingConfig(compile=True, max_rows=4, max_batch_tokens=32))
+    plain = running.runner._forward
+    with torch.inference_mode():
+        assert not compile_for(model, weakref.ref(running))
+    assert "runs uncompiled" in caplog.text
+    serve(running, [[1, 2, 3]], 2)
+    assert running.runner._forward is plain
+
+
+def off_by(factor: float, rows: Any) -> Callable[..., Any]:
+    """A compiler whose code is wrong for some tokens."""
+    calls = itertools.count()
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            outs = [out.clone() for out in module(*args)]
+            layer = len([node for node in module.graph.nodes if node.op == "call_function"]) > 20
+            wrong = rows
+            if isinstance(rows, str):
+                wrong = slice(0, 0)
+                if layer:
+                    first = 7 * next(calls) % 30
+                    wrong = slice(first, first + 3)
+            for out in outs:
+                if out.is_floating_point() and out.dim() == 3:
+                    out[:, wrong] *= factor
+            return tuple(outs)
+
+        return run
+
+    return compiler
+
+
+@pytest.mark.parametrize(
+    ("factor", "rows", "chooses", "right"),
+    [
+        (1.0, slice(None), True, True),
+        (1.0, slice(None), False, False),  # nothing rounds to something else there
+        (3.0, "another in each layer", True, True),
+        (3.0, slice(32, None), True, False),  # the last tile
+        (3.0, slice(20), True, False),
+        (1.3, slice(None), True, False),
+        (float("nan"), slice(None), True, False),
+    ],
+)
+def test_choices_that_rounding_decides_are_no_miscompilation(
+    factor: float, rows: Any, chooses: bool, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach_check, "logits_error", lambda got, want: 0.49)
+    monkeypatch.setattr(attach_check, "makes_choices", lambda config: chooses)
+    forward = ModelForward(tiny_model("Llama", num_hidden_layers=4).to(torch.bfloat16))
+    prompt = off_by(factor, rows)
+    if right:
+        compile_only_prompts(forward, prompt)
+        assert all(region.compared is None for region in forward.regions)
+        return
+    with pytest.raises(RuntimeError, match=r"differ by 0.49 .* no router's choice"):
+        compile_only_prompts(forward, prompt)
+
+
+def compile_only_prompts(forward: ModelForward, compiler: Callable[..., Any]) -> None:
+    """Compiled code is right for the two tokens of a decode step."""
+
+    def of_prompts(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        wrong = compiler(module, inputs)
+        return lambda *args: (
+            wrong(*args)
+            if any(isinstance(a, torch.Tensor) and EXAMPLE_TOKENS in a.shape for a in args)
+            else module(*args)
+        )
+
+    attach_check.compile_checked(forward, make_backend("auto", CPU), of_prompts)
+
+
+def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its indices may not be written yet: one run of it can end the process's context."""
+    ran: list[bool] = []
+
+    def generates(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            ran.append(True)
+            return module(*args)
+
+        return run
+
+    monkeypatch.setattr(compiled_regions, "generated_code_waits", lambda: False)
+    compile_checked, model = attach_check.compile_checked, tiny_model("Llama")
+    with pytest.raises(UnsafeEarlyLaunchError):
+        compile_checked(ModelForward(model), make_backend("auto", CPU), generates, early=True)
+    assert not ran
+    compile_checked(ModelForward(model), make_backend("auto", CPU), generates, early=False)
+    assert ran
+
+
+def test_serving_goes_on_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_checked = assembly.compile_checked
+    may_compile, compiling = threading.Event(), threading.Event()
+
+    def slowly(forward: ModelForward, backend: Any, **options: Any) -> None:
+        compiling.set()
+        assert may_compile.wait(300)
+        compile_checked(forward, backend, "eager", **options)
+
+    monkeypatch.setattr(assembly, "compile_checked", slowly)
+    model = tiny_model("Llama")
+    prompt = list(range(1, 9))
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 8:].tolist()
+    config = BatchingConfig(compile=True, fuse_weights=True, max_rows=4, max_batch_tokens=32, depth=2)
+    with GenerationManager(model, config) as manager:
+        assert manager.submit(prompt, max_new_tokens=12, do_sample=False).result(60).token_ids == want
+        assert compiling.wait(60)
+        assert not manager.assembly.runner._forward._compiled
+        handle = manager.submit(prompt, max_new_tokens=12, do_sample=False)
+        may_compile.set()
+        manager.warmup()
+        assert manager.assembly.runner._forward._compiled
+        assert handle.result(60).token_ids == want
+        assert manager.submit(prompt, max_new_tokens=12, do_sample=False).result(60).token_ids == want
+
+
+def test_compiling_can_be_switched_off() -> None:
+    model = tiny_model("Llama")
+    with GenerationManager(model, BatchingConfig(compile=False, max_rows=2, max_batch_tokens=16)) as manager:
+        manager.warmup()
+        assert manager._preparation is None
+        assert not manager.assembly.runner._forward._compiled
+
+
+def test_warming_up_can_measure_kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    tuned: list[list[int]] = []
+    monkeypatch.setattr(ModelForward, "tune", lambda self, batches: tuned.append(list(batches)))
+    prompt = list(range(1, 9))
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, 8:].tolist()
+    with GenerationManager(model, BatchingConfig(max_rows=2, max_batch_tokens=16)) as manager:
+        manager.warmup()
+        assert not tuned
+        manager.warmup(tune=True)
+        assert len(tuned) == 1
+        assert manager.submit(prompt, max_new_tokens=4, do_sample=False).result(60).token_ids == want
+
+
+def test_an_error_of_a_warm_up_reaches_its_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ModelForward, batches: list[int]) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(ModelForward, "tune", fail)
+    with GenerationManager(tiny_model("Llama"), BatchingConfig(max_rows=2, max_batch_tokens=16)) as manager:
+        with pytest.raises(RuntimeError, match="no room"):
+            manager.warmup(tune=True)
+        assert len(manager.submit([1, 2, 3], max_new_tokens=2, do_sample=False).result(60).token_ids) == 2

@@ -1,0 +1,64 @@
+"""A small copy computes on the CPU although packages with kernels for GPUs are installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_async_batching.coverage.families import tiny_model
+from hf_async_batching.model.kernels import reference_kernels
+from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels
+
+KERNEL = "def {name}(*args, **kwargs):\n    raise ValueError('Pointer argument cannot be accessed from Triton')\n"
+SCRIPT = """
+import torch
+from hf_async_batching.coverage.families import tiny_model
+from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.checks.small_copy_check import SmallCopyCheck
+from hf_async_batching.model.forward.cache_forward import CacheForward
+from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels
+model = tiny_model("Qwen3NextForCausalLM")
+tokens = torch.arange(3, 12)[None]
+try:
+    model(tokens)
+except ValueError as error:
+    print("installed:", error)
+SmallCopyCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", False), always=True)
+from hf_async_batching import small_copy_check
+print("verdicts:", list(small_copy_check._verdicts.values()))
+"""
+
+
+def test_kernels_of_other_packages_are_left_out(tmp_path: Path) -> None:
+    names = ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]
+    package = tmp_path / "fla"
+    for folder in (package, package / "ops", package / "ops" / "gated_delta_rule"):
+        folder.mkdir()
+        (folder / "__init__.py").write_text("".join(KERNEL.format(name=name) for name in names))
+    root = str(Path(reference_kernels.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "installed: Pointer argument" in done.stdout, done.stderr
+    assert "verdicts: [None]" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "BambaForCausalLM", "Lfm2ForCausalLM", "JambaForCausalLM"])
+def test_what_a_model_computes_stays_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    tokens = torch.arange(3, 12)[None]
+    expected = model(tokens).logits
+    before = {id(module): dict(vars(module)) for module in model.modules()}
+    use_reference_kernels(model)
+    assert before == {id(module): dict(vars(module)) for module in model.modules()}, "no such package is installed"
+    monkeypatch.setattr(reference_kernels, "find_spec", lambda _: True)
+    use_reference_kernels(model)
+    rebound = [key for module in model.modules() for key in vars(module).keys() - before[id(module)].keys()]
+    assert rebound
+    assert torch.equal(model(tokens).logits, expected)
