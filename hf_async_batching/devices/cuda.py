@@ -1,6 +1,6 @@
 """CUDA: three streams, blocking events, pinned host memory, graphs in one memory pool.
 
-Beside `pipeline.py`, which decides the order, this is the only module that touches torch's streams, events and graphs.
+Only this module touches torch's streams, events and graphs. `runner/pipeline.py` decides their order.
 """
 
 from __future__ import annotations

@@ -71,9 +71,9 @@ ELSEWHERE = {
     "tests/sampling": {
         "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
     },
-    "tests/test_drafting.py": {"prompt_lookup_num_tokens", "max_matching_ngram_size"},
-    "tests/test_outputs.py": {"return_dict_in_generate", "output_scores", "output_logits"},
-    "tests/test_drop_in.py": {
+    "tests/scheduler/test_speculation.py": {"prompt_lookup_num_tokens", "max_matching_ngram_size"},
+    "tests/drop_in/test_outputs.py": {"return_dict_in_generate", "output_scores", "output_logits"},
+    "tests/drop_in/test_drop_in.py": {
         "num_return_sequences", "pad_token_id", "bos_token_id",
         "inputs", "generation_config", "streamer", "custom_generate", "kwargs",
     },

@@ -1,4 +1,4 @@
-"""Fields that ask for what is not served are refused by name; the table is `tests/test_compatibility_table.py`'s."""
+"""Fields that ask for what is not served are refused by name; the table has `test_compatibility_table.py`."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def test_locks_that_others_hold_at_the_fork_are_free_in_the_child() -> None:
         """
         manager = hf_async_batching.get_manager(model)
         hf_async_batching.generate(model, ids, **call)
-        from hf_async_batching import reentrancy, registry
+        from hf_async_batching import registry
+        from hf_async_batching.runtime import reentrancy
         from hf_async_batching.linear import packing
         held, go_on = threading.Event(), threading.Event()
         waiting = manager.submit([8, 9], max_new_tokens=400, do_sample=False, eos_token_id=None)

@@ -886,7 +886,7 @@ def test_scheduling_imports_no_torch() -> None:
         f"package.__path__ = [{str(Path(hf_async_batching.__file__).parent)!r}]\n"
         "sys.modules['hf_async_batching'] = package\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "for name in ('prefix_cache', 'pages', 'request', 'sequence', 'plan', 'scheduler'):\n"
+        "for name in ('kv_cache.prefix_cache', 'kv_cache.page_allocator', 'core.plan', 'scheduler.scheduler'):\n"
         "    importlib.import_module('hf_async_batching.' + name)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -48,7 +48,8 @@ fused_recurrent_gated_delta_rule = chunk_gated_delta_rule
 SCRIPT = """
 import sys
 import torch
-from hf_async_batching import model_view, private_kernels
+from hf_async_batching.model.view import model_view
+from hf_async_batching.model.kernels import private_kernels
 from hf_async_batching.coverage.families import tiny_model
 model = tiny_model("Qwen3NextForCausalLM")
 theirs = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "fla"}
@@ -79,7 +80,7 @@ def run(folder: Path, files: dict[str, str]) -> str:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    root = str(Path(private_kernels.__file__).parents[1])
+    root = str(Path(private_kernels.__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), root])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300

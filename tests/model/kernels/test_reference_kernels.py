@@ -29,7 +29,7 @@ try:
 except ValueError as error:
     print("installed:", error)
 SmallCopyCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", False), always=True)
-from hf_async_batching import small_copy_check
+from hf_async_batching.checks import small_copy_check
 print("verdicts:", list(small_copy_check._verdicts.values()))
 """
 
@@ -40,7 +40,7 @@ def test_kernels_of_other_packages_are_left_out(tmp_path: Path) -> None:
     for folder in (package, package / "ops", package / "ops" / "gated_delta_rule"):
         folder.mkdir()
         (folder / "__init__.py").write_text("".join(KERNEL.format(name=name) for name in names))
-    root = str(Path(reference_kernels.__file__).parents[1])
+    root = str(Path(reference_kernels.__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
