@@ -337,9 +337,9 @@ def syncs(device: torch.device) -> dict[str, Any]:
     """Counts CUDA calls that make the host wait, in a run whose kernels and graphs are warm."""
     model = random_model("llama-3.1-8b", device, torch.bfloat16, num_hidden_layers=4)
     requests = make_workload("seed", model.config.vocab_size, rows=32, prompt=64, new=64).first
-    from hf_async_batching.engine.builder import assemble
+    from hf_async_batching.engine.builder import build_engine
 
-    engine = assemble(model, BatchingConfig(depth=2, max_sequence_length=256)).engine
+    engine = build_engine(model, BatchingConfig(depth=2, max_sequence_length=256)).engine
 
     def serve() -> int:
         for request in requests:

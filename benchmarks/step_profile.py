@@ -26,10 +26,9 @@ from hf_async_batching.bench.machine import look_at
 from hf_async_batching.bench.measure import Traffic
 from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.workloads import WORKLOADS, make_workload
-from hf_async_batching.config import BatchingConfig
+from hf_async_batching.config import Admission, BatchingConfig
 from hf_async_batching.core.graph_buckets import PADDED_TOKENS, decode_buckets
 from hf_async_batching.core.timeline import StepRecord
-from hf_async_batching.scheduler.waiting_queue import Admission
 
 WATCHED, MOST_KERNELS = 10, 16
 

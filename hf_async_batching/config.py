@@ -1,27 +1,18 @@
-"""The engine's settings."""
+"""The engine's settings, as the caller writes them. Importing this module imports no torch."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from hf_async_batching.attention.base import BackendName
-from hf_async_batching.kv_cache.paged_cache import LayerGroups, LayerShape, group_layers
-from hf_async_batching.scheduler.waiting_queue import Admission
+Admission = Literal["fcfs", "longest_first"]
+"""The order in which waiting requests start."""
 
-logger = logging.getLogger(__name__)
-
-GIB = 1 << 30
-
-CUDA_RESERVE = 3 * GIB // 2
-"""Left free on a small card for activations, logits and captured graphs, in bytes."""
-
-
-def default_page_size(device: torch.device) -> int:
-    """Tokens per KV page where nobody chose: on CUDA as many as one block of the decode kernel reads."""
-    return 32 if device.type == "cuda" else 256
+BackendName = Literal["auto", "torch", "triton"]
+"""The implementation of attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,119 +126,3 @@ class BatchingConfig:
             if getattr(self, name):
                 raise ValueError(f"`{name}` is not served with tensor parallelism; leave it out")
         return replace(self, compile=False, fuse_weights=False)
-
-    def resolve(
-        self,
-        layers: list[LayerShape],
-        context_length: int | None,
-        device: torch.device,
-        free_bytes: int,
-        weight_bytes: int = 0,
-        state_bytes: int = 0,
-        groups: LayerGroups | None = None,
-    ) -> ResolvedConfig:
-        """Fill the automatic fields once, and log each choice with its reason.
-
-        Args:
-            layers: Keys and values of the model's attention layers.
-            context_length: Tokens the model was built for; None where unknown.
-            device: Where the model runs.
-            free_bytes: Memory that is free there.
-            weight_bytes: Memory of the weights that a step reads.
-            state_bytes: Memory of what a row has beside its pages.
-            groups: Which layers share a page; None for all.
-
-        Raises:
-            ValueError: The KV cache would not hold a single page in what is free.
-        """
-        cuda = device.type == "cuda"
-        why: dict[str, str] = {}
-
-        def choose(name: str, value: int | float, reason: str) -> int | float:
-            given: int | float | None = getattr(self, name)
-            if given is not None:
-                return given
-            why[name] = f"{value} ({reason})"
-            return value
-
-        kind = "CUDA" if cuda else "CPU"
-        depth = int(choose("depth", 2 if cuda else 1, f"default on {kind}"))
-        page_size = int(choose("page_size", default_page_size(device), f"default on {kind}"))
-        default_rows = 256 if cuda else 32
-        if self.max_batch_tokens is not None:
-            default_rows = min(default_rows, self.max_batch_tokens)
-        max_rows = int(choose("max_rows", default_rows, f"default on {kind}"))
-        # Rows that decode wait while prompts are computed, for about as long with any model. On an H200, 2,048 tokens
-        # take an 8B model 50 ms, and four times as many gain 1 % of throughput.
-        tokens = (2048 if weight_bytes >= 8 * GIB else 4096 if weight_bytes >= 3 * GIB else 8192) if cuda else 256
-        reason = f"default on {kind} for {weight_bytes / GIB:.1f} GiB of weights"
-        budget = int(choose("max_batch_tokens", max(max_rows, tokens), reason))
-        longest = int(
-            choose("max_sequence_length", context_length or 4096, "context length" if context_length else "unknown")
-        )
-        fraction = float(choose("memory_fraction", 0.92 if cuda else 0.25, f"default on {kind}"))
-        # Models with states alone have pages that hold nothing.
-        groups = groups or group_layers(layers, apart=False)
-        page_bytes = max(1, groups.page_bytes(layers, page_size))
-        pages_per_row = -(-longest // page_size)
-        usable = int(free_bytes * fraction)
-        if cuda and self.memory_fraction is None:
-            usable = min(usable, free_bytes - CUDA_RESERVE)
-        affordable = (usable - (max_rows + 1) * state_bytes) // page_bytes - 1
-        useful = pages_per_row * max_rows * groups.count
-        num_pages = groups.count * (self.num_pages or 0) or int(
-            choose(
-                "num_pages",
-                min(affordable, useful),
-                f"{fraction:.0%} of {free_bytes / GIB:.1f} GiB free at {page_bytes / 1024:.0f} KiB a page"
-                if affordable < useful
-                else f"{max_rows} rows of {longest} tokens",
-            )
-        )
-        if num_pages < groups.count:
-            raise ValueError(
-                f"the KV cache needs at least one page of {groups.count * page_bytes / GIB:.3f} GiB, and "
-                f"{fraction:.0%} of {free_bytes / GIB:.2f} GiB free memory does not hold it; free memory or raise "
-                "`memory_fraction`"
-            )
-        for name, choice in why.items():
-            logger.info("%s = %s", name, choice)
-        chosen = replace(
-            self,
-            depth=depth,
-            page_size=page_size,
-            max_rows=max_rows,
-            max_batch_tokens=budget,
-            max_sequence_length=longest,
-            num_pages=num_pages // groups.count,
-            memory_fraction=fraction,
-            compile=self.compiles(device),
-            fuse_weights=self.fuses_weights(device),
-        )
-        reach = min(longest, num_pages // groups.count * page_size)
-        return ResolvedConfig(depth, page_size, max_rows, budget, reach, num_pages, pages_per_row, chosen)
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedConfig:
-    """A `BatchingConfig` whose automatic fields are filled.
-
-    Attributes:
-        max_sequence_length: Tokens that one request may reach: bounded by the setting and by the whole cache.
-        num_pages: KV pages of a group of layers (see `LayerGroups`), of all groups together.
-        pages_per_row: Width of the page table.
-        settings: The configuration with its fields filled.
-    """
-
-    depth: int
-    page_size: int
-    max_rows: int
-    max_batch_tokens: int
-    max_sequence_length: int
-    num_pages: int
-    pages_per_row: int
-    settings: BatchingConfig
-
-    def __str__(self) -> str:
-        shown = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())

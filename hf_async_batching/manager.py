@@ -25,8 +25,8 @@ from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.timeline import Timeline, records_after
 from hf_async_batching.distributed.rank_group import Quit, RankGroup, Start, check_sendable
 from hf_async_batching.drop_in.fallback import OnUnsupported, check_on_unsupported
-from hf_async_batching.engine.background_compile import Preparation
-from hf_async_batching.engine.builder import Assembly, assemble
+from hf_async_batching.engine.background_compile import BackgroundCompile
+from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.engine.engine_thread import Worker
 from hf_async_batching.engine.follower import Follower
 from hf_async_batching.engine.route import check_servable
@@ -52,7 +52,7 @@ from hf_async_batching.inputs.request_builder import (
 from hf_async_batching.inputs.submission import check_group, check_limits, criteria_of, group_fits, prompt_of
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.module_calls import refuse_unmarked_calls
-from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.snapshot import ModelSnapshot
 from hf_async_batching.model.view.unwrap import check_call, unwrap
 from hf_async_batching.runner.prompt_embeddings import check_embeddings, check_history, check_takes_embeddings
 from hf_async_batching.runtime.autocast import Autocast
@@ -111,10 +111,10 @@ class GenerationManager:
         self._lock = ForkSafeLock()
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[..., GenerationManager] | None = None
-        self._made_for: tuple[Weights, Autocast] | None = None
-        self._preparation: Preparation | None = None
+        self._made_for: tuple[ModelSnapshot, Autocast] | None = None
+        self._preparation: BackgroundCompile | None = None
         self._criteria_thread = CriteriaThread()
-        self._takes_embeddings: Callable[[], Assembly | None] = lambda: None  # of which engine that is known
+        self._takes_embeddings: Callable[[], EngineParts | None] = lambda: None  # of which engine that is known
         self._depth: int | None = None
         self._closed = False
         _open_managers.add(self)
@@ -404,7 +404,7 @@ class GenerationManager:
         self,
         requests: list[Request],
         make_handles: Callable[[Worker, list[Request]], Sequence[GenerationHandle]],
-        check: Callable[[list[Request], Assembly], None] | None = None,
+        check: Callable[[list[Request], EngineParts], None] | None = None,
     ) -> None:
         while True:
             worker = self._require_worker()
@@ -573,7 +573,7 @@ class GenerationManager:
         return worker is not None and worker.is_here
 
     @property
-    def assembly(self) -> Assembly | None:
+    def assembly(self) -> EngineParts | None:
         """The running engine and its parts, for benchmarks; None where it is not running."""
         return self._worker.assembly if self._worker is not None else None
 
@@ -621,7 +621,7 @@ class GenerationManager:
         device = model.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        Follower(self._group, lambda: assemble(model, self._engine_config, self._group)).follow()
+        Follower(self._group, lambda: build_engine(model, self._engine_config, self._group)).follow()
 
     def __enter__(self) -> GenerationManager:
         return self
@@ -642,7 +642,7 @@ class GenerationManager:
             features.append(_features_alone(build_request([0], config, recipe, max_new_tokens=1)))
         return features
 
-    def _with_embeddings(self, requests: list[Request], assembly: Assembly) -> list[Request]:
+    def _with_embeddings(self, requests: list[Request], assembly: EngineParts) -> list[Request]:
         """Bring embeddings of prompts to the device, once it is known that the model takes them."""
         if not any([request.prompt_embeddings is not None for request in requests]):
             return requests
@@ -712,15 +712,15 @@ class GenerationManager:
             worker = self._worker = self._start(model, weights, autocast)
         return worker
 
-    def _start(self, model: PreTrainedModel, weights: Weights, autocast: Autocast) -> Worker:
+    def _start(self, model: PreTrainedModel, weights: ModelSnapshot, autocast: Autocast) -> Worker:
         check_device(model.device)
         if self._group is not None:
             self._group.send(Start())
         first_step = threading.Event()
 
-        def make() -> Assembly:
+        def make() -> EngineParts:
             with autocast(), told(type(model).__name__):
-                return assemble(model, self._engine_config, self._group)
+                return build_engine(model, self._engine_config, self._group)
 
         with no_collections():
             assembly = in_fresh_thread(make)
@@ -730,7 +730,7 @@ class GenerationManager:
             if self._depth is not None:
                 assembly.engine.depth = min(self._depth, assembly.config.depth)
             compiled = assembly.config.settings.compile
-            self._preparation = Preparation(model, assembly, first_step) if compiled else None
+            self._preparation = BackgroundCompile(model, assembly, first_step) if compiled else None
         forget = weakref.WeakMethod(self._forget)
         worker = Worker(
             assembly,
@@ -746,12 +746,12 @@ class GenerationManager:
         self._finalizer.atexit = False
         return worker
 
-    def _weights_of(self, model: PreTrainedModel) -> Weights:
+    def _weights_of(self, model: PreTrainedModel) -> ModelSnapshot:
         # Layers of a spread model put their parts of weights in the weights' places while they run.
         if self._group is not None and self._made_for is not None:
             refuse_unmarked_calls(model)
             return self._made_for[0]
-        return Weights.of(model)
+        return ModelSnapshot.of(model)
 
     def _forget(self, worker: Worker) -> None:
         with self._lock:

@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_async_batching import BatchingConfig, GenerationHandle, GenerationManager
-from hf_async_batching.engine.builder import Assembly
-from hf_async_batching.model.compile.pdl_check import device_launches_early
+from hf_async_batching.devices.pdl import supports_pdl
+from hf_async_batching.engine.builder import EngineParts
 
 VOCAB = 4112
 """The models' vocabulary: a multiple of 16, as the products want it, and of no block of the sampling kernels."""
@@ -90,7 +90,7 @@ def compiled(device: torch.device) -> None:
         assembly = _assembly(manager)
         if cuda and assembly.runner._forward is assembly.forward:
             raise RuntimeError("the engine did not change over to compiled layers")
-        print(f"early launches: {device_launches_early(device)}", flush=True)
+        print(f"early launches: {supports_pdl(device)}", flush=True)
         for _ in range(2):
             _finish([manager.submit(_prompt(8 + 20 * i), **_greedy(6)) for i in range(2)])
         _check(manager, device)
@@ -161,7 +161,7 @@ def _finish(handles: list[GenerationHandle]) -> None:
         handle.result(_SECONDS)
 
 
-def _assembly(manager: GenerationManager) -> Assembly:
+def _assembly(manager: GenerationManager) -> EngineParts:
     worker = manager._worker
     assembly = None if worker is None else worker.assembly
     if assembly is None:

@@ -70,9 +70,9 @@ class Outcome:
         run: Which one.
         status: "clean", "errors", "failed", "too long", or "not run".
         seconds: How long it took.
-        ours: Findings in kernels that the package answers for.
-        others: Findings in other libraries' kernels.
-        copies: Findings outside of kernels: copies of memory that was not written.
+        ours: ProbeResult in kernels that the package answers for.
+        others: ProbeResult in other libraries' kernels.
+        copies: ProbeResult outside of kernels: copies of memory that was not written.
         note: Why it failed, or what the tool did not see.
     """
 

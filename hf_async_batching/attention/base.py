@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.config import BackendName
 from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
-
-BackendName = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True)

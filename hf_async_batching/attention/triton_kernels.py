@@ -29,7 +29,7 @@ from hf_async_batching.attention.triton_prefill import (
     prefill_kernel,
     write_kv_kernel,
 )
-from hf_async_batching.model.compile.pdl_check import device_launches_early
+from hf_async_batching.devices.pdl import supports_pdl
 
 __all__ = [
     "MAX_SPLITS",
@@ -94,7 +94,7 @@ def default_decode_config(
         stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
     # With hardly a program in each split's first wave, the last of them would combine all parts alone.
     return DecodeConfig(
-        splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=device_launches_early(device)
+        splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=supports_pdl(device)
     )
 
 
@@ -320,7 +320,7 @@ def prefill_attention(
             query, key_cache, value_cache, page_table,
             tile_rows, tile_query_starts, tile_query_lengths, tile_first_positions, output,
             page_table.shape[1], query.stride(0), query.stride(1), score_scale, cap,
-            query if sinks is None else sinks, EARLY=device_launches_early(query.device),
+            query if sinks is None else sinks, EARLY=supports_pdl(query.device),
             TILE=PREFILL_TILE, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=head_dim_v,
             PAGE_SIZE=page_size, WINDOW=window, HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
             BLOCK_M=sizes.m, BLOCK_N=sizes.n, BLOCK_D=power_of_two(head_dim),

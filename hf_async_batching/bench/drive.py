@@ -17,7 +17,8 @@ from hf_async_batching.core.plan import Features
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.timeline import StepRecord
 from hf_async_batching.devices.memory import return_memory
-from hf_async_batching.engine.builder import Assembly, assemble, compile_for
+from hf_async_batching.engine.background_compile import compile_for
+from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.handle import GenerationHandle, GenerationResult
 from hf_async_batching.manager import GenerationManager
 
@@ -54,7 +55,7 @@ class Driver(Protocol):
         """Serve a workload to its end."""
 
     @property
-    def assembly(self) -> Assembly:
+    def assembly(self) -> EngineParts:
         """The engine and its parts."""
 
     def close(self) -> None:
@@ -106,7 +107,7 @@ class ThroughManager:
         return served
 
     @property
-    def assembly(self) -> Assembly:
+    def assembly(self) -> EngineParts:
         """The engine and its parts."""
         assembly = self._manager.assembly
         assert assembly is not None
@@ -123,11 +124,11 @@ class ThroughEngine:
     def __init__(self, model: PreTrainedModel, config: BatchingConfig) -> None:
         self._model = model
         self._config = config
-        self._assembly: Assembly | None = None
+        self._assembly: EngineParts | None = None
 
     def start(self, request: Request) -> None:
         """Start the engine and return with the first token of `request`."""
-        self._assembly = assemble(self._model, self._config)
+        self._assembly = build_engine(self._model, self._config)
         self.serve(Workload("start", (request,)))
 
     @torch.inference_mode()
@@ -177,7 +178,7 @@ class ThroughEngine:
         return served
 
     @property
-    def assembly(self) -> Assembly:
+    def assembly(self) -> EngineParts:
         """The engine and its parts."""
         assert self._assembly is not None
         return self._assembly
@@ -191,10 +192,10 @@ class ThroughEngine:
             return_memory(device)
 
 
-def _last_step(assembly: Assembly) -> int:
+def _last_step(assembly: EngineParts) -> int:
     records = assembly.engine.records
     return records[-1].step if records else -1
 
 
-def _records_after(assembly: Assembly, step: int) -> tuple[StepRecord, ...]:
+def _records_after(assembly: EngineParts, step: int) -> tuple[StepRecord, ...]:
     return tuple(record for record in assembly.engine.records.copy() if record.step > step)

@@ -19,7 +19,7 @@ from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.timeline import StepRecord, Timeline
 from hf_async_batching.devices.memory import return_memory
-from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.engine.stats import read_stats
 
 # More than any workload takes: the records of a whole run are kept.
@@ -62,7 +62,7 @@ class Traffic:
     bytes_per_context_token: int
 
     @classmethod
-    def of(cls, assembly: Assembly) -> Traffic:
+    def of(cls, assembly: EngineParts) -> Traffic:
         """The traffic of an engine's model."""
         forward = assembly.forward
         return cls(forward.weight_bytes, sum(layer.bytes_per_token for layer in forward.layers))

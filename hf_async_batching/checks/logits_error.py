@@ -10,7 +10,7 @@ from hf_async_batching.model.view.quantization import is_quantized
 
 if TYPE_CHECKING:
     from hf_async_batching.model.forward.cache_forward import CacheForward
-    from hf_async_batching.model.forward.packed_forward import ModelForward
+    from hf_async_batching.model.forward.packed_forward import PackedForward
 
 # Relative error of the logits that rounding alone explains: sums in another order, not another result.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -43,7 +43,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-1)
 
 
-def logits_tolerance(forward: ModelForward | CacheForward) -> float:
+def logits_tolerance(forward: PackedForward | CacheForward) -> float:
     """The error that rounding alone explains."""
     dtype = forward.dtype
     weights = max(forward.view.parameters(), key=torch.Tensor.numel, default=torch.empty(0)).dtype

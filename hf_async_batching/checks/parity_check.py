@@ -21,17 +21,17 @@ from hf_async_batching.attention.base import AttentionBackend
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.checks.logits_error import logits_error, logits_tolerance
 from hf_async_batching.checks.reference_attention import FlashFirst
-from hf_async_batching.checks.reference_logits import Expected, Prompts, plain_logits, prompts_for
+from hf_async_batching.checks.reference_logits import Expected, Prompts, prompts_for, reference_logits
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.devices.failure import device_failure, ends_the_search
 from hf_async_batching.devices.parallel import side_by_side
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
 from hf_async_batching.kv_cache.paged_cache import PagedCache
-from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafeEarlyLaunchError, share_alike
+from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafePdlError, share_of_equal_tokens
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import prepare_view
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import makes_choices
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.module_calls import runs_user_code
@@ -51,9 +51,9 @@ _LEAST_ALIKE = 0.6
 
 
 @torch.inference_mode()
-def attach_check(
+def check_parity(
     model: PreTrainedModel,
-    forward: ModelForward | CacheForward,
+    forward: PackedForward | CacheForward,
     backend: AttentionBackend,
     page_size: int = 16,
     prompts: Prompts | None = None,
@@ -83,7 +83,7 @@ def attach_check(
     got: dict[str, torch.Tensor] = {}
     steps: list[str] = []
 
-    in_turn = not isinstance(forward, ModelForward) or not _bears_threads(forward.view)
+    in_turn = not isinstance(forward, PackedForward) or not _bears_threads(forward.view)
     plain_ended = threading.Event()
 
     def run_plain() -> None:
@@ -93,13 +93,13 @@ def attach_check(
             views.append(view)
             prepare_view(view)
             # Other routes compute with the same kernels as `generate`, and are compared more strictly for that.
-            with FlashFirst() if isinstance(forward, ModelForward) else nullcontext():
-                expected.append(plain_logits(view, forward, prompts, few))
+            with FlashFirst() if isinstance(forward, PackedForward) else nullcontext():
+                expected.append(reference_logits(view, forward, prompts, few))
         finally:
             plain_ended.set()
 
     def run_engine() -> None:
-        if isinstance(forward, ModelForward):
+        if isinstance(forward, PackedForward):
             kernels: list[Callable[[], object]] = [
                 lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
                 lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
@@ -168,12 +168,12 @@ def _written_in(module: torch.nn.Module) -> str:
     return str(getattr(getattr(module.forward, "__func__", module.forward), "__module__", ""))
 
 
-def _bare(forward: ModelForward | CacheForward, error: Exception) -> str:
+def _bare(forward: PackedForward | CacheForward, error: Exception) -> str:
     return str(error).removeprefix(f"{forward.name} is not served: ")
 
 
 def _engine_logits(
-    forward: ModelForward | CacheForward,
+    forward: PackedForward | CacheForward,
     backend: AttentionBackend,
     page_size: int,
     prompts: Prompts,
@@ -241,12 +241,12 @@ def _engine_logits(
 
 @torch.inference_mode()
 def compile_checked(
-    forward: ModelForward,
+    forward: PackedForward,
     backend: AttentionBackend,
     compiler: str = "inductor",
     *,
     page_size: int = 16,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Compile a forward on an example, and compare its logits with those it had uncompiled.
 
@@ -258,7 +258,7 @@ def compile_checked(
         early: Let kernels be launched early; see `early_launches`.
 
     Raises:
-        UnsafeEarlyLaunchError: With `early`, a kernel would not wait for the one before it.
+        UnsafePdlError: With `early`, a kernel would not wait for the one before it.
         RuntimeError: The logits differ by more than rounding.
         Exception: Whatever the compiler raises.
     """
@@ -287,15 +287,19 @@ def compile_checked(
     )
     decode = StepInputs(rows.long(), context.positions.long(), None, context)
     expected = [forward(step).float() for step in (prefill, decode)]
-    forward.compile(lambda: forward(prefill), compiler, early=early)
+    forward.compile(lambda: forward(prefill), compiler, pdl=pdl)
     for step, want in zip((prefill, decode), expected, strict=True):
         error = logits_error(forward(step).float(), want)
         if error <= logits_tolerance(forward):
             continue
-        if early:
+        if pdl:
             # What a race has done is not there when other code runs in between.
-            raise UnsafeEarlyLaunchError(f"the logits differ by {error:.2g}")
-        alike = share_alike(forward.regions, partial(forward, step)) if makes_choices(forward.view.config) else 0.0
+            raise UnsafePdlError(f"the logits differ by {error:.2g}")
+        alike = (
+            share_of_equal_tokens(forward.regions, partial(forward, step))
+            if makes_choices(forward.view.config)
+            else 0.0
+        )
         if alike < _LEAST_ALIKE:
             raise RuntimeError(
                 f"compiled logits of {forward.name} differ by {error:.2g} (relative norm), by no router's choice"

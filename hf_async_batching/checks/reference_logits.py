@@ -12,7 +12,7 @@ from hf_async_batching.checks.logits_error import logits_error, logits_tolerance
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import GenerateLoop
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import length_thresholds
 from hf_async_batching.model.view.model_view import batch_dependent_rope, context_length
 from hf_async_batching.model.view.module_calls import has_replaced_forwards, runs_user_code
@@ -20,7 +20,7 @@ from hf_async_batching.model.view.module_calls import has_replaced_forwards, run
 # Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
 _FIRST_LENGTH, _SECOND_LENGTH = 69, 37
 
-Forward = ModelForward | CacheForward
+Forward = PackedForward | CacheForward
 
 
 class Prompts(NamedTuple):
@@ -70,7 +70,7 @@ def prompts_of_lengths(length: int, shorter: int, vocab_size: int) -> Prompts:
     )
 
 
-def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, few: bool = True) -> Expected:
+def reference_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, few: bool = True) -> Expected:
     """The logits that plain `generate` computes, of each prompt alone.
 
     Args:
@@ -85,7 +85,7 @@ def plain_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, few:
             none ever does (`recomputes`).
     """
     expected: Expected | None = None
-    if few and isinstance(forward, ModelForward) and _decodes_alike(view, prompts):
+    if few and isinstance(forward, PackedForward) and _decodes_alike(view, prompts):
         found = _of_few_forwards(view, forward, prompts)
         if found is not None:
             expected = Expected(found, 0.0)

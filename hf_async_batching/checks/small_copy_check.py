@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_async_batching.attention.torch_backend import ReferenceBackend
-from hf_async_batching.checks.parity_check import attach_check
+from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.reference_logits import prompts_of_lengths
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import GenerateLoop, prepare_view
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels
 from hf_async_batching.model.small.length_thresholds import length_thresholds, scaled_down
 from hf_async_batching.model.view.model_view import context_length, make_view
@@ -35,7 +35,7 @@ from hf_async_batching.runtime.start_progress import stage
 
 logger = logging.getLogger(__name__)
 
-Forward = ModelForward | CacheForward
+Forward = PackedForward | CacheForward
 
 # Lengths of the prompt that comes in chunks, and of those that join it late. A prompt, a chunk and a decode cross
 # thresholds of 8 and 16 tokens, which lie between a long row and a short one.
@@ -172,7 +172,7 @@ class SmallCopyCheck:
                     forward = make_forward(self._models[seed])
                     for long, short in _LENGTHS:
                         prompts = prompts_of_lengths(long, short, forward.vocab_size)
-                        attach_check(self._models[seed], forward, ReferenceBackend(), prompts=prompts)
+                        check_parity(self._models[seed], forward, ReferenceBackend(), prompts=prompts)
                 except UnsupportedModelError as error:
                     wrong = _line(error).removeprefix(f"{self._class.__name__} is not served: ")
                 else:

@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching.attention.base import AttentionBackend
-from hf_async_batching.checks.parity_check import attach_check
+from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.reference_logits import Prompts, prompts_for
 from hf_async_batching.devices.failure import ends_the_search
 from hf_async_batching.errors import LogitsDifferError
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import prepare_view
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import makes_choices
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.module_calls import runs_user_code
@@ -37,7 +37,7 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.flo
 
 def agrees_in_wide_dtype(
     model: PreTrainedModel,
-    make_forward: Callable[[PreTrainedModel], ModelForward | CacheForward],
+    make_forward: Callable[[PreTrainedModel], PackedForward | CacheForward],
     backend: AttentionBackend,
     page_size: int,
     error: LogitsDifferError,
@@ -80,7 +80,7 @@ def agrees_in_wide_dtype(
             raise TypeError(f"its logits are in {forward.dtype}")
         prompts = _shifted(prompts_for(model, forward.vocab_size), number, forward.vocab_size)
         try:
-            attach_check(wide, forward, backend, page_size, prompts)
+            check_parity(wide, forward, backend, page_size, prompts)
         except LogitsDifferError as again:
             logger.debug("in %s: %s", _WIDER[dtype], again)
             return False

@@ -26,9 +26,8 @@ from hf_async_batching.bench.shapes import QUANTIZATIONS, SHAPES, random_model
 from hf_async_batching.bench.timeline_picture import draw
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload
 from hf_async_batching.cli.arguments import count
-from hf_async_batching.config import BatchingConfig
+from hf_async_batching.config import Admission, BatchingConfig
 from hf_async_batching.errors import HfAsyncBatchingError
-from hf_async_batching.scheduler.waiting_queue import Admission
 
 SUMMARY = "measure speed, GPU use and accuracy, also against transformers itself"
 

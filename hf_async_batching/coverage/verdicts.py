@@ -60,7 +60,7 @@ class Verdict:
     Attributes:
         status: Through `submit`; see `Finding`.
         reason: Why not exact; empty where it is.
-        route: How the model is served (`ModelForward.route`); empty where it is not.
+        route: How the model is served (`PackedForward.route`); empty where it is not.
         distinct_tokens: Different tokens among those that `generate` made: with very few, nothing is shown.
         drop_in: Through `model.generate(custom_generate=...)`, with one batch that is padded on the left.
         plain_padded: What plain `generate` makes of the same batch, compared with each prompt alone.

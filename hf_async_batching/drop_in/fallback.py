@@ -17,7 +17,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_async_batching.drop_in.caller_frame import LostArguments
 from hf_async_batching.errors import HfAsyncBatchingError, UnsupportedArgumentError, UnsupportedModelError
-from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.snapshot import ModelSnapshot
 from hf_async_batching.model.view.unwrap import transformers_generate, unwrap
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 OnUnsupported = Literal["error", "generate"]
 
 # Why a model was refused, and in which state: finding that out takes a forward of it, or a whole engine.
-_refused: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, Weights]] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, ModelSnapshot]] = weakref.WeakKeyDictionary()
 
 
 def check_on_unsupported(value: Any) -> None:
@@ -69,10 +69,10 @@ def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config:
     _warn_once(type(model).__name__, str(error))
 
 
-def _state(model: PreTrainedModel) -> Weights | None:
+def _state(model: PreTrainedModel) -> ModelSnapshot | None:
     """The model as it is now; None where telling that refuses it already."""
     try:
-        return Weights.of(unwrap(model))
+        return ModelSnapshot.of(unwrap(model))
     except HfAsyncBatchingError:
         return None
 

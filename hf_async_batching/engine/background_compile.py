@@ -1,62 +1,127 @@
-"""Compiles for an engine that serves already, in a thread of its own."""
+"""Compiles an engine's forward in a thread of its own, while the engine already serves."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import threading
+import time
 import weakref
 from contextlib import suppress
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.engine.builder import Assembly, compile_for
+from hf_async_batching.attention.base import AttentionBackend, make_backend
+from hf_async_batching.checks.parity_check import compile_checked
+from hf_async_batching.devices.pdl import supports_pdl
+from hf_async_batching.engine.builder import EngineParts
+from hf_async_batching.engine.sizing import ResolvedConfig
+from hf_async_batching.model.compile.regions import UnsafePdlError
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import make_view
-from hf_async_batching.runtime.process_exit import ProcessEndsError, end_with_the_process
+from hf_async_batching.runtime.process_exit import ProcessEndsError, end_with_the_process, process_ends
+
+logger = logging.getLogger(__name__)
 
 # Seconds for which compiling waits for a first step, which may not come.
 _FIRST_STEP = 1.0
 
 
-class Preparation:
-    """Compiles behind the first token, which it would hold up, or after a second without one.
-
-    The engine changes over by itself when that is done.
+class BackgroundCompile:
+    """Compiles after the first token, or after one second without a token, and then hands the result to the engine.
 
     Args:
         model: The engine's model.
-        assembly: The engine, which this does not keep alive.
-        first_step: Set when a request has its first token, or when nobody waits for one.
+        parts: The engine. A `BackgroundCompile` does not keep it alive.
+        first_step: Set when a request has its first token, or when no caller waits for one.
 
     Attributes:
-        done: Set when the compiled forward was handed over, could not be made, or the process ends.
+        done: Set when the engine has the compiled forward, when there will be none, or when the process ends.
     """
 
-    def __init__(self, model: PreTrainedModel, assembly: Assembly, first_step: threading.Event) -> None:
+    def __init__(self, model: PreTrainedModel, parts: EngineParts, first_step: threading.Event) -> None:
         self.done = threading.Event()
-        # A view of its own: what the caller switches later (adapters, modules) is for the next engine.
-        view = assembly.view if assembly.view is not None else make_view(model, None)
+        # The thread needs a view of its own: what the caller changes later (adapters, modules) is for the next engine.
+        view = parts.view if parts.view is not None else make_view(model, None)
         thread = threading.Thread(
             target=self._run,
-            args=(view, weakref.ref(assembly), first_step),
+            args=(view, weakref.ref(parts), first_step),
             name="hf_async_batching_compile",
             daemon=False,
         )
         thread.start()
         end_with_the_process(thread, self.done)
 
-    def _run(self, model: PreTrainedModel, assembly: weakref.ref[Assembly], first_step: threading.Event) -> None:
+    def _run(self, view: PreTrainedModel, parts: weakref.ref[EngineParts], first_step: threading.Event) -> None:
         with suppress(ProcessEndsError):
             try:
                 first_step.wait(_FIRST_STEP)
                 # The compiled code is for inference mode only, which threads do not inherit.
                 with torch.inference_mode():
-                    device = next(model.parameters()).device
+                    device = next(view.parameters()).device
                     if device.type == "cuda":
                         torch.cuda.set_device(device)
-                    compile_for(model, assembly)
-                # A compiler leaves so many objects that a full collection is due. It stops every thread for 0.4 s:
-                # better now than in the middle of serving.
+                    compile_for(view, parts)
+                # The compiler leaves so many objects that a full collection is due. A collection stops every thread
+                # for 0.4 s, so it runs now and not in the middle of serving.
                 gc.collect()
             finally:
                 self.done.set()
+
+
+def compile_for(model: PreTrainedModel, parts: weakref.ref[EngineParts]) -> bool:
+    """Compile a second forward for a running engine, and hand it over.
+
+    The compilation itself uses nothing of the engine, and does not keep it alive.
+
+    Args:
+        model: The engine's model, or a view of it.
+        parts: The engine, if it still runs.
+
+    Returns:
+        Whether the engine got a compiled forward.
+    """
+    running = parts()
+    if running is None or not isinstance(running.forward, PackedForward):
+        return False
+    fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
+    batches = [*running.runner.buckets]
+    del running
+    began = time.perf_counter()
+    try:
+        with autocast():
+            forward, backend = _compiled_forward(model, fused, config)
+        backend.ready(forward.layers, page_size=config.page_size, batches=batches)
+    except Exception as error:  # compilers fail in many ways, and the engine serves without
+        # When a process ends, Python shuts down the executors first, and compilers use executors.
+        if process_ends() or "interpreter shutdown" in str(error):
+            return False
+        logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
+        logger.debug("compiling failed", exc_info=True)
+        return False
+    running = parts()
+    if running is None:
+        return False
+    forward.bind(running.cache, backend)
+    running.runner.offer(forward)
+    logger.info("compiled %s in %.1f s", forward.name, time.perf_counter() - began)
+    return True
+
+
+def _compiled_forward(
+    model: PreTrainedModel, fused: bool, config: ResolvedConfig
+) -> tuple[PackedForward, AttentionBackend]:
+    """A compiled forward with programmatic dependent launch where the device and the generated code allow it."""
+    device = next(model.parameters()).device
+    for pdl in (True, False) if supports_pdl(device) else (False,):
+        forward = PackedForward(model, fused=fused)
+        # The forward needs a backend of its own: it runs beside the engine's steps, whose backend has scratch memory.
+        backend = make_backend(config.settings.attention_backend, forward.device)
+        try:
+            compile_checked(forward, backend, page_size=config.page_size, pdl=pdl)
+        except UnsafePdlError as error:
+            logger.info("%s is compiled again without programmatic dependent launch: %s", forward.name, error)
+            continue
+        return forward, backend
+    raise AssertionError("compiling without programmatic dependent launch raises no UnsafePdlError")

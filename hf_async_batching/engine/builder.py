@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
-import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attention.base import AttentionBackend, make_backend
-from hf_async_batching.checks.parity_check import compile_checked
-from hf_async_batching.config import BatchingConfig, ResolvedConfig
+from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.graph_buckets import largest_padding
 from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.devices import make_device
@@ -22,11 +18,10 @@ from hf_async_batching.distributed.agreed_captures import with_agreed_captures
 from hf_async_batching.distributed.rank_group import RankGroup
 from hf_async_batching.engine.engine import Engine
 from hf_async_batching.engine.route import choose_route
+from hf_async_batching.engine.sizing import ResolvedConfig, resolve_config
 from hf_async_batching.kv_cache.paged_cache import PagedCache, group_layers
-from hf_async_batching.model.compile.pdl_check import device_launches_early
-from hf_async_batching.model.compile.regions import UnsafeEarlyLaunchError
 from hf_async_batching.model.forward.cache_forward import CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import batch_dependent_rope, context_length, rope_limit
 from hf_async_batching.model.view.module_calls import runs_user_code
 from hf_async_batching.runner.leading_pipeline import LeadingPipeline
@@ -35,7 +30,6 @@ from hf_async_batching.runner.pipeline import Pipeline
 from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.runner.staging import NO_PADDING, Sections
 from hf_async_batching.runtime.autocast import Autocast
-from hf_async_batching.runtime.process_exit import process_ends
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.scheduler.scheduler import Scheduler
 
@@ -43,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class Assembly:
+class EngineParts:
     """An engine and what its manager wants to know of it.
 
     Attributes:
@@ -55,7 +49,7 @@ class Assembly:
 
     engine: Engine
     config: ResolvedConfig
-    forward: ModelForward | CacheForward
+    forward: PackedForward | CacheForward
     runner: Runner
     cache: PagedCache
     autocast: Autocast
@@ -64,7 +58,7 @@ class Assembly:
 
 
 @torch.inference_mode()
-def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | None = None) -> Assembly:
+def build_engine(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | None = None) -> EngineParts:
     """Make an engine that is ready to serve, whose forward runs under the calling thread's autocast.
 
     Args:
@@ -93,7 +87,7 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         # It has no pages to save: with as many as its rows can use, none is ever asked to give up some.
         logger.info("num_pages = automatic (%s is computed row by row)", forward.name)
         config = replace(config, num_pages=None)
-    if isinstance(forward, ModelForward) and forward.packed_groups:
+    if isinstance(forward, PackedForward) and forward.packed_groups:
         # Torch keeps the memory that the weights had before, in pieces too small for the cache: gigabytes, until
         # nothing else is left.
         return_memory(forward.device)
@@ -102,9 +96,9 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         free = group.least(free)  # rows and pages have the same numbers on all ranks
     # Other routes hand a model one table for all of its layers.
     longest = config.max_sequence_length or context
-    groups = group_layers(forward.layers, isinstance(forward, ModelForward), longest)
-    resolved = config.resolve(
-        forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes, groups
+    groups = group_layers(forward.layers, isinstance(forward, PackedForward), longest)
+    resolved = resolve_config(
+        config, forward.layers, context, forward.device, free, forward.weight_bytes, forward.state_bytes, groups
     )
     cache = PagedCache(
         forward.layers,
@@ -115,11 +109,11 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
     )
     forward.bind(cache, backend)
     # A row goes on from any of its tokens where these are what it has; a state that goes on with them is not.
-    drafted = MAX_DRAFTED if isinstance(forward, ModelForward) else 0
+    drafted = MAX_DRAFTED if isinstance(forward, PackedForward) else 0
     max_samples = resolved.max_rows + drafted
     largest = NO_PADDING
     # Of several ranks all must capture a step or none, but each would count the memory of its own graphs.
-    if isinstance(forward, ModelForward) and group is None:
+    if isinstance(forward, PackedForward) and group is None:
         largest = largest_padding(resolved.max_batch_tokens, resolved.max_rows, max_samples, forward.weight_bytes)
     state = DeviceState(
         max_rows=resolved.max_rows,
@@ -191,64 +185,6 @@ def assemble(model: PreTrainedModel, config: BatchingConfig, group: RankGroup | 
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, resolved)
-    if not (isinstance(forward, ModelForward) and resolved.settings.compile):
+    if not (isinstance(forward, PackedForward) and resolved.settings.compile):
         view = None
-    return Assembly(engine, resolved, forward, runner, cache, autocast, view, rope_limit(model))
-
-
-def compile_for(model: PreTrainedModel, assembly: weakref.ref[Assembly]) -> bool:
-    """Compile a second forward for an engine that serves already, and hand it over.
-
-    Needs nothing of the engine until it is done, and does not keep it alive.
-
-    Args:
-        model: The engine's model, or a view of it.
-        assembly: The engine, if it still runs.
-
-    Returns:
-        Whether the engine got a compiled forward.
-    """
-    running = assembly()
-    if running is None:
-        return False
-    if not isinstance(running.forward, ModelForward):
-        return False
-    fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
-    batches = [*running.runner.buckets]
-    del running
-    began = time.perf_counter()
-    try:
-        with autocast():
-            forward, backend = _compiled_forward(model, fused, config)
-        backend.ready(forward.layers, page_size=config.page_size, batches=batches)
-    except Exception as error:  # compilers fail in many ways, and the engine serves without
-        # Python's executors, which compilers use, go first when a process ends.
-        if process_ends() or "interpreter shutdown" in str(error):
-            return False
-        logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
-        logger.debug("compiling failed", exc_info=True)
-        return False
-    running = assembly()
-    if running is None:
-        return False
-    forward.bind(running.cache, backend)
-    running.runner.offer(forward)
-    logger.info("compiled %s in %.1f s", forward.name, time.perf_counter() - began)
-    return True
-
-
-def _compiled_forward(
-    model: PreTrainedModel, fused: bool, config: ResolvedConfig
-) -> tuple[ModelForward, AttentionBackend]:
-    device = next(model.parameters()).device
-    for early in (True, False) if device_launches_early(device) else (False,):
-        forward = ModelForward(model, fused=fused)
-        # Its own: what runs here runs beside the engine's steps, which share scratch memory of theirs.
-        backend = make_backend(config.settings.attention_backend, forward.device)
-        try:
-            compile_checked(forward, backend, page_size=config.page_size, early=early)
-        except UnsafeEarlyLaunchError as error:
-            logger.info("%s is compiled again without early launches: %s", forward.name, error)
-            continue
-        return forward, backend
-    raise AssertionError("compiling without early launches cannot fail for them")
+    return EngineParts(engine, resolved, forward, runner, cache, autocast, view, rope_limit(model))

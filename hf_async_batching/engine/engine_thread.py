@@ -15,7 +15,7 @@ from hf_async_batching.core.plan import Features
 from hf_async_batching.core.request import Request
 from hf_async_batching.devices.failure import device_failure, is_device_failure
 from hf_async_batching.devices.memory import return_memory
-from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, QueueFullError
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.host_decoding.logits_handle import LogitsHandle
@@ -44,14 +44,14 @@ class Worker:
 
     def __init__(
         self,
-        assembly: Assembly,
+        assembly: EngineParts,
         *,
         max_waiting: int,
         idle_timeout: float | None,
         first_step: threading.Event,
         on_stop: Callable[[Worker], None],
     ) -> None:
-        self._assembly: Assembly | None = assembly
+        self._assembly: EngineParts | None = assembly
         self._device = assembly.forward.device
         self._max_waiting = max_waiting
         self._idle_timeout = idle_timeout
@@ -182,7 +182,7 @@ class Worker:
         return threading.current_thread() is self._thread
 
     @property
-    def assembly(self) -> Assembly | None:
+    def assembly(self) -> EngineParts | None:
         """The engine; None once the worker has stopped."""
         return self._assembly
 
@@ -236,7 +236,7 @@ class Worker:
         while self._serve_turn(self._assembly):
             pass
 
-    def _serve_turn(self, assembly: Assembly) -> bool:
+    def _serve_turn(self, assembly: EngineParts) -> bool:
         """Wait for work and do a step of it; False where there is nothing more to do.
 
         A turn is a call of its own, so that a thread that waits holds nothing of the requests before: neither handles
@@ -331,7 +331,7 @@ class Worker:
         del self._handles[request_id]
         self._live.discard(request_id)
 
-    def _fail_everyone(self, cause: BaseException | None, assembly: Assembly | None) -> None:
+    def _fail_everyone(self, cause: BaseException | None, assembly: EngineParts | None) -> None:
         left = [*self._handles.values(), *[handle for _, handle in self._inbox]]
         self._handles.clear()
         self._inbox.clear()
@@ -345,7 +345,7 @@ class Worker:
                 handle._fail(failure)
 
 
-def _told(cause: BaseException, assembly: Assembly | None) -> str:
+def _told(cause: BaseException, assembly: EngineParts | None) -> str:
     """What failed; where a device did, also which model, in which step, and whether it can be used again."""
     try:
         if assembly is None or not is_device_failure(cause):
@@ -364,7 +364,7 @@ class _Warming:
         self.done = threading.Event()
         self.error: BaseException | None = None
 
-    def run(self, assembly: Assembly) -> None:
+    def run(self, assembly: EngineParts) -> None:
         try:
             if self._tune:
                 assembly.engine.pipeline.tune()

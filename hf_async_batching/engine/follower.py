@@ -12,7 +12,7 @@ import torch
 from hf_async_batching.core.plan import Launch
 from hf_async_batching.devices.memory import return_memory
 from hf_async_batching.distributed.rank_group import Quit, RankGroup, Start, Step, Tune, Warm, checksum
-from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import EngineFailedError
 
 
@@ -21,12 +21,12 @@ class Follower:
 
     Args:
         group: The ranks.
-        assemble: Builds an engine, at the same time as rank 0 does.
+        build_engine: Builds an engine, at the same time as rank 0 does.
     """
 
-    def __init__(self, group: RankGroup, assemble: Callable[[], Assembly]) -> None:
+    def __init__(self, group: RankGroup, build_engine: Callable[[], EngineParts]) -> None:
         self._group = group
-        self._assemble = assemble
+        self._build_engine = build_engine
 
     def follow(self) -> None:
         """Return when rank 0 has closed its manager.
@@ -39,7 +39,7 @@ class Follower:
             if isinstance(message, Quit):
                 return
             if isinstance(message, Start):
-                assembly = self._assemble()
+                assembly = self._build_engine()
                 device = assembly.forward.device
                 try:
                     _Engine(self._group, assembly).run()
@@ -50,7 +50,7 @@ class Follower:
 
 
 class _Engine:
-    def __init__(self, group: RankGroup, assembly: Assembly) -> None:
+    def __init__(self, group: RankGroup, assembly: EngineParts) -> None:
         self._group = group
         self._pipeline = assembly.engine.pipeline
         self._depth = assembly.config.depth

@@ -15,15 +15,16 @@ from typing import TypeVar
 from transformers import PreTrainedModel
 
 from hf_async_batching.attention.base import AttentionBackend, make_backend
-from hf_async_batching.checks.parity_check import attach_check
+from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.small_copy_check import SmallCopyCheck
 from hf_async_batching.checks.wide_check import agrees_in_wide_dtype
-from hf_async_batching.config import BatchingConfig, default_page_size
+from hf_async_batching.config import BatchingConfig
 from hf_async_batching.devices.failure import device_failure, ends_the_search
+from hf_async_batching.engine.sizing import default_page_size
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError
 from hf_async_batching.linear.engine_linear import products_agree
 from hf_async_batching.model.forward.cache_forward import MODES, CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import text_config
 from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable
 from hf_async_batching.runtime.start_progress import stage
@@ -62,7 +63,7 @@ def check_servable(model: PreTrainedModel, longest: int | None = None) -> None:
         _first_of_small_copy(SmallCopyCheck(model, longest))
         return
     try:
-        ModelForward(model)
+        PackedForward(model)
     except UnsupportedModelError as packed:
         try:
             CacheForward(model)
@@ -73,7 +74,7 @@ def check_servable(model: PreTrainedModel, longest: int | None = None) -> None:
 def _first_of_small_copy(small: SmallCopyCheck) -> None:
     """Find the first route for which a small copy is right; *single* needs none, since it is `generate`'s own loop."""
     try:
-        return small.refuse("packed", ModelForward, always=True)
+        return small.refuse("packed", PackedForward, always=True)
     except UnsupportedModelError:
         for batching, whole_prompts in MODES:
             try:
@@ -91,7 +92,7 @@ def _refuse_cached(small: SmallCopyCheck, make: partial[CacheForward], always: b
 
 def choose_route(
     model: PreTrainedModel, config: BatchingConfig
-) -> tuple[ModelForward | CacheForward, AttentionBackend, PreTrainedModel | None]:
+) -> tuple[PackedForward | CacheForward, AttentionBackend, PreTrainedModel | None]:
     """A forward whose logits agree with those of plain `generate`: the first route for which that is so.
 
     Returns:
@@ -109,11 +110,11 @@ def choose_route(
     small = SmallCopyCheck(model, config.max_sequence_length)
     try:
         if on_cuda and not looks_packed(model):
-            small.refuse("packed", ModelForward, always=True)
-        with small.beside("packed", ModelForward, config.attach_check and on_cuda):
+            small.refuse("packed", PackedForward, always=True)
+        with small.beside("packed", PackedForward, config.attach_check and on_cuda):
             packed_forward, view = _packed_forward(model, config, backend)
         if config.attach_check:
-            small.refuse("packed", ModelForward)
+            small.refuse("packed", PackedForward)
         return packed_forward, backend, view
     except UnsupportedModelError as error:
         packed = error
@@ -142,11 +143,11 @@ def choose_route(
 
 def _packed_forward(
     model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend
-) -> tuple[ModelForward, PreTrainedModel | None]:
+) -> tuple[PackedForward, PreTrainedModel | None]:
     """A packed forward that passed the check; without fused weights where it does only then."""
     device = next(model.parameters()).device
     if config.fuses_weights(device):
-        make = partial(ModelForward, fused=True, skinny=not config.compiles(device))
+        make = partial(PackedForward, fused=True, skinny=not config.compiles(device))
         try:
             return _checked(make, model, config, backend)
         except Exception as error:
@@ -154,11 +155,11 @@ def _packed_forward(
                 raise
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
     if not config.attach_check:
-        return ModelForward(model), None
-    return _checked(ModelForward, model, config, backend)
+        return PackedForward(model), None
+    return _checked(PackedForward, model, config, backend)
 
 
-_Forward = TypeVar("_Forward", ModelForward, CacheForward)
+_Forward = TypeVar("_Forward", PackedForward, CacheForward)
 
 
 def _checked(
@@ -181,11 +182,11 @@ def _checked(
     stage(f"its logits as {forward.route} are compared with those of plain `generate`")
     page_size = config.page_size or default_page_size(forward.device)
     try:
-        return forward, attach_check(model, forward, backend, page_size)
+        return forward, check_parity(model, forward, backend, page_size)
     except LogitsDifferError as error:
         stage(f"its logits as {forward.route} are compared in a wider dtype, since {error.short}")
         # A wide view fuses nothing: what is fused is compared by itself.
-        fused = isinstance(forward, ModelForward) and forward.packed_groups is not None
+        fused = isinstance(forward, PackedForward) and forward.packed_groups is not None
         if fused and not products_agree(forward.view):
             raise
         view = agrees_in_wide_dtype(model, make, backend, page_size, error)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from hf_async_batching.core.timeline import Timeline
-from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.engine.builder import EngineParts
 
 WINDOW_SECONDS = 2.0
 
@@ -65,7 +65,7 @@ class Stats:
     graph_bytes: int = 0
 
 
-def read_stats(assembly: Assembly | None, inbox: int) -> Stats:
+def read_stats(assembly: EngineParts | None, inbox: int) -> Stats:
     """Figures of an engine; zeros for None. Reads without stopping it, so that figures may be one step apart."""
     if assembly is None:
         return Stats()

@@ -16,7 +16,7 @@ from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.core.logits_params import FIELDS_OF_KIND
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import RuleKind
-from hf_async_batching.engine.builder import Assembly
+from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
 from hf_async_batching.runner.staging import MAX_EOS, check_encodable
 from hf_async_batching.stopping.criteria import stop_string_criterion
@@ -84,7 +84,7 @@ def criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, toke
     return StoppingCriteriaList([*made, *own])
 
 
-def check_limits(request: Request, assembly: Assembly) -> None:
+def check_limits(request: Request, assembly: EngineParts) -> None:
     """Refuse a request that an engine cannot serve.
 
     Raises:
@@ -169,7 +169,7 @@ def _check_tokens(name: str, tokens: tuple[int, ...], vocab: int) -> None:
         raise ValueError(f"`{name}` holds token id {token}, outside of the model's vocabulary of {vocab} tokens")
 
 
-def check_group(requests: list[Request], assembly: Assembly) -> None:
+def check_group(requests: list[Request], assembly: EngineParts) -> None:
     """Refuse rows that advance together and do not fit together.
 
     Raises:
@@ -187,7 +187,7 @@ def check_group(requests: list[Request], assembly: Assembly) -> None:
         )
 
 
-def group_fits(requests: list[Request], assembly: Assembly) -> bool:
+def group_fits(requests: list[Request], assembly: EngineParts) -> bool:
     """Whether an engine holds requests at the same time, up to their last tokens."""
     pages = assembly.engine.scheduler.pages
     needed = sum([pages.pages_for(len(request.prompt) + request.max_new_tokens) for request in requests])

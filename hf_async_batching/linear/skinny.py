@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 
+from hf_async_batching.devices.pdl import supports_pdl
 from hf_async_batching.linear.skinny_kernel import skinny_linear_kernel
-from hf_async_batching.model.compile.pdl_check import device_launches_early
 
 MAX_ROWS = 64
 """Beyond this many rows the vendor's library is faster (measured on an H200, benchmarks/linear_sweep.py)."""
@@ -134,7 +134,7 @@ def skinny_linear(
     output = x.new_empty((*x.shape[:-1], n))
     partial = x.new_empty((setting.splits, rows, n), dtype=torch.float32) if setting.splits > 1 else output
     blocks = -(-k // setting.block_k)
-    early = device_launches_early(x.device)
+    early = supports_pdl(x.device)
     options = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         skinny_linear_kernel[(triton.cdiv(n, setting.block_n), setting.splits)](

@@ -18,7 +18,7 @@ from hf_async_batching.core.plan import Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.model.forward.cache_forward import CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import make_view
 
 _CHECK_TOKENS = 7
@@ -69,7 +69,7 @@ class PromptEmbeddings:
             self._read.popleft()
 
 
-def check_embeddings(embeddings: torch.Tensor, length: int, forward: ModelForward | CacheForward) -> None:
+def check_embeddings(embeddings: torch.Tensor, length: int, forward: PackedForward | CacheForward) -> None:
     """Refuse embeddings that are not the model's, or not those of a prompt of `length` tokens.
 
     Raises:
@@ -103,7 +103,7 @@ def check_history(request: Request) -> None:
 
 
 @torch.inference_mode()
-def check_takes_embeddings(model: PreTrainedModel, forward: ModelForward | CacheForward) -> None:
+def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | CacheForward) -> None:
     """Compare the plain forward over token ids with the one over their embeddings.
 
     Args:

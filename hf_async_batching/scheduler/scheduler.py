@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hf_async_batching.config import Admission
 from hf_async_batching.core.graph_buckets import padded_decodes, spread_room
 from hf_async_batching.core.outcomes import is_undrawable, is_unsound, token_of
 from hf_async_batching.core.plan import NO_BOUNDS, Chunk, Features, Given, NewPage, NewRow, Offer, Plan, Result, Run
@@ -31,7 +32,6 @@ from hf_async_batching.scheduler.speculation import Drafted, Drafting, settle_dr
 from hf_async_batching.scheduler.step_features import features_of, rare_needs
 from hf_async_batching.scheduler.waiting_queue import (
     MOST_PASSED,
-    Admission,
     WaitingQueue,
     found_a_step_later,
     spread_budget,

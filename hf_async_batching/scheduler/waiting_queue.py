@@ -16,12 +16,10 @@ import bisect
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Literal
 
+from hf_async_batching.config import Admission
 from hf_async_batching.kv_cache.prefix_cache import Node
 from hf_async_batching.scheduler.sequence import Sequence, State
-
-Admission = Literal["fcfs", "longest_first"]
 
 # Requests in a block, by the rows that there are; nobody waits for requests of a later one.
 _BLOCK = 4

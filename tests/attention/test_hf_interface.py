@@ -14,7 +14,7 @@ from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedMode
 from hf_async_batching.attention.hf_interface import HARMLESS, PagedCall, paged_attention_forward
 from hf_async_batching.coverage.check import check_model, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 SPARSE: dict[str, Any] = {
     "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
@@ -42,10 +42,10 @@ def test_an_argument_that_is_not_known_refuses_the_packed_route(
 ) -> None:
     model = tiny_model("LlamaForCausalLM")
     says_more[argument] = None
-    assert ModelForward(model).route == "packed"
+    assert PackedForward(model).route == "packed"
     says_more[argument] = value
     with pytest.raises(UnsupportedModelError, match=f"LlamaAttention passes `{argument}` to attention"):
-        ModelForward(model)
+        PackedForward(model)
 
 
 def test_harmless_arguments_do_not(says_more: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def test_harmless_arguments_do_not(says_more: dict[str, Any]) -> None:
     says_more.pop("position_ids")
     says_more.pop("position_embeddings")
     says_more["is_causal"] = True
-    assert ModelForward(tiny_model("LlamaForCausalLM")).route == "packed"
+    assert PackedForward(tiny_model("LlamaForCausalLM")).route == "packed"
 
 
 def test_an_argument_that_comes_later_is_an_error() -> None:

@@ -16,12 +16,12 @@ from support.tiny_models import tiny_model
 
 from hf_async_batching.attention.base import AttentionBackend, make_backend
 from hf_async_batching.checks import parity_check as module
-from hf_async_batching.checks.parity_check import attach_check
+from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.reference_attention import FlashFirst
 from hf_async_batching.checks.reference_logits import Expected
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model.forward.cache_forward import MODES, CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the check does, with its jobs in threads as on a GPU; the plain forward waits a little for the engine's."""
     log: list[str] = []
     engine_runs = threading.Event()
-    plain, engine, ready = module.plain_logits, module._engine_logits, AttentionBackend.ready
+    plain, engine, ready = module.reference_logits, module._engine_logits, AttentionBackend.ready
 
     def in_threads(jobs: list[Callable[[], object]], device: torch.device) -> None:
         def run(job: Callable[[], object]) -> None:
@@ -59,7 +59,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ready(self, *args, **options)
 
     monkeypatch.setattr(module, "side_by_side", in_threads)
-    monkeypatch.setattr(module, "plain_logits", run_plain)
+    monkeypatch.setattr(module, "reference_logits", run_plain)
     monkeypatch.setattr(module, "_engine_logits", run_engine)
     monkeypatch.setattr(type(make_backend("auto", CPU)), "ready", compile_kernels)
     return log
@@ -76,7 +76,7 @@ def test_the_engine_runs_beside_the_plain_forward_once_its_kernels_are_there(
 
     monkeypatch.setattr(module, "after_compiler_start", wait)
     model = tiny_model("Llama")
-    attach_check(model, ModelForward(model), make_backend("auto", CPU))
+    check_parity(model, PackedForward(model), make_backend("auto", CPU))
     assert log.index("kernels") < log.index("engine") < log.index("plain ends")
     assert len(waited) == 3, "every kernel waits for the compiler, the plain forward does not"
 
@@ -92,8 +92,8 @@ def test_what_must_not_run_at_the_same_time_runs_in_turn(
         monkeypatch.setattr(module, "is_quantized", lambda view: True)
     elif why == "code of others":
         model.model.norm = _Norm(model.model.norm)
-    forward = CacheForward(model) if why == "another route" else ModelForward(model)
-    attach_check(model, forward, make_backend("auto", CPU))
+    forward = CacheForward(model) if why == "another route" else PackedForward(model)
+    check_parity(model, forward, make_backend("auto", CPU))
     assert log.index("plain ends") < log.index("engine")
 
 
@@ -110,16 +110,16 @@ class _Norm(torch.nn.Module):
 def test_flash_kernels_are_for_a_check_of_other_kernels(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What computes with `generate`'s own is compared more strictly than kernels may differ."""
     modes: list[bool] = []
-    plain = module.plain_logits
+    plain = module.reference_logits
 
     def seen(*args: Any) -> Expected:
         stack = torch.overrides._get_current_function_mode_stack()
         modes.append(any(isinstance(mode, FlashFirst) for mode in stack))
         return plain(*args)
 
-    monkeypatch.setattr(module, "plain_logits", seen)
+    monkeypatch.setattr(module, "reference_logits", seen)
     model = tiny_model("Llama")
-    view = attach_check(model, ModelForward(model) if packed else CacheForward(model), make_backend("auto", CPU))
+    view = check_parity(model, PackedForward(model) if packed else CacheForward(model), make_backend("auto", CPU))
     assert modes == [packed]
     assert view is not model and view.lm_head.weight is model.lm_head.weight
 
@@ -128,10 +128,10 @@ def test_a_plain_forward_that_fails_holds_nobody_up(log: list[str], monkeypatch:
     def fail(*args: Any) -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr(module, "plain_logits", fail)
+    monkeypatch.setattr(module, "reference_logits", fail)
     model = tiny_model("Llama")
     with pytest.raises(UnsupportedModelError, match="no such thing"):
-        attach_check(model, CacheForward(model), make_backend("auto", CPU))
+        check_parity(model, CacheForward(model), make_backend("auto", CPU))
     assert log == ["engine"]
 
 
@@ -146,15 +146,15 @@ def test_rounding_of_16_bits_hides_nothing_where_the_kernels_are_the_same(
     if route == "padded" and parse(transformers.__version__) < parse("5.24"):
         pytest.skip("the masks of older releases of transformers bear no batch beside this cache")
     model = tiny_model("Llama").to(torch.bfloat16)
-    forward: ModelForward | CacheForward = ModelForward(model)
+    forward: PackedForward | CacheForward = PackedForward(model)
     if route != "packed":
         forward = CacheForward(model) if route == "row by row" else CacheForward(model, *MODES[0])
-    plain = module.plain_logits
+    plain = module.reference_logits
 
     def expected(*args: Any) -> Expected:
         logits = {label: one + 2e-2 * one.roll(1) for label, one in plain(*args).logits.items()}
         return Expected(logits, noise)
 
-    monkeypatch.setattr(module, "plain_logits", expected)
+    monkeypatch.setattr(module, "reference_logits", expected)
     with nullcontext() if served else pytest.raises(UnsupportedModelError, match="differ from plain `generate`'s"):
-        attach_check(model, forward, make_backend("auto", CPU))
+        check_parity(model, forward, make_backend("auto", CPU))

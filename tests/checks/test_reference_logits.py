@@ -11,12 +11,12 @@ from support.tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from hf_async_batching.checks import reference_logits as module
-from hf_async_batching.checks.reference_logits import Expected, Prompts, plain_logits, prompts_for
+from hf_async_batching.checks.reference_logits import Expected, Prompts, prompts_for, reference_logits
 from hf_async_batching.coverage.families import tiny_model as coverage_model
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model.forward.cache_forward import MODES, CacheForward
 from hf_async_batching.model.forward.generate_loop import prepare_view
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import make_view
 
 LABELS = [
@@ -32,8 +32,8 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, forward: ModelForward | CacheForward, prompts: Prompts) -> Expected:
-    return plain_logits(view_of(model), forward, prompts)
+def logits_of(model: PreTrainedModel, forward: PackedForward | CacheForward, prompts: Prompts) -> Expected:
+    return reference_logits(view_of(model), forward, prompts)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> list[int]:
@@ -52,7 +52,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> list[int]:
 def test_few_forwards_of_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a start each takes tens of milliseconds, and attention over another length as much again."""
     model = tiny_model("Llama")
-    forward = ModelForward(model)
+    forward = PackedForward(model)
     ran = watch(monkeypatch, model)
     prompts = prompts_for(model, forward.vocab_size)
     logits_of(model, forward, prompts)
@@ -65,7 +65,7 @@ def test_few_forwards_of_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_logits_of_every_prompt(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama")
-    forward: ModelForward | CacheForward = ModelForward(model)
+    forward: PackedForward | CacheForward = PackedForward(model)
     prompts = prompts_for(model, forward.vocab_size)
     first, second, third = prompts
     if route == "no logits but the last":
@@ -107,7 +107,7 @@ class Backwards(torch.nn.Module):
 @pytest.mark.parametrize("few", [False, True])
 def test_tokens_that_change_what_came_before_are_refused(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama")
-    forward = ModelForward(model)
+    forward = PackedForward(model)
     monkeypatch.setattr(module, "_decodes_alike", lambda *_: few)
     model.model.layers[0] = Backwards(model.model.layers[0])
     with pytest.raises(UnsupportedModelError, match="change the logits of tokens before them"):
@@ -118,7 +118,7 @@ def test_tokens_that_change_what_came_before_are_refused(few: bool, monkeypatch:
 def test_one_token_that_looks_ahead_is_enough(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own logits change by a little more than rounding, and nobody else's."""
     model = tiny_model("Llama")
-    forward = ModelForward(model)
+    forward = PackedForward(model)
     monkeypatch.setattr(module, "_decodes_alike", lambda *_: few)
     start = module.GenerateLoop.start
 
@@ -137,7 +137,7 @@ def test_one_token_that_looks_ahead_is_enough(few: bool, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("wrong", ["every step", "the second step", "NaN"])
 def test_tokens_that_differ_one_by_one_are_refused(few: bool, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama")
-    forward = ModelForward(model)
+    forward = PackedForward(model)
     monkeypatch.setattr(module, "_decodes_alike", lambda *_: few)
     step = module.GenerateLoop.step
 
@@ -193,7 +193,7 @@ def test_a_family_whose_own_decode_forgets_its_window_is_not_packed() -> None:
         if hasattr(layer, "sliding_window"):
             layer.sliding_window = 40
     with pytest.raises(UnsupportedModelError, match="one by one and all at once differ"):
-        logits_of(model, ModelForward(model), prompts_for(model, 32))
+        logits_of(model, PackedForward(model), prompts_for(model, 32))
 
 
 def test_a_prompt_is_long_enough_for_attention_to_leave_keys_out() -> None:

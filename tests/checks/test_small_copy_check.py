@@ -20,13 +20,13 @@ from hf_async_batching.attention import hf_interface as interface
 from hf_async_batching.attention.base import make_backend
 from hf_async_batching.attention.hf_interface import PagedLayer
 from hf_async_batching.checks import small_copy_check as module
-from hf_async_batching.checks.parity_check import attach_check
+from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.small_copy_check import SmallCopyCheck
 from hf_async_batching.coverage.check import check_model, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.forward import packed_forward as model_forward_module
 from hf_async_batching.model.forward.cache_forward import CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.forward.row_cache import RowCache
 
 # Beyond what the attach check's own prompts reach.
@@ -45,9 +45,9 @@ def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Packed layers that know nothing of a window, or of a chunk."""
-    init = ModelForward.__init__
+    init = PackedForward.__init__
 
-    def forgets(self: ModelForward, *args: Any, **kwargs: Any) -> None:
+    def forgets(self: PackedForward, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         seen = {"sliding_window": None, "chunk": None}
         self._paged_layers = {
@@ -55,15 +55,15 @@ def without(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
             for key, layer in self._paged_layers.items()
         }
 
-    monkeypatch.setattr(ModelForward, "__init__", forgets)
+    monkeypatch.setattr(PackedForward, "__init__", forgets)
 
 
 def counts_from_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ministral-3's temperature by the place in the step, in packed forwards alone."""
     packed = threading.local()
-    call, scale = ModelForward._call, modeling_ministral3.get_llama_4_attn_scale
+    call, scale = PackedForward._call, modeling_ministral3.get_llama_4_attn_scale
 
-    def wrong_call(self: ModelForward, *args: Any) -> Any:
+    def wrong_call(self: PackedForward, *args: Any) -> Any:
         packed.now = True
         try:
             return call(self, *args)
@@ -75,7 +75,7 @@ def counts_from_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
             positions = torch.arange(positions.shape[-1])[None]
         return scale(positions, *args)
 
-    monkeypatch.setattr(ModelForward, "_call", wrong_call)
+    monkeypatch.setattr(PackedForward, "_call", wrong_call)
     monkeypatch.setattr(modeling_ministral3, "get_llama_4_attn_scale", wrong_scale)
 
 
@@ -118,15 +118,15 @@ def test_a_packed_route_that_is_wrong_beyond_a_threshold_is_caught(
     check = SmallCopyCheck(model)
     assert threshold in check.thresholds
     if "index" not in threshold:
-        check.refuse("packed", ModelForward)
+        check.refuse("packed", PackedForward)
     module._verdicts.clear()
     plant(monkeypatch)
     if threshold != "index_topk":  # there the attach check's own prompts reach beyond it
-        attach_check(model, ModelForward(model), make_backend("auto", torch.device("cpu")))
+        check_parity(model, PackedForward(model), make_backend("auto", torch.device("cpu")))
     with pytest.raises(
         UnsupportedModelError, match=rf"beyond its thresholds .*{threshold.split('*')[0]}.*small model"
     ):
-        SmallCopyCheck(model).refuse("packed", ModelForward)
+        SmallCopyCheck(model).refuse("packed", PackedForward)
 
 
 @needs_masks
@@ -148,7 +148,7 @@ def test_a_padded_route_that_is_wrong_beyond_a_threshold_is_caught(
         monkeypatch.setattr(RowCache, "_load_pages", drops)
     else:
         model = tiny_model("Llama4ForCausalLM", floor_scale=FAR, attn_scale=0.5)
-    attach_check(model, CacheForward(model, "padded", False), make_backend("auto", torch.device("cpu")))
+    check_parity(model, CacheForward(model, "padded", False), make_backend("auto", torch.device("cpu")))
     with pytest.raises(UnsupportedModelError, match="beyond its thresholds"):
         SmallCopyCheck(model).refuse("padded", lambda small: CacheForward(small, "padded", False))
 
@@ -200,8 +200,8 @@ def test_only_what_is_within_reach_costs_anything(
     assert check.thresholds == expected
     if not expected:
         monkeypatch.setattr(module, "_make", fail)
-        check.refuse("packed", ModelForward)
-        with check.beside("packed", ModelForward, True):
+        check.refuse("packed", PackedForward)
+        with check.beside("packed", PackedForward, True):
             assert not any("small copy" in thread.name for thread in threading.enumerate())
 
 
@@ -210,19 +210,19 @@ def test_one_check_for_models_of_a_config(monkeypatch: pytest.MonkeyPatch) -> No
     make = module._make
     monkeypatch.setattr(module, "_make", lambda *args: made.append(args[2]) or make(*args))
     for _ in range(2):
-        SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+        SmallCopyCheck(llama_like("Mistral")).refuse("packed", PackedForward)
     assert made == [0]
-    SmallCopyCheck(llama_like("Mistral", num_key_value_heads=4)).refuse("packed", ModelForward)
+    SmallCopyCheck(llama_like("Mistral", num_key_value_heads=4)).refuse("packed", PackedForward)
     assert made == [0, 0]
 
 
 def test_what_a_thread_finds_out_beside_is_known() -> None:
     model = llama_like("Mistral")
     check = SmallCopyCheck(model)
-    with check.beside("packed", ModelForward, False):
+    with check.beside("packed", PackedForward, False):
         pass
     assert not module._verdicts
-    with check.beside("packed", ModelForward, True):
+    with check.beside("packed", PackedForward, True):
         pass
     assert list(module._verdicts.values()) == [None]
 
@@ -262,7 +262,7 @@ def test_what_cannot_be_told_is_logged(
 
         monkeypatch.setattr(Further, "forward", no_numbers)
     with caplog.at_level(logging.INFO, "hf_async_batching"):
-        SmallCopyCheck(model).refuse("packed", ModelForward)
+        SmallCopyCheck(model).refuse("packed", PackedForward)
     assert "is not checked beyond sliding_window" in caplog.text
     reason = {
         "its own way": "how to make a Own",
@@ -309,7 +309,7 @@ def test_a_small_copy_has_the_attention_of_its_model(attention: str) -> None:
 def test_a_copy_that_is_made_in_inference_mode_serves_outside_of_it() -> None:
     check = SmallCopyCheck(llama_like("Mistral"))
     with torch.inference_mode():
-        check.refuse("packed", ModelForward)
+        check.refuse("packed", PackedForward)
     (made,) = check._models.values()
     assert not any(parameter.is_inference() for parameter in made.parameters())
     check.refuse("padded", lambda small: CacheForward(small, "padded", False))
@@ -318,15 +318,15 @@ def test_a_copy_that_is_made_in_inference_mode_serves_outside_of_it() -> None:
 
 def test_prompts_and_chunks_lie_on_both_sides_of_every_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(module, "attach_check", lambda *_, prompts: seen.append(prompts))
-    SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+    monkeypatch.setattr(module, "check_parity", lambda *_, prompts: seen.append(prompts))
+    SmallCopyCheck(llama_like("Mistral")).refuse("packed", PackedForward)
     for lengths in ([len(prompts.second) for prompts in seen], [prompts.chunk for prompts in seen]):
         assert min(lengths) < 16 < max(lengths)
     assert min(len(prompt) for prompts in seen for prompt in prompts) < 8
 
 
 def test_a_class_that_is_made_as_its_base_is_checked() -> None:
-    SmallCopyCheck(of(Further)).refuse("packed", ModelForward)
+    SmallCopyCheck(of(Further)).refuse("packed", PackedForward)
     assert list(module._verdicts.values()) == [None]
 
 
@@ -353,13 +353,13 @@ def test_rounding_near_a_tie_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
         if len(calls) <= failures:
             raise UnsupportedModelError("Mistral is not served: its logits differ. Do this.")
 
-    monkeypatch.setattr(module, "attach_check", sometimes)
+    monkeypatch.setattr(module, "check_parity", sometimes)
     failures = 1
-    SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+    SmallCopyCheck(llama_like("Mistral")).refuse("packed", PackedForward)
     failures = 100
     module._verdicts.clear()
     with pytest.raises(UnsupportedModelError, match=r"shows \(.*its logits differ\)"):
-        SmallCopyCheck(llama_like("Mistral")).refuse("packed", ModelForward)
+        SmallCopyCheck(llama_like("Mistral")).refuse("packed", PackedForward)
 
 
 def test_an_unchecked_engine_makes_no_small_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,12 @@ from hf_async_batching.attention.torch_backend import ReferenceBackend
 from hf_async_batching.checks import wide_check
 from hf_async_batching.checks.wide_check import agrees_in_wide_dtype
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.engine import route as route_choice
+from hf_async_batching.engine import route
 from hf_async_batching.engine.route import _packed_forward, choose_route
 from hf_async_batching.errors import DeviceFailedError, LogitsDifferError
 from hf_async_batching.linear.engine_linear import EngineLinear
 from hf_async_batching.model.forward.cache_forward import CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import makes_choices
 from hf_async_batching.model.view.wide_tensor import WideTensor, widen_weights
 
@@ -48,8 +48,8 @@ def test_choices_that_rounding_decides_cost_no_route(caplog: pytest.LogCaptureFi
     assert before == {name: (parameter.data_ptr(), parameter.dtype) for name, parameter in model.named_parameters()}
 
 
-def layer_without(**changes: Any) -> Callable[[ModelForward], None]:
-    def plant(forward: ModelForward) -> None:
+def layer_without(**changes: Any) -> Callable[[PackedForward], None]:
+    def plant(forward: PackedForward) -> None:
         layers = sorted(forward._paged_layers.items(), key=lambda item: item[1].index)
         key, layer = layers[0]
         seen = {name: getattr(layer, name) for name in ("sliding_window", "chunk")}
@@ -58,7 +58,7 @@ def layer_without(**changes: Any) -> Callable[[ModelForward], None]:
     return plant
 
 
-def another_expert(forward: ModelForward) -> None:
+def another_expert(forward: PackedForward) -> None:
     """Two experts of one layer change places."""
     module = next(module for module in forward.view.modules() if hasattr(module, "down_proj"))
     weight = module.down_proj
@@ -67,13 +67,13 @@ def another_expert(forward: ModelForward) -> None:
     module._parameters["down_proj"] = changed
 
 
-def scaled_output(forward: ModelForward) -> None:
+def scaled_output(forward: PackedForward) -> None:
     """One layer's experts count for a tenth more."""
     module = next(module for module in forward.view.modules() if hasattr(module, "down_proj"))
     module.register_forward_hook(lambda _module, _args, out: out * 1.1)
 
 
-def shifted_positions(forward: ModelForward) -> None:
+def shifted_positions(forward: PackedForward) -> None:
     """Rotary frequencies of one layer's queries and keys stand a token further apart."""
     module = next(module for module in forward.view.modules() if hasattr(module, "sinks"))
 
@@ -90,21 +90,21 @@ def shifted_positions(forward: ModelForward) -> None:
     ids=lambda p: p.__name__,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_mistake_in_one_layer_is_no_rounding(plant: Callable[[ModelForward], None], dtype: torch.dtype) -> None:
-    def make(model: PreTrainedModel) -> ModelForward:
-        forward = ModelForward(model)
+def test_a_mistake_in_one_layer_is_no_rounding(plant: Callable[[PackedForward], None], dtype: torch.dtype) -> None:
+    def make(model: PreTrainedModel) -> PackedForward:
+        forward = PackedForward(model)
         plant(forward)
         return forward
 
     model = experts(dtype)
-    assert agrees_in_wide_dtype(model, ModelForward, CPU_KERNELS, 16, ROUNDING) is not None
+    assert agrees_in_wide_dtype(model, PackedForward, CPU_KERNELS, 16, ROUNDING) is not None
     assert agrees_in_wide_dtype(model, make, CPU_KERNELS, 16, ROUNDING) is None
 
 
 def test_routes_through_a_cache_class_are_compared_too() -> None:
     model = tiny_model("NemotronHForCausalLM").to(torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="recurrent states"):
-        ModelForward(model)
+        PackedForward(model)
     assert choose_route(model, BatchingConfig())[0].route == "padded, row states"
 
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_compared_is_no_rounding(reason: str, monkeypatch: pytest
         def none_left(*_: Any) -> Any:
             raise torch.OutOfMemoryError("none left")
 
-        monkeypatch.setattr("hf_async_batching.checks.wide_check.attach_check", none_left)
+        monkeypatch.setattr("hf_async_batching.checks.wide_check.check_parity", none_left)
     elif reason == "not finite":
         error = LogitsDifferError("its logits differ", finite=False)
     elif reason == "nothing is chosen":
@@ -151,7 +151,7 @@ def test_what_cannot_be_compared_is_no_rounding(reason: str, monkeypatch: pytest
         monkeypatch.setattr("hf_async_batching.checks.wide_check.widen_weights", lambda *_: None)
     autocast = reason == "autocast"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        assert agrees_in_wide_dtype(model, ModelForward, CPU_KERNELS, 16, error) is None
+        assert agrees_in_wide_dtype(model, PackedForward, CPU_KERNELS, 16, error) is None
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_a_tie_in_the_wider_dtype_is_no_mistake(
         if len(seen) - 1 not in agreeing:
             raise LogitsDifferError("they differ")
 
-    monkeypatch.setattr("hf_async_batching.checks.wide_check.attach_check", sometimes)
-    view = agrees_in_wide_dtype(experts(), ModelForward, CPU_KERNELS, 16, ROUNDING)
+    monkeypatch.setattr("hf_async_batching.checks.wide_check.check_parity", sometimes)
+    view = agrees_in_wide_dtype(experts(), PackedForward, CPU_KERNELS, 16, ROUNDING)
     assert (view is not None) == right
     assert view is None or view.generation_config.max_new_tokens == 1, "it can be asked at once"  # type: ignore[union-attr]
 
@@ -195,15 +195,15 @@ def test_what_is_fused_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) ->
     def differs(*_: Any) -> Any:
         raise LogitsDifferError("they differ")
 
-    monkeypatch.setattr(route_choice, "attach_check", differs)
-    monkeypatch.setattr(route_choice, "agrees_in_wide_dtype", lambda *_: "a view")
-    model, made = experts(), partial(ModelForward, fused=True)
-    assert route_choice._checked(made, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
+    monkeypatch.setattr(route, "check_parity", differs)
+    monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_: "a view")
+    model, made = experts(), partial(PackedForward, fused=True)
+    assert route._checked(made, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
     product = EngineLinear._product
     monkeypatch.setattr(EngineLinear, "_product", lambda *args: product(*args) * 1.3)
     with pytest.raises(LogitsDifferError):
-        route_choice._checked(made, model, BatchingConfig(), CPU_KERNELS)
-    assert route_choice._checked(ModelForward, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
+        route._checked(made, model, BatchingConfig(), CPU_KERNELS)
+    assert route._checked(PackedForward, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_a_device_that_fails_in_the_comparison_ends_it(monkeypatch: pytest.Monke
     def fails(*_: Any) -> Any:
         raise DeviceFailedError("the context is gone")
 
-    monkeypatch.setattr(wide_check, "attach_check", fails)
+    monkeypatch.setattr(wide_check, "check_parity", fails)
     with pytest.raises(DeviceFailedError):
-        agrees_in_wide_dtype(experts(), ModelForward, CPU_KERNELS, 16, ROUNDING)
+        agrees_in_wide_dtype(experts(), PackedForward, CPU_KERNELS, 16, ROUNDING)
 
 
 def test_a_wide_weight_is_converted_where_it_is_used() -> None:
@@ -269,5 +269,5 @@ def test_weights_stay_shared_and_tied() -> None:
 def test_forwards_of_both_kinds_take_wide_weights() -> None:
     model = experts()
     widen_weights(model, torch.float32)
-    for forward in (ModelForward(model), CacheForward(model, "padded", False)):
+    for forward in (PackedForward(model), CacheForward(model, "padded", False)):
         assert forward.dtype == torch.float32

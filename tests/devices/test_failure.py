@@ -9,13 +9,13 @@ import torch
 
 from hf_async_batching import BatchingConfig
 from hf_async_batching.attention.base import make_backend
-from hf_async_batching.checks.parity_check import attach_check
+from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.devices import failure as module
 from hf_async_batching.devices.failure import device_failure, ends_the_search, is_device_failure, is_lost
 from hf_async_batching.engine.route import choose_route
 from hf_async_batching.errors import DeviceFailedError, EngineFailedError, UnsupportedModelError
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 ASSERT = "CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in https://docs.nvidia.com\n"
 
@@ -99,22 +99,22 @@ def test_only_cuda_is_asked() -> None:
 
 def test_the_attach_check_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("LlamaForCausalLM")
-    forward = ModelForward(model)
+    forward = PackedForward(model)
     calls: list[int] = []
-    call = ModelForward.__call__
+    call = PackedForward.__call__
 
-    def fails(self: ModelForward, inputs: Any) -> torch.Tensor:
+    def fails(self: PackedForward, inputs: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError(ASSERT)
         return call(self, inputs)
 
-    monkeypatch.setattr(ModelForward, "__call__", fails)
+    monkeypatch.setattr(PackedForward, "__call__", fails)
     monkeypatch.setattr(module, "is_lost", lambda _: True)
     with pytest.raises(
         DeviceFailedError, match=r"LlamaForCausalLM, served as packed, failed on cpu in the attach"
     ) as caught:
-        attach_check(model, forward, make_backend("auto", torch.device("cpu")))
+        check_parity(model, forward, make_backend("auto", torch.device("cpu")))
     assert "step 2: 0 chunks, 1 rows that decode" in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -123,11 +123,11 @@ def test_the_attach_check_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_first_forward_that_ends_the_context_says_so(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[bool] = []
 
-    def fails(self: ModelForward, model: Any, **options: Any) -> None:
+    def fails(self: PackedForward, model: Any, **options: Any) -> None:
         tried.append(bool(options.get("fused")))
         raise RuntimeError(ASSERT)
 
-    monkeypatch.setattr(ModelForward, "__init__", fails)
+    monkeypatch.setattr(PackedForward, "__init__", fails)
     monkeypatch.setattr(module, "is_lost", lambda _: True)
     with pytest.raises(DeviceFailedError, match="LlamaForCausalLM failed on cpu in a first forward"):
         choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig(fuse_weights=fused))

@@ -17,7 +17,7 @@ from hf_async_batching import BatchingConfig
 from hf_async_batching.attention.torch_backend import ReferenceBackend
 from hf_async_batching.core.plan import Features
 from hf_async_batching.distributed.agreed_captures import with_agreed_captures
-from hf_async_batching.engine import builder as assembly
+from hf_async_batching.engine import builder
 from hf_async_batching.runner.model_runner import MAX_FAILED_CAPTURES
 
 Fails = Callable[[int], bool]
@@ -103,10 +103,10 @@ def test_steps_are_captured_unless_that_is_switched_off(
     cuda_graphs: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, group = RankDevice(), OneRank()
-    monkeypatch.setattr(assembly, "make_device", lambda torch_device: device)
+    monkeypatch.setattr(builder, "make_device", lambda torch_device: device)
     monkeypatch.setattr(ReferenceBackend, "reads_back", False)
     config = BatchingConfig(max_rows=3, max_batch_tokens=8, num_pages=8, cuda_graphs=cuda_graphs).for_ranks()
-    made = assembly.assemble(tiny_model("Llama"), config, group)  # type: ignore[arg-type]
+    made = builder.build_engine(tiny_model("Llama"), config, group)  # type: ignore[arg-type]
     agreed = len(group.asked)  # on the memory
     made.engine.pipeline.warm(Features())
     captured = [] if cuda_graphs is False else [1, 2, 3]

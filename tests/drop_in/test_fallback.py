@@ -215,7 +215,7 @@ def test_models_that_are_refused(way: str, caplog: pytest.LogCaptureFixture, mon
         checks.append(args)
         raise UnsupportedModelError("LlamaForCausalLM is not served: its logits differ")
 
-    monkeypatch.setattr(hf_async_batching.engine.route, "attach_check", wrong)
+    monkeypatch.setattr(hf_async_batching.engine.route, "check_parity", wrong)
     for _ in range(3):
         assert torch.equal(call(way, llama, None, **arguments), llama.generate(**arguments))
     assert len(checks) == 1 + len(MODES), "each way to serve it is tried once"

@@ -15,9 +15,9 @@ from support.tiny_models import tiny_model
 
 import hf_async_batching.manager
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.engine import background_compile as preparation
-from hf_async_batching.engine import builder as assembly
-from hf_async_batching.engine.background_compile import Preparation
+from hf_async_batching.engine import background_compile
+from hf_async_batching.engine.background_compile import BackgroundCompile
+from hf_async_batching.engine.builder import build_engine
 from hf_async_batching.engine.engine_thread import Worker
 
 
@@ -25,19 +25,19 @@ from hf_async_batching.engine.engine_thread import Worker
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The views that were compiled."""
     compiled: list[Any] = []
-    monkeypatch.setattr(preparation, "compile_for", lambda model, assembly: compiled.append(model))
+    monkeypatch.setattr(background_compile, "compile_for", lambda model, parts: compiled.append(model))
     return compiled
 
 
-class _Assembly(SimpleNamespace):
+class _Parts(SimpleNamespace):
     __hash__ = object.__hash__
     view: Any = None
 
 
 def test_it_begins_with_the_first_token(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_FIRST_STEP", 30.0)
-    model, first_step, assembly = tiny_model("Llama"), threading.Event(), _Assembly()
-    made = Preparation(model, assembly, first_step)  # type: ignore[arg-type]
+    monkeypatch.setattr(background_compile, "_FIRST_STEP", 30.0)
+    model, first_step, parts = tiny_model("Llama"), threading.Event(), _Parts()
+    made = BackgroundCompile(model, parts, first_step)  # type: ignore[arg-type]
     assert not made.done.wait(0.2)
     assert not compiled
     first_step.set()
@@ -49,20 +49,20 @@ def test_it_begins_with_the_first_token(compiled: list[Any], monkeypatch: pytest
 def test_it_takes_the_view_that_was_checked(compiled: list[Any]) -> None:
     """Another copy of the modules would hold up the first token."""
     view = tiny_model("Llama")
-    made = Preparation(tiny_model("Llama"), _Assembly(view=view), threading.Event())  # type: ignore[arg-type]
+    made = BackgroundCompile(tiny_model("Llama"), _Parts(view=view), threading.Event())  # type: ignore[arg-type]
     assert made.done.wait(10)
     assert compiled == [view]
 
 
 def test_it_begins_though_no_request_comes(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_FIRST_STEP", 0.1)
-    made = Preparation(tiny_model("Llama"), _Assembly(), threading.Event())  # type: ignore[arg-type]
+    monkeypatch.setattr(background_compile, "_FIRST_STEP", 0.1)
+    made = BackgroundCompile(tiny_model("Llama"), _Parts(), threading.Event())  # type: ignore[arg-type]
     assert made.done.wait(10)
     assert compiled
 
 
 def test_requests_and_warm_ups_let_it_begin(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_FIRST_STEP", 600.0)
+    monkeypatch.setattr(background_compile, "_FIRST_STEP", 600.0)
     settings = BatchingConfig(compile=True)
     with GenerationManager(tiny_model("Llama"), settings) as manager:
         manager.submit([5], max_new_tokens=1, do_sample=False).result()
@@ -76,7 +76,7 @@ def test_requests_and_warm_ups_let_it_begin(compiled: list[Any], monkeypatch: py
 
 
 def test_a_chunk_of_a_prompt_is_no_first_token(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_FIRST_STEP", 600.0)
+    monkeypatch.setattr(background_compile, "_FIRST_STEP", 600.0)
     seen: list[tuple[bool, bool]] = []
     deliver = Worker._deliver
 
@@ -101,7 +101,7 @@ def test_an_interrupted_start_leaves_nothing_behind(compiled: list[Any], monkeyp
     before = {thread for thread in threading.enumerate() if thread.name == "hf_async_batching"}
     with GenerationManager(tiny_model("Llama"), BatchingConfig(compile=True)) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr(hf_async_batching.manager, "Preparation", interrupt)
+            patch.setattr(hf_async_batching.manager, "BackgroundCompile", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 manager.submit([5], max_new_tokens=1)
         assert before == {thread for thread in threading.enumerate() if thread.name == "hf_async_batching"}
@@ -117,19 +117,19 @@ def test_a_compiler_that_fails_because_the_process_ends_says_nothing(
         raise RuntimeError("no compiler")
 
     model = tiny_model("Llama")
-    engine = assembly.assemble(model, BatchingConfig(compile=True))
-    monkeypatch.setattr(assembly, "compile_checked", fail)
-    monkeypatch.setattr(assembly, "process_ends", lambda: ends)
+    engine = build_engine(model, BatchingConfig(compile=True))
+    monkeypatch.setattr(background_compile, "compile_checked", fail)
+    monkeypatch.setattr(background_compile, "process_ends", lambda: ends)
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
-        assert not assembly.compile_for(model, weakref.ref(engine))
+        assert not background_compile.compile_for(model, weakref.ref(engine))
     assert ("runs uncompiled: no compiler" in caplog.text) != ends
     caplog.clear()
 
     def fail_as_executors_do(*args: Any, **options: Any) -> None:
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    monkeypatch.setattr(assembly, "compile_checked", fail_as_executors_do)
+    monkeypatch.setattr(background_compile, "compile_checked", fail_as_executors_do)
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
-        assert not assembly.compile_for(model, weakref.ref(engine))
+        assert not background_compile.compile_for(model, weakref.ref(engine))
     assert not caplog.text
     engine.engine.close()

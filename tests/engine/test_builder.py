@@ -10,10 +10,9 @@ from support.tiny_models import tiny_model
 
 from hf_async_batching import BatchingConfig
 from hf_async_batching.coverage.families import tiny_model as coverage_model
-from hf_async_batching.engine import builder as assembly
-from hf_async_batching.engine import route as route_choice
-from hf_async_batching.engine.builder import assemble
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.engine import builder, route
+from hf_async_batching.engine.builder import build_engine
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -23,7 +22,7 @@ def test_memory_of_packed_weights_returns_before_the_cache_is_measured(
     order: list[tuple[str, torch.device]] = []
 
     def noted(name: str) -> None:
-        home = route_choice if name == "attach_check" else assembly
+        home = route if name == "check_parity" else builder
         made = getattr(home, name)
 
         def note(*arguments: Any, **named: Any) -> Any:
@@ -33,12 +32,12 @@ def test_memory_of_packed_weights_returns_before_the_cache_is_measured(
 
         monkeypatch.setattr(home, name, note)
 
-    for name in ("attach_check", "return_memory", "free_memory", "PagedCache"):
+    for name in ("check_parity", "return_memory", "free_memory", "PagedCache"):
         noted(name)
     model = tiny_model("Llama")
-    assemble(model, BatchingConfig(max_sequence_length=64, fuse_weights=fused)).engine.close()
+    build_engine(model, BatchingConfig(max_sequence_length=64, fuse_weights=fused)).engine.close()
     returned = [("return_memory", model.device)] if fused else []
-    assert order == [("attach_check", None), *returned, ("free_memory", model.device), ("PagedCache", None)]
+    assert order == [("check_parity", None), *returned, ("free_memory", model.device), ("PagedCache", None)]
 
 
 @pytest.mark.parametrize(
@@ -54,19 +53,19 @@ def test_the_view_that_was_checked_is_the_one_to_compile(
     settings: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views: list[Any] = []
-    check = route_choice.attach_check
+    check = route.check_parity
 
     def checked(*arguments: Any) -> Any:
         views.append(check(*arguments))
         return views[-1]
 
-    monkeypatch.setattr(route_choice, "attach_check", checked)
-    made = assemble(tiny_model("Llama"), BatchingConfig(max_sequence_length=64, **settings))
+    monkeypatch.setattr(route, "check_parity", checked)
+    made = build_engine(tiny_model("Llama"), BatchingConfig(max_sequence_length=64, **settings))
     made.engine.close()
     assert made.view is (views[0] if kept else None)
 
 
 def test_a_view_of_a_model_that_is_never_compiled_is_not_kept() -> None:
-    made = assemble(coverage_model("BloomForCausalLM"), BatchingConfig(max_sequence_length=64, compile=True))
+    made = build_engine(coverage_model("BloomForCausalLM"), BatchingConfig(max_sequence_length=64, compile=True))
     made.engine.close()
-    assert not isinstance(made.forward, ModelForward) and made.view is None
+    assert not isinstance(made.forward, PackedForward) and made.view is None

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
 from hf_async_batching.checks import small_copy_check
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.engine import route as route_choice
+from hf_async_batching.engine import route
 from hf_async_batching.engine.route import check_servable, choose_route, looks_packed
 from hf_async_batching.errors import DeviceFailedError, LogitsDifferError
 from hf_async_batching.model.forward.cache_forward import MODES, CacheForward
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +63,8 @@ class Watch:
 
     def __init__(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
-        monkeypatch.setattr(route_choice, "_is_on_cuda", lambda _: True)
-        for kind in (ModelForward, CacheForward):
+        monkeypatch.setattr(route, "_is_on_cuda", lambda _: True)
+        for kind in (PackedForward, CacheForward):
             monkeypatch.setattr(kind, "__init__", self._watched(kind.__init__, model))
 
     def _watched(self, init: Any, model: PreTrainedModel) -> Any:
@@ -136,7 +136,7 @@ def test_a_model_that_looks_packed_and_is_not_is_tried_on_the_cpu(monkeypatch: p
     def refuse(*_: Any) -> Any:
         raise UnsupportedModelError("not packed")
 
-    monkeypatch.setattr(route_choice, "_packed_forward", refuse)
+    monkeypatch.setattr(route, "_packed_forward", refuse)
     tried: list[str] = []
     refuse_small = small_copy_check.SmallCopyCheck.refuse
 
@@ -158,7 +158,7 @@ def test_a_failing_device_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> No
         made.append("fused" if isinstance(make, partial) else "plain")
         raise DeviceFailedError("Llama, served as packed, failed on cuda:0")
 
-    monkeypatch.setattr(route_choice, "_checked", fail)
+    monkeypatch.setattr(route, "_checked", fail)
     with pytest.raises(DeviceFailedError):
         choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig(fuse_weights=True))
     assert made == ["fused"]
@@ -199,7 +199,7 @@ def test_what_differs_in_the_wider_dtype_too_is_not_served(monkeypatch: pytest.M
     def differs(*_: Any) -> Any:
         raise LogitsDifferError("its logits differ", plain=True)
 
-    monkeypatch.setattr(route_choice, "attach_check", differs)
-    monkeypatch.setattr(route_choice, "agrees_in_wide_dtype", lambda *_: None)
+    monkeypatch.setattr(route, "check_parity", differs)
+    monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_: None)
     with pytest.raises(LogitsDifferError, match="its logits differ"):
         choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig())

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_async_batching.linear.engine_linear import EngineLinear
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 
 def groups_of(model: PreTrainedModel) -> list[list[str]]:
@@ -67,7 +67,7 @@ def test_values_identity_and_memory_stay() -> None:
     parameters = dict(model.named_parameters())
     ids = torch.arange(1, 9)[None]
     want = model(ids).logits
-    forward = ModelForward(model, fused=True)
+    forward = PackedForward(model, fused=True)
     assert forward.packed_groups == 4
     assert dict(model.named_parameters()).keys() == parameters.keys()
     for name, p in model.named_parameters():
@@ -82,7 +82,7 @@ def test_values_identity_and_memory_stay() -> None:
     assert torch.equal(model(ids).logits, want)
 
 
-def view_output(forward: ModelForward) -> torch.Tensor:
+def view_output(forward: PackedForward) -> torch.Tensor:
     attention = forward.view.model.layers[0].self_attn
     x = torch.linspace(-1, 1, attention.q_proj.in_features)[None]
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def plain_output(model: PreTrainedModel) -> torch.Tensor:
 
 def test_what_the_user_updates_is_what_the_product_reads() -> None:
     model = tiny_model("Llama")
-    forward = ModelForward(model, fused=True)
+    forward = PackedForward(model, fused=True)
     torch.testing.assert_close(view_output(forward), plain_output(model).detach())
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -115,7 +115,7 @@ def test_what_the_user_updates_is_what_the_product_reads() -> None:
 def test_saving_and_loading(tmp_path: Path) -> None:
     model = tiny_model("Llama")
     want = copy.deepcopy(model.state_dict())
-    ModelForward(model, fused=True)
+    PackedForward(model, fused=True)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(value, want[name]) for name, value in loaded.state_dict().items())
@@ -128,9 +128,9 @@ def test_saving_and_loading(tmp_path: Path) -> None:
 
 def test_a_second_view_shares_what_is_packed() -> None:
     model = tiny_model("Llama")
-    ModelForward(model, fused=True)
+    PackedForward(model, fused=True)
     places = [p.data_ptr() for p in model.parameters()]
-    again = ModelForward(model, fused=True)
+    again = PackedForward(model, fused=True)
     assert again.packed_groups == 4
     assert [p.data_ptr() for p in model.parameters()] == places
     torch.testing.assert_close(view_output(again), plain_output(model).detach())
@@ -144,7 +144,7 @@ def test_parameters_in_a_shared_buffer_are_left_alone() -> None:
     attention.k_proj.weight.data = flat[: k.numel()].view(k)
     attention.q_proj.weight.data = flat[k.numel() :].view(q)
     place = attention.q_proj.weight.data_ptr()
-    forward = ModelForward(model, fused=True)
+    forward = PackedForward(model, fused=True)
     assert forward.packed_groups == 3
     assert attention.q_proj.weight.data_ptr() == place
     torch.testing.assert_close(view_output(forward), plain_output(model).detach())
@@ -174,7 +174,7 @@ def test_inputs_that_differ_get_their_own_products() -> None:
 def test_families(family: str) -> None:
     model = tiny_model(family)
     names = [name for name, _ in model.named_parameters()]
-    ModelForward(model, fused=True)
+    PackedForward(model, fused=True)
     assert [name for name, _ in model.named_parameters()] == names
 
 

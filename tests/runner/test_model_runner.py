@@ -18,7 +18,7 @@ from hf_async_batching.core.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.runner.model_runner import (
     FORWARD,
     MAX_FAILED_CAPTURES,
@@ -346,10 +346,10 @@ def test_weight_bytes_count_what_a_decode_step_reads() -> None:
     untied = tiny_model("Llama")
     total = sum(parameter.nbytes for parameter in untied.parameters())
     embedding = untied.get_input_embeddings().weight.nbytes
-    assert ModelForward(untied).weight_bytes == total - embedding
+    assert PackedForward(untied).weight_bytes == total - embedding
     tied = tiny_model("Llama", tie_word_embeddings=True)
-    assert ModelForward(tied).weight_bytes == sum({id(p): p.nbytes for p in tied.parameters()}.values())
-    assert isinstance(ModelForward(tied).device, torch.device)
+    assert PackedForward(tied).weight_bytes == sum({id(p): p.nbytes for p in tied.parameters()}.values())
+    assert isinstance(PackedForward(tied).device, torch.device)
 
 
 def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.MonkeyPatch) -> None:

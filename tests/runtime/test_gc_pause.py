@@ -56,13 +56,13 @@ def _exit_well_if_it_collects() -> None:
 
 
 def test_no_collection_holds_a_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    assemble, seen = hf_async_batching.manager.assemble, []
+    build_engine, seen = hf_async_batching.manager.build_engine, []
 
     def watched(*args: Any) -> Any:
         seen.append(gc.isenabled())
-        return assemble(*args)
+        return build_engine(*args)
 
-    monkeypatch.setattr(hf_async_batching.manager, "assemble", watched)
+    monkeypatch.setattr(hf_async_batching.manager, "build_engine", watched)
     with GenerationManager(tiny_model("Llama")) as manager:
         assert manager.submit([5], max_new_tokens=1, do_sample=False).result().token_ids
         assert seen == [False] and gc.isenabled()

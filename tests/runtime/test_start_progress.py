@@ -11,7 +11,7 @@ import pytest
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.engine import route as route_choice
+from hf_async_batching.engine import route
 from hf_async_batching.runtime import start_progress
 from hf_async_batching.runtime.start_progress import stage, told
 
@@ -52,13 +52,13 @@ def test_an_engine_says_which_route_is_checked(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(start_progress, "_EVERY", 0.02)
-    check = route_choice.attach_check
+    check = route.check_parity
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.1)
         return check(*args)
 
-    monkeypatch.setattr(route_choice, "attach_check", slowly)
+    monkeypatch.setattr(route, "check_parity", slowly)
     with GenerationManager(tiny_model("LlamaForCausalLM"), BatchingConfig(max_sequence_length=32)) as manager:
         manager.submit([3, 4, 5], max_new_tokens=2).result()
     assert (

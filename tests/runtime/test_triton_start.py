@@ -15,8 +15,7 @@ import torch
 from support.tiny_models import tiny_model
 
 from hf_async_batching import BatchingConfig
-from hf_async_batching.engine import builder as assembly
-from hf_async_batching.engine import route as route_choice
+from hf_async_batching.engine import builder, route
 from hf_async_batching.runtime import triton_start as compiler_start
 from hf_async_batching.runtime.triton_start import after_compiler_start, start_compiler
 
@@ -106,13 +105,13 @@ def test_it_connects_to_the_driver() -> None:
 
 def test_it_begins_before_the_model_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[Any] = []
-    packed = route_choice._packed_forward
+    packed = route._packed_forward
 
     def look(*args: Any) -> Any:
         order.append("model")
         return packed(*args)
 
-    monkeypatch.setattr(route_choice, "start_compiler", order.append)
-    monkeypatch.setattr(route_choice, "_packed_forward", look)
-    assembly.assemble(tiny_model("Llama"), BatchingConfig()).engine.close()
+    monkeypatch.setattr(route, "start_compiler", order.append)
+    monkeypatch.setattr(route, "_packed_forward", look)
+    builder.build_engine(tiny_model("Llama"), BatchingConfig()).engine.close()
     assert order == [CPU, "model"]

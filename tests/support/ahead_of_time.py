@@ -162,7 +162,7 @@ def skinny_early(dtype: torch.dtype) -> None:
     counters, x = torch.zeros(8192, dtype=torch.int32), torch.empty(32, 4096, dtype=dtype)
     for n in (4096, 28672):
         setting = skinny.default_setting(32, n, 4096, 227 * 1024)
-        with mock.patch.object(skinny, "device_launches_early", return_value=True):
+        with mock.patch.object(skinny, "supports_pdl", return_value=True):
             skinny.skinny_linear(x, torch.empty(n, 4096, dtype=dtype), None, counters, setting)
 
 
@@ -206,7 +206,7 @@ def prefill_early(dtype: torch.dtype) -> None:
     """As cards launch it that know early launches."""
     from hf_async_batching.attention import triton_kernels as kernels
 
-    with mock.patch.object(kernels, "device_launches_early", return_value=True):
+    with mock.patch.object(kernels, "supports_pdl", return_value=True):
         prefill(SHAPES["llama"], dtype)
 
 

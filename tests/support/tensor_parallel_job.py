@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, generate_dataset
 from hf_async_batching.attention.torch_backend import ReferenceBackend
-from hf_async_batching.engine import builder as assembly
+from hf_async_batching.engine import builder
 from support.fake_graphs import RankDevice
 from support.tiny_models import ragged_prompts
 
@@ -55,7 +55,7 @@ def serve_captured(model: Any, rank: int) -> dict[str, Any]:
     """With graphs, which are captured anew after kernels were measured; three captures in a row fail on rank 1."""
     device = RankDevice(lambda number: rank == 1 and 2 < number < 6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "make_device", lambda torch_device: device)
+        patch.setattr(builder, "make_device", lambda torch_device: device)
         patch.setattr(ReferenceBackend, "reads_back", False)
         with GenerationManager(model, config(2)) as manager:
             if not manager.leads:

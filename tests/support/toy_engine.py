@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hf_async_batching.config import Admission
 from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Plan
 from hf_async_batching.core.request import Request
@@ -27,7 +28,6 @@ from hf_async_batching.runner.row_tables import DeviceState, StepInputs
 from hf_async_batching.runner.staging import Padding, Sections
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.scheduler.scheduler import Emission, Scheduler
-from hf_async_batching.scheduler.waiting_queue import Admission
 
 VOCAB = 29
 EOS = 7

@@ -20,11 +20,8 @@ kernel waits only before it stores its results (`attention/triton_decode.py` say
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
-
-import torch
 
 # Each writes its result under its own name by its last kernel.
 _OWN_OPERATIONS = "hf_async_batching"
@@ -35,12 +32,6 @@ _FOREIGN = re.compile(
 
 _WAIT, _LAUNCH, _STORE = "gdc_wait()", "gdc_launch_dependents()", "tl.store("
 _judged: dict[str, bool] = {}
-
-
-@functools.cache
-def device_launches_early(device: torch.device) -> bool:
-    """Whether a device can launch kernels before the one ahead of them has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def generated_code_waits() -> bool:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.checks.logits_error import tolerance_of
 from hf_async_batching.model.compile.pdl_check import generated_code_waits
-from hf_async_batching.model.compile.residual_fusion import merge_residual_sums
+from hf_async_batching.model.compile.residual_fusion import fuse_residual_sums
 from hf_async_batching.model.view.position_cache import PositionCache
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ EXAMPLE_TOKENS = 37
 _numbers = itertools.count()
 
 
-class UnsafeEarlyLaunchError(RuntimeError):
+class UnsafePdlError(RuntimeError):
     """Compiled code must not be launched early."""
 
 
@@ -129,7 +129,7 @@ def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | N
     return norm(got - want) <= tolerance_of(want.dtype) * norm(added) + 2 * torch.finfo(want.dtype).eps * norm(want)
 
 
-def share_alike(regions: list[Region], run: Callable[[], Any]) -> float:
+def share_of_equal_tokens(regions: list[Region], run: Callable[[], Any]) -> float:
     """Compare compiled and uncompiled code module by module, each with the same input.
 
     A router that rounds to another expert changes all that comes behind, and a whole forward shows no more. Module by
@@ -177,7 +177,7 @@ def compile_regions(
     run_example: Callable[[], Any],
     backend: str | Compiler = "inductor",
     *,
-    early: bool = False,
+    pdl: bool = False,
 ) -> list[Region]:
     """Replace the forwards of a view's layers by compiled ones, and compile them now.
 
@@ -192,29 +192,29 @@ def compile_regions(
         The regions.
 
     Raises:
-        UnsafeEarlyLaunchError: A kernel would not wait for the one before it; the view is then of no use.
+        UnsafePdlError: A kernel would not wait for the one before it; the view is then of no use.
         Exception: Whatever the compiler raises; likewise.
     """
-    compiler = _with_residual_sums(backend, early)
+    compiler = _with_residual_sums(backend, pdl)
     regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]
     for region in regions:
         region.marking = True
     try:
         run_example()
     except Exception as error:
-        if early and not generated_code_waits():  # torch.compile wraps what its backend raises
-            raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it") from error
+        if pdl and not generated_code_waits():  # torch.compile wraps what its backend raises
+            raise UnsafePdlError("a generated kernel would not wait for the one before it") from error
         raise
     for region in regions:
         region.marking = False
     return regions
 
 
-def _with_residual_sums(backend: str | Compiler, early: bool) -> Compiler:
-    options = inductor_options(early)
+def _with_residual_sums(backend: str | Compiler, pdl: bool) -> Compiler:
+    options = inductor_options(pdl)
 
     def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        merge_residual_sums(module.graph)
+        fuse_residual_sums(module.graph)
         module.recompile()
         if backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
@@ -224,8 +224,8 @@ def _with_residual_sums(backend: str | Compiler, early: bool) -> Compiler:
             chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
             compiled = chosen(module, inputs)
         # Before it runs: an index that is not written yet ends the process's context.
-        if early and not generated_code_waits():
-            raise UnsafeEarlyLaunchError("a generated kernel would not wait for the one before it")
+        if pdl and not generated_code_waits():
+            raise UnsafePdlError("a generated kernel would not wait for the one before it")
         return compiled
 
     return compiler
@@ -250,7 +250,7 @@ def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
     return any(id(module) in attention_modules for layer in modules for module in layer.modules())
 
 
-def inductor_options(early: bool = False) -> dict[str, Any]:
+def inductor_options(pdl: bool = False) -> dict[str, Any]:
     """Settings of Inductor for small kernels in a captured graph, which are launched early where `early`."""
     # Measuring variants would synchronize the device, which a capture in the engine's thread does not survive.
-    return {"triton.autotune_pointwise": False, "triton.enable_pdl": early}
+    return {"triton.autotune_pointwise": False, "triton.enable_pdl": pdl}

@@ -10,7 +10,7 @@ from torch import fx
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
-def merge_residual_sums(graph: fx.Graph) -> int:
+def fuse_residual_sums(graph: fx.Graph) -> int:
     """Replace each sum of a product of an `EngineLinear` and a tensor of the same shape by one operator.
 
     Args:

@@ -26,7 +26,7 @@ PROBE_TOKENS = 2
 _SEEN = "_hf_async_batching_seen"
 
 
-class Findings(NamedTuple):
+class ProbeResult(NamedTuple):
     """What the probe learned.
 
     Attributes:
@@ -51,7 +51,7 @@ _recorder = _Recorder()
 _CONTEXT = object()
 
 
-def probe(model_name: str, forward: Callable[..., Any]) -> Findings:
+def probe(model_name: str, forward: Callable[..., Any]) -> ProbeResult:
     """Run `forward(paged=...)`, a forward of the view over `PROBE_TOKENS` tokens, and report its attention calls.
 
     Args:
@@ -87,7 +87,7 @@ def probe(model_name: str, forward: Callable[..., Any]) -> Findings:
             f"{model_name} is not served: its attention does not go through transformers' `AttentionInterface`. "
             "Use plain `model.generate` for this model."
         )
-    return Findings(layers, shapes, all(contexts))
+    return ProbeResult(layers, shapes, all(contexts))
 
 
 def without_attention(forward: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -28,7 +28,7 @@ from hf_async_batching.runner.row_tables import StepInputs
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-class ModelForward:
+class PackedForward:
     """Calls the view for one step.
 
     Args:
@@ -85,7 +85,7 @@ class ModelForward:
         self._cache: PagedCache | None = None
         self._backend: AttentionBackend | None = None
 
-    def _probe(self) -> tuple[attention_probe.Findings, LinearCalls]:
+    def _probe(self) -> tuple[attention_probe.ProbeResult, LinearCalls]:
         tokens = torch.arange(1, attention_probe.PROBE_TOKENS + 1, device=self.device) % self.vocab_size
 
         def forward(**context: Any) -> None:
@@ -119,7 +119,7 @@ class ModelForward:
                 convert(module, counters, skinny=skinny)
         return pack(groups)
 
-    def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, early: bool = False) -> None:
+    def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, pdl: bool = False) -> None:
         """Compile the layers of the view; see `compiled_regions`.
 
         Args:
@@ -133,7 +133,7 @@ class ModelForward:
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
-        self.regions = compile_regions(self.view, set(self._paged_layers), run_example, backend, early=early)
+        self.regions = compile_regions(self.view, set(self._paged_layers), run_example, backend, pdl=pdl)
         ready_products(self.view, (16, 32, 64))
 
     def tune(self, batches: list[int]) -> None:

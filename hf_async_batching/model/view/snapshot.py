@@ -17,7 +17,7 @@ from hf_async_batching.model.view.quantization import is_wrapped
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class ModelSnapshot:
     """A model's modules, tensors and adapters at one moment. Two that are equal can share a view.
 
     Attributes:
@@ -40,7 +40,7 @@ class Weights:
     changes: int = field(compare=False)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Weights:
+    def of(cls, model: PreTrainedModel) -> ModelSnapshot:
         """The model as it is now.
 
         Raises:
@@ -83,11 +83,11 @@ class Weights:
             changes=_count_changes(plain),
         )
 
-    def placed_as(self, later: Weights) -> Weights:
+    def placed_as(self, later: ModelSnapshot) -> ModelSnapshot:
         """This state, with the tensors of `later`."""
         return replace(self, tensors=later.tensors, changes=later.changes)
 
-    def moved_from(self, before: Weights | None) -> bool:
+    def moved_from(self, before: ModelSnapshot | None) -> bool:
         """Whether tensors that the view shares have other memory than before (`model.to`, an assigned `.data`)."""
         old = before.tensors if before is not None else {}
         return any(key in old and old[key] != place for key, place in self.tensors.items())

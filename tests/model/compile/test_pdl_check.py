@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_async_batching.engine import builder as assembly
+from hf_async_batching.devices.pdl import supports_pdl
+from hf_async_batching.engine import background_compile
 from hf_async_batching.model.compile.pdl_check import (
-    device_launches_early,
     foreign_operations,
     generated_code_waits,
     waits,
 )
-from hf_async_batching.model.compile.regions import UnsafeEarlyLaunchError, inductor_options
+from hf_async_batching.model.compile.regions import UnsafePdlError, inductor_options
 
 WAIT, LAUNCH = "    tl.extra.cuda.gdc_wait()\n", "    tl.extra.cuda.gdc_launch_dependents()\n"
 LOAD, STORE = "    tmp0 = tl.load(in_ptr0 + x0)\n", "    tl.store(out_ptr0 + x0, tmp0)\n"
@@ -108,24 +108,24 @@ def test_all_generated_modules_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_unsafe_code_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[bool] = []
 
-    def compile_checked(forward: object, backend: object, *, page_size: int, early: bool) -> None:
-        tried.append(early)
-        if early:
-            raise UnsafeEarlyLaunchError("no wait")
+    def compile_checked(forward: object, backend: object, *, page_size: int, pdl: bool) -> None:
+        tried.append(pdl)
+        if pdl:
+            raise UnsafePdlError("no wait")
 
     made = SimpleNamespace(name="Model", device=torch.device("cpu"))
-    monkeypatch.setattr(assembly, "compile_checked", compile_checked)
-    monkeypatch.setattr(assembly, "device_launches_early", lambda device: True)
-    monkeypatch.setattr(assembly, "ModelForward", lambda model, fused: made)
+    monkeypatch.setattr(background_compile, "compile_checked", compile_checked)
+    monkeypatch.setattr(background_compile, "supports_pdl", lambda device: True)
+    monkeypatch.setattr(background_compile, "PackedForward", lambda model, fused: made)
     config = SimpleNamespace(page_size=16, settings=SimpleNamespace(attention_backend="torch"))
-    forward, _ = assembly._compiled_forward(torch.nn.Linear(1, 1), True, config)  # type: ignore[arg-type]
+    forward, _ = background_compile._compiled_forward(torch.nn.Linear(1, 1), True, config)  # type: ignore[arg-type]
     assert forward is made and tried == [True, False]
 
 
 def test_the_setting_has_its_name() -> None:
     from torch._inductor import config
 
-    assert not device_launches_early(torch.device("cpu"))
+    assert not supports_pdl(torch.device("cpu"))
     assert inductor_options(True)["triton.enable_pdl"] and not inductor_options()["triton.enable_pdl"]
     for name in inductor_options():
         assert name in config.get_config_copy(), "Inductor would refuse it"

@@ -13,13 +13,14 @@ from torch._dynamo.utils import counters
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.attention.base import make_backend
-from hf_async_batching.checks import parity_check as attach_check
+from hf_async_batching.checks import parity_check
 from hf_async_batching.core.request import Request
-from hf_async_batching.engine import builder as assembly
-from hf_async_batching.engine.builder import assemble, compile_for
+from hf_async_batching.engine import background_compile
+from hf_async_batching.engine.background_compile import compile_for
+from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.model.compile import regions as compiled_regions
-from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafeEarlyLaunchError, region_modules
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafePdlError, region_modules
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 CPU = torch.device("cpu")
 
@@ -35,9 +36,9 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo's tracing and guards with its operators run as they are: Inductor would take a minute on a CPU."""
-    compile_checked = assembly.compile_checked
+    compile_checked = background_compile.compile_checked
     monkeypatch.setattr(
-        assembly,
+        background_compile,
         "compile_checked",
         lambda forward, backend, **options: compile_checked(forward, backend, "eager", **options),
     )
@@ -52,14 +53,14 @@ QUICK = ("Llama", "Gemma2", "StableLm", "Mixtral")
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def test_every_family_compiles_to_the_same_logits(family: str) -> None:
-    forward = ModelForward(tiny_model(family), fused=True)
-    attach_check.compile_checked(forward, make_backend("auto", CPU), "eager")
+    forward = PackedForward(tiny_model(family), fused=True)
+    parity_check.compile_checked(forward, make_backend("auto", CPU), "eager")
     # Two kinds of layers at most (sliding and full attention), the final norm, and one or two sets of frequencies.
     assert 2 <= graphs() <= 5
 
 
 def test_regions_are_the_layers_and_the_modules_beside_them() -> None:
-    forward = ModelForward(tiny_model("Llama"))
+    forward = PackedForward(tiny_model("Llama"))
     found = [
         [type(module).__name__ for module in group]
         for group in region_modules(forward.view, set(forward._paged_layers))
@@ -67,7 +68,7 @@ def test_regions_are_the_layers_and_the_modules_beside_them() -> None:
     assert found == [["LlamaDecoderLayer"] * 2, ["LlamaRMSNorm"], ["LlamaRotaryEmbedding"]]
 
 
-def serve(running: assembly.Assembly, prompts: list[list[int]], new: int) -> dict[str, list[int]]:
+def serve(running: EngineParts, prompts: list[list[int]], new: int) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     for i, prompt in enumerate(prompts):
         running.engine.add(Request(str(i), tuple(prompt), new))
@@ -81,7 +82,7 @@ def serve(running: assembly.Assembly, prompts: list[list[int]], new: int) -> dic
 
 def test_no_recompilation_in_steady_state(quick_compiler: None) -> None:
     model = tiny_model("Qwen3", num_hidden_layers=4)
-    running = assemble(
+    running = build_engine(
         model, BatchingConfig(compile=True, fuse_weights=True, max_rows=6, max_batch_tokens=32, depth=2)
     )
     prompts = ragged_prompts(9, 60)
@@ -102,14 +103,14 @@ def test_engines_do_not_share_a_limit_of_variants(quick_compiler: None) -> None:
     """Dynamo gives up beyond some variants of one code object: many models in one process must not reach it."""
     for i in range(3):
         model = tiny_model("Llama", num_hidden_layers=1, intermediate_size=32 + 16 * i)
-        running = assemble(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
+        running = build_engine(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
         with torch.inference_mode():
             assert compile_for(model, weakref.ref(running)), f"model {i}"
 
 
 def test_an_engine_that_is_gone_gets_nothing(quick_compiler: None) -> None:
     model = tiny_model("Llama")
-    running = assemble(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
+    running = build_engine(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
     gone = weakref.ref(running)
     del running
     assert not compile_for(model, gone)
@@ -122,12 +123,12 @@ def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: py
 
         return run
 
-    compile_checked = assembly.compile_checked
+    compile_checked = background_compile.compile_checked
     monkeypatch.setattr(
-        assembly, "compile_checked", lambda f, b, **options: compile_checked(f, b, miscompile, **options)
+        background_compile, "compile_checked", lambda f, b, **options: compile_checked(f, b, miscompile, **options)
     )
     model = tiny_model("Llama")
-    running = assemble(model, BatchingConfig(compile=True, max_rows=4, max_batch_tokens=32))
+    running = build_engine(model, BatchingConfig(compile=True, max_rows=4, max_batch_tokens=32))
     plain = running.runner._forward
     with torch.inference_mode():
         assert not compile_for(model, weakref.ref(running))
@@ -175,9 +176,9 @@ def off_by(factor: float, rows: Any) -> Callable[..., Any]:
 def test_choices_that_rounding_decides_are_no_miscompilation(
     factor: float, rows: Any, chooses: bool, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attach_check, "logits_error", lambda got, want: 0.49)
-    monkeypatch.setattr(attach_check, "makes_choices", lambda config: chooses)
-    forward = ModelForward(tiny_model("Llama", num_hidden_layers=4).to(torch.bfloat16))
+    monkeypatch.setattr(parity_check, "logits_error", lambda got, want: 0.49)
+    monkeypatch.setattr(parity_check, "makes_choices", lambda config: chooses)
+    forward = PackedForward(tiny_model("Llama", num_hidden_layers=4).to(torch.bfloat16))
     prompt = off_by(factor, rows)
     if right:
         compile_only_prompts(forward, prompt)
@@ -187,7 +188,7 @@ def test_choices_that_rounding_decides_are_no_miscompilation(
         compile_only_prompts(forward, prompt)
 
 
-def compile_only_prompts(forward: ModelForward, compiler: Callable[..., Any]) -> None:
+def compile_only_prompts(forward: PackedForward, compiler: Callable[..., Any]) -> None:
     """Compiled code is right for the two tokens of a decode step."""
 
     def of_prompts(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -198,7 +199,7 @@ def compile_only_prompts(forward: ModelForward, compiler: Callable[..., Any]) ->
             else module(*args)
         )
 
-    attach_check.compile_checked(forward, make_backend("auto", CPU), of_prompts)
+    parity_check.compile_checked(forward, make_backend("auto", CPU), of_prompts)
 
 
 def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,24 +214,24 @@ def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.Mon
         return run
 
     monkeypatch.setattr(compiled_regions, "generated_code_waits", lambda: False)
-    compile_checked, model = attach_check.compile_checked, tiny_model("Llama")
-    with pytest.raises(UnsafeEarlyLaunchError):
-        compile_checked(ModelForward(model), make_backend("auto", CPU), generates, early=True)
+    compile_checked, model = parity_check.compile_checked, tiny_model("Llama")
+    with pytest.raises(UnsafePdlError):
+        compile_checked(PackedForward(model), make_backend("auto", CPU), generates, pdl=True)
     assert not ran
-    compile_checked(ModelForward(model), make_backend("auto", CPU), generates, early=False)
+    compile_checked(PackedForward(model), make_backend("auto", CPU), generates, pdl=False)
     assert ran
 
 
 def test_serving_goes_on_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_checked = assembly.compile_checked
+    compile_checked = background_compile.compile_checked
     may_compile, compiling = threading.Event(), threading.Event()
 
-    def slowly(forward: ModelForward, backend: Any, **options: Any) -> None:
+    def slowly(forward: PackedForward, backend: Any, **options: Any) -> None:
         compiling.set()
         assert may_compile.wait(300)
         compile_checked(forward, backend, "eager", **options)
 
-    monkeypatch.setattr(assembly, "compile_checked", slowly)
+    monkeypatch.setattr(background_compile, "compile_checked", slowly)
     model = tiny_model("Llama")
     prompt = list(range(1, 9))
     want = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 8:].tolist()
@@ -258,7 +259,7 @@ def test_compiling_can_be_switched_off() -> None:
 def test_warming_up_can_measure_kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama")
     tuned: list[list[int]] = []
-    monkeypatch.setattr(ModelForward, "tune", lambda self, batches: tuned.append(list(batches)))
+    monkeypatch.setattr(PackedForward, "tune", lambda self, batches: tuned.append(list(batches)))
     prompt = list(range(1, 9))
     want = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, 8:].tolist()
     with GenerationManager(model, BatchingConfig(max_rows=2, max_batch_tokens=16)) as manager:
@@ -270,10 +271,10 @@ def test_warming_up_can_measure_kernels_first(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_error_of_a_warm_up_reaches_its_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: ModelForward, batches: list[int]) -> None:
+    def fail(self: PackedForward, batches: list[int]) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(ModelForward, "tune", fail)
+    monkeypatch.setattr(PackedForward, "tune", fail)
     with GenerationManager(tiny_model("Llama"), BatchingConfig(max_rows=2, max_batch_tokens=16)) as manager:
         with pytest.raises(RuntimeError, match="no room"):
             manager.warmup(tune=True)

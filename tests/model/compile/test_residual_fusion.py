@@ -9,11 +9,11 @@ from support.tiny_models import tiny_model
 from torch import nn
 
 from hf_async_batching.attention.base import make_backend
-from hf_async_batching.checks import parity_check as attach_check
+from hf_async_batching.checks import parity_check
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert
 from hf_async_batching.model.compile import regions as compiled_regions
-from hf_async_batching.model.compile.residual_fusion import merge_residual_sums
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.compile.residual_fusion import fuse_residual_sums
+from hf_async_batching.model.forward.packed_forward import PackedForward
 
 
 class Sums(nn.Module):
@@ -62,7 +62,7 @@ def test_which_sums_are_merged(which: str, merged: int) -> None:
     counts: list[int] = []
 
     def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        counts.append(merge_residual_sums(module.graph))
+        counts.append(fuse_residual_sums(module.graph))
         module.graph.lint()
         module.recompile()
         return module.forward
@@ -80,11 +80,11 @@ def test_both_sums_of_a_layer_are_merged(monkeypatch: pytest.MonkeyPatch) -> Non
     merged: list[int] = []
 
     def count(graph: torch.fx.Graph) -> int:
-        merged.append(merge_residual_sums(graph))
+        merged.append(fuse_residual_sums(graph))
         return merged[-1]
 
-    monkeypatch.setattr(compiled_regions, "merge_residual_sums", count)
-    forward = ModelForward(tiny_model("Llama"), fused=True)
-    attach_check.compile_checked(forward, make_backend("auto", torch.device("cpu")), "eager")
+    monkeypatch.setattr(compiled_regions, "fuse_residual_sums", count)
+    forward = PackedForward(tiny_model("Llama"), fused=True)
+    parity_check.compile_checked(forward, make_backend("auto", torch.device("cpu")), "eager")
     assert sorted(merged) == [0, 0, 2], "attention's and the feed-forward's, in the graph that all layers share"
     torch._dynamo.reset()

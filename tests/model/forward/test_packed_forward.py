@@ -16,7 +16,7 @@ from hf_async_batching.attention.base import make_backend
 from hf_async_batching.checks.parity_check import compile_checked
 from hf_async_batching.coverage.check import check_model, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.position_cache import PositionCache
 
 CONFIG = BatchingConfig(page_size=16, max_rows=4, max_batch_tokens=32)
@@ -50,7 +50,7 @@ def test_a_temperature_by_position_in_the_drop_in() -> None:
 
 
 def test_a_temperature_by_position_compiles() -> None:
-    forward = ModelForward(tiny_model("Llama4ForCausalLM", **TEMPERATURE), fused=True)
+    forward = PackedForward(tiny_model("Llama4ForCausalLM", **TEMPERATURE), fused=True)
     compile_checked(forward, make_backend("auto", torch.device("cpu")), "eager")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing
 
 
@@ -18,13 +18,13 @@ from hf_async_batching.model.forward.recurrence_probe import refuse_mixing
 def test_states_are_not_packed(class_name: str, dtype: torch.dtype) -> None:
     """FalconH1's logits over packed tokens are wrong by less than bfloat16 rounds."""
     with pytest.raises(UnsupportedModelError, match=f"{class_name} is not served: its? "):
-        ModelForward(tiny_model(class_name).to(dtype))
+        PackedForward(tiny_model(class_name).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel"])
 def test_families_with_attention_alone_are(class_name: str, dtype: torch.dtype) -> None:
-    assert ModelForward(tiny_model(class_name).to(dtype)).layers
+    assert PackedForward(tiny_model(class_name).to(dtype)).layers
 
 
 def test_a_convolution_that_no_config_tells_of_is_seen() -> None:
@@ -42,7 +42,7 @@ def test_a_convolution_that_no_config_tells_of_is_seen() -> None:
 
     model.model.layers[1].mlp = Shifted()
     with pytest.raises(UnsupportedModelError, match="outside of attention"):
-        ModelForward(model)
+        PackedForward(model)
 
 
 def test_rounding_is_no_mixing() -> None:

@@ -18,7 +18,7 @@ KERNEL = "def {name}(*args, **kwargs):\n    raise ValueError('Pointer argument c
 SCRIPT = """
 import torch
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.model.forward.packed_forward import ModelForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.checks.small_copy_check import SmallCopyCheck
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels

@@ -23,7 +23,7 @@ import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError, get_manager, per_token
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.module_calls import NEUTRAL_HOOKS, is_neutral
-from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.snapshot import ModelSnapshot
 
 PROMPTS = ragged_prompts(4, 30, seed=5)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -295,7 +295,7 @@ def test_a_forward_in_the_memory_of_another_is_noticed() -> None:
     states = []
     for _ in range(2):
         mlp.forward = types.MethodType(lambda self, x: x, mlp)
-        states.append((id(mlp.forward), Weights.of(model)))
+        states.append((id(mlp.forward), ModelSnapshot.of(model)))
         del mlp.forward
     assert states[0][1] != states[1][1]
 
@@ -400,8 +400,8 @@ def test_a_state_keeps_no_hook_and_no_model() -> None:
     model.model.layers[0].mlp.forward = types.MethodType(keep, model.model.layers[0].mlp)
     model.model.layers[1].register_forward_hook(per_token(keep))
     model.note = types.MethodType(keep, model)
-    state = Weights.of(model)
-    assert state == Weights.of(model)
+    state = ModelSnapshot.of(model)
+    assert state == ModelSnapshot.of(model)
     gone = weakref.ref(holder)
     del holder, model, keep
     gc.collect()

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.coverage import families
 from hf_async_batching.model.view.module_settings import config_settings, module_settings
-from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.snapshot import ModelSnapshot
 
 PROMPTS = ragged_prompts(4, 30, seed=5)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -255,4 +255,4 @@ def test_fields_of_configs() -> None:
 def test_a_copy_of_the_state_is_equal() -> None:
     for family in ("Llama", "Gemma3Text"):
         model = tiny_model(family)
-        assert Weights.of(model) == Weights.of(model)
+        assert ModelSnapshot.of(model) == ModelSnapshot.of(model)

@@ -19,7 +19,7 @@ from hf_async_batching import (
     GenerationManager,
     UnsupportedModelError,
 )
-from hf_async_batching.model.view.snapshot import Weights
+from hf_async_batching.model.view.snapshot import ModelSnapshot
 
 # Longer than a page, so that keys and values computed before the change would be found after it.
 PROMPTS = [prompt * 40 if len(prompt) < 4 else prompt * 2 for prompt in ragged_prompts(4, 30, seed=5)]
@@ -191,14 +191,14 @@ def test_a_switch_while_the_engine_starts_is_not_missed(monkeypatch: pytest.Monk
     from hf_async_batching import manager as manager_module
 
     model = tiny_model("Llama")
-    assemble = manager_module.assemble
+    build_engine = manager_module.build_engine
 
     def switched_meanwhile(*arguments: Any) -> Any:
-        assembly = assemble(*arguments)
+        assembly = build_engine(*arguments)
         replace_activation(model)
         return assembly
 
-    monkeypatch.setattr(manager_module, "assemble", switched_meanwhile)
+    monkeypatch.setattr(manager_module, "build_engine", switched_meanwhile)
     with GenerationManager(model, BatchingConfig(page_size=16, max_batch_tokens=64)) as manager:
         served(manager)
         monkeypatch.undo()
@@ -231,18 +231,18 @@ def test_training_and_serving_in_turns_from_many_threads() -> None:
 
 def test_weights_that_are_equal_can_share_a_view() -> None:
     model = tiny_model("Llama")
-    before = Weights.of(model)
-    assert Weights.of(model) == before
+    before = ModelSnapshot.of(model)
+    assert ModelSnapshot.of(model) == before
     model(IDS)
-    assert Weights.of(model) == before, "a forward changes nothing"
+    assert ModelSnapshot.of(model) == before, "a forward changes nothing"
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
-    after = Weights.of(model)
+    after = ModelSnapshot.of(model)
     assert after == before
     assert after.changes > before.changes
     model.to(torch.float16)
-    moved = Weights.of(model)
+    moved = ModelSnapshot.of(model)
     assert moved != before
     assert moved.moved_from(before)
     replace_lm_head(model)
-    assert not Weights.of(model).moved_from(moved)
+    assert not ModelSnapshot.of(model).moved_from(moved)
