@@ -255,10 +255,10 @@ def compile_checked(
         backend: The attention kernels.
         compiler: Backend of `torch.compile`.
         page_size: Of the engine, whose kernels are compiled for it.
-        early: Let kernels be launched early; see `early_launches`.
+        pdl: Use programmatic dependent launch; see `pdl_check`.
 
     Raises:
-        UnsafePdlError: With `early`, a kernel would not wait for the one before it.
+        UnsafePdlError: With `pdl`, a kernel would not wait for the one before it.
         RuntimeError: The logits differ by more than rounding.
         Exception: Whatever the compiler raises.
     """

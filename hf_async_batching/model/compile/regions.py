@@ -186,7 +186,7 @@ def compile_regions(
         attention_modules: Identities of its attention modules.
         run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
         backend: Of `torch.compile`.
-        early: Let kernels be launched early; see `early_launches`.
+        pdl: Use programmatic dependent launch; see `pdl_check`.
 
     Returns:
         The regions.

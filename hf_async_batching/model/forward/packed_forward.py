@@ -120,12 +120,12 @@ class PackedForward:
         return pack(groups)
 
     def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, pdl: bool = False) -> None:
-        """Compile the layers of the view; see `compiled_regions`.
+        """Compile the layers of the view; see `regions`.
 
         Args:
             run_example: Calls this forward with `EXAMPLE_TOKENS` tokens, all of them sampled.
             backend: Of `torch.compile`.
-            early: Let kernels be launched early; see `early_launches`.
+            pdl: Use programmatic dependent launch; see `pdl_check`.
 
         Raises:
             Exception: Whatever the compiler raises; this forward is then of no use.
