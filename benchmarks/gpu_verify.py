@@ -89,8 +89,8 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
     from support.tiny_models import ragged_prompts, tiny_model
 
     import hf_async_batching.scheduler.sequence as sequences
+    from hf_async_batching.core.step_layout import Padding
     from hf_async_batching.runner.model_runner import Captured, Runner
-    from hf_async_batching.runner.staging import Padding
     from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 
     out: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from hf_async_batching.core.request import Request
+from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.devices import CpuDevice, Graph, Stream
 from hf_async_batching.devices.base import Kernel
 from hf_async_batching.engine.engine import Engine
@@ -30,7 +31,6 @@ from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.runner.model_runner import Runner
 from hf_async_batching.runner.pipeline import Pipeline
 from hf_async_batching.runner.row_tables import DeviceState, StepInputs
-from hf_async_batching.runner.staging import Sections
 from hf_async_batching.scheduler.scheduler import Scheduler
 
 PAGE_SIZE = 16

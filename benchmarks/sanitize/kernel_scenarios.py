@@ -10,6 +10,7 @@ import torch
 
 from hf_async_batching.attention import triton_kernels as kernels
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE
+from hf_async_batching.core import step_layout
 from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
@@ -230,7 +231,7 @@ def tables(device: torch.device) -> None:
         _expect(bool(state.finished.any()) and not state.lengths[0], "the tables did not advance as they must")
 
 
-def _staged(plan: Plan, device: torch.device, bucket: int = 0) -> tuple[torch.Tensor, staging.Sections]:
+def _staged(plan: Plan, device: torch.device, bucket: int = 0) -> tuple[torch.Tensor, step_layout.Sections]:
     out = np.zeros(1 << 14, np.int32)
     sections = staging.encode(plan, out, bucket=bucket, send_decode_rows=True, tile_size=PREFILL_TILE)
     # As large as what is sent: a kernel that reads beyond it is found.

@@ -24,6 +24,7 @@ from hf_async_batching.checks.reference_attention import FlashFirst
 from hf_async_batching.checks.reference_logits import Expected, Prompts, prompts_for, reference_logits
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request
+from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.devices.failure import device_failure, ends_the_search
 from hf_async_batching.devices.parallel import side_by_side
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
@@ -38,7 +39,7 @@ from hf_async_batching.model.view.module_calls import runs_user_code
 from hf_async_batching.model.view.parallel_modules import parallel_modules
 from hf_async_batching.model.view.quantization import is_quantized
 from hf_async_batching.runner.row_tables import DeviceState, StepInputs
-from hf_async_batching.runner.staging import Sections, encode
+from hf_async_batching.runner.staging import encode
 from hf_async_batching.runtime.triton_start import after_compiler_start
 from hf_async_batching.sampling.argmax import argmax
 

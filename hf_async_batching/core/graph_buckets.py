@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 
-from hf_async_batching.runner.staging import Padding
+from hf_async_batching.core.step_layout import Padding
 
 SPREAD_TOKENS = 384
 """Query tokens that a step is filled up to where prompts are spread over decode steps, its padding included.

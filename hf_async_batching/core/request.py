@@ -9,9 +9,11 @@ from typing import Any
 from hf_async_batching.core.field_checks import check_integer, check_real
 from hf_async_batching.core.logits_params import LogitsParams, Stage
 from hf_async_batching.core.row_layout import MAX_PADDING, float32
-from hf_async_batching.scheduler.prompt_lookup import DEFAULT_NGRAM
 
 MAX_SEED = 2**63
+
+DEFAULT_NGRAM = 2
+"""`Request.lookup_ngram` where a caller gives none, as in transformers."""
 
 # Few sizes, because each is a CUDA graph of its own.
 CANDIDATE_SIZES = (64, 1024)

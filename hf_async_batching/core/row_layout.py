@@ -1,7 +1,8 @@
-"""What stands where in a row's memory on the device; no torch.
+"""What the device keeps of a row, word by word: the layout that host and device share. No torch.
 
-A row's memory is one line of an int32 table: first its *rules* (biases and bans of tokens, `RULE_WORDS` words each),
-then its *history*, the token ids from the first one that the caller passed on, padding included.
+A row has two lines of int32 words. Its *record* holds its parameters (`ROW_PARAMS`), floats as their bits. Its
+*memory* holds first its *rules* (biases and bans of tokens, `RULE_WORDS` words each), then its *history*: the token
+ids from the first one that the caller passed on, padding included.
 """
 
 from __future__ import annotations
@@ -11,6 +12,80 @@ import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+
+MAX_EOS = 16
+"""End-of-sequence tokens that a record holds; a power of two, because Triton ranges need one."""
+
+ROW_PARAMS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("do_sample", np.int32),
+        ("seed", np.int64),
+        ("min_length", np.int32),
+        ("start", np.int32),
+        ("max_length", np.int32),
+        ("prompt_length", np.int32),
+        ("padding", np.int32),
+        ("repetition_penalty", np.float32),
+        ("encoder_penalty", np.float32),
+        ("ngram", np.int32),
+        ("encoder_ngram", np.int32),
+        ("decay_start", np.int32),
+        ("decay", np.float64),
+        ("remove_invalid", np.int32),
+        ("renormalize", np.int32),
+        ("top_h", np.float32),
+        ("typical_p", np.float32),
+        ("epsilon", np.float32),
+        ("eta", np.float32),
+        ("eos", np.int32, (MAX_EOS,)),
+    ]
+)
+"""A row's parameters. The host writes the fields; the device reads the same bytes as int32 columns."""
+
+NEW_ROW = np.dtype([("row", np.int32), *ROW_PARAMS.descr])
+"""What the host sends for a new row: the row, then its parameters."""
+
+
+def _column(field: str) -> int:
+    """The first int32 column of a field of `ROW_PARAMS`."""
+    fields = ROW_PARAMS.fields
+    assert fields is not None
+    return fields[field][1] // 4
+
+
+TEMPERATURE = _column("temperature")
+TOP_K = _column("top_k")
+TOP_P = _column("top_p")
+MIN_P = _column("min_p")
+DO_SAMPLE = _column("do_sample")
+SEED_LOW = _column("seed")
+SEED_HIGH = SEED_LOW + 1
+MIN_LENGTH = _column("min_length")
+START = _column("start")
+MAX_LENGTH = _column("max_length")
+PROMPT_LENGTH = _column("prompt_length")
+PADDING = _column("padding")
+REPETITION_PENALTY = _column("repetition_penalty")
+ENCODER_PENALTY = _column("encoder_penalty")
+NGRAM = _column("ngram")
+ENCODER_NGRAM = _column("encoder_ngram")
+DECAY_START = _column("decay_start")
+DECAY = _column("decay")
+REMOVE_INVALID = _column("remove_invalid")
+RENORMALIZE = _column("renormalize")
+TOP_H = _column("top_h")
+TYPICAL_P = _column("typical_p")
+EPSILON = _column("epsilon")
+ETA = _column("eta")
+FIRST_EOS = _column("eos")
+PARAMS = ROW_PARAMS.itemsize // 4
+"""int32 columns of a record."""
 
 MAX_RULES = 256
 MAX_PREFIX = 8

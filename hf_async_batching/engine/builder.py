@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.graph_buckets import largest_padding
 from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING
+from hf_async_batching.core.step_layout import NO_PADDING, Sections
 from hf_async_batching.devices import make_device
 from hf_async_batching.devices.memory import free_memory, return_memory
 from hf_async_batching.distributed.agreed_captures import with_agreed_captures
@@ -28,7 +29,6 @@ from hf_async_batching.runner.leading_pipeline import LeadingPipeline
 from hf_async_batching.runner.model_runner import Runner
 from hf_async_batching.runner.pipeline import Pipeline
 from hf_async_batching.runner.row_tables import DeviceState
-from hf_async_batching.runner.staging import NO_PADDING, Sections
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.scheduler.scheduler import Scheduler

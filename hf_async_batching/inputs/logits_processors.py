@@ -22,10 +22,18 @@ from transformers.generation.logits_process import LogitsProcessorList
 from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.request import SamplingParams
-from hf_async_batching.core.row_layout import MAX_INT32, MAX_NGRAM, MAX_PADDING, MAX_PREFIX, MAX_RULES, Rule, RuleKind
+from hf_async_batching.core.row_layout import (
+    MAX_EOS,
+    MAX_INT32,
+    MAX_NGRAM,
+    MAX_PADDING,
+    MAX_PREFIX,
+    MAX_RULES,
+    Rule,
+    RuleKind,
+)
 from hf_async_batching.host_decoding.long_ngrams import LongNGrams
 from hf_async_batching.host_decoding.token_chooser import TokenChooser
-from hf_async_batching.runner.staging import MAX_EOS
 
 _GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
 

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from hf_async_batching.core.request import MAX_SEED, Request
+from hf_async_batching.core.request import DEFAULT_NGRAM, MAX_SEED, Request
 from hf_async_batching.inputs.logits_processors import Recipe
-from hf_async_batching.scheduler.prompt_lookup import DEFAULT_NGRAM
 
 # Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B

@@ -15,10 +15,10 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.core.logits_params import FIELDS_OF_KIND
 from hf_async_batching.core.request import Request
-from hf_async_batching.core.row_layout import RuleKind
+from hf_async_batching.core.row_layout import MAX_EOS, RuleKind
+from hf_async_batching.core.row_record import check_encodable
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
-from hf_async_batching.runner.staging import MAX_EOS, check_encodable
 from hf_async_batching.stopping.criteria import stop_string_criterion
 
 PromptIds = list[int] | torch.Tensor | np.ndarray[Any, Any]

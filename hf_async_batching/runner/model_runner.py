@@ -28,11 +28,11 @@ from hf_async_batching.core.graph_buckets import (
     padded_tokens,
 )
 from hf_async_batching.core.plan import Features, Plan
+from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.devices.base import Kernel
 from hf_async_batching.runner.prompt_embeddings import PromptEmbeddings
 from hf_async_batching.runner.row_tables import DeviceState, StepInputs
-from hf_async_batching.runner.staging import NO_PADDING, Padding, Sections
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.triton_start import runs_triton
 from hf_async_batching.sampling import SampledRows, Sampler

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from hf_async_batching.core.plan import Features, Launch, Plan, Result
+from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.devices import Device, Guard, Stream
 from hf_async_batching.runner.model_runner import Runner
 from hf_async_batching.runner.row_tables import DeviceState
-from hf_async_batching.runner.staging import Sections, encode
+from hf_async_batching.runner.staging import encode
 from hf_async_batching.sampling.uncaptured import RareOutputs
 
 SLOTS = 2

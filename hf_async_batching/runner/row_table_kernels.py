@@ -13,7 +13,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.core import outcomes as marks
-from hf_async_batching.runner.staging import FIRST_EOS, MAX_EOS, MAX_LENGTH
+from hf_async_batching.core.row_layout import FIRST_EOS, MAX_EOS, MAX_LENGTH
 
 _FIRST_UNSOUND: tl.constexpr = tl.constexpr(marks.FIRST_UNSOUND)
 

@@ -15,7 +15,8 @@ import torch
 
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.core.plan import Features
-from hf_async_batching.runner.staging import FIRST_EOS, MAX_LENGTH, NO_PADDING, PARAMS, START, Padding, Sections
+from hf_async_batching.core.row_layout import FIRST_EOS, MAX_LENGTH, PARAMS, START
+from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
 from hf_async_batching.runtime.triton_start import runs_triton
 from hf_async_batching.sampling.outcome_marks import tokens_of, without_token
 from hf_async_batching.sampling.token_history import RowMemory
@@ -59,7 +60,7 @@ class DeviceState:
         lengths: int32 [rows], tokens whose keys and values are in the cache.
         finished: int32 [rows], 1 for a row whose request ends with `last_token`, or for lack of one.
         page_table: int32 [rows, max_pages_per_row], or [groups, rows, max_pages_per_row].
-        params: int32 [rows, PARAMS], sampling parameters (columns in `staging`).
+        params: int32 [rows, PARAMS], sampling parameters (columns in `row_layout`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
         padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, where its graph finds them.
         memory: What rows remember beyond that, where they need to.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.plan import Features
-from hf_async_batching.runner import staging
 from hf_async_batching.sampling.metadata import SampledRows
 
 _NEGATIVE_INFINITY = float("-inf")
@@ -31,7 +31,7 @@ def filtered(logits: torch.Tensor, rows: SampledRows, features: Features) -> tor
     Returns:
         float32 [rows, vocab]; tokens that are filtered out have -inf.
     """
-    temperature = rows.floats(staging.TEMPERATURE)
+    temperature = rows.floats(row_layout.TEMPERATURE)
     shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
     scores = shifted
     if features.scores:
@@ -47,9 +47,9 @@ def filtered(logits: torch.Tensor, rows: SampledRows, features: Features) -> tor
     if stages & Stage.TYPICAL:
         scores = _typical(scores, rows)
     if stages & Stage.EPSILON:
-        scores = _at_least(scores, rows.floats(staging.EPSILON))
+        scores = _at_least(scores, rows.floats(row_layout.EPSILON))
     if stages & Stage.ETA:
-        epsilon = rows.floats(staging.ETA)
+        epsilon = rows.floats(row_layout.ETA)
         scores = _at_least(scores, torch.minimum(epsilon, epsilon.sqrt() * torch.exp(-_entropy(scores))))
     return scores
 
@@ -61,25 +61,25 @@ def _threshold(scores: torch.Tensor, rows: SampledRows, candidates: int) -> torc
         top = scores.sort(-1, descending=True).values
     else:
         top = scores.topk(candidates, -1).values
-    asked = rows.integers(staging.TOP_K).long()
+    asked = rows.integers(row_layout.TOP_K).long()
     top_k = torch.where(asked > 0, asked, vocab).clamp(max=top.shape[1])
     kth = top.gather(1, top_k - 1).masked_fill(asked <= 0, _NEGATIVE_INFINITY)
     surviving = top.masked_fill(top < kth, _NEGATIVE_INFINITY)
     # transformers sums from the smallest up and drops while the sum is at most 1 - top_p; one token always stays.
     tail = surviving.softmax(-1).flip(-1).cumsum(-1).flip(-1)
-    top_p = rows.floats(staging.TOP_P)
+    top_p = rows.floats(row_layout.TOP_P)
     dropped = tail <= 1 - top_p
     dropped[:, 0] = False
     kept = surviving.masked_fill(dropped, float("inf")).amin(-1, keepdim=True)
     kept = torch.where(top_p < 1, kept, kth)
-    relative = top[:, :1] + rows.floats(staging.MIN_P).log()
+    relative = top[:, :1] + rows.floats(row_layout.MIN_P).log()
     return torch.maximum(torch.maximum(kth, kept), relative)
 
 
 def _top_h(scores: torch.Tensor, rows: SampledRows) -> torch.Tensor:
     top, tokens = scores.topk(min(_TOP_H_TOKENS, scores.shape[1]), -1)
     probabilities = top.softmax(-1)
-    bound = rows.floats(staging.TOP_H)
+    bound = rows.floats(row_layout.TOP_H)
     within = (-probabilities * probabilities.log()).cumsum(-1) <= _entropy(top) * bound
     within[:, 0] = True
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, tokens, within)
@@ -87,7 +87,7 @@ def _top_h(scores: torch.Tensor, rows: SampledRows) -> torch.Tensor:
 
 
 def _typical(scores: torch.Tensor, rows: SampledRows) -> torch.Tensor:
-    mass = rows.floats(staging.TYPICAL_P)
+    mass = rows.floats(row_layout.TYPICAL_P)
     logs = scores.log_softmax(-1)
     surprise = (-logs - -(logs * logs.exp()).nansum(-1, keepdim=True)).abs()
     ordered, tokens = surprise.sort(-1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from hf_async_batching.runner import staging
+from hf_async_batching.core import row_layout
 
 
 def row_keys(params: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two keys int32 [rows] of each row's seed and position."""
-    key = _hash(params[:, staging.SEED_LOW] ^ 0x3C6EF372)
-    key = _hash(key ^ params[:, staging.SEED_HIGH])
+    key = _hash(params[:, row_layout.SEED_LOW] ^ 0x3C6EF372)
+    key = _hash(key ^ params[:, row_layout.SEED_HIGH])
     key = _hash(key ^ positions.int())
     return key, _hash(key + 0x1E3779B9)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.plan import Features
 from hf_async_batching.core.row_layout import ANY, BIAS, KIND, MAX_PREFIX, POSITION, TOKEN, RuleKind
-from hf_async_batching.runner import staging
 from hf_async_batching.sampling.metadata import SampledRows
 from hf_async_batching.sampling.token_history import IN_PROMPT, OCCURRED
 
@@ -34,14 +34,14 @@ def changed(logits: torch.Tensor, rows: SampledRows, features: Features) -> torc
     if rules is not None and stages & Stage.SEQUENCE_BIAS:
         logits = logits + rules.biases(RuleKind.BIAS)
     if stages & Stage.ENCODER_REPETITION:
-        logits = penalized(logits, rows, staging.ENCODER_PENALTY, IN_PROMPT)
+        logits = penalized(logits, rows, row_layout.ENCODER_PENALTY, IN_PROMPT)
     if features.penalty:
-        logits = penalized(logits, rows, staging.REPETITION_PENALTY, OCCURRED)
+        logits = penalized(logits, rows, row_layout.REPETITION_PENALTY, OCCURRED)
     if stages & Stage.NGRAM:
-        logits = _without_ngrams(logits, rows, staging.NGRAM, rows.lengths)
+        logits = _without_ngrams(logits, rows, row_layout.NGRAM, rows.lengths)
     if stages & Stage.ENCODER_NGRAM:
-        prompt = (rows.integers(staging.PROMPT_LENGTH) + rows.integers(staging.PADDING)).long()
-        logits = _without_ngrams(logits, rows, staging.ENCODER_NGRAM, prompt)
+        prompt = (rows.integers(row_layout.PROMPT_LENGTH) + rows.integers(row_layout.PADDING)).long()
+        logits = _without_ngrams(logits, rows, row_layout.ENCODER_NGRAM, prompt)
     if rules is not None and stages & Stage.BAD_WORDS:
         logits = logits + rules.biases(RuleKind.BAN)
     if features.min_length:
@@ -66,8 +66,8 @@ def penalized(logits: torch.Tensor, rows: SampledRows, column: int, bit: int) ->
 
 def without_early_eos(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """No end-of-sequence token where the row's minimum is not reached."""
-    eos = params[:, staging.FIRST_EOS :].long()
-    early = (positions < params[:, staging.MIN_LENGTH])[:, None] & (eos >= 0) & (eos < logits.shape[1])
+    eos = params[:, row_layout.FIRST_EOS :].long()
+    early = (positions < params[:, row_layout.MIN_LENGTH])[:, None] & (eos >= 0) & (eos < logits.shape[1])
     # Entries that must stay untouched add 0 at token 0: a scatter that assigned would race with a real entry there.
     penalty = torch.zeros_like(eos, dtype=logits.dtype).masked_fill_(early, _NEGATIVE_INFINITY)
     return logits.scatter_add(1, eos.clamp(0, logits.shape[1] - 1), penalty)
@@ -137,13 +137,13 @@ def _without_ngrams(logits: torch.Tensor, rows: SampledRows, column: int, ends: 
 def _valid(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
     limits = torch.finfo(logits.dtype)
     valid = torch.nan_to_num(logits, nan=0.0, posinf=limits.max, neginf=limits.min)
-    return torch.where(rows.integers(staging.REMOVE_INVALID) > 0, valid, logits)
+    return torch.where(rows.integers(row_layout.REMOVE_INVALID) > 0, valid, logits)
 
 
 def _decayed(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
-    beyond = rows.positions[:, None] - rows.integers(staging.DECAY_START)
-    factor = torch.pow(rows.doubles(staging.DECAY_LOW), beyond.clamp(min=0).double()) - 1
-    eos = rows.params[:, staging.FIRST_EOS :].long()
+    beyond = rows.positions[:, None] - rows.integers(row_layout.DECAY_START)
+    factor = torch.pow(rows.doubles(row_layout.DECAY), beyond.clamp(min=0).double()) - 1
+    eos = rows.params[:, row_layout.FIRST_EOS :].long()
     real = (eos >= 0) & (eos < logits.shape[1])
     # Unused entries of the record add 0 to token 0; an end that is named twice counts once.
     first = torch.ones_like(real)

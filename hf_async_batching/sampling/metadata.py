@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.plan import NO_BOUNDS, Bounds
-from hf_async_batching.runner import staging
 from hf_async_batching.sampling.token_history import RowMemory
 
 
@@ -16,7 +16,7 @@ class SampledRows:
     """The rows of a step's sampled positions.
 
     Attributes:
-        params: int32 [sampled, PARAMS], their records as `staging` lays them out.
+        params: int32 [sampled, PARAMS], their records as `row_layout` lays them out.
         positions: int64 [sampled], the position that each sampled token will take, which is the number of tokens
             before it.
         rows: int32 [sampled], the rows; None where no memory is read.
@@ -50,4 +50,4 @@ class SampledRows:
     @property
     def lengths(self) -> torch.Tensor:
         """int64 [sampled, 1], tokens of the histories, padding included."""
-        return self.positions[:, None] + self.params[:, staging.PADDING, None]
+        return self.positions[:, None] + self.params[:, row_layout.PADDING, None]

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.plan import Features
 from hf_async_batching.errors import InvalidProbabilitiesError
-from hf_async_batching.runner import staging
 from hf_async_batching.runtime.triton_start import runs_triton
 from hf_async_batching.sampling import gumbel as noise
 from hf_async_batching.sampling.argmax import argmax
@@ -86,10 +86,10 @@ class Sampler:
         """
         scores = changed(logits.float(), rows, features)
         if features.sampling:
-            drawing = rows.integers(staging.DO_SAMPLE) > 0
+            drawing = rows.integers(row_layout.DO_SAMPLE) > 0
             scores = torch.where(drawing, filtered(scores, rows, features), scores)
         if features.stages & Stage.RENORMALIZE:
-            scores = torch.where(rows.integers(staging.RENORMALIZE) > 0, scores.log_softmax(-1), scores)
+            scores = torch.where(rows.integers(row_layout.RENORMALIZE) > 0, scores.log_softmax(-1), scores)
         return scores
 
     def choose(
@@ -114,7 +114,7 @@ class Sampler:
                 scores = scores - scores.amax(-1, keepdim=True)
             exponential = noise.exponential(rows.params, rows.positions, scores.shape[1])
             drawn = (scores - exponential.log_()).argmax(-1).int()
-            drawing = rows.params[:, staging.DO_SAMPLE] > 0
+            drawing = rows.params[:, row_layout.DO_SAMPLE] > 0
             tokens, undrawable = torch.where(drawing, drawn, tokens), drawing & (best < 0)
         return marked(tokens, undrawable=undrawable, unsound=~logits.amax(-1).isfinite())
 
@@ -155,7 +155,7 @@ def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -
 
 def seed_records(seeds: list[int], device: torch.device) -> torch.Tensor:
     """int32 [rows, PARAMS] of rows that have a seed and nothing else."""
-    records = torch.zeros(len(seeds), staging.PARAMS, dtype=torch.int32, device="cpu")
+    records = torch.zeros(len(seeds), row_layout.PARAMS, dtype=torch.int32, device="cpu")
     halves = torch.tensor(seeds, dtype=torch.int64, device="cpu").view(torch.int32).view(-1, 2)
-    records[:, staging.SEED_LOW], records[:, staging.SEED_HIGH] = halves[:, 0], halves[:, 1]
+    records[:, row_layout.SEED_LOW], records[:, row_layout.SEED_HIGH] = halves[:, 0], halves[:, 1]
     return records.to(device)

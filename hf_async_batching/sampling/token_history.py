@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING, RULE_WORDS
-from hf_async_batching.runner import staging
 
 # Bits of a `seen` entry.
 OCCURRED = 1
@@ -65,7 +65,7 @@ class RowMemory:
         if self.words is not None:
             self.words[rows.long(), columns.long()] = values
         if self.seen is not None:
-            positions = columns - HISTORY_START - params[rows, staging.PADDING]
+            positions = columns - HISTORY_START - params[rows, row_layout.PADDING]
             padding = (columns >= HISTORY_START) & (positions < 0)
             # Before the tokens: one of them may be the padding token.
             owner = rows * padding
@@ -86,7 +86,7 @@ class RowMemory:
             words: Whether some row of the step keeps its history.
         """
         if words and self.words is not None:
-            columns = HISTORY_START + params[rows, staging.PADDING] + positions
+            columns = HISTORY_START + params[rows, row_layout.PADDING] + positions
             self.words[rows.long(), columns.long()] = tokens.int()
         if self.seen is not None:
             self._mark(rows, positions, tokens, params)
@@ -96,7 +96,7 @@ class RowMemory:
         entries = rows.long(), tokens.long()
         self.seen[entries] = self.seen[entries] | OCCURRED
         # Afterwards, and all bits at once: entries of a completion that comes back after a preemption would race.
-        prompt = positions < params[rows, staging.PROMPT_LENGTH]
+        prompt = positions < params[rows, row_layout.PROMPT_LENGTH]
         owner = (rows * prompt).long()
         self.seen[owner, (tokens * prompt).long()] = torch.full_like(owner, OCCURRED | IN_PROMPT, dtype=torch.uint8)
 

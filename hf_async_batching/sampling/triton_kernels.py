@@ -22,17 +22,16 @@ with the variates of `noise`, so that the torch code draws the same tokens up to
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
-from hf_async_batching.core import outcomes
-from hf_async_batching.runner import staging
+from hf_async_batching.core import outcomes, row_layout
 
-_TEMPERATURE: tl.constexpr = tl.constexpr(staging.TEMPERATURE)
-_TOP_K: tl.constexpr = tl.constexpr(staging.TOP_K)
-_TOP_P: tl.constexpr = tl.constexpr(staging.TOP_P)
-_MIN_P: tl.constexpr = tl.constexpr(staging.MIN_P)
-_DO_SAMPLE: tl.constexpr = tl.constexpr(staging.DO_SAMPLE)
-_SEED_LOW: tl.constexpr = tl.constexpr(staging.SEED_LOW)
-_SEED_HIGH: tl.constexpr = tl.constexpr(staging.SEED_HIGH)
-_PENALTY: tl.constexpr = tl.constexpr(staging.REPETITION_PENALTY)
+_TEMPERATURE: tl.constexpr = tl.constexpr(row_layout.TEMPERATURE)
+_TOP_K: tl.constexpr = tl.constexpr(row_layout.TOP_K)
+_TOP_P: tl.constexpr = tl.constexpr(row_layout.TOP_P)
+_MIN_P: tl.constexpr = tl.constexpr(row_layout.MIN_P)
+_DO_SAMPLE: tl.constexpr = tl.constexpr(row_layout.DO_SAMPLE)
+_SEED_LOW: tl.constexpr = tl.constexpr(row_layout.SEED_LOW)
+_SEED_HIGH: tl.constexpr = tl.constexpr(row_layout.SEED_HIGH)
+_PENALTY: tl.constexpr = tl.constexpr(row_layout.REPETITION_PENALTY)
 _UNDRAWABLE: tl.constexpr = tl.constexpr(outcomes.UNDRAWABLE_UNSOUND)
 _FIRST_UNSOUND: tl.constexpr = tl.constexpr(outcomes.FIRST_UNSOUND)
 _NOBODY: tl.constexpr = tl.constexpr(2**31 - 1)

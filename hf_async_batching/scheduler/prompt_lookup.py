@@ -15,8 +15,6 @@ import numpy as np
 MAX_DRAFTED = 64
 """Positions of a step that drafts may add to the one that each row samples."""
 
-DEFAULT_NGRAM = 2
-
 _LONGEST_REST = 32
 
 _LONGEST_NGRAM = 32  # longer ones say little more, and each length is a pass over what was found

@@ -15,7 +15,7 @@ from hf_async_batching.core.graph_buckets import (
     padded_tokens,
     spread_room,
 )
-from hf_async_batching.runner.staging import Padding
+from hf_async_batching.core.step_layout import Padding
 
 
 def test_buckets_grow_to_the_largest_step() -> None:

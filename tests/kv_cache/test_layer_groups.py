@@ -11,9 +11,10 @@ from support.tiny_models import greedy_alone, tiny_model
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.core.plan import NewPage, Plan
+from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.coverage import families
 from hf_async_batching.runner.row_tables import DeviceState
-from hf_async_batching.runner.staging import Sections, encode
+from hf_async_batching.runner.staging import encode
 
 NEW = 90
 PROMPTS = [[5 + i % 60 for i in range(length)] for length in (3, 40, 70)]

@@ -16,6 +16,8 @@ from support.toy_engine import ToyEngine, run_random_schedule, verify
 from hf_async_batching.core.graph_buckets import MOST_PADDED, SPREAD_TOKENS, padded_decodes
 from hf_async_batching.core.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.core.row_layout import PARAMS
+from hf_async_batching.core.step_layout import CARRY_OVER, Padding, Sections
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model.forward.packed_forward import PackedForward
@@ -27,7 +29,6 @@ from hf_async_batching.runner.model_runner import (
     Runner,
 )
 from hf_async_batching.runner.row_tables import DeviceState, StepInputs
-from hf_async_batching.runner.staging import CARRY_OVER, PARAMS, Padding, Sections
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_async_batching.core import outcomes
+from hf_async_batching.core import outcomes, row_layout
 from hf_async_batching.core.plan import Chunk, Features, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
-from hf_async_batching.runner import staging
+from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.runner.row_tables import DeviceState, StepInputs
-from hf_async_batching.runner.staging import Sections, encode
+from hf_async_batching.runner.staging import encode
 
 GARBAGE = -123
 EOS = 77
@@ -39,9 +39,9 @@ def serving(fused: bool = False) -> DeviceState:
     state = make_state(fused)
     for row in range(1, 7):
         state.last_token[row], state.lengths[row] = 100 + row, 10 * row
-        state.params[row, staging.MAX_LENGTH] = 100
-        state.params[row, staging.FIRST_EOS :] = -1
-        state.params[row, staging.FIRST_EOS + row] = EOS
+        state.params[row, row_layout.MAX_LENGTH] = 100
+        state.params[row, row_layout.FIRST_EOS :] = -1
+        state.params[row, row_layout.FIRST_EOS + row] = EOS
     return state
 
 
@@ -59,7 +59,7 @@ def test_tables_start_at_zero() -> None:
     state = make_state()
     assert state.lengths.shape == state.last_token.shape == (7,)
     assert state.page_table.shape == (7, 5)
-    assert state.params.shape == (7, staging.PARAMS)
+    assert state.params.shape == (7, row_layout.PARAMS)
     assert state.decode_rows.shape == state.out_tokens.shape == state.out_logprobs.shape == (6,)
     for name in ("last_token", "lengths", "finished", "page_table", "params", "decode_rows", "out_tokens"):
         assert getattr(state, name).dtype == torch.int32
@@ -81,8 +81,8 @@ def test_updates_touch_what_they_name(with_chunks: bool) -> None:
     state.apply_updates(*stage(plan, bucket=4))
     assert state.lengths.tolist() == [8, 8, 0, 8, 32, 8, 8]
     assert state.finished.tolist() == [8, 8, 0, 8, 0, 8, 8]
-    assert state.params[2, staging.TOP_K] == 3
-    assert state.params[4, staging.TOP_K] == 0
+    assert state.params[2, row_layout.TOP_K] == 3
+    assert state.params[4, row_layout.TOP_K] == 0
     assert (state.params[[0, 1, 3, 5, 6]] == 8).all()
     expected = torch.full((7, 5), 8)
     expected[2, 0], expected[2, 4], expected[5, 1] = 11, 12, 13
@@ -186,8 +186,8 @@ def test_kernels_do_what_the_torch_code_does(size: int) -> None:
     )
     plain.lengths[1:], plain.last_token[1:] = random(30, 140), random(9, 140)
     plain.finished[1:] = random(8, 140) == 0
-    plain.params[1:] = random(9, 140, staging.PARAMS) - 1
-    plain.params[1:, staging.MAX_LENGTH] = random(60, 140)
+    plain.params[1:] = random(9, 140, row_layout.PARAMS) - 1
+    plain.params[1:, row_layout.MAX_LENGTH] = random(60, 140)
     rows = 1 + torch.randperm(140, generator=generator)[:size].int()
     plain.decode_rows[:size] = torch.where(random(5, size) == 0, 0, rows)
     plain.out_tokens.fill_(GARBAGE)

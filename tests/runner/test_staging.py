@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
-from hf_async_batching.core.row_layout import HISTORY_START, Rule, RuleKind
-from hf_async_batching.runner import staging
-from hf_async_batching.runner.staging import CARRY_OVER, MAX_EOS, PARAMS, Padding, Sections, encode
+from hf_async_batching.core.row_layout import HISTORY_START, MAX_EOS, PARAMS, Rule, RuleKind
+from hf_async_batching.core.step_layout import CARRY_OVER, Padding, Sections
+from hf_async_batching.runner.staging import encode
 
 SENTINEL = -77
 
@@ -89,39 +90,39 @@ def test_more_end_of_sequence_tokens_than_the_device_knows() -> None:
     eos = (-1, 2**31, *range(100, 140))
     sections, array = encoded(Plan(0, (), new_rows=(NewRow(1, Request("a", (1,), 9, 0, eos)),)))
     record = decoded(sections, array)["new_rows"][0]
-    assert record[1 + staging.FIRST_EOS :] == tuple(range(100, 100 + MAX_EOS))
+    assert record[1 + row_layout.FIRST_EOS :] == tuple(range(100, 100 + MAX_EOS))
 
 
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        (staging.TEMPERATURE, bits(0.25)),
-        (staging.TOP_K, 12),
-        (staging.TOP_P, bits(0.5)),
-        (staging.MIN_P, bits(0.125)),
-        (staging.DO_SAMPLE, 1),
-        (staging.SEED_LOW, -1),
-        (staging.SEED_HIGH, 2**31 - 1),
-        (staging.MIN_LENGTH, 6),
-        (staging.START, 32),
-        (staging.MAX_LENGTH, 13),
-        (staging.PROMPT_LENGTH, 4),
-        (staging.PADDING, 3),
-        (staging.REPETITION_PENALTY, bits(1.5)),
-        (staging.ENCODER_PENALTY, bits(0.75)),
-        (staging.NGRAM, 3),
-        (staging.ENCODER_NGRAM, 4),
-        (staging.DECAY_START, 7),
-        (staging.DECAY_LOW, double(1.1)[0]),
-        (staging.DECAY_HIGH, double(1.1)[1]),
-        (staging.REMOVE_INVALID, 1),
-        (staging.RENORMALIZE, 1),
-        (staging.TOP_H, bits(0.375)),
-        (staging.TYPICAL_P, bits(0.625)),
-        (staging.EPSILON, bits(0.25)),
-        (staging.ETA, bits(0.125)),
-        (staging.FIRST_EOS, 4),
-        (staging.FIRST_EOS + MAX_EOS - 1, 4 + MAX_EOS - 1),
+        (row_layout.TEMPERATURE, bits(0.25)),
+        (row_layout.TOP_K, 12),
+        (row_layout.TOP_P, bits(0.5)),
+        (row_layout.MIN_P, bits(0.125)),
+        (row_layout.DO_SAMPLE, 1),
+        (row_layout.SEED_LOW, -1),
+        (row_layout.SEED_HIGH, 2**31 - 1),
+        (row_layout.MIN_LENGTH, 6),
+        (row_layout.START, 32),
+        (row_layout.MAX_LENGTH, 13),
+        (row_layout.PROMPT_LENGTH, 4),
+        (row_layout.PADDING, 3),
+        (row_layout.REPETITION_PENALTY, bits(1.5)),
+        (row_layout.ENCODER_PENALTY, bits(0.75)),
+        (row_layout.NGRAM, 3),
+        (row_layout.ENCODER_NGRAM, 4),
+        (row_layout.DECAY_START, 7),
+        (row_layout.DECAY, double(1.1)[0]),
+        (row_layout.DECAY + 1, double(1.1)[1]),
+        (row_layout.REMOVE_INVALID, 1),
+        (row_layout.RENORMALIZE, 1),
+        (row_layout.TOP_H, bits(0.375)),
+        (row_layout.TYPICAL_P, bits(0.625)),
+        (row_layout.EPSILON, bits(0.25)),
+        (row_layout.ETA, bits(0.125)),
+        (row_layout.FIRST_EOS, 4),
+        (row_layout.FIRST_EOS + MAX_EOS - 1, 4 + MAX_EOS - 1),
     ],
 )
 def test_columns_of_a_record(column: int, value: int) -> None:

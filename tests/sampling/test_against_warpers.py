@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList
 
 from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.inputs.logits_processors import CallRow, read_processors
@@ -131,7 +132,7 @@ def test_the_first_two_tokens_of_20000_draws(model: Any, kind: dict[str, Any]) -
     params = rows.params.expand(DRAWS, -1).clone()
     seeds = torch.arange(DRAWS, dtype=torch.int64) * 7919 + 5
     halves = seeds.view(torch.int32).view(-1, 2)
-    params[:, staging.SEED_LOW], params[:, staging.SEED_HIGH] = halves.unbind(1)
+    params[:, row_layout.SEED_LOW], params[:, row_layout.SEED_HIGH] = halves.unbind(1)
     memory = RowMemory(max_rows=DRAWS, max_length=1, vocab_size=VOCAB, device=torch.device("cpu"))
     memory.ensure(words=False, seen=True)
     assert memory.seen is not None and rows.memory is not None and rows.memory.seen is not None

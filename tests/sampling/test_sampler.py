@@ -19,9 +19,9 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from hf_async_batching.core import row_layout
 from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
-from hf_async_batching.runner import staging
 from hf_async_batching.runner.staging import encode
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling import gumbel as noise_module
@@ -82,7 +82,7 @@ def seeded(row: SamplingParams, seeds: list[int]) -> torch.Tensor:
     """The record of one row, once per seed."""
     params = params_of([request(row)]).repeat(len(seeds), 1)
     halves = torch.tensor(seeds, dtype=torch.int64).view(torch.int32).view(-1, 2)
-    params[:, staging.SEED_LOW], params[:, staging.SEED_HIGH] = halves.unbind(1)
+    params[:, row_layout.SEED_LOW], params[:, row_layout.SEED_HIGH] = halves.unbind(1)
     return params
 
 

@@ -181,7 +181,7 @@ def largest(dtype: torch.dtype) -> None:
 
 def sampling(dtype: torch.dtype) -> None:
     from hf_async_batching.core.plan import Features
-    from hf_async_batching.runner.staging import PARAMS
+    from hf_async_batching.core.row_layout import PARAMS
     from hf_async_batching.sampling import SampledRows
     from hf_async_batching.sampling import triton_sampler as fused
     from hf_async_batching.sampling.token_history import RowMemory
