@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from setuptools import find_packages
 
 from hf_async_batching import BatchingConfig, __version__
 from hf_async_batching.bench.measure import Measured, Pace, Run, measure
@@ -52,7 +55,18 @@ def test_installed() -> None:
     module, _, function = project["project"]["scripts"]["hf-async-batching"].partition(":")
     assert getattr(importlib.import_module(module), function) is main
     folders = {path.parent.relative_to(root) for path in (root / "hf_async_batching").rglob("__init__.py")}
-    assert {".".join(folder.parts) for folder in folders} == set(project["tool"]["setuptools"]["packages"])
+    found = find_packages(root, include=project["tool"]["setuptools"]["packages"]["find"]["include"])
+    assert {".".join(folder.parts) for folder in folders} == set(found)
+
+
+def test_the_version_has_one_source() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "hf_async_batching.__version__"}
+    assert importlib.metadata.version("hf_async_batching") == __version__
+    versions = re.findall(r"^## (\d\S*)", (root / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert versions[0] == __version__
 
 
 def test_every_workload_with_peers_and_everything_in_the_json(
