@@ -10,7 +10,8 @@ import torch
 
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.config import BackendName
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from hf_async_batching.attention.base import AttentionOptions
 from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 
 class _Tile(NamedTuple):

@@ -13,7 +13,8 @@ from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
 from hf_async_batching.devices.parallel import side_by_side
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autotune import Tuning
 
 # Of decode attention, one for each key-value head of each row; with more of those no context needs splitting.

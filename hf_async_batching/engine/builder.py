@@ -20,7 +20,8 @@ from hf_async_batching.distributed.rank_group import RankGroup
 from hf_async_batching.engine.engine import Engine
 from hf_async_batching.engine.route import choose_route
 from hf_async_batching.engine.sizing import ResolvedConfig, resolve_config
-from hf_async_batching.kv_cache.paged_cache import PagedCache, group_layers
+from hf_async_batching.kv_cache.layer_groups import group_layers
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import batch_dependent_rope, context_length, rope_limit

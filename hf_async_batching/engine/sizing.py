@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from hf_async_batching.config import BatchingConfig
-from hf_async_batching.kv_cache.paged_cache import LayerGroups, LayerShape, group_layers
+from hf_async_batching.kv_cache.layer_groups import LayerGroups, LayerShape, group_layers
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import torch
 from hf_async_batching.attention.base import AttentionOptions, make_backend
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.attention.torch_backend import ReferenceBackend
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 SCALING = 0.17
 PLAIN = AttentionOptions(SCALING)

@@ -16,7 +16,8 @@ from hf_async_batching.attention.base import AttentionOptions
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.attention.torch_backend import ReferenceBackend
 from hf_async_batching.attention.triton_backend import TritonBackend
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = LayerShape(2, 16, 32, torch.float32)

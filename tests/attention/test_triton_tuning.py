@@ -14,7 +14,8 @@ from hf_async_batching.attention.base import AttentionOptions
 from hf_async_batching.attention.triton_kernels import DecodeConfig, default_decode_config
 from hf_async_batching.attention.triton_prefill import prefill_block_sizes
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autotune import Tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import torch
 
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.engine.sizing import GIB, ResolvedConfig, resolve_config
-from hf_async_batching.kv_cache.paged_cache import LayerShape, group_layers
+from hf_async_batching.kv_cache.layer_groups import LayerShape, group_layers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # 2 layers of 2 heads of 8 + 8 numbers of 4 bytes: 256 bytes per token.

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hf_async_batching.attention.hf_interface import PagedLayer, refuse_unknown
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
-from hf_async_batching.kv_cache.paged_cache import LayerShape
+from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.runtime.autocast import lowered
 
 NAME = "hf_async_batching_probe"

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from hf_async_batching.attention.base import AttentionBackend
 from hf_async_batching.attention.context import AttentionContext
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.model.forward.generate_loop import CACHE_NAMES, GenerateLoop, prepare_view
 from hf_async_batching.model.forward.row_cache import RowCache
 from hf_async_batching.model.view.model_view import embedding_shape, make_view

@@ -15,7 +15,8 @@ from hf_async_batching.attention import hf_interface as interface
 from hf_async_batching.attention.base import AttentionBackend
 from hf_async_batching.attention.hf_interface import PagedCall, attach_tags
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model.compile.regions import Region, compile_regions

@@ -17,7 +17,8 @@ import torch
 from transformers import cache_utils
 
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.kv_cache.paged_cache import LayerShape, PagedCache
+from hf_async_batching.kv_cache.layer_groups import LayerShape
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 _KNOWN_LAYERS = (
     "DynamicLayer",
