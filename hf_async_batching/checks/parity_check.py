@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.attention.base import AttentionBackend
 from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.checks.logits_error import logits_error, logits_tolerance
+from hf_async_batching.checks.logits_tolerance import logits_tolerance
 from hf_async_batching.checks.reference_attention import FlashFirst
 from hf_async_batching.checks.reference_logits import Expected, Prompts, prompts_for, reference_logits
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
@@ -29,6 +29,7 @@ from hf_async_batching.devices.failure import device_failure, ends_the_search
 from hf_async_batching.devices.parallel import side_by_side
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
 from hf_async_batching.kv_cache.paged_cache import PagedCache
+from hf_async_batching.linear.rounding import relative_error
 from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafePdlError, share_of_equal_tokens
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import prepare_view
@@ -136,7 +137,7 @@ def check_parity(
     for label, want in plain.logits.items():
         if label not in got:
             continue
-        difference = logits_error(got[label], want)
+        difference = relative_error(got[label], want)
         if not difference <= tolerance:
             raise LogitsDifferError(
                 f"{forward.name} is not served: its logits for {label} differ from plain `generate`'s by "
@@ -290,7 +291,7 @@ def compile_checked(
     expected = [forward(step).float() for step in (prefill, decode)]
     forward.compile(lambda: forward(prefill), compiler, pdl=pdl)
     for step, want in zip((prefill, decode), expected, strict=True):
-        error = logits_error(forward(step).float(), want)
+        error = relative_error(forward(step).float(), want)
         if error <= logits_tolerance(forward):
             continue
         if pdl:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.checks.logits_error import logits_error, logits_tolerance, worst_error
+from hf_async_batching.checks.logits_tolerance import logits_tolerance
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError
+from hf_async_batching.linear.rounding import relative_error, worst_relative_error
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import GenerateLoop
 from hf_async_batching.model.forward.packed_forward import PackedForward
@@ -128,8 +129,8 @@ def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) 
     decodes = [loop.step(_ids(forward, [token])).float() for token in first[kept : kept + 2]]
     _refuse_above_tolerance(
         forward,
-        worst_error(at_once[:kept], beginning),
-        *(logits_error(want, got) for want, got in zip(at_once[kept : kept + 2], decodes, strict=True)),
+        worst_relative_error(at_once[:kept], beginning),
+        *(relative_error(want, got) for want, got in zip(at_once[kept : kept + 2], decodes, strict=True)),
     )
     return {
         "a chunk of a prompt": at_once[prompts.chunk - 1],
@@ -178,10 +179,10 @@ def _check_all_at_once(
     other = first[:kept] + [(token + 1) % forward.vocab_size for token in first[kept:]]
     at_once, otherwise = (_start(view, forward, tokens, everywhere=True) for tokens in (first, other))
     decodes = (
-        logits_error(at_once[-1], want["a decode"]),
-        logits_error(_start(view, forward, prompts.second), want["a late decode"]),
+        relative_error(at_once[-1], want["a decode"]),
+        relative_error(_start(view, forward, prompts.second), want["a late decode"]),
     )
-    changed = worst_error(at_once[:kept], otherwise[:kept]) if len(at_once) == len(first) else 0.0
+    changed = worst_relative_error(at_once[:kept], otherwise[:kept]) if len(at_once) == len(first) else 0.0
     _refuse_above_tolerance(forward, *decodes, changed)
     return max(decodes)
 
@@ -191,7 +192,7 @@ def _check_batch(view: PreTrainedModel, forward: Forward, want: dict[str, torch.
     tokens = torch.tensor([prompts.second[:-1], prompts.third[:-1]], device=forward.device)
     logits: torch.Tensor = view(input_ids=tokens, return_dict=True).logits[:, -1].float()
     alone = torch.stack([want["a prompt that joined late"], want["another that joined late"]])
-    difference = worst_error(logits, alone)
+    difference = worst_relative_error(logits, alone)
     if not difference <= logits_tolerance(forward):
         raise UnsupportedModelError(
             f"{forward.name} is not served: a hook or a forward that was set on a module computes rows of a batch "

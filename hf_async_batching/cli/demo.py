@@ -1,11 +1,17 @@
-"""`hf-async-batching demo`: starts the page, where its code is; what follows `demo` is the page's."""
+"""`hf-async-batching demo`: starts the page as a program of its own, if its code is there.
+
+The page is built on this package, so the package does not import it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import runpy
 import sys
 from typing import Any
+
+_PAGE = "demo.app"
 
 SUMMARY = "start the web page that chats"
 
@@ -22,13 +28,17 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        found = importlib.util.find_spec("demo.app") is not None and importlib.util.find_spec("gradio") is not None
+        found = importlib.util.find_spec(_PAGE) is not None and importlib.util.find_spec("gradio") is not None
     except ImportError:
         found = False
     if not found:
         print(f"hf-async-batching demo: {_REMEDY}", file=sys.stderr)
         return 1
-    from demo import app
-
-    status = app.main(arguments.rest)
-    return int(status or 0)
+    before, sys.argv = sys.argv, ["hf-async-batching demo", *arguments.rest]
+    try:
+        runpy.run_module(_PAGE, run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    return 0

@@ -12,8 +12,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import nn
 
-from hf_async_batching.checks.logits_error import tolerance_of, worst_error
 from hf_async_batching.linear.library import gains_by_bias, library_linear
+from hf_async_batching.linear.rounding import rounding_tolerance, worst_relative_error
 
 MAX_STRIPS = 8192
 """Length of the kernel's counters: strips of outputs that one product may have."""
@@ -163,7 +163,7 @@ def products_agree(view: nn.Module) -> bool:
         x = torch.randn(1, 3, weight.shape[1], generator=generator, device="cpu").to(weight.device, weight.dtype)
         for module in sorted(modules, key=lambda one: one.closes):  # the last of a bundle forgets the product
             want = nn.functional.linear(x, module.weight, module.bias)
-            if not worst_error(module(x)[0].float(), want[0].float()) <= tolerance_of(x.dtype):
+            if not worst_relative_error(module(x)[0].float(), want[0].float()) <= rounding_tolerance(x.dtype):
                 return False
     return True
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.checks.logits_error import logits_error, logits_tolerance
+from hf_async_batching.checks.logits_tolerance import logits_tolerance
 from hf_async_batching.core.plan import Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.linear.rounding import relative_error
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import make_view
@@ -125,7 +126,7 @@ def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | Cach
         except Exception as error:
             why = repr(error)
         else:
-            difference = logits_error(got, expected)
+            difference = relative_error(got, expected)
             if difference <= logits_tolerance(forward):
                 return
             why = f"its logits differ by {difference:.2g} (relative norm) from those for the tokens themselves"

@@ -229,13 +229,22 @@ def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_goes_to_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from demo import app
     from hf_async_batching.cli import demo as demo_command
 
     seen: list[Any] = []
-    monkeypatch.setattr(app, "main", seen.append)
-    assert main(["demo", "--depth", "2"]) == 0
-    assert seen == [["--depth", "2"]]
+    before, ends = sys.argv, [None, SystemExit(), SystemExit(0), SystemExit(3), SystemExit("no such model")]
+
+    def run(page: str, run_name: str) -> None:
+        seen.append((page, run_name, sys.argv[1:]))
+        end = ends.pop(0)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(demo_command.runpy, "run_module", run)
+    for code in (0, 0, 0, 3, 1):
+        assert main(["demo", "--depth", "2"]) == code
+        assert seen.pop() == ("demo.app", "__main__", ["--depth", "2"])
+        assert sys.argv is before
     monkeypatch.setattr(demo_command.importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 1
     assert "make demo" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_async_batching.checks.logits_error import tolerance_of
+from hf_async_batching.linear.rounding import rounding_tolerance
 from hf_async_batching.model.compile.pdl_check import generated_code_waits
 from hf_async_batching.model.compile.residual_fusion import fuse_residual_sums
 from hf_async_batching.model.view.position_cache import PositionCache
@@ -126,7 +126,8 @@ def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | N
 
     added = want - given if given is not None and given.shape == want.shape else want
     # A sum with a large number loses bits of what is added.
-    return norm(got - want) <= tolerance_of(want.dtype) * norm(added) + 2 * torch.finfo(want.dtype).eps * norm(want)
+    tolerance, eps = rounding_tolerance(want.dtype), torch.finfo(want.dtype).eps
+    return norm(got - want) <= tolerance * norm(added) + 2 * eps * norm(want)
 
 
 def share_of_equal_tokens(regions: list[Region], run: Callable[[], Any]) -> float:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 
-from hf_async_batching.checks.logits_error import logits_error
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.linear.rounding import relative_error
 
 # Relative norms. In mixtures of experts the other token decides which products share a kernel, and so their rounding.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -52,7 +52,7 @@ def refuse_mixing(run: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Ten
     other = (tokens + vocab_size // 2) % vocab_size
     other[-1] = tokens[-1]
     logits = run(tokens)
-    difference = logits_error(run(other)[-1].float(), logits[-1].float())
+    difference = relative_error(run(other)[-1].float(), logits[-1].float())
     # Without attention some families have nothing to normalize: NaN says nothing either way.
     if difference > _TOLERANCE.get(logits.dtype, _TOLERANCE_OF_16_BITS):
         raise UnsupportedModelError(f"its tokens reach each other outside of attention (by {difference:.2g})")

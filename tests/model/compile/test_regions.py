@@ -176,7 +176,7 @@ def off_by(factor: float, rows: Any) -> Callable[..., Any]:
 def test_choices_that_rounding_decides_are_no_miscompilation(
     factor: float, rows: Any, chooses: bool, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity_check, "logits_error", lambda got, want: 0.49)
+    monkeypatch.setattr(parity_check, "relative_error", lambda got, want: 0.49)
     monkeypatch.setattr(parity_check, "makes_choices", lambda config: chooses)
     forward = PackedForward(tiny_model("Llama", num_hidden_layers=4).to(torch.bfloat16))
     prompt = off_by(factor, rows)

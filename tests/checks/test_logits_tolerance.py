@@ -1,4 +1,4 @@
-"""How much logits may differ."""
+"""How much rounding may make logits differ."""
 
 from __future__ import annotations
 
@@ -8,37 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_async_batching.checks import logits_error as module
-from hf_async_batching.checks.logits_error import logits_error, logits_tolerance, worst_error
+from hf_async_batching.checks import logits_tolerance as module
+from hf_async_batching.checks.logits_tolerance import logits_tolerance
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-def test_relative_norms() -> None:
-    want = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 5.0]])
-    got = want + torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, 0.25]])
-    assert worst_error(got, want) == pytest.approx(0.1)
-    assert logits_error(got[2], want[2]) == pytest.approx(0.05)
-    assert logits_error(got, want) < 0.02, "of all together"
-    got[1, 0] = float("nan")
-    assert worst_error(got, want) != worst_error(got, want)
-    assert logits_error(got, want) != logits_error(got, want)
-
-
-def test_zeros_are_compared_with_something() -> None:
-    assert logits_error(torch.zeros(3), torch.zeros(3)) == worst_error(torch.zeros(1, 3), torch.zeros(1, 3)) == 0.0
-
-
-@pytest.mark.parametrize("error", [logits_error, worst_error])
-def test_an_infinity_that_both_have_is_no_difference(error: Any) -> None:
-    inf = float("inf")
-    want = torch.tensor([[3.0, 4.0, -inf, inf], [30.0, 40.0, -inf, 0.0]])
-    assert error(want.clone(), want) == 0
-    assert 0 < error(want + 0.01, want) < 0.01
-    for place, other in (((0, 2), 0.0), ((0, 0), -inf), ((0, 2), inf), ((1, 3), float("nan"))):
-        got = want.clone()
-        got[place] = other
-        assert not error(got, want) < 1e6, (place, other)
 
 
 @pytest.mark.parametrize(
