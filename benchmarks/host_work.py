@@ -26,7 +26,7 @@ from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.devices import CpuDevice, Graph, Stream
 from hf_async_batching.devices.base import Kernel
 from hf_async_batching.engine.engine import Engine
-from hf_async_batching.engine.engine_thread import Worker
+from hf_async_batching.engine.engine_thread import EngineThread
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.runner.model_runner import Runner
 from hf_async_batching.runner.pipeline import Pipeline
@@ -148,7 +148,7 @@ def worker_and_handles(rows: int, length: int, steps: int) -> dict[str, float]:
     engine.step = marked_step  # type: ignore[method-assign]
     clock.watch_engine(engine)
     assembly: Any = SimpleNamespace(engine=engine, forward=SimpleNamespace(device=torch.device("cpu")))
-    worker = Worker(
+    worker = EngineThread(
         assembly, max_waiting=rows, idle_timeout=None, first_step=threading.Event(), on_stop=lambda _: None
     )
     clock.watch(worker, "_deliver", "deliver")

@@ -34,7 +34,7 @@ from hf_async_batching import (
 from hf_async_batching.core.plan import Features
 from hf_async_batching.core.request import Request
 from hf_async_batching.coverage.families import tiny_model as make_family
-from hf_async_batching.engine.engine_thread import Worker
+from hf_async_batching.engine.engine_thread import EngineThread
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -276,7 +276,7 @@ def test_shortage_of_pages_changes_no_token(model: Any) -> None:
 
 def test_a_warm_up_captures_for_the_requests_that_it_is_shown(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[list[Features]] = []
-    monkeypatch.setattr(Worker, "warm", lambda self, features, tune=False: warmed.append(features))
+    monkeypatch.setattr(EngineThread, "warm", lambda self, features, tune=False: warmed.append(features))
     with make(model) as manager:
         manager.warmup()
         greedy = manager.make_request([1], do_sample=False)

@@ -162,7 +162,7 @@ def _finish(handles: list[GenerationHandle]) -> None:
 
 
 def _assembly(manager: GenerationManager) -> EngineParts:
-    worker = manager._worker
+    worker = manager._engines.thread
     assembly = None if worker is None else worker.assembly
     if assembly is None:
         raise RuntimeError("the manager has no engine")

@@ -21,7 +21,7 @@ def holders(one: object, own: list[Any]) -> str:
         own: Lists of the caller that hold the object and do not count.
 
     Returns:
-        For instance "tuple in deque in Worker._choices in local worker of close, which runs".
+        For instance "tuple in deque in EngineThread._choices in local engine of close, which runs".
     """
     ignored = {id(own), *map(id, own)}
     objects: dict[int, Any] = {id(one): one}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from hf_async_batching.drop_in.call import (
     CallSettings,
     GenerateOutput,
     PreparedCall,
-    refuse_encoder,
     serve,
     with_stop_strings,
 )
@@ -39,6 +39,7 @@ from hf_async_batching.drop_in.fallback import (
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.inputs.request_builder import Seed
 from hf_async_batching.manager import GenerationManager
+from hf_async_batching.model.view.model_view import refuse_unservable
 from hf_async_batching.model.view.unwrap import transformers_generate
 
 
@@ -141,6 +142,19 @@ def generate(
     return _in_place(prepared, settings, inputs_tensor)
 
 
+def bind(
+    manager: GenerationManager,
+    *,
+    streamer: BaseStreamer | None = None,
+    tokenizer: Any = None,
+    seed: Seed | list[Seed] | None = None,
+    on_unsupported: OnUnsupported = "error",
+) -> Callable[..., GenerateOutput]:
+    """A callable for `model.generate(..., custom_generate=...)` that uses `manager`; see `GenerationManager.bind`."""
+    check_on_unsupported(on_unsupported)
+    return partial(generate, manager=manager, bound=Bound(streamer, tokenizer, seed, on_unsupported))
+
+
 # Arguments of ours that `model.generate` does not know.
 _OWN_NAMES = frozenset(inspect.signature(generate).parameters) - {
     *inspect.signature(GenerationMixin.generate).parameters,
@@ -183,7 +197,7 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
             given.pop("assistant_tokenizer", None)
             if settings.plain:
                 raise_if_refused(model)
-            refuse_encoder(model)  # before it has run for nothing
+            refuse_unservable(model)  # before it has run for nothing
             _refuse_token_healing(transformers_model, given)
             _take_stop_strings(transformers_model, given, settings)
             out: GenerateOutput = transformers_generate(transformers_model)(custom_generate=prepared, **given)

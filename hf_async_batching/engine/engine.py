@@ -98,7 +98,7 @@ class Engine:
         return self._blocked and self.scheduler.has_live
 
     def spare_seconds(self) -> float:
-        """How long the next step can wait for requests that would be in it; see `newcomers`."""
+        """How long the next step can wait for requests that would be in it; see `plan_delay`."""
         # With more in flight, results would wait, too; with none the device waits for the plan.
         if len(self._in_flight) != 1 or self.device.runs_inline or not self.scheduler.has_room:
             return 0.0

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _CHOOSING_SECONDS = 1.0
 
 
-class Worker:
+class EngineThread:
     """Runs an engine in a thread of its own until it is stopped, idle for too long, or fails.
 
     Args:
@@ -49,7 +49,7 @@ class Worker:
         max_waiting: int,
         idle_timeout: float | None,
         first_step: threading.Event,
-        on_stop: Callable[[Worker], None],
+        on_stop: Callable[[EngineThread], None],
     ) -> None:
         self._assembly: EngineParts | None = assembly
         self._device = assembly.forward.device
@@ -79,7 +79,7 @@ class Worker:
         """Hand requests over, which then arrive together.
 
         Returns:
-            False when the worker takes no more: it has stopped or is about to.
+            False when the engine takes no more: it has stopped or is about to.
 
         Raises:
             QueueFullError: There is no room for all of them; none is taken.
@@ -183,7 +183,7 @@ class Worker:
 
     @property
     def assembly(self) -> EngineParts | None:
-        """The engine; None once the worker has stopped."""
+        """The engine; None once the thread has stopped."""
         return self._assembly
 
     @property
@@ -214,7 +214,7 @@ class Worker:
         with self._changed:
             self._accepting = False
             assembly, self._assembly = self._assembly, None
-            # Managers refer to a worker that has stopped, and a handle's error to its caller's frames.
+            # Managers refer to an engine thread that has stopped, and a handle's error to its caller's frames.
             for orders in (self._cancels, self._choices, self._warmings):
                 orders.clear()
         self._fail_everyone(error, assembly)

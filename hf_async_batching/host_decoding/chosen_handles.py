@@ -132,3 +132,40 @@ class ChosenHandle:
             self.outer._fail(error)
         else:
             self.outer._finish(reason)
+
+
+def make_handles(
+    requests: list[Request],
+    cancel: Callable[[GenerationHandle], None],
+    choose: Choose,
+    thread: threading.Thread,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> tuple[list[GenerationHandle], list[GenerationHandle]]:
+    """Handles of requests: those that the engine fills, and those that their callers hold, which may be the same.
+
+    Args:
+        requests: In no group.
+        cancel: Cancels the request of a handle that the engine fills.
+        choose: See `LogitsHandle`.
+        thread: The engine's, which brings tokens and logits.
+        autocast: What the submitting thread runs under.
+    """
+    inner: list[GenerationHandle] = []
+    outer: list[GenerationHandle] = []
+    for request in requests:
+        if request.chooser is not None:
+            chosen = ChosenHandle(request, cancel, choose, (thread,), autocast)
+            inner.append(chosen.inner)
+            outer.append(chosen.outer)
+            continue
+        handle = GenerationHandle(
+            request.request_id,
+            cancel,
+            logprobs=request.sampling.logprobs,
+            scores=request.output_scores,
+            logits=request.output_logits,
+            threads=(thread,),
+        )
+        inner.append(handle)
+        outer.append(handle)
+    return inner, outer

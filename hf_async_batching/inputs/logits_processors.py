@@ -37,7 +37,24 @@ from hf_async_batching.host_decoding.token_chooser import TokenChooser
 
 _GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
 
-Recipe = tuple[SamplingParams, LogitsParams, int, tuple[int, ...], TokenChooser | None]
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How the tokens of one request are chosen: what its logits processors come to.
+
+    Attributes:
+        sampling: Filters and the seed of a draw.
+        logits: Penalties, biases and other changes of the logits.
+        min_new_tokens: New tokens before which no end-of-sequence token is chosen.
+        padding: Padding tokens that processors see in front of the prompt.
+        chooser: Calls the processors outside of the engine; None where the fields above say all of them.
+    """
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    logits: LogitsParams = field(default_factory=LogitsParams)
+    min_new_tokens: int = 0
+    padding: tuple[int, ...] = ()
+    chooser: TokenChooser | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,7 @@ class _Draft:
 
 def read_processors(
     processors: LogitsProcessorList, row: CallRow, *, do_sample: bool, seed: int, logprobs: bool = False
-) -> Recipe | None:
+) -> SamplingSpec | None:
     """What a row of a call needs, by parameters.
 
     Args:
@@ -100,8 +117,7 @@ def read_processors(
         logprobs: Whether log-probabilities are wanted.
 
     Returns:
-        Sampling and logits parameters, the minimum of new tokens, padding to remember, and no processors; or None
-        where the list must be called.
+        The parameters, without a chooser; None where the list must be called.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -126,7 +142,7 @@ def read_processors(
     sampling = SamplingParams(logprobs=logprobs)
     if do_sample:
         sampling = SamplingParams(do_sample=True, seed=seed, logprobs=logprobs, **draft.sampling)
-    return sampling, logits, draft.min_new_tokens, padding, None
+    return SamplingSpec(sampling, logits, draft.min_new_tokens, padding)
 
 
 def is_row_wise(processors: LogitsProcessorList) -> bool:

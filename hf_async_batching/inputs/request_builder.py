@@ -16,7 +16,8 @@ import torch
 from transformers import GenerationConfig
 
 from hf_async_batching.core.request import DEFAULT_NGRAM, MAX_SEED, Request
-from hf_async_batching.inputs.logits_processors import Recipe
+from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.inputs.logits_processors import SamplingSpec
 
 # Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B
@@ -75,7 +76,7 @@ def _number(seed: Seed) -> int:
 def build_request(
     tokens: Iterable[int],
     config: GenerationConfig,
-    recipe: Recipe,
+    spec: SamplingSpec,
     *,
     max_new_tokens: float,
     request_id: str | None = None,
@@ -85,14 +86,13 @@ def build_request(
     Args:
         tokens: Token ids of the prompt.
         config: Prepared (defaults are filled in) and checked by `check_fields`.
-        recipe: What its processors come to; see `processor_reader`.
+        spec: What its processors come to.
         max_new_tokens: Resolved from `max_new_tokens` and `max_length`.
         request_id: Given by the caller, or made here.
 
     Raises:
         ValueError: A field is out of its range.
     """
-    sampling, logits, min_new_tokens, padding, chooser = recipe
     if config.do_sample and config.top_p is not None and not 0.0 <= config.top_p <= 1.0:
         # Above 1, transformers would take it for 1.
         raise ValueError(f"`top_p` must be in [0, 1], got {config.top_p}")
@@ -102,17 +102,30 @@ def build_request(
         prompt=tuple(tokens),
         # `generate` takes fractions, and stops at the first length that is not below them.
         max_new_tokens=math.ceil(max_new_tokens),
-        min_new_tokens=min_new_tokens,
+        min_new_tokens=spec.min_new_tokens,
         eos_token_ids=eos_token_ids(config),
-        sampling=sampling,
-        logits=logits,
-        padding=padding,
-        chooser=chooser,
+        sampling=spec.sampling,
+        logits=spec.logits,
+        padding=spec.padding,
+        chooser=spec.chooser,
         output_scores=returned and bool(config.output_scores),
         output_logits=returned and bool(config.output_logits),
         lookup_tokens=_at_least_one(config, "prompt_lookup_num_tokens", 0),
         lookup_ngram=_at_least_one(config, "max_matching_ngram_size", DEFAULT_NGRAM),
     )
+
+
+def check_history(request: Request) -> None:
+    """Refuse a request of embeddings alone whose logits depend on which tokens came before.
+
+    Raises:
+        UnsupportedArgumentError: They do; the engine would count the placeholders of the prompt.
+    """
+    if request.logits.needs_seen or request.logits.needs_memory:
+        raise UnsupportedArgumentError(
+            "`inputs_embeds` is not served together with penalties, n-grams or biases, whose "
+            "history has no prompt then; leave these out, or use plain `model.generate` for this call"
+        )
 
 
 def _at_least_one(config: GenerationConfig, name: str, default: int) -> int:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.checks.logits_tolerance import logits_tolerance
 from hf_async_batching.core.plan import Plan
-from hf_async_batching.core.request import Request
-from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.linear.rounding import relative_error
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
@@ -88,19 +87,6 @@ def check_embeddings(embeddings: torch.Tensor, length: int, forward: PackedForwa
         )
     if len(embeddings) != length:
         raise ValueError(f"`inputs_embeds` has {len(embeddings)} positions for a prompt of {length} tokens")
-
-
-def check_history(request: Request) -> None:
-    """Refuse a request of embeddings alone whose logits depend on which tokens came before.
-
-    Raises:
-        UnsupportedArgumentError: They do; the engine would count the placeholders of the prompt.
-    """
-    if request.logits.needs_seen or request.logits.needs_memory:
-        raise UnsupportedArgumentError(
-            "`inputs_embeds` is not served together with penalties, n-grams or biases, whose "
-            "history has no prompt then; leave these out, or use plain `model.generate` for this call"
-        )
 
 
 @torch.inference_mode()

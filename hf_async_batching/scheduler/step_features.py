@@ -7,6 +7,7 @@ from functools import reduce
 from operator import or_
 
 from hf_async_batching.core.plan import Bounds, Features, Offer, Run
+from hf_async_batching.core.request import Request
 from hf_async_batching.scheduler.sequence import Sequence
 
 
@@ -36,6 +37,13 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
         scores=any([need.scores for need in needs]),
         logits=any([need.logits for need in needs]),
     )
+
+
+def features_of_request(request: Request) -> Features:
+    """What a decode step of one request needs."""
+    sequence = Sequence(request, 0)
+    sequence.computed = 1
+    return features_of([sequence], [])
 
 
 def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Offer, ...], tuple[Run, ...], Bounds]:

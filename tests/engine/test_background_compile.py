@@ -13,12 +13,11 @@ import pytest
 import torch
 from support.tiny_models import tiny_model
 
-import hf_async_batching.manager
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.engine import background_compile
+from hf_async_batching.engine import background_compile, supervisor
 from hf_async_batching.engine.background_compile import BackgroundCompile
 from hf_async_batching.engine.builder import build_engine
-from hf_async_batching.engine.engine_thread import Worker
+from hf_async_batching.engine.engine_thread import EngineThread
 
 
 @pytest.fixture
@@ -78,13 +77,13 @@ def test_requests_and_warm_ups_let_it_begin(compiled: list[Any], monkeypatch: py
 def test_a_chunk_of_a_prompt_is_no_first_token(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_compile, "_FIRST_STEP", 600.0)
     seen: list[tuple[bool, bool]] = []
-    deliver = Worker._deliver
+    deliver = EngineThread._deliver
 
-    def watched(self: Worker, emissions: Any) -> None:
+    def watched(self: EngineThread, emissions: Any) -> None:
         seen.append((bool(emissions), self.first_step.is_set()))
         deliver(self, emissions)
 
-    monkeypatch.setattr(Worker, "_deliver", watched)
+    monkeypatch.setattr(EngineThread, "_deliver", watched)
     settings = BatchingConfig(compile=True, max_batch_tokens=16, max_rows=2)
     with GenerationManager(tiny_model("Llama"), settings) as manager:
         manager.submit(list(range(1, 60)), max_new_tokens=3, do_sample=False, eos_token_id=None).result()
@@ -101,7 +100,7 @@ def test_an_interrupted_start_leaves_nothing_behind(compiled: list[Any], monkeyp
     before = {thread for thread in threading.enumerate() if thread.name == "hf_async_batching"}
     with GenerationManager(tiny_model("Llama"), BatchingConfig(compile=True)) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr(hf_async_batching.manager, "BackgroundCompile", interrupt)
+            patch.setattr(supervisor, "BackgroundCompile", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 manager.submit([5], max_new_tokens=1)
         assert before == {thread for thread in threading.enumerate() if thread.name == "hf_async_batching"}

@@ -145,7 +145,7 @@ def test_a_worker_that_stops_keeps_no_orders(model: Any, order: str, when: str) 
     manager = GenerationManager(model, BatchingConfig(page_size=16, num_pages=64))
     handle = manager.submit([5, 6], max_new_tokens=200, **GREEDY)
     next(iter(handle))
-    worker, assembly = manager._worker, manager.assembly
+    worker, assembly = manager._engines.thread, manager.assembly
     assert worker is not None
     assert assembly is not None
     engine, inside, goes_on = assembly.engine, threading.Event(), threading.Event()

@@ -363,7 +363,7 @@ def test_closing_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_takes_no_more_requests_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with waiting_before_a_plan(0.01, monkeypatch) as (manager, ended):
-        engine, worker = manager.assembly.engine, manager._worker  # type: ignore[union-attr]
+        engine, worker = manager.assembly.engine, manager._engines.thread  # type: ignore[union-attr]
         monkeypatch.setattr(engine, "spare_seconds", lambda: 120.0 * (not worker.accepting))
         worker.drain()
         assert worker.memory_free.wait(60), "the request ends, and with it the engine"

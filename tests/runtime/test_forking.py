@@ -114,10 +114,11 @@ def test_locks_that_others_hold_at_the_fork_are_free_in_the_child() -> None:
         from hf_async_batching.linear import packing
         held, go_on = threading.Event(), threading.Event()
         waiting = manager.submit([8, 9], max_new_tokens=400, do_sample=False, eos_token_id=None)
-        worker = manager._worker
+        worker = manager._engines.thread
 
         def hold():
-            with manager._lock, registry._lock, packing._packing, reentrancy._lock, manager._criteria_thread._lock:
+            with manager._engines._lock, manager._criteria_thread._lock, manager._embeddings._lock:
+              with registry._lock, packing._packing, reentrancy._lock:
                 with waiting._changed, waiting._done._cond, worker._changed:
                     held.set()
                     go_on.wait()

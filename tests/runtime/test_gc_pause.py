@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.tiny_models import tiny_model
 
-import hf_async_batching.manager
 from hf_async_batching import GenerationManager
+from hf_async_batching.engine import supervisor
 from hf_async_batching.runtime.gc_pause import no_collections
 
 
@@ -56,13 +56,13 @@ def _exit_well_if_it_collects() -> None:
 
 
 def test_no_collection_holds_a_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    build_engine, seen = hf_async_batching.manager.build_engine, []
+    build_engine, seen = supervisor.build_engine, []
 
     def watched(*args: Any) -> Any:
         seen.append(gc.isenabled())
         return build_engine(*args)
 
-    monkeypatch.setattr(hf_async_batching.manager, "build_engine", watched)
+    monkeypatch.setattr(supervisor, "build_engine", watched)
     with GenerationManager(tiny_model("Llama")) as manager:
         assert manager.submit([5], max_new_tokens=1, do_sample=False).result().token_ids
         assert seen == [False] and gc.isenabled()

@@ -62,10 +62,9 @@ def processors_of(model: Any, kind: dict[str, Any], prompt: list[int]) -> Logits
 
 def request_of(model: Any, kind: dict[str, Any], prompt: list[int], seed: int) -> Request:
     row = CallRow(prompt, prompt, 0, 1, (), None)
-    recipe = read_processors(processors_of(model, kind, prompt), row, do_sample=True, seed=seed)
-    assert recipe is not None, f"{kind} would be called"
-    sampling, logits, *_ = recipe
-    return Request("r", tuple(prompt), 9, sampling=sampling, logits=logits, output_scores=True)
+    spec = read_processors(processors_of(model, kind, prompt), row, do_sample=True, seed=seed)
+    assert spec is not None, f"{kind} would be called"
+    return Request("r", tuple(prompt), 9, sampling=spec.sampling, logits=spec.logits, output_scores=True)
 
 
 def rows_of(requests: list[Request]) -> tuple[SampledRows, Features]:

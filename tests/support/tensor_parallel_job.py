@@ -36,7 +36,7 @@ def config(depth: int, **changes: Any) -> BatchingConfig:
 
 def serve(manager: GenerationManager) -> dict[str, Any]:
     """Many requests, some cancelled; twice, with the engine closed in between by its idle time-out."""
-    worker = manager._worker
+    worker = manager._engines.thread
     assert worker is not None
     greedy = [manager.submit(prompt, **NEW) for prompt in PROMPTS]
     sampled = [manager.submit(prompt, seed=i, logprobs=True, **SAMPLED) for i, prompt in enumerate(PROMPTS)]

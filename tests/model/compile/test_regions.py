@@ -252,7 +252,7 @@ def test_compiling_can_be_switched_off() -> None:
     model = tiny_model("Llama")
     with GenerationManager(model, BatchingConfig(compile=False, max_rows=2, max_batch_tokens=16)) as manager:
         manager.warmup()
-        assert manager._preparation is None
+        assert manager._engines._compile is None
         assert not manager.assembly.runner._forward._compiled
 
 

@@ -188,17 +188,17 @@ def test_live_requests_fail_where_their_weights_are_taken_away() -> None:
 
 
 def test_a_switch_while_the_engine_starts_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_async_batching import manager as manager_module
+    from hf_async_batching.engine import supervisor
 
     model = tiny_model("Llama")
-    build_engine = manager_module.build_engine
+    build_engine = supervisor.build_engine
 
     def switched_meanwhile(*arguments: Any) -> Any:
         assembly = build_engine(*arguments)
         replace_activation(model)
         return assembly
 
-    monkeypatch.setattr(manager_module, "build_engine", switched_meanwhile)
+    monkeypatch.setattr(supervisor, "build_engine", switched_meanwhile)
     with GenerationManager(model, BatchingConfig(page_size=16, max_batch_tokens=64)) as manager:
         served(manager)
         monkeypatch.undo()

@@ -1,87 +1,25 @@
-"""What `GenerationManager.submit` is given: read, and checked against an engine's limits."""
+"""What one engine can serve: tokens, lengths and numbers of a request, a group's rows and pages, embeddings."""
 
 from __future__ import annotations
 
+import weakref
 from array import array
-from collections.abc import Iterable
-from numbers import Integral
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedModel
 
-from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.core.logits_params import FIELDS_OF_KIND
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import MAX_EOS, RuleKind
 from hf_async_batching.core.row_record import check_encodable
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
-from hf_async_batching.stopping.criteria import stop_string_criterion
-
-PromptIds = list[int] | torch.Tensor | np.ndarray[Any, Any]
-
-
-def prompt_of(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None) -> list[int]:
-    """Token ids of a prompt; placeholders where only embeddings [length, hidden] are given.
-
-    Raises:
-        ValueError: Neither is given, they do not fit together, or the ids are no whole numbers.
-    """
-    if inputs_embeds is not None and not (isinstance(inputs_embeds, torch.Tensor) and inputs_embeds.dim() == 2):
-        raise ValueError(f"`inputs_embeds` of a prompt must be a tensor [length, hidden], got {_shape(inputs_embeds)}")
-    if input_ids is None and inputs_embeds is not None:
-        return [0] * len(inputs_embeds)  # nobody looks these up
-    if input_ids is None:
-        raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
-    prompt = _prompt_list(input_ids)
-    if inputs_embeds is not None and len(prompt) != len(inputs_embeds):
-        raise ValueError(
-            f"`inputs_embeds` has {len(inputs_embeds)} positions and `input_ids` {len(prompt)} tokens; pass as many "
-            "of one as of the other, or leave `input_ids` out"
-        )
-    return prompt
-
-
-def _prompt_list(input_ids: PromptIds) -> list[int]:
-    if isinstance(input_ids, (torch.Tensor, np.ndarray)):
-        dtype: Any = input_ids.dtype
-        whole = dtype in _INTEGERS if isinstance(dtype, torch.dtype) else np.issubdtype(dtype, np.integer)
-        if input_ids.ndim != 1 or not whole:
-            raise ValueError(
-                "`input_ids` must be a 1-D integer tensor or array, or a list of ints, got "
-                f"{_shape(input_ids)}; submit the rows of a batch one by one, without their padding"
-            )
-        tokens: list[int] = input_ids.tolist()
-        return tokens
-    if isinstance(input_ids, Iterable) and not isinstance(input_ids, (str, bytes)):
-        prompt = list(input_ids)
-        if all(isinstance(token, Integral) for token in prompt):
-            return [int(token) for token in prompt]
-    raise ValueError("`input_ids` must be a 1-D integer tensor or array, or a list of ints; tokenize text first")
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _shape(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ if shape is None else f"shape {tuple(shape)} and dtype {value.dtype}"
-
-
-def criteria_of(config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any) -> StoppingCriteriaList:
-    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
-    own = StoppingCriteriaList(own or ())
-    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
-    made = StoppingCriteriaList()
-    if config.max_time is not None and MaxTimeCriteria not in kinds:
-        check_real("max_time", config.max_time)
-        made.append(MaxTimeCriteria(config.max_time))
-    if config.stop_strings is not None and StopStringCriteria not in kinds:
-        made.append(stop_string_criterion(config.stop_strings, tokenizer))
-    return StoppingCriteriaList([*made, *own])
+from hf_async_batching.runner.prompt_embeddings import check_embeddings, check_takes_embeddings
+from hf_async_batching.runtime.forking import ForkSafeLock
 
 
 def check_limits(request: Request, assembly: EngineParts) -> None:
@@ -192,3 +130,39 @@ def group_fits(requests: list[Request], assembly: EngineParts) -> bool:
     pages = assembly.engine.scheduler.pages
     needed = sum([pages.pages_for(len(request.prompt) + request.max_new_tokens) for request in requests])
     return len(requests) <= assembly.config.max_rows and needed <= pages.size
+
+
+class EmbeddingsIntake:
+    """Brings prompts of embeddings to an engine's device, once it is known that its model takes them."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._checked: Callable[[], EngineParts | None] = lambda: None
+
+    def bring(self, requests: list[Request], assembly: EngineParts, model: PreTrainedModel) -> list[Request]:
+        """The requests, with their embeddings on the engine's device.
+
+        Args:
+            requests: Some with embeddings, or none.
+            assembly: The engine. Its first request with embeddings has the model checked.
+            model: What the engine was made for.
+
+        Raises:
+            ValueError: Embeddings have another shape or dtype than the model's.
+            UnsupportedModelError: The model takes no embeddings.
+        """
+        if not any([request.prompt_embeddings is not None for request in requests]):
+            return requests
+        forward = assembly.forward
+        brought: list[Request] = []
+        for request in requests:
+            embeddings: Any = request.prompt_embeddings
+            if embeddings is not None:
+                check_embeddings(embeddings, len(request.prompt), forward)
+                embeddings = embeddings.to(forward.device)
+            brought.append(replace(request, prompt_embeddings=embeddings))
+        with self._lock:
+            if self._checked() is not assembly:
+                check_takes_embeddings(model, forward)
+                self._checked = weakref.ref(assembly)
+        return brought
