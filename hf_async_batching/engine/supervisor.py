@@ -1,7 +1,7 @@
 """An engine is made for a state of the model: `EngineSupervisor` starts it, ends it, and makes it anew.
 
-The state is the model's modules, tensors, adapters, hooks and settings (`ModelSnapshot`), and the calling thread's autocast.
-It is looked at whenever a request comes:
+The state is the model's modules, tensors, adapters, hooks and settings (`ModelSnapshot`), and the calling thread's
+autocast. It is looked at whenever a request comes:
 
 | the engine | the model's state | what happens |
 | --- | --- | --- |

@@ -1,8 +1,8 @@
 """Choosing a batch's tokens from its logits as `generate` does: its processors, its arg-max, a draw by our seeds.
 
-What the engine knows by parameters, it does for all requests at once (see `inputs.logits_processors`). Any other list of
-processors is called here as a whole, in its order, with what it gets in `generate`: the rows of the call as one batch,
-in lockstep, with their whole history.
+What the engine knows by parameters, it does for all requests at once (see `inputs.logits_processors`). Any other list
+of processors is called here as a whole, in its order, with what it gets in `generate`: the rows of the call as one
+batch, step by step, with their whole history.
 """
 
 from __future__ import annotations
