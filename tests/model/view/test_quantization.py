@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,9 +40,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def _quanto_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpack integers of a few bits in torch: quanto's C++ takes a minute to compile, into the installed package.
+
+    The compiler's lock in that folder outlives a killed process, and every later process would wait for it for ever.
+    """
+    pytest.importorskip("optimum.quanto")
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)])
+
+    extension = SimpleNamespace(lib=SimpleNamespace(unpack=unpack))
+    monkeypatch.setattr("optimum.quanto.library.extensions.cpp.ext", extension)
+
+
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, checkpoint: Path) -> Any:
     kind = request.param
+    if kind.startswith("quanto"):
+        request.getfixturevalue("_quanto_in_python")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
