@@ -28,9 +28,10 @@ from hf_async_batching.devices.base import Kernel
 from hf_async_batching.engine.engine import Engine
 from hf_async_batching.engine.engine_thread import EngineThread
 from hf_async_batching.handle import GenerationHandle
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.model_runner import Runner
 from hf_async_batching.runner.pipeline import Pipeline
-from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.scheduler.scheduler import Scheduler
 
 PAGE_SIZE = 16

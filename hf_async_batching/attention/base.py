@@ -1,15 +1,13 @@
-"""The interface of the attention kernels, and which of them serve a device."""
+"""What attention needs to know of a step, and the interface of the attention kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 
-from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.config import BackendName
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 
@@ -34,6 +32,116 @@ class AttentionOptions:
     sinks: torch.Tensor | None = None
 
 
+@dataclass(slots=True)
+class PackedTokens:
+    """Rows, positions and pages of the query tokens of one step, packed behind each other.
+
+    Attributes:
+        page_table: int32 [rows, max_pages_per_row]; [groups, rows, max_pages_per_row] where the cache has groups of
+            layers.
+        rows: int32 [tokens], the row of each query token.
+        positions: int32 [tokens], the position of each query token in its row.
+        step_cache: What a backend computes once per step from these tensors, by a name of its own.
+    """
+
+    page_table: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    step_cache: dict[object, object] = field(default_factory=dict, kw_only=True)
+
+    def table_of(self, group: int) -> torch.Tensor:
+        """int32 [rows, max_pages_per_row], the page table of a group of layers."""
+        if self.page_table.dim() == 2:
+            return self.page_table
+        tables = self.step_cache.get("tables")
+        if not isinstance(tables, tuple):
+            tables = self.step_cache["tables"] = self.page_table.unbind(0)
+        table: torch.Tensor = tables[group]
+        return table
+
+
+@dataclass(slots=True)
+class DecodeContext(PackedTokens):
+    """A step in which every query token belongs to another row.
+
+    Attributes:
+        context_lengths: int32 [tokens], keys visible to each query, itself included.
+    """
+
+    context_lengths: torch.Tensor
+
+
+@dataclass(slots=True)
+class MixedContext(PackedTokens):
+    """A step with prompts. Its queries are described by tiles: runs of consecutive tokens of one row.
+
+    The rows that decode come first, one token and one tile each.
+
+    Attributes:
+        tile_rows: int32 [tiles], the row of each tile.
+        tile_queries: int32 [tiles], index of the tile's first query token.
+        tile_lengths: int32 [tiles], query tokens in the tile; a tile of 0 is padding.
+        tile_positions: int32 [tiles], position of the tile's first query token.
+        decode_lengths: int32 [num_decodes], keys visible to each of the first tokens, itself included.
+    """
+
+    tile_rows: torch.Tensor
+    tile_queries: torch.Tensor
+    tile_lengths: torch.Tensor
+    tile_positions: torch.Tensor
+    decode_lengths: torch.Tensor
+
+    @property
+    def num_decodes(self) -> int:
+        """How many of the first tokens, and tiles, are known to be rows that decode."""
+        return self.decode_lengths.shape[0]
+
+
+AttentionContext = DecodeContext | MixedContext
+
+
+class AttentionInputs(NamedTuple):
+    """What attention of one layer is computed from.
+
+    Attributes:
+        query: [tokens, num_heads, key_dim].
+        key: [tokens, num_kv_heads, key_dim].
+        value: [tokens, num_kv_heads, value_dim].
+        layer: Index of the layer in the cache.
+        context: Rows, positions and pages of the tokens.
+        cache: Keys and values of the tokens before; those of the step's tokens are written to it.
+        options: Scaling, window, soft cap, chunk, sinks.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    layer: int
+    context: AttentionContext
+    cache: PagedCache
+    options: AttentionOptions
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[pages, page_size, num_kv_heads, key_dim], the layer's keys."""
+        return self.cache.keys[self.layer]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[pages, page_size, num_kv_heads, value_dim], the layer's values."""
+        return self.cache.values[self.layer]
+
+    @property
+    def group(self) -> int:
+        """The group of layers that the layer belongs to."""
+        return 0 if self.cache.group_of is None else self.cache.group_of[self.layer]
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """int32 [rows, max_pages_per_row], the page table of the layer's group."""
+        return self.context.table_of(self.group)
+
+
 class AttentionBackend(Protocol):
     """Writes new keys and values into the pages and attends over them.
 
@@ -45,27 +153,11 @@ class AttentionBackend(Protocol):
     tile_size: int
     reads_back: bool
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layer: int,
-        context: AttentionContext,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         """Attention of one layer over the packed tokens of a step.
 
-        Args:
-            query: [tokens, num_heads, key_dim].
-            key: [tokens, num_kv_heads, key_dim].
-            value: [tokens, num_kv_heads, value_dim].
-            layer: Index of the layer in the cache.
-            context: Rows, positions and pages of the tokens.
-            options: Scaling, window, soft cap, chunk, sinks.
-
         Returns:
-            [tokens, num_heads, value_dim] in the dtype of `query`.
+            [tokens, num_heads, value_dim] in the dtype of the queries.
         """
 
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
@@ -89,23 +181,3 @@ class AttentionBackend(Protocol):
             context: Tokens that a row holds, typically.
             prompt: Tokens of a prompt, typically.
         """
-
-
-def make_backend(name: BackendName, device: torch.device) -> AttentionBackend:
-    """The kernels for a device.
-
-    Args:
-        name: "torch" for plain PyTorch, "triton" for the Triton kernels, "auto" for Triton on CUDA and PyTorch else.
-        device: Where the model runs.
-
-    Raises:
-        ImportError: Triton was asked for and is not installed.
-    """
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
-        from hf_async_batching.attention.triton_backend import TritonBackend
-        from hf_async_batching.runtime.autotune import Tuning
-
-        return TritonBackend(device, Tuning(device))
-    from hf_async_batching.attention.torch_backend import ReferenceBackend
-
-    return ReferenceBackend()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from hf_async_batching.attention.base import AttentionOptions
-from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.base import AttentionBackend, AttentionContext, AttentionInputs, AttentionOptions
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autocast import lowered
 
 NAME = "hf_async_batching_paged"
@@ -79,14 +79,32 @@ class PagedCall:
 
     Args:
         context: The step.
+        cache: The pages.
+        backend: The kernels.
         layers: The model's attention layers by identity of module.
         layer_at: Layer index by address of the layer's tag, for compiled code.
     """
 
-    def __init__(self, context: AttentionContext, layers: dict[int, PagedLayer], layer_at: dict[int, int]) -> None:
-        self.context = context
+    def __init__(
+        self,
+        context: AttentionContext,
+        cache: PagedCache,
+        backend: AttentionBackend,
+        layers: dict[int, PagedLayer],
+        layer_at: dict[int, int],
+    ) -> None:
+        self._context = context
+        self._cache = cache
+        self._backend = backend
         self.layers = layers
         self.layer_at = layer_at
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, options: AttentionOptions
+    ) -> torch.Tensor:
+        """Attention of one layer; arguments as in `AttentionInputs`."""
+        inputs = AttentionInputs(query, key, value, layer, self._context, self._cache, options)
+        return self._backend.attend(inputs)
 
 
 def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch.device) -> dict[int, int]:
@@ -125,12 +143,9 @@ def _attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     call: PagedCall = _active.call
-    context = call.context
-    assert context.backend is not None
     seen = window if window > 0 else None
     options = AttentionOptions(scaling, seen, softcap or None, -window if window < 0 else None, sinks)
-    out: torch.Tensor = context.backend.attend(query, key, value, call.layer_at[tag.data_ptr()], context, options)
-    return out
+    return call.attend(query, key, value, call.layer_at[tag.data_ptr()], options)
 
 
 def _attention_shape(
@@ -205,16 +220,9 @@ def paged_attention_forward(
         chunk=layer.chunk,
         sinks=s_aux,
     )
-    assert call.context.backend is not None
     # A batch of one: packed tokens take the place of the batch dimension.
-    out = call.context.backend.attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        layer.index,
-        call.context,
-        options,
-    )
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = call.attend(query, key, value, layer.index, options)
     return out[None], None
 
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from hf_async_batching.attention.base import AttentionOptions
-from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 
@@ -23,28 +22,19 @@ class _Tile(NamedTuple):
     pages: list[int]
 
 
-class ReferenceBackend:
+class TorchBackend:
     """One call of torch's attention per row: no work on padding, and every row has its own length."""
 
     tile_size = 1 << 30
     reads_back = True
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layer: int,
-        context: AttentionContext,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        assert context.cache is not None
-        keys, values = context.cache.keys[layer], context.cache.values[layer]
-        slots = _slots(context, layer)
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, key)
-        values.view(-1, *values.shape[2:]).index_copy_(0, slots, value)
-        out = query.new_empty(*query.shape[:2], value.shape[-1])
-        for tile in _tiles(context, layer):
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        query, keys, values, options = inputs.query, inputs.keys, inputs.values, inputs.options
+        slots = _slots(inputs)
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, inputs.key)
+        values.view(-1, *values.shape[2:]).index_copy_(0, slots, inputs.value)
+        out = query.new_empty(*query.shape[:2], inputs.value.shape[-1])
+        for tile in _tiles(inputs):
             end = tile.first_position + tile.num_queries
             begin = 0
             if options.sliding_window is not None:
@@ -66,50 +56,33 @@ class ReferenceBackend:
         pass
 
 
-def _group(context: AttentionContext, layer: int) -> int:
-    assert context.cache is not None
-    return 0 if context.cache.group_of is None else context.cache.group_of[layer]
-
-
-def _slots(context: AttentionContext, layer: int) -> torch.Tensor:
-    name = f"slots {_group(context, layer)}"
-    slots = context.host_lists.get(name)
+def _slots(inputs: AttentionInputs) -> torch.Tensor:
+    """int64 [tokens], where the step's tokens lie among the slots of all pages."""
+    context, name = inputs.context, ("slots", inputs.group)
+    slots = context.step_cache.get(name)
     if not isinstance(slots, torch.Tensor):
-        assert context.cache is not None
-        page_size, positions = context.cache.page_size, context.positions.long()
-        table = context.table_of(layer)
-        slots = table[context.rows, positions // page_size].long() * page_size + positions % page_size
-        context.host_lists[name] = slots
+        page_size, positions = inputs.cache.page_size, context.positions.long()
+        pages = inputs.page_table[context.rows, positions // page_size].long()
+        slots = context.step_cache[name] = pages * page_size + positions % page_size
     return slots
 
 
-def _tiles(context: AttentionContext, layer: int) -> list[_Tile]:
-    name = f"tiles {_group(context, layer)}"
-    tiles = context.host_lists.get(name)
+def _tiles(inputs: AttentionInputs) -> list[_Tile]:
+    context, name = inputs.context, ("tiles", inputs.group)
+    tiles = context.step_cache.get(name)
     if not isinstance(tiles, list):
-        assert context.cache is not None
-        page_size, table = context.cache.page_size, context.table_of(layer)
-        if context.decode:
+        page_size, table = inputs.cache.page_size, inputs.page_table
+        if isinstance(context, DecodeContext):
             rows, positions = context.rows.tolist(), context.positions.tolist()
             runs = list(zip(rows, range(len(rows)), [1] * len(rows), positions, strict=True))
         else:
-            assert context.tile_rows is not None and context.tile_queries is not None
-            assert context.tile_lengths is not None and context.tile_positions is not None
-            runs = list(
-                zip(
-                    context.tile_rows.tolist(),
-                    context.tile_queries.tolist(),
-                    context.tile_lengths.tolist(),
-                    context.tile_positions.tolist(),
-                    strict=True,
-                )
-            )
-        tiles = [
+            columns = context.tile_rows, context.tile_queries, context.tile_lengths, context.tile_positions
+            runs = list(zip(*(column.tolist() for column in columns), strict=True))
+        tiles = context.step_cache[name] = [
             _Tile(first, count, position, table[row, : -(-(position + count) // page_size)].tolist())
             for row, first, count, position in runs
             if count
         ]
-        context.host_lists[name] = tiles
     return tiles
 
 

@@ -7,8 +7,7 @@ from functools import partial
 
 import torch
 
-from hf_async_batching.attention.base import AttentionOptions
-from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext
 from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
@@ -40,22 +39,13 @@ class TritonBackend:
         # Never replaced, since captured graphs go on using it.
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layer: int,
-        context: AttentionContext,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        assert context.cache is not None
-        if context.decode:
-            return self._decode(query, (key, value), layer, context, options, None)
-        keys, values = context.cache.keys[layer], context.cache.values[layer]
-        write_kv(key, value, keys, values, context.table_of(layer), context.rows, context.positions)
-        assert context.tile_rows is not None and context.tile_queries is not None
-        assert context.tile_lengths is not None and context.tile_positions is not None
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        context = inputs.context
+        if isinstance(context, DecodeContext):
+            return self._decode(inputs, context.rows, context.context_lengths)
+        query, key, value, layer, options = inputs.query, inputs.key, inputs.value, inputs.layer, inputs.options
+        keys, values, table = inputs.keys, inputs.values, inputs.page_table
+        write_kv(key, value, keys, values, table, context.rows, context.positions)
         # Zeros, since the NaN that empty memory may hold would spread from tokens of no tile to the scratch page.
         out = query.new_zeros((*query.shape[:2], values.shape[-1]))
         decodes = context.num_decodes
@@ -63,7 +53,7 @@ class TritonBackend:
             query,
             keys,
             values,
-            context.table_of(layer),
+            table,
             context.tile_rows[decodes:],
             context.tile_queries[decodes:],
             context.tile_lengths[decodes:],
@@ -77,40 +67,48 @@ class TritonBackend:
             out=out,
         )
         if decodes:
-            # What decodes is written twice, so that one kernel serves mixed steps, too. Behind the prompts, beside
-            # which it can run; it is bound by memory, and few prompts by how long one of them takes.
-            new, beside = (key[:decodes], value[:decodes]), context.tile_rows.numel() > decodes
-            self._decode(query[:decodes], new, layer, context, options, out[:decodes], beside=beside)
+            # Rows that decode are written twice, so that one kernel serves mixed steps, too. Launched behind the
+            # prompts, it can run beside them: it is bound by memory, and few prompts by how long one of them takes.
+            leading = inputs._replace(query=query[:decodes], key=key[:decodes], value=value[:decodes])
+            beside = context.tile_rows.numel() > decodes
+            self._decode(leading, context.rows[:decodes], context.decode_lengths, out[:decodes], beside=beside)
         return out
 
     def _decode(
         self,
-        query: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor],
-        layer: int,
-        context: AttentionContext,
-        options: AttentionOptions,
-        out: torch.Tensor | None,
+        inputs: AttentionInputs,
+        rows: torch.Tensor,
+        context_lengths: torch.Tensor,
+        out: torch.Tensor | None = None,
         *,
         beside: bool = False,
     ) -> torch.Tensor:
-        assert context.cache is not None and context.context_lengths is not None
-        keys, values = context.cache.keys[layer], context.cache.values[layer]
+        """Attention of rows that decode one token each.
+
+        Args:
+            inputs: Their queries, keys and values, and the layer.
+            rows: int32 [tokens].
+            context_lengths: int32 [tokens], keys visible to each query, itself included.
+            out: Where the result goes; None for a new tensor.
+            beside: Whether prompts were launched right before.
+        """
+        query, keys, values, options = inputs.query, inputs.keys, inputs.values, inputs.options
+        problem = Problem.of(query, keys, values, options)
         return decode_attention(
             query,
             keys,
             values,
-            context.table_of(layer),
-            context.rows[: query.shape[0]],
-            context.context_lengths,
+            inputs.page_table,
+            rows,
+            context_lengths,
             scaling=options.scaling,
             sliding_window=options.sliding_window,
             softcap=options.softcap,
             chunk=options.chunk,
             sinks=options.sinks,
-            config=self._settings.decode(Problem.of(query, keys, values, options), layer, options, query.shape[0]),
+            config=self._settings.decode(problem, inputs.layer, options, query.shape[0]),
             counters=self._counters,
-            new=new,
+            new=(inputs.key, inputs.value),
             out=out,
             beside_prefill=beside,
         )

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attention.base import AttentionBackend
-from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.base import AttentionBackend, DecodeContext
 from hf_async_batching.checks.logits_tolerance import logits_tolerance
 from hf_async_batching.checks.reference_attention import FlashFirst
 from hf_async_batching.checks.reference_logits import Expected, Prompts, prompts_for, reference_logits
@@ -34,12 +33,13 @@ from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafePdlErr
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import prepare_view
 from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.model.small.length_thresholds import makes_choices
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.module_calls import runs_user_code
 from hf_async_batching.model.view.parallel_modules import parallel_modules
 from hf_async_batching.model.view.quantization import is_quantized
-from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.runner.staging import encode
 from hf_async_batching.runtime.triton_start import after_compiler_start
 from hf_async_batching.sampling.argmax import argmax
@@ -280,13 +280,7 @@ def compile_checked(
     prefill = replace(state.mixed_inputs(staged, sections), sample_index=None)
     # Two tokens of one row at the same position: what they see does not depend on which was written last.
     rows = torch.ones(2, dtype=torch.int32, device=forward.device)
-    context = AttentionContext(
-        page_table=state.page_table,
-        rows=rows,
-        positions=rows * EXAMPLE_TOKENS,
-        decode=True,
-        context_lengths=rows * (EXAMPLE_TOKENS + 1),
-    )
+    context = DecodeContext(state.page_table, rows, rows * EXAMPLE_TOKENS, rows * (EXAMPLE_TOKENS + 1))
     decode = StepInputs(rows.long(), context.positions.long(), None, context)
     expected = [forward(step).float() for step in (prefill, decode)]
     forward.compile(lambda: forward(prefill), compiler, pdl=pdl)

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.reference_logits import prompts_of_lengths
 from hf_async_batching.errors import UnsupportedModelError
@@ -172,7 +172,7 @@ class SmallCopyCheck:
                     forward = make_forward(self._models[seed])
                     for long, short in _LENGTHS:
                         prompts = prompts_of_lengths(long, short, forward.vocab_size)
-                        check_parity(self._models[seed], forward, ReferenceBackend(), prompts=prompts)
+                        check_parity(self._models[seed], forward, TorchBackend(), prompts=prompts)
                 except UnsupportedModelError as error:
                     wrong = _line(error).removeprefix(f"{self._class.__name__} is not served: ")
                 else:

@@ -12,7 +12,8 @@ from contextlib import suppress
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attention.base import AttentionBackend, make_backend
+from hf_async_batching.attention.base import AttentionBackend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks.parity_check import compile_checked
 from hf_async_batching.devices.pdl import supports_pdl
 from hf_async_batching.engine.builder import EngineParts

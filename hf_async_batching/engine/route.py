@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from hf_async_batching.attention.base import AttentionBackend, make_backend
+from hf_async_batching.attention.base import AttentionBackend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.small_copy_check import SmallCopyCheck
 from hf_async_batching.checks.wide_check import agrees_in_wide_dtype

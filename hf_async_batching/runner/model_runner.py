@@ -31,8 +31,9 @@ from hf_async_batching.core.plan import Features, Plan
 from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
 from hf_async_batching.devices import Device, Graph
 from hf_async_batching.devices.base import Kernel
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.prompt_embeddings import PromptEmbeddings
-from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.triton_start import runs_triton
 from hf_async_batching.sampling import SampledRows, Sampler

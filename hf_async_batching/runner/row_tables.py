@@ -9,36 +9,16 @@ saves work and keeps the row's pages as they are: which token ends a request, th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.base import DecodeContext, MixedContext
 from hf_async_batching.core.plan import Features
 from hf_async_batching.core.row_layout import FIRST_EOS, MAX_LENGTH, PARAMS, START
 from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runtime.triton_start import runs_triton
 from hf_async_batching.sampling.outcome_marks import tokens_of, without_token
 from hf_async_batching.sampling.token_history import RowMemory
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """What the model's forward needs for one step.
-
-    Attributes:
-        token_ids: int64 [tokens].
-        position_ids: int64 [tokens].
-        sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
-        context: Rows, pages and lengths for the attention.
-        embeddings: Where embeddings take the place of token ids: index of the first, and [length, hidden].
-    """
-
-    token_ids: torch.Tensor
-    position_ids: torch.Tensor
-    sample_index: torch.Tensor | None
-    context: AttentionContext
-    embeddings: tuple[tuple[int, torch.Tensor], ...] = ()
 
 
 class DeviceState:
@@ -149,13 +129,7 @@ class DeviceState:
             rows = self._padding_where_finished(rows)
             positions = self.lengths[rows]
             token_ids, position_ids, context_lengths = self.last_token[rows].long(), positions.long(), positions + 1
-        context = AttentionContext(
-            page_table=self.page_table,
-            rows=rows,
-            positions=positions,
-            decode=True,
-            context_lengths=context_lengths,
-        )
+        context = DecodeContext(self.page_table, rows, positions, context_lengths)
         return StepInputs(token_ids, position_ids, None, context)
 
     def mixed_inputs(self, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
@@ -173,17 +147,15 @@ class DeviceState:
         rows, tile_rows = self._padding_where_finished(rows), self._padding_where_finished(tile_rows)
         positions = self.lengths[rows] + offsets
         token_ids = torch.where(given < 0, self.last_token[rows], given)
-        context = AttentionContext(
-            page_table=self.page_table,
-            rows=rows,
-            positions=positions,
-            decode=False,
-            context_lengths=positions[:num_decodes] + 1,
-            num_decodes=num_decodes,
+        context = MixedContext(
+            self.page_table,
+            rows,
+            positions,
             tile_rows=tile_rows,
             tile_queries=tile_queries,
             tile_lengths=tile_lengths,
             tile_positions=self.lengths[tile_rows] + tile_offsets,
+            decode_lengths=positions[:num_decodes] + 1,
         )
         return StepInputs(token_ids.long(), positions.long(), samples, context)
 
@@ -200,7 +172,7 @@ class DeviceState:
         """Enter the inputs of a step into the memories of its rows, where some row needs that."""
         if features.memory or features.seen:
             context = inputs.context
-            if self._fused and context.decode and not features.memory:
+            if self._fused and isinstance(context, DecodeContext) and not features.memory:
                 from hf_async_batching.sampling.triton_sampler import mark_seen
 
                 assert self.memory.seen is not None
@@ -217,10 +189,9 @@ class DeviceState:
             logprobs: float32 [sampled], or None.
         """
         context = inputs.context
-        if context.decode and self._fused:
+        if isinstance(context, DecodeContext) and self._fused:
             from hf_async_batching.runner.row_table_kernels import commit_decode
 
-            assert context.context_lengths is not None
             commit_decode(
                 context.rows,
                 context.context_lengths,
@@ -234,11 +205,9 @@ class DeviceState:
                 out_logprobs=self.out_logprobs,
             )
             return
-        if context.decode:
-            assert context.context_lengths is not None
+        if isinstance(context, DecodeContext):
             self.lengths[context.rows] = context.context_lengths
         else:
-            assert context.tile_rows is not None and context.tile_lengths is not None
             self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
         rows = self.sampled_rows(inputs)
         # A row that has several positions sampled goes on from a token that the host will give: what is kept of them

@@ -58,7 +58,7 @@ def test_harmless_arguments_do_not(says_more: dict[str, Any]) -> None:
 
 def test_an_argument_that_comes_later_is_an_error() -> None:
     module = torch.nn.Linear(1, 1)
-    call: Any = PagedCall(None, {}, {})  # type: ignore[arg-type]
+    call: Any = PagedCall(None, None, None, {}, {})  # type: ignore[arg-type]
     tensor = torch.zeros(1, 2, 3, 4)
     with pytest.raises(UnsupportedModelError, match="Linear passes `block_indices` to attention"):
         paged_attention_forward(module, tensor, tensor, tensor, None, paged=call, block_indices=tensor)

@@ -13,9 +13,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hf_async_batching.attention.base import AttentionOptions, make_backend
-from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.base import (
+    AttentionContext,
+    AttentionInputs,
+    AttentionOptions,
+    DecodeContext,
+    MixedContext,
+)
+from hf_async_batching.attention.select import make_backend
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 
@@ -65,9 +71,9 @@ def oracle(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: 
     return torch.stack(out)
 
 
-def check(case: Case, runs: list[Run], backend: ReferenceBackend | None = None) -> None:
+def check(case: Case, runs: list[Run], backend: TorchBackend | None = None) -> None:
     """Attend once for every run, in two layers, and compare with the oracle."""
-    backend = backend or ReferenceBackend()
+    backend = backend or TorchBackend()
     rng = random.Random(0)
     generator = torch.Generator().manual_seed(1)
 
@@ -103,10 +109,11 @@ def check(case: Case, runs: list[Run], backend: ReferenceBackend | None = None) 
 
     token_rows = [row for row, run in zip(rows, runs, strict=True) for _ in range(run.count)]
     positions = [run.before + i for run in runs for i in range(run.count)]
-    context = AttentionContext(table, int32(token_rows), int32(positions), case.decode, cache=cache, backend=backend)
+    where = table, int32(token_rows), int32(positions)
+    context: AttentionContext
     if case.decode:
         assert all(run.count == 1 for run in runs)
-        context.context_lengths = context.positions + 1
+        context = DecodeContext(*where, int32(positions) + 1)
     else:
         starts = [sum(run.count for run in runs[:i]) for i in range(len(runs))]
         tiles = [
@@ -115,16 +122,14 @@ def check(case: Case, runs: list[Run], backend: ReferenceBackend | None = None) 
             for offset in range(0, run.count, case.tile_size)
         ]
         tiles.append((0, 0, 0, 0))  # an empty tile is no work
-        context.tile_rows, context.tile_queries, context.tile_lengths, context.tile_positions = (
-            int32(list(column)) for column in zip(*tiles, strict=True)
-        )
+        context = MixedContext(*where, *(int32(list(column)) for column in zip(*tiles, strict=True)), int32([]))
 
     tokens = len(positions)
     for layer, history in enumerate(histories):
         query = rand(tokens, case.heads, case.key_dim)
         key = rand(tokens, case.kv_heads, case.key_dim)
         value = rand(tokens, case.kv_heads, case.value_dim)
-        got = backend.attend(query, key, value, layer, context, case.options)
+        got = backend.attend(AttentionInputs(query, key, value, layer, context, cache, case.options))
         assert got.shape == (tokens, case.heads, case.value_dim)
         expected = torch.empty(tokens, case.heads, case.value_dim, dtype=torch.float64)
         start = 0
@@ -207,9 +212,9 @@ def test_padding_rows_write_to_the_padding_page_only() -> None:
     cache = PagedCache([shape], num_pages=2, page_size=16, device=torch.device("cpu"))
     table = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32)
     rows, positions = torch.tensor([1, 0, 0], dtype=torch.int32), torch.tensor([17, 0, 0], dtype=torch.int32)
-    context = AttentionContext(table, rows, positions, True, positions + 1, cache=cache)
+    context = DecodeContext(table, rows, positions, positions + 1)
     new = torch.ones(3, 1, 4)
-    ReferenceBackend().attend(new, new, new, 0, context, AttentionOptions(SCALING))
+    TorchBackend().attend(AttentionInputs(new, new, new, 0, context, cache, AttentionOptions(SCALING)))
     written = cache.keys[0].any(-1)[..., 0].nonzero().tolist()
     assert written == [[0, 0], [2, 1]]
 
@@ -219,14 +224,16 @@ def test_the_result_has_the_dtype_of_the_query() -> None:
     for softcap in (None, 0.8):
         cache = PagedCache([shape], num_pages=2, page_size=16, device=torch.device("cpu"))
         table, zero = torch.tensor([[0], [1]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        context = AttentionContext(table, zero + 1, zero, True, zero + 1, cache=cache)
+        context = DecodeContext(table, zero + 1, zero, zero + 1)
         new = torch.ones(1, 2, 16, dtype=torch.bfloat16)
-        out = ReferenceBackend().attend(new, new, new, 0, context, AttentionOptions(SCALING, None, softcap))
+        out = TorchBackend().attend(
+            AttentionInputs(new, new, new, 0, context, cache, AttentionOptions(SCALING, None, softcap))
+        )
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, new)
 
 
 def test_it_serves_the_cpu() -> None:
-    assert isinstance(make_backend("auto", torch.device("cpu")), ReferenceBackend)
-    assert isinstance(make_backend("torch", torch.device("cuda")), ReferenceBackend)
-    assert ReferenceBackend.reads_back, "it must not run inside a CUDA graph"
+    assert isinstance(make_backend("auto", torch.device("cpu")), TorchBackend)
+    assert isinstance(make_backend("torch", torch.device("cuda")), TorchBackend)
+    assert TorchBackend.reads_back, "it must not run inside a CUDA graph"

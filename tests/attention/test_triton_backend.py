@@ -12,9 +12,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from hf_async_batching.attention import triton_backend
-from hf_async_batching.attention.base import AttentionOptions
-from hf_async_batching.attention.context import AttentionContext
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.base import (
+    AttentionContext,
+    AttentionInputs,
+    AttentionOptions,
+    DecodeContext,
+    MixedContext,
+)
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.attention.triton_backend import TritonBackend
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
@@ -50,19 +55,29 @@ class Step:
             positions += range(before, before + count)
         columns = [int32(list(column)) for column in zip(*tiles, strict=True)]
         lengths = int32([position + 1 for position in (positions if decode else positions[:num_decodes])])
-        self.context = AttentionContext(
-            self.table, int32(rows), int32(positions), decode, lengths, num_decodes, *columns, cache=self.cache
+        where = self.table, int32(rows), int32(positions)
+        self.context: AttentionContext = (
+            DecodeContext(*where, lengths) if decode else MixedContext(*where, *columns, lengths)
         )
         tokens = len(rows)
         self.query = torch.randn(tokens, HEADS, SHAPE.key_dim, device=DEVICE)
         self.key = torch.randn(tokens, SHAPE.num_kv_heads, SHAPE.key_dim, device=DEVICE)
         self.value = torch.randn(tokens, SHAPE.num_kv_heads, SHAPE.value_dim, device=DEVICE)
 
-    def attend(self, backend: TritonBackend | ReferenceBackend, options: AttentionOptions) -> list[torch.Tensor]:
+    def attend(self, backend: TritonBackend | TorchBackend, options: AttentionOptions) -> list[torch.Tensor]:
         return [
-            backend.attend(self.query * (layer + 1), self.key, self.value, layer, self.context, options)
+            backend.attend(
+                AttentionInputs(
+                    self.query * (layer + 1), self.key, self.value, layer, self.context, self.cache, options
+                )
+            )
             for layer in range(2)
         ]
+
+    @property
+    def mixed(self) -> MixedContext:
+        assert isinstance(self.context, MixedContext)
+        return self.context
 
 
 MIXED = [(20, 1), (0, 1), (90, 1), (0, 30), (16, 18), (33, 1)]
@@ -94,13 +109,12 @@ def test_a_mixed_step(
     num_decodes: int, window: int | None, softcap: float | None, calls: dict[str, list[tuple[int, ...]]]
 ) -> None:
     options = AttentionOptions(0.25, window, softcap)
-    expected = Step(MIXED, num_decodes).attend(ReferenceBackend(), options)
+    expected = Step(MIXED, num_decodes).attend(TorchBackend(), options)
     step, backend = Step(MIXED, num_decodes), TritonBackend(DEVICE)
     for actual, wanted in zip(step.attend(backend, options), expected, strict=True):
         torch.testing.assert_close(actual, wanted, atol=2e-5, rtol=2e-4)
     assert calls["decode"] == [(num_decodes, HEADS, SHAPE.key_dim)] * 2 * bool(num_decodes)
-    assert step.context.tile_rows is not None
-    assert calls["prefill"] == [(len(step.context.tile_rows) - num_decodes,)] * 2, "no decoding row is read twice"
+    assert calls["prefill"] == [(len(step.mixed.tile_rows) - num_decodes,)] * 2, "no decoding row is read twice"
 
 
 @pytest.mark.parametrize("prompts", [True, False])
@@ -128,7 +142,7 @@ def test_what_decodes_runs_beside_prompts(prompts: bool, monkeypatch: pytest.Mon
 
 def test_a_decode_step(calls: dict[str, list[tuple[int, ...]]]) -> None:
     runs, options = [(20, 1), (0, 1), (90, 1)], AttentionOptions(0.25)
-    expected = Step(runs, 3, decode=True).attend(ReferenceBackend(), options)
+    expected = Step(runs, 3, decode=True).attend(TorchBackend(), options)
     for actual, wanted in zip(
         Step(runs, 3, decode=True).attend(TritonBackend(DEVICE), options), expected, strict=True
     ):
@@ -150,7 +164,7 @@ def test_padding_changes_nothing() -> None:
     """Tokens of row 0, and tiles without tokens, as a step with drafts has them that is captured."""
     runs, options = [(20, 1), (90, 6), (31, 3)], AttentionOptions(0.25)
     plain, padded = Step(runs, 0), Step(runs, 0)
-    count, context = len(plain.query), padded.context
+    count, context = len(plain.query), padded.mixed
     for name in ("query", "key", "value"):
         given = getattr(padded, name)
         setattr(padded, name, torch.cat([given, given.new_full((16 - count, *given.shape[1:]), math.nan)]))
@@ -171,19 +185,19 @@ def test_room_for_rows_that_decode_changes_nothing() -> None:
     """Entries of row 0 between what decodes and what does not, as a captured step with prompts has them."""
     runs, options, at, count = [(20, 1), (90, 1), (31, 3)], AttentionOptions(0.25), 2, 3
     plain, padded = Step(runs, at), Step(runs, at)
-    context = padded.context
+    context = padded.mixed
 
     def widen(given: torch.Tensor, values: torch.Tensor | float) -> torch.Tensor:
         return torch.cat([given[:at], given.new_zeros(count, *given.shape[1:]) + values, given[at:]])
 
     for name, value in (("query", 1.0), ("key", math.nan), ("value", math.nan)):
         setattr(padded, name, widen(getattr(padded, name), value))
-    for name, value in (("rows", 0), ("positions", 0), ("context_lengths", 1), ("tile_rows", 0), ("tile_lengths", 0)):
+    for name, value in (("rows", 0), ("positions", 0), ("decode_lengths", 1), ("tile_rows", 0), ("tile_lengths", 0)):
         setattr(context, name, widen(getattr(context, name), value))
     queries = context.tile_queries + count * (context.tile_queries >= at).int()
     context.tile_queries = widen(queries, at + torch.arange(count, device=queries.device).int())
     context.tile_positions = widen(context.tile_positions, 0)
-    context.num_decodes = at + count
+    assert context.num_decodes == at + count
     backend = TritonBackend(DEVICE)
     for actual, wanted in zip(padded.attend(backend, options), plain.attend(backend, options), strict=True):
         assert torch.equal(torch.cat([actual[:at], actual[at + count :]]), wanted)

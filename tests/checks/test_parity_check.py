@@ -14,7 +14,8 @@ import transformers
 from packaging.version import parse
 from support.tiny_models import tiny_model
 
-from hf_async_batching.attention.base import AttentionBackend, make_backend
+from hf_async_batching.attention.base import AttentionBackend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks import parity_check as module
 from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.reference_attention import FlashFirst

@@ -17,8 +17,8 @@ from transformers.models.ministral3 import modeling_ministral3
 import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
 from hf_async_batching.attention import hf_interface as interface
-from hf_async_batching.attention.base import make_backend
 from hf_async_batching.attention.hf_interface import PagedLayer
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks import small_copy_check as module
 from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.small_copy_check import SmallCopyCheck

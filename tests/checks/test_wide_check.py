@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_async_batching import BatchingConfig, UnsupportedModelError, per_token
-from hf_async_batching.attention.base import make_backend
 from hf_async_batching.attention.hf_interface import PagedLayer
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.select import make_backend
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.checks import wide_check
 from hf_async_batching.checks.wide_check import agrees_in_wide_dtype
 from hf_async_batching.coverage.families import tiny_model
@@ -178,13 +178,13 @@ def test_a_tie_in_the_wider_dtype_is_no_mistake(
 @pytest.mark.parametrize("kernels", ["wrong", "not finite"])
 def test_wrong_kernels_are_no_rounding(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They compute in the wider dtype, too."""
-    decode = ReferenceBackend.attend
+    decode = TorchBackend.attend
 
-    def wrong(self: ReferenceBackend, *args: Any, **options: Any) -> torch.Tensor:
+    def wrong(self: TorchBackend, *args: Any, **options: Any) -> torch.Tensor:
         out = decode(self, *args, **options)
         return out * (0.9 if kernels == "wrong" else float("nan"))
 
-    monkeypatch.setattr(ReferenceBackend, "attend", wrong)
+    monkeypatch.setattr(TorchBackend, "attend", wrong)
     with pytest.raises(UnsupportedModelError):
         _packed_forward(experts(), BatchingConfig(), CPU_KERNELS)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_async_batching import BatchingConfig
-from hf_async_batching.attention.base import make_backend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.devices import failure as module

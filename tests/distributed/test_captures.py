@@ -14,7 +14,7 @@ from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
 from hf_async_batching import BatchingConfig
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.core.plan import Features
 from hf_async_batching.distributed.agreed_captures import with_agreed_captures
 from hf_async_batching.engine import builder
@@ -104,7 +104,7 @@ def test_steps_are_captured_unless_that_is_switched_off(
 ) -> None:
     device, group = RankDevice(), OneRank()
     monkeypatch.setattr(builder, "make_device", lambda torch_device: device)
-    monkeypatch.setattr(ReferenceBackend, "reads_back", False)
+    monkeypatch.setattr(TorchBackend, "reads_back", False)
     config = BatchingConfig(max_rows=3, max_batch_tokens=8, num_pages=8, cuda_graphs=cuda_graphs).for_ranks()
     made = builder.build_engine(tiny_model("Llama"), config, group)  # type: ignore[arg-type]
     agreed = len(group.asked)  # on the memory

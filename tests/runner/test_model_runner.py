@@ -21,6 +21,7 @@ from hf_async_batching.core.step_layout import CARRY_OVER, Padding, Sections
 from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
 from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.model_runner import (
     FORWARD,
     MAX_FAILED_CAPTURES,
@@ -28,7 +29,7 @@ from hf_async_batching.runner.model_runner import (
     Captured,
     Runner,
 )
-from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from hf_async_batching.attention.base import DecodeContext, MixedContext
 from hf_async_batching.core import outcomes, row_layout
 from hf_async_batching.core.plan import Chunk, Features, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.step_layout import Sections
-from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.model.forward.step_inputs import StepInputs
+from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.runner.staging import encode
 
 GARBAGE = -123
@@ -109,10 +111,9 @@ def test_decode_inputs_are_carried_over(fused: bool) -> None:
     assert inputs.position_ids.tolist() == [40, 20, 0]
     assert inputs.sample_index is None
     context = inputs.context
-    assert context.decode
+    assert isinstance(context, DecodeContext)
     assert context.rows.tolist() == [4, 2, 0]
     assert context.positions.tolist() == [40, 20, 0]
-    assert context.context_lengths is not None
     assert context.context_lengths.tolist() == [41, 21, 1]
     for tensor in (context.rows, context.positions, context.context_lengths):
         assert tensor.dtype == torch.int32
@@ -137,7 +138,7 @@ def test_a_finished_row_decodes_as_padding(fused: bool) -> None:
     assert inputs.context.rows.tolist() == [0, 0, 3, 0, 0]
     assert inputs.token_ids.tolist() == [0, 0, 8, 0, 0]
     assert inputs.position_ids.tolist() == inputs.context.positions.tolist() == [0, 0, 32, 0, 0]
-    assert inputs.context.context_lengths is not None
+    assert isinstance(inputs.context, DecodeContext)
     assert inputs.context.context_lengths.tolist() == [1, 1, 33, 1, 1]
     state.commit(inputs, int32(1, 2, 3, 4, 5), None)
     assert state.lengths.tolist() == [0, 11, 99, 33, 42, 50, 60]
@@ -210,7 +211,7 @@ def test_kernels_do_what_the_torch_code_does(size: int) -> None:
 
 def _tensors(inputs: StepInputs) -> Iterator[torch.Tensor]:
     context = inputs.context
-    assert context.context_lengths is not None
+    assert isinstance(context, DecodeContext)
     yield from (inputs.token_ids, inputs.position_ids, context.rows, context.positions, context.context_lengths)
 
 
@@ -242,7 +243,7 @@ def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
     assert inputs.sample_index.tolist() == [0, 1, 7]
     assert inputs.sample_index.dtype == torch.int64
     context = inputs.context
-    assert not context.decode
+    assert isinstance(context, MixedContext)
     assert context.rows.tolist() == [4, 5, 2, 2, 2, 2, 3, 3]
     assert context.positions.tolist() == inputs.position_ids.tolist()
     tiles = (context.tile_rows, context.tile_queries, context.tile_lengths, context.tile_positions)
@@ -253,8 +254,7 @@ def test_mixed_inputs_take_the_hosts_token_where_it_gave_one() -> None:
         [40, 50, 20, 23, 0],
     ]
     assert context.num_decodes == 2
-    assert context.context_lengths is not None
-    assert context.context_lengths.tolist() == [41, 51], "of the rows that decode"
+    assert context.decode_lengths.tolist() == [41, 51], "of the rows that decode"
     assert state.sampled_rows(inputs).tolist() == [4, 5, 3]
     assert state.next_positions(inputs).tolist() == [41, 51, 2]
 
@@ -267,7 +267,7 @@ def test_a_finished_row_is_padding_beside_prompts_too() -> None:
     assert context.rows.tolist() == [0, 5, 2, 2, 2, 2, 3, 3]
     assert inputs.token_ids.tolist() == [0, 105, 70, 71, 72, 73, 0, 81]
     assert context.positions.tolist() == inputs.position_ids.tolist() == [0, 50, 20, 21, 22, 23, 0, 1]
-    assert context.tile_rows is not None and context.tile_positions is not None
+    assert isinstance(context, MixedContext)
     assert context.tile_rows.tolist() == [0, 5, 2, 2, 3]
     assert context.tile_positions.tolist() == [0, 50, 20, 23, 0]
     state.commit(inputs, int32(31, 32, 33), None)
@@ -285,7 +285,7 @@ def test_a_prompt_starts_after_the_tokens_in_its_pages() -> None:
     state.apply_updates(staged, sections)
     inputs = state.mixed_inputs(staged, sections)
     assert inputs.position_ids.tolist() == [32, 33, 34, 35]
-    assert inputs.context.tile_positions is not None
+    assert isinstance(inputs.context, MixedContext)
     assert inputs.context.tile_positions.tolist() == [32, 35]
     state.commit(inputs, torch.empty(0, dtype=torch.int32), None)
     assert state.lengths.tolist() == [0, 9, 9, 36, 9, 9, 9]

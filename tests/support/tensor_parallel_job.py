@@ -17,7 +17,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError, generate_dataset
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.engine import builder
 from support.fake_graphs import RankDevice
 from support.tiny_models import ragged_prompts
@@ -56,7 +56,7 @@ def serve_captured(model: Any, rank: int) -> dict[str, Any]:
     device = RankDevice(lambda number: rank == 1 and 2 < number < 6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "make_device", lambda torch_device: device)
-        patch.setattr(ReferenceBackend, "reads_back", False)
+        patch.setattr(TorchBackend, "reads_back", False)
         with GenerationManager(model, config(2)) as manager:
             if not manager.leads:
                 manager.follow()

@@ -23,9 +23,10 @@ from hf_async_batching.core.step_layout import Padding, Sections
 from hf_async_batching.devices import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine.engine import Engine
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.model_runner import Runner
 from hf_async_batching.runner.pipeline import Pipeline
-from hf_async_batching.runner.row_tables import DeviceState, StepInputs
+from hf_async_batching.runner.row_tables import DeviceState
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.scheduler.scheduler import Emission, Scheduler
 

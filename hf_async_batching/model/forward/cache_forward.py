@@ -21,15 +21,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.attention.base import AttentionBackend
-from hf_async_batching.attention.context import AttentionContext
+from hf_async_batching.attention.base import AttentionBackend, AttentionContext, DecodeContext
 from hf_async_batching.errors import UnsupportedModelError, does_not_fit
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.model.forward.generate_loop import CACHE_NAMES, GenerateLoop, prepare_view
 from hf_async_batching.model.forward.row_cache import RowCache
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.model.view.model_view import embedding_shape, make_view
-from hf_async_batching.runner.row_tables import StepInputs
 
 Batching = Literal["padded", "lockstep", "single"]
 
@@ -256,12 +255,10 @@ def _is_constant(value: Any) -> bool:
 
 def _pieces(context: AttentionContext) -> list[_Piece]:
     """The step's tokens by row, without those of the padding row."""
-    if context.decode:
+    if isinstance(context, DecodeContext):
         rows, positions = context.rows.tolist(), context.positions.tolist()
         pieces = [_Piece(row, query, 1, position) for query, (row, position) in enumerate(zip(rows, positions))]
     else:
-        assert context.tile_rows is not None and context.tile_queries is not None
-        assert context.tile_lengths is not None and context.tile_positions is not None
         tiles = (context.tile_rows, context.tile_queries, context.tile_lengths, context.tile_positions)
         pieces = [_Piece(*tile) for tile in torch.stack([tensor.int() for tensor in tiles], 1).tolist()]
     return [piece for piece in pieces if piece.row and piece.length]

@@ -22,9 +22,9 @@ from hf_async_batching.linear.packing import LinearCalls, pack, parallel_project
 from hf_async_batching.model.compile.regions import Region, compile_regions
 from hf_async_batching.model.forward import attention_probe
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refuse_states
+from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable, set_attention
 from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
-from hf_async_batching.runner.row_tables import StepInputs
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -154,9 +154,8 @@ class PackedForward:
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all where None)."""
-        context = inputs.context
-        context.cache, context.backend = self._cache, self._backend
-        call = PagedCall(context, self._paged_layers, self._layer_at)
+        assert self._cache is not None and self._backend is not None
+        call = PagedCall(inputs.context, self._cache, self._backend, self._paged_layers, self._layer_at)
         # Compiled code would look at every attribute of a keyword argument in each call.
         passed = self._passes_context and not self._compiled
         kwargs = {"paged": call} if passed else {}

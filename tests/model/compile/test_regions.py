@@ -12,7 +12,7 @@ from support.tiny_models import FAMILIES, ragged_prompts, tiny_model
 from torch._dynamo.utils import counters
 
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.attention.base import make_backend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks import parity_check
 from hf_async_batching.core.request import Request
 from hf_async_batching.engine import background_compile

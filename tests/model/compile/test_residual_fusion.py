@@ -8,7 +8,7 @@ import torch
 from support.tiny_models import tiny_model
 from torch import nn
 
-from hf_async_batching.attention.base import make_backend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks import parity_check
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert
 from hf_async_batching.model.compile import regions as compiled_regions

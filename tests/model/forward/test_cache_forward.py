@@ -11,7 +11,7 @@ from support.pace import held
 from transformers import PreTrainedModel
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
-from hf_async_batching.attention.torch_backend import ReferenceBackend
+from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.coverage.check import Reference, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.kv_cache.paged_cache import PagedCache
@@ -98,7 +98,7 @@ def test_a_model_that_sees_later_tokens_is_served_as_generate_serves_it() -> Non
 def test_padding_rows_are_not_computed() -> None:
     model, _ = known("BloomForCausalLM")
     forward = CacheForward(model, "padded", False)
-    forward.bind(PagedCache(forward.layers, num_pages=1, page_size=16, device=forward.device), ReferenceBackend())
+    forward.bind(PagedCache(forward.layers, num_pages=1, page_size=16, device=forward.device), TorchBackend())
     state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
     with torch.inference_mode():
         logits = forward(state.decode_inputs(2))

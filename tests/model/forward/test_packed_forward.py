@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.attention.base import make_backend
+from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks.parity_check import compile_checked
 from hf_async_batching.coverage.check import check_model, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model

@@ -1,0 +1,28 @@
+"""What a model's forward needs for one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_async_batching.attention.base import AttentionContext
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tokens of one step, packed behind each other.
+
+    Attributes:
+        token_ids: int64 [tokens].
+        position_ids: int64 [tokens].
+        sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
+        context: Rows, pages and lengths for the attention.
+        embeddings: Where embeddings take the place of token ids: index of the first, and [length, hidden].
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sample_index: torch.Tensor | None
+    context: AttentionContext
+    embeddings: tuple[tuple[int, torch.Tensor], ...] = ()
