@@ -90,7 +90,7 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
 
     import hf_async_batching.scheduler.sequence as sequences
     from hf_async_batching.core.step_layout import Padding
-    from hf_async_batching.runner.model_runner import Captured, Runner
+    from hf_async_batching.runner.cuda_graphs import Captured, GraphCache
     from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 
     out: dict[str, Any] = {}
@@ -104,15 +104,15 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
             return (*draft[:-1], draft[-1] ^ (length % 3 == 0)) if draft else ()
 
     captured = [0]
-    capture = Runner._capture
+    capture = GraphCache._capture
 
-    def count(runner: Runner, key: Captured, work: Any) -> Any:
-        graph = capture(runner, key, work)
+    def count(graphs: GraphCache, key: Captured, work: Any) -> Any:
+        graph = capture(graphs, key, work)
         captured[0] += isinstance(key.size, Padding) and graph is not None
         return graph
 
     own, sequences.PromptLookup = sequences.PromptLookup, Told  # type: ignore[misc]
-    Runner._capture = count  # type: ignore[method-assign]
+    GraphCache._capture = count  # type: ignore[method-assign]
     try:
         for family in families:
             model = tiny_model(family, max_position_embeddings=1024).to(device)
@@ -149,7 +149,7 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
                 )
     finally:
         sequences.PromptLookup = own  # type: ignore[misc]
-        Runner._capture = capture  # type: ignore[method-assign]
+        GraphCache._capture = capture  # type: ignore[method-assign]
     return out
 
 

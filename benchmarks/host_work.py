@@ -23,15 +23,15 @@ import torch
 
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.step_layout import Sections
-from hf_async_batching.devices import CpuDevice, Graph, Stream
-from hf_async_batching.devices.base import Kernel
+from hf_async_batching.devices.base import Graph, Kernel, Stream
+from hf_async_batching.devices.cpu import CpuDevice
 from hf_async_batching.engine.engine import Engine
 from hf_async_batching.engine.engine_thread import EngineThread
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.model.forward.step_inputs import StepInputs
-from hf_async_batching.runner.model_runner import Runner
+from hf_async_batching.runner.model_runner import ModelRunner
 from hf_async_batching.runner.pipeline import Pipeline
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.scheduler.scheduler import Scheduler
 
 PAGE_SIZE = 16
@@ -59,8 +59,8 @@ class IdleDevice(CpuDevice):
 def make_engine(rows: int, tokens: int) -> Engine:
     pages_per_row = -(-tokens // PAGE_SIZE)
     device = IdleDevice()
-    state = DeviceState(max_rows=rows, max_pages_per_row=pages_per_row, device=device.torch_device)
-    runner = Runner(_no_forward, state, device, max_rows=rows, graphs=True)
+    state = RowTables(max_rows=rows, max_pages_per_row=pages_per_row, device=device.torch_device)
+    runner = ModelRunner(_no_forward, state, device, max_rows=rows, graphs=True)
     limits = Sections.largest(max_rows=rows, max_batch_tokens=MAX_BATCH_TOKENS, num_pages=rows * pages_per_row)
     pipeline = Pipeline(device, state, runner, depth=2, limits=limits, tile_size=64)
     scheduler = Scheduler(

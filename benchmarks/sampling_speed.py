@@ -25,8 +25,9 @@ from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.runner import staging
-from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
+from hf_async_batching.sampling.token_history import TokenHistory
 from hf_async_batching.scheduler.scheduler import features_of
 from hf_async_batching.scheduler.sequence import Sequence
 
@@ -53,14 +54,14 @@ def request(fields: dict[str, Any] | None, seed: int) -> Request:
     return Request(str(seed), (1,), 9, sampling=sampling, logits=logits)
 
 
-def rows_of(requests: list[Request], vocab: int, device: torch.device) -> tuple[SampledRows, Features]:
+def rows_of(requests: list[Request], vocab: int, device: torch.device) -> tuple[SamplingMetadata, Features]:
     """Rows with random positions, each with 500 tokens that have occurred."""
     count = len(requests)
     plan = Plan(0, (), new_rows=tuple(NewRow(i + 1, one) for i, one in enumerate(requests)))
     staged = np.zeros(100 * count, np.int32)
     sections = staging.encode(plan, staged, bucket=0, send_decode_rows=False, tile_size=1)
     params = torch.from_numpy(staged[: sections.total]).view(count, -1)[:, 1:].contiguous().to(device)
-    memory = RowMemory(max_rows=count, max_length=8, vocab_size=vocab, device=device)
+    memory = TokenHistory(max_rows=count, max_length=8, vocab_size=vocab, device=device)
     memory.ensure(words=False, seen=True)
     assert memory.seen is not None
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +72,7 @@ def rows_of(requests: list[Request], vocab: int, device: torch.device) -> tuple[
     for sequence in sequences:
         sequence.computed = 1
     rows = torch.arange(1, count + 1, dtype=torch.int32, device=device)
-    return SampledRows(params, positions, rows, memory), features_of(sequences, [])
+    return SamplingMetadata(params, positions, rows, memory), features_of(sequences, [])
 
 
 def mixed(count: int) -> list[Request]:

@@ -55,13 +55,13 @@ def main() -> None:
         runner = manager.assembly.runner
         sizes = runner.paddings
         for number, captured in enumerate((True, True, False, True, False)):
-            runner.paddings = sizes if captured else []
+            runner._paddings = sizes if captured else []
             first = number * arguments.joins
             each, median = join(manager, arguments.rows, arguments.context, arguments.joins, first)
             print(
                 f"{arguments.shape}, {arguments.rows} rows at {arguments.context}, "
                 f"{'captured' if captured else 'not captured'}: {1e3 * each:.1f} ms a join, "
-                f"first token {1e3 * median:.1f} ms, {len(runner.captured)} graphs",
+                f"first token {1e3 * median:.1f} ms, {len(runner.graphs.captured)} graphs",
                 flush=True,
             )
 

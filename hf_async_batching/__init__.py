@@ -5,7 +5,8 @@
 
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.timeline import StepRecord, Timeline
-from hf_async_batching.dataset import DatasetProgress, generate_dataset
+from hf_async_batching.dataset.generate import generate_dataset
+from hf_async_batching.dataset.run.progress import DatasetProgress
 from hf_async_batching.drop_in.generate import generate
 from hf_async_batching.engine.stats import Stats
 from hf_async_batching.errors import (

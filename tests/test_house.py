@@ -25,12 +25,8 @@ ROOMS = [
 """From the ground up. A room imports rooms before it. A file in the package's own folder is a room of its own."""
 
 UP = [
-    ("core.graph_buckets", "runner.staging"),
-    ("core.request", "scheduler.prompt_lookup"),
     ("manager", "drop_in."),  # `GenerationManager.bind` makes the drop-in's callable; this one stays
-    ("model.forward.", "runner.row_tables"),
     ("runner.prompt_embeddings", "checks.logits_tolerance"),
-    ("sampling.", "runner.staging"),
     ("token_stream", "handle"),
 ]
 """Imports of a room above: how both names begin. Each is being taken out."""
@@ -39,10 +35,10 @@ LONGEST = 450
 LONG = {"hf_async_batching/scheduler/scheduler.py": 800}
 """Files that are being split, and their lines."""
 
-SAYING_MORE = {"hf_async_batching"} | {f"hf_async_batching.{room}" for room in ("dataset", "devices", "sampling")}
+SAYING_MORE = {"hf_async_batching"}
 """Packages whose `__init__` holds more than a docstring: the whole package exports its public names."""
 
-CIRCLES = ("attention.", "drop_in.", "handle", "manager", "registry", "token_stream")
+CIRCLES = ("drop_in.", "handle", "manager", "registry", "token_stream")
 """How the names of files begin that import each other in circles. Each is being cut."""
 
 Trees = Mapping[str, ast.Module]

@@ -17,10 +17,11 @@ from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.linear.engine_linear import MAX_STRIPS
 from hf_async_batching.linear.skinny import SkinnySetting, default_setting, shared_memory_limit, skinny_linear
 from hf_async_batching.runner import staging
-from hf_async_batching.runner.row_tables import DeviceState
-from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.sampling import triton_sampler as fused
 from hf_async_batching.sampling.argmax import argmax_in_parts
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
 from hf_async_batching.scheduler.sequence import Sequence
 from hf_async_batching.scheduler.step_features import features_of
 
@@ -184,7 +185,7 @@ def _sample(requests: list[Request], logits: torch.Tensor, device: torch.device)
     for sequence in sequences:
         sequence.computed = 1
     features = features_of(sequences, [])
-    state = DeviceState(
+    state = RowTables(
         max_rows=len(requests), max_pages_per_row=4, device=device, fused=True, max_length=16,
         vocab_size=logits.shape[1],
     )  # fmt: skip
@@ -197,7 +198,7 @@ def _sample(requests: list[Request], logits: torch.Tensor, device: torch.device)
         inputs = state.decode_inputs(len(rows))
         state.note(inputs, features)
         taken = state.sampled_rows(inputs)
-        sampled = SampledRows(state.params[taken], state.next_positions(inputs), taken, state.memory)
+        sampled = SamplingMetadata(state.params[taken], state.next_positions(inputs), taken, state.memory)
         _expect(not features.sampling or fused.serves(features), "the sampling kernels do not serve these rows")
         tokens, logprobs = sampler(logits, sampled, sampler.as_run(replace(features, logprobs=True)))
         state.commit(inputs, tokens, logprobs)
@@ -209,7 +210,7 @@ def tables(device: torch.device) -> None:
     count = 130
     requests = [Request(f"r{i}", (3, 4, 5), 4 + i % 5, eos_token_ids=(2, 7)) for i in range(count)]
     for groups in (1, 2):
-        state = DeviceState(
+        state = RowTables(
             max_rows=count, max_pages_per_row=6, device=device, fused=True, max_length=64, vocab_size=97,
             max_samples=count + 8, groups=groups,
         )  # fmt: skip

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from hf_async_batching.dataset import DatasetProgress, generate_dataset
+from hf_async_batching.dataset.generate import generate_dataset
+from hf_async_batching.dataset.run.progress import DatasetProgress
 
 from ..serving.serving import Serving
 from ..serving.settings import Settings, ends_of

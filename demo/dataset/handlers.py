@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from datasets import Dataset
 
-from hf_async_batching.dataset import DatasetProgress
+from hf_async_batching.dataset.run.progress import DatasetProgress
 
 from ..serving.backend import Backend
 from ..serving.line import Line, LineFullError

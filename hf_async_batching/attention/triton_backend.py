@@ -11,7 +11,7 @@ from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, 
 from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
-from hf_async_batching.devices.parallel import side_by_side
+from hf_async_batching.devices.parallel import run_parallel
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autotune import Tuning
@@ -138,7 +138,7 @@ class TritonBackend:
                 kind = config._replace(splits=min(config.splits, 2))
                 jobs.setdefault((layer, kind), partial(example.decode, config, options))
             jobs[layer, "write"] = example.write
-        side_by_side(list(jobs.values()), device)
+        run_parallel(list(jobs.values()), device)
 
     def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:
         self._settings.tune(cache, self._counters, batches=batches, context=context, prompt=prompt)

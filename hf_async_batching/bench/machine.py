@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import transformers
 
-from hf_async_batching.devices import Guard, Stream, make_device
+from hf_async_batching.devices.base import Guard, Stream
+from hf_async_batching.devices.select import make_device
 
 _COPIES = 20
 _UNCOUNTED_COPIES = 3

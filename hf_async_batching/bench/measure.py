@@ -242,7 +242,7 @@ def measure(
         full_speed_seconds = time.perf_counter() - started
         driver.serve(make_workload(_WARM_SEED).brief())
         assembly = driver.assembly
-        graphs_before = len(assembly.runner.captured)
+        graphs_before = len(assembly.runner.graphs.captured)
         for seed in range(repeats):
             workload = make_workload(seed)
             before = read_stats(assembly, 0)
@@ -253,7 +253,7 @@ def measure(
         taken = _weights(model) + after.cache_bytes
         settings = {f.name: getattr(assembly.config.settings, f.name) for f in fields(assembly.config.settings)}
         traffic = Traffic.of(assembly)
-        depth, late = assembly.config.depth, len(assembly.runner.captured) - graphs_before
+        depth, late = assembly.config.depth, len(assembly.runner.graphs.captured) - graphs_before
         del assembly
     finally:
         driver.close()

@@ -25,7 +25,7 @@ from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.devices.failure import device_failure, ends_the_search
-from hf_async_batching.devices.parallel import side_by_side
+from hf_async_batching.devices.parallel import run_parallel
 from hf_async_batching.errors import LogitsDifferError, UnsupportedModelError, does_not_fit
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.linear.rounding import relative_error
@@ -39,7 +39,7 @@ from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.module_calls import runs_user_code
 from hf_async_batching.model.view.parallel_modules import parallel_modules
 from hf_async_batching.model.view.quantization import is_quantized
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runner.staging import encode
 from hf_async_batching.runtime.triton_start import after_compiler_start
 from hf_async_batching.sampling.argmax import argmax
@@ -104,17 +104,17 @@ def check_parity(
         if isinstance(forward, PackedForward):
             kernels: list[Callable[[], object]] = [
                 lambda: backend.ready(forward.layers, page_size=page_size, batches=(1, len(prompts))),
-                lambda: DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
+                lambda: RowTables(max_rows=2, max_pages_per_row=1, device=forward.device).ready(),
                 lambda: argmax(torch.zeros(2, vocab, dtype=forward.dtype, device=forward.device)),
             ]
-            side_by_side([after_compiler_start(kernel) for kernel in kernels], forward.device)
+            run_parallel([after_compiler_start(kernel) for kernel in kernels], forward.device)
         if in_turn:
             plain_ended.wait()
         got.update(_engine_logits(forward, backend, page_size, prompts, steps))
 
     try:
         # Both take seconds in a fresh process: libraries that load on the one side, compilers on the other.
-        side_by_side([run_plain, run_engine], forward.device)
+        run_parallel([run_plain, run_engine], forward.device)
     except LogitsDifferError:
         raise
     except UnsupportedModelError as error:
@@ -186,7 +186,7 @@ def _engine_logits(
     split = prompts.chunk
     pages = -(-(len(first) + 1) // page_size)
     cache = PagedCache(forward.layers, num_pages=pages * len(prompts), page_size=page_size, device=forward.device)
-    state = DeviceState(max_rows=len(prompts), max_pages_per_row=pages, device=forward.device)
+    state = RowTables(max_rows=len(prompts), max_pages_per_row=pages, device=forward.device)
     forward.bind(cache, backend)
     requests = [Request(str(row), tuple(tokens), 1) for row, tokens in enumerate(prompts)]
 
@@ -265,7 +265,7 @@ def compile_checked(
         Exception: Whatever the compiler raises.
     """
     pages = -(-(EXAMPLE_TOKENS + 1) // page_size)
-    state = DeviceState(max_rows=2, max_pages_per_row=pages, device=forward.device)
+    state = RowTables(max_rows=2, max_pages_per_row=pages, device=forward.device)
     forward.bind(PagedCache(forward.layers, num_pages=pages, page_size=page_size, device=forward.device), backend)
     prompt = tuple((7 * i + 3) % forward.vocab_size for i in range(EXAMPLE_TOKENS))
     plan = Plan(

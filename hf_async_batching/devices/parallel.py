@@ -14,7 +14,7 @@ from hf_async_batching.runtime.autocast import Autocast
 _THREADS = 3
 
 
-def side_by_side(jobs: list[Callable[[], object]], device: torch.device) -> None:
+def run_parallel(jobs: list[Callable[[], object]], device: torch.device) -> None:
     """Run all jobs; returns when they have ended, on the device too.
 
     On CUDA each runs in a thread, whose stream is not the caller's: they begin behind what the device has to do, and

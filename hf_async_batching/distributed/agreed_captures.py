@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from hf_async_batching.devices import Device, Graph
-from hf_async_batching.devices.base import Kernel
+from hf_async_batching.devices.base import Device, Graph, Kernel
 from hf_async_batching.distributed.rank_group import RankGroup
 
 

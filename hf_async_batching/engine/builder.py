@@ -13,8 +13,8 @@ from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.graph_buckets import largest_padding
 from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.core.step_layout import NO_PADDING, Sections
-from hf_async_batching.devices import make_device
 from hf_async_batching.devices.memory import free_memory, return_memory
+from hf_async_batching.devices.select import make_device
 from hf_async_batching.distributed.agreed_captures import with_agreed_captures
 from hf_async_batching.distributed.rank_group import RankGroup
 from hf_async_batching.engine.engine import Engine
@@ -27,9 +27,9 @@ from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import batch_dependent_rope, context_length, rope_limit
 from hf_async_batching.model.view.module_calls import runs_user_code
 from hf_async_batching.runner.leading_pipeline import LeadingPipeline
-from hf_async_batching.runner.model_runner import Runner
+from hf_async_batching.runner.model_runner import ModelRunner
 from hf_async_batching.runner.pipeline import Pipeline
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.scheduler.scheduler import Scheduler
@@ -51,7 +51,7 @@ class EngineParts:
     engine: Engine
     config: ResolvedConfig
     forward: PackedForward | CacheForward
-    runner: Runner
+    runner: ModelRunner
     cache: PagedCache
     autocast: Autocast
     view: PreTrainedModel | None
@@ -116,7 +116,7 @@ def build_engine(model: PreTrainedModel, config: BatchingConfig, group: RankGrou
     # Of several ranks all must capture a step or none, but each would count the memory of its own graphs.
     if isinstance(forward, PackedForward) and group is None:
         largest = largest_padding(resolved.max_batch_tokens, resolved.max_rows, max_samples, forward.weight_bytes)
-    state = DeviceState(
+    state = RowTables(
         max_rows=resolved.max_rows,
         max_pages_per_row=resolved.pages_per_row,
         device=forward.device,
@@ -135,7 +135,7 @@ def build_engine(model: PreTrainedModel, config: BatchingConfig, group: RankGrou
         and not batch_dependent_rope(model)
     )
     autocast = Autocast.of_this_thread(forward.device.type)
-    runner = Runner(
+    runner = ModelRunner(
         forward,
         state,
         device if group is None else with_agreed_captures(device, group),

@@ -9,7 +9,7 @@ from typing import Any
 from hf_async_batching.core.plan import Launch, NewRow, Plan, Result
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.timeline import Span, StepRecord
-from hf_async_batching.devices import Device
+from hf_async_batching.devices.base import Device
 from hf_async_batching.engine.plan_delay import Patience
 from hf_async_batching.errors import InvalidProbabilitiesError
 from hf_async_batching.runner.pipeline import Pipeline

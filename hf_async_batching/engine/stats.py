@@ -97,6 +97,6 @@ def read_stats(assembly: EngineParts | None, inbox: int) -> Stats:
         depth=engine.depth,
         page_size=assembly.config.page_size,
         cache_bytes=assembly.cache.num_bytes,
-        graphs=len(assembly.runner.captured),
+        graphs=len(assembly.runner.graphs.captured),
         graph_bytes=engine.device.graph_bytes(),
     )

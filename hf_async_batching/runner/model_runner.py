@@ -1,22 +1,16 @@
 """What happens on the device in one step: carry-over, forward, sampling, update of the row tables.
 
-Decode steps come in buckets, so that each can be captured once as a CUDA graph. A bucket is run as it is the first
-time it is needed (which also compiles its kernels) and captured the second time.
-
-So do steps with prompts or drafts that have few tokens, after some uses: launching their kernels one by one would take
-the host longer than the device needs. With `step_sizes.MOST_PADDED` tokens or more it does not, and these are run as
-they are.
+Decode steps come in buckets, and small steps with prompts are padded to few sizes, so that `GraphCache` can capture
+each of them once.
 """
 
 from __future__ import annotations
 
 import bisect
-import logging
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -29,40 +23,18 @@ from hf_async_batching.core.graph_buckets import (
 )
 from hf_async_batching.core.plan import Features, Plan
 from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
-from hf_async_batching.devices import Device, Graph
-from hf_async_batching.devices.base import Kernel
+from hf_async_batching.devices.base import Device
 from hf_async_batching.model.forward.step_inputs import StepInputs
+from hf_async_batching.runner.cuda_graphs import FORWARD, Captured, GraphCache
 from hf_async_batching.runner.prompt_embeddings import PromptEmbeddings
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.triton_start import runs_triton
-from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sampling.uncaptured import RareOutputs, sample_rare
-
-logger = logging.getLogger(__name__)
-
-# A capture can fail for a passing reason: another thread synchronized the device, or memory was short.
-MAX_FAILED_CAPTURES = 3
-
-# In place of features, for the graph of a forward alone.
-FORWARD = None
-
-# What graphs of steps with prompts there are at most, and up to which memory of all graphs, in bytes.
-MOST_PADDED_GRAPHS = 96
-_MOST_GRAPH_BYTES = 1 << 30
-
-# So often a step is run before it is captured. That takes as long as some uncaptured steps do; a decode step comes
-# again at once, while one with prompts may be the last of its size.
-DECODE_USES, PADDED_USES = 1, 4
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
+from hf_async_batching.sampling.uncaptured import UncapturedOutputs, sample_uncaptured
 
 Forward = Callable[[StepInputs], torch.Tensor]
-
-
-class Captured(NamedTuple):
-    """What a graph was captured of: rows of a decode step, or the sizes of another; what is done with the logits."""
-
-    size: int | Padding
-    features: Features | None
 
 
 @runtime_checkable
@@ -73,7 +45,7 @@ class Tunable(Protocol):
         """Measure for decode steps of these sizes."""
 
 
-class Runner:
+class ModelRunner:
     """Runs the device part of a step.
 
     Args:
@@ -87,16 +59,14 @@ class Runner:
         autocast: What the forward runs under.
 
     Attributes:
-        buckets: Sizes of decode steps that get a graph; empty where nothing is captured.
-        paddings: Tokens of steps with prompts that get one.
-        captured: Graphs by what they were captured of; of steps with rare features the forward alone, under `FORWARD`.
-        rare: What the step that ran last brings beyond tokens; None where its features are not rare.
+        graphs: The steps that are captured.
+        uncaptured: What the step that ran last brings beyond tokens; None where its features are usual.
     """
 
     def __init__(
         self,
         forward: Forward,
-        state: DeviceState,
+        state: RowTables,
         device: Device,
         *,
         max_rows: int,
@@ -111,35 +81,38 @@ class Runner:
             self._autocast = autocast
         self._sampler = Sampler(runs_triton(state.page_table.device))
         self._state = state
-        self._device = device
-        self.buckets = decode_buckets(max_rows) if graphs else []
-        self.paddings = padded_tokens(largest) if graphs else []
+        self.graphs = GraphCache(device, enabled=graphs)
+        self._buckets = decode_buckets(max_rows)
+        self._paddings = padded_tokens(largest)
         self._most_entries = largest.entries
         self._padded_decodes = padded_decodes(max_rows)
         self._spread: list[Padding] = []
-        if spread and SPREAD_TOKENS in self.paddings:
+        if spread and SPREAD_TOKENS in self._paddings:
             for decodes in self._padded_decodes:
                 room = min(self._most_entries, SPREAD_TOKENS - decodes)
                 self._spread += [Padding(SPREAD_TOKENS, padded_entries(1, room), decodes)] if room > 0 else []
-        self._uses: Counter[Captured] = Counter()
-        # One after the other, of decode steps and of those with prompts.
-        self._failed_captures = [0, 0]
-        self.captured: dict[Captured, Graph] = {}
         self._offered: Forward | None = None
         # Inputs and logits of captured forwards.
         self._forwards: dict[int, tuple[StepInputs, torch.Tensor]] = {}
         self._logits: torch.Tensor | None = None
-        self.rare: RareOutputs | None = None
+        self.uncaptured: UncapturedOutputs | None = None
         self._step_number = -1
         self._prompt_embeddings = PromptEmbeddings()
-        # Graphs that were replaced, and the last step that may have replayed them.
-        self._replaced: list[tuple[int, list[Graph]]] = []
+
+    @property
+    def buckets(self) -> list[int]:
+        """Sizes of decode steps that get a graph; empty where nothing is captured."""
+        return self._buckets if self.graphs.enabled else []
+
+    @property
+    def paddings(self) -> list[int]:
+        """Tokens of steps with prompts that get a graph."""
+        return self._paddings if self.graphs.enabled else []
 
     def bucket_for(self, num_rows: int) -> int:
         """Entries that a decode step of `num_rows` rows is padded to."""
-        if not self.buckets:
-            return num_rows
-        return self.buckets[bisect.bisect_left(self.buckets, num_rows)]
+        buckets = self.buckets
+        return buckets[bisect.bisect_left(buckets, num_rows)] if buckets else num_rows
 
     def padding_for(self, plan: Plan, tile_size: int) -> Padding | None:
         """What a step with prompts is padded to; None for one that is run as it is."""
@@ -159,16 +132,7 @@ class Runner:
         padding = Padding(tokens, padded_entries(entries, most), decodes)
         # What will never be captured is not padded for nothing.
         key = Captured(padding, self._sampler.as_run(plan.features))
-        return padding if self._may_capture_more() or key in self.captured else None
-
-    def _may_capture_more(self) -> bool:
-        """Whether there is room for graphs of further steps with prompts, and they can be captured."""
-        count = sum(isinstance(key.size, Padding) for key in self.captured)
-        return (
-            self._failed_captures[True] < MAX_FAILED_CAPTURES
-            and count < MOST_PADDED_GRAPHS
-            and self._device.graph_bytes() < _MOST_GRAPH_BYTES
-        )
+        return padding if self.graphs.captures_prompts() or key in self.graphs.captured else None
 
     def offer(self, forward: Forward) -> None:
         """Use another forward from the next step on, and capture anew. From any thread."""
@@ -177,8 +141,7 @@ class Runner:
     def completed(self, step: int) -> None:
         """Let go of what no step after `step` can touch."""
         self._prompt_embeddings.completed(step)
-        if self._replaced:
-            self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
+        self.graphs.completed(step)
 
     def tune(self) -> None:
         """Measure kernel settings for the buckets; nothing may run on the device. Captured steps are captured anew."""
@@ -205,14 +168,13 @@ class Runner:
                 self._decode_forward(bucket)
             else:
                 self._decode(bucket, features)
-        if not features.eager:
+        if not features.eager and self.graphs.enabled:
             self._state.padded.zero_()
             for padding in self._spread:
-                if not self._may_capture_more():
+                if not self.graphs.captures_prompts():
                     break
                 self._padded(padding, features)
-                # The first run has compiled what it needs.
-                self._uses[Captured(padding, features)] = PADDED_USES
+                self.graphs.capture_next(Captured(padding, features))
                 self._padded(padding, features)
 
     @torch.inference_mode()
@@ -229,7 +191,7 @@ class Runner:
         features = self._sampler.as_run(plan.features)
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.apply_updates(staged, sections)
-        self.rare = None
+        self.uncaptured = None
         if plan.chunks:
             embeddings = self._prompt_embeddings.pieces(plan)
             if sections.tokens > plan.num_tokens:
@@ -240,13 +202,13 @@ class Runner:
             if embeddings:
                 inputs = replace(inputs, embeddings=embeddings)
             if features.eager:
-                self._sample_rare(plan, inputs, self._run_forward(inputs))
+                self._sample_uncaptured(plan, inputs, self._run_forward(inputs))
             else:
                 self._step(inputs, features)
         elif plan.decode_rows:
             bucket = self.bucket_for(len(plan.decode_rows))
             if features.eager:
-                self._sample_rare(plan, *self._decode_forward(bucket))
+                self._sample_uncaptured(plan, *self._decode_forward(bucket))
             else:
                 self._decode(bucket, features)
 
@@ -257,23 +219,14 @@ class Runner:
             self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        """Capture anew, after runs that compile what the new steps need."""
-        self._replaced.append((self._step_number, list(self.captured.values())))
-        self.captured, self._forwards = {}, {}
-        self._uses.clear()
+        self.graphs.forget(self._step_number)
+        self._forwards = {}
 
     def _decode(self, bucket: int, features: Features) -> None:
-        self._replay(Captured(bucket, features), lambda: self._step(self._state.decode_inputs(bucket), features))
+        self.graphs.run(Captured(bucket, features), lambda: self._step(self._state.decode_inputs(bucket), features))
 
     def _padded(self, padding: Padding, features: Features) -> None:
-        self._replay(Captured(padding, features), lambda: self._step(self._state.padded_inputs(padding), features))
-
-    def _replay(self, key: Captured, work: Kernel) -> None:
-        graph = self._graph(key, work)
-        if graph is None:
-            work()
-        else:
-            graph.replay()
+        self.graphs.run(Captured(padding, features), lambda: self._step(self._state.padded_inputs(padding), features))
 
     def _decode_forward(self, bucket: int) -> tuple[StepInputs, torch.Tensor]:
         """Inputs and logits of a decode step whose tokens are chosen outside of graphs."""
@@ -282,58 +235,19 @@ class Runner:
             inputs = self._state.decode_inputs(bucket)
             self._forwards[bucket] = inputs, self._kept(self._run_forward(inputs))
 
-        graph = self._graph(Captured(bucket, FORWARD), run)
-        if graph is None:
-            run()
-            return self._forwards.pop(bucket)
-        graph.replay()
-        return self._forwards[bucket]
+        replayed = self.graphs.run(Captured(bucket, FORWARD), run)
+        return self._forwards[bucket] if replayed else self._forwards.pop(bucket)
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits in memory of their own, where a graph could be captured: one for all graphs, which would each hold
         theirs otherwise.
         """
-        if not self.buckets:
+        if not self.graphs.enabled:
             return logits
-        shape = (self.buckets[-1], logits.shape[1])
+        shape = (self._buckets[-1], logits.shape[1])
         if self._logits is None or self._logits.shape != shape or self._logits.dtype != logits.dtype:
             self._logits = logits.new_zeros(shape)
         return self._logits[: logits.shape[0]].copy_(logits)
-
-    def _graph(self, key: Captured, work: Kernel) -> Graph | None:
-        """The graph of a step, captured once it was asked for often enough; None where there is none."""
-        graph = self.captured.get(key)
-        if graph is None and self._is_due(key):
-            graph = self._capture(key, work)
-        if graph is None:
-            self._uses[key] += 1
-        return graph
-
-    def _is_due(self, key: Captured) -> bool:
-        if isinstance(key.size, Padding):
-            return self._uses[key] >= PADDED_USES and self._may_capture_more()
-        return bool(self.buckets) and self._uses[key] >= DECODE_USES
-
-    def _capture(self, key: Captured, work: Kernel) -> Graph | None:
-        padded = isinstance(key.size, Padding)
-        steps = "steps with prompts" if padded else "decode steps"
-        try:
-            graph = self._device.capture(work)
-        except RuntimeError as error:
-            # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
-            self._failed_captures[padded] += 1
-            if self._failed_captures[padded] == MAX_FAILED_CAPTURES:
-                logger.warning("%s cannot be captured as CUDA graphs and run without: %s", steps, error)
-                if not padded:
-                    self.buckets, self.paddings, self._spread = [], [], []
-            if padded:
-                del self._uses[key]  # tried again after as many uses
-            logger.debug("a capture failed", exc_info=True)
-            return None
-        self._failed_captures[padded] = 0
-        self.captured[key] = graph
-        logger.info("captured %s of size %s, %s", steps, key.size, key.features or "forward alone")
-        return graph
 
     def _run_forward(self, inputs: StepInputs) -> torch.Tensor:
         with self._autocast():
@@ -351,16 +265,16 @@ class Runner:
         tokens, logprobs = self._sampler(logits, rows, features)
         self._state.commit(inputs, tokens, logprobs)
 
-    def _sample_rare(self, plan: Plan, inputs: StepInputs, logits: torch.Tensor) -> None:
+    def _sample_uncaptured(self, plan: Plan, inputs: StepInputs, logits: torch.Tensor) -> None:
         self._state.note(inputs, plan.features)
         if not logits.shape[0]:
             self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
             return
         rows = replace(self._rows(inputs), bounds=plan.bounds)
-        tokens, logprobs, self.rare = sample_rare(self._sampler, logits, rows, plan)
+        tokens, logprobs, self.uncaptured = sample_uncaptured(self._sampler, logits, rows, plan)
         self._state.commit(inputs, tokens, logprobs)
 
-    def _rows(self, inputs: StepInputs) -> SampledRows:
+    def _rows(self, inputs: StepInputs) -> SamplingMetadata:
         state = self._state
         rows = state.sampled_rows(inputs)
-        return SampledRows(state.params[rows], state.next_positions(inputs), rows, state.memory)
+        return SamplingMetadata(state.params[rows], state.next_positions(inputs), rows, state.memory)

@@ -22,11 +22,11 @@ import torch
 
 from hf_async_batching.core.plan import Features, Launch, Plan, Result
 from hf_async_batching.core.step_layout import Sections
-from hf_async_batching.devices import Device, Guard, Stream
-from hf_async_batching.runner.model_runner import Runner
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.devices.base import Device, Guard, Stream
+from hf_async_batching.runner.model_runner import ModelRunner
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runner.staging import encode
-from hf_async_batching.sampling.uncaptured import RareOutputs
+from hf_async_batching.sampling.uncaptured import UncapturedOutputs
 
 SLOTS = 2
 
@@ -59,8 +59,8 @@ class Pipeline:
     def __init__(
         self,
         device: Device,
-        state: DeviceState,
-        runner: Runner,
+        state: RowTables,
+        runner: ModelRunner,
         *,
         depth: int,
         limits: Sections,
@@ -219,20 +219,20 @@ class Pipeline:
     def _compute(self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int, wide: tuple[str, ...]) -> None:
         """Run a step, and copy what it made out of the tables, which the next step writes, to the slot's buffers."""
         self._runner.run(plan, staged, sections)
-        if self._runner.rare is not None:
-            self._publish_rare(plan, self._runner.rare, slot, wide)
-            self._runner.rare = None  # the logits of a step are large
+        if self._runner.uncaptured is not None:
+            self._publish_uncaptured(plan, self._runner.uncaptured, slot, wide)
+            self._runner.uncaptured = None  # the logits of a step are large
         count = plan.num_sampled
         if count:
             self._output[slot](count).copy_(self._state.out_tokens[:count])
             if plan.features.logprobs:
                 self._output_logprobs[slot](count).copy_(self._state.out_logprobs[:count])
 
-    def _publish_rare(self, plan: Plan, rare: RareOutputs, slot: int, wide: tuple[str, ...]) -> None:
-        if rare.offered is not None:
-            self._offered[plan.step] = rare.offered
+    def _publish_uncaptured(self, plan: Plan, outputs: UncapturedOutputs, slot: int, wide: tuple[str, ...]) -> None:
+        if outputs.offered is not None:
+            self._offered[plan.step] = outputs.offered
         for name in wide:
-            made, line = getattr(rare, name), 0
+            made, line = getattr(outputs, name), 0
             for run in plan.wanted:
                 lines = run.stop - run.start
                 self._wide_output[slot][name][line : line + lines].copy_(made[run.start : run.stop])

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """The row tables of a decode step in two Triton kernels, which replace some twenty small ones of torch's.
 
-What they do is defined by `DeviceState`, whose torch code is their reference. Nothing of a launch depends on what
+What they do is defined by `RowTables`, whose torch code is their reference. Nothing of a launch depends on what
 changes from step to step, so that both can be part of a captured graph. The padding row is never written: entries
 that share it would race.
 

@@ -18,10 +18,10 @@ from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runtime.triton_start import runs_triton
 from hf_async_batching.sampling.outcome_marks import tokens_of, without_token
-from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.sampling.token_history import TokenHistory
 
 
-class DeviceState:
+class RowTables:
     """The row tables. All methods enqueue device work and must run inside a pipeline kernel.
 
     Args:
@@ -80,7 +80,7 @@ class DeviceState:
         self.out_tokens = table(max_samples)
         self.out_logprobs = table(max_samples, dtype=torch.float32)
         self._fused = runs_triton(device) if fused is None else fused
-        self.memory = RowMemory(max_rows=max_rows, max_length=max_length, vocab_size=vocab_size, device=device)
+        self.memory = TokenHistory(max_rows=max_rows, max_length=max_length, vocab_size=vocab_size, device=device)
 
     @torch.inference_mode()
     def ready(self) -> None:

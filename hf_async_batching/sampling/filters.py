@@ -11,7 +11,7 @@ import torch
 from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.plan import Features
-from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.metadata import SamplingMetadata
 
 _NEGATIVE_INFINITY = float("-inf")
 
@@ -19,7 +19,7 @@ _NEGATIVE_INFINITY = float("-inf")
 _TOP_H_TOKENS = 100
 
 
-def filtered(logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+def filtered(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
     """Scores to draw from.
 
     Args:
@@ -54,7 +54,7 @@ def filtered(logits: torch.Tensor, rows: SampledRows, features: Features) -> tor
     return scores
 
 
-def _threshold(scores: torch.Tensor, rows: SampledRows, candidates: int) -> torch.Tensor:
+def _threshold(scores: torch.Tensor, rows: SamplingMetadata, candidates: int) -> torch.Tensor:
     """The smallest score of each row that survives top-k, top-p and min-p, float32 [rows, 1]."""
     vocab = scores.shape[1]
     if candidates < 0 or candidates >= vocab:
@@ -76,7 +76,7 @@ def _threshold(scores: torch.Tensor, rows: SampledRows, candidates: int) -> torc
     return torch.maximum(torch.maximum(kth, kept), relative)
 
 
-def _top_h(scores: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+def _top_h(scores: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
     top, tokens = scores.topk(min(_TOP_H_TOKENS, scores.shape[1]), -1)
     probabilities = top.softmax(-1)
     bound = rows.floats(row_layout.TOP_H)
@@ -86,7 +86,7 @@ def _top_h(scores: torch.Tensor, rows: SampledRows) -> torch.Tensor:
     return scores.masked_fill(~kept & (bound > 0), _NEGATIVE_INFINITY)
 
 
-def _typical(scores: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+def _typical(scores: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
     mass = rows.floats(row_layout.TYPICAL_P)
     logs = scores.log_softmax(-1)
     surprise = (-logs - -(logs * logs.exp()).nansum(-1, keepdim=True)).abs()

@@ -11,13 +11,13 @@ from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.plan import Features
 from hf_async_batching.core.row_layout import ANY, BIAS, KIND, MAX_PREFIX, POSITION, TOKEN, RuleKind
-from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.metadata import SamplingMetadata
 from hf_async_batching.sampling.token_history import IN_PROMPT, OCCURRED
 
 _NEGATIVE_INFINITY = float("-inf")
 
 
-def changed(logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+def changed(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
     """Logits after all changes that some row asks for.
 
     Args:
@@ -57,7 +57,7 @@ def changed(logits: torch.Tensor, rows: SampledRows, features: Features) -> torc
     return logits
 
 
-def penalized(logits: torch.Tensor, rows: SampledRows, column: int, bit: int) -> torch.Tensor:
+def penalized(logits: torch.Tensor, rows: SamplingMetadata, column: int, bit: int) -> torch.Tensor:
     """Divide positive logits of tokens whose `bit` is set by the penalty in `column`, and multiply negative ones."""
     penalty = rows.floats(column)
     seen = (rows.seen(logits.shape[1]) & bit) > 0
@@ -76,7 +76,7 @@ def without_early_eos(logits: torch.Tensor, params: torch.Tensor, positions: tor
 class _Rules:
     """The rules of all rows, and where each applies now."""
 
-    def __init__(self, rows: SampledRows, vocab: int) -> None:
+    def __init__(self, rows: SamplingMetadata, vocab: int) -> None:
         assert rows.memory is not None and rows.rows is not None
         words = rows.memory.rules_of(rows.rows, rows.bounds.rules)
         self._kinds = words[..., KIND]
@@ -113,7 +113,7 @@ class _Rules:
         return torch.where(mask.any(-1, keepdim=True), only, logits)
 
 
-def _without_ngrams(logits: torch.Tensor, rows: SampledRows, column: int, ends: torch.Tensor) -> torch.Tensor:
+def _without_ngrams(logits: torch.Tensor, rows: SamplingMetadata, column: int, ends: torch.Tensor) -> torch.Tensor:
     """Ban what would complete an n-gram that stands in the first `ends` tokens int64 [rows, 1] of the history."""
     assert rows.memory is not None and rows.rows is not None
     history = rows.memory.histories_of(rows.rows, rows.bounds.history)
@@ -134,13 +134,13 @@ def _without_ngrams(logits: torch.Tensor, rows: SampledRows, column: int, ends: 
     return logits.masked_fill(banned[:, :vocab], _NEGATIVE_INFINITY)
 
 
-def _valid(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+def _valid(logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
     limits = torch.finfo(logits.dtype)
     valid = torch.nan_to_num(logits, nan=0.0, posinf=limits.max, neginf=limits.min)
     return torch.where(rows.integers(row_layout.REMOVE_INVALID) > 0, valid, logits)
 
 
-def _decayed(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+def _decayed(logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
     beyond = rows.positions[:, None] - rows.integers(row_layout.DECAY_START)
     factor = torch.pow(rows.doubles(row_layout.DECAY), beyond.clamp(min=0).double()) - 1
     eos = rows.params[:, row_layout.FIRST_EOS :].long()

@@ -8,11 +8,11 @@ import torch
 
 from hf_async_batching.core import row_layout
 from hf_async_batching.core.plan import NO_BOUNDS, Bounds
-from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.sampling.token_history import TokenHistory
 
 
 @dataclass(frozen=True, slots=True)
-class SampledRows:
+class SamplingMetadata:
     """The rows of a step's sampled positions.
 
     Attributes:
@@ -27,7 +27,7 @@ class SampledRows:
     params: torch.Tensor
     positions: torch.Tensor
     rows: torch.Tensor | None = None
-    memory: RowMemory | None = None
+    memory: TokenHistory | None = None
     bounds: Bounds = NO_BOUNDS
 
     def integers(self, column: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ class SampledRows:
         return self.params[:, column : column + 2].clone(memory_format=torch.contiguous_format).view(torch.float64)
 
     def seen(self, vocab: int) -> torch.Tensor:
-        """uint8 [sampled, vocab], see `RowMemory.seen`."""
+        """uint8 [sampled, vocab], see `TokenHistory.seen`."""
         assert self.memory is not None and self.memory.seen is not None and self.rows is not None
         return self.memory.seen[self.rows, :vocab]
 

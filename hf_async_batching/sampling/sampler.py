@@ -15,11 +15,11 @@ from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.plan import Features
 from hf_async_batching.errors import InvalidProbabilitiesError
 from hf_async_batching.runtime.triton_start import runs_triton
-from hf_async_batching.sampling import gumbel as noise
+from hf_async_batching.sampling import gumbel
 from hf_async_batching.sampling.argmax import argmax
 from hf_async_batching.sampling.filters import filtered
 from hf_async_batching.sampling.logits_processors import changed, without_early_eos
-from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.metadata import SamplingMetadata
 from hf_async_batching.sampling.outcome_marks import marked, tokens_of
 
 
@@ -41,7 +41,7 @@ class Sampler:
         return _without_candidates(features) if self._fused else features
 
     def __call__(
-        self, logits: torch.Tensor, rows: SampledRows | None, features: Features
+        self, logits: torch.Tensor, rows: SamplingMetadata | None, features: Features
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose one token per row.
 
@@ -61,7 +61,7 @@ class Sampler:
             chosen = argmax(logits)
         return chosen, log_probabilities(logits, tokens_of(chosen)) if features.logprobs else None
 
-    def _choose_usual(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+    def _choose_usual(self, logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
         if self._fused is None:
             self._fused = runs_triton(logits.device)
         if self._fused and (features.sampling or features.penalty):
@@ -73,7 +73,7 @@ class Sampler:
                 return fused.choose(logits, rows, features)
         return self.choose(self.scores(logits, rows, features), rows, features, logits)
 
-    def scores(self, logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
         """What tokens are chosen by, after all changes and filters.
 
         Args:
@@ -93,7 +93,7 @@ class Sampler:
         return scores
 
     def choose(
-        self, scores: torch.Tensor, rows: SampledRows, features: Features, logits: torch.Tensor
+        self, scores: torch.Tensor, rows: SamplingMetadata, features: Features, logits: torch.Tensor
     ) -> torch.Tensor:
         """One token per row: the best, or a draw.
 
@@ -112,7 +112,7 @@ class Sampler:
             # The largest is 0 already, unless a filter has dropped it or the scores were never shifted.
             if features.scores or features.stages & Stage.TYPICAL:
                 scores = scores - scores.amax(-1, keepdim=True)
-            exponential = noise.exponential(rows.params, rows.positions, scores.shape[1])
+            exponential = gumbel.exponential(rows.params, rows.positions, scores.shape[1])
             drawn = (scores - exponential.log_()).argmax(-1).int()
             drawing = rows.params[:, row_layout.DO_SAMPLE] > 0
             tokens, undrawable = torch.where(drawing, drawn, tokens), drawing & (best < 0)
@@ -149,7 +149,7 @@ def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -
             "probability tensor contains either `inf`, `nan` or element < 0: the scores of a row, after its "
             "`logits_processor`s, leave no token to draw"
         )
-    exponential = noise.exponential(records, positions, scores.shape[1])
+    exponential = gumbel.exponential(records, positions, scores.shape[1])
     return (scores - largest - exponential.log_()).argmax(-1)
 
 

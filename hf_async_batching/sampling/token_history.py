@@ -16,7 +16,7 @@ OCCURRED = 1
 IN_PROMPT = 2
 
 
-class RowMemory:
+class TokenHistory:
     """The tables. All methods enqueue device work and must run inside a pipeline kernel.
 
     Args:

@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.core.plan import Features
 from hf_async_batching.sampling import triton_kernels as kernels
-from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.metadata import SamplingMetadata
 
 _MARK_BLOCK = 64
 
@@ -22,7 +22,7 @@ def serves(features: Features) -> bool:
     return (features.sampling or features.penalty) and features.top_k >= 0 and not features.stages
 
 
-def choose(logits: torch.Tensor, rows: SampledRows, features: Features) -> torch.Tensor:
+def choose(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
     """One token per row, by temperature, top-k, top-p, min-p and the repetition penalty, or the arg-max.
 
     Args:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from hf_async_batching.core.plan import Plan
-from hf_async_batching.sampling.metadata import SampledRows
+from hf_async_batching.sampling.metadata import SamplingMetadata
 from hf_async_batching.sampling.outcome_marks import tokens_of
 from hf_async_batching.sampling.sampler import Sampler, log_probabilities
 
 
 @dataclass(slots=True)
-class RareOutputs:
+class UncapturedOutputs:
     """What a step brings beyond tokens.
 
     Attributes:
@@ -30,9 +30,9 @@ class RareOutputs:
     offered: torch.Tensor | None = None
 
 
-def sample_rare(
-    sampler: Sampler, logits: torch.Tensor, rows: SampledRows, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor | None, RareOutputs]:
+def sample_uncaptured(
+    sampler: Sampler, logits: torch.Tensor, rows: SamplingMetadata, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor | None, UncapturedOutputs]:
     """Choose a step's tokens.
 
     Args:
@@ -44,7 +44,7 @@ def sample_rare(
     Returns:
         Outcomes int32 [rows] (see `outcomes`), their log-probabilities where asked for, and the rest.
     """
-    features, outputs = plan.features, RareOutputs()
+    features, outputs = plan.features, UncapturedOutputs()
     scores = sampler.scores(logits, rows, features)
     chosen = sampler.choose(scores, rows, features, logits)
     if features.scores:

@@ -59,7 +59,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         log.append("kernels")
         ready(self, *args, **options)
 
-    monkeypatch.setattr(module, "side_by_side", in_threads)
+    monkeypatch.setattr(module, "run_parallel", in_threads)
     monkeypatch.setattr(module, "reference_logits", run_plain)
     monkeypatch.setattr(module, "_engine_logits", run_engine)
     monkeypatch.setattr(type(make_backend("auto", CPU)), "ready", compile_kernels)

@@ -11,7 +11,7 @@ import torch
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import BatchingConfig, GenerationManager, InvalidProbabilitiesError
-from hf_async_batching.sampling import Sampler
+from hf_async_batching.sampling.sampler import Sampler
 
 # The embedding of this token is NaN.
 BROKEN = 90

@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 
-from hf_async_batching.devices import CpuDevice, Guard, Stream, make_device
+from hf_async_batching.devices.base import Guard, Stream
+from hf_async_batching.devices.cpu import CpuDevice
+from hf_async_batching.devices.select import make_device
 
 
 def test_work_runs_when_it_is_enqueued() -> None:

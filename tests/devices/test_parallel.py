@@ -5,16 +5,16 @@ import time
 import pytest
 import torch
 
-from hf_async_batching.devices.parallel import run_in_threads, side_by_side
+from hf_async_batching.devices.parallel import run_in_threads, run_parallel
 
 CPU = torch.device("cpu")
 
 
 def test_every_job_runs_in_inference_mode() -> None:
     ran: list[tuple[int, bool]] = []
-    side_by_side([lambda i=i: ran.append((i, torch.is_inference_mode_enabled())) for i in range(5)], CPU)  # type: ignore[misc]
+    run_parallel([lambda i=i: ran.append((i, torch.is_inference_mode_enabled())) for i in range(5)], CPU)  # type: ignore[misc]
     assert sorted(ran) == [(i, True) for i in range(5)]
-    side_by_side([], CPU)
+    run_parallel([], CPU)
 
 
 def test_a_failure_is_raised() -> None:
@@ -22,7 +22,7 @@ def test_a_failure_is_raised() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        side_by_side([lambda: None, fail], CPU)
+        run_parallel([lambda: None, fail], CPU)
 
 
 def test_three_threads_run_all_jobs() -> None:
@@ -82,4 +82,4 @@ def test_who_interrupts_it_leaves_nothing_running() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: jobs on the CPU run one after the other")
 def test_jobs_run_at_the_same_time_on_cuda() -> None:
     barrier = threading.Barrier(3)
-    side_by_side([lambda: barrier.wait(10) and None] * 3, torch.device("cuda"))  # type: ignore[func-returns-value]
+    run_parallel([lambda: barrier.wait(10) and None] * 3, torch.device("cuda"))  # type: ignore[func-returns-value]

@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from hf_async_batching.devices import Guard, Stream
+from hf_async_batching.devices.base import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice, SimulatedEvent
 
 SEEDS = range(60)

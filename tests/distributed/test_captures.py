@@ -18,7 +18,7 @@ from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.core.plan import Features
 from hf_async_batching.distributed.agreed_captures import with_agreed_captures
 from hf_async_batching.engine import builder
-from hf_async_batching.runner.model_runner import MAX_FAILED_CAPTURES
+from hf_async_batching.runner.cuda_graphs import MAX_FAILED_CAPTURES
 
 Fails = Callable[[int], bool]
 
@@ -89,11 +89,11 @@ def test_ranks_launch_the_same_wherever_a_capture_fails(fails: tuple[Fails, Fail
     with ThreadPoolExecutor(2) as ranks:
         (launched, one), (also_launched, other) = ranks.map(run, range(2))
     assert launched == also_launched
-    assert one.runner.captured.keys() == other.runner.captured.keys()
+    assert one.runner.graphs.captured.keys() == other.runner.graphs.captured.keys()
     assert one.runner.buckets == other.runner.buckets
     assert devices[0].captures == devices[1].captures > MAX_FAILED_CAPTURES
     if fails[1] is always:
-        assert not one.runner.captured and not one.runner.buckets
+        assert not one.runner.graphs.captured and not one.runner.buckets
     else:
         assert any(replayed for _, replayed in launched)
 
@@ -110,6 +110,6 @@ def test_steps_are_captured_unless_that_is_switched_off(
     agreed = len(group.asked)  # on the memory
     made.engine.pipeline.warm(Features())
     captured = [] if cuda_graphs is False else [1, 2, 3]
-    assert sorted(key.size for key in made.runner.captured) == captured
+    assert sorted(key.size for key in made.runner.graphs.captured) == captured
     assert group.asked[agreed:] == [1] * len(captured), "each capture is agreed on"
     made.engine.close()

@@ -14,7 +14,7 @@ from hf_async_batching.core.plan import NewPage, Plan
 from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.coverage import families
 from hf_async_batching.kv_cache.layer_groups import LayerShape, group_layers
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runner.staging import encode
 
 WIDE = LayerShape(2, 8, 8, torch.float32)
@@ -119,7 +119,7 @@ def test_a_long_generation_fits_in_memory_that_could_not_hold_all_of_its_pages()
 
 
 def test_entries_go_to_the_tables_of_their_groups() -> None:
-    state = DeviceState(max_rows=2, max_pages_per_row=4, device=torch.device("cpu"), groups=3)
+    state = RowTables(max_rows=2, max_pages_per_row=4, device=torch.device("cpu"), groups=3)
     pages = tuple(
         NewPage(row, ordinal, 10 * row + ordinal) for row, ordinal in ((1, 0), (1, 1), (1, 2), (2, 5), (2, 3))
     )
@@ -133,6 +133,6 @@ def test_entries_go_to_the_tables_of_their_groups() -> None:
 
 
 def test_every_groups_table_begins_on_16_bytes() -> None:
-    state = DeviceState(max_rows=256, max_pages_per_row=63, device=torch.device("cpu"), groups=3)
+    state = RowTables(max_rows=256, max_pages_per_row=63, device=torch.device("cpu"), groups=3)
     assert state.page_table.shape == (3, 257, 64)
     assert {table.data_ptr() % 16 for table in state.page_table} == {state.page_table.data_ptr() % 16}

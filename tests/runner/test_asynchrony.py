@@ -12,7 +12,7 @@ from support.toy_engine import VOCAB, ToyEngine, reference, run_random_schedule,
 
 from hf_async_batching.core.plan import Chunk
 from hf_async_batching.core.request import Request
-from hf_async_batching.devices import Guard
+from hf_async_batching.devices.base import Guard
 from hf_async_batching.scheduler.scheduler import Scheduler
 from hf_async_batching.scheduler.sequence import Sequence
 

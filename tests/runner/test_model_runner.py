@@ -18,19 +18,15 @@ from hf_async_batching.core.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.row_layout import PARAMS
 from hf_async_batching.core.step_layout import CARRY_OVER, Padding, Sections
-from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
+from hf_async_batching.devices.cpu import CpuDevice
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.forward.step_inputs import StepInputs
-from hf_async_batching.runner.model_runner import (
-    FORWARD,
-    MAX_FAILED_CAPTURES,
-    PADDED_USES,
-    Captured,
-    Runner,
-)
-from hf_async_batching.runner.row_tables import DeviceState
-from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.runner.cuda_graphs import FORWARD, MAX_FAILED_CAPTURES, PADDED_USES, Captured
+from hf_async_batching.runner.model_runner import ModelRunner
+from hf_async_batching.runner.row_tables import RowTables
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 
 
@@ -75,7 +71,7 @@ def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
             assert device.captures <= 2 * MAX_FAILED_CAPTURES
             assert engine.runner.buckets == [] or device.captures < 2 * MAX_FAILED_CAPTURES
         else:
-            assert device.captures == len(engine.runner.captured) + min(failures, device.captures)
+            assert device.captures == len(engine.runner.graphs.captured) + min(failures, device.captures)
     assert captures > 40
     assert (replays > 200) == (failures < 100)
 
@@ -100,17 +96,17 @@ def test_small_steps_with_prompts_or_drafts_are_captured_too(
 ) -> None:
     monkeypatch.setattr("hf_async_batching.scheduler.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "rng", random.Random(0))
-    monkeypatch.setattr("hf_async_batching.runner.model_runner.PADDED_USES", 1)  # so that short schedules capture, too
+    monkeypatch.setattr("hf_async_batching.runner.cuda_graphs.PADDED_USES", 1)  # so that short schedules capture, too
     padded: list[Padding] = []
     captured: set[Padding] = set()
-    original = DeviceState.padded_inputs
-    monkeypatch.setattr(DeviceState, "padded_inputs", lambda self, size: padded.append(size) or original(self, size))
+    original = RowTables.padded_inputs
+    monkeypatch.setattr(RowTables, "padded_inputs", lambda self, size: padded.append(size) or original(self, size))
     for seed in range(40):
         device = make_device()
         engine = ToyEngine(depth, seed, device=device, draft_rows=draft_rows, max_batch_tokens=24, num_pages=24)
         verify(engine, run_random_schedule(engine, seed, conversations=seed % 3 == 0))
         assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
-        prompts = {key.size for key in engine.runner.captured if isinstance(key.size, Padding)}
+        prompts = {key.size for key in engine.runner.graphs.captured if isinstance(key.size, Padding)}
         captured |= prompts
         assert engine.runner.buckets, "decode steps keep their graphs"
         if isinstance(device, OnlyDecodeSteps):
@@ -199,7 +195,7 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     assert padded_like(runner, SPREAD_TOKENS - 33, 32) == Padding(SPREAD_TOKENS, 16, 32), "what `spread_room` leaves"
     engine.state.padded.fill_(3)
     runner.warm(Features())
-    prompts = {key.size for key in runner.captured if isinstance(key.size, Padding)}
+    prompts = {key.size for key in runner.graphs.captured if isinstance(key.size, Padding)}
     assert prompts == (
         {Padding(SPREAD_TOKENS, 16, size) for size in (0, 8, 32, 40)} if admission == "longest_first" else set()
     )
@@ -213,7 +209,7 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
 
 def test_which_steps_are_captured_in_advance() -> None:
     def spread(largest: Padding, max_rows: int = 40) -> list[Padding]:
-        return Runner(
+        return ModelRunner(
             lambda _: torch.zeros(1), ToyEngine(1, 0).state, FakeGraphDevice(), max_rows=max_rows, largest=largest,
             spread=True, graphs=True,
         )._spread  # fmt: skip
@@ -231,24 +227,24 @@ def test_what_cannot_be_captured_is_not_run_in_advance() -> None:
         2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission="longest_first"
     ).runner
     runner.warm(Features())
-    assert runner._spread == [], "given up with the decode steps"
+    assert runner.buckets == runner.paddings == [], "given up with the decode steps"
     assert device.captures == MAX_FAILED_CAPTURES
 
 
-def padded_like(runner: Runner, prompt: int, decodes: int) -> Padding | None:
+def padded_like(runner: ModelRunner, prompt: int, decodes: int) -> Padding | None:
     return runner.padding_for(Plan(0, tuple(range(1, 1 + decodes)), (Chunk(99, (7,) * prompt, 1),)), 128)
 
 
 def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     for most, full in ((2, False), (99, False), (99, True)):
-        monkeypatch.setattr("hf_async_batching.runner.model_runner.MOST_PADDED_GRAPHS", most)
+        monkeypatch.setattr("hf_async_batching.runner.cuda_graphs.MOST_PADDED_GRAPHS", most)
         device = FakeGraphDevice()
         if full:
             monkeypatch.setattr(device, "graph_bytes", lambda: 1 << 30)
         runner = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=40).runner
         for tokens in runner.paddings[:4] * (PADDED_USES + 2):
             runner._padded(Padding(tokens, min(tokens, 16)), Features())
-        assert len(runner.captured) == (0 if full else min(most, 4))
+        assert len(runner.graphs.captured) == (0 if full else min(most, 4))
         # What is captured goes on, what will never be is not padded.
         going = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) is not None for n in (4, 12, 20, 28)]
         assert going == [not full] * 2 + [most > 2 and not full] * 2
@@ -262,7 +258,7 @@ def test_steps_that_run_alike_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> 
     drawn = Features(sampling=True)
     pipeline.warm(replace(drawn, candidates=64))
     before = device.captures
-    assert {key.features for key in runner.captured} == {drawn}
+    assert {key.features for key in runner.graphs.captured} == {drawn}
     pipeline.warm(replace(drawn, candidates=-1))
     engine.engine.add(Request("a", (5, 6), 6, sampling=SamplingParams(do_sample=True, top_p=0.9, seed=1)))
     replays = device.replays
@@ -272,7 +268,7 @@ def test_steps_that_run_alike_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> 
     padding = Padding(8, 8)
     for _ in range(PADDED_USES + 1):
         runner._padded(padding, drawn)
-    monkeypatch.setattr("hf_async_batching.runner.model_runner.MOST_PADDED_GRAPHS", 1)
+    monkeypatch.setattr("hf_async_batching.runner.cuda_graphs.MOST_PADDED_GRAPHS", 1)
     plan = Plan(0, (), (Chunk(1, (7,) * 4, 1),), features=replace(drawn, candidates=64))
     assert runner.padding_for(plan, 128) == padding, "what is captured goes on"
 
@@ -290,16 +286,16 @@ def test_a_failed_capture_is_not_counted_for_ever() -> None:
     for tokens in (16, 24):  # each of them fails once, and is then captured
         device.captures, device.failures = 0, 1
         use(tokens)
-        assert Captured(Padding(tokens, 8), Features()) not in runner.captured
+        assert Captured(Padding(tokens, 8), Features()) not in runner.graphs.captured
         use(tokens, PADDED_USES - 1)
-        assert Captured(Padding(tokens, 8), Features()) not in runner.captured, "not at once"
+        assert Captured(Padding(tokens, 8), Features()) not in runner.graphs.captured, "not at once"
         use(tokens, 1)
-        assert Captured(Padding(tokens, 8), Features()) in runner.captured
+        assert Captured(Padding(tokens, 8), Features()) in runner.graphs.captured
     device.captures, device.failures = 0, 99
     use(32, (MAX_FAILED_CAPTURES + 3) * (PADDED_USES + 1))
     assert device.captures == MAX_FAILED_CAPTURES
     assert runner.buckets
-    assert len(runner.captured) == 3
+    assert len(runner.graphs.captured) == 3
     padded = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) for n in (4, 12, 20, 28)]
     assert padded[0] == Padding(8, 8), "what was captured goes on"
     assert padded[3] is None
@@ -322,9 +318,9 @@ def test_the_kernels_of_the_tables_give_the_same_tokens(depth: int) -> None:
 def test_an_arg_max_needs_no_records() -> None:
     """A plain greedy step neither gathers the rows' parameters nor computes the positions of its tokens."""
     engine = ToyEngine(1, 0, device=FakeGraphDevice())
-    asked: list[SampledRows | None] = []
+    asked: list[SamplingMetadata | None] = []
 
-    def sampler(logits: torch.Tensor, rows: SampledRows | None, features: Features) -> tuple[torch.Tensor, None]:
+    def sampler(logits: torch.Tensor, rows: SamplingMetadata | None, features: Features) -> tuple[torch.Tensor, None]:
         asked.append(rows)
         return logits.argmax(-1).int(), None
 
@@ -356,9 +352,9 @@ def test_weight_bytes_count_what_a_decode_step_reads() -> None:
 
 def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    original = DeviceState.mixed_inputs
+    original = RowTables.mixed_inputs
 
-    def mixed_inputs(self: DeviceState, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
+    def mixed_inputs(self: RowTables, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
         inputs = original(self, staged, sections, num_decodes)
         start = sections.new_rows * (1 + PARAMS) + 3 * sections.new_pages
         carried = (staged[start : start + sections.tokens] == CARRY_OVER).tolist()
@@ -366,7 +362,7 @@ def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.Mon
         told.append(num_decodes)
         return inputs
 
-    monkeypatch.setattr(DeviceState, "mixed_inputs", mixed_inputs)
+    monkeypatch.setattr(RowTables, "mixed_inputs", mixed_inputs)
     engine = ToyEngine(2, 0, max_rows=7, num_pages=24, max_batch_tokens=16)
     verify(engine, run_random_schedule(engine, 0, num_requests=10))
     assert any(told)
@@ -382,7 +378,7 @@ def test_warming_captures_every_bucket_and_disturbs_nobody() -> None:
     for _ in range(4):
         engine.step()
     engine.engine.pipeline.warm(Features())
-    assert {key.size for key in engine.runner.captured if key.features == Features()} == {1, 2, 4, 7}
+    assert {key.size for key in engine.runner.graphs.captured if key.features == Features()} == {1, 2, 4, 7}
     before = device.captures
     while engine.engine.has_work:
         engine.step()
@@ -400,7 +396,7 @@ def test_another_forward_is_adopted_between_steps() -> None:
         engine.engine.add(request)
     for _ in range(6):
         engine.step()
-    first_graphs = list(engine.runner.captured.values())
+    first_graphs = list(engine.runner.graphs.captured.values())
     assert first_graphs
     calls = []
 
@@ -414,23 +410,24 @@ def test_another_forward_is_adopted_between_steps() -> None:
         engine.step()
     verify(engine, requests)
     assert calls
-    assert not set(map(id, first_graphs)) & set(map(id, engine.runner.captured.values()))
-    assert engine.runner.captured, "captured anew"
-    assert not engine.runner._replaced, "collected steps let the old graphs go"
+    assert not set(map(id, first_graphs)) & set(map(id, engine.runner.graphs.captured.values()))
+    assert engine.runner.graphs.captured, "captured anew"
+    assert not engine.runner.graphs._replaced, "collected steps let the old graphs go"
 
 
 def test_replaced_graphs_live_until_no_step_can_replay_them() -> None:
     engine = ToyEngine(1, 0, device=FakeGraphDevice(), max_rows=4)
     runner = engine.runner
     runner.warm(Features())
-    graphs = len(runner.captured)
+    graphs = len(runner.graphs.captured)
     runner.offer(engine.forward)
     runner.run(Plan(7, ()), torch.zeros(0, dtype=torch.int32), Sections())
-    assert (len(runner.captured), [(step, len(held)) for step, held in runner._replaced]) == (0, [(7, graphs)])
+    assert not runner.graphs.captured
+    assert [(step, len(held)) for step, held in runner.graphs._replaced] == [(7, graphs)]
     runner.completed(6)
-    assert runner._replaced, "the step that was in flight when they were replaced may have replayed them"
+    assert runner.graphs._replaced, "the step that was in flight when they were replaced may have replayed them"
     runner.completed(7)
-    assert not runner._replaced
+    assert not runner.graphs._replaced
 
 
 def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
@@ -438,8 +435,8 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
     runner = engine.runner
     runner.warm(Features())
     runner.tune()
-    assert not runner.captured, "captured steps keep the settings that they were captured with"
-    assert not runner._uses, "what new settings compile is compiled before a capture, not in it"
+    assert not runner.graphs.captured, "captured steps keep the settings that they were captured with"
+    assert not runner.graphs._uses, "what new settings compile is compiled before a capture, not in it"
 
     class Forward:
         tuned: list[int] | None = None
@@ -460,7 +457,7 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
     fails = True
     with pytest.raises(RuntimeError, match="no memory"):
         runner.tune()
-    assert not runner.captured, "of several ranks all capture anew, also where one could not measure"
+    assert not runner.graphs.captured, "of several ranks all capture anew, also where one could not measure"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -472,8 +469,8 @@ def test_rare_steps_capture_the_forward_alone(depth: int) -> None:
         engine = ToyEngine(depth, seed, device=device, max_rows=5, num_pages=24, remembers=True, outputs=True)
         verify(engine, run_random_schedule(engine, seed, num_requests=10))
         assert not engine.wrong_histories
-        forwards = [key.size for key in engine.runner.captured if key.features is FORWARD]
-        assert not any(key.features.eager for key in engine.runner.captured if key.features is not FORWARD)
+        forwards = [key.size for key in engine.runner.graphs.captured if key.features is FORWARD]
+        assert not any(key.features.eager for key in engine.runner.graphs.captured if key.features is not FORWARD)
         histories += engine.histories
         made += sum(map(len, engine.made.values()))
         captures += len(forwards)

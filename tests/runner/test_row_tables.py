@@ -15,7 +15,7 @@ from hf_async_batching.core.plan import Chunk, Features, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.model.forward.step_inputs import StepInputs
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runner.staging import encode
 
 GARBAGE = -123
@@ -32,11 +32,11 @@ WAYS = [
 ]
 
 
-def make_state(fused: bool = False) -> DeviceState:
-    return DeviceState(max_rows=6, max_pages_per_row=5, device=torch.device("cpu"), fused=fused)
+def make_state(fused: bool = False) -> RowTables:
+    return RowTables(max_rows=6, max_pages_per_row=5, device=torch.device("cpu"), fused=fused)
 
 
-def serving(fused: bool = False) -> DeviceState:
+def serving(fused: bool = False) -> RowTables:
     """Row r holds 10 r tokens of at most 100, its last one is 100 + r, and `EOS` ends it."""
     state = make_state(fused)
     for row in range(1, 7):
@@ -183,7 +183,7 @@ def test_kernels_do_what_the_torch_code_does(size: int) -> None:
         return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
 
     plain, fused = (
-        DeviceState(max_rows=140, max_pages_per_row=3, device=torch.device("cpu"), fused=way) for way in (False, True)
+        RowTables(max_rows=140, max_pages_per_row=3, device=torch.device("cpu"), fused=way) for way in (False, True)
     )
     plain.lengths[1:], plain.last_token[1:] = random(30, 140), random(9, 140)
     plain.finished[1:] = random(8, 140) == 0
@@ -216,10 +216,10 @@ def _tensors(inputs: StepInputs) -> Iterator[torch.Tensor]:
 
 
 def test_kernels_are_for_cuda() -> None:
-    assert not DeviceState(max_rows=1, max_pages_per_row=1, device=torch.device("cpu"))._fused
+    assert not RowTables(max_rows=1, max_pages_per_row=1, device=torch.device("cpu"))._fused
 
 
-def mixed(state: DeviceState) -> StepInputs:
+def mixed(state: RowTables) -> StepInputs:
     """Rows 4 and 5 decode, rows 2 and 3 compute prompt pieces, row 3 its last one."""
     plan = Plan(
         0,
@@ -351,7 +351,7 @@ def test_what_is_no_token_is_harmless_in_steps_in_flight(fused: bool, decode: bo
 def test_rows_with_histories_remember_them_beside_rows_that_mark_what_has_occurred(fused: bool) -> None:
     """Only where a step has no histories do kernels mark what has occurred, and only where that is kept."""
     for memory in (True, False):
-        state = DeviceState(
+        state = RowTables(
             max_rows=2, max_pages_per_row=5, device=torch.device("cpu"), fused=fused, max_length=20, vocab_size=200
         )
         state.memory.ensure(words=memory, seen=True)

@@ -19,8 +19,9 @@ from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.inputs.logits_processors import CallRow, read_processors
 from hf_async_batching.runner import staging
-from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
+from hf_async_batching.sampling.token_history import TokenHistory
 from hf_async_batching.scheduler.sequence import Sequence
 from hf_async_batching.scheduler.step_features import features_of, rare_needs
 
@@ -67,12 +68,12 @@ def request_of(model: Any, kind: dict[str, Any], prompt: list[int], seed: int) -
     return Request("r", tuple(prompt), 9, sampling=spec.sampling, logits=spec.logits, output_scores=True)
 
 
-def rows_of(requests: list[Request]) -> tuple[SampledRows, Features]:
+def rows_of(requests: list[Request]) -> tuple[SamplingMetadata, Features]:
     """Rows whose prompts were just computed."""
     count = len(requests)
     new_rows = tuple(NewRow(i + 1, one, 0, one.prompt) for i, one in enumerate(requests))
     plan = Plan(0, (), new_rows=new_rows)
-    memory = RowMemory(max_rows=count, max_length=64, vocab_size=VOCAB, device=torch.device("cpu"))
+    memory = TokenHistory(max_rows=count, max_length=64, vocab_size=VOCAB, device=torch.device("cpu"))
     memory.ensure(words=True, seen=True)
     staged = np.zeros(400 * count, np.int32)
     sections = staging.encode(plan, staged, bucket=0, send_decode_rows=False, tile_size=1)
@@ -87,7 +88,7 @@ def rows_of(requests: list[Request]) -> tuple[SampledRows, Features]:
     _, _, bounds = rare_needs(sequences)
     positions = torch.tensor([len(one.prompt) for one in requests])
     rows = torch.arange(1, count + 1, dtype=torch.int32)
-    return SampledRows(params, positions, rows, memory, bounds), features_of(sequences, [])
+    return SamplingMetadata(params, positions, rows, memory, bounds), features_of(sequences, [])
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])
@@ -132,7 +133,7 @@ def test_the_first_two_tokens_of_20000_draws(model: Any, kind: dict[str, Any]) -
     seeds = torch.arange(DRAWS, dtype=torch.int64) * 7919 + 5
     halves = seeds.view(torch.int32).view(-1, 2)
     params[:, row_layout.SEED_LOW], params[:, row_layout.SEED_HIGH] = halves.unbind(1)
-    memory = RowMemory(max_rows=DRAWS, max_length=1, vocab_size=VOCAB, device=torch.device("cpu"))
+    memory = TokenHistory(max_rows=DRAWS, max_length=1, vocab_size=VOCAB, device=torch.device("cpu"))
     memory.ensure(words=False, seen=True)
     assert memory.seen is not None and rows.memory is not None and rows.memory.seen is not None
     memory.seen[:] = rows.memory.seen[1]
@@ -140,7 +141,7 @@ def test_the_first_two_tokens_of_20000_draws(model: Any, kind: dict[str, Any]) -
     sampler, usual = Sampler(), Features(**{**_fields(features), "scores": False})
 
     def draw(logits: torch.Tensor, position: int) -> torch.Tensor:
-        some = SampledRows(params, torch.full((DRAWS,), position), owners, memory)
+        some = SamplingMetadata(params, torch.full((DRAWS,), position), owners, memory)
         return sampler.choose(sampler.scores(logits, some, usual), some, usual, logits)
 
     first = draw(table[prompt[-1]].expand(DRAWS, -1), len(prompt))

@@ -16,9 +16,10 @@ from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.runner import staging
-from hf_async_batching.sampling import SampledRows, Sampler
+from hf_async_batching.sampling.metadata import SamplingMetadata
 from hf_async_batching.sampling.outcome_marks import marked, tokens_of, without_token
-from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.sampling.sampler import Sampler
+from hf_async_batching.sampling.token_history import TokenHistory
 from hf_async_batching.scheduler.sequence import Sequence
 from hf_async_batching.scheduler.step_features import features_of
 
@@ -68,18 +69,18 @@ RARE: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_of(requests: list[Request]) -> tuple[SampledRows, Features]:
+def rows_of(requests: list[Request]) -> tuple[SamplingMetadata, Features]:
     count = len(requests)
     plan = Plan(0, (), new_rows=tuple(NewRow(i + 1, request) for i, request in enumerate(requests)))
     staged = np.zeros(100 * count, np.int32)
     sections = staging.encode(plan, staged, bucket=0, send_decode_rows=False, tile_size=1)
     params = torch.from_numpy(staged[: sections.total].copy()).to(DEVICE).view(count, -1)[:, 1:]
-    memory = RowMemory(max_rows=count, max_length=8, vocab_size=VOCAB, device=DEVICE)
+    memory = TokenHistory(max_rows=count, max_length=8, vocab_size=VOCAB, device=DEVICE)
     memory.ensure(words=False, seen=True)
     assert memory.seen is not None
     memory.seen[:, 1::2] = 1
     owners = torch.arange(1, count + 1, dtype=torch.int32, device=DEVICE)
-    rows = SampledRows(params, torch.full((count,), 5, device=DEVICE), owners, memory)
+    rows = SamplingMetadata(params, torch.full((count,), 5, device=DEVICE), owners, memory)
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
         sequence.computed = 1

@@ -23,8 +23,9 @@ from hf_async_batching.core import row_layout
 from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.runner.staging import encode
-from hf_async_batching.sampling import SampledRows, Sampler
-from hf_async_batching.sampling import gumbel as noise_module
+from hf_async_batching.sampling import gumbel
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
 
 VOCAB = 97
 SMALL_VOCAB = 40
@@ -34,7 +35,7 @@ DRAWS = 20_000
 def sample(
     logits: torch.Tensor, params: torch.Tensor | None, positions: torch.Tensor | None, features: Features
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rows = None if params is None or positions is None else SampledRows(params, positions)
+    rows = None if params is None or positions is None else SamplingMetadata(params, positions)
     return Sampler()(logits, rows, features)
 
 
@@ -152,7 +153,7 @@ def test_filters_keep_what_transformers_keeps(candidates: int, vocab: int, monke
 
     noise = torch.ones(len(rows), vocab)
     noise[torch.arange(len(rows)), torch.tensor(probes)] = 1e-30
-    monkeypatch.setattr(noise_module, "exponential", lambda *_: noise)
+    monkeypatch.setattr(gumbel, "exponential", lambda *_: noise)
     features = Features(sampling=True, candidates=candidates)
     positions = torch.zeros(len(rows), dtype=torch.long)
     tokens, _ = sample(torch.stack(logits), params_of([request(params) for params in rows]), positions, features)
@@ -364,7 +365,7 @@ def test_a_temperature_that_loses_the_largest_logit_to_infinity_leaves_the_arg_m
     """Also where another row of the step wants its scores, which are not shifted."""
     row = drawn(temperature=1e-42)
     logits = 20 + torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(6))
-    rows = SampledRows(seeded(row, list(range(50))), torch.zeros(50, dtype=torch.long))
+    rows = SamplingMetadata(seeded(row, list(range(50))), torch.zeros(50, dtype=torch.long))
     for scores in (False, True):
         features = Features(sampling=True, scores=scores)
         sampler = Sampler(fused=False)
@@ -385,7 +386,7 @@ def test_the_hash_is_lowbias32() -> None:
     rng = random.Random(0)
     values = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, *(rng.randrange(2**32) for _ in range(500))]
     signed = torch.tensor(values, dtype=torch.int64).to(torch.int32)
-    assert [x % 2**32 for x in noise_module._hash(signed).tolist()] == [lowbias32(x) for x in values]
+    assert [x % 2**32 for x in gumbel._hash(signed).tolist()] == [lowbias32(x) for x in values]
 
 
 def test_positions_do_not_share_their_noise_under_other_tokens() -> None:
@@ -394,7 +395,7 @@ def test_positions_do_not_share_their_noise_under_other_tokens() -> None:
     Hashed with the token alone, it would give both positions the same noise for permuted tokens.
     """
     params = seeded(drawn(), [0, 0])
-    variates = noise_module.exponential(params, torch.tensor([6260, 55413]), 64)
+    variates = gumbel.exponential(params, torch.tensor([6260, 55413]), 64)
     assert not torch.equal(variates[0].sort().values, variates[1].sort().values)
 
 

@@ -16,9 +16,9 @@ from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.row_layout import HISTORY_START, RULE_WORDS, Rule, RuleKind
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.runner.staging import encode
-from hf_async_batching.sampling import Sampler
+from hf_async_batching.sampling.sampler import Sampler
 
 VOCAB = 50
 ROWS = 5
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 
 
-def make_state(fused: bool = False) -> DeviceState:
-    return DeviceState(
+def make_state(fused: bool = False) -> RowTables:
+    return RowTables(
         max_rows=ROWS, max_pages_per_row=1, device=torch.device("cpu"), fused=fused, max_length=60, vocab_size=VOCAB
     )
 
 
-def step(state: DeviceState, plan: Plan, features: Features, sampled: list[int]) -> None:
+def step(state: RowTables, plan: Plan, features: Features, sampled: list[int]) -> None:
     """What the runner does, but for the forward."""
     out = np.zeros(20_000, np.int32)
     sections = encode(plan, out, bucket=len(plan.decode_rows), send_decode_rows=True, tile_size=4)
@@ -48,7 +48,7 @@ def step(state: DeviceState, plan: Plan, features: Features, sampled: list[int])
     state.commit(inputs, torch.tensor(sampled, dtype=torch.int32), None)
 
 
-def rows_hold(state: DeviceState, live: dict[int, tuple[Request, list[int]]]) -> None:
+def rows_hold(state: RowTables, live: dict[int, tuple[Request, list[int]]]) -> None:
     """Every live row has its padding, prompt and completion, all but the token that was sampled last."""
     assert state.memory.words is not None and state.memory.seen is not None
     for row, (request, tokens) in live.items():

@@ -21,9 +21,10 @@ from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.runner import staging
-from hf_async_batching.sampling import SampledRows, Sampler
 from hf_async_batching.sampling import triton_sampler as fused
-from hf_async_batching.sampling.token_history import RowMemory
+from hf_async_batching.sampling.metadata import SamplingMetadata
+from hf_async_batching.sampling.sampler import Sampler
+from hf_async_batching.sampling.token_history import TokenHistory
 from hf_async_batching.scheduler.sequence import Sequence
 from hf_async_batching.scheduler.step_features import features_of
 
@@ -41,7 +42,7 @@ def drawn(**fields: Any) -> SamplingParams:
     return SamplingParams(do_sample=True, **fields)
 
 
-def rows_of(requests: list[Request], vocab: int, seed: int = 0) -> tuple[SampledRows, Features]:
+def rows_of(requests: list[Request], vocab: int, seed: int = 0) -> tuple[SamplingMetadata, Features]:
     """Rows that have seen a third of all tokens."""
     generator = torch.Generator().manual_seed(seed)
     count = len(requests)
@@ -49,13 +50,13 @@ def rows_of(requests: list[Request], vocab: int, seed: int = 0) -> tuple[Sampled
     staged = np.zeros(100 * count, np.int32)
     sections = staging.encode(plan, staged, bucket=0, send_decode_rows=False, tile_size=1)
     params = torch.from_numpy(staged[: sections.total].copy()).to(DEVICE).view(count, -1)[:, 1:]
-    memory = RowMemory(max_rows=count, max_length=8, vocab_size=vocab + 3, device=DEVICE)
+    memory = TokenHistory(max_rows=count, max_length=8, vocab_size=vocab + 3, device=DEVICE)
     memory.ensure(words=False, seen=True)
     assert memory.seen is not None
     memory.seen.copy_(torch.rand(memory.seen.shape, generator=generator) < 0.3)
     positions = torch.randint(1, 3000, (count,), generator=generator).to(DEVICE)
     owners = torch.arange(1, count + 1, dtype=torch.int32, device=DEVICE)
-    rows = SampledRows(params, positions, owners, memory)
+    rows = SamplingMetadata(params, positions, owners, memory)
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
         sequence.computed = 1

@@ -167,9 +167,9 @@ def skinny_early(dtype: torch.dtype) -> None:
 
 
 def tables(dtype: torch.dtype) -> None:
-    from hf_async_batching.runner.row_tables import DeviceState
+    from hf_async_batching.runner.row_tables import RowTables
 
-    state = DeviceState(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
+    state = RowTables(max_rows=4, max_pages_per_row=2, device=torch.device("cpu"), fused=True)
     state.commit(state.decode_inputs(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4))
 
 
@@ -182,16 +182,16 @@ def largest(dtype: torch.dtype) -> None:
 def sampling(dtype: torch.dtype) -> None:
     from hf_async_batching.core.plan import Features
     from hf_async_batching.core.row_layout import PARAMS
-    from hf_async_batching.sampling import SampledRows
     from hf_async_batching.sampling import triton_sampler as fused
-    from hf_async_batching.sampling.token_history import RowMemory
+    from hf_async_batching.sampling.metadata import SamplingMetadata
+    from hf_async_batching.sampling.token_history import TokenHistory
 
     index = torch.zeros(4, dtype=torch.int32)
     params, positions = torch.zeros(4, PARAMS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
     for vocab in (151936, 50257):
-        memory = RowMemory(max_rows=4, max_length=8, vocab_size=vocab, device=torch.device("cpu"))
+        memory = TokenHistory(max_rows=4, max_length=8, vocab_size=vocab, device=torch.device("cpu"))
         memory.ensure(words=False, seen=True)
-        rows = SampledRows(params, positions, index, memory)
+        rows = SamplingMetadata(params, positions, index, memory)
         assert memory.seen is not None
         fused.mark_seen(index, positions, memory.seen)
         for features in (

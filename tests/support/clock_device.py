@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_async_batching.core.plan import Plan
-from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Stream
+from hf_async_batching.devices.cpu import CpuDevice
 from support.toy_engine import VOCAB, ToyEngine
 
 PLANNING = 0.001

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_async_batching.devices import CpuDevice
 from hf_async_batching.devices.base import Graph, Kernel
+from hf_async_batching.devices.cpu import CpuDevice
 
 
 class RankDevice(CpuDevice):

@@ -20,13 +20,13 @@ from hf_async_batching.core.plan import Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import HISTORY_START
 from hf_async_batching.core.step_layout import Padding, Sections
-from hf_async_batching.devices import Guard, Stream
+from hf_async_batching.devices.base import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine.engine import Engine
 from hf_async_batching.model.forward.step_inputs import StepInputs
-from hf_async_batching.runner.model_runner import Runner
+from hf_async_batching.runner.model_runner import ModelRunner
 from hf_async_batching.runner.pipeline import Pipeline
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 from hf_async_batching.scheduler.scheduler import Emission, Scheduler
 
@@ -145,7 +145,7 @@ class ToyEngine:
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         largest = Padding(self.max_batch_tokens + 32, self.max_rows + MAX_DRAFTED, self.max_rows)
         self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
-        self.state = DeviceState(
+        self.state = RowTables(
             max_rows=self.max_rows,
             max_pages_per_row=self.num_pages,
             device=torch.device("cpu"),
@@ -157,7 +157,7 @@ class ToyEngine:
             groups=self.groups,
         )
         graphs = self.device.supports_graphs
-        self.runner = Runner(
+        self.runner = ModelRunner(
             self.forward,
             self.state,
             self.device,

@@ -21,7 +21,7 @@ from demo.serving.backend import Backend
 from demo.serving.line import LineFullError
 from demo.serving.serving import Serving
 from demo.serving.settings import Settings
-from hf_async_batching.dataset import DatasetProgress
+from hf_async_batching.dataset.run.progress import DatasetProgress
 
 GREEDY = Settings(max_new_tokens=8, greedy=True)
 ROWS = [{"n": i, "ask": f"Question {i}, please?", "note": None if i % 2 else "x"} for i in range(40)]

@@ -16,7 +16,7 @@ from hf_async_batching.coverage.check import Reference, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.model.forward.cache_forward import CacheForward
-from hf_async_batching.runner.row_tables import DeviceState
+from hf_async_batching.runner.row_tables import RowTables
 
 LENGTHS = (14, 12, 1, 15, 13, 40, 9, 11)
 NEW = 14
@@ -99,7 +99,7 @@ def test_padding_rows_are_not_computed() -> None:
     model, _ = known("BloomForCausalLM")
     forward = CacheForward(model, "padded", False)
     forward.bind(PagedCache(forward.layers, num_pages=1, page_size=16, device=forward.device), TorchBackend())
-    state = DeviceState(max_rows=2, max_pages_per_row=1, device=forward.device)
+    state = RowTables(max_rows=2, max_pages_per_row=1, device=forward.device)
     with torch.inference_mode():
         logits = forward(state.decode_inputs(2))
     assert logits.shape == (2, 193)
