@@ -10,7 +10,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo "dev" || echo "dev,interpreter")
 
 # Two processes: whole files of tests each, some of which share what is slow to make. Empty for one.
-PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=1
 
 .PHONY: demo test quality style env clean
 

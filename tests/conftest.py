@@ -1,9 +1,11 @@
 """Settings that must be made before anything else is imported."""
 
 import atexit
+import faulthandler
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         names = {name: place for place, name in enumerate(_LONG)}
         items.sort(key=lambda item: names.get(Path(item.path).name, len(names)))
+
+
+# A time limit of pytest-timeout is an exception in the main thread. Code that waits inside of a library never sees it,
+# and code that waits again while it cleans up has used it up. So many seconds later the process ends, with its stacks.
+_GRACE = 120
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the standard error that pytest is about to capture."""
+    config.stash[_STDERR] = os.dup(2)
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End the process of a test that does not even end at its time limit."""
+    marker = item.get_closest_marker("timeout")
+    limit = marker.args[0] if marker is not None else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit + _GRACE, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()

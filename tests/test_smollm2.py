@@ -108,6 +108,7 @@ def test_equal_to_generate_alone(smollm2: Any, outputs: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_configuration_equal_to_generate_alone(smollm2: Any) -> None:
     model, prompts, new_tokens = smollm2
     expected = [alone(model, prompt, count) for prompt, count in zip(prompts, new_tokens, strict=True)]

@@ -95,6 +95,7 @@ assert (one.signature, one.constants, one.attributes) == (other.signature, other
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 def test_every_kernel(capability: int) -> None:
     compiled = compile_kernels([capability], ["float16", "bfloat16"], [])
