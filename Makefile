@@ -12,7 +12,7 @@ EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/n
 # Two processes: whole files of tests each, some of which share what is slow to make. Empty for one.
 PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=1
 
-.PHONY: demo test quality style env clean
+.PHONY: demo test quality style docs env clean
 
 # Set up anew when the project's requirements change.
 $(VENV)/.ready: pyproject.toml Makefile
@@ -39,5 +39,15 @@ style: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A virtual environment of its own: the site is made from the sources, which are read and not imported.
+$(VENV)-docs/.ready: pyproject.toml
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip install --quiet --requirement $(VENV)-docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/.ready
+	$(VENV)-docs/bin/python -m mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

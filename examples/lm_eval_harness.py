@@ -1,0 +1,40 @@
+"""lm-evaluation-harness with the engine behind it: one argument more in the one place that calls `generate`.
+
+Run: python examples/lm_eval_harness.py [--model NAME_OR_FOLDER] [--tasks gsm8k] [--limit 100] [--batch-size 64]
+Needs: pip install "lm_eval>=0.4.9"
+"""
+
+import argparse
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from hf_async_batching import generate
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
+parser.add_argument("--include-path", help="a folder with tasks of your own")
+parser.add_argument("--limit", type=int, help="questions per task; all where it is left out")
+parser.add_argument("--batch-size", type=int, default=64, help="large: a batch ends with its longest row")
+arguments = parser.parse_args()
+
+
+class AsyncHFLM(HFLM):
+    """HFLM as it is, and its answers through the engine."""
+
+    def _model_generate(self, context, max_length, stop, **others):
+        return super()._model_generate(context, max_length, stop, custom_generate=generate, **others)
+
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+results = simple_evaluate(
+    model=AsyncHFLM(pretrained=arguments.model, device=device, batch_size=arguments.batch_size),
+    tasks=arguments.tasks,
+    limit=arguments.limit,
+    task_manager=TaskManager(include_path=arguments.include_path),
+)
+print(make_table(results))
