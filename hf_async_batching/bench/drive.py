@@ -21,6 +21,7 @@ from hf_async_batching.engine.background_compile import compile_for
 from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.handle import GenerationHandle, GenerationResult
 from hf_async_batching.manager import GenerationManager
+from hf_async_batching.model.view.model_view import make_view
 
 
 @dataclass(slots=True)
@@ -135,7 +136,7 @@ class ThroughEngine:
     def warmup(self) -> None:
         """Compile and capture, as `GenerationManager.warmup` does."""
         if self.assembly.config.settings.compile:
-            compile_for(self._model, weakref.ref(self.assembly))
+            compile_for(make_view(self._model, None), weakref.ref(self.assembly))
         self.serve(Workload("warm-up", (Request("0", (3,) * 8, 2),)))
         self.assembly.engine.pipeline.warm(Features())
 

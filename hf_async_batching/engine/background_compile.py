@@ -71,13 +71,13 @@ class BackgroundCompile:
                 self.done.set()
 
 
-def compile_for(model: PreTrainedModel, parts: weakref.ref[EngineParts]) -> bool:
+def compile_for(view: PreTrainedModel, parts: weakref.ref[EngineParts]) -> bool:
     """Compile a second forward for a running engine, and hand it over.
 
     The compilation itself uses nothing of the engine, and does not keep it alive.
 
     Args:
-        model: The engine's model, or a view of it.
+        view: A view of the engine's model, which the compiled forward takes over.
         parts: The engine, if it still runs.
 
     Returns:
@@ -86,19 +86,23 @@ def compile_for(model: PreTrainedModel, parts: weakref.ref[EngineParts]) -> bool
     running = parts()
     if running is None or not isinstance(running.forward, PackedForward):
         return False
-    fused, config, autocast = running.forward.packed_groups is not None, running.config, running.autocast
+    served, config, autocast = running.forward, running.config, running.autocast
     batches = [*running.runner.buckets]
-    del running
     began = time.perf_counter()
     try:
+        forward = served.on_view(view)  # without the engine's pages
+        fused = served.packed_groups is not None
+        del running, served
         with autocast():
-            forward, backend = _compiled_forward(model, fused, config)
+            if fused:
+                forward.fuse()
+            backend = _compile(forward, config)
         backend.ready(forward.layers, page_size=config.page_size, batches=batches)
     except Exception as error:  # compilers fail in many ways, and the engine serves without
         # When a process ends, Python shuts down the executors first, and compilers use executors.
         if process_ends() or "interpreter shutdown" in str(error):
             return False
-        logger.warning("%s runs uncompiled: %s", type(model).__name__, error)
+        logger.warning("%s runs uncompiled: %s", type(view).__name__, error)
         logger.debug("compiling failed", exc_info=True)
         return False
     running = parts()
@@ -110,19 +114,19 @@ def compile_for(model: PreTrainedModel, parts: weakref.ref[EngineParts]) -> bool
     return True
 
 
-def _compiled_forward(
-    model: PreTrainedModel, fused: bool, config: ResolvedConfig
-) -> tuple[PackedForward, AttentionBackend]:
-    """A compiled forward with programmatic dependent launch where the device and the generated code allow it."""
-    device = next(model.parameters()).device
-    for pdl in (True, False) if supports_pdl(device) else (False,):
-        forward = PackedForward(model, fused=fused)
-        # The forward needs a backend of its own: it runs beside the engine's steps, whose backend has scratch memory.
+def _compile(forward: PackedForward, config: ResolvedConfig) -> AttentionBackend:
+    """Compile, with programmatic dependent launch where the device and the generated code allow it.
+
+    Returns:
+        Attention kernels of the forward's own: it runs beside the engine's steps, whose kernels have scratch memory.
+    """
+    for pdl in (True, False) if supports_pdl(forward.device) else (False,):
         backend = make_backend(config.settings.attention_backend, forward.device)
         try:
             compile_checked(forward, backend, page_size=config.page_size, pdl=pdl)
         except UnsafePdlError as error:
             logger.info("%s is compiled again without programmatic dependent launch: %s", forward.name, error)
+            forward.uncompile()
             continue
-        return forward, backend
+        return backend
     raise AssertionError("compiling without programmatic dependent launch raises no UnsafePdlError")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -28,6 +29,8 @@ from hf_async_batching.model.forward.cache_forward import MODES, CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import text_config
 from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable
+from hf_async_batching.model.view.snapshot import ModelSnapshot
+from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.start_progress import stage
 from hf_async_batching.runtime.triton_start import start_compiler
 
@@ -48,28 +51,72 @@ def looks_packed(model: PreTrainedModel) -> bool:
     )
 
 
-def check_servable(model: PreTrainedModel, longest: int | None = None) -> None:
-    """Refuse what no route can serve, by a forward over a few tokens; the attach check may still refuse the rest.
+class Route(NamedTuple):
+    """How a model is served.
+
+    Attributes:
+        forward: The forward, whose logits agree with those of plain `generate`.
+        backend: Its attention kernels.
+        view: The view of the model with which the forward was compared; None if it was not compared.
+    """
+
+    forward: PackedForward | CacheForward
+    backend: AttentionBackend
+    view: PreTrainedModel | None
+
+
+@dataclass(frozen=True, slots=True)
+class RouteHint:
+    """What a first look at a model has found, for the engine to begin with: no second copy, no second probe.
+
+    Attributes:
+        state: The model's state when it was looked at.
+        autocast: The autocast state of the thread that looked.
+        small: The check of a small copy.
+        packed: An unfused packed forward, which one engine may take over; the reason why there is none; or None if
+            the packed route was not tried on the model itself.
+    """
+
+    state: ModelSnapshot
+    autocast: Autocast
+    small: SmallCopyCheck
+    packed: PackedForward | str | None
+
+    def still_holds(self, model: PreTrainedModel) -> bool:
+        """Whether a model has the state that it had then, and the calling thread the same autocast."""
+        autocast = Autocast.of_this_thread(next(model.parameters()).device.type)
+        return autocast == self.autocast and ModelSnapshot.of(model) == self.state
+
+
+def check_servable(model: PreTrainedModel, longest: int | None = None) -> RouteHint:
+    """Refuse what no route can serve, by a forward over a few tokens; the parity check may still refuse the rest.
 
     Args:
         model: The user's model. On CUDA a small copy runs in its place, unless it looks packed.
         longest: Tokens that a request can reach; None for the model's context.
 
+    Returns:
+        What was found, for `choose_route`. It does not keep the model alive.
+
     Raises:
-        UnsupportedModelError: Says why.
+        UnsupportedModelError: No route can serve the model; the message says why.
     """
     refuse_unservable(model)
+    state, autocast = ModelSnapshot.of(model), Autocast.of_this_thread(next(model.parameters()).device.type)
+    found = partial(RouteHint, state, autocast, SmallCopyCheck(model, longest))
     if _is_on_cuda(model) and not looks_packed(model):
+        hint = found(None)
         embedding_shape(make_view(model, None))  # for what these refuse
-        _first_of_small_copy(SmallCopyCheck(model, longest))
-        return
+        _first_of_small_copy(hint.small)
+        return hint
     try:
-        PackedForward(model)
+        return found(PackedForward(model))
     except UnsupportedModelError as packed:
         try:
             CacheForward(model)
         except UnsupportedModelError as error:
             raise error from packed
+        return found(str(packed))  # the error itself has a traceback, which holds the model
 
 
 def _first_of_small_copy(small: SmallCopyCheck) -> None:
@@ -87,17 +134,17 @@ def _first_of_small_copy(small: SmallCopyCheck) -> None:
 def _refuse_cached(small: SmallCopyCheck, make: partial[CacheForward], always: bool = True) -> None:
     batching, whole_prompts = make.keywords["batching"], make.keywords["whole_prompts"]
     if batching != "single":
-        # What fails on the device there is the model's own code, which the small copy alone shows.
+        # A failure there is one of the model's own code on the device, and only the small copy shows it.
         small.refuse(f"{batching}, whole prompts" if whole_prompts else batching, make, always=always, known=always)
 
 
-def choose_route(
-    model: PreTrainedModel, config: BatchingConfig
-) -> tuple[PackedForward | CacheForward, AttentionBackend, PreTrainedModel | None]:
-    """A forward whose logits agree with those of plain `generate`: the first route for which that is so.
+def choose_route(model: PreTrainedModel, config: BatchingConfig, hint: RouteHint | None = None) -> Route:
+    """Find the first route whose logits agree with those of plain `generate`.
 
-    Returns:
-        The forward, its kernels, and the view of the model that it was checked against.
+    Args:
+        model: The user's model.
+        config: Settings.
+        hint: What `check_servable` has found; used if the model is still the same, and used up then.
 
     Raises:
         UnsupportedModelError: There is no such route.
@@ -107,57 +154,89 @@ def choose_route(
     device = next(model.parameters()).device
     backend = make_backend(config.attention_backend, device)
     start_compiler(device)
-    on_cuda = _is_on_cuda(model)
-    small = SmallCopyCheck(model, config.max_sequence_length)
+    if hint is not None and not hint.still_holds(model):
+        hint = None
+    small = hint.small if hint is not None else SmallCopyCheck(model, config.max_sequence_length)
     try:
-        if on_cuda and not looks_packed(model):
-            small.refuse("packed", PackedForward, always=True)
-        with small.beside("packed", PackedForward, config.attach_check and on_cuda):
-            packed_forward, view = _packed_forward(model, config, backend)
-        if config.attach_check:
-            small.refuse("packed", PackedForward)
-        return packed_forward, backend, view
+        return _packed_route(model, config, backend, small, hint.packed if hint is not None else None)
     except UnsupportedModelError as error:
-        packed = error
+        return _cached_route(model, config, backend, small, error)
+
+
+def _packed_route(
+    model: PreTrainedModel,
+    config: BatchingConfig,
+    backend: AttentionBackend,
+    small: SmallCopyCheck,
+    tried: PackedForward | str | None,
+) -> Route:
+    if isinstance(tried, str):
+        raise UnsupportedModelError(tried)
+    on_cuda = _is_on_cuda(model)
+    if on_cuda and not looks_packed(model):
+        small.refuse("packed", PackedForward, always=True)
+    with small.beside("packed", PackedForward, config.attach_check and on_cuda):
+        route = _packed_forward(model, config, backend, tried)
+    if config.attach_check:
+        small.refuse("packed", PackedForward)
+    return route
+
+
+def _cached_route(
+    model: PreTrainedModel,
+    config: BatchingConfig,
+    backend: AttentionBackend,
+    small: SmallCopyCheck,
+    packed: UnsupportedModelError,
+) -> Route:
     reasons: list[UnsupportedModelError] = []
     for batching, whole_prompts in MODES:
         if batching != "single" and reasons and isinstance(reasons[-1], LogitsDifferError) and reasons[-1].plain:
             continue  # the same for all of them
         make = partial(CacheForward, batching=batching, whole_prompts=whole_prompts)
         try:
-            _refuse_cached(small, make, always=on_cuda)
-            cached_forward, view = _checked(make, model, config, backend)
+            _refuse_cached(small, make, always=_is_on_cuda(model))
+            route = _checked(make, model, config, backend)
         except UnsupportedModelError as error:
             logger.debug("%s as %s, %s: %s", type(model).__name__, batching, whole_prompts, error)
             reasons.append(error)
             continue
+        forward = route.forward
         why = [packed, *reasons[:1]] if batching == "single" else [packed]
         logger.warning(
             "%s is served through its own cache class (%s), slower than packed: %s",
-            cached_forward.name,
-            cached_forward.route,
-            "; not in batches: ".join(str(one).removeprefix(f"{cached_forward.name} is not served: ") for one in why),
+            forward.name,
+            forward.route,
+            "; not in batches: ".join(str(one).removeprefix(f"{forward.name} is not served: ") for one in why),
         )
-        return cached_forward, backend, view
+        return route
     raise reasons[-1] from packed
 
 
 def _packed_forward(
-    model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend
-) -> tuple[PackedForward, PreTrainedModel | None]:
-    """A packed forward that passed the check; without fused weights where it does only then."""
+    model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend, made: PackedForward | None = None
+) -> Route:
+    """A packed forward that passed the parity check; without fused weights if it passes only then.
+
+    Args:
+        made: An unfused one, to begin with.
+    """
     device = next(model.parameters()).device
     if config.fuses_weights(device):
-        make = partial(PackedForward, fused=True, skinny=not config.compiles(device))
+        skinny = not config.compiles(device)
+        make = partial(PackedForward, fused=True, skinny=skinny)
         try:
-            return _checked(make, model, config, backend)
+            if made is not None:
+                made.fuse(skinny=skinny)
+            return _checked(make, model, config, backend, made)
         except Exception as error:
             if ends_the_search(error, device):
                 raise
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
+            made = None
     if not config.attach_check:
-        return PackedForward(model), None
-    return _checked(PackedForward, model, config, backend)
+        return Route(made or PackedForward(model), backend, None)
+    return _checked(PackedForward, model, config, backend, made)
 
 
 _Forward = TypeVar("_Forward", PackedForward, CacheForward)
@@ -168,12 +247,18 @@ def _checked(
     model: PreTrainedModel,
     config: BatchingConfig,
     backend: AttentionBackend,
-) -> tuple[_Forward, PreTrainedModel]:
-    """A forward that agrees with plain `generate`, in the model's dtype or in a wider one."""
+    made: _Forward | None = None,
+) -> Route:
+    """A forward that agrees with plain `generate`, in the model's dtype or in a wider one.
+
+    Args:
+        make: Makes a forward for a model or a view.
+        made: What it has made for this model, if it has.
+    """
     name = type(model).__name__
     stage("its forward is tried with a few tokens")
     try:
-        forward = make(model)
+        forward = make(model) if made is None else made
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -183,7 +268,7 @@ def _checked(
     stage(f"its logits as {forward.route} are compared with those of plain `generate`")
     page_size = config.page_size or default_page_size(forward.device)
     try:
-        return forward, check_parity(model, forward, backend, page_size)
+        return Route(forward, backend, check_parity(model, forward, backend, page_size))
     except LogitsDifferError as error:
         stage(f"its logits as {forward.route} are compared in a wider dtype, since {error.short}")
         # A wide view fuses nothing: what is fused is compared by itself.
@@ -193,7 +278,7 @@ def _checked(
         view = agrees_in_wide_dtype(model, make, backend, page_size, error)
         if view is None:
             raise
-        return forward, view
+        return Route(forward, backend, view)
 
 
 def _is_on_cuda(model: PreTrainedModel) -> bool:

@@ -18,6 +18,7 @@ from hf_async_batching.engine import background_compile, supervisor
 from hf_async_batching.engine.background_compile import BackgroundCompile
 from hf_async_batching.engine.builder import build_engine
 from hf_async_batching.engine.engine_thread import EngineThread
+from hf_async_batching.model.view.model_view import make_view
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_compiler_that_fails_because_the_process_ends_says_nothing(
     monkeypatch.setattr(background_compile, "compile_checked", fail)
     monkeypatch.setattr(background_compile, "process_ends", lambda: ends)
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
-        assert not background_compile.compile_for(model, weakref.ref(engine))
+        assert not background_compile.compile_for(make_view(model, None), weakref.ref(engine))
     assert ("runs uncompiled: no compiler" in caplog.text) != ends
     caplog.clear()
 
@@ -129,6 +130,6 @@ def test_a_compiler_that_fails_because_the_process_ends_says_nothing(
 
     monkeypatch.setattr(background_compile, "compile_checked", fail_as_executors_do)
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
-        assert not background_compile.compile_for(model, weakref.ref(engine))
+        assert not background_compile.compile_for(make_view(model, None), weakref.ref(engine))
     assert not caplog.text
     engine.engine.close()

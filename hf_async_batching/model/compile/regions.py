@@ -68,6 +68,7 @@ class Region:
             call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
         )
         self._compiled = torch.compile(own, backend=backend, fullgraph=True)
+        self._before = [vars(module).get("forward") for module in modules]
         for module in modules:
             module.forward = types.MethodType(_RegionCall(self), module)
 
@@ -85,6 +86,13 @@ class Region:
         got = self._compiled(module, *args, **kwargs)
         self.compared.append(_tokens_alike(_first(got), _first(want), given))
         return want
+
+    def remove(self) -> None:
+        """Give the modules the forwards again that they had before."""
+        for module, before in zip(self.modules, self._before, strict=True):
+            del module.forward
+            if before is not None:
+                module.forward = before
 
 
 class _RegionCall:
@@ -203,12 +211,19 @@ def compile_regions(
     try:
         run_example()
     except Exception as error:
+        remove_regions(regions)
         if pdl and not generated_code_waits():  # torch.compile wraps what its backend raises
             raise UnsafePdlError("a generated kernel would not wait for the one before it") from error
         raise
     for region in regions:
         region.marking = False
     return regions
+
+
+def remove_regions(regions: list[Region]) -> None:
+    """Give the modules of regions the forwards again that they had before."""
+    for region in regions:
+        region.remove()
 
 
 def _with_residual_sums(backend: str | Compiler, pdl: bool) -> Compiler:

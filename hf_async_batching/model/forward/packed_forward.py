@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
-from hf_async_batching.model.compile.regions import Region, compile_regions
+from hf_async_batching.model.compile.regions import Region, compile_regions, remove_regions
 from hf_async_batching.model.forward import attention_probe
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refuse_states
 from hf_async_batching.model.forward.step_inputs import StepInputs
@@ -30,12 +31,12 @@ _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class PackedForward:
-    """Calls the view for one step.
+    """Computes one step: calls the view over the packed tokens of many rows.
 
     Args:
-        model: The user's model; a shared-weight view of it is made.
-        fused: Whether projections of one input share a product; their weights are packed, see `linear.packing`.
-        skinny: Whether uncompiled code, too, sends few rows to our own kernel; only with `fused`.
+        model: The user's model; a shared-weight view of it is made, and a probe runs on that view.
+        fused: Whether projections of one input share a product; see `fuse`.
+        skinny: Whether uncompiled code sends few rows to our own kernel; only with `fused`.
 
     Attributes:
         name: Class of the model, for messages.
@@ -78,13 +79,37 @@ class PackedForward:
         self.dtype: torch.dtype = self.layers[0].dtype
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
+        self._parallel = parallel_projections(self.view, seen)
+        self._begin()
+        if fused:
+            self.fuse(skinny=skinny)
+
+    def _begin(self) -> None:
+        """Begin with a view that is uncompiled, unfused and bound to no pages."""
+        set_attention(self.view, interface.NAME)
         self._layer_at: dict[int, int] = {}
         self._compiled = False
         self.regions: list[Region] = []
-        self.packed_groups: int | None = self._fuse(seen, skinny) if fused else None
-        set_attention(self.view, interface.NAME)
+        self.packed_groups: int | None = None
         self._cache: PagedCache | None = None
         self._backend: AttentionBackend | None = None
+
+    def on_view(self, view: PreTrainedModel) -> PackedForward:
+        """The same forward, unfused and uncompiled, on another view: no copy is made, and no probe runs.
+
+        Args:
+            view: Another view of the same state of the model, which the new forward takes over.
+
+        Raises:
+            ValueError: The view has other modules.
+        """
+        other = dict(zip(map(id, self.view.modules()), view.modules(), strict=True))
+        made = copy.copy(self)
+        made.view = view
+        made._paged_layers = {id(other[key]): layer for key, layer in self._paged_layers.items()}
+        made._parallel = [[cast(nn.Linear, other[id(module)]) for module in group] for group in self._parallel]
+        made._begin()
+        return made
 
     def _probe(self) -> tuple[attention_probe.ProbeResult, LinearCalls]:
         tokens = torch.arange(1, attention_probe.PROBE_TOKENS + 1, device=self.device) % self.vocab_size
@@ -112,13 +137,17 @@ class PackedForward:
                 raise UnsupportedModelError(f"{self.name} is not served: {error}") from error
         return findings, seen
 
-    def _fuse(self, seen: LinearCalls, skinny: bool) -> int:
-        groups = parallel_projections(self.view, seen)
+    def fuse(self, *, skinny: bool = False) -> None:
+        """Let projections of one input share a product; their weights are packed, see `linear.packing`.
+
+        Args:
+            skinny: Whether uncompiled code sends few rows to our own kernel.
+        """
         counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=self.device)
         for module in self.view.modules():
             if is_plain(module):
                 convert(module, counters, skinny=skinny)
-        return pack(groups)
+        self.packed_groups = pack(self._parallel)
 
     def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, pdl: bool = False) -> None:
         """Compile the layers of the view; see `regions`.
@@ -129,13 +158,18 @@ class PackedForward:
             pdl: Use programmatic dependent launch; see `pdl_check`.
 
         Raises:
-            Exception: Whatever the compiler raises; this forward is then of no use.
+            Exception: Whatever the compiler raises. The forward is of use again after `uncompile`.
         """
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
         self.regions = compile_regions(self.view, set(self._paged_layers), run_example, backend, pdl=pdl)
         ready_products(self.view, (16, 32, 64))
+
+    def uncompile(self) -> None:
+        """Take compiled code out of the view again."""
+        remove_regions(self.regions)
+        self._compiled, self.regions = False, []
 
     def tune(self, batches: list[int]) -> None:
         """Measure kernel settings on this device, unless that was done before; nothing else may run on it.

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,13 +114,14 @@ def test_unsafe_code_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
         if pdl:
             raise UnsafePdlError("no wait")
 
-    made = SimpleNamespace(name="Model", device=torch.device("cpu"))
+    undone: list[int] = []
+    made: Any = SimpleNamespace(name="Model", device=torch.device("cpu"), uncompile=lambda: undone.append(len(tried)))
     monkeypatch.setattr(background_compile, "compile_checked", compile_checked)
     monkeypatch.setattr(background_compile, "supports_pdl", lambda device: True)
-    monkeypatch.setattr(background_compile, "PackedForward", lambda model, fused: made)
-    config = SimpleNamespace(page_size=16, settings=SimpleNamespace(attention_backend="torch"))
-    forward, _ = background_compile._compiled_forward(torch.nn.Linear(1, 1), True, config)  # type: ignore[arg-type]
-    assert forward is made and tried == [True, False]
+    config: Any = SimpleNamespace(page_size=16, settings=SimpleNamespace(attention_backend="torch"))
+    background_compile._compile(made, config)
+    assert tried == [True, False]
+    assert undone == [1]
 
 
 def test_the_setting_has_its_name() -> None:

@@ -21,6 +21,7 @@ from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.model.compile import regions as compiled_regions
 from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafePdlError, region_modules
 from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.view.model_view import make_view
 
 CPU = torch.device("cpu")
 
@@ -88,7 +89,7 @@ def test_no_recompilation_in_steady_state(quick_compiler: None) -> None:
     prompts = ragged_prompts(9, 60)
     want = serve(running, prompts, 10)
     with torch.inference_mode():
-        assert compile_for(model, weakref.ref(running))
+        assert compile_for(make_view(model, None), weakref.ref(running))
     compiled = graphs()
     assert compiled == 3, "four layers share one graph"
     # Steps of 1 to 32 tokens, prompts and decodes, one row and six.
@@ -105,7 +106,7 @@ def test_engines_do_not_share_a_limit_of_variants(quick_compiler: None) -> None:
         model = tiny_model("Llama", num_hidden_layers=1, intermediate_size=32 + 16 * i)
         running = build_engine(model, BatchingConfig(compile=True, max_rows=2, max_batch_tokens=16))
         with torch.inference_mode():
-            assert compile_for(model, weakref.ref(running)), f"model {i}"
+            assert compile_for(make_view(model, None), weakref.ref(running)), f"model {i}"
 
 
 def test_an_engine_that_is_gone_gets_nothing(quick_compiler: None) -> None:
@@ -131,7 +132,7 @@ def test_wrong_logits_are_not_served(monkeypatch: pytest.MonkeyPatch, caplog: py
     running = build_engine(model, BatchingConfig(compile=True, max_rows=4, max_batch_tokens=32))
     plain = running.runner._forward
     with torch.inference_mode():
-        assert not compile_for(model, weakref.ref(running))
+        assert not compile_for(make_view(model, None), weakref.ref(running))
     assert "runs uncompiled" in caplog.text
     serve(running, [[1, 2, 3]], 2)
     assert running.runner._forward is plain
@@ -214,11 +215,13 @@ def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.Mon
         return run
 
     monkeypatch.setattr(compiled_regions, "generated_code_waits", lambda: False)
-    compile_checked, model = parity_check.compile_checked, tiny_model("Llama")
+    forward, backend = PackedForward(tiny_model("Llama")), make_backend("auto", CPU)
     with pytest.raises(UnsafePdlError):
-        compile_checked(PackedForward(model), make_backend("auto", CPU), generates, pdl=True)
+        parity_check.compile_checked(forward, backend, generates, pdl=True)
     assert not ran
-    compile_checked(PackedForward(model), make_backend("auto", CPU), generates, pdl=False)
+    forward.uncompile()
+    assert not any("forward" in vars(module) for module in forward.view.modules())
+    parity_check.compile_checked(forward, backend, generates, pdl=False)
     assert ran
 
 
