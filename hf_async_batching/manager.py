@@ -69,10 +69,10 @@ class GenerationManager:
     ) -> None:
         self._group = RankGroup.of(model)
         self.config = config or BatchingConfig()
-        # Refused here, before any memory is taken; the engine makes its own view when it starts.
+        # Refused here, before any memory is taken. The engine begins with what was found.
         with told(type(model).__name__):
-            check_servable(model, self.config.max_sequence_length)
-        self._engines = engines = EngineSupervisor(get_model, self.config, self._group)
+            hint = check_servable(model, self.config.max_sequence_length)
+        self._engines = engines = EngineSupervisor(get_model, self.config, self._group, hint)
         self._criteria_thread = CriteriaThread()
         self._embeddings = EmbeddingsIntake()
         # Neither holds the manager, which goes with the last reference of a caller's.

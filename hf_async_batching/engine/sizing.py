@@ -8,7 +8,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from hf_async_batching.config import BatchingConfig
+from hf_async_batching.core.graph_buckets import largest_padding
+from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING
+from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
 from hf_async_batching.kv_cache.layer_groups import LayerGroups, LayerShape, group_layers
+from hf_async_batching.model.forward.cache_forward import CacheForward
+from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
 
 logger = logging.getLogger(__name__)
 
@@ -139,3 +145,83 @@ def resolve_config(
     )
     reach = min(longest, num_pages // groups.count * page_size)
     return ResolvedConfig(depth, page_size, max_rows, budget, reach, num_pages, pages_per_row, chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """Sizes of an engine's parts, which the parts share.
+
+    Attributes:
+        config: The settings with their automatic fields filled.
+        groups: The layers that share a page.
+        drafted: Drafted tokens that a row can have in a step.
+        padding: The largest size to which a step is padded.
+        max_writes: Numbers that a step can write for one row: its rules, its padding, and all of its tokens if their
+            pages were found in the prefix cache.
+    """
+
+    config: ResolvedConfig
+    groups: LayerGroups
+    drafted: int
+    padding: Padding
+    max_writes: int
+
+    @property
+    def max_samples(self) -> int:
+        """Tokens that a step can sample."""
+        return self.config.max_rows + self.drafted
+
+    @property
+    def limits(self) -> Sections:
+        """The largest sections of a step's inputs."""
+        return Sections.largest(
+            max_rows=self.config.max_rows,
+            max_batch_tokens=max(self.config.max_batch_tokens, self.padding.tokens),
+            num_pages=self.config.num_pages,
+            writes=self.max_writes,
+            drafted=max(self.drafted, self.padding.sections.samples - self.config.max_rows),
+        )
+
+
+def size_engine(
+    config: BatchingConfig,
+    forward: PackedForward | CacheForward,
+    context_length: int | None,
+    free_bytes: int,
+    *,
+    padded: bool = True,
+) -> EngineSizes:
+    """Choose the sizes of an engine for a forward.
+
+    Args:
+        config: The caller's settings.
+        forward: The forward that the engine runs.
+        context_length: The model's context length in tokens; None if it is unknown.
+        free_bytes: Free memory on the forward's device.
+        padded: Whether mixed steps may be padded, for graphs. Several ranks must capture a step all or none, and each
+            would count the memory of its own graphs: so their mixed steps are not padded.
+
+    Raises:
+        ValueError: The free memory does not hold a single KV page.
+    """
+    packed = isinstance(forward, PackedForward)
+    # Other routes hand a model one table for all of its layers.
+    groups = group_layers(forward.layers, packed, config.max_sequence_length or context_length)
+    resolved = resolve_config(
+        config,
+        forward.layers,
+        context_length,
+        forward.device,
+        free_bytes,
+        forward.weight_bytes,
+        forward.state_bytes,
+        groups,
+    )
+    # A packed row can go on from any of its tokens. A row with a recurrent state cannot.
+    drafted = MAX_DRAFTED if packed else 0
+    padding = NO_PADDING
+    if packed and padded:
+        samples = resolved.max_rows + drafted
+        padding = largest_padding(resolved.max_batch_tokens, resolved.max_rows, samples, forward.weight_bytes)
+    max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
+    return EngineSizes(resolved, groups, drafted, padding, max_writes)

@@ -33,6 +33,7 @@ from hf_async_batching.engine.background_compile import BackgroundCompile
 from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.engine.engine_thread import EngineThread
 from hf_async_batching.engine.follower import Follower
+from hf_async_batching.engine.route import RouteHint
 from hf_async_batching.errors import EngineClosedError, ReentrantCallError, UnsupportedArgumentError
 from hf_async_batching.model.view.module_calls import refuse_unmarked_calls
 from hf_async_batching.model.view.snapshot import ModelSnapshot
@@ -66,14 +67,21 @@ class EngineSupervisor:
         get_model: Returns the model; None once it has been collected.
         config: Settings.
         group: The ranks over which the model is spread; None for one process.
+        hint: What `check_servable` has found; the first engine begins with it.
     """
 
     def __init__(
-        self, get_model: Callable[[], PreTrainedModel | None], config: BatchingConfig, group: RankGroup | None = None
+        self,
+        get_model: Callable[[], PreTrainedModel | None],
+        config: BatchingConfig,
+        group: RankGroup | None = None,
+        hint: RouteHint | None = None,
     ) -> None:
         self._get_model = get_model
         self._config = config if group is None else config.for_ranks()
         self._group = group
+        # While the layers of a spread model run, its state cannot be compared.
+        self._hint = hint if group is None else None
         self._lock = ForkSafeLock()
         self._thread: EngineThread | None = None
         self._made_for: ModelState | None = None
@@ -89,7 +97,7 @@ class EngineSupervisor:
         leave_behind(self._thread, self._compile)
         if self._finalizer is not None:
             self._finalizer.detach()
-        self._thread = self._finalizer = self._compile = self._made_for = None
+        self._thread = self._finalizer = self._compile = self._made_for = self._hint = None
 
     # -- the model and its engine ---------------------------------------------------------------------------------
 
@@ -157,7 +165,7 @@ class EngineSupervisor:
     def model_changed(self) -> None:
         """Have the next request start an engine for the model as it is then; the live ones end as they began."""
         with self._lock:
-            thread = self._thread
+            thread, self._hint = self._thread, None
         if thread is not None:
             thread.drain()
 
@@ -249,10 +257,11 @@ class EngineSupervisor:
         if self._group is not None:
             self._group.send(Start())
         first_step = threading.Event()
+        hint, self._hint = self._hint, None
 
         def make() -> EngineParts:
             with state.autocast(), told(type(model).__name__):
-                return build_engine(model, self._config, self._group)
+                return build_engine(model, self._config, self._group, hint)
 
         with no_collections():
             assembly = in_fresh_thread(make)

@@ -51,7 +51,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[IdleEngine]:
     """The engines that were made, the oldest first."""
     engines: list[IdleEngine] = []
 
-    def build_engine(model: Any, config: BatchingConfig, group: Any) -> Any:
+    def build_engine(model: Any, config: BatchingConfig, group: Any, hint: Any) -> Any:
         engines.append(IdleEngine())
         return Parts(
             engine=engines[-1],

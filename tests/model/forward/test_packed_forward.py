@@ -13,10 +13,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.attention.select import make_backend
-from hf_async_batching.checks.parity_check import compile_checked
+from hf_async_batching.checks.parity_check import check_parity, compile_checked
 from hf_async_batching.coverage.check import check_model, make_prompts, reference
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.position_cache import PositionCache
 
 CONFIG = BatchingConfig(page_size=16, max_rows=4, max_batch_tokens=32)
@@ -123,3 +124,25 @@ def test_tokens_that_only_fill_the_vocabulary_up(in_drop_in: bool) -> None:
         handle = manager.submit(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
         assert handle.result(60).token_ids == expected
         assert manager.assembly is not None and manager.assembly.forward.route == "packed"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_the_same_forward_on_another_view(family: str) -> None:
+    """Nothing is probed again: what the probe found goes with the modules' places."""
+    model = llama_like(family)
+    forward = PackedForward(model, fused=True)
+    view = make_view(model, None)
+    other = forward.on_view(view)
+    assert other.view is view and other.packed_groups is None and not other.regions
+    modules = {id(module): name for name, module in view.named_modules()}
+    before = {id(module): name for name, module in forward.view.named_modules()}
+    assert {modules[key]: layer for key, layer in other._paged_layers.items()} == {
+        before[key]: layer for key, layer in forward._paged_layers.items()
+    }
+    check_parity(model, other, make_backend("auto", torch.device("cpu")))
+    other.fuse()
+    assert other.packed_groups == forward.packed_groups
+    check_parity(model, other, make_backend("auto", torch.device("cpu")))
+    smaller = make_view(llama_like(family, num_hidden_layers=1), None)
+    with pytest.raises(ValueError, match="is shorter|is longer"):
+        forward.on_view(smaller)
