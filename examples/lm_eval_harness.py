@@ -31,10 +31,7 @@ class AsyncHFLM(HFLM):
 
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-results = simple_evaluate(
-    model=AsyncHFLM(pretrained=arguments.model, device=device, batch_size=arguments.batch_size),
-    tasks=arguments.tasks,
-    limit=arguments.limit,
-    task_manager=TaskManager(include_path=arguments.include_path),
-)
+harness = AsyncHFLM(pretrained=arguments.model, device=device, batch_size=arguments.batch_size)
+tasks = TaskManager(include_path=arguments.include_path)
+results = simple_evaluate(model=harness, tasks=arguments.tasks, limit=arguments.limit, task_manager=tasks)
 print(make_table(results))
