@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -15,13 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.plan import Features
 from hf_async_batching.core.request import Request
-from hf_async_batching.core.timeline import Timeline, records_after
+from hf_async_batching.core.timeline import Timeline
 from hf_async_batching.distributed.rank_group import RankGroup, check_sendable
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.engine.engine_thread import EngineThread
 from hf_async_batching.engine.limits import EmbeddingsIntake, check_group, check_limits, group_fits
 from hf_async_batching.engine.route import check_servable
-from hf_async_batching.engine.stats import Stats, read_stats
+from hf_async_batching.engine.stats import Stats, read_stats, read_timeline
 from hf_async_batching.engine.supervisor import EngineSupervisor
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError
 from hf_async_batching.handle import GenerationHandle
@@ -36,6 +36,8 @@ from hf_async_batching.runtime.default_device import cpu_by_default
 from hf_async_batching.runtime.start_progress import told
 from hf_async_batching.scheduler.step_features import features_of_request
 from hf_async_batching.stopping.criteria_relay import CriteriaThread
+
+Handle = TypeVar("Handle", bound=GenerationHandle)
 
 
 class GenerationManager:
@@ -181,15 +183,10 @@ class GenerationManager:
     @cpu_by_default
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
         """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
-        outer: list[GenerationHandle] = []
         autocast = Autocast.of_this_thread(self.model.device.type)
-
-        def make(engine: EngineThread, requests: list[Request]) -> list[GenerationHandle]:
-            inner, outer[:] = make_handles(requests, engine.cancel, engine.choose, engine.thread, autocast)
-            return inner
-
-        self._put(requests, make)
-        return outer
+        return self._put(
+            requests, lambda engine, ones: make_handles(ones, engine.cancel, engine.choose, engine.thread, autocast)
+        )
 
     def submit_group(self, requests: list[Request]) -> list[LogitsHandle]:
         """Queue the rows of one batch, whose tokens the caller chooses from the logits of all of them.
@@ -197,17 +194,13 @@ class GenerationManager:
         Raises:
             UnsupportedArgumentError: The engine does not hold them all at the same time.
         """
-        made: list[LogitsHandle] = []
 
-        def make(engine: EngineThread, requests: list[Request]) -> list[LogitsHandle]:
+        def make(engine: EngineThread, ones: list[Request]) -> tuple[list[LogitsHandle], list[LogitsHandle]]:
             threads = (engine.thread,)
-            made[:] = [
-                LogitsHandle(request.request_id, engine.cancel, engine.choose, threads=threads) for request in requests
-            ]
-            return made
+            made = [LogitsHandle(one.request_id, engine.cancel, engine.choose, threads=threads) for one in ones]
+            return made, made
 
-        self._put(requests, make, check_group)
-        return made
+        return self._put(requests, make, check_group)
 
     def holds_group(self, requests: list[Request]) -> bool:
         """Whether the engine holds these requests at the same time, so that they can be a group; starts it."""
@@ -217,9 +210,10 @@ class GenerationManager:
     def _put(
         self,
         requests: list[Request],
-        make: Callable[[EngineThread, list[Request]], Sequence[GenerationHandle]],
+        make: Callable[[EngineThread, list[Request]], tuple[Sequence[GenerationHandle], list[Handle]]],
         check: Callable[[list[Request], EngineParts], None] | None = None,
-    ) -> None:
+    ) -> list[Handle]:
+        """Hand requests to the engine with the handles that `make` returns first; returns its second ones."""
         while True:
             engine = self._engines.current()
             assembly = engine.assembly
@@ -232,8 +226,9 @@ class GenerationManager:
             if check is not None:
                 check(requests, assembly)
             requests = self._embeddings.bring(requests, assembly, self.model)
-            if engine.put(requests, list(make(engine, requests))):
-                return
+            filled, returned = make(engine, requests)
+            if engine.put(requests, filled):
+                return returned
 
     def bind(
         self,
@@ -282,20 +277,18 @@ class GenerationManager:
             )
         usual = self.inputs.default_request()
         examples = [*([] if usual is None else [usual]), *requests]
-        features = [Features(), *map(features_of_request, examples)]
+        features = dict.fromkeys([Features(), *map(features_of_request, examples)])
         engine = self._engines.current()
-        assembly = engine.assembly
-        if assembly is None:
+        parts = engine.assembly
+        if parts is None:
             return
-        config = assembly.config
         self._engines.wait_until_compiled()
-        # A compiled forward is adopted by the step of a request, which also readies what no graph holds.
-        vocab = assembly.forward.vocab_size
-        length = max(1, min(8, config.max_sequence_length - 3, config.max_batch_tokens))
-        prompt = tuple((7 * i + 3) % vocab for i in range(length))
-        new = min(2, config.max_sequence_length - length)
-        self.submit_request(Request(new_request_id(), prompt, new)).result()
-        engine.warm(list(dict.fromkeys(features)), tune)
+        # The step of a request adopts a compiled forward, and readies what no graph holds.
+        longest = parts.config.max_sequence_length
+        length = max(1, min(8, longest - 3, parts.config.max_batch_tokens))
+        prompt = tuple((7 * i + 3) % parts.forward.vocab_size for i in range(length))
+        self.submit_request(Request(new_request_id(), prompt, min(2, longest - length))).result()
+        engine.warm(list(features), tune)
 
     def set_depth(self, depth: int | None) -> None:
         """Change how many steps may be in flight from the next step on; tokens do not depend on it. From any thread.
@@ -341,11 +334,7 @@ class GenerationManager:
             after: Only steps with a larger number; for reading on from the last step that was seen. Numbers begin at 0
                 with each start of the engine.
         """
-        assembly = self.assembly
-        if assembly is None:
-            return Timeline(())
-        name = "CUDA" if assembly.forward.device.type == "cuda" else "CPU"
-        return Timeline(records_after(assembly.engine.records.copy(), after), name)
+        return read_timeline(self.assembly, after)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -75,7 +75,7 @@ class EngineThread:
 
     # -- from any thread ------------------------------------------------------------------------------------------
 
-    def put(self, requests: list[Request], handles: list[GenerationHandle]) -> bool:
+    def put(self, requests: list[Request], handles: Sequence[GenerationHandle]) -> bool:
         """Hand requests over, which then arrive together.
 
         Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from hf_async_batching.core.timeline import Timeline
+from hf_async_batching.core.timeline import Timeline, records_after
 from hf_async_batching.engine.builder import EngineParts
 
 WINDOW_SECONDS = 2.0
@@ -100,3 +100,11 @@ def read_stats(assembly: EngineParts | None, inbox: int) -> Stats:
         graphs=len(assembly.runner.graphs.captured),
         graph_bytes=engine.device.graph_bytes(),
     )
+
+
+def read_timeline(assembly: EngineParts | None, after: int) -> Timeline:
+    """The recorded steps of an engine with numbers above `after`; no steps for None."""
+    if assembly is None:
+        return Timeline(())
+    name = "CUDA" if assembly.forward.device.type == "cuda" else "CPU"
+    return Timeline(records_after(assembly.engine.records.copy(), after), name)

@@ -20,16 +20,14 @@ from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.host_decoding.token_chooser import TokenChooser
-from hf_async_batching.inputs.generation_fields import bound_encoder_ngrams, check_fields
-from hf_async_batching.inputs.logits_processors import (
-    CallRow,
-    SamplingSpec,
+from hf_async_batching.inputs.custom_processors import (
     can_be_row_wise,
     is_row_wise,
     processors_of_batch,
     processors_of_row,
-    read_processors,
 )
+from hf_async_batching.inputs.generation_fields import bound_encoder_ngrams, check_fields
+from hf_async_batching.inputs.logits_processors import CallRow, SamplingSpec, read_processors
 from hf_async_batching.inputs.prompts import Prompt, PromptIds, read_prompt
 from hf_async_batching.inputs.request_builder import (
     Seed,

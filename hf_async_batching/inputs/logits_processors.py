@@ -8,7 +8,6 @@ a processor is lost.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,10 +31,7 @@ from hf_async_batching.core.row_layout import (
     Rule,
     RuleKind,
 )
-from hf_async_batching.host_decoding.long_ngrams import LongNGrams
 from hf_async_batching.host_decoding.token_chooser import TokenChooser
-
-_GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,49 +139,6 @@ def read_processors(
     if do_sample:
         sampling = SamplingParams(do_sample=True, seed=seed, logprobs=logprobs, **draft.sampling)
     return SamplingSpec(sampling, logits, draft.min_new_tokens, padding)
-
-
-def is_row_wise(processors: LogitsProcessorList) -> bool:
-    """Whether the caller has declared that its processors look at each row by itself (`row_wise = True` on them).
-
-    Those of transformers' own count as such where there are others.
-    """
-    own = [processor for processor in processors if not _is_known(processor)]
-    return bool(own) and all([getattr(processor, "row_wise", False) is True for processor in own])
-
-
-def can_be_row_wise(processors: LogitsProcessorList) -> bool:
-    """Whether no processor can tell a row of its batch from a batch of one."""
-    return all([_is_known(processor) or getattr(processor, "row_wise", False) is True for processor in processors])
-
-
-def _is_known(processor: Any) -> bool:
-    return type(processor).__module__ == logits_process.__name__
-
-
-def processors_of_batch(processors: LogitsProcessorList, plain_model: Callable[[], Any]) -> LogitsProcessorList:
-    """The processors of a call for all of its rows: the caller's objects, but for guidance's second forward."""
-    return LogitsProcessorList(
-        [
-            _with_model(processor, plain_model())
-            if _is_known(processor) and type(processor).__name__ == _GUIDANCE
-            else processor
-            for processor in processors
-        ]
-    )
-
-
-def processors_of_row(
-    processors: LogitsProcessorList, row: CallRow, plain_model: Callable[[], Any]
-) -> LogitsProcessorList:
-    """What the processors of a call are for one of its rows.
-
-    Args:
-        processors: What transformers has prepared, on the caller's device.
-        row: The row.
-        plain_model: Makes a view of the model for a second forward, where guidance needs one.
-    """
-    return LogitsProcessorList([_for_row(processor, row, plain_model) for processor in processors])
 
 
 # -- readers: each takes over what a processor does, or says that it cannot ------------------------------------------
@@ -363,53 +316,3 @@ _BY_NAME: Mapping[str, Callable[[Any, CallRow, _Draft], bool]] = {
 }
 _READERS = {getattr(logits_process, name): read for name, read in _BY_NAME.items() if hasattr(logits_process, name)}
 _ORDER = {kind: place for place, kind in enumerate(_READERS)}
-
-
-# -- processors for one row of a call --------------------------------------------------------------------------------
-
-
-def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
-    """What a processor that was made for all rows of a call is for one of them."""
-    name = type(processor).__name__ if type(processor).__module__ == logits_process.__name__ else ""
-    if name == "RepetitionPenaltyLogitsProcessor" and isinstance(processor.prompt_ignore_length, torch.Tensor):
-        own = copy.copy(processor)
-        own.prompt_ignore_length = processor.prompt_ignore_length[row.index : row.index + 1]
-        return own
-    if name == "EncoderRepetitionPenaltyLogitsProcessor":
-        own, line = copy.copy(processor), row.of(processor.encoder_input_ids.shape[0])
-        own.encoder_input_ids = processor.encoder_input_ids[line : line + 1]
-        return own
-    if name == "EncoderNoRepeatNGramLogitsProcessor":
-        own, line = copy.copy(processor), row.of(processor.batch_size)
-        own.batch_size, own.generated_ngrams = 1, processor.generated_ngrams[line : line + 1]
-        return own
-    if name == "NoRepeatNGramLogitsProcessor" and processor.ngram_size > MAX_NGRAM:
-        return LongNGrams(processor.ngram_size)
-    if name == "PrefixConstrainedLogitsProcessor":
-        allowed = processor._prefix_allowed_tokens_fn
-        prompt = row.index // processor._num_beams  # the prompt's number, for each of its sequences
-        return type(processor)(lambda _, sent: allowed(prompt, sent), 1)
-    if name == _GUIDANCE:
-        return _guidance_for_row(processor, row, plain_model)
-    if name == "SynthIDTextWatermarkLogitsProcessor":
-        return copy.deepcopy(processor)  # it keeps a state per row
-    return processor
-
-
-def _guidance_for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
-    """Guidance with an unconditional forward, and its cache, of the row's own."""
-    own = _with_model(processor, plain_model())
-    for name in ("input_ids", "attention_mask"):
-        given = own.unconditional_context[name]
-        if given is not None:
-            line = row.of(given.shape[0])
-            own.unconditional_context[name] = given[line : line + 1].to(own.model.device)
-    return own
-
-
-def _with_model(processor: Any, model: Any) -> Any:
-    # The user's own model would write defaults to its config, which other threads read.
-    own = copy.copy(processor)
-    own.model = model
-    own.unconditional_context = dict(processor.unconditional_context)
-    return own
