@@ -150,6 +150,7 @@ def test_a_wake_for_a_token_that_was_taken_blocks_no_loop() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.timeout(30)
 def test_an_iteration_in_the_thread_that_brings_the_tokens_is_refused() -> None:
     handle = GenerationHandle("a", lambda handle: None, threads=(threading.current_thread(),))
     with pytest.raises(ReentrantCallError, match="iteration over a request's tokens"):

@@ -36,6 +36,7 @@ def circle() -> Exception:
     return error
 
 
+@pytest.mark.timeout(60)  # of the circle, which can be gone round for ever
 @pytest.mark.parametrize(
     ("error", "failed"),
     [
