@@ -153,7 +153,7 @@ class GenerationManager:
         if not submission.criteria:
             return handle
         device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
-        return self._criteria_thread.judge(handle, submission.request, submission.criteria, device, submission.history)
+        return self._criteria_thread.relay(handle, submission.request, submission.criteria, device, submission.history)
 
     def make_request(
         self,
@@ -204,8 +204,8 @@ class GenerationManager:
 
     def holds_group(self, requests: list[Request]) -> bool:
         """Whether the engine holds these requests at the same time, so that they can be a group; starts it."""
-        assembly = self._engines.current().assembly
-        return assembly is not None and group_fits(requests, assembly)
+        parts = self._engines.current().parts
+        return parts is not None and group_fits(requests, parts)
 
     def _put(
         self,
@@ -216,16 +216,16 @@ class GenerationManager:
         """Hand requests to the engine with the handles that `make` returns first; returns its second ones."""
         while True:
             engine = self._engines.current()
-            assembly = engine.assembly
-            if assembly is None:
+            parts = engine.parts
+            if parts is None:
                 continue  # it stopped on its own just now; `current` waits for the end of that
             for request in requests:
-                check_limits(request, assembly)
+                check_limits(request, parts)
                 if self._group is not None:
                     check_sendable(request)
             if check is not None:
-                check(requests, assembly)
-            requests = self._embeddings.bring(requests, assembly, self.model)
+                check(requests, parts)
+            requests = self._embeddings.bring(requests, parts, self.model)
             filled, returned = make(engine, requests)
             if engine.put(requests, filled):
                 return returned
@@ -279,7 +279,7 @@ class GenerationManager:
         examples = [*([] if usual is None else [usual]), *requests]
         features = dict.fromkeys([Features(), *map(features_of_request, examples)])
         engine = self._engines.current()
-        parts = engine.assembly
+        parts = engine.parts
         if parts is None:
             return
         self._engines.wait_until_compiled()
@@ -325,7 +325,7 @@ class GenerationManager:
     def stats(self) -> Stats:
         """What the engine is doing now; zeros where it is not running."""
         engine = self._engines.thread
-        return read_stats(engine.assembly, engine.num_inbox) if engine is not None else read_stats(None, 0)
+        return read_stats(engine.parts, engine.num_inbox) if engine is not None else read_stats(None, 0)
 
     def timeline(self, after: int = -1) -> Timeline:
         """The last `BatchingConfig.timeline_steps` steps.
@@ -334,7 +334,7 @@ class GenerationManager:
             after: Only steps with a larger number; for reading on from the last step that was seen. Numbers begin at 0
                 with each start of the engine.
         """
-        return read_timeline(self.assembly, after)
+        return read_timeline(self._engines.parts, after)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -359,7 +359,7 @@ class GenerationManager:
     @property
     def assembly(self) -> EngineParts | None:
         """The running engine and its parts, for benchmarks; None where it is not running."""
-        return self._engines.assembly
+        return self._engines.parts
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

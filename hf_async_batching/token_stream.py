@@ -7,16 +7,29 @@ raises), the next call goes on behind the last token that was taken.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import threading
+from typing import Protocol
 
 from hf_async_batching.runtime.reentrancy import waiting_for
 
-if TYPE_CHECKING:
-    from hf_async_batching.handle import GenerationHandle
+
+class TokenSource(Protocol):
+    """What the iterators read of a `GenerationHandle`."""
+
+    request_id: str
+    _tokens: list[int]
+    _error: BaseException | None
+    _done: threading.Event
+    _threads: tuple[threading.Thread, ...]
+    _changed: threading.Condition
+    _watchers: int
+    _async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]
+
+    def _check_process(self) -> None: ...
 
 
-class _Stream:
-    def __init__(self, handle: GenerationHandle) -> None:
+class _TokenStream:
+    def __init__(self, handle: TokenSource) -> None:
         self._handle = handle
         self._position = 0
         self._over = False
@@ -45,7 +58,7 @@ class _Stream:
         return None
 
 
-class TokenIterator(_Stream):
+class TokenIterator(_TokenStream):
     """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
 
     def __iter__(self) -> TokenIterator:
@@ -72,7 +85,7 @@ class TokenIterator(_Stream):
                 handle._watchers -= 1
 
 
-class AsyncTokenIterator(_Stream):
+class AsyncTokenIterator(_TokenStream):
     """Like `TokenIterator`, without blocking the event loop."""
 
     def __aiter__(self) -> AsyncTokenIterator:

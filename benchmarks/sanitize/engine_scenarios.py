@@ -163,7 +163,7 @@ def _finish(handles: list[GenerationHandle]) -> None:
 
 def _assembly(manager: GenerationManager) -> EngineParts:
     worker = manager._engines.thread
-    assembly = None if worker is None else worker.assembly
+    assembly = None if worker is None else worker.parts
     if assembly is None:
         raise RuntimeError("the manager has no engine")
     return assembly

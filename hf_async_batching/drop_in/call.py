@@ -33,13 +33,13 @@ from hf_async_batching.manager import GenerationManager
 from hf_async_batching.model.view.model_view import refuse_unservable
 from hf_async_batching.registry import get_manager
 from hf_async_batching.runtime.default_device import cpu_by_default
-from hf_async_batching.stopping.batch_scores import StepScores, stack_steps
-from hf_async_batching.stopping.batch_stepper import run_in_lockstep
+from hf_async_batching.stopping.batch_scores import BatchScores, stack_steps
+from hf_async_batching.stopping.batch_stepper import step_batch
 from hf_async_batching.stopping.criteria import (
-    HostJudge,
-    Judge,
-    ListJudge,
-    Stops,
+    CriteriaListChecker,
+    HostStopChecker,
+    StopChecker,
+    StopConditions,
     check_ends,
     read_criteria,
     stop_string_criterion,
@@ -114,7 +114,7 @@ def _serve_rows(
     call: PreparedCall,
     settings: CallSettings,
     criteria: StoppingCriteriaList,
-    stops: Stops,
+    stops: StopConditions,
     handles: list[GenerationHandle],
 ) -> GenerateOutput:
     """Read rows that advance each at its own pace, with the caller's criteria and streamer in this thread."""
@@ -124,12 +124,12 @@ def _serve_rows(
             completions = [handle.result().token_ids for handle in handles]
             lengths = [len(tokens) for tokens in completions]
         else:
-            judge: Judge = HostJudge(input_ids.tolist(), stops)
+            checker: StopChecker = HostStopChecker(input_ids.tolist(), stops)
             if stops.custom:
-                scores = StepScores(handles, input_ids.device) if handles[0].has_scores else None
-                judge = ListJudge(input_ids, criteria, scores)
+                scores = BatchScores(handles, input_ids.device) if handles[0].has_scores else None
+                checker = CriteriaListChecker(input_ids, criteria, scores)
             pad = _pad_token(call.config) if stops.pads else None
-            completions, lengths = run_in_lockstep(handles, judge, pad=pad, streamer=streamer)
+            completions, lengths = step_batch(handles, checker, pad=pad, streamer=streamer)
     return _output(
         call,
         completions,
@@ -142,7 +142,7 @@ def _serve_group(
     call: PreparedCall,
     settings: CallSettings,
     criteria: StoppingCriteriaList,
-    stops: Stops,
+    stops: StopConditions,
     handles: list[LogitsHandle],
     chooser: TokenChooser,
 ) -> GenerateOutput:
@@ -186,7 +186,7 @@ def _served(call: PreparedCall, settings: CallSettings, handles: Sequence[Genera
 
 
 def _requests(
-    call: PreparedCall, settings: CallSettings, stops: Stops
+    call: PreparedCall, settings: CallSettings, stops: StopConditions
 ) -> tuple[GenerationManager, list[Request], TokenChooser | None]:
     """One request per row of the batch, and what chooses their tokens where all of them advance together."""
     input_ids, config = call.input_ids, call.config

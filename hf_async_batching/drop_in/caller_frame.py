@@ -15,7 +15,7 @@ _NAMES = ("streamer", "assistant_model", "synced_gpus")
 
 
 @dataclass(frozen=True, slots=True)
-class LostArguments:
+class CallerArguments:
     """Arguments of the call of `generate` that is being served.
 
     Attributes:
@@ -36,7 +36,7 @@ class LostArguments:
     original: dict[str, Any] | None = None
 
 
-def lost_arguments() -> LostArguments:
+def read_caller_frame() -> CallerArguments:
     """Read them from the frame of `GenerationMixin.generate` that has called, further down this thread's stack.
 
     transformers shows a streamer the prompt, and neither tokens nor the end: without this its reader would hang.
@@ -59,7 +59,7 @@ def lost_arguments() -> LostArguments:
         seen = {name: frame.f_locals[name] for name in _NAMES}
         original = _original_call(frame)
         given = original or {}
-        return LostArguments(
+        return CallerArguments(
             **seen,
             tokenizer=given.get("tokenizer"),
             assistant_tokenizer=given.get("assistant_tokenizer"),

@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from hf_async_batching.drop_in.caller_frame import LostArguments
+from hf_async_batching.drop_in.caller_frame import CallerArguments
 from hf_async_batching.errors import HfAsyncBatchingError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.model.view.snapshot import ModelSnapshot
 from hf_async_batching.model.view.unwrap import transformers_generate, unwrap
@@ -91,7 +91,7 @@ def decode_plainly(
     model_kwargs: dict[str, Any],
     *,
     inputs_tensor: torch.Tensor | None,
-    lost: LostArguments,
+    caller: CallerArguments,
     tokenizer: Any,
     streamer: BaseStreamer | None,
     own_names: frozenset[str],
@@ -108,7 +108,7 @@ def decode_plainly(
         config: Prepared.
         model_kwargs: Inputs of the model's forward.
         inputs_tensor: What `generate` was given as its main input.
-        lost: What it did not hand on.
+        caller: What it did not hand on.
         tokenizer: The caller's.
         streamer: The caller's; it has seen the prompt.
         own_names: Arguments of ours that `generate` does not know.
@@ -117,22 +117,22 @@ def decode_plainly(
         UnsupportedArgumentError: The decoding lives in a repository, and the call could not be seen as a whole.
     """
     transformers_model: Any = model
-    mode = config.get_generation_mode(lost.assistant_model)
+    mode = config.get_generation_mode(caller.assistant_model)
     target = GENERATION_MODES_MAPPING[mode]
     if "/" in target:
         # Moved out of transformers: such code takes a call's raw arguments and prepares them itself.
-        if lost.original is None:
+        if caller.original is None:
             raise UnsupportedArgumentError(
                 f"{mode} is not served, and the arguments of `model.generate` could not be read; leave out "
                 "`custom_generate` for this call"
             )
-        raw = {k: v for k, v in lost.original.items() if k != "custom_generate" and k not in own_names}
+        raw = {k: v for k, v in caller.original.items() if k != "custom_generate" and k not in own_names}
         if streamer is not None:
             raw["streamer"] = _PromptShown(streamer)
         return transformers_generate(transformers_model)(**raw)
-    given = {"tokenizer": tokenizer, "assistant_tokenizer": lost.assistant_tokenizer}
+    given = {"tokenizer": tokenizer, "assistant_tokenizer": caller.assistant_tokenizer}
     arguments = transformers_model._extract_generation_mode_kwargs(
-        None, given, lost.synced_gpus, lost.assistant_model, streamer
+        None, given, caller.synced_gpus, caller.assistant_model, streamer
     )
     transformers_model._validate_generation_mode(mode, config, arguments)
     method = getattr(type(model), target)

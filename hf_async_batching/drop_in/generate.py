@@ -28,7 +28,7 @@ from hf_async_batching.drop_in.call import (
     serve,
     with_stop_strings,
 )
-from hf_async_batching.drop_in.caller_frame import LostArguments, lost_arguments
+from hf_async_batching.drop_in.caller_frame import CallerArguments, read_caller_frame
 from hf_async_batching.drop_in.fallback import (
     OnUnsupported,
     check_on_unsupported,
@@ -242,16 +242,16 @@ def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings
 def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.Tensor | None) -> GenerateOutput:
     """Serve a call of `model.generate` that has reached us as its `custom_generate`."""
     with _ending(settings):
-        lost = lost_arguments()
-        if lost.streamer is not None and settings.streamer is not None and lost.streamer is not settings.streamer:
-            lost.streamer.end()
+        caller = read_caller_frame()
+        if caller.streamer is not None and settings.streamer is not None and caller.streamer is not settings.streamer:
+            caller.streamer.end()
             raise ValueError("two different streamers: one is bound, the other was given to `generate`; pass only one")
         # transformers has shown the prompt to a streamer that went through its own argument.
-        settings.prompt_shown = lost.streamer is not None
-        settings.streamer = lost.streamer if lost.streamer is not None else settings.streamer
-        settings.tokenizer = lost.tokenizer if lost.tokenizer is not None else settings.tokenizer
+        settings.prompt_shown = caller.streamer is not None
+        settings.streamer = caller.streamer if caller.streamer is not None else settings.streamer
+        settings.tokenizer = caller.tokenizer if caller.tokenizer is not None else settings.tokenizer
         try:
-            _refuse_arguments(lost.assistant_model, lost.synced_gpus)
+            _refuse_arguments(caller.assistant_model, caller.synced_gpus)
             if settings.plain:
                 raise_if_refused(call.model)
             return serve(call, settings)
@@ -263,11 +263,11 @@ def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.T
             if call.bound_to_engine:
                 raise
             note(call.model, error, settings.seed, call.config)
-        return _decode_plainly(call, settings, lost, inputs_tensor)
+        return _decode_plainly(call, settings, caller, inputs_tensor)
 
 
 def _decode_plainly(
-    call: PreparedCall, settings: CallSettings, lost: LostArguments, inputs_tensor: torch.Tensor | None
+    call: PreparedCall, settings: CallSettings, caller: CallerArguments, inputs_tensor: torch.Tensor | None
 ) -> GenerateOutput:
     if settings.streamer is not None and not settings.prompt_shown:
         settings.streamer.put(call.input_ids.cpu())  # type: ignore[no-untyped-call]
@@ -279,7 +279,7 @@ def _decode_plainly(
         call.config,
         call.model_kwargs,
         inputs_tensor=inputs_tensor,
-        lost=lost,
+        caller=caller,
         tokenizer=settings.tokenizer,
         streamer=settings.streamer,
         own_names=_OWN_NAMES,

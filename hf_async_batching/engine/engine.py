@@ -10,7 +10,7 @@ from hf_async_batching.core.plan import Launch, NewRow, Plan, Result
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.timeline import Span, StepRecord
 from hf_async_batching.devices.base import Device
-from hf_async_batching.engine.plan_delay import Patience
+from hf_async_batching.engine.plan_delay import PlanDelay
 from hf_async_batching.errors import InvalidProbabilitiesError
 from hf_async_batching.runner.pipeline import Pipeline
 from hf_async_batching.scheduler.outputs import Emission
@@ -29,7 +29,7 @@ class Engine:
         debug: Check the scheduler's bookkeeping after every step.
 
     Attributes:
-        patience: How long plans can wait.
+        plan_delay: How long plans can wait.
         depth: May be lowered and raised again between steps, up to what the engine was made with.
         records: The last steps, oldest first.
         started: The rows of requests whose prompts began with the last call of `step`.
@@ -61,7 +61,7 @@ class Engine:
         self.offered: list[tuple[str, Any]] = []
         self._blocked = False  # nothing can move before a chooser outside of the engine has chosen
         self._in_flight: deque[Launch] = deque()
-        self.patience = Patience()
+        self.plan_delay = PlanDelay()
         self._debug = debug
 
     def add(self, request: Request) -> None:
@@ -105,7 +105,7 @@ class Engine:
         plan = self._in_flight[0].plan
         if plan.chunks:
             return 0.0
-        return self.patience.spare_seconds(
+        return self.plan_delay.spare_seconds(
             self.records, len(plan.decode_rows), plan.context_tokens, time.perf_counter()
         )
 
@@ -127,7 +127,7 @@ class Engine:
         self.started = plan.new_rows if plan is not None else ()
         if self.started and any([new_row.again for new_row in self.started]):
             self.started = tuple(new_row for new_row in self.started if not new_row.again)
-        self.patience.planned(plan is not None)
+        self.plan_delay.planned(plan is not None)
         if plan is not None:
             self._in_flight.append(self.pipeline.launch(plan, started))
         elif not self._in_flight and self.scheduler.waits_outside:
@@ -162,7 +162,7 @@ class Engine:
             self._keep_outputs(launch.plan, result, emissions)
         compute = self._span(launch, "compute_start", "compute_done")
         assert compute is not None
-        self.patience.collected(arrived, *compute)
+        self.plan_delay.collected(arrived, *compute)
         plan = launch.plan
         self.records.append(
             StepRecord(

@@ -32,7 +32,7 @@ class EngineThread:
     """Runs an engine in a thread of its own until it is stopped, idle for too long, or fails.
 
     Args:
-        assembly: The engine; from now on only the thread touches it.
+        parts: The engine; from now on only the thread touches it.
         max_waiting: Requests that may wait for a row.
         idle_timeout: Seconds without work after which the thread ends; None for never.
         first_step: What the thread sets when the first request has a token, or has ended without one.
@@ -44,21 +44,21 @@ class EngineThread:
 
     def __init__(
         self,
-        assembly: EngineParts,
+        parts: EngineParts,
         *,
         max_waiting: int,
         idle_timeout: float | None,
         first_step: threading.Event,
         on_stop: Callable[[EngineThread], None],
     ) -> None:
-        self._assembly: EngineParts | None = assembly
-        self._device = assembly.forward.device
+        self._parts: EngineParts | None = parts
+        self._device = parts.forward.device
         self._max_waiting = max_waiting
         self._idle_timeout = idle_timeout
         self._on_stop = on_stop
         self._inbox: deque[tuple[Request, GenerationHandle]] = deque()
         self._cancels: deque[GenerationHandle] = deque()
-        self._warmings: deque[_Warming] = deque()
+        self._warm_ups: deque[_WarmUp] = deque()
         self._choices: deque[tuple[GenerationHandle, int]] = deque()
         self._weights_changed = False
         self._handles: dict[str, GenerationHandle] = {}
@@ -86,11 +86,11 @@ class EngineThread:
             ValueError: A live request has the same id as one of them; none is taken.
         """
         with self._changed:
-            assembly = self._assembly
-            if not self._accepting or assembly is None:
+            parts = self._parts
+            if not self._accepting or parts is None:
                 return False
-            assembly.engine.pipeline.order_after_caller()
-            waiting = len(self._inbox) + assembly.engine.scheduler.num_waiting
+            parts.engine.pipeline.order_after_caller()
+            waiting = len(self._inbox) + parts.engine.scheduler.num_waiting
             if waiting + len(requests) > self._max_waiting:
                 raise QueueFullError(
                     f"no room for {len(requests)} more: {waiting} requests wait already "
@@ -110,7 +110,7 @@ class EngineThread:
     def cancel(self, handle: GenerationHandle) -> None:
         """End a request; nothing happens where it has ended already."""
         with self._changed:
-            if self._assembly is None:  # its requests have ended; this must not hold their handles
+            if self._parts is None:  # its requests have ended; this must not hold their handles
                 return
             self._cancels.append(handle)
             self._changed.notify()
@@ -121,7 +121,7 @@ class EngineThread:
         Nothing happens where the engine has stopped: the handles say why.
         """
         with self._changed:
-            if self._assembly is None:
+            if self._parts is None:
                 return
             self._choices.extend(choices)
             self._changed.notify()
@@ -131,24 +131,24 @@ class EngineThread:
 
         With `tune`, kernel settings are measured first, which live requests wait for.
         """
-        warming = _Warming(features, tune)
+        warm_up = _WarmUp(features, tune)
         with waiting_for((self._thread,), "warmup()"):
             with self._changed:
                 if not self._accepting:
                     return
-                self._warmings.append(warming)
+                self._warm_ups.append(warm_up)
                 self._changed.notify()
-            while not warming.done.wait(0.1) and not self.memory_free.is_set():
+            while not warm_up.done.wait(0.1) and not self.memory_free.is_set():
                 pass
-        if warming.error is not None:
-            raise warming.error
+        if warm_up.error is not None:
+            raise warm_up.error
 
     def weights_updated(self) -> None:
         """Requests that are put from now on find nothing that was computed before."""
         with self._changed:
-            if self._assembly is not None:
+            if self._parts is not None:
                 # Whoever's requests come next, they are computed after what this thread has enqueued.
-                self._assembly.engine.pipeline.order_after_caller()
+                self._parts.engine.pipeline.order_after_caller()
             self._weights_changed = True
             self._changed.notify()
 
@@ -182,9 +182,9 @@ class EngineThread:
         return threading.current_thread() is self._thread
 
     @property
-    def assembly(self) -> EngineParts | None:
+    def parts(self) -> EngineParts | None:
         """The engine; None once the thread has stopped."""
-        return self._assembly
+        return self._parts
 
     @property
     def accepting(self) -> bool:
@@ -213,17 +213,17 @@ class EngineThread:
             error = caught
         with self._changed:
             self._accepting = False
-            assembly, self._assembly = self._assembly, None
+            parts, self._parts = self._parts, None
             # Managers refer to an engine thread that has stopped, and a handle's error to its caller's frames.
-            for orders in (self._cancels, self._choices, self._warmings):
+            for orders in (self._cancels, self._choices, self._warm_ups):
                 orders.clear()
-        self._fail_everyone(error, assembly)
+        self._fail_everyone(error, parts)
         try:
-            if assembly is not None:
-                assembly.engine.close()
+            if parts is not None:
+                parts.engine.close()
         except BaseException:
             logger.exception("the engine did not close cleanly")
-        del assembly
+        del parts
         try:
             return_memory(self._device)
         except BaseException:  # of a device that has failed
@@ -232,17 +232,17 @@ class EngineThread:
         self._on_stop(self)
 
     def _serve(self) -> None:
-        assert self._assembly is not None
-        while self._serve_turn(self._assembly):
+        assert self._parts is not None
+        while self._serve_turn(self._parts):
             pass
 
-    def _serve_turn(self, assembly: EngineParts) -> bool:
+    def _serve_turn(self, parts: EngineParts) -> bool:
         """Wait for work and do a step of it; False where there is nothing more to do.
 
         A turn is a call of its own, so that a thread that waits holds nothing of the requests before: neither handles
         nor errors, whose frames may hold the manager.
         """
-        engine = assembly.engine
+        engine = parts.engine
         with self._changed:
             while not (self._has_orders() or self._stopping or engine.has_work):
                 engine.let_go()
@@ -263,8 +263,8 @@ class EngineThread:
             weights_changed, self._weights_changed = self._weights_changed, False
         if weights_changed:
             engine.weights_updated()  # before the requests that came after it are added
-        while self._warmings:
-            self._warmings.popleft().run(assembly)
+        while self._warm_ups:
+            self._warm_ups.popleft().run(parts)
         self._handles.update((request.request_id, handle) for request, handle in arrived)
         for request, handle in arrived:
             try:
@@ -308,11 +308,11 @@ class EngineThread:
             # To the end, although one has come: others may follow, and the plan is not needed before.
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, spare)
-            engine.patience.waited()
+            engine.plan_delay.waited()
         return True
 
     def _has_orders(self) -> bool:
-        return bool(self._inbox or self._cancels or self._choices or self._warmings or self._weights_changed)
+        return bool(self._inbox or self._cancels or self._choices or self._warm_ups or self._weights_changed)
 
     def _deliver(self, emissions: list[Emission]) -> None:
         handles, now = self._handles, time.perf_counter()
@@ -331,11 +331,11 @@ class EngineThread:
         del self._handles[request_id]
         self._live.discard(request_id)
 
-    def _fail_everyone(self, cause: BaseException | None, assembly: EngineParts | None) -> None:
+    def _fail_everyone(self, cause: BaseException | None, parts: EngineParts | None) -> None:
         left = [*self._handles.values(), *[handle for _, handle in self._inbox]]
         self._handles.clear()
         self._inbox.clear()
-        told = _told(cause, assembly) if cause is not None and left else ""
+        told = _describe_failure(cause, parts) if cause is not None and left else ""
         for handle in left:
             if cause is None:
                 handle._fail(EngineClosedError(f"{self._reason} while request {handle.request_id} was live"))
@@ -345,31 +345,31 @@ class EngineThread:
                 handle._fail(failure)
 
 
-def _told(cause: BaseException, assembly: EngineParts | None) -> str:
+def _describe_failure(cause: BaseException, parts: EngineParts | None) -> str:
     """What failed; where a device did, also which model, in which step, and whether it can be used again."""
     try:
-        if assembly is None or not is_device_failure(cause):
+        if parts is None or not is_device_failure(cause):
             return repr(cause)
-        forward = assembly.forward
-        return str(device_failure(cause, forward.name, forward.route, assembly.engine.in_flight, forward.device))
+        forward = parts.forward
+        return str(device_failure(cause, forward.name, forward.route, parts.engine.in_flight, forward.device))
     except Exception:  # callers wait for an answer, whatever can be said
         logger.exception("what failed cannot be told")
         return repr(cause)
 
 
-class _Warming:
+class _WarmUp:
     def __init__(self, features: list[Features], tune: bool) -> None:
         self._features = features
         self._tune = tune
         self.done = threading.Event()
         self.error: BaseException | None = None
 
-    def run(self, assembly: EngineParts) -> None:
+    def run(self, parts: EngineParts) -> None:
         try:
             if self._tune:
-                assembly.engine.pipeline.tune()
+                parts.engine.pipeline.tune()
             for features in self._features:
-                assembly.engine.pipeline.warm(features)
+                parts.engine.pipeline.warm(features)
         except BaseException as error:
             self.error = error
         finally:

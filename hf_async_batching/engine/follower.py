@@ -39,21 +39,21 @@ class Follower:
             if isinstance(message, Quit):
                 return
             if isinstance(message, Start):
-                assembly = self._build_engine()
-                device = assembly.forward.device
+                parts = self._build_engine()
+                device = parts.forward.device
                 try:
-                    _Engine(self._group, assembly).run()
+                    _FollowedEngine(self._group, parts).run()
                 finally:
-                    assembly.engine.pipeline.close()
-                    del assembly
+                    parts.engine.pipeline.close()
+                    del parts
                     return_memory(device)
 
 
-class _Engine:
-    def __init__(self, group: RankGroup, assembly: EngineParts) -> None:
+class _FollowedEngine:
+    def __init__(self, group: RankGroup, parts: EngineParts) -> None:
         self._group = group
-        self._pipeline = assembly.engine.pipeline
-        self._depth = assembly.config.depth
+        self._pipeline = parts.engine.pipeline
+        self._depth = parts.config.depth
         self._in_flight: deque[Launch] = deque()
         self._checksums: dict[int, int] = {}
         self._rows: tuple[int, ...] = ()

@@ -22,7 +22,7 @@ from hf_async_batching.runner.prompt_embeddings import check_embeddings, check_t
 from hf_async_batching.runtime.forking import ForkSafeLock
 
 
-def check_limits(request: Request, assembly: EngineParts) -> None:
+def check_limits(request: Request, parts: EngineParts) -> None:
     """Refuse a request that an engine cannot serve.
 
     Raises:
@@ -33,17 +33,17 @@ def check_limits(request: Request, assembly: EngineParts) -> None:
         RequestTooLongError: Prompt and new tokens exceed the limit of a request, or the cache.
         UnsupportedArgumentError: It has more end-of-sequence tokens than its rules can hold.
     """
-    vocab, limit = assembly.forward.vocab_size, assembly.config.max_sequence_length
+    vocab, limit = parts.forward.vocab_size, parts.config.max_sequence_length
     _check_tokens("input_ids", request.prompt, vocab)
     if request.padding:
         # Not looked up: the tables that they are entered in hold as many.
-        _check_tokens("padding", request.padding, max(vocab, assembly.forward.logit_size))
+        _check_tokens("padding", request.padding, max(vocab, parts.forward.logit_size))
     if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
         raise UnsupportedArgumentError(
             f"`min_new_tokens` with more than {MAX_EOS} end-of-sequence tokens is not served here "
             f"(got {len(request.eos_token_ids)}); use `submit`, or pass fewer `eos_token_id`s"
         )
-    logits = assembly.forward.logit_size
+    logits = parts.forward.logit_size
     for rule in request.logits.rules:
         beyond = [token for token in (*rule.prefix, rule.token) if token >= logits]
         if beyond and rule.kind is not RuleKind.SUPPRESS:
@@ -54,15 +54,15 @@ def check_limits(request: Request, assembly: EngineParts) -> None:
     if request.chooser is not None and request.group is None:
         _check_indexed(request.chooser, logits)
     length = len(request.prompt)
-    if assembly.rope_limit is not None and length + request.max_new_tokens > assembly.rope_limit:
-        remedy = "shorten the prompt" if length >= assembly.rope_limit else "lower `max_new_tokens`"
+    if parts.rope_limit is not None and length + request.max_new_tokens > parts.rope_limit:
+        remedy = "shorten the prompt" if length >= parts.rope_limit else "lower `max_new_tokens`"
         raise UnsupportedArgumentError(
             f"the prompt of {length} tokens and `max_new_tokens={request.max_new_tokens}` go beyond the "
-            f"{assembly.rope_limit} tokens up to which the rotary frequencies of {assembly.forward.name} are the same "
+            f"{parts.rope_limit} tokens up to which the rotary frequencies of {parts.forward.name} are the same "
             f'for all rows of a batch; {remedy}, or pass on_unsupported="generate", or use plain `model.generate`'
         )
     if length + request.max_new_tokens > limit:
-        settings = assembly.config.settings
+        settings = parts.config.settings
         by_context = limit == settings.max_sequence_length
         bound = f"the limit of {limit} tokens per request" if by_context else f"the whole KV cache of {limit} tokens"
         remedy = "shorten the prompt or " if length >= limit else "lower `max_new_tokens` or "
@@ -107,16 +107,16 @@ def _check_tokens(name: str, tokens: tuple[int, ...], vocab: int) -> None:
         raise ValueError(f"`{name}` holds token id {token}, outside of the model's vocabulary of {vocab} tokens")
 
 
-def check_group(requests: list[Request], assembly: EngineParts) -> None:
+def check_group(requests: list[Request], parts: EngineParts) -> None:
     """Refuse rows that advance together and do not fit together.
 
     Raises:
         ValueError: A processor of theirs names a token that the model does not have.
         UnsupportedArgumentError: They need more rows or pages than the engine has.
     """
-    _check_indexed(requests[0].chooser, assembly.forward.logit_size)
-    if not group_fits(requests, assembly):
-        most = assembly.config.max_rows
+    _check_indexed(requests[0].chooser, parts.forward.logit_size)
+    if not group_fits(requests, parts):
+        most = parts.config.max_rows
         raise UnsupportedArgumentError(
             f"`logits_processor`: {len(requests)} rows are computed in lockstep, because a processor may look at the "
             f"whole batch, and the engine does not hold them together (at most {most} rows, and their pages); pass "
@@ -125,11 +125,11 @@ def check_group(requests: list[Request], assembly: EngineParts) -> None:
         )
 
 
-def group_fits(requests: list[Request], assembly: EngineParts) -> bool:
+def group_fits(requests: list[Request], parts: EngineParts) -> bool:
     """Whether an engine holds requests at the same time, up to their last tokens."""
-    pages = assembly.engine.scheduler.pages
+    pages = parts.engine.scheduler.pages
     needed = sum([pages.pages_for(len(request.prompt) + request.max_new_tokens) for request in requests])
-    return len(requests) <= assembly.config.max_rows and needed <= pages.size
+    return len(requests) <= parts.config.max_rows and needed <= pages.size
 
 
 class EmbeddingsIntake:
@@ -139,12 +139,12 @@ class EmbeddingsIntake:
         self._lock = ForkSafeLock()
         self._checked: Callable[[], EngineParts | None] = lambda: None
 
-    def bring(self, requests: list[Request], assembly: EngineParts, model: PreTrainedModel) -> list[Request]:
+    def bring(self, requests: list[Request], parts: EngineParts, model: PreTrainedModel) -> list[Request]:
         """The requests, with their embeddings on the engine's device.
 
         Args:
             requests: Some with embeddings, or none.
-            assembly: The engine. Its first request with embeddings has the model checked.
+            parts: The engine. Its first request with embeddings has the model checked.
             model: What the engine was made for.
 
         Raises:
@@ -153,7 +153,7 @@ class EmbeddingsIntake:
         """
         if not any([request.prompt_embeddings is not None for request in requests]):
             return requests
-        forward = assembly.forward
+        forward = parts.forward
         brought: list[Request] = []
         for request in requests:
             embeddings: Any = request.prompt_embeddings
@@ -162,7 +162,7 @@ class EmbeddingsIntake:
                 embeddings = embeddings.to(forward.device)
             brought.append(replace(request, prompt_embeddings=embeddings))
         with self._lock:
-            if self._checked() is not assembly:
+            if self._checked() is not parts:
                 check_takes_embeddings(model, forward)
-                self._checked = weakref.ref(assembly)
+                self._checked = weakref.ref(parts)
         return brought

@@ -29,7 +29,7 @@ _LOST, _LONGEST_CUT = 0.01, 0.25
 _DRAWN = 0.02
 
 
-class Patience:
+class PlanDelay:
     """Says how long a plan can wait, and learns when steps begin and when waiting was too long."""
 
     def __init__(self) -> None:

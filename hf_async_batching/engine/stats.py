@@ -65,11 +65,11 @@ class Stats:
     graph_bytes: int = 0
 
 
-def read_stats(assembly: EngineParts | None, inbox: int) -> Stats:
+def read_stats(parts: EngineParts | None, inbox: int) -> Stats:
     """Figures of an engine; zeros for None. Reads without stopping it, so that figures may be one step apart."""
-    if assembly is None:
+    if parts is None:
         return Stats()
-    engine, scheduler = assembly.engine, assembly.engine.scheduler
+    engine, scheduler = parts.engine, parts.engine.scheduler
     records = tuple(engine.records.copy())
     now = time.perf_counter()
     recent = Timeline(tuple(record for record in records if record.compute[1] >= now - WINDOW_SECONDS))
@@ -95,16 +95,16 @@ def read_stats(assembly: EngineParts | None, inbox: int) -> Stats:
         drafted_tokens=scheduler.drafting.drafted,
         accepted_tokens=scheduler.drafting.accepted,
         depth=engine.depth,
-        page_size=assembly.config.page_size,
-        cache_bytes=assembly.cache.num_bytes,
-        graphs=len(assembly.runner.graphs.captured),
+        page_size=parts.config.page_size,
+        cache_bytes=parts.cache.num_bytes,
+        graphs=len(parts.runner.graphs.captured),
         graph_bytes=engine.device.graph_bytes(),
     )
 
 
-def read_timeline(assembly: EngineParts | None, after: int) -> Timeline:
+def read_timeline(parts: EngineParts | None, after: int) -> Timeline:
     """The recorded steps of an engine with numbers above `after`; no steps for None."""
-    if assembly is None:
+    if parts is None:
         return Timeline(())
-    name = "CUDA" if assembly.forward.device.type == "cuda" else "CPU"
-    return Timeline(records_after(assembly.engine.records.copy(), after), name)
+    name = "CUDA" if parts.forward.device.type == "cuda" else "CPU"
+    return Timeline(records_after(parts.engine.records.copy(), after), name)

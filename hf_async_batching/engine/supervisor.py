@@ -143,10 +143,10 @@ class EngineSupervisor:
         return self._thread
 
     @property
-    def assembly(self) -> EngineParts | None:
+    def parts(self) -> EngineParts | None:
         """The running engine and its parts; None where it is not running."""
         thread = self._thread
-        return thread.assembly if thread is not None else None
+        return thread.parts if thread is not None else None
 
     @property
     def closed(self) -> bool:
@@ -176,16 +176,16 @@ class EngineSupervisor:
             ValueError: `depth` is out of its range.
         """
         with self._lock:
-            assembly = self.assembly
-            most = assembly.config.depth if assembly is not None else self._config.depth
+            parts = self.parts
+            most = parts.config.depth if parts is not None else self._config.depth
             if depth is not None and (depth < 1 or (most is not None and depth > most)):
                 raise ValueError(
                     f"`depth` must be from 1 to {most or 'the depth of the engine'}, got {depth}; "
                     "for more make the manager with BatchingConfig(depth=...)"
                 )
             self._depth = depth
-            if assembly is not None:
-                assembly.engine.depth = depth or assembly.config.depth
+            if parts is not None:
+                parts.engine.depth = depth or parts.config.depth
 
     def wait_until_compiled(self) -> None:
         """Have the engine compile at once, not behind its first token, and wait until that is done."""
@@ -264,17 +264,17 @@ class EngineSupervisor:
                 return build_engine(model, self._config, self._group, hint)
 
         with no_collections():
-            assembly = in_fresh_thread(make)
+            parts = in_fresh_thread(make)
             # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters are
             # as they were before, so that a switch that comes in between is seen by the next request.
             self._made_for = state._replace(snapshot=state.snapshot.placed_as(self._snapshot_of(model)))
             if self._depth is not None:
-                assembly.engine.depth = min(self._depth, assembly.config.depth)
-            compiled = assembly.config.settings.compile
-            self._compile = BackgroundCompile(model, assembly, first_step) if compiled else None
+                parts.engine.depth = min(self._depth, parts.config.depth)
+            compiled = parts.config.settings.compile
+            self._compile = BackgroundCompile(model, parts, first_step) if compiled else None
         forget = weakref.WeakMethod(self._forget)
         thread = EngineThread(
-            assembly,
+            parts,
             max_waiting=self._config.max_waiting,
             idle_timeout=self._config.idle_timeout,
             first_step=first_step,

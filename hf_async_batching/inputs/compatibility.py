@@ -16,7 +16,7 @@ _PLAIN = "use plain `model.generate` for this call"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ArgumentEntry:
     """What becomes of one name.
 
     Attributes:
@@ -36,18 +36,18 @@ class Entry:
     kind: Kind = "field"
 
 
-def _honoured(name: str, note: str = "", kind: Kind = "field") -> Entry:
-    return Entry(name, "honoured", note, kind=kind)
+def _honoured(name: str, note: str = "", kind: Kind = "field") -> ArgumentEntry:
+    return ArgumentEntry(name, "honoured", note, kind=kind)
 
 
-def _no_effect(name: str, note: str, kind: Kind = "field") -> Entry:
-    return Entry(name, "no effect", note, kind=kind)
+def _no_effect(name: str, note: str, kind: Kind = "field") -> ArgumentEntry:
+    return ArgumentEntry(name, "no effect", note, kind=kind)
 
 
 def _refused(
     name: str, note: str, neutral: tuple[Any, ...] = (None,), remedy: str = _PLAIN, kind: Kind = "field"
-) -> Entry:
-    return Entry(name, "refused", note, neutral, remedy, kind)
+) -> ArgumentEntry:
+    return ArgumentEntry(name, "refused", note, neutral, remedy, kind)
 
 
 _VECTORISED = "for all rows at once"
@@ -61,7 +61,7 @@ _CACHES = (None, "dynamic", "static", "offloaded", "hybrid")
 
 # One name a line, in the order of the page.
 # fmt: off
-ENTRIES: tuple[Entry, ...] = (
+ENTRIES: tuple[ArgumentEntry, ...] = (
     # lengths and ends
     _honoured("max_length", "absolute, padding counted as `generate` counts it"),
     _honoured("max_new_tokens"),

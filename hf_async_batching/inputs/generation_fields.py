@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from hf_async_batching.core.field_checks import check_length
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.inputs.compatibility import FIELDS, Entry
+from hf_async_batching.inputs.compatibility import FIELDS, ArgumentEntry
 
 # Every field that the installed transformers knows; entries that a checkpoint adds on its own are nobody's arguments.
 INSTALLED = tuple(name for name in vars(GenerationConfig()) if not name.startswith("_"))  # type: ignore[no-untyped-call]
@@ -28,7 +28,7 @@ def check_fields(config: GenerationConfig) -> None:
             check_length(name, getattr(config, name))
     for name in INSTALLED:
         value = getattr(config, name, None)
-        entry = FIELDS.get(name) or Entry(name, "refused", "")
+        entry = FIELDS.get(name) or ArgumentEntry(name, "refused", "")
         if entry.status != "refused":
             continue
         if not any(value is neutral or (value == neutral and neutral is not None) for neutral in entry.neutral):

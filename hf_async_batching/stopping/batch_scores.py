@@ -28,7 +28,7 @@ def stack_steps(
     return tuple(_stack(rows, lengths, step, device) for step in range(max(lengths)))
 
 
-class StepScores:
+class BatchScores:
     """The scores that `generate` shows its criteria: those of all steps so far.
 
     Args:

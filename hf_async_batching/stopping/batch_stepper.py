@@ -18,25 +18,25 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_async_batching.errors import EngineClosedError
 from hf_async_batching.handle import GenerationHandle
-from hf_async_batching.stopping.criteria import Judge
+from hf_async_batching.stopping.criteria import StopChecker
 
 
-def run_in_lockstep(
-    handles: list[GenerationHandle], judge: Judge, *, pad: int | None, streamer: BaseStreamer | None = None
+def step_batch(
+    handles: list[GenerationHandle], checker: StopChecker, *, pad: int | None, streamer: BaseStreamer | None = None
 ) -> tuple[list[list[int]], list[int]]:
     """Step through a batch until every row has finished.
 
     Args:
         handles: One per row.
-        judge: Called once per step, in this thread.
+        checker: Called once per step, in this thread.
         pad: What a row that has finished goes on with; where None it goes on with its own tokens, as in `generate`.
-        streamer: Gets the tokens [batch] of each step, after the judge has seen them.
+        streamer: Gets the tokens [batch] of each step, after the checker has seen them.
 
     Returns:
         The new tokens of each row, of the same length for all; and how many of them are its own, not padding.
 
     Raises:
-        Exception: What the judge, the streamer or the engine raises. The caller cancels the handles.
+        Exception: What the checker, the streamer or the engine raises. The caller cancels the handles.
     """
     rows = [iter(handle) for handle in handles]
     live = [True] * len(rows)
@@ -49,7 +49,7 @@ def run_in_lockstep(
         for i, token in enumerate(tokens):
             completions[i].append(token)
             lengths[i] += live[i] or pad is None
-        for i, finished in enumerate(judge.step(tokens)):
+        for i, finished in enumerate(checker.step(tokens)):
             if finished and live[i]:
                 live[i] = False
                 if pad is not None:

@@ -26,11 +26,11 @@ from transformers.generation.stopping_criteria import (
 
 from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.errors import UnsupportedArgumentError
-from hf_async_batching.stopping.batch_scores import StepScores
+from hf_async_batching.stopping.batch_scores import BatchScores
 
 
 @dataclass(frozen=True, slots=True)
-class Stops:
+class StopConditions:
     """What ends the rows of a batch.
 
     Attributes:
@@ -55,7 +55,7 @@ class Stops:
         return not (self.strings or self.times or self.custom)
 
 
-def read_criteria(criteria: StoppingCriteriaList) -> Stops:
+def read_criteria(criteria: StoppingCriteriaList) -> StopConditions:
     """Sort the criteria that `generate` has prepared by who decides them.
 
     Subclasses and impostors of transformers' classes count as the caller's own.
@@ -77,7 +77,7 @@ def read_criteria(criteria: StoppingCriteriaList) -> Stops:
         else:
             custom = True
     pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-    return Stops(tuple(eos), max_length, tuple(strings), tuple(times), pads, custom)
+    return StopConditions(tuple(eos), max_length, tuple(strings), tuple(times), pads, custom)
 
 
 class StopStrings:
@@ -138,7 +138,7 @@ def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> StopS
     return kept[key]
 
 
-class Judge(Protocol):
+class StopChecker(Protocol):
     """Says, step by step, which rows of a batch have finished."""
 
     def step(self, tokens: list[int]) -> list[bool]:
@@ -146,7 +146,7 @@ class Judge(Protocol):
         ...
 
 
-class HostJudge:
+class HostStopChecker:
     """Decides transformers' own criteria by integers, as calling them would.
 
     Args:
@@ -154,7 +154,7 @@ class HostJudge:
         stops: What `read_criteria` found; nothing of the caller's own.
     """
 
-    def __init__(self, prompts: list[list[int]], stops: Stops) -> None:
+    def __init__(self, prompts: list[list[int]], stops: StopConditions) -> None:
         self._eos = frozenset(stops.eos)
         self._max_length = stops.max_length
         self._length = len(prompts[0])
@@ -164,7 +164,7 @@ class HostJudge:
         self._rows = [row[-window:] for row in prompts] if window else []
 
     def step(self, tokens: list[int]) -> list[bool]:
-        """See `Judge`."""
+        """See `StopChecker`."""
         self._length += 1
         for row, token in zip(self._rows, tokens):
             row.append(token)
@@ -176,7 +176,7 @@ class HostJudge:
         return found
 
 
-class ListJudge:
+class CriteriaListChecker:
     """Calls the caller's list of criteria exactly as `generate` does: once a step, with the whole batch.
 
     Args:
@@ -186,7 +186,7 @@ class ListJudge:
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, criteria: StoppingCriteriaList, scores: StepScores | None = None
+        self, input_ids: torch.Tensor, criteria: StoppingCriteriaList, scores: BatchScores | None = None
     ) -> None:
         self._criteria = criteria
         self._scores = scores
@@ -196,7 +196,7 @@ class ListJudge:
         self._unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
 
     def step(self, tokens: list[int]) -> list[bool]:
-        """See `Judge`."""
+        """See `StopChecker`."""
         # Made anew in each step, as in `generate`: a criterion may keep what it was given, or write to it.
         new = torch.tensor(tokens, device=self._history.device)[:, None]
         self._history = torch.cat([self._history, new], dim=-1)
@@ -208,7 +208,7 @@ class ListJudge:
         return [not one for one in live]
 
 
-def check_ends(stops: Stops, pad: torch.Tensor | None) -> None:
+def check_ends(stops: StopConditions, pad: torch.Tensor | None) -> None:
     """Refuse ends after which there is nothing to fill rows with.
 
     Raises:

@@ -19,8 +19,14 @@ from hf_async_batching.core.request import Request
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.runtime.forking import ForkSafeLock, leave_behind, renew_in_child
 from hf_async_batching.runtime.reentrancy import serve_in_this_thread
-from hf_async_batching.stopping.batch_scores import StepScores
-from hf_async_batching.stopping.criteria import HostJudge, Judge, ListJudge, Stops, read_criteria
+from hf_async_batching.stopping.batch_scores import BatchScores
+from hf_async_batching.stopping.criteria import (
+    CriteriaListChecker,
+    HostStopChecker,
+    StopChecker,
+    StopConditions,
+    read_criteria,
+)
 
 
 class CriteriaThread:
@@ -39,7 +45,7 @@ class CriteriaThread:
         self._loop = self._thread = None
         self._live = 0
 
-    def judge(
+    def relay(
         self,
         handle: GenerationHandle,
         request: Request,
@@ -58,13 +64,13 @@ class CriteriaThread:
             history: The prompt's tokens as criteria see them.
         """
         stops = read_criteria(criteria)
-        judge: Judge
+        checker: StopChecker
         if stops.custom:
-            scores = StepScores([handle], device) if handle.has_scores else None
-            judge = ListJudge(torch.tensor([history], dtype=torch.long, device=device), criteria, scores)
+            scores = BatchScores([handle], device) if handle.has_scores else None
+            checker = CriteriaListChecker(torch.tensor([history], dtype=torch.long, device=device), criteria, scores)
         else:
-            judge = HostJudge([history], stops)
-        relay = _Relay(handle, request, judge, stops)
+            checker = HostStopChecker([history], stops)
+        relay = _CriteriaRelay(handle, request, checker, stops)
         if stops.custom:
             name = f"hf_async_batching criteria of {request.request_id}"
             thread = threading.Thread(target=relay.run, name=name, daemon=True)
@@ -74,7 +80,7 @@ class CriteriaThread:
             self._add(relay)
         return relay.outer
 
-    def _add(self, relay: _Relay) -> None:
+    def _add(self, relay: _CriteriaRelay) -> None:
         with self._lock:
             if self._loop is None or self._thread is None:
                 self._loop = asyncio.new_event_loop()
@@ -86,7 +92,7 @@ class CriteriaThread:
             relay.outer._threads = (self._thread, *relay.outer._threads)
             asyncio.run_coroutine_threadsafe(self._run(relay), self._loop)
 
-    async def _run(self, relay: _Relay) -> None:
+    async def _run(self, relay: _CriteriaRelay) -> None:
         try:
             await relay.run_in_loop()
         finally:
@@ -97,16 +103,16 @@ class CriteriaThread:
                     self._loop = self._thread = None
 
 
-class _Relay:
-    """From the engine's handle to the caller's, past the judge.
+class _CriteriaRelay:
+    """From the engine's handle to the caller's, past the stop checker.
 
     Attributes:
         outer: The caller's handle.
     """
 
-    def __init__(self, inner: GenerationHandle, request: Request, judge: Judge, stops: Stops) -> None:
+    def __init__(self, inner: GenerationHandle, request: Request, checker: StopChecker, stops: StopConditions) -> None:
         self._inner = inner
-        self._judge = judge
+        self._checker = checker
         self._eos = {*request.eos_token_ids, *stops.eos}
         self._count = 0
         self._over = False
@@ -144,7 +150,7 @@ class _Relay:
         """Hand on a token, and say whether nothing more is wanted."""
         if self._over:
             return True
-        stop = self._judge.step([token])[0]
+        stop = self._checker.step([token])[0]
         logprobs = self._inner._logprobs
         with self._lock:
             if self._over:

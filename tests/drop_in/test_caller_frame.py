@@ -13,7 +13,7 @@ from support.tiny_models import tiny_model
 from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from hf_async_batching.drop_in.caller_frame import LostArguments, lost_arguments
+from hf_async_batching.drop_in.caller_frame import CallerArguments, read_caller_frame
 from hf_async_batching.errors import UnsupportedArgumentError
 
 
@@ -31,9 +31,9 @@ def model() -> Any:
 IDS = torch.tensor([[5, 6, 7]])
 
 
-def look(model: Any, *args: Any, plug: Any = None, **arguments: Any) -> LostArguments:
-    found: LostArguments = model.generate(
-        *args, custom_generate=plug or (lambda *_, **__: lost_arguments()), **arguments
+def look(model: Any, *args: Any, plug: Any = None, **arguments: Any) -> CallerArguments:
+    found: CallerArguments = model.generate(
+        *args, custom_generate=plug or (lambda *_, **__: read_caller_frame()), **arguments
     )
     return found
 
@@ -69,7 +69,7 @@ def test_the_nearest_call_counts(model: Any) -> None:
     inner, outer = Silent(), Silent()
 
     def within(*_: Any, **__: Any) -> Any:
-        return look(model, input_ids=IDS, streamer=inner, max_new_tokens=3), lost_arguments()
+        return look(model, input_ids=IDS, streamer=inner, max_new_tokens=3), read_caller_frame()
 
     first, second = model.generate(IDS, streamer=outer, custom_generate=within, max_new_tokens=3)
     assert first.streamer is inner
@@ -100,13 +100,13 @@ def test_wrappers_of_other_libraries_do_not_hide_it(model: Any, monkeypatch: pyt
 
 def test_a_call_that_cannot_be_seen_is_an_error(model: Any) -> None:
     with pytest.raises(UnsupportedArgumentError, match=r"`streamer`, `tokenizer`.*would be lost"):
-        lost_arguments()
+        read_caller_frame()
     errors: list[Any] = []
 
     def elsewhere(*_: Any, **__: Any) -> torch.Tensor:
         def run() -> None:
             try:
-                lost_arguments()
+                read_caller_frame()
             except UnsupportedArgumentError as error:
                 errors.append(error)
 

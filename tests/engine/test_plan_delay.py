@@ -18,7 +18,7 @@ from hf_async_batching.core.plan import Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.timeline import StepRecord
 from hf_async_batching.engine.engine import Engine
-from hf_async_batching.engine.plan_delay import ENOUGH, MARGIN, RECENT, Patience
+from hf_async_batching.engine.plan_delay import ENOUGH, MARGIN, RECENT, PlanDelay
 from hf_async_batching.scheduler.scheduler import Scheduler
 
 ROWS, CONTEXT = 4, 400
@@ -48,19 +48,19 @@ def record(
     )
 
 
-def began_at(seconds: float) -> Patience:
+def began_at(seconds: float) -> PlanDelay:
     """As after a step that ended then, and whose result was read at once."""
-    patience = Patience()
-    collect(patience, seconds, seconds - 0.010, seconds)
-    return patience
+    plan_delay = PlanDelay()
+    collect(plan_delay, seconds, seconds - 0.010, seconds)
+    return plan_delay
 
 
-def collect(patience: Patience, arrived: float, began: float, ended: float, waited: bool = False) -> None:
+def collect(plan_delay: PlanDelay, arrived: float, began: float, ended: float, waited: bool = False) -> None:
     """A step from its plan on."""
     if waited:
-        patience.waited()
-    patience.planned(True)
-    patience.collected(arrived, began, ended)
+        plan_delay.waited()
+    plan_delay.planned(True)
+    plan_delay.collected(arrived, began, ended)
 
 
 def spare(*records: StepRecord, rows: int = ROWS, context: int = CONTEXT, now: float = 5.0) -> float:
@@ -111,69 +111,69 @@ def test_a_smaller_step_is_shorter() -> None:
 
 
 def test_waits_are_cut_by_what_they_cost() -> None:
-    def after(idle: float, waited: bool = True) -> Patience:
-        patience = Patience()
-        collect(patience, 4.0, 3.99, 4.0)
-        collect(patience, 5.0, 4.0 + idle, 5.0, waited)
-        return patience
+    def after(idle: float, waited: bool = True) -> PlanDelay:
+        plan_delay = PlanDelay()
+        collect(plan_delay, 4.0, 3.99, 4.0)
+        collect(plan_delay, 5.0, 4.0 + idle, 5.0, waited)
+        return plan_delay
 
-    def left(patience: Patience) -> float:
-        return patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.0)
+    def left(plan_delay: PlanDelay) -> float:
+        return plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, 5.0)
 
     assert left(after(0.003, False)) == pytest.approx(0.0065), "no wait is to blame"
     assert left(after(0.0)) == pytest.approx(0.0065)
     assert left(after(-0.001)) == pytest.approx(0.0065), "two clocks"
-    patience = after(0.003)
-    assert left(patience) == pytest.approx(0.0035 + 0.0001), "of 10 ms a hundredth is paid back"
-    assert left(patience) == pytest.approx(0.0035 + 0.0002)
-    collect(patience, 6.0, 5.002, 6.0, waited=True)
-    assert 0.0065 - patience.spare_seconds(USUAL, ROWS, CONTEXT, 6.0) == pytest.approx(0.0048 - 0.0001), "it adds up"
-    patience = after(60.0)
-    assert 2400 < sum(left(patience) < 0 for _ in range(2600)) < 2450, "the process was stopped"
+    plan_delay = after(0.003)
+    assert left(plan_delay) == pytest.approx(0.0035 + 0.0001), "of 10 ms a hundredth is paid back"
+    assert left(plan_delay) == pytest.approx(0.0035 + 0.0002)
+    collect(plan_delay, 6.0, 5.002, 6.0, waited=True)
+    assert 0.0065 - plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, 6.0) == pytest.approx(0.0048 - 0.0001), "it adds up"
+    plan_delay = after(60.0)
+    assert 2400 < sum(left(plan_delay) < 0 for _ in range(2600)) < 2450, "the process was stopped"
 
 
 def test_the_plan_that_waited_is_to_blame_and_no_other() -> None:
-    patience = began_at(5.0)
+    plan_delay = began_at(5.0)
 
     def cut() -> bool:
-        return patience.spare_seconds(USUAL, ROWS, CONTEXT, patience._began) < 0.0064
+        return plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, plan_delay._began) < 0.0064
 
-    patience.planned(True)  # the step in flight while the next plan waits
-    patience.waited()
-    patience.planned(True)
-    patience.collected(5.02, 5.01, 5.02)
+    plan_delay.planned(True)  # the step in flight while the next plan waits
+    plan_delay.waited()
+    plan_delay.planned(True)
+    plan_delay.collected(5.02, 5.01, 5.02)
     assert not cut()
-    patience.planned(True)
-    patience.collected(5.04, 5.03, 5.04)
+    plan_delay.planned(True)
+    plan_delay.collected(5.04, 5.03, 5.04)
     assert cut()
-    patience._cut = 0.0
-    patience.collected(5.06, 5.05, 5.06)
+    plan_delay._cut = 0.0
+    plan_delay.collected(5.06, 5.05, 5.06)
     assert not cut(), "it did not wait"
-    patience.waited()
-    patience.planned(False)  # there was nothing to do, for a while
-    patience.planned(True)
-    patience.collected(9.06, 9.05, 9.06)
+    plan_delay.waited()
+    plan_delay.planned(False)  # there was nothing to do, for a while
+    plan_delay.planned(True)
+    plan_delay.collected(9.06, 9.05, 9.06)
     assert not cut()
 
 
 def test_a_result_that_was_read_late_makes_no_step_begin_later() -> None:
     """The device went on while the thread was held up."""
-    patience = began_at(5.0)
-    collect(patience, 5.010, 5.010 - 0.010, 5.010)
-    collect(patience, 5.035, 5.020 - 0.010, 5.020)  # 15 ms late
-    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.035) < -MARGIN
-    collect(patience, 5.036, 5.030 - 0.010, 5.030)
-    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.036) == pytest.approx(0.0005, abs=6e-4)
-    collect(patience, 5.040, 5.040 - 0.010, 5.040)
-    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, 5.040) == pytest.approx(0.0065, abs=1e-6)
+    plan_delay = began_at(5.0)
+    collect(plan_delay, 5.010, 5.010 - 0.010, 5.010)
+    collect(plan_delay, 5.035, 5.020 - 0.010, 5.020)  # 15 ms late
+    assert plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, 5.035) < -MARGIN
+    collect(plan_delay, 5.036, 5.030 - 0.010, 5.030)
+    assert plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, 5.036) == pytest.approx(0.0005, abs=6e-4)
+    collect(plan_delay, 5.040, 5.040 - 0.010, 5.040)
+    assert plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, 5.040) == pytest.approx(0.0065, abs=1e-6)
 
 
 def test_clocks_that_drift_are_brought_together() -> None:
-    patience, arrived, ended = began_at(5.0), 5.0, 5.0
+    plan_delay, arrived, ended = began_at(5.0), 5.0, 5.0
     for _ in range(1000):
         arrived, ended = arrived + 0.0100, ended + 0.00999
-        collect(patience, arrived, ended - 0.010, ended)
-    assert patience.spare_seconds(USUAL, ROWS, CONTEXT, arrived) > 0.0055
+        collect(plan_delay, arrived, ended - 0.010, ended)
+    assert plan_delay.spare_seconds(USUAL, ROWS, CONTEXT, arrived) > 0.0055
 
 
 def test_who_has_room() -> None:
@@ -193,8 +193,8 @@ def test_when_an_engine_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ToyEngine(2, 0, max_rows=3).engine
     seen: list[tuple[Any, ...]] = []
     collected: list[tuple[float, ...]] = []
-    monkeypatch.setattr(engine.patience, "spare_seconds", lambda *a: seen.append(a) or 0.25)
-    monkeypatch.setattr(engine.patience, "collected", lambda *a: collected.append(a))
+    monkeypatch.setattr(engine.plan_delay, "spare_seconds", lambda *a: seen.append(a) or 0.25)
+    monkeypatch.setattr(engine.plan_delay, "collected", lambda *a: collected.append(a))
     assert engine.spare_seconds() == 0.0, "nothing is in flight"
     engine.add(Request("a", (1, 2), 30))
     engine.step()
@@ -218,25 +218,25 @@ def test_when_an_engine_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_an_engine_says_of_every_plan_whether_there_is_a_step(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ToyEngine(depth, 0, max_rows=3).engine
-    planned, said = engine.patience.planned, list[bool]()
+    planned, said = engine.plan_delay.planned, list[bool]()
 
     def note(launched: bool) -> None:
         said.append(launched)
         planned(launched)
 
-    monkeypatch.setattr(engine.patience, "planned", note)
+    monkeypatch.setattr(engine.plan_delay, "planned", note)
     engine.add(Request("a", (1, 2), 9))
     while engine.has_work:
         engine.step()
     assert said == [True] * len(engine.records) + [False] * (depth - 1)
-    assert not engine.patience._after_a_wait
+    assert not engine.plan_delay._after_a_wait
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_at_other_depths_nothing_waits(depth: int) -> None:
     """One step in flight would be too many to wait for at depth 1, and two would make results wait at depth 3."""
     engine = ToyEngine(depth, 0, max_rows=2).engine
-    engine.patience.spare_seconds = lambda *_: 0.25  # type: ignore[method-assign]
+    engine.plan_delay.spare_seconds = lambda *_: 0.25  # type: ignore[method-assign]
     engine.add(Request("a", (1, 2), 30))
     for _ in range(5):
         engine.step()
@@ -256,7 +256,7 @@ def serve(
         spare = engine.spare_seconds()
         if spare > 0:
             device.now += spare + oversleeps(waits)
-            engine.patience.waited()
+            engine.plan_delay.waited()
             waits += 1
     return waits
 
@@ -332,7 +332,7 @@ def waiting_before_a_plan(
             return next(spares, 0.0)
 
         monkeypatch.setattr(engine, "spare_seconds", spare)
-        monkeypatch.setattr(engine.patience, "waited", lambda: ended.append(time.perf_counter()))
+        monkeypatch.setattr(engine.plan_delay, "waited", lambda: ended.append(time.perf_counter()))
         manager.submit([5, 6, 7], max_new_tokens=400, eos_token_id=None)
         assert waits.wait(60)
         yield manager, ended

@@ -82,10 +82,10 @@ def other_settings(model: Any) -> None:
 def test_one_engine_serves_as_long_as_the_model_is_the_same(
     supervisor: EngineSupervisor, built: list[IdleEngine]
 ) -> None:
-    assert supervisor.thread is None and supervisor.assembly is None
+    assert supervisor.thread is None and supervisor.parts is None
     first = supervisor.current()
     assert supervisor.current() is first is supervisor.thread
-    assert supervisor.assembly is first.assembly
+    assert supervisor.parts is first.parts
     assert len(built) == 1
 
 
@@ -171,7 +171,7 @@ def test_an_engine_that_failed_or_idled_is_forgotten(supervisor: EngineSuperviso
     first = supervisor.current()
     first.stop(TIMEOUT)
     first.thread.join(TIMEOUT)
-    assert supervisor.thread is None and supervisor.assembly is None
+    assert supervisor.thread is None and supervisor.parts is None
     assert supervisor.current() is not first
 
 

@@ -19,7 +19,13 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from hf_async_batching.stopping.criteria import HostJudge, ListJudge, StopStrings, read_criteria, stop_string_criterion
+from hf_async_batching.stopping.criteria import (
+    CriteriaListChecker,
+    HostStopChecker,
+    StopStrings,
+    read_criteria,
+    stop_string_criterion,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +71,8 @@ def test_the_host_decides_like_the_list(tokenizer: Any, seed: int) -> None:
     ]
     criteria = StoppingCriteriaList(generator.sample(made, generator.randint(1, 4)))
     prompts = [[generator.randrange(VOCAB) for _ in range(6)] for _ in range(4)]
-    host = HostJudge([list(row) for row in prompts], read_criteria(criteria))
-    called = ListJudge(torch.tensor(prompts), criteria)
+    host = HostStopChecker([list(row) for row in prompts], read_criteria(criteria))
+    called = CriteriaListChecker(torch.tensor(prompts), criteria)
     over = [False] * 4
     for _ in range(25):
         tokens = [generator.randrange(3, VOCAB) for _ in prompts]
@@ -78,10 +84,10 @@ def test_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.time", lambda: now[0])
     criterion = MaxTimeCriteria(5.0)
-    judge = HostJudge([[1], [2]], read_criteria(StoppingCriteriaList([criterion])))
+    checker = HostStopChecker([[1], [2]], read_criteria(StoppingCriteriaList([criterion])))
     for later, expected in ((100.0, False), (105.0, False), (105.1, True)):
         now[0] = later
-        assert judge.step([3, 4]) == [expected, expected]
+        assert checker.step([3, 4]) == [expected, expected]
         assert bool(criterion(torch.tensor([[1]]), None)[0]) == expected
 
 
