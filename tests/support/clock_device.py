@@ -76,6 +76,6 @@ def timed_engine(
 
     toy.runner._forward = forward
     monkeypatch.setattr(toy.engine.scheduler, "plan", planned)
-    for module in ("engine", "pipeline"):
+    for module in ("engine.engine", "runner.pipeline"):
         monkeypatch.setattr(f"hf_async_batching.{module}.time", SimpleNamespace(perf_counter=lambda: device.now))
     return toy, device
