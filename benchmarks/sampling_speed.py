@@ -28,8 +28,8 @@ from hf_async_batching.runner import staging
 from hf_async_batching.sampling.metadata import SamplingMetadata
 from hf_async_batching.sampling.sampler import Sampler
 from hf_async_batching.sampling.token_history import TokenHistory
-from hf_async_batching.scheduler.scheduler import features_of
 from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.step_features import features_of
 
 USUAL: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
 CASES: dict[str, dict[str, Any] | None] = {
@@ -70,7 +70,7 @@ def rows_of(requests: list[Request], vocab: int, device: torch.device) -> tuple[
     positions = torch.randint(1, 4000, (count,), generator=generator).to(device)
     sequences = [Sequence(one, 0) for one in requests]
     for sequence in sequences:
-        sequence.computed = 1
+        sequence.num_computed = 1
     rows = torch.arange(1, count + 1, dtype=torch.int32, device=device)
     return SamplingMetadata(params, positions, rows, memory), features_of(sequences, [])
 

@@ -183,7 +183,7 @@ def _sample(requests: list[Request], logits: torch.Tensor, device: torch.device)
     """A decode step whose logits are given: tables, memory, sampler, commit."""
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
-        sequence.computed = 1
+        sequence.num_computed = 1
     features = features_of(sequences, [])
     state = RowTables(
         max_rows=len(requests), max_pages_per_row=4, device=device, fused=True, max_length=16,

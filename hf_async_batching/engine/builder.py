@@ -208,7 +208,7 @@ def _scheduler(config: BatchingConfig, forward: PackedForward | CacheForward, si
         max_writes=sizes.max_writes,
         window=sizes.groups.window,
         groups=sizes.groups.count,
-        kept=sizes.groups.kept,
+        full_attention_groups=sizes.groups.full_attention_groups,
         draft_rows=config.prompt_lookup_rows if sizes.drafted else 0,
         admission=config.admission,
     )

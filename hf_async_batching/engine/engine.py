@@ -13,7 +13,7 @@ from hf_async_batching.devices.base import Device
 from hf_async_batching.engine.plan_delay import PlanDelay
 from hf_async_batching.errors import InvalidProbabilitiesError
 from hf_async_batching.runner.pipeline import Pipeline
-from hf_async_batching.scheduler.outputs import Emission
+from hf_async_batching.scheduler.outputs import TokenOutput
 from hf_async_batching.scheduler.scheduler import Scheduler
 
 
@@ -69,7 +69,7 @@ class Engine:
         self._blocked = False
         self.scheduler.add(request)
 
-    def cancel(self, request_id: str) -> Emission | None:
+    def cancel(self, request_id: str) -> TokenOutput | None:
         """End a request; see `Scheduler.cancel`."""
         self._blocked = False
         return self.scheduler.cancel(request_id)
@@ -78,7 +78,7 @@ class Engine:
         """Forget what was computed before; see `Scheduler.weights_updated`."""
         self.scheduler.weights_updated()
 
-    def choose(self, request_id: str, token: int) -> Emission | None:
+    def choose(self, request_id: str, token: int) -> TokenOutput | None:
         """Go on with a token that a chooser has chosen; see `Scheduler.choose`."""
         self._blocked = False
         return self.scheduler.choose(request_id, token)
@@ -118,7 +118,7 @@ class Engine:
         ]
         return ", ".join(steps) or "a step that was being launched or read"
 
-    def step(self) -> list[Emission]:
+    def step(self) -> list[TokenOutput]:
         """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
         started = time.perf_counter()
         if self.outputs or self.failed or self.offered:
@@ -134,7 +134,7 @@ class Engine:
             self._blocked = True
         elif not self._in_flight and self.scheduler.has_live:
             raise RuntimeError("the scheduler has live requests, nothing in flight, and no plan")
-        emissions: list[Emission] = []
+        emissions: list[TokenOutput] = []
         if self._in_flight and (plan is None or len(self._in_flight) >= self.depth):
             emissions = self._collect(self._in_flight.popleft())
             # More than one only where the depth has been lowered.
@@ -144,7 +144,7 @@ class Engine:
             self.scheduler.check_invariants()
         return emissions
 
-    def _collect(self, launch: Launch) -> list[Emission]:
+    def _collect(self, launch: Launch) -> list[TokenOutput]:
         result = self.pipeline.collect(launch)
         arrived = time.perf_counter()
         emissions = self.scheduler.complete(result)
@@ -182,7 +182,7 @@ class Engine:
         )
         return emissions
 
-    def _keep_outputs(self, plan: Plan, result: Result, emissions: list[Emission]) -> None:
+    def _keep_outputs(self, plan: Plan, result: Result, emissions: list[TokenOutput]) -> None:
         made = {emission.request_id for emission in emissions if emission.token is not None}
         wanted = [request_id for run in plan.wanted for request_id in run.request_ids]
         nothing = [None] * len(wanted)

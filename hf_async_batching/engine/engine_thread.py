@@ -20,7 +20,7 @@ from hf_async_batching.errors import EngineClosedError, EngineFailedError, Queue
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.host_decoding.logits_handle import LogitsHandle
 from hf_async_batching.runtime.reentrancy import serve_in_this_thread, waiting_for
-from hf_async_batching.scheduler.outputs import Emission
+from hf_async_batching.scheduler.outputs import TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ class EngineThread:
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._choices or self._warm_ups or self._weights_changed)
 
-    def _deliver(self, emissions: list[Emission]) -> None:
+    def _deliver(self, emissions: list[TokenOutput]) -> None:
         handles, now = self._handles, time.perf_counter()
         watched: list[GenerationHandle] = []
         for request_id, token, logprob, finish_reason in emissions:

@@ -47,15 +47,15 @@ class LayerGroups:
         group_of: The group of each layer; those that see all come first.
         place_of: Its place in the group's pages.
         count: Groups.
-        kept: How many of the first of them see all.
+        full_attention_groups: How many of the first of them see all.
         window: How many of the last tokens, its own included, a token sees in the layers of the others; None where
-            all are kept.
+            these see all, too.
     """
 
     group_of: list[int]
     place_of: list[int]
     count: int
-    kept: int
+    full_attention_groups: int
     window: int | None
 
     def page_bytes(self, layers: list[LayerShape], page_size: int) -> int:
@@ -80,14 +80,14 @@ def group_layers(layers: list[LayerShape], apart: bool = True, longest: int | No
     pays = window is not None and window < (longest or math.inf) and len(narrow) >= _FEWEST_NARROW * len(layers)
     if apart and pays and wide and len(sizes) == 1:
         size = min(len(narrow), len(wide))
-        kept, others = -(-len(wide) // size), -(-len(narrow) // size)
-        count = kept + others
+        full, others = -(-len(wide) // size), -(-len(narrow) // size)
+        count = full + others
         if count <= _MOST_GROUPS and 1 - len(layers) / (count * size) <= _MOST_WASTE:
             group_of, place_of = [0] * len(layers), [0] * len(layers)
-            for first, members in ((0, wide), (kept, narrow)):
+            for first, members in ((0, wide), (full, narrow)):
                 for number, layer in enumerate(members):
                     group_of[layer], place_of[layer] = first + number // size, number % size
-            return LayerGroups(group_of, place_of, count, kept, window)
+            return LayerGroups(group_of, place_of, count, full, window)
     all_narrow = bool(narrow) and not wide
     return LayerGroups(
         [0] * len(layers), list(range(len(layers))), 1, int(not all_narrow), window if all_narrow else None

@@ -78,8 +78,8 @@ class PageAllocator(IdPool):
         prefix_cache: Whether full pages become known by their tokens.
         groups: Groups of layers. Tokens stand in a page of each; the pages of one position follow each other in
             every list, with 0 for one that is gone.
-        kept: How many of the first groups see all tokens; 0 where there is one group, and a window.
-        window: How many of the last tokens the others see; None where all are kept.
+        full_attention_groups: How many of the first groups see all tokens; 0 where there is one group, and a window.
+        window: How many of the last tokens the others see; None where these see all, too.
 
     Attributes:
         prefixes: The known pages.
@@ -92,14 +92,16 @@ class PageAllocator(IdPool):
         prefix_cache: bool = True,
         *,
         groups: int = 1,
-        kept: int = 1,
+        full_attention_groups: int = 1,
         window: int | None = None,
     ) -> None:
         super().__init__(num_pages, "page")
         self.page_size = page_size
         self.groups = groups
-        self.kept = kept
-        self.prefixes = PrefixCache(page_size, prefix_cache, groups=groups, kept=kept, window=window)
+        self.full_attention_groups = full_attention_groups
+        self.prefixes = PrefixCache(
+            page_size, prefix_cache, groups=groups, full_attention_groups=full_attention_groups, window=window
+        )
         self._holders = [0] * (num_pages + 1)
 
     def pages_for(self, num_tokens: int) -> int:

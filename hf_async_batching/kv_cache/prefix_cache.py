@@ -61,7 +61,7 @@ class PrefixCache:
         page_size: Tokens in a page.
         enabled: Where False, no page ever becomes known.
         groups: See `PageAllocator`, likewise the others.
-        kept: The first groups, whose pages a node cannot do without.
+        full_attention_groups: The first groups, whose pages a node cannot do without.
         window: How far the other groups see.
 
     Attributes:
@@ -71,13 +71,19 @@ class PrefixCache:
     """
 
     def __init__(
-        self, page_size: int, enabled: bool = True, *, groups: int = 1, kept: int = 1, window: int | None = None
+        self,
+        page_size: int,
+        enabled: bool = True,
+        *,
+        groups: int = 1,
+        full_attention_groups: int = 1,
+        window: int | None = None,
     ) -> None:
         self.page_size = page_size
         self.enabled = enabled
         self._groups = groups
-        # Where there is one group, its page is what makes the node, whether or not it is kept for ever.
-        self._kept = max(1, kept)
+        # Where there is one group, its page is what makes the node, whether or not it has a window.
+        self._required_groups = max(1, full_attention_groups)
         self.window = window
         self.query_tokens = 0
         self.hit_tokens = 0
@@ -130,7 +136,7 @@ class PrefixCache:
             return node
         candidate = node
         while candidate.depth:
-            seen = self.num_passed(candidate.depth * self.page_size)
+            seen = self.pages_before_window(candidate.depth * self.page_size)
             whole = candidate
             while whole.depth > seen and all(whole.pages):
                 assert whole.parent is not None
@@ -142,7 +148,7 @@ class PrefixCache:
             candidate = whole.parent
         return candidate
 
-    def num_passed(self, position: int) -> int:
+    def pages_before_window(self, position: int) -> int:
         """How many pages of each group with a window lie before all that the token at `position` sees there."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
@@ -172,7 +178,7 @@ class PrefixCache:
                 child = node.children[key] = Node([*own], key, node, node.weights)
                 self._nodes.update((page, child) for page in own if page)
             elif self._groups > 1:
-                for group in range(self._kept, self._groups):
+                for group in range(self._required_groups, self._groups):
                     if own[group] and not child.pages[group]:
                         child.pages[group] = own[group]
                         self._nodes[own[group]] = child
@@ -213,7 +219,7 @@ class PrefixCache:
                 deepest = node
         # All of the path, and not only these pages: a page before them may be an equal one of somebody else's.
         while touch and deepest is not None:
-            for page in deepest.pages[: self._kept]:
+            for page in deepest.pages[: self._required_groups]:
                 if page in self._unheld:
                     self._unheld.move_to_end(page)
             deepest = deepest.parent
@@ -231,8 +237,8 @@ class PrefixCache:
         while len(freed) < count:
             page = next(iter(self._unheld))
             top = self._nodes[page]
-            if top.pages.index(page) >= self._kept:
-                freed += self._forget(top, self._kept)
+            if top.pages.index(page) >= self._required_groups:
+                freed += self._forget(top, self._required_groups)
                 continue
             freed += self._cut(top)
         self.evictions += len(freed)
@@ -306,13 +312,15 @@ class PrefixCache:
             for key, child in node.children.items():
                 known = [page for page in child.pages if page]
                 assert all(self._nodes[page] is child for page in known), "a page that is found is not known"
-                assert all(child.pages[: self._kept]), "a node without a page that makes it"
+                assert all(child.pages[: self._required_groups]), "a node without a page that makes it"
                 assert child.parent is node and child.tokens == key and child.known, "a page is in the wrong place"
                 found += len(known)
-                last = max([age.get(page, -1) for page in child.pages[: self._kept]])
+                last = max([age.get(page, -1) for page in child.pages[: self._required_groups]])
                 above: Node | None = node
                 while last >= 0 and above is not None:
-                    first = min([age.get(page, len(age)) for page in above.pages[: self._kept]], default=len(age))
+                    first = min(
+                        [age.get(page, len(age)) for page in above.pages[: self._required_groups]], default=len(age)
+                    )
                     assert last < first, "a page would go after what it continues"
                     above = above.parent
             below += node.children.values()

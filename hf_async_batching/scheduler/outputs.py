@@ -1,4 +1,4 @@
-"""News for callers, and the short way to it while nobody ends."""
+"""Settles the tokens of a step: output for the callers, and which sequences have ended. No torch, no threads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
-from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.sequence import Sequence, State
 
 
-class Emission(NamedTuple):
-    """News for one caller: a token (None for a bare ending) and, if the request ended with it, why."""
+class TokenOutput(NamedTuple):
+    """Output for one caller: a token (None where the request ends without one) and, if the request ended, why."""
 
     request_id: str
     token: int | None
@@ -19,10 +19,85 @@ class Emission(NamedTuple):
 
 
 # One per row and step: the named tuple's own constructor takes three times as long.
-emission = partial(tuple.__new__, Emission)
+_token_output = partial(tuple.__new__, TokenOutput)
 
 
-class Steady:
+class Settled(NamedTuple):
+    """What a step brought.
+
+    Attributes:
+        outputs: Output for the callers, in the order of the sampled positions.
+        ended: Sequences that have ended with the step; their state is FINISHED.
+        offered: Requests whose logits the step brought for their choosers.
+    """
+
+    outputs: list[TokenOutput]
+    ended: list[Sequence]
+    offered: list[str]
+
+
+class Settler:
+    """Appends sampled tokens to their sequences.
+
+    Most steps have the sequences of the step before, and none of these ends. For sequences that are settled together
+    a second time the settler therefore prepares a short way, and takes it as long as no sequence can end.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[Sequence] = []
+        self._steady: _Steady | None = None
+
+    def settle(self, sampled: list[Sequence], tokens: list[int], logprobs: list[float | None]) -> Settled:
+        """Append the tokens of a step. Tokens of sequences that have ended before are dropped.
+
+        Args:
+            sampled: The sequence of each sampled position. The same list object as in an earlier call means the same
+                sequences.
+            tokens: The token of each position. A sequence with a chooser gets none: it waits for the chooser's.
+            logprobs: Their log-probabilities, or None.
+        """
+        steady = self._steady
+        if steady is not None and steady.sequences is sampled:
+            outputs = steady.settle(tokens, logprobs)
+            if outputs is not None:
+                return Settled(outputs, [], [])
+        settled = Settled([], [], [])
+        outputs, ended, offered = settled
+        finished = State.FINISHED
+        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            if sequence.state is finished:
+                continue  # a surplus token: the request ended while this step was in flight
+            if sequence.has_chooser:
+                sequence.awaits_choice = True
+                offered.append(sequence.request_id)
+                continue
+            known = sequence.tokens
+            known.append(token)
+            if token not in sequence.eos and len(known) < sequence.max_length:
+                outputs.append(_token_output((sequence.request_id, token, logprob, None)))
+                continue
+            sequence.state = finished
+            ended.append(sequence)
+            reason = "eos" if token in sequence.eos else "length"
+            outputs.append(TokenOutput(sequence.request_id, token, logprob, reason))
+        if ended:
+            self._steady = None
+        else:
+            again = sampled and sampled is self._last and all([s.state is not finished for s in sampled])
+            self._steady = _Steady(sampled) if again else None
+            self._last = sampled
+        return settled
+
+    def ended_otherwise(self) -> None:
+        """Note that a sequence has ended without a token."""
+        self._steady = None
+
+    def let_go(self) -> None:
+        """Hold no sequence of earlier steps."""
+        self._last, self._steady = [], None
+
+
+class _Steady:
     """Sequences that decode together step after step, and what settling their tokens takes where none of them ends."""
 
     __slots__ = ("_appends", "_eos", "_ids", "_left", "sequences")
@@ -34,11 +109,11 @@ class Steady:
         self._eos = frozenset().union(*[sequence.eos for sequence in sequences])
         self._left = min([sequence.max_length - len(sequence.tokens) for sequence in sequences])
 
-    def settle(self, tokens: list[int], logprobs: list[float | None]) -> list[Emission] | None:
-        """Append a token to each; None, with nothing done, where one of them may end with it."""
+    def settle(self, tokens: list[int], logprobs: list[float | None]) -> list[TokenOutput] | None:
+        """Append a token to each sequence; None, with nothing done, where one of them may end with its token."""
         if self._left == 1 or not self._eos.isdisjoint(tokens):
             return None
         self._left -= 1
         for append, token in zip(self._appends, tokens):
             append(token)
-        return list(map(emission, zip(self._ids, tokens, logprobs, repeat(None))))
+        return list(map(_token_output, zip(self._ids, tokens, logprobs, repeat(None))))

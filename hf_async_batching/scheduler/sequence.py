@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hf_async_batching.core.logits_params import Stage
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import RULE_WORDS
-from hf_async_batching.kv_cache.prefix_cache import Node
+from hf_async_batching.kv_cache.sequence_pages import SequencePages
 from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 
 
@@ -93,25 +93,21 @@ class Sequence:
         max_length: Tokens, prompt included, at which it ends.
         candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
         logprobs: Whether log-probabilities were asked for.
-        shareable: Whether its tokens tell what its pages hold.
-        chosen_outside: Whether a chooser outside of the engine chooses its tokens.
-        offered: Whether its chooser has its logits, and the token has not come yet.
+        has_chooser: Whether a chooser outside of the engine chooses its tokens.
+        awaits_choice: Whether its chooser has its logits and has not chosen yet.
         needs: What its steps need of the device beyond that; None for the many that need nothing.
-        planned: Its tokens and placeholders together.
-        computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are planned
-            but the last.
-        decide_at: For a decoding sequence, the value of `computed` at which it needs a page or has reached its
+        state: Where it stands.
+        num_planned: Its tokens and placeholders together.
+        num_computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are
+            planned but the last.
+        next_page_at: For a decoding sequence, the value of `num_computed` at which it needs a page or has reached its
             length; until then each step is like the one before.
-        row: The row on the device; 0 while the sequence has none.
-        pages: KV pages in order of position, those of all groups together; 0 for those that it has given back.
-        passed: Before how many, counted in one group, it has given back what no token to come sees.
-        found: What the last look-up in the prefix cache found, from which the next goes on; None before the first.
-        prefix: The last node of its own chain there: what of `found` it could use, and then what it entered.
+        pages: Its row and its KV pages.
         last_step: Number of the last planned step that touches the row or the pages; -1 for none.
         lookup: Where its drafts come from; None where it makes none.
-        held: Whether it decodes no further until its tokens in flight have arrived, or its chooser has chosen.
+        paused: Whether it decodes no further until its tokens in flight have arrived, or its chooser has chosen.
         draft: Tokens that are computed, or about to be, behind its last one.
-        restarts: Whether what the device's tables hold of its row is not what it goes on from.
+        restarts: Whether it goes on from another place than the device's tables hold for its row.
     """
 
     request: Request
@@ -123,22 +119,17 @@ class Sequence:
     max_length: int = field(init=False)
     candidates: int | None = field(init=False)
     logprobs: bool = field(init=False)
-    shareable: bool = field(init=False)
-    chosen_outside: bool = field(init=False)
-    offered: bool = False
+    has_chooser: bool = field(init=False)
+    awaits_choice: bool = False
     needs: Needs | None = field(init=False)
     state: State = State.WAITING
-    planned: int = field(init=False)
-    computed: int = 0
-    decide_at: int = 0
-    row: int = 0
-    pages: list[int] = field(default_factory=list)
-    passed: int = 0
-    found: Node | None = None
-    prefix: Node | None = None
+    num_planned: int = field(init=False)
+    num_computed: int = 0
+    next_page_at: int = 0
+    pages: SequencePages = field(init=False)
     last_step: int = -1
     lookup: PromptLookup | None = field(init=False)
-    held: bool = False
+    paused: bool = False
     draft: tuple[int, ...] = ()
     restarts: bool = False
 
@@ -146,29 +137,40 @@ class Sequence:
         self.request_id = self.request.request_id
         self.tokens = list(self.request.prompt)
         self.eos = frozenset() if self.request.chooser is not None else frozenset(self.request.eos_token_ids)
-        self.planned = len(self.tokens)
-        self.chosen_outside = outside = self.request.chooser is not None
+        self.num_planned = len(self.tokens)
+        self.has_chooser = outside = self.request.chooser is not None
         self.min_length = 0 if outside else len(self.request.prompt) + self.request.min_new_tokens
         self.max_length = len(self.request.prompt) + self.request.max_new_tokens
         sampling = self.request.sampling
         # A chooser draws, filters and knows probabilities by itself.
         self.candidates = sampling.candidates if sampling.do_sample and not outside else None
         self.logprobs = sampling.logprobs and not outside
-        self.shareable = self.request.prompt_embeddings is None
+        self.pages = SequencePages(shareable=self.request.prompt_embeddings is None)
         self.needs = Needs.of(self.request)
         self.lookup = None
-        if self.request.lookup_tokens and self.shareable and not (self.needs and self.needs.forbids_drafts):
+        if self.request.lookup_tokens and self.pages.shareable and not (self.needs and self.needs.forbids_drafts):
             self.lookup = PromptLookup(self.request.lookup_tokens, self.request.lookup_ngram, self.eos)
+
+    @property
+    def row(self) -> int:
+        """Its row on the device; 0 while it has none."""
+        return self.pages.row
 
     @property
     def placeholders(self) -> int:
         """Output tokens that steps in flight will deliver."""
-        return self.planned - len(self.tokens)
+        return self.num_planned - len(self.tokens)
 
     @property
     def wants_more(self) -> bool:
         """Whether another step must be planned while it decodes: a stop by length is known before its last token."""
-        return self.planned < self.max_length
+        return self.num_planned < self.max_length
+
+    @property
+    def num_cacheable(self) -> int:
+        """Leading tokens whose keys and values other sequences may use."""
+        # The last known output may be an end, whose own keys and values no step need ever write.
+        return min(self.num_computed, max(len(self.request.prompt), len(self.tokens) - 1))
 
     def writes(self, start: int) -> int:
         """Words that the row's memory gets in the step in which it starts behind `start` known tokens."""
@@ -177,6 +179,6 @@ class Sequence:
             return 0
         return needs.fixed_writes + start
 
-    def decide_later(self, room: int) -> None:
-        """Set `decide_at` by the tokens that its pages hold; for a sequence that decodes."""
-        self.decide_at = min(room, self.max_length - 1)
+    def set_next_page(self, room: int) -> None:
+        """Set `next_page_at` of a decoding sequence whose pages have room for `room` tokens."""
+        self.next_page_at = min(room, self.max_length - 1)

@@ -1,8 +1,9 @@
-"""When sequences draft (see `prompt_lookup`), and what becomes of a draft: a part of the scheduler's policy.
+"""When sequences compute drafts (see `prompt_lookup`), and what becomes of a draft: a part of the scheduler's policy.
 
-A draft stands on tokens that the host knows. A sequence that could draft is therefore *held*: planned no further until
-its tokens in flight have arrived. Then it is sent to its row anew, with its last token and the draft as a piece of a
-prompt of which every position is sampled, and goes on from the tokens that were right. Other rows do not wait.
+A draft stands on tokens that the host knows. A sequence that could draft is therefore *paused*: no step is planned for
+it until its tokens in flight have arrived. Then it is sent to its row anew, with its last token and the draft as a
+piece of a prompt of which every position is sampled, and goes on from the tokens that were right. Other rows do not
+wait.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hf_async_batching.core.plan import NewPage
-from hf_async_batching.kv_cache.page_allocator import PageAllocator
+from hf_async_batching.kv_cache.kv_cache_manager import KVCacheManager
 from hf_async_batching.scheduler.prompt_lookup import num_accepted
 from hf_async_batching.scheduler.sequence import Sequence, State
 
 
-class Drafted(NamedTuple):
-    """A draft in flight: whose it is, and the first of its sampled positions in the step."""
+class DraftInFlight(NamedTuple):
+    """A draft that a step computes: its sequence, and the first of its sampled positions in the step."""
 
     sequence: Sequence
     first: int
@@ -25,97 +26,111 @@ class Drafted(NamedTuple):
 
 
 class Drafting:
-    """Decides who drafts.
+    """Decides which sequences draft, and checks drafts.
 
     Args:
-        pages: Where a draft's pages come from.
-        max_rows: Nobody drafts while more sequences run.
+        kv_cache: Gives the pages for drafts.
+        max_rows: No sequence drafts while more than this run; 0 is never.
 
     Attributes:
         drafted: Tokens of all drafts that were checked.
         accepted: Those that were right.
     """
 
-    def __init__(self, pages: PageAllocator, max_rows: int) -> None:
+    def __init__(self, kv_cache: KVCacheManager, max_rows: int) -> None:
         self.max_rows = max_rows
         self.drafted = 0
         self.accepted = 0
-        self._pages = pages
+        self._kv_cache = kv_cache
+        self._pages = kv_cache.pages
+        self._were_few = False
 
-    def choose(self, sequences: list[Sequence], few: bool) -> bool:
-        """Hold, let go, or draft for each of `sequences`, which have a `lookup`.
+    def choose(self, drafters: list[Sequence], *, running: int, waiting: int) -> bool:
+        """Let each sequence that can draft do so, or go on as the others do.
 
         Args:
-            sequences: Some of those that run.
-            few: Whether drafts may begin.
+            drafters: Running sequences that have a `lookup`.
+            running: How many sequences run.
+            waiting: How many wait for a row.
 
         Returns:
-            Whether any of them decodes no longer, or does so again.
+            Whether one of the drafters decodes no longer, or does so again.
         """
+        few = not waiting and running <= self.max_rows
+        # Among many, no sequence is paused or has a draft to give up, once that has been done.
+        changed = self._update(drafters, few) if few or self._were_few else False
+        self._were_few = few
+        return changed
+
+    def _update(self, drafters: list[Sequence], few: bool) -> bool:
+        """The same, where drafts may begin (`few`) or must be given up."""
         changed = False
-        for sequence in sequences:
+        for sequence in drafters:
             if sequence.state is State.DECODING:
-                was_held = sequence.held
-                sequence.held = False
+                was_paused = sequence.paused
+                sequence.paused = False
                 if few and sequence.wants_more:
-                    self._consider(sequence, was_held)
-                changed |= was_held != sequence.held or sequence.state is not State.DECODING
+                    self._consider(sequence, was_paused)
+                changed |= was_paused != sequence.paused or sequence.state is not State.DECODING
             elif sequence.restarts:
                 sequence.draft = _find(sequence) if few else ()
         return changed
 
-    def _consider(self, sequence: Sequence, was_held: bool) -> None:
-        """Let a sequence that decodes draft, or hold it until it can."""
+    def _consider(self, sequence: Sequence, was_paused: bool) -> None:
+        """Let a sequence that decodes draft, or pause it until it can."""
         if sequence.placeholders:
-            sequence.held = was_held or bool(_find(sequence))
-        elif sequence.computed == sequence.decide_at or not self._has_place(sequence):
-            pass  # for the page of its next token others may have to make room; for a draft nobody does
+            sequence.paused = was_paused or bool(_find(sequence))
+        elif sequence.num_computed == sequence.next_page_at or not self._has_room(sequence):
+            pass  # other sequences may have to make room for the page of its next token, and never for a draft
         elif draft := _find(sequence):
             sequence.draft = draft
             sequence.state = State.PREFILLING
             sequence.restarts = True
-        elif was_held:
+        elif was_paused:
             assert sequence.lookup is not None
             sequence.lookup.judged(0, 0, len(sequence.tokens))
 
-    def _has_place(self, sequence: Sequence) -> bool:
-        """Whether there is a page for the last token, one that is drafted, and one behind it."""
-        pages = self._pages
-        return pages.available >= pages.groups or len(sequence.tokens) + 2 <= pages.room_in(len(sequence.pages))
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there is a page for the last token, a drafted one, and one behind it."""
+        room = self._pages.room_in(len(sequence.pages.ids))
+        return self._pages.available >= self._pages.groups or len(sequence.tokens) + 2 <= room
 
-    def begin(self, sequence: Sequence, limit: int, new_pages: list[NewPage]) -> None:
-        """Settle the draft of a sequence that restarts in this step: what it has pages for, or gets now.
+    def begin(self, sequence: Sequence, limit: int) -> list[NewPage]:
+        """Fix the draft of a sequence that restarts in this step: as long as there are pages for it.
 
         Args:
             sequence: It has the page of its last token.
             limit: Tokens that it can draft.
-            new_pages: Gets the pages that it gets.
+
+        Returns:
+            The page-table entries that the step must set.
         """
         sequence.restarts = False
-        length = len(sequence.tokens)
         sequence.draft = sequence.draft[:limit]
+        if not sequence.draft:
+            return []
+        length = len(sequence.tokens)
         # One more token than is drafted, so that there is always a page to go on in.
-        missing = self._pages.pages_for(length + len(sequence.draft) + 1) - len(sequence.pages)
-        if not sequence.draft or missing <= 0:
-            return
-        taken = self._pages.take(missing)
-        if taken is None:
-            sequence.draft = sequence.draft[: max(0, self._pages.room_in(len(sequence.pages)) - length - 1)]
-            return
-        for page in taken:
-            new_pages.append(NewPage(sequence.row, len(sequence.pages), page))
-            sequence.pages.append(page)
+        entries = self._kv_cache.extend_to(sequence.pages, length + len(sequence.draft) + 1)
+        if entries is None:
+            room = self._pages.room_in(len(sequence.pages.ids))
+            sequence.draft = sequence.draft[: max(0, room - length - 1)]
+            return []
+        return entries
 
     def check(
-        self, drafts: list[Drafted], sampled: list[Sequence], tokens: list[int], logprobs: list[float | None]
+        self, drafts: Iterable[DraftInFlight], sampled: list[Sequence], tokens: list[int], logprobs: list[float | None]
     ) -> tuple[list[Sequence], list[int], list[float | None]]:
-        """What a step with drafts yields: of each draft's positions, those up to the first wrong token.
+        """What a step with drafts yields: the positions of each draft up to its first wrong token.
 
         Args:
-            drafts: The step's.
-            sampled: Whose each sampled position is.
-            tokens: What was sampled there.
-            logprobs: Their log-probabilities.
+            drafts: The drafts of the step.
+            sampled: The sequence of each sampled position.
+            tokens: The tokens sampled there.
+            logprobs: Their log-probabilities, or None.
+
+        Returns:
+            The sequences, tokens and log-probabilities of the positions that count.
         """
         dropped: set[int] = set()
         for sequence, first, draft in drafts:
@@ -125,8 +140,8 @@ class Drafting:
             self.accepted += accepted
             assert sequence.lookup is not None
             sequence.lookup.judged(len(draft), accepted, len(sequence.tokens) + accepted + 1)
-        kept = [position for position in range(len(sampled)) if position not in dropped]
-        return [sampled[i] for i in kept], [tokens[i] for i in kept], [logprobs[i] for i in kept]
+        valid = [position for position in range(len(sampled)) if position not in dropped]
+        return [sampled[i] for i in valid], [tokens[i] for i in valid], [logprobs[i] for i in valid]
 
 
 def _find(sequence: Sequence) -> tuple[int, ...]:
@@ -135,14 +150,14 @@ def _find(sequence: Sequence) -> tuple[int, ...]:
     return sequence.lookup.find(sequence.tokens, sequence.max_length - len(sequence.tokens) - 1)
 
 
-def settle_drafts(sequences: Iterable[Sequence]) -> None:
+def settle_drafts(drafts: Iterable[DraftInFlight]) -> None:
     """Let sequences whose drafts were checked, and which have not ended with them, go on from what they hold."""
-    for sequence in sequences:
+    for sequence, _, _ in drafts:
         if sequence.state is State.FINISHED:
             continue
         sequence.draft = ()
-        sequence.planned = len(sequence.tokens)
+        sequence.num_planned = len(sequence.tokens)
         if sequence.state is State.VERIFYING:
             sequence.state = State.PREFILLING
             sequence.restarts = True
-            sequence.computed = len(sequence.tokens) - 1
+            sequence.num_computed = len(sequence.tokens) - 1

@@ -17,7 +17,7 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
     features = Features(
         sampling=bool(candidates),
         candidates=-1 if -1 in candidates else max(candidates, default=0),
-        min_length=any([sequence.computed - len(sequence.draft) < sequence.min_length for sequence in sampled]),
+        min_length=any([sequence.num_computed - len(sequence.draft) < sequence.min_length for sequence in sampled]),
         logprobs=any([sequence.logprobs for sequence in sampled]),
     )
     needs = [sequence.needs for sequence in sampled if sequence.needs is not None]
@@ -42,7 +42,7 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
 def features_of_request(request: Request) -> Features:
     """What a decode step of one request needs."""
     sequence = Sequence(request, 0)
-    sequence.computed = 1
+    sequence.num_computed = 1
     return features_of([sequence], [])
 
 
@@ -65,7 +65,7 @@ def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Offer, ...], tuple[Run, .
         if needs.offers:
             offers.append(Offer(index, sequence.request_id))
         elif needs.memory:
-            history = max(history, len(request.padding) + sequence.computed)
+            history = max(history, len(request.padding) + sequence.num_computed)
             rules = max(rules, len(request.logits.rules))
             ngram = max(ngram, request.logits.ngram)
     return tuple(offers), tuple(wanted), Bounds(history, rules, ngram)

@@ -79,7 +79,7 @@ class WaitingQueue:
         assert keys == sorted(keys), "somebody overtook the queue"
 
 
-def spread_budget(budget: int, running: list[Sequence], waiting: Iterable[Sequence], *, room: int) -> int:
+def spread_budget(budget: int, running: Iterable[Sequence], waiting: Iterable[Sequence], *, room: int) -> int:
     """Prompt tokens of a step where prompts are spread.
 
     Args:
@@ -95,11 +95,11 @@ def spread_budget(budget: int, running: list[Sequence], waiting: Iterable[Sequen
     prompts += waiting
     if not prompts:
         return budget
-    last = max(sequence.max_length - sequence.planned for sequence in chain(running, prompts))
+    last = max(sequence.max_length - sequence.num_planned for sequence in chain(running, prompts))
     tokens, rate = 0, room
     for sequence in prompts:
-        tokens += len(sequence.tokens) - sequence.computed
-        steps = last - (sequence.max_length - sequence.planned) + 1
+        tokens += len(sequence.tokens) - sequence.num_computed
+        steps = last - (sequence.max_length - sequence.num_planned) + 1
         if tokens > rate * steps:
             rate = -(-tokens // steps)
             if rate >= budget:
@@ -115,17 +115,17 @@ def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_si
         computed: Sequences of which the step that is being planned computes a piece, which counts as computed.
         page_size: Tokens per page of one group of layers; `WORTH_WAITING` is a multiple of it.
     """
-    start = sequence.prefix
+    start = sequence.pages.last_node
     assert start is not None
     begun = start.depth * page_size
     reached = begun + WORTH_WAITING
     # The last token must be computed whatever is known.
-    if not sequence.shareable or len(sequence.tokens) <= reached:
+    if not sequence.pages.shareable or len(sequence.tokens) <= reached:
         return False
     for other in computed:
         if (
-            other.computed >= reached
-            and other.shareable
+            other.num_computed >= reached
+            and other.pages.shareable
             and other.tokens[begun:reached] == sequence.tokens[begun:reached]
             and _goes_on_behind(other, start)
         ):
@@ -135,7 +135,7 @@ def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_si
 
 def _goes_on_behind(sequence: Sequence, node: Node) -> bool:
     """Whether a node is among the pages that a sequence began with or entered."""
-    own = sequence.prefix
+    own = sequence.pages.last_node
     while own is not None and own.depth > node.depth:
         own = own.parent
     return own is node

@@ -49,7 +49,7 @@ def layers(pattern: str) -> list[LayerShape]:
 def test_groups(pattern: str, count: int, kept: int, window: int | None) -> None:
     shapes = layers(pattern)
     groups = group_layers(shapes)
-    assert (groups.count, groups.kept, groups.window) == (count, kept, window)
+    assert (groups.count, groups.full_attention_groups, groups.window) == (count, kept, window)
     assert len(set(zip(groups.group_of, groups.place_of, strict=True))) == len(shapes), "two layers in one place"
     assert sorted(set(groups.group_of)) == list(range(count))
     if count > 1:

@@ -19,7 +19,7 @@ def layers(pattern: str) -> list[LayerShape]:
 def test_layers_of_several_sizes_share_their_pages() -> None:
     shapes = [WIDE, NARROW._replace(num_kv_heads=4)]
     groups = group_layers(shapes)
-    assert (groups.count, groups.kept, groups.window) == (1, 1, None)
+    assert (groups.count, groups.full_attention_groups, groups.window) == (1, 1, None)
     cache = PagedCache(shapes, num_pages=3, page_size=16, device=torch.device("cpu"), groups=groups)
     assert [tuple(keys.shape) for keys in cache.keys] == [(4, 16, 2, 8), (4, 16, 4, 8)]
     assert cache.group_of is None

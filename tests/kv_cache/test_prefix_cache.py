@@ -179,17 +179,17 @@ def usable(cache: PrefixCache, tokens: tuple[int, ...]) -> list[int]:
 
 
 def test_a_node_has_a_page_of_each_group() -> None:
-    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
     chain_of(cache, A + B, 11, 21, 12, 22)
     assert usable(cache, A + B + C) == [11, 21, 12, 22]
     assert all(page in cache for page in (11, 21, 12, 22))
-    assert [cache.num_passed(2 * depth) for depth in range(5)] == [0, 0, 1, 2, 3], (
+    assert [cache.pages_before_window(2 * depth) for depth in range(5)] == [0, 0, 1, 2, 3], (
         "a token behind n nodes sees one of them"
     )
 
 
 def test_pages_of_windows_go_alone_and_what_sees_them_is_of_no_use() -> None:
-    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
     chain_of(cache, A + B + C, 11, 21, 12, 22, 13, 23)
     assert cache.let_go([22], touch=False) == []
     assert cache.evict() == [22]
@@ -205,7 +205,7 @@ def test_pages_of_windows_go_alone_and_what_sees_them_is_of_no_use() -> None:
 
 
 def test_who_computes_a_node_again_fills_its_gaps() -> None:
-    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
     chain_of(cache, A + B, 11, 21, 12, 22)
     cache.let_go([22], touch=False)
     cache.evict()
@@ -218,7 +218,7 @@ def test_who_computes_a_node_again_fills_its_gaps() -> None:
 
 
 def test_a_page_that_makes_its_node_takes_the_others_along() -> None:
-    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
     chain_of(cache, A + B, 11, 21, 12, 22)
     cache.let_go([11, 21, 12])  # 22 is held by somebody
     assert cache.evict() == [21]
@@ -231,7 +231,7 @@ def test_a_page_that_makes_its_node_takes_the_others_along() -> None:
 
 def test_pages_of_windows_are_given_up_where_they_passed_first() -> None:
     """A sequence that goes on gives pages back without touching those that it goes on from."""
-    cache = PrefixCache(2, groups=2, kept=1, window=3)
+    cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
     chain_of(cache, A, 11, 21)
     chain_of(cache, C + D, 13, 23, 14, 24)
     cache.let_go([11])

@@ -13,6 +13,7 @@ from support.toy_engine import VOCAB, ToyEngine, reference, run_random_schedule,
 from hf_async_batching.core.plan import Chunk
 from hf_async_batching.core.request import Request
 from hf_async_batching.devices.base import Guard
+from hf_async_batching.kv_cache.sequence_pages import SequencePages
 from hf_async_batching.scheduler.scheduler import Scheduler
 from hf_async_batching.scheduler.sequence import Sequence
 
@@ -72,14 +73,14 @@ def test_each_wait_is_needed(guard: Guard, depth: int) -> None:
 def count_passed(scheduler: Scheduler) -> list[int]:
     """How many pages of a group each look at a window gives back, from now on."""
     counts: list[int] = []
-    give_back = scheduler._give_back_passed
+    release = scheduler.kv_cache.release_before_window
 
-    def counted(sequence: Sequence) -> None:
-        before = sequence.passed
-        give_back(sequence)
-        counts.append(sequence.passed - before)
+    def counted(pages: SequencePages, *rest: int) -> None:
+        before = pages.pages_before_window
+        release(pages, *rest)
+        counts.append(pages.pages_before_window - before)
 
-    scheduler._give_back_passed = counted  # type: ignore[method-assign]
+    scheduler.kv_cache.release_before_window = counted  # type: ignore[method-assign]
     return counts
 
 
@@ -97,7 +98,7 @@ def test_random_schedules_with_a_window(depth: int, window: int) -> None:
 
 
 # Pages of one layer that sees all and of two kinds that see a window; of two and one; of one and one.
-GROUPS = [{"groups": 3, "kept": 1}, {"groups": 3, "kept": 2}, {"groups": 2, "kept": 1}]
+GROUPS = [{"groups": count, "full_attention_groups": full} for count, full in ((3, 1), (3, 2), (2, 1))]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -133,10 +134,12 @@ class GivesBackWhatIsSeen(Scheduler):
 class GivesBackAtOnce(Scheduler):
     """Gives pages back when the window has passed them, not when the last step that read them has completed."""
 
-    def _give_back_passed(self, sequence: Sequence) -> None:
-        last_step, sequence.last_step = sequence.last_step, -1
-        super()._give_back_passed(sequence)
-        sequence.last_step = last_step
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        release = self.kv_cache.release_before_window
+        self.kv_cache.release_before_window = (  # type: ignore[method-assign]
+            lambda pages, position, last_step: release(pages, position, -1)
+        )
 
 
 class FindsWhatIsGone(Scheduler):
@@ -155,7 +158,7 @@ def test_pages_in_the_window_are_needed(wrong: type[Scheduler], groups: dict[str
 
 
 def test_pages_that_were_given_up_are_needed() -> None:
-    sizes = {"groups": 2, "kept": 1, "num_pages": 16, "debug": False}
+    sizes = {"groups": 2, "full_attention_groups": 1, "num_pages": 16, "debug": False}
     assert any(_wrong_token(2, seed, True, window=9, scheduler_class=FindsWhatIsGone, **sizes) for seed in range(200))
     assert not any(_wrong_token(2, seed, True, window=9, **sizes) for seed in range(20))
 
@@ -164,8 +167,8 @@ class FreesPagesAtOnce(Scheduler):
     """Gives pages back when a request ends, not when its last step has completed."""
 
     def _retire(self, sequence: Sequence) -> None:
-        pages, sequence.pages, sequence.computed = sequence.pages, [], 0
-        self.pages.release(pages)
+        ids, sequence.pages.ids, sequence.num_computed = sequence.pages.ids, [], 0
+        self.pages.release(ids)
         super()._retire(sequence)
 
 
@@ -230,20 +233,32 @@ def test_other_weights_find_nothing_old(depth: int) -> None:
 class FindsPagesOfTheSameStep(Scheduler):
     """Lets a page be found in the step that writes it."""
 
-    def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        chunk = super()._next_chunk(sequence, budget)
-        self._enter_pages(sequence)
-        return chunk
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        next_chunk = self._prefill._next_chunk
+
+        def cached_at_once(sequence: Sequence, budget: int) -> Chunk:
+            chunk = next_chunk(sequence, budget)
+            self._cache_full_pages(sequence)
+            return chunk
+
+        self._prefill._next_chunk = cached_at_once  # type: ignore[method-assign]
 
 
 class FindsPagesBeforeTheyArePlanned(Scheduler):
     """Lets all pages of a prompt be found as soon as it is admitted."""
 
-    def _start(self, sequence: Sequence, shared: list[int]) -> None:
-        super()._start(sequence, shared)
-        computed, sequence.computed = sequence.computed, len(sequence.tokens)
-        self._enter_pages(sequence)
-        sequence.computed = computed
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        start = self._prefill._start
+
+        def cached_before(sequence: Sequence, shared: list[int]) -> None:
+            start(sequence, shared)
+            computed, sequence.num_computed = sequence.num_computed, len(sequence.tokens)
+            self._cache_full_pages(sequence)
+            sequence.num_computed = computed
+
+        self._prefill._start = cached_before  # type: ignore[method-assign]
 
 
 class EvictsPagesThatAreHeld(Scheduler):
@@ -355,7 +370,7 @@ def test_tokens_that_are_chosen_outside(depth: int) -> None:
 class KeepsGoing(Scheduler):
     """Plans rows again whose tokens have not been chosen."""
 
-    def _hold(self, sequences: list[Any]) -> None:
+    def _pause(self, sequences: list[Any]) -> None:
         pass
 
 

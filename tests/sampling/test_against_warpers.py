@@ -84,7 +84,7 @@ def rows_of(requests: list[Request]) -> tuple[SamplingMetadata, Features]:
     memory.write(*writes.unbind(0), table)
     sequences = [Sequence(one, 0) for one in requests]
     for sequence in sequences:
-        sequence.computed = len(sequence.tokens)
+        sequence.num_computed = len(sequence.tokens)
     _, _, bounds = rare_needs(sequences)
     positions = torch.tensor([len(one.prompt) for one in requests])
     rows = torch.arange(1, count + 1, dtype=torch.int32)

@@ -83,7 +83,7 @@ def rows_of(requests: list[Request]) -> tuple[SamplingMetadata, Features]:
     rows = SamplingMetadata(params, torch.full((count,), 5, device=DEVICE), owners, memory)
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
-        sequence.computed = 1
+        sequence.num_computed = 1
     return rows, features_of(sequences, [])
 
 

@@ -59,7 +59,7 @@ def rows_of(requests: list[Request], vocab: int, seed: int = 0) -> tuple[Samplin
     rows = SamplingMetadata(params, positions, owners, memory)
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
-        sequence.computed = 1
+        sequence.num_computed = 1
     return rows, features_of(sequences, [])
 
 

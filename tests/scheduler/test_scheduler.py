@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import hf_async_batching
-import hf_async_batching.scheduler.scheduler as scheduler_module
+import hf_async_batching.scheduler.plan_builder as builder_module
 from hf_async_batching.core.outcomes import FIRST_UNSOUND, UNDRAWABLE, UNDRAWABLE_UNSOUND
 from hf_async_batching.core.plan import Features, Plan, Result
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.kv_cache.page_allocator import IdPool
-from hf_async_batching.scheduler.scheduler import Emission, Scheduler
+from hf_async_batching.scheduler.outputs import TokenOutput
+from hf_async_batching.scheduler.running import RunningSequences
+from hf_async_batching.scheduler.scheduler import Scheduler
 from hf_async_batching.scheduler.sequence import State
 
 EOS = 7
@@ -42,7 +44,7 @@ def planned(scheduler: Scheduler) -> Plan:
     return plan
 
 
-def settle(scheduler: Scheduler, plan: Plan, *tokens: int) -> list[Emission]:
+def settle(scheduler: Scheduler, plan: Plan, *tokens: int) -> list[TokenOutput]:
     """Complete a step; token 50 for every sampled position where none are given."""
     given = list(tokens) if tokens else [50] * plan.num_sampled
     emissions = scheduler.complete(Result(plan.step, given))
@@ -50,9 +52,15 @@ def settle(scheduler: Scheduler, plan: Plan, *tokens: int) -> list[Emission]:
     return emissions
 
 
-def step(scheduler: Scheduler, *tokens: int) -> tuple[Plan, list[Emission]]:
+def step(scheduler: Scheduler, *tokens: int) -> tuple[Plan, list[TokenOutput]]:
     plan = planned(scheduler)
     return plan, settle(scheduler, plan, *tokens)
+
+
+def state_of(scheduler: Scheduler, request_id: str) -> State:
+    """The state of a request; FINISHED for one that the scheduler no longer knows."""
+    sequence = scheduler._live.get(request_id)
+    return State.FINISHED if sequence is None else sequence.state
 
 
 def chunk_sizes(plan: Plan) -> list[tuple[int, int, bool]]:
@@ -68,7 +76,7 @@ def started(plan: Plan) -> list[str]:
 
 def test_who_waits_is_not_looked_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where what was found is of no use, because pages of windows were given up."""
-    scheduler = make(num_pages=24, max_rows=4, max_batch_tokens=40, window=4, groups=2, kept=1)
+    scheduler = make(num_pages=24, max_rows=4, max_batch_tokens=40, window=4, groups=2, full_attention_groups=1)
     scheduler.add(request("a", prompt=20, new=1))
     step(scheduler)
     prefixes = scheduler.pages.prefixes
@@ -136,11 +144,11 @@ def test_admission_in_order_of_arrival() -> None:
         scheduler.add(request(name, new=2 if name == "a" else 9))
     first, _ = step(scheduler)
     assert started(first) == ["a", "b"]
-    assert [scheduler.state_of(name) for name in "abc"] == [State.DECODING, State.DECODING, State.WAITING]
+    assert [state_of(scheduler, name) for name in "abc"] == [State.DECODING, State.DECODING, State.WAITING]
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
     second, ended = step(scheduler)
     assert started(second) == []
-    assert ended[0] == Emission("a", 50, None, "length")
+    assert ended[0] == TokenOutput("a", 50, None, "length")
     third, _ = step(scheduler)
     assert started(third) == ["c"]
     assert third.new_rows[0].row == first.new_rows[0].row, "the row of `a` is free again"
@@ -156,7 +164,7 @@ def test_a_first_step_in_full() -> None:
     assert [(new.row, new.request.request_id) for new in plan.new_rows] == [(1, "a")]
     assert plan.new_pages == ((1, 0, 1), (1, 1, 2))
     assert (plan.num_tokens, plan.num_sampled) == (5, 1)
-    assert settle(scheduler, plan, 42) == [Emission("a", 42)]
+    assert settle(scheduler, plan, 42) == [TokenOutput("a", 42)]
 
 
 def test_prompts_in_pieces_beside_decoding_rows() -> None:
@@ -186,8 +194,8 @@ def test_running_prompts_come_before_waiting_ones() -> None:
     scheduler.add(request("a", prompt=12))
     scheduler.add(request("b", prompt=12))
     assert chunk_sizes(step(scheduler)[0]) == [(1, 8, False)]
-    assert scheduler.state_of("a") is State.PREFILLING
-    assert scheduler.state_of("b") is State.WAITING
+    assert state_of(scheduler, "a") is State.PREFILLING
+    assert state_of(scheduler, "b") is State.WAITING
     assert chunk_sizes(step(scheduler)[0]) == [(1, 4, True), (2, 4, False)]
 
 
@@ -229,9 +237,9 @@ def test_a_stop_by_length_is_planned_exactly_once(depth: int) -> None:
 
 def run(
     scheduler: Scheduler, depth: int, tokens: dict[int, list[int]] | None = None
-) -> tuple[list[Emission], list[Plan]]:
+) -> tuple[list[TokenOutput], list[Plan]]:
     """Until nothing is left, with `depth` steps in flight; `tokens` by step."""
-    emitted: list[Emission] = []
+    emitted: list[TokenOutput] = []
     plans: list[Plan] = []
     flying: deque[Plan] = deque()
     while scheduler.has_live or flying:
@@ -253,14 +261,14 @@ def test_surplus_tokens_after_eos_are_dropped(depth: int) -> None:
     scheduler = make()
     scheduler.add(request("a", new=9, eos_token_ids=(3, EOS)))
     emitted, plans = run(scheduler, depth, {1: [EOS], 2: [EOS], 3: [60]})
-    assert emitted == [Emission("a", 50), Emission("a", EOS, None, "eos")]
+    assert emitted == [TokenOutput("a", 50), TokenOutput("a", EOS, None, "eos")]
     assert sum(plan.num_sampled for plan in plans) == 2 + (depth - 1), "one surplus step per level of depth"
 
 
 def test_eos_wins_over_length() -> None:
     scheduler = make()
     scheduler.add(request("a", new=1, eos_token_ids=(EOS,)))
-    assert step(scheduler, EOS)[1] == [Emission("a", EOS, None, "eos")]
+    assert step(scheduler, EOS)[1] == [TokenOutput("a", EOS, None, "eos")]
 
 
 def test_log_probabilities_go_with_their_tokens() -> None:
@@ -269,7 +277,7 @@ def test_log_probabilities_go_with_their_tokens() -> None:
         scheduler.add(request(name, new=1 if name == "a" else 2, sampling=SamplingParams(logprobs=True)))
     plan = planned(scheduler)
     emissions = scheduler.complete(Result(plan.step, [50, 51], [-0.5, -0.7]))
-    assert emissions == [Emission("a", 50, -0.5, "length"), Emission("b", 51, -0.7)]
+    assert emissions == [TokenOutput("a", 50, -0.5, "length"), TokenOutput("b", 51, -0.7)]
 
 
 def test_pages_and_rows_are_retired_not_freed() -> None:
@@ -277,8 +285,8 @@ def test_pages_and_rows_are_retired_not_freed() -> None:
     scheduler.add(request("a", prompt=3, new=8, eos_token_ids=(EOS,)))
     scheduler.add(request("b", prompt=3, new=1))
     flying = [planned(scheduler) for _ in range(3)]
-    assert settle(scheduler, flying[0], EOS) == [Emission("a", EOS, None, "eos")]
-    assert scheduler.state_of("a") is State.FINISHED
+    assert settle(scheduler, flying[0], EOS) == [TokenOutput("a", EOS, None, "eos")]
+    assert state_of(scheduler, "a") is State.FINISHED
     # Steps 1 and 2 still read and write them.
     for flight in flying[1:]:
         assert (scheduler.pages.in_use, scheduler.rows.in_use) == (2, 1)
@@ -293,7 +301,7 @@ def test_the_rows_of_a_prompt_that_samples_nothing_are_retired_too() -> None:
     scheduler.add(request("a", prompt=12))
     flying = [planned(scheduler), planned(scheduler)]
     assert all(plan.num_sampled == 0 for plan in flying)
-    assert scheduler.cancel("a") == Emission("a", None, None, "cancelled")
+    assert scheduler.cancel("a") == TokenOutput("a", None, None, "cancelled")
     assert settle(scheduler, flying[0]) == []
     assert scheduler.rows.in_use == 1
     settle(scheduler, flying[1])
@@ -325,9 +333,9 @@ def test_a_page_is_taken_when_the_last_one_is_full() -> None:
 def test_a_steady_step_looks_at_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, features and groups are derived again when a sequence joins or leaves, and not for each token or page."""
     derived: list[str] = []
-    features, regroup = scheduler_module.features_of, Scheduler._regroup
-    monkeypatch.setattr(scheduler_module, "features_of", lambda *s: derived.append("features") or features(*s))
-    monkeypatch.setattr(Scheduler, "_regroup", lambda self: derived.append("groups") or regroup(self))
+    features, regroup = builder_module.features_of, RunningSequences._sort
+    monkeypatch.setattr(builder_module, "features_of", lambda *s: derived.append("features") or features(*s))
+    monkeypatch.setattr(RunningSequences, "_sort", lambda self: derived.append("groups") or regroup(self))
     scheduler = make(num_pages=32)
     scheduler.add(request("a", new=30))
     scheduler.add(request("b", new=20))
@@ -401,13 +409,13 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     second = planned(scheduler)  # fills them: a 8 tokens, b 4
     third = planned(scheduler)  # `a` takes the last page, `b` goes back to the queue
     assert scheduler.preemptions == 1
-    assert scheduler.state_of("b") is State.WAITING
+    assert state_of(scheduler, "b") is State.WAITING
     assert third.decode_rows == (1,)
     settle(scheduler, first, 50, 60)
     fourth = planned(scheduler)
     assert started(fourth) == []
     # The token in flight was sampled from good pages: it counts.
-    assert settle(scheduler, second, 51, 61)[1] == Emission("b", 61)
+    assert settle(scheduler, second, 51, 61)[1] == TokenOutput("b", 61)
     settle(scheduler, third)
     settle(scheduler, fourth)
     emissions, plans = run(scheduler, 1)
@@ -425,7 +433,7 @@ def test_a_preempted_sequence_can_end_with_a_token_in_flight(eos: bool) -> None:
     if not eos:
         # The third token of `b` needs a page, which `a` takes in the same step.
         third = planned(scheduler)
-        assert scheduler.state_of("b") is State.WAITING
+        assert state_of(scheduler, "b") is State.WAITING
         settle(scheduler, first)
         settle(scheduler, second)
         settle(scheduler, third)
@@ -433,11 +441,11 @@ def test_a_preempted_sequence_can_end_with_a_token_in_flight(eos: bool) -> None:
         assert [e.finish_reason for e in emissions if e.request_id == "b"] == ["length"]
         return
     planned(scheduler)
-    assert scheduler.state_of("b") is State.WAITING
+    assert state_of(scheduler, "b") is State.WAITING
     settle(scheduler, first)
-    assert settle(scheduler, second, 50, EOS)[1] == Emission("b", EOS, None, "eos")
+    assert settle(scheduler, second, 50, EOS)[1] == TokenOutput("b", EOS, None, "eos")
     assert scheduler.num_waiting == 0
-    assert scheduler.state_of("b") is State.FINISHED
+    assert state_of(scheduler, "b") is State.FINISHED
 
 
 def test_a_victim_takes_no_page_in_the_step_that_preempts_it() -> None:
@@ -448,7 +456,7 @@ def test_a_victim_takes_no_page_in_the_step_that_preempts_it() -> None:
     step(scheduler)
     assert step(scheduler)[0].decode_rows == (1, 2)
     third = planned(scheduler)
-    assert scheduler.state_of("b") is State.WAITING
+    assert state_of(scheduler, "b") is State.WAITING
     assert third.decode_rows == (1,)
     assert [page.row for page in third.new_pages] == [1]
     assert scheduler.pages.available == 1
@@ -481,7 +489,7 @@ def test_a_page_on_its_way_back_is_promised_once() -> None:
     assert scheduler.plan() is None, "the pages of `c` and `d` are still in use by step 1"
     scheduler.check_invariants()
     assert scheduler.preemptions == 1
-    assert scheduler.state_of("d") is State.WAITING
+    assert state_of(scheduler, "d") is State.WAITING
     settle(scheduler, second)
     third = planned(scheduler)
     assert third.decode_rows == (1, 2)
@@ -614,7 +622,7 @@ def test_shared_pages_on_their_way_back_are_no_room() -> None:
     assert scheduler.pages.available == 0
     scheduler.cancel("c")
     assert scheduler.plan() is None
-    assert (scheduler.preemptions, scheduler.state_of("b")) == (1, State.WAITING)
+    assert (scheduler.preemptions, state_of(scheduler, "b")) == (1, State.WAITING)
     settle(scheduler, second)
     assert planned(scheduler).decode_rows == (1, 2)
     assert scheduler.preemptions == 1
@@ -688,7 +696,7 @@ def test_nothing_to_do_is_no_plan() -> None:
     scheduler = make()
     assert scheduler.plan() is None
     assert not scheduler.has_live
-    assert scheduler.state_of("a") is State.FINISHED
+    assert state_of(scheduler, "a") is State.FINISHED
 
 
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "in flight", "preempted"])
@@ -699,11 +707,11 @@ def test_cancel_in_every_state(state: str) -> None:
         scheduler.add(request("x", prompt=8, new=4))
         flying.append(planned(scheduler))
         scheduler.add(request("a"))
-        assert scheduler.state_of("a") is State.WAITING
+        assert state_of(scheduler, "a") is State.WAITING
     elif state == "prefilling":
         scheduler.add(request("a", prompt=12))
         flying.append(planned(scheduler))
-        assert scheduler.state_of("a") is State.PREFILLING
+        assert state_of(scheduler, "a") is State.PREFILLING
     elif state in ("decoding", "in flight"):
         scheduler.add(request("a"))
         flying.append(planned(scheduler))
@@ -711,17 +719,17 @@ def test_cancel_in_every_state(state: str) -> None:
             settle(scheduler, flying.pop())
         else:
             flying.append(planned(scheduler))
-        assert scheduler.state_of("a") is State.DECODING
+        assert state_of(scheduler, "a") is State.DECODING
     else:
         scheduler.add(request("x", prompt=5, new=8))
         scheduler.add(request("a", prompt=3, new=8))
         flying += [planned(scheduler) for _ in range(4)]
         assert scheduler.plan() is None, "the pages of `a` are still in use"
         assert scheduler.preemptions == 1
-        assert scheduler.state_of("a") is State.WAITING
-    assert scheduler.cancel("a") == Emission("a", None, None, "cancelled")
+        assert state_of(scheduler, "a") is State.WAITING
+    assert scheduler.cancel("a") == TokenOutput("a", None, None, "cancelled")
     scheduler.check_invariants()
-    assert scheduler.state_of("a") is State.FINISHED
+    assert state_of(scheduler, "a") is State.FINISHED
     assert scheduler.cancel("a") is None
     emissions = [e for plan in flying for e in settle(scheduler, plan)]
     rest, plans = run(scheduler, 2)
@@ -902,7 +910,7 @@ def test_a_row_without_a_token_ends_and_others_go_on() -> None:
     ahead = planned(scheduler)
     assert [e[:2] for e in settle(scheduler, plan, UNDRAWABLE, 52)] == [("b", 52)]
     assert scheduler.undrawable == ["a"]
-    assert scheduler.state_of("a") is State.FINISHED
+    assert state_of(scheduler, "a") is State.FINISHED
     assert [e[:2] for e in settle(scheduler, ahead, UNDRAWABLE, 53)] == [("b", 53)], "a surplus one"
     assert scheduler.undrawable == ["a"]
     assert scheduler.pages.prefixes.find(None, request("a", prompt=9).prompt).depth == 0

@@ -82,10 +82,10 @@ def running(arrival: int, left: int, prompt_left: int = 0) -> Sequence:
     made = sequence(arrival, prompt=600, new=left + 10)
     made.state = State.PREFILLING if prompt_left else State.DECODING
     if prompt_left:
-        made.computed, made.max_length = 600 - prompt_left, 600 + left
+        made.num_computed, made.max_length = 600 - prompt_left, 600 + left
     else:
-        made.planned = 610
-        made.computed = 609
+        made.num_planned = 610
+        made.num_computed = 609
     return made
 
 
@@ -128,7 +128,7 @@ def ends(sizes: list[tuple[int, int]], budget: int, real: list[int] | None = Non
         for chunk in plan.chunks:
             seen[rows[chunk.row]].append(plan.step)
         tokens = []
-        for sampled in scheduler._sampled[plan.step]:
+        for sampled in scheduler._in_flight[plan.step].sampled:
             made[int(sampled.request_id)] += 1
             stops = real is not None and made[int(sampled.request_id)] >= real[int(sampled.request_id)]
             tokens.append(1 if stops else 5)
@@ -144,7 +144,7 @@ def test_spreading_makes_no_run_longer(seed: int, monkeypatch: pytest.MonkeyPatc
     rng = random.Random(seed)
     sizes = [(rng.randint(1, 400), rng.randint(1, 300)) for _ in range(40)]
     spread = ends(sizes, 1000)
-    monkeypatch.setattr("hf_async_batching.scheduler.scheduler.spread_budget", lambda budget, *_, **__: budget)
+    monkeypatch.setattr("hf_async_batching.scheduler.prefill.spread_budget", lambda budget, *_, **__: budget)
     at_once = ends(sizes, 1000)
     last = max(steps[-1] for steps in at_once)
     assert max(steps[-1] for steps in spread) <= last + 1
@@ -244,7 +244,7 @@ def test_who_shares_a_long_prefix_starts_when_it_can_be_found() -> None:
 
 
 def test_only_so_many_are_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_async_batching.scheduler.scheduler.MOST_PASSED", 2)
+    monkeypatch.setattr("hf_async_batching.scheduler.prefill.MOST_PASSED", 2)
     _, started = with_prompts(*[(*SHARED, i) for i in range(3)], (9, 9))
     assert started == [["a"], ["b", "c", "d"], []]
 
@@ -318,8 +318,8 @@ def test_a_request_waits_for_one_that_goes_on_from_the_same_pages() -> None:
     start = cache.enter(cache.find(None, tokens), tokens, [1, 2], 2)
     further = cache.enter(start, tokens, [1, 2, 3, 4, 5], 5)
     waits, computed = (Sequence(Request(name, tokens, 4), 0) for name in "ab")
-    waits.prefix = start
-    computed.computed = 2 * WORTH_WAITING
+    waits.pages.last_node = start
+    computed.num_computed = 2 * WORTH_WAITING
     for own, expected in ((start, True), (further, True), (start.parent, False), (None, False)):
-        computed.prefix = own
+        computed.pages.last_node = own
         assert found_a_step_later(waits, [computed], page) is expected

@@ -21,7 +21,7 @@ from hf_async_batching.coverage import families
 from hf_async_batching.scheduler import sequence as sequences
 from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 from hf_async_batching.scheduler.scheduler import Scheduler
-from hf_async_batching.scheduler.speculation import Drafted, Drafting
+from hf_async_batching.scheduler.speculation import DraftInFlight, Drafting
 
 SCHEDULES = 90
 
@@ -52,7 +52,7 @@ def test_random_schedules(depth: int, changes: dict[str, Any], monkeypatch: pyte
 class KeepsWhatIsWrong(Drafting):
     """Takes one token more from each draft than was right."""
 
-    def check(self, drafts: list[Drafted], *step: Any) -> Any:
+    def check(self, drafts: tuple[DraftInFlight, ...], *step: Any) -> Any:
         kept, tokens, logprobs = super().check([draft._replace(first=draft.first + 1) for draft in drafts], *step)
         return kept, tokens, logprobs
 
@@ -60,8 +60,9 @@ class KeepsWhatIsWrong(Drafting):
 class GoesOnWithoutPages(Drafting):
     """Drafts beyond the pages that a sequence has."""
 
-    def begin(self, sequence: Any, limit: int, new_pages: list[NewPage]) -> None:
+    def begin(self, sequence: Any, limit: int) -> list[NewPage]:
         sequence.draft, sequence.restarts = sequence.draft[:limit], False
+        return []
 
 
 @pytest.mark.usefixtures("oracle")
@@ -185,7 +186,7 @@ def test_nobody_drafts_among_many_or_while_others_wait() -> None:
 
 def test_among_many_nobody_looks_for_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    monkeypatch.setattr(Drafting, "choose", lambda self, *_: looks.append(1) and False)
+    monkeypatch.setattr(Drafting, "_update", lambda self, *_: looks.append(1) and False)
     for rows, count in ((0, 0), (2, 1)):
         scheduler = make(draft_rows=rows)
         for name in "ab":

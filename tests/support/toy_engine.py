@@ -27,8 +27,9 @@ from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.model_runner import ModelRunner
 from hf_async_batching.runner.pipeline import Pipeline
 from hf_async_batching.runner.row_tables import RowTables
+from hf_async_batching.scheduler.outputs import TokenOutput
 from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
-from hf_async_batching.scheduler.scheduler import Emission, Scheduler
+from hf_async_batching.scheduler.scheduler import Scheduler
 
 VOCAB = 29
 EOS = 7
@@ -45,7 +46,7 @@ def _slot(token: int, position: int, weight: int) -> int:
 
 
 def reference(
-    request: Request, weight: int = WEIGHT, window: int | None = None, groups: int = 1, kept: int = 0
+    request: Request, weight: int = WEIGHT, window: int | None = None, groups: int = 1, full_attention_groups: int = 0
 ) -> list[int]:
     """The tokens of a request, by the definition of the toy model alone."""
     tokens = list(request.prompt)
@@ -53,7 +54,7 @@ def reference(
         state = weight
         for group in range(groups):
             for position, token in enumerate(tokens):
-                if window is None or group < kept or position >= len(tokens) - window:
+                if window is None or group < full_attention_groups or position >= len(tokens) - window:
                     state = _mix(state, _slot(token, position, weight) + group)
         tokens.append(state % VOCAB)
         if tokens[-1] in request.eos_token_ids:
@@ -65,11 +66,16 @@ class ToyForward:
     """The model: one int64 per page slot. Each group of layers reads its own pages, one after the other."""
 
     def __init__(
-        self, num_pages: int, page_size: int, window: int | None = None, groups: int = 1, kept: int = 0
+        self,
+        num_pages: int,
+        page_size: int,
+        window: int | None = None,
+        groups: int = 1,
+        full_attention_groups: int = 0,
     ) -> None:
         self.window = window
         self.groups = groups
-        self.kept = kept
+        self.full_attention_groups = full_attention_groups
         self.pages = torch.zeros(num_pages + 1, page_size, dtype=torch.int64)
         self.weight = torch.zeros(1, dtype=torch.int64)
         self.owners: dict[int, Request] = {}
@@ -94,7 +100,7 @@ class ToyForward:
         for out, i in enumerate(sampled):
             state = weight
             for group, table in enumerate(tables):
-                sees_all = self.window is None or group < self.kept
+                sees_all = self.window is None or group < self.full_attention_groups
                 for position in range(0 if sees_all else max(0, positions[i] + 1 - self.window), positions[i] + 1):
                     memory = before if position < first[rows[i]] else after
                     state = _mix(state, memory[table[rows[i]][position // size]][position % size])
@@ -126,7 +132,7 @@ class ToyEngine:
     choosers: bool = False
     window: int | None = None
     groups: int = 1
-    kept: int = 0
+    full_attention_groups: int = 0
     draft_rows: int = 0
     admission: Admission = "fcfs"
     device: Any = None
@@ -144,7 +150,7 @@ class ToyEngine:
         self._whole: dict[str, list[int]] = {}
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         largest = Padding(self.max_batch_tokens + 32, self.max_rows + MAX_DRAFTED, self.max_rows)
-        self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.kept)
+        self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.full_attention_groups)
         self.state = RowTables(
             max_rows=self.max_rows,
             max_pages_per_row=self.num_pages,
@@ -194,7 +200,7 @@ class ToyEngine:
             max_writes=self.num_pages * self.page_size,
             window=self.window,
             groups=self.groups,
-            kept=self.kept,
+            full_attention_groups=self.full_attention_groups,
             draft_rows=self.draft_rows,
             admission=self.admission,
         )
@@ -207,7 +213,7 @@ class ToyEngine:
 
     def reference(self, request: Request, weight: int = WEIGHT) -> list[int]:
         """The tokens of a request, by the definition of this engine's model."""
-        return reference(request, weight, self.window, self.groups, self.kept)
+        return reference(request, weight, self.window, self.groups, self.full_attention_groups)
 
     def write_weight(self, weight: int) -> None:
         """Change the model in place, on the caller's stream, which later steps wait for."""
@@ -299,7 +305,7 @@ class ToyEngine:
         if history != whole[:length]:
             self.wrong_histories.append(f"{history} for {whole[:length]}")
 
-    def _keep(self, emissions: list[Emission]) -> None:
+    def _keep(self, emissions: list[TokenOutput]) -> None:
         for emission in emissions:
             assert emission.request_id not in self.reasons, "a token or an end after the end"
             if emission.token is not None:

@@ -1,0 +1,234 @@
+"""Gives rows and KV pages to sequences, shares pages between them, and takes both back. Integers only.
+
+Rows and pages are *retired*, not freed: they return to their pools when the last step that could touch them has
+completed. The manager knows the pages of a sequence (`SequencePages`), and not the sequence: callers pass its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from hf_async_batching.core.plan import NewPage
+from hf_async_batching.kv_cache.page_allocator import IdPool, PageAllocator
+from hf_async_batching.kv_cache.sequence_pages import SequencePages
+
+
+class _Retired(NamedTuple):
+    """Pages, and perhaps a row, that wait for a step; `row` is 0 where the sequence goes on without the pages."""
+
+    last_step: int
+    row: int
+    pages: list[int]
+
+
+class KVCacheManager:
+    """Owns the rows and the KV pages.
+
+    Args:
+        num_pages: KV pages that requests can own.
+        page_size: Tokens per page.
+        max_rows: Sequences that can hold pages at the same time.
+        prefix_cache: Whether sequences share full pages of equal tokens.
+        window: How many of the last tokens, its own included, a token sees in the layers of some groups; None for all.
+            Pages before the window are released while their sequence goes on.
+        groups: Groups of layers, each with pages of its own; see `PageAllocator`.
+        full_attention_groups: How many of the first groups see all tokens.
+
+    Attributes:
+        pages: The pool of pages, and the prefix cache.
+        rows: The pool of rows.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_rows: int,
+        prefix_cache: bool = True,
+        window: int | None = None,
+        groups: int = 1,
+        full_attention_groups: int = 0,
+    ) -> None:
+        self.pages = PageAllocator(
+            num_pages,
+            page_size,
+            prefix_cache,
+            groups=groups,
+            full_attention_groups=full_attention_groups,
+            window=window,
+        )
+        self.rows = IdPool(max_rows, "row")
+        self._retired: list[_Retired] = []
+        self._completed = -1
+
+    # -- a sequence starts --------------------------------------------------------------------------------------------
+
+    def match_prefix(self, pages: SequencePages, tokens: Sequence[int]) -> None:
+        """Set `matched_node` and `last_node` by the longest chain of known pages that `tokens` begin with."""
+        # The tokens of a prompt of embeddings say nothing about its pages: the sequence starts at the root.
+        known = tokens if pages.shareable else tokens[:1]
+        pages.matched_node = self.pages.prefixes.find(pages.matched_node, known)
+        pages.last_node = self.pages.prefixes.usable(pages.matched_node)
+
+    def shared_pages(self, pages: SequencePages) -> list[int]:
+        """The pages that a sequence shares if it starts behind its `last_node`; 0 for pages before its window."""
+        assert pages.last_node is not None
+        shared = pages.last_node.path()
+        groups, full = self.pages.groups, self.pages.full_attention_groups
+        if groups > 1:
+            before = self.pages.prefixes.pages_before_window(self.pages.room_in(len(shared)))
+            for start in range(0, before * groups, groups):
+                shared[start + full : start + groups] = [0] * (groups - full)
+        return shared
+
+    def can_allocate(self, num_tokens: int, shared: list[int]) -> bool:
+        """Whether a sequence of `num_tokens` tokens, which shares some pages, gets all others now."""
+        # One token more, so that the sequence is not preempted by its own first token.
+        needed = self.pages.pages_for(num_tokens + 1) - self.pages.num_held(shared) - shared.count(0)
+        return needed <= self.pages.available
+
+    def allocate(self, pages: SequencePages, num_tokens: int, shared: list[int]) -> list[NewPage]:
+        """Give a row and pages to a sequence that has none. `can_allocate` must hold, and a row must be free.
+
+        Args:
+            pages: The sequence's.
+            num_tokens: Its known tokens.
+            shared: Result of `shared_pages`.
+
+        Returns:
+            The entries of the device's page table that the next step must set.
+        """
+        row = self.rows.take(1)
+        # Held before others are taken, which may evict pages without a holder.
+        self.pages.share(shared)
+        own = self.pages.take(self.pages.pages_for(num_tokens) - len(shared))
+        assert row is not None and own is not None
+        pages.row = row[0]
+        if 0 in shared:
+            pages.pages_before_window = self.pages.prefixes.pages_before_window(self.pages.room_in(len(shared)))
+        return pages.append(shared + own)
+
+    # -- a sequence goes on -------------------------------------------------------------------------------------------
+
+    def extend_each(self, sequences: Sequence[SequencePages]) -> list[NewPage] | None:
+        """Give each sequence one page of every group, or none of them any: None where fewer pages are available."""
+        groups = self.pages.groups
+        taken = self.pages.take(len(sequences) * groups)
+        if taken is None:
+            return None
+        entries: list[NewPage] = []
+        for i, pages in enumerate(sequences):
+            entries += pages.append(taken[i * groups : (i + 1) * groups])
+        return entries
+
+    def extend_to(self, pages: SequencePages, num_tokens: int) -> list[NewPage] | None:
+        """Give a sequence the pages that it lacks for `num_tokens` tokens, or none: None where fewer are available."""
+        missing = self.pages.pages_for(num_tokens) - len(pages.ids)
+        if missing <= 0:
+            return []
+        taken = self.pages.take(missing)
+        return None if taken is None else pages.append(taken)
+
+    def cache_full_pages(self, pages: SequencePages, tokens: Sequence[int], num_written: int) -> None:
+        """Let other sequences find the full pages of the first `num_written` tokens.
+
+        Args:
+            pages: The sequence's.
+            tokens: Its known tokens.
+            num_written: Leading tokens whose keys and values are written by steps planned before.
+        """
+        last = pages.last_node
+        assert last is not None
+        if not pages.shareable:
+            return
+        before = 0 if self.pages.full_attention_groups else pages.pages_before_window
+        if before and not (last.known and last.depth >= before):
+            return  # some of the pages in between are gone
+        full = num_written // self.pages.page_size
+        pages.last_node = self.pages.prefixes.enter(last, tokens, pages.ids, full)
+
+    def release_before_window(self, pages: SequencePages, position: int, last_step: int) -> None:
+        """Release the pages that lie before the window of the token at `position`, the next one to compute.
+
+        Steps in flight may still read these pages: they return to the pool when `last_step` has completed.
+        """
+        count = self.pages.prefixes.pages_before_window(position)
+        if count > pages.pages_before_window:
+            dropped = pages.drop_before_window(count, self.pages.groups, self.pages.full_attention_groups)
+            self._retired.append(_Retired(last_step, 0, dropped))
+            self._release_retired()
+
+    # -- a sequence ends ----------------------------------------------------------------------------------------------
+
+    def retire(self, pages: SequencePages, last_step: int) -> None:
+        """Take row and pages from a sequence; they return to their pools when `last_step` has completed."""
+        row = pages.row
+        self._retired.append(_Retired(last_step, row, pages.clear()))
+        self._release_retired()
+
+    def complete(self, step: int) -> None:
+        """Note that a step, and all steps before it, have completed."""
+        self._completed = step
+        if self._retired:
+            self._release_retired()
+
+    @property
+    def num_coming_back(self) -> int:
+        """Pages that become available when the steps in flight have completed."""
+        return self.pages.num_coming_back(page for retired in self._retired for page in retired.pages)
+
+    def _release_retired(self) -> None:
+        keep: list[_Retired] = []
+        for retired in self._retired:
+            if retired.last_step <= self._completed:
+                # A sequence that goes on keeps its place in the tree, and touches that place when it ends.
+                self.pages.release(retired.pages, touch=retired.row > 0 or not self.pages.full_attention_groups)
+                if retired.row:
+                    self.rows.release([retired.row])
+            else:
+                keep.append(retired)
+        self._retired = keep
+
+    # -- contents that are wrong --------------------------------------------------------------------------------------
+
+    def forget(self, pages: SequencePages, others: Iterable[SequencePages]) -> None:
+        """Let no sequence that starts from now on find pages that this one computed or began with.
+
+        The wrong page is not known. So the whole chain goes, and everything that continues it.
+
+        Args:
+            pages: The sequence's.
+            others: All sequences that have a row. Those that lost their place in the tree share nothing from now on,
+                since they would make the same pages known again.
+        """
+        if pages.last_node is not None:
+            self.pages.forget(pages.last_node)
+        pages.shareable = False
+        for other in others:
+            if other.last_node is not None and not other.last_node.known:
+                other.shareable = False
+
+    def check_invariants(self, sequences: Iterable[tuple[SequencePages, int]]) -> None:
+        """Check that no page and no row is lost or held twice.
+
+        Args:
+            sequences: The pages of each sequence that has a row, and the position of its next token.
+
+        Raises:
+            AssertionError: The bookkeeping is broken.
+        """
+        running = list(sequences)
+        held_pages = [page for pages, _ in running for page in pages.ids if page]
+        held_pages += [page for retired in self._retired for page in retired.pages]
+        held_rows = [pages.row for pages, _ in running]
+        held_rows += [retired.row for retired in self._retired if retired.row]
+        self.pages.check_invariants(held_pages)
+        assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
+        assert 0 not in held_rows, "the padding row was handed out"
+        for pages, position in running:
+            to_write = pages.ids[self.pages.groups * (position // self.pages.page_size) :]
+            assert 0 not in to_write, "a page that will be written was given back"
+            assert self.pages.are_own(to_write), "a page that is shared, or can be, will be written"
+            assert position <= self.pages.room_in(len(pages.ids)), "a token without a page"

@@ -1,0 +1,73 @@
+"""The KV pages of one sequence, and its place among the known pages. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_async_batching.core.plan import NewPage
+from hf_async_batching.kv_cache.prefix_cache import Node
+
+
+@dataclass(slots=True, eq=False)
+class SequencePages:
+    """The row and the KV pages of one sequence.
+
+    Attributes:
+        row: Its row in the device's page table; 0 while it has none.
+        ids: Its pages in order of position, those of all groups of layers together; 0 for a released page.
+        pages_before_window: Pages per group released because they lie before the attention window.
+        matched_node: Result of the last look-up in the prefix cache, from which the next one continues; None before
+            the first.
+        last_node: The last node of the sequence's own chain in the prefix cache: first the part of `matched_node` that
+            the sequence could use, later what it entered itself. None before the first look-up.
+        shareable: Whether the sequence's tokens determine what its pages hold.
+    """
+
+    row: int = 0
+    ids: list[int] = field(default_factory=list)
+    pages_before_window: int = 0
+    matched_node: Node | None = None
+    last_node: Node | None = None
+    shareable: bool = True
+
+    def append(self, ids: list[int]) -> list[NewPage]:
+        """Add pages at the end.
+
+        Returns:
+            The entries of the device's page table that the next step must set.
+        """
+        row = self.row
+        entries = [NewPage(row, ordinal, page) for ordinal, page in enumerate(ids, len(self.ids))]
+        self.ids += ids
+        return entries
+
+    def drop_before_window(self, count: int, groups: int, full_attention_groups: int) -> list[int]:
+        """Take out the first `count` pages of each group that has a window. The entries of these pages become 0.
+
+        Args:
+            count: Pages per group, those included that were taken out before.
+            groups: Groups of layers.
+            full_attention_groups: How many of the first groups keep all pages.
+
+        Returns:
+            The pages taken out by this call.
+        """
+        dropped: list[int] = []
+        for start in range(self.pages_before_window * groups, count * groups, groups):
+            windowed = slice(start + full_attention_groups, start + groups)
+            dropped += self.ids[windowed]
+            self.ids[windowed] = [0] * (groups - full_attention_groups)
+        self.pages_before_window = count
+        return dropped
+
+    def clear(self) -> list[int]:
+        """Take out all pages, and the row.
+
+        Returns:
+            The pages taken out, without the zeros of pages that went before.
+        """
+        ids = [page for page in self.ids if page] if self.pages_before_window else self.ids
+        self.row = 0
+        self.ids = []
+        self.pages_before_window = 0
+        return ids

@@ -1,0 +1,128 @@
+"""Collects what a step does, and makes the plan of it. No torch, no threads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hf_async_batching.core.plan import NO_BOUNDS, Bounds, Chunk, Features, Given, NewPage, NewRow, Offer, Plan, Run
+from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.speculation import DraftInFlight
+from hf_async_batching.scheduler.step_features import features_of, rare_needs
+
+
+class PlannedStep(NamedTuple):
+    """A plan, and what is needed to settle its result.
+
+    Attributes:
+        plan: The plan.
+        sampled: The sequence of each sampled position, in the plan's order.
+        drafts: The drafts that the step computes.
+    """
+
+    plan: Plan
+    sampled: list[Sequence]
+    drafts: tuple[DraftInFlight, ...]
+
+
+class PlanBuilder:
+    """Builds one plan after the other. What stays the same from step to step is computed once.
+
+    Attributes:
+        given: Tokens that choosers outside of the engine have chosen for the next step.
+        new_rows: Rows that start with the step.
+        new_pages: Page-table entries that start with the step.
+        chunks: The step's prompt pieces.
+        prefilled: The sequence of each prompt piece.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[Given] = []
+        self._step = 0
+        # Those of the step before, and what followed from them.
+        self._decoding: list[Sequence] = []
+        self._decode_rows: tuple[int, ...] = ()
+        self._decode_context = 0
+        self._sampled: list[Sequence] = []
+        self._had_prefills = False
+        self._features = Features()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an empty step. Given tokens stay until a step takes them."""
+        self.new_rows: list[NewRow] = []
+        self.new_pages: list[NewPage] = []
+        self.chunks: list[Chunk] = []
+        self.prefilled: list[Sequence] = []
+
+    def add_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Add a piece of a sequence's prompt, or a draft."""
+        self.chunks.append(chunk)
+        self.prefilled.append(sequence)
+
+    def build(self, decoding: list[Sequence]) -> PlannedStep:
+        """The plan of the step that was collected; moves its sequences on.
+
+        Args:
+            decoding: Sequences that decode one token each. The same list object as in the previous step means the
+                same sequences; the caller never changes a list that it has passed.
+        """
+        step, chunks, prefilled = self._step, self.chunks, self.prefilled
+        self._decode_context += len(
+            decoding
+        )  # one token more in each row, where the rows are those of the step before
+        if decoding is not self._decoding:
+            self._decoding = decoding
+            self._decode_context = sum([sequence.num_computed + 1 for sequence in decoding])
+            rows = tuple([sequence.row for sequence in decoding])
+            if rows != self._decode_rows:
+                self._decode_rows = rows
+        for sequence in decoding:
+            sequence.num_computed += 1
+            sequence.num_planned += 1
+            sequence.last_step = step
+        for sequence, chunk in zip(prefilled, chunks, strict=True):
+            sequence.num_planned += chunk.samples
+            sequence.last_step = step
+        sampled, drafts = decoding, tuple[DraftInFlight, ...]()
+        if any([chunk.samples for chunk in chunks]):
+            sampled, drafts = self._with_chunks(decoding)
+        # A minimum length wears off as tokens are planned; all else changes with the sequences only.
+        if prefilled or self._had_prefills or sampled is not self._sampled or self._features.min_length:
+            self._sampled, self._had_prefills = sampled, bool(prefilled)
+            self._features = features_of(sampled, prefilled)
+        offers: tuple[Offer, ...] = ()
+        wanted: tuple[Run, ...] = ()
+        bounds: Bounds = NO_BOUNDS
+        if self._features.eager:
+            offers, wanted, bounds = rare_needs(sampled)
+        plan = Plan(
+            step,
+            self._decode_rows,
+            tuple(chunks),
+            tuple(self.new_rows),
+            tuple(self.new_pages),
+            self._features,
+            self._decode_context + sum([sequence.num_computed for sequence in prefilled]),
+            tuple(self.given),
+            offers,
+            wanted,
+            bounds,
+        )
+        self._step += 1
+        self.given.clear()
+        return PlannedStep(plan, sampled, drafts)
+
+    def _with_chunks(self, decoding: list[Sequence]) -> tuple[list[Sequence], tuple[DraftInFlight, ...]]:
+        """The sequences of all sampled positions, and the drafts among them."""
+        sampled = decoding[:]
+        drafts: list[DraftInFlight] = []
+        for sequence, chunk in zip(self.prefilled, self.chunks, strict=True):
+            if chunk.samples > 1:
+                drafts.append(DraftInFlight(sequence, len(sampled), sequence.draft))
+            sampled += [sequence] * chunk.samples
+        return sampled, tuple(drafts)
+
+    def let_go(self) -> None:
+        """Hold no sequence of earlier steps."""
+        self.begin()
+        self._decoding, self._sampled = [], []

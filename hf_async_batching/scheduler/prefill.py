@@ -1,0 +1,153 @@
+"""Plans the prompt pieces of a step: prompts under way, drafts, and sequences that start. No torch, no threads."""
+
+from __future__ import annotations
+
+from hf_async_batching.core.graph_buckets import padded_decodes, spread_room
+from hf_async_batching.core.plan import Chunk, NewRow
+from hf_async_batching.kv_cache.kv_cache_manager import KVCacheManager
+from hf_async_batching.scheduler.plan_builder import PlanBuilder
+from hf_async_batching.scheduler.prompt_lookup import MAX_DRAFTED
+from hf_async_batching.scheduler.running import RunningSequences
+from hf_async_batching.scheduler.sequence import Sequence, State
+from hf_async_batching.scheduler.speculation import Drafting
+from hf_async_batching.scheduler.waiting_queue import MOST_PASSED, WaitingQueue, found_a_step_later, spread_budget
+
+
+class PrefillPlanner:
+    """Divides the token budget that decoding leaves among the prompts.
+
+    Args:
+        kv_cache: Gives rows and pages.
+        waiting: Sequences that wait for a row.
+        running: Sequences that have a row.
+        drafting: Settles how long a draft is.
+        builder: Gets the step's prompt pieces, rows and pages.
+        max_rows: Rows that there are.
+        max_writes: Words that a step can send to the memories of new rows; None is for no bound.
+        spread: Whether prompts are spread over steps where rows are free for all that wait.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        waiting: WaitingQueue,
+        running: RunningSequences,
+        drafting: Drafting,
+        builder: PlanBuilder,
+        *,
+        max_rows: int,
+        max_writes: int | None,
+        spread: bool,
+    ) -> None:
+        self._kv_cache = kv_cache
+        self._pages = kv_cache.pages
+        self._rows = kv_cache.rows
+        self._waiting = waiting
+        self._running = running
+        self._drafting = drafting
+        self._builder = builder
+        self._max_writes = max_writes
+        self._spread = spread
+        self._padded_decodes = padded_decodes(max_rows)
+
+    def plan(self, budget: int, num_decoding: int, *, admit: bool) -> None:
+        """Add prompt pieces to the step.
+
+        Args:
+            budget: Tokens that the step has left.
+            num_decoding: Rows of the step that decode.
+            admit: Whether sequences may start.
+        """
+        if self._spread and len(self._waiting) <= self._rows.available and not self._has_drafts():
+            room = spread_room(self._padded_decodes, num_decoding)
+            budget = spread_budget(budget, self._running, self._waiting, room=room)
+        budget = self._go_on(budget)
+        if admit:
+            self._admit(budget)
+
+    def _has_drafts(self) -> bool:
+        """Whether drafts are about to be computed. These are no prompts, and their rows would wait."""
+        return bool(self._running.drafters) and any(sequence.restarts for sequence in self._running.prefilling)
+
+    def _go_on(self, budget: int) -> int:
+        """Add pieces of prompts that are under way, and drafts; the budget that is left."""
+        can_draft = MAX_DRAFTED
+        for sequence in self._running.prefilling:
+            if budget == 0:
+                break
+            self._kv_cache.release_before_window(sequence.pages, sequence.num_computed, sequence.last_step)
+            if sequence.restarts:
+                self._builder.new_pages += self._drafting.begin(sequence, min(can_draft, budget - 1))
+                can_draft -= len(sequence.draft)
+                again = NewRow(sequence.row, sequence.request, sequence.num_computed, again=True)
+                self._builder.new_rows.append(again)
+            budget -= self._add_chunk(sequence, budget)
+        return budget
+
+    def _admit(self, budget: int) -> None:
+        """Start sequences in the order of the queue, and add first pieces of their prompts."""
+        writes = passed = 0
+        waiting = tuple(self._waiting) if budget > 0 and self._rows.available else ()
+        for sequence in waiting:
+            if budget <= 0 or not self._rows.available or passed == MOST_PASSED:
+                break
+            if sequence.has_chooser and sequence.placeholders:
+                passed += 1
+                continue  # preempted while its chooser chooses; the others do not wait for the chooser
+            if sequence.placeholders:
+                break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
+            self._kv_cache.match_prefix(sequence.pages, sequence.tokens)
+            if self._pages.prefixes.enabled and found_a_step_later(
+                sequence, self._builder.prefilled, self._pages.page_size
+            ):
+                passed += 1
+                continue
+            num_tokens = len(sequence.tokens)
+            shared = self._kv_cache.shared_pages(sequence.pages)
+            if not self._kv_cache.can_allocate(num_tokens, shared):
+                break
+            # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
+            if len(self._builder.new_pages) + self._pages.pages_for(num_tokens) > self._pages.size:
+                break
+            words = sequence.writes(self._pages.room_in(len(shared)))
+            if words and self._max_writes is not None and writes + words > self._max_writes:
+                break
+            writes += words
+            self._waiting.remove(sequence)
+            self._start(sequence, shared)
+            known = tuple(sequence.tokens[: sequence.num_computed]) if words else ()
+            self._builder.new_rows.append(NewRow(sequence.row, sequence.request, sequence.num_computed, known))
+            budget -= self._add_chunk(sequence, budget)
+
+    def _start(self, sequence: Sequence, shared: list[int]) -> None:
+        """Give a sequence its row and pages, the pages that it shares among them."""
+        num_tokens = len(sequence.tokens)
+        self._builder.new_pages += self._kv_cache.allocate(sequence.pages, num_tokens, shared)
+        sequence.num_computed = self._pages.room_in(len(shared))
+        sequence.state = State.PREFILLING
+        self._running.add(sequence)
+        if sequence.last_step < 0:  # a sequence that was preempted has been counted
+            self._pages.prefixes.count(num_tokens, sequence.num_computed)
+
+    def _add_chunk(self, sequence: Sequence, budget: int) -> int:
+        """Add the next piece of a sequence's prompt, or its draft; the tokens of the piece."""
+        chunk = self._next_chunk(sequence, budget)
+        self._builder.add_chunk(sequence, chunk)
+        return len(chunk.tokens)
+
+    def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        """The next piece of a sequence's prompt, which counts as computed from now on."""
+        self._running.changed()
+        start = sequence.num_computed
+        if sequence.draft:
+            piece = (*sequence.tokens[start:], *sequence.draft)
+            sequence.num_computed += len(piece)
+            sequence.state = State.VERIFYING
+            return Chunk(sequence.row, piece, len(piece))
+        end = min(start + budget, len(sequence.tokens))
+        sequence.num_computed = end
+        samples = end == len(sequence.tokens)
+        if samples:
+            sequence.state = State.DECODING
+            sequence.set_next_page(self._pages.room_in(len(sequence.pages.ids)))
+        return Chunk(sequence.row, tuple(sequence.tokens[start:end]), int(samples))
