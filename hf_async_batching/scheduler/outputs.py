@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from itertools import repeat
 from typing import NamedTuple
@@ -32,8 +33,11 @@ class Settled(NamedTuple):
     """
 
     outputs: list[TokenOutput]
-    ended: list[Sequence]
-    offered: list[str]
+    ended: Collection[Sequence]
+    offered: Collection[str]
+
+
+_settled = partial(tuple.__new__, Settled)
 
 
 class Settler:
@@ -60,9 +64,10 @@ class Settler:
         if steady is not None and steady.sequences is sampled:
             outputs = steady.settle(tokens, logprobs)
             if outputs is not None:
-                return Settled(outputs, [], [])
-        settled = Settled([], [], [])
-        outputs, ended, offered = settled
+                return _settled((outputs, (), ()))
+        outputs = list[TokenOutput]()
+        ended: list[Sequence] = []
+        offered: list[str] = []
         finished = State.FINISHED
         for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             if sequence.state is finished:
@@ -86,7 +91,7 @@ class Settler:
             again = sampled and sampled is self._last and all([s.state is not finished for s in sampled])
             self._steady = _Steady(sampled) if again else None
             self._last = sampled
-        return settled
+        return Settled(outputs, ended, offered)
 
     def ended_otherwise(self) -> None:
         """Note that a sequence has ended without a token."""

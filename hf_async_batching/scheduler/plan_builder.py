@@ -45,14 +45,15 @@ class PlanBuilder:
         self._sampled: list[Sequence] = []
         self._had_prefills = False
         self._features = Features()
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin an empty step. Given tokens stay until a step takes them."""
         self.new_rows: list[NewRow] = []
         self.new_pages: list[NewPage] = []
         self.chunks: list[Chunk] = []
         self.prefilled: list[Sequence] = []
+
+    def begin(self) -> None:
+        """Begin an empty step. Given tokens stay until a step takes them."""
+        if self.new_pages or self.chunks:  # which comes with every new row
+            self.new_rows, self.new_pages, self.chunks, self.prefilled = [], [], [], []
 
     def add_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
         """Add a piece of a sequence's prompt, or a draft."""
@@ -80,12 +81,16 @@ class PlanBuilder:
             sequence.num_computed += 1
             sequence.num_planned += 1
             sequence.last_step = step
-        for sequence, chunk in zip(prefilled, chunks, strict=True):
-            sequence.num_planned += chunk.samples
-            sequence.last_step = step
-        sampled, drafts = decoding, tuple[DraftInFlight, ...]()
-        if any([chunk.samples for chunk in chunks]):
-            sampled, drafts = self._with_chunks(decoding)
+        sampled = decoding
+        drafts: tuple[DraftInFlight, ...] = ()
+        context = self._decode_context
+        if chunks:
+            for sequence, chunk in zip(prefilled, chunks, strict=True):
+                sequence.num_planned += chunk.samples
+                sequence.last_step = step
+                context += sequence.num_computed
+            if any([chunk.samples for chunk in chunks]):
+                sampled, drafts = self._with_chunks(decoding)
         # A minimum length wears off as tokens are planned; all else changes with the sequences only.
         if prefilled or self._had_prefills or sampled is not self._sampled or self._features.min_length:
             self._sampled, self._had_prefills = sampled, bool(prefilled)
@@ -102,7 +107,7 @@ class PlanBuilder:
             tuple(self.new_rows),
             tuple(self.new_pages),
             self._features,
-            self._decode_context + sum([sequence.num_computed for sequence in prefilled]),
+            context,
             tuple(self.given),
             offers,
             wanted,

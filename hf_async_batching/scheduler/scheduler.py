@@ -16,7 +16,7 @@ Ids are retired, not freed: pages and rows return to their pools when the last s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from hf_async_batching.config import Admission
 from hf_async_batching.core.outcomes import is_undrawable, is_unsound, token_of
@@ -96,7 +96,7 @@ class Scheduler:
         self.drafting = Drafting(self.kv_cache, draft_rows)
         self.preemptions = 0
         self.finished = 0
-        self.offered: list[str] = []
+        self.offered: Collection[str] = ()
         self.undrawable: list[str] = []
         self._live: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -221,8 +221,9 @@ class Scheduler:
         ):
             running.changed()
         decoding, short_of_pages = self._plan_decodes()
-        budget = self.max_batch_tokens - len(decoding)
-        self._prefill.plan(budget, len(decoding), admit=not short_of_pages)
+        admit = not short_of_pages and self.rows.available > 0 and len(self._waiting) > 0
+        if admit or running.prefilling:
+            self._prefill.plan(self.max_batch_tokens - len(decoding), len(decoding), admit=admit)
         if not decoding and not builder.chunks:
             return self.plan() if self._unblock() else None
         planned = builder.build(decoding)
