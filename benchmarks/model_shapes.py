@@ -40,7 +40,7 @@ _STDERR = 2
 _GRACE = 15  # seconds after the limit in which a process may write its stacks
 
 
-class Shape:
+class ModelShape:
     """What one process does for one shape: `say` is called with each line."""
 
     def __init__(self, arguments: argparse.Namespace, say: Callable[[Line], None]) -> None:
@@ -232,7 +232,7 @@ def main() -> int:
     if arguments.one:
         faulthandler.dump_traceback_later(arguments.limit, exit=True)
         with arguments.lines.open("a", buffering=1) as lines:
-            Shape(arguments, lambda line: print(json.dumps(line), file=lines, flush=True)).run()
+            ModelShape(arguments, lambda line: print(json.dumps(line), file=lines, flush=True)).run()
         return 0
     seen: list[Line] = []
     for shape in arguments.shapes:

@@ -27,11 +27,13 @@ if not __package__:
 
 from .chat.handlers import ChatHandlers
 from .chat.service import ChatService
+from .compare.handlers import CompareRuns
 from .dataset.handlers import DatasetRuns
 from .page.endpoints import add_endpoints
 from .page.layout import chat_parts, compare_parts, dataset_parts, wall_parts
-from .page.style import FOCUS_JS, TITLE, asset, header_html, launch_options
+from .page.style import FOCUS_JS, TITLE, header_html, launch_options
 from .page.sweeper import FILE_SECONDS
+from .serving.assets import asset
 from .serving.backend import Backend
 from .serving.line import Line
 from .serving.models import load_chat_model
@@ -39,7 +41,8 @@ from .serving.pools import TRACES
 from .serving.pulse import Pulse
 from .serving.serving import load
 from .serving.visitor import visitor_of
-from .wall.handlers import CompareRuns, WallRuns, read_prompts
+from .wall.handlers import WallRuns
+from .wall.prompts import read_prompts
 from .wall.zero_gpu import ZeroGpu, gpu_decorator
 
 MODEL_VARIABLE = "HF_ASYNC_BATCHING_MODEL"

@@ -58,6 +58,7 @@ def test_dataset(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
 def test_complete_example(capsys: pytest.CaptureFixture[str]) -> None:
     code = COMPLETE.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(embedded_model_dir())))
     assert code != COMPLETE
+    code = code.replace("max_new_tokens=60", "max_new_tokens=20")
     space: dict[str, Any] = {}
     exec(code, space)
     hf_async_batching.get_manager(space["model"]).close()

@@ -29,8 +29,8 @@ from benchmarks.sanitize.runs import (
     ALONE,
     DEFAULT_TOOLS,
     TOOLS,
-    Outcome,
-    Run,
+    SanitizerOutcome,
+    SanitizerRun,
     command_of,
     environment_of,
     execute,
@@ -89,14 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def verdict(outcomes: Sequence[Outcome]) -> int:
+def verdict(outcomes: Sequence[SanitizerOutcome]) -> int:
     """The exit status: 1 for an error of ours, 2 for what was not run to its end, else 0."""
     if any(outcome.ours for outcome in outcomes):
         return 1
     return 2 if any(outcome.status not in ("clean", "errors") for outcome in outcomes) else 0
 
 
-def _run_all(given: argparse.Namespace, sanitizer: Path | None, folder: Path, settings: Path) -> list[Outcome]:
+def _run_all(
+    given: argparse.Namespace, sanitizer: Path | None, folder: Path, settings: Path
+) -> list[SanitizerOutcome]:
     names = package_kernels()
     kernels = frozenset() if given.all_kernels else names
     count = given.side_by_side or (1 if given.device == "cpu" else 6)
@@ -104,7 +106,7 @@ def _run_all(given: argparse.Namespace, sanitizer: Path | None, folder: Path, se
     for slot in range(count):
         slots.put(slot)
 
-    def one(run: Run) -> Outcome:
+    def one(run: SanitizerRun) -> SanitizerOutcome:
         slot = slots.get()
         try:
             log = folder / f"{run.name}.log"
@@ -118,13 +120,13 @@ def _run_all(given: argparse.Namespace, sanitizer: Path | None, folder: Path, se
 
     scenarios = given.scenarios or list(SCENARIOS)
     with ThreadPoolExecutor(count) as pool:
-        alone = list(pool.map(one, [Run(ALONE, name) for name in scenarios]))
+        alone = list(pool.map(one, [SanitizerRun(ALONE, name) for name in scenarios]))
         if sanitizer is None:
             return alone
         fails = {outcome.run.scenario for outcome in alone if outcome.status != "clean"}
         runs = plan_runs(given.tools, scenarios, all_races=given.scenarios is not None)
         watched = pool.map(one, [run for run in runs if run.scenario not in fails])
-        left_out = [Outcome(run, "not run", note="fails alone") for run in runs if run.scenario in fails]
+        left_out = [SanitizerOutcome(run, "not run", note="fails alone") for run in runs if run.scenario in fails]
         return [*alone, *watched, *left_out]
 
 
@@ -133,7 +135,7 @@ def _version(sanitizer: Path) -> str:
     return next((line for line in said.splitlines() if line.startswith("Version")), "unknown")
 
 
-def _print(outcomes: Sequence[Outcome]) -> None:
+def _print(outcomes: Sequence[SanitizerOutcome]) -> None:
     print("\n| tool | scenario | memory | status | seconds | ours | others | copies |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for outcome in outcomes:

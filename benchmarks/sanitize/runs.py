@@ -32,7 +32,7 @@ _TOOL_OPTIONS = {
 }
 
 
-class Run(NamedTuple):
+class SanitizerRun(NamedTuple):
     """One process.
 
     Attributes:
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class SanitizerFinding:
     """Reports of one kind in one kernel."""
 
     kernel: str
@@ -63,7 +63,7 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Outcome:
+class SanitizerOutcome:
     """What became of a process.
 
     Attributes:
@@ -76,18 +76,21 @@ class Outcome:
         note: Why it failed, or what the tool did not see.
     """
 
-    run: Run
+    run: SanitizerRun
     status: str
     seconds: float = 0.0
-    ours: list[Finding] = field(default_factory=list)
-    others: list[Finding] = field(default_factory=list)
-    copies: list[Finding] = field(default_factory=list)
+    ours: list[SanitizerFinding] = field(default_factory=list)
+    others: list[SanitizerFinding] = field(default_factory=list)
+    copies: list[SanitizerFinding] = field(default_factory=list)
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""
         found = {
-            name: [{slot: getattr(finding, slot) for slot in Finding.__slots__} for finding in getattr(self, name)]
+            name: [
+                {slot: getattr(finding, slot) for slot in SanitizerFinding.__slots__}
+                for finding in getattr(self, name)
+            ]
             for name in ("ours", "others", "copies")
         }
         return {
@@ -99,27 +102,27 @@ class Outcome:
         }
 
 
-def plan_runs(tools: Sequence[str], scenarios: Sequence[str], *, all_races: bool) -> list[Run]:
+def plan_runs(tools: Sequence[str], scenarios: Sequence[str], *, all_races: bool) -> list[SanitizerRun]:
     """The processes with a tool, those that take longest first.
 
     Races within a block do not depend on what launches a kernel, so that racecheck and synccheck look at each kernel
     once; `all_races` lets them look at all scenarios.
     """
-    runs: list[Run] = []
+    runs: list[SanitizerRun] = []
     for tool in sorted(tools, key=("racecheck", "memcheck", "initcheck", "synccheck").index):
         for name in sorted(scenarios, key=list(SCENARIOS).index):
             scenario = SCENARIOS[name]
             if tool in ("racecheck", "synccheck"):
-                runs += [Run(tool, name)] if scenario.races or all_races else []
+                runs += [SanitizerRun(tool, name)] if scenario.races or all_races else []
                 continue
-            runs.append(Run(tool, name, one_by_one=True))
+            runs.append(SanitizerRun(tool, name, one_by_one=True))
             if tool == "memcheck" and scenario.captured:
-                runs.append(Run(tool, name))
+                runs.append(SanitizerRun(tool, name))
     return runs
 
 
 def command_of(
-    run: Run, *, sanitizer: Path | None, log: Path, device: str, slot: int, names: Collection[str]
+    run: SanitizerRun, *, sanitizer: Path | None, log: Path, device: str, slot: int, names: Collection[str]
 ) -> list[str]:
     """The command line of a process.
 
@@ -148,7 +151,7 @@ def command_of(
     ]  # fmt: skip
 
 
-def environment_of(run: Run, base: Mapping[str, str], *, device: str, settings: Path) -> dict[str, str]:
+def environment_of(run: SanitizerRun, base: Mapping[str, str], *, device: str, settings: Path) -> dict[str, str]:
     """The variables of a process.
 
     Args:
@@ -173,8 +176,13 @@ def environment_of(run: Run, base: Mapping[str, str], *, device: str, settings: 
 
 
 def execute(
-    run: Run, command: Sequence[str], environment: Mapping[str, str], folder: Path, limit: float, names: frozenset[str]
-) -> Outcome:
+    run: SanitizerRun,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    limit: float,
+    names: frozenset[str],
+) -> SanitizerOutcome:
     """Run a process to its end, or for `limit` seconds, and judge it. Its output and log stay in `folder`."""
     output, log = folder / f"{run.name}.txt", folder / f"{run.name}.log"
     log.unlink(missing_ok=True)
@@ -203,7 +211,7 @@ def execute(
     return outcome
 
 
-def judge(run: Run, code: int | None, log: SanitizerLog | None, names: frozenset[str]) -> Outcome:
+def judge(run: SanitizerRun, code: int | None, log: SanitizerLog | None, names: frozenset[str]) -> SanitizerOutcome:
     """What a process came to.
 
     Kernels of torch and the libraries below it write outside of their memory only where what they are given makes
@@ -216,7 +224,7 @@ def judge(run: Run, code: int | None, log: SanitizerLog | None, names: frozenset
         log: What the tool wrote; None where it wrote nothing.
         names: The package's Triton functions.
     """
-    outcome = Outcome(run, "clean")
+    outcome = SanitizerOutcome(run, "clean")
     if log is not None:
         kinds: dict[str, list[Report]] = {"ours": [], "others": [], "copies": []}
         for report in log.reports:
@@ -242,7 +250,7 @@ def judge(run: Run, code: int | None, log: SanitizerLog | None, names: frozenset
     return outcome
 
 
-def _grouped(reports: Sequence[Report]) -> list[Finding]:
+def _grouped(reports: Sequence[Report]) -> list[SanitizerFinding]:
     counts: dict[tuple[str, str, str], int] = {}
     places: dict[tuple[str, str, str], str] = {}
     for report in reports:
@@ -250,4 +258,4 @@ def _grouped(reports: Sequence[Report]) -> list[Finding]:
         counts[key] = counts.get(key, 0) + report.hazards
         places.setdefault(key, report.place)
     ordered = sorted(counts, key=lambda key: -counts[key])
-    return [Finding(*key, counts[key], places[key]) for key in ordered]
+    return [SanitizerFinding(*key, counts[key], places[key]) for key in ordered]

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 import hf_async_batching
-from benchmarks.soak.job import EOS, Job
+from benchmarks.soak.job import EOS, SoakJob
 from benchmarks.soak.loads import AddsByHistory
 from hf_async_batching.errors import UnsupportedArgumentError
 
@@ -19,7 +19,7 @@ from hf_async_batching.errors import UnsupportedArgumentError
 _TOGETHER = 0.5
 
 
-def _batch(job: Job) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+def _batch(job: SoakJob) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """Ragged prompts, and the same as a batch that is padded on the left."""
     prompts = [job.prompt() for _ in range(job.rng.randint(1, 5))]
     longest = max(map(len, prompts))
@@ -32,13 +32,13 @@ def _batch(job: Job) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     }
 
 
-def _generate(job: Job, **arguments: Any) -> Any:
+def _generate(job: SoakJob, **arguments: Any) -> Any:
     return job.subject.model.generate(
         custom_generate=hf_async_batching.generate, manager=job.subject.manager, **arguments
     )
 
 
-def padded_batch(job: Job) -> None:
+def padded_batch(job: SoakJob) -> None:
     """A padded batch through the drop-in, greedy, at times with end-of-sequence tokens."""
     prompts, batch = _batch(job)
     count = job.new_tokens(32)
@@ -59,7 +59,7 @@ def _to_end(row: list[int], eos: list[int]) -> list[int]:
     return row[: at + 1]
 
 
-def drawn_batch(job: Job) -> None:
+def drawn_batch(job: SoakJob) -> None:
     """Several drawn sequences per prompt, with scores and logits."""
     prompts, batch = _batch(job)
     count, each = job.new_tokens(12), job.rng.randint(1, 3)
@@ -99,7 +99,7 @@ class Kept(BaseStreamer):
         self.ended = True
 
 
-def streamer(job: Job) -> None:
+def streamer(job: SoakJob) -> None:
     """A streamer, which sees what is returned."""
     prompt, kept = job.prompt(), Kept()
     ids = torch.tensor([prompt], device=job.subject.device)
@@ -131,7 +131,7 @@ class AcrossTheBatch(LogitsProcessor):
         return scores + wave.to(scores.dtype)
 
 
-def batch_processors(job: Job) -> None:
+def batch_processors(job: SoakJob) -> None:
     """Processors of the caller's own over a padded batch: of each row, or of all rows together."""
     prompts, batch = _batch(job)
     count, together = job.new_tokens(12), job.rng.random() < _TOGETHER
@@ -157,7 +157,7 @@ def batch_processors(job: Job) -> None:
 
 
 def _compare_batch(
-    job: Job,
+    job: SoakJob,
     batch: dict[str, torch.Tensor],
     rows: list[list[int]],
     arguments: dict[str, Any],
@@ -179,7 +179,7 @@ def _compare_batch(
         job.wrong(f"token {at} of a batch of {len(rows)} with a processor that looks at all rows")
 
 
-def dataset(job: Job) -> None:
+def dataset(job: SoakJob) -> None:
     """A list of rows through `generate_dataset`, at times into a folder."""
     rows = [{"ids": job.prompt(20), "number": i} for i in range(job.rng.randint(1, 24))]
     count = job.new_tokens(8)

@@ -24,13 +24,13 @@ import torch
 import transformers
 
 from benchmarks.soak import call_loads, faulty_loads, loads
-from benchmarks.soak.job import Job
+from benchmarks.soak.job import SoakJob
 from benchmarks.soak.subjects import FAMILIES, IDLE, Subject, make_tokenizer, missing
 from benchmarks.soak.tally import Tally
-from benchmarks.soak.verdict import Verdict, judge
+from benchmarks.soak.verdict import SoakVerdict, judge
 from benchmarks.soak.watch import Held, held, known_objects, return_freed_memory
 
-Load = Callable[[Job], None]
+Load = Callable[[SoakJob], None]
 
 # How often each is chosen, relative to the others.
 LOADS: dict[Load, int] = {
@@ -102,7 +102,7 @@ class Client(threading.Thread):
             if not awake:
                 time.sleep(0.05)
                 continue
-            job = Job(self._subject(awake), self._rng, self._tally, self._checks, self._tokenizer)
+            job = SoakJob(self._subject(awake), self._rng, self._tally, self._checks, self._tokenizer)
             (load,) = self._rng.choices(list(self._loads), list(self._loads.values()))
             job.load, self.doing = load.__name__, f"{load.__name__} on {job.subject.name}"
             try:
@@ -151,7 +151,7 @@ def _report(began: float, tally: Tally, subjects: Sequence[Subject], now: Held, 
     )
 
 
-def run(arguments: argparse.Namespace) -> Verdict:
+def run(arguments: argparse.Namespace) -> SoakVerdict:
     """The soak; prints as it goes."""
     chosen, subjects = _what(arguments)
     tally, stop = Tally(), threading.Event()

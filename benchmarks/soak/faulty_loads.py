@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.logits_process import LogitsProcessor
 
-from benchmarks.soak.job import SECONDS, Job
+from benchmarks.soak.job import SECONDS, SoakJob
 from hf_async_batching.errors import EngineClosedError, EngineFailedError, HfAsyncBatchingError, QueueFullError
 
 HUGE = 2**40
@@ -72,7 +72,7 @@ BAD_ARGUMENTS: tuple[dict[str, Any], ...] = (
 BAD_PROMPTS: tuple[Any, ...] = ([], [[1, 2]], [-1], [10**9], [2**40], [1.5], "text", None, [None], [5] * 5_000)
 
 
-def refused(job: Job) -> None:
+def refused(job: SoakJob) -> None:
     """Arguments and prompts that mean nothing."""
     if job.rng.random() < 0.2:
         prompt, arguments = job.rng.choice(BAD_PROMPTS), {"max_new_tokens": 3}
@@ -101,7 +101,7 @@ def refused(job: Job) -> None:
         job.done(len(result.token_ids))
 
 
-def _plain_raises(job: Job, prompt: Any, arguments: dict[str, Any], kind: type[Exception]) -> bool:
+def _plain_raises(job: SoakJob, prompt: Any, arguments: dict[str, Any], kind: type[Exception]) -> bool:
     """Whether plain `generate` has the same to say to the same."""
     try:
         job.plain(prompt, **{"eos_token_id": None, **arguments})
@@ -149,7 +149,7 @@ class Panic(BaseException):
 WAYS = ("raises", "panics", "exits", "wrong shape", "nothing", "slow", "changes its input")
 
 
-def faulty_processor(job: Job) -> None:
+def faulty_processor(job: SoakJob) -> None:
     """A processor that goes wrong."""
     way = job.rng.choice(WAYS)
     handle = job.submit(
@@ -168,7 +168,7 @@ def faulty_processor(job: Job) -> None:
         job.done(len(tokens))
 
 
-def faulty_callback(job: Job) -> None:
+def faulty_callback(job: SoakJob) -> None:
     """A callback that raises when its request has ended."""
 
     def raises(_: Any) -> None:

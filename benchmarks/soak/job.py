@@ -22,7 +22,7 @@ EOS = 2
 _TIE = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
-class Job:
+class SoakJob:
     """What a load is given.
 
     Args:

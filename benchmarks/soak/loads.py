@@ -10,11 +10,11 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.soak.job import EOS, SECONDS, Job
+from benchmarks.soak.job import EOS, SECONDS, SoakJob
 from hf_async_batching.errors import EngineClosedError, QueueFullError, UnsupportedModelError
 
 
-def greedy(job: Job) -> None:
+def greedy(job: SoakJob) -> None:
     """The most probable tokens."""
     prompt, count = job.prompt(), job.new_tokens()
     with job.maybe_checked() as checked:
@@ -25,7 +25,7 @@ def greedy(job: Job) -> None:
             job.done(len(tokens))
 
 
-def _random_filters(job: Job) -> dict[str, Any]:
+def _random_filters(job: SoakJob) -> dict[str, Any]:
     rng = job.rng
     filters: dict[str, Any] = {
         "temperature": rng.choice([0.3, 0.8, 1.0, 1.7]),
@@ -41,7 +41,7 @@ def _random_filters(job: Job) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if value is not None}
 
 
-def drawing(job: Job) -> None:
+def drawing(job: SoakJob) -> None:
     """Drawn with filters and a seed; checked ones twice, in another company."""
     prompt, count, filters = job.prompt(), job.new_tokens(), _random_filters(job)
     arguments = {"max_new_tokens": count, "do_sample": True, "eos_token_id": None, "seed": job.rng.randrange(1 << 40)}
@@ -56,7 +56,7 @@ def drawing(job: Job) -> None:
         job.done(len(tokens))
 
 
-def processed(job: Job) -> None:
+def processed(job: SoakJob) -> None:
     """Penalties, n-grams, biases, forced and suppressed tokens, lengths, several at a time."""
     rng, vocab = job.rng, job.subject.vocab_size
     prompt, count = job.prompt(), job.new_tokens(32)
@@ -91,7 +91,7 @@ def processed(job: Job) -> None:
             job.done(len(tokens))
 
 
-def outputs(job: Job) -> None:
+def outputs(job: SoakJob) -> None:
     """Scores, logits and log-probabilities of each token."""
     prompt, count = job.prompt(), job.new_tokens(16)
     with job.maybe_checked() as checked:
@@ -121,7 +121,7 @@ def outputs(job: Job) -> None:
                 job.compare(prompt, result.token_ids, max_new_tokens=count, repetition_penalty=1.1)
 
 
-def prompt_lookup(job: Job) -> None:
+def prompt_lookup(job: SoakJob) -> None:
     """Drafts from a prompt that repeats itself."""
     prompt = (job.prompt(12) * 5)[:60]
     count, words = job.new_tokens(), job.rng.randint(1, 6)
@@ -139,7 +139,7 @@ def prompt_lookup(job: Job) -> None:
             job.done(len(tokens))
 
 
-def stop_strings(job: Job) -> None:
+def stop_strings(job: SoakJob) -> None:
     """Ends of text that cross tokens."""
     prompt, count = job.prompt(), job.new_tokens()
     stops = ["".join(job.rng.choices("abcdefgh", k=2)) for _ in range(6)]
@@ -162,7 +162,7 @@ class EndsAt(StoppingCriteria):
         return input_ids.sum(-1) % self.number == 0
 
 
-def criteria(job: Job) -> None:
+def criteria(job: SoakJob) -> None:
     """A stopping criterion of the caller's own."""
     prompt, count = job.prompt(), job.new_tokens()
     arguments: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([EndsAt(job.rng.randint(5, 40))])}
@@ -175,7 +175,7 @@ def criteria(job: Job) -> None:
             job.done(len(tokens))
 
 
-def max_time(job: Job) -> None:
+def max_time(job: SoakJob) -> None:
     """As many tokens as a moment allows."""
     handle = job.submit(job.prompt(), max_new_tokens=80, do_sample=False, max_time=job.rng.uniform(0.001, 0.2))
     job.done(len(handle.result(SECONDS).token_ids))
@@ -192,7 +192,7 @@ class AddsByHistory(LogitsProcessor):
         return scores + self.strength * (wave % 7).to(scores.dtype)
 
 
-def processors(job: Job) -> None:
+def processors(job: SoakJob) -> None:
     """A logits processor of the caller's own."""
     prompt, count = job.prompt(), job.new_tokens(24)
     arguments = {"logits_processor": [AddsByHistory(job.rng.choice([0.5, 1.0]))]}
@@ -205,7 +205,7 @@ def processors(job: Job) -> None:
             job.done(len(tokens))
 
 
-def prefix_allowed(job: Job) -> None:
+def prefix_allowed(job: SoakJob) -> None:
     """A function that says which tokens may come next."""
     prompt, count, step = job.prompt(), job.new_tokens(24), job.rng.randint(2, 5)
 
@@ -223,7 +223,7 @@ def prefix_allowed(job: Job) -> None:
             job.done(len(tokens))
 
 
-def embeddings(job: Job) -> None:
+def embeddings(job: SoakJob) -> None:
     """A prompt of embeddings in place of tokens."""
     prompt, count = job.prompt(), job.new_tokens(24)
     with job.maybe_checked() as checked:
@@ -241,7 +241,7 @@ def embeddings(job: Job) -> None:
             job.done(len(tokens))
 
 
-def streaming(job: Job) -> None:
+def streaming(job: SoakJob) -> None:
     """Tokens one by one, by a reader who is slow at times."""
     prompt, count = job.prompt(), job.new_tokens()
     pause = job.rng.choice([0.0, 0.0, 0.01])
@@ -256,7 +256,7 @@ def streaming(job: Job) -> None:
             job.done(len(tokens))
 
 
-def coroutines(job: Job) -> None:
+def coroutines(job: SoakJob) -> None:
     """Several coroutines of an event loop; some stop waiting, and some cancel."""
     job.subject.manager.warmup()
 
@@ -283,7 +283,7 @@ def coroutines(job: Job) -> None:
             job.tally.add(job.load, "done" if found[1] else "cancelled", found[0])
 
 
-def cancelled(job: Job) -> None:
+def cancelled(job: SoakJob) -> None:
     """Cancelled sooner or later, at times before it began."""
     arguments = {"max_new_tokens": 60, "do_sample": job.rng.random() < 0.5, "eos_token_id": None}
     handles = [job.submit(job.prompt(), **arguments) for _ in range(job.rng.randint(1, 4))]
@@ -296,7 +296,7 @@ def cancelled(job: Job) -> None:
         job.tally.add(job.load, reason, len(result.token_ids))
 
 
-def forgotten(job: Job) -> None:
+def forgotten(job: SoakJob) -> None:
     """Submitted, and dropped without a look."""
     job.submit(job.prompt(), max_new_tokens=job.new_tokens(16), do_sample=False, eos_token_id=None)
     job.done(0)

@@ -21,7 +21,7 @@ _OTHERS = {"tqdm_monitor"}
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SoakVerdict:
     """What is wrong, and how memory moved.
 
     Attributes:
@@ -52,7 +52,7 @@ def judge(
     threads_before: set[threading.Thread],
     objects_before: frozenset[int],
     bound: float,
-) -> Verdict:
+) -> SoakVerdict:
     """Wait until nothing runs, look at what is held, close the managers, and look again.
 
     Args:
@@ -79,7 +79,7 @@ def judge(
     for subject in subjects:
         subject.manager.close()
     problems += _left_behind(before, threads_before, objects_before)
-    return Verdict(tuple(problems), tuple(memory))
+    return SoakVerdict(tuple(problems), tuple(memory))
 
 
 def _rows_and_pages(subjects: Sequence[Subject]) -> list[str]:

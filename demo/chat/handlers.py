@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from ..page.style import note_html
 from ..serving.settings import LONGEST_TEXT, Settings
-from ..serving.text import display_markdown
+from ..serving.text import display_markdown, note_html
 from ..serving.visitor import owner_of, visitor_of
-from .service import ChatService, Message, read_messages
+from .messages import Message, read_messages
+from .service import ChatService
 
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
 Page = tuple[Any, Any, Any, Any, Any, Any]
@@ -20,90 +20,44 @@ Knobs = tuple[str, float, float, float, float, bool, float | None]
 
 
 class ChatHandlers:
-    """The chat's event handlers. Gradio passes `request` by its type; the session hash in it names the visitor.
+    """The chat's event handlers.
 
-    The history comes from the visitor's browser, which keeps it.
+    Gradio passes `event` and `request` by their types; the session hash in the request names the visitor. They come
+    first, since what stands behind `*knobs` would not be passed. The history is kept by the visitor's browser.
     """
 
     def __init__(self, service: ChatService) -> None:
         self._service = service
 
-    async def submit(
-        self,
-        text: str,
-        history: Any,
-        system: str,
-        max_new_tokens: float,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        greedy: bool,
-        seed: float | None,
-        request: gr.Request,
-    ) -> AsyncIterator[Page]:
+    async def submit(self, request: gr.Request, text: str, history: Any, *knobs: *Knobs) -> AsyncIterator[Page]:
         """Ask what stands in the message box."""
         visitor, text = visitor_of(request), str(text or "").strip()[:LONGEST_TEXT]
         if not text or not await self._service.ready(visitor):
             yield _page()
             return
         asked = [*read_messages(history), Message(role="user", content=text)]
-        settings = Settings.within_bounds(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        settings = Settings.within_bounds(*knobs)
         yield _page(drawn=_waiting(asked), box="", note="", running=True)
         async for page in self._answer(asked, settings, request):
             yield page
 
     async def example(
-        self,
-        history: Any,
-        system: str,
-        max_new_tokens: float,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        greedy: bool,
-        seed: float | None,
-        event: gr.SelectData,
-        request: gr.Request,
+        self, event: gr.SelectData, request: gr.Request, history: Any, *knobs: *Knobs
     ) -> AsyncIterator[Page]:
         """Ask the example that was clicked."""
-        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
-        async for page in self.submit(event.value["text"], history, *knobs, request=request):
+        async for page in self.submit(request, event.value["text"], history, *knobs):
             yield page
 
     async def retry(
-        self,
-        history: Any,
-        system: str,
-        max_new_tokens: float,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        greedy: bool,
-        seed: float | None,
-        event: gr.RetryData,
-        request: gr.Request,
+        self, event: gr.RetryData, request: gr.Request, history: Any, *knobs: *Knobs
     ) -> AsyncIterator[Page]:
         """Answer a question again, and forget what came after it."""
-        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
         messages = read_messages(history)
         async for page in self._again(messages[: _question(messages, event.index) + 1], knobs, request):
             yield page
 
-    async def edit(
-        self,
-        history: Any,
-        system: str,
-        max_new_tokens: float,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        greedy: bool,
-        seed: float | None,
-        event: gr.EditData,
-        request: gr.Request,
-    ) -> AsyncIterator[Page]:
+    async def edit(self, event: gr.EditData, request: gr.Request, history: Any, *knobs: *Knobs) -> AsyncIterator[Page]:
         """Answer a question that was rewritten, and forget what came after it."""
-        knobs = (system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
         messages = read_messages(history)
         index, text = _question(messages, event.index), str(event.value or "").strip()[:LONGEST_TEXT]
         if index < 0 or not text:

@@ -6,16 +6,17 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING
 
 from ..serving.backend import Backend
 from ..serving.pools import PROMPTS
 from ..serving.problems import explain
 from ..serving.serving import Serving
-from ..serving.settings import LONGEST_TEXT, Settings, ends_of
+from ..serving.settings import Settings, ends_of
 from ..serving.text import Detokenizer, build_prompt
+from .messages import LONGEST_HISTORY, Message, sendable
 
 if TYPE_CHECKING:
     from hf_async_batching import GenerationHandle, GenerationResult
@@ -31,23 +32,12 @@ QUICK_ANSWERS = 4
 # What drawing the longest conversation may hold up the others, out of each second, is a fiftieth of this.
 DRAW_SECONDS = 0.5
 _SETTLE_SECONDS = 5.0
-_MOST_MESSAGES = 200
-# Characters of a conversation; what came before them is left out.
-LONGEST_HISTORY = 100_000
 _ENDINGS = {
     "eos": "",
     "stop": "",
     "length": "cut off at the limit for new tokens",
     "cancelled": "stopped",
 }
-
-
-class Message(TypedDict):
-    """One message of a conversation, as it was written. Failed ones are shown but never sent to the model."""
-
-    role: str
-    content: str
-    failed: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -240,42 +230,6 @@ def _request(serving: Serving, messages: list[Message], settings: Settings) -> R
 
 def _waits_at(place: int) -> str:
     return f"Place {place} in the queue …"
-
-
-def sendable(messages: list[Message]) -> list[Message]:
-    """Leave out failed answers and the questions they belong to: chat templates insist on alternating roles."""
-    kept: list[Message] = []
-    for message in messages:
-        if message.get("failed"):
-            if kept and kept[-1]["role"] == "user":
-                kept.pop()
-        else:
-            kept.append(message)
-    return kept
-
-
-def read_messages(value: Any) -> list[Message]:
-    """Read a conversation that a browser or a client sent, without whatever is none; roles alternate, the user first.
-
-    The oldest questions and answers of a conversation that is too long are left out.
-    """
-    messages: list[Message] = []
-    for item in value[-_MOST_MESSAGES:] if isinstance(value, Sequence) and not isinstance(value, str) else ():
-        role = "assistant" if len(messages) % 2 else "user"
-        if isinstance(item, Mapping) and item.get("role") == role and isinstance(item.get("content"), str):
-            message = Message(role=role, content=item["content"][:LONGEST_TEXT])
-            if item.get("failed"):
-                message["failed"] = True
-            messages.append(message)
-    if len(messages) % 2:
-        messages.pop()
-    length, first = 0, len(messages)
-    while first:
-        length += sum(len(message["content"]) for message in messages[first - 2 : first])
-        if length > LONGEST_HISTORY:
-            break
-        first -= 2
-    return messages[first:]
 
 
 def describe(result: GenerationResult) -> str:

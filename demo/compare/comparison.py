@@ -65,7 +65,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Step:
+class ComparisonStep:
     """Where a comparison stands: the depth that runs, how much of it is done (0 to 1), and the speed up to now."""
 
     depth: int
@@ -73,7 +73,7 @@ class Step:
     speed: float
 
 
-class Comparison:
+class DepthComparison:
     """Runs prompts at one depth after the other, and goes back to the usual depth.
 
     Args:
@@ -107,7 +107,7 @@ class Comparison:
         first, second = self._tokens.values()
         return sum(one == other for one, other in zip(first, second, strict=True))
 
-    async def run(self, depths: Sequence[int] = (SYNC, ASYNC)) -> AsyncGenerator[Step, None]:
+    async def run(self, depths: Sequence[int] = (SYNC, ASYNC)) -> AsyncGenerator[ComparisonStep, None]:
         """Yield where it stands, ten times a second. Closing this generator cancels what runs.
 
         Raises:
@@ -115,7 +115,7 @@ class Comparison:
         """
         serving = await self._backend.ready()
         while not self._backend.warm:  # what runs while layers are compiled is slower than it will be
-            yield Step(depths[0], 0.0, 0.0)
+            yield ComparisonStep(depths[0], 0.0, 0.0)
             await asyncio.sleep(_LOOK_SECONDS)
         try:
             for depth in depths:
@@ -125,7 +125,7 @@ class Comparison:
         finally:
             serving.manager.set_depth(serving.depth)
 
-    async def _run_one(self, serving: Serving, depth: int) -> AsyncGenerator[Step, None]:
+    async def _run_one(self, serving: Serving, depth: int) -> AsyncGenerator[ComparisonStep, None]:
         manager = serving.manager
         manager.set_depth(depth)
         # Otherwise the second run would find the prompts of the first one in the prefix cache.
@@ -138,7 +138,7 @@ class Comparison:
                 await WALLS.run(wall.tick)
                 records.read()
                 done = wall.tokens / (self._settings.max_new_tokens * len(wall.tiles))
-                yield Step(depth, min(done, 1.0), wall.tokens / wall.seconds if wall.seconds else 0.0)
+                yield ComparisonStep(depth, min(done, 1.0), wall.tokens / wall.seconds if wall.seconds else 0.0)
                 if not wall.over:
                     await asyncio.sleep(_LOOK_SECONDS)
             records.read()
@@ -165,7 +165,7 @@ class Comparison:
             gpu=serving.on_gpu,
             drawn=drawn_steps(steady_window(steps, DRAWN_STEPS)),
         )
-        yield Step(depth, 1.0, wall.tokens / seconds)
+        yield ComparisonStep(depth, 1.0, wall.tokens / seconds)
 
 
 class _Records:

@@ -18,7 +18,8 @@ from datasets import Dataset
 from hf_async_batching.dataset.run.progress import DatasetProgress
 
 from ..serving.backend import Backend
-from ..serving.line import Line, LineFullError
+from ..serving.errors import LineFullError
+from ..serving.line import Line
 from ..serving.pools import DATASETS, TABLES, BusyError
 from ..serving.problems import explain
 from ..serving.serving import Serving
@@ -56,7 +57,7 @@ def _make_folder() -> TemporaryDirectory[str]:
 
 
 @dataclass
-class Job:
+class TableJob:
     """A table that is being completed, or was.
 
     Attributes:
@@ -100,15 +101,15 @@ class DatasetRuns:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._jobs: dict[str, Job] = {}
-        self._by_visitor: dict[str, Job] = {}
+        self._jobs: dict[str, TableJob] = {}
+        self._by_visitor: dict[str, TableJob] = {}
         self._line = Line(_RUNNING, _WAITING, running_each=_RUNNING - 1, waiting_each=_WAITING // 2)
 
-    async def run(self, job: Job, visitor: str, owner: str = "") -> AsyncIterator[Job]:
+    async def run(self, job: TableJob, visitor: str, owner: str = "") -> AsyncIterator[TableJob]:
         """Complete what is left of a job's table; yields the job a few times a second.
 
-        A few tables are completed at a time, and the others wait at a place (`Job.place`). Closing this generator (a
-        closed tab) stops the job, and so does the end of `RUN_SECONDS`; what is done is kept.
+        A few tables are completed at a time, and the others wait at a place (`TableJob.place`). Closing this generator
+        (a closed tab) stops the job, and so does the end of `RUN_SECONDS`; what is done is kept.
 
         Raises:
             TableError: The job runs or waits already, or the visitor has another one.
@@ -156,7 +157,7 @@ class DatasetRuns:
                     del self._by_visitor[visitor]
         yield job
 
-    async def _complete(self, job: Job, serving: Serving, owner: str) -> None:
+    async def _complete(self, job: TableJob, serving: Serving, owner: str) -> None:
         """Complete a job in a thread of its own. A place in the line is a place in the pool, but for stragglers."""
         serving.roster.reserve(job.name, owner or job.name, rows_of_a_table(serving))
         try:
@@ -178,11 +179,11 @@ class DatasetRuns:
         if job is not None:
             job.stopped = True
 
-    def find(self, name: Any) -> Job | None:
+    def find(self, name: Any) -> TableJob | None:
         """A job by its name."""
         return self._jobs.get(name) if isinstance(name, str) else None
 
-    def _keep(self, job: Job) -> None:
+    def _keep(self, job: TableJob) -> None:
         """Remember a job, and forget the oldest that do not run where there are too many or too large ones."""
         self._jobs.pop(job.name, None)
         self._jobs[job.name] = job
@@ -238,7 +239,7 @@ class DatasetRuns:
             yield _page(problem_html(str(error)), running=False)
             return
         settings = Settings.within_bounds(system, max_new_tokens, greedy=greedy)
-        job = Job(table, str(column), settings, kind if isinstance(kind, str) and kind in FORMATS else FORMATS[0])
+        job = TableJob(table, str(column), settings, kind if isinstance(kind, str) and kind in FORMATS else FORMATS[0])
         async for page in self._pages(job, request):
             yield page
 
@@ -262,7 +263,7 @@ class DatasetRuns:
             return _page(None)
         return _page(progress_html(job), running=False, resume=job.result is None, file=job.file)
 
-    async def _pages(self, job: Job, request: gr.Request) -> AsyncIterator[Page]:
+    async def _pages(self, job: TableJob, request: gr.Request) -> AsyncIterator[Page]:
         page = _page(None)
         try:
             async for _ in self.run(job, visitor_of(request), owner_of(request)):
@@ -275,7 +276,7 @@ class DatasetRuns:
         yield page
 
 
-def _work(serving: Serving, job: Job) -> None:
+def _work(serving: Serving, job: TableJob) -> None:
     try:
         result = complete_table(serving, job.table, job.column, job.settings, job.folder, job.wanted)
         if result is not None:
@@ -285,7 +286,7 @@ def _work(serving: Serving, job: Job) -> None:
         job.folder_bytes = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
 
 
-def progress_html(job: Job) -> str:
+def progress_html(job: TableJob) -> str:
     """How far a job is, with the time that is left."""
     progress = job.progress
     if job.place:

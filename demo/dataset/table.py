@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from ..page.style import asset
-from .table_reader import REFUSED, Bounds
+from ..serving.assets import asset
+from .table_reader import REFUSED, TableBounds
 
 MAX_ROWS = 2000
 MAX_BYTES = 20 << 20
 # What a file may decode to.
-BOUNDS = Bounds(
+BOUNDS = TableBounds(
     rows=MAX_ROWS, columns=64, cell_bytes=256 << 10, table_bytes=32 << 20, memory_bytes=1 << 30, seconds=20
 )
 _WAIT_SECONDS = 30.0

@@ -30,7 +30,7 @@ class RefusedError(ValueError):
     """The file is beyond a bound, or broken; the message is for the visitor."""
 
 
-class Bounds(NamedTuple):
+class TableBounds(NamedTuple):
     """How much is read: rows, columns, bytes of a cell, bytes of all; and what the process may take of the machine."""
 
     rows: int
@@ -41,7 +41,7 @@ class Bounds(NamedTuple):
     seconds: int
 
 
-def limit_process(bounds: Bounds) -> None:
+def limit_process(bounds: TableBounds) -> None:
     """Let the operating system end this process where it takes more memory or time than it may."""
     try:
         import resource
@@ -52,7 +52,7 @@ def limit_process(bounds: Bounds) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def read(path: Path, bounds: Bounds) -> tuple[pa.Table, bool]:
+def read(path: Path, bounds: TableBounds) -> tuple[pa.Table, bool]:
     """Return the first rows of a file, and whether there were more.
 
     Raises:
@@ -67,7 +67,7 @@ def read(path: Path, bounds: Bounds) -> tuple[pa.Table, bool]:
     return pa.Table.from_pylist(rows[: bounds.rows]), len(rows) > bounds.rows
 
 
-def _csv(path: Path, bounds: Bounds) -> Iterator[dict[str, Any]]:
+def _csv(path: Path, bounds: TableBounds) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(bounds.cell_bytes)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -78,7 +78,7 @@ def _csv(path: Path, bounds: Bounds) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _jsonl(path: Path, bounds: Bounds) -> Iterator[dict[str, Any]]:
+def _jsonl(path: Path, bounds: TableBounds) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -95,7 +95,7 @@ def _jsonl(path: Path, bounds: Bounds) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _read_parquet(path: Path, bounds: Bounds) -> tuple[pa.Table, bool]:
+def _read_parquet(path: Path, bounds: TableBounds) -> tuple[pa.Table, bool]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as looked:
@@ -129,7 +129,7 @@ def _read_parquet(path: Path, bounds: Bounds) -> tuple[pa.Table, bool]:
     return pa.Table.from_batches(batches).slice(0, bounds.rows), rows > bounds.rows
 
 
-def _size(path: Path, name: str, column: pa.Array, bounds: Bounds) -> int:
+def _size(path: Path, name: str, column: pa.Array, bounds: TableBounds) -> int:
     """Bytes of a column when it is written out."""
     values = column.dictionary if pa.types.is_dictionary(column.type) else column
     kind = values.type
@@ -149,12 +149,12 @@ def _plain(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
-def _check_columns(path: Path, count: int, bounds: Bounds) -> None:
+def _check_columns(path: Path, count: int, bounds: TableBounds) -> None:
     if count > bounds.columns:
         raise RefusedError(f"{path.name} has more than {bounds.columns} columns.")
 
 
-def _too_long(path: Path, name: str, bounds: Bounds) -> RefusedError:
+def _too_long(path: Path, name: str, bounds: TableBounds) -> RefusedError:
     return RefusedError(
         f"A cell of column {name[:60]!r} of {path.name} is longer than {bounds.cell_bytes >> 10} kB: shorten it."
     )
@@ -162,7 +162,7 @@ def _too_long(path: Path, name: str, bounds: Bounds) -> RefusedError:
 
 def main() -> int:
     """Write the rows of the file that the command names; returns the exit status."""
-    path, bounds = Path(sys.argv[1]), Bounds(**json.load(sys.stdin))
+    path, bounds = Path(sys.argv[1]), TableBounds(**json.load(sys.stdin))
     limit_process(bounds)
     try:
         table, more = read(path, bounds)

@@ -15,8 +15,10 @@ from typing import Any, get_args, get_origin
 
 import gradio as gr
 
-from ..chat.service import ChatService, Message, read_messages
-from ..dataset.handlers import DatasetRuns, Job
+from ..chat.messages import Message, read_messages
+from ..chat.service import ChatService
+from ..compare.handlers import CompareRuns
+from ..dataset.handlers import DatasetRuns, TableJob
 from ..dataset.table import TableError, table_of, text_columns
 from ..serving.backend import Backend
 from ..serving.pools import TABLES, TRACES
@@ -24,7 +26,8 @@ from ..serving.problems import explain
 from ..serving.pulse import Pulse
 from ..serving.settings import LONGEST_TEXT, MAX_NEW_TOKENS, MOST_SEED, Settings, number, shown, whole_number
 from ..serving.visitor import owner_of
-from ..wall.handlers import CompareRuns, WallRuns, read_prompts
+from ..wall.handlers import WallRuns
+from ..wall.prompts import read_prompts
 from ..wall.wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS
 
 # Gradio looks at every part of a result in the event loop: what is downloaded from the page has many more steps.
@@ -181,7 +184,7 @@ def add_endpoints(
             raise _as_error(error) from error
         if column not in text_columns(table):
             raise gr.Error(f"`column` must name a key that holds text, got {shown(column)}", print_exception=False)
-        job = Job(table, column, settings, "jsonl")
+        job = TableJob(table, column, settings, "jsonl")
         try:
             async for _ in datasets.run(job, f"api-{secrets.token_hex(8)}", owner_of(request)):
                 if job.place:

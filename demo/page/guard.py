@@ -65,7 +65,7 @@ class _Buckets:
         return taken
 
 
-class Guard:
+class RequestGuard:
     """An ASGI middleware that refuses what is too much, with a text that says so."""
 
     def __init__(self, app: ASGIApp, most_upload: int) -> None:
@@ -198,7 +198,7 @@ async def _answer(send: Send, refusal: _Refusal) -> None:
 
 def app_options(most_upload: int) -> dict[str, Any]:
     """Return what `Blocks.launch` takes as `app_kwargs`."""
-    return {"middleware": [Middleware(Guard, most_upload=most_upload)], "lifespan": lifespan}
+    return {"middleware": [Middleware(RequestGuard, most_upload=most_upload)], "lifespan": lifespan}
 
 
 def _address_of_event(event: Any) -> str:

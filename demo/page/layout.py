@@ -9,12 +9,13 @@ import gradio as gr
 
 from ..dataset.handlers import table_html
 from ..dataset.table import BUILT_IN, FORMATS, built_in, text_columns
+from ..serving.assets import asset
 from ..serving.settings import LONGEST_TEXT, MAX_NEW_TOKENS, Settings
+from ..wall.prompts import LONGEST_PROMPTS
 from ..wall.wall import MOST_CHATS, MOST_TURNS
-from .style import EXAMPLES, PLACEHOLDER, asset
+from .style import EXAMPLES, PLACEHOLDER
 
 _BUTTON_WIDTH = 84
-_LONGEST_PROMPTS = 100_000
 
 
 class ChatParts(NamedTuple):
@@ -134,7 +135,7 @@ def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> Wall
             label="Prompts, one per line",
             lines=6,
             max_lines=10,
-            max_length=_LONGEST_PROMPTS,
+            max_length=LONGEST_PROMPTS,
             elem_id="prompts",
         )
         turns = gr.Slider(1, MOST_TURNS, value=2, step=1, label="Questions per chat", buttons=[])

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import cache
-from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ..serving.assets import asset
 from .guard import app_options
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 TITLE = "hf_async_batching"
 TAGLINE = (
     "Asynchronous continuous batching for Hugging Face <code>generate</code>. "
@@ -43,12 +40,6 @@ FOCUS_JS = """() => {
 
 # Gradio makes a table of all events with pandas whenever one ends, for a page that is not shown here.
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
-
-
-@cache
-def asset(name: str) -> str:
-    """The text of a file in `assets`."""
-    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def launch_options() -> dict[str, Any]:
@@ -93,8 +84,3 @@ def launch_options() -> dict[str, Any]:
 def header_html() -> str:
     """Return title and tagline."""
     return f"<h1>{TITLE}</h1><p>{TAGLINE}</p>"
-
-
-def note_html(note: str) -> str:
-    """Return the line under the chat. A screen reader speaks it when it changes."""
-    return f'<p role="status">{escape(note)}</p>'

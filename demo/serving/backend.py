@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import NamedTuple, Protocol
 
+from .errors import BackendFailedError
 from .models import ModelLoadError
 from .serving import Report, Serving
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from ..wall.zero_gpu import ZeroGpu
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +21,7 @@ ONLY_WALLS = (
 )
 
 
-class Stage(NamedTuple):
+class LoadingStage(NamedTuple):
     """How far loading has come. `number` counts from 1 to `STAGES`, and is `STAGES + 1` when all is done."""
 
     number: int
@@ -34,8 +32,14 @@ class Stage(NamedTuple):
 STAGES = 4
 
 
-class BackendFailedError(RuntimeError):
-    """The model or the engine did not come up; the message says why."""
+class WallRunner(Protocol):
+    """Runs whole walls where no engine stays between requests."""
+
+    def frames(
+        self, prompts: Sequence[str], settings: Settings, *, chats: int, turns: int, stagger: float
+    ) -> AsyncGenerator[str, None]:
+        """Yield the frames of a wall. Closing the generator ends the wall."""
+        ...
 
 
 class Backend:
@@ -46,10 +50,10 @@ class Backend:
         zero: What runs walls on a ZeroGPU Space, where nothing else answers.
     """
 
-    def __init__(self, serving: Serving | None = None, zero: ZeroGpu | None = None) -> None:
+    def __init__(self, serving: Serving | None = None, zero: WallRunner | None = None) -> None:
         self._serving = serving
         self.zero = zero
-        self._stage = Stage(STAGES + 1, "Ready") if serving or zero else Stage(1, "Starting")
+        self._stage = LoadingStage(STAGES + 1, "Ready") if serving or zero else LoadingStage(1, "Starting")
         self._settled = threading.Event()
         self._warm = threading.Event()
         if serving is not None or zero is not None:
@@ -62,7 +66,7 @@ class Backend:
         return self._serving
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> LoadingStage:
         """How far loading has come."""
         return self._stage
 
@@ -104,19 +108,19 @@ class Backend:
             self._report(STAGES, "Compiling and capturing; chats work already")
             # Most answers are drawn as the page's controls stand at first.
             self._serving.manager.warmup([Settings().request([0], ())])
-            self._stage = Stage(STAGES + 1, "Ready")
+            self._stage = LoadingStage(STAGES + 1, "Ready")
             self._warm.set()
         except Exception as error:  # the page says so, and stays
             logger.exception("The model or its engine did not come up.")
             text = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
-            self._stage = Stage(self._stage.number, text, failed=True)
+            self._stage = LoadingStage(self._stage.number, text, failed=True)
             self._serving = None
         finally:
             self._settled.set()
 
     def _report(self, number: int, text: str) -> None:
         logger.info("%d/%d %s", number, STAGES, text)
-        self._stage = Stage(number, text)
+        self._stage = LoadingStage(number, text)
 
     def close(self) -> None:
         """Stop the engine."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from .errors import LineFullError
 
-class LineFullError(RuntimeError):
-    """So many wait already that nobody is added; the message is for the visitor."""
+# Seconds between two looks at a place in line.
+PLACE_SECONDS = 0.25
 
 
 class Line:

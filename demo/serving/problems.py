@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 from hf_async_batching.errors import EngineClosedError, HfAsyncBatchingError, QueueFullError, RequestTooLongError
 
-from .backend import BackendFailedError
-from .line import LineFullError
+from .errors import BackendFailedError, LineFullError
 from .pools import BusyError
 
 logger = logging.getLogger(__name__)
 
 
-class Problem(NamedTuple):
+class Explanation(NamedTuple):
     """A short sentence, and what else there is to say."""
 
     title: str
@@ -29,21 +28,21 @@ class Problem(NamedTuple):
         return f"**{self.title}** {self.detail}".strip()
 
 
-def explain(error: Exception) -> Problem:
+def explain(error: Exception) -> Explanation:
     """Say what went wrong and what helps. Whatever is not expected is logged, and told by its kind only."""
     if isinstance(error, QueueFullError):
-        return Problem("The engine's queue is full.", "Please try again in a moment.")
+        return Explanation("The engine's queue is full.", "Please try again in a moment.")
     if isinstance(error, RequestTooLongError):
-        return Problem("This is too long for the model.", f"Shorten it or ask for fewer new tokens: {error}")
+        return Explanation("This is too long for the model.", f"Shorten it or ask for fewer new tokens: {error}")
     if isinstance(error, EngineClosedError):
-        return Problem("The engine has been shut down.", "Please reload the page later.")
+        return Explanation("The engine has been shut down.", "Please reload the page later.")
     if isinstance(error, BackendFailedError):
-        return Problem("The model is not there.", str(error))
+        return Explanation("The model is not there.", str(error))
     if isinstance(error, LineFullError):
-        return Problem("Too many are waiting.", str(error))
+        return Explanation("Too many are waiting.", str(error))
     if isinstance(error, BusyError):
-        return Problem("The server is busy.", str(error))
+        return Explanation("The server is busy.", str(error))
     logger.error("A request failed.", exc_info=error)
     if isinstance(error, HfAsyncBatchingError):
-        return Problem("The engine could not answer.", str(error))
-    return Problem(f"Something went wrong on the server ({type(error).__name__}).", "Please try again.")
+        return Explanation("The engine could not answer.", str(error))
+    return Explanation(f"Something went wrong on the server ({type(error).__name__}).", "Please try again.")

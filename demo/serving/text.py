@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -161,3 +162,8 @@ def disarm(text: str, control: Sequence[str]) -> str:
     for token in control:
         text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
     return text
+
+
+def note_html(note: str) -> str:
+    """Return the line under the chat. A screen reader speaks it when it changes."""
+    return f'<p role="status">{escape(note)}</p>'

@@ -35,11 +35,12 @@ from typing import Any
 
 from hf_async_batching.core.timeline import StepRecord
 
-from ..page.style import asset, launch_options
+from ..page.style import launch_options
+from ..serving.assets import asset
 from ..serving.backend import STAGES, Backend
 from ..serving.serving import Serving, load
 from ..serving.settings import Settings
-from ..wall.handlers import read_prompts
+from ..wall.prompts import read_prompts
 from ..wall.wall import Wall
 from .browser import launch, press_section, set_numbers
 

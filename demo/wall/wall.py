@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..chat.service import Message
+from ..chat.messages import Message
 from ..serving.problems import explain
 from ..serving.serving import Serving
 from ..serving.settings import Settings, ends_of

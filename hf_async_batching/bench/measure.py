@@ -133,7 +133,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BenchRun:
     """A workload at one depth; the pass with the median time of `all_seconds`.
 
     Attributes:
@@ -202,7 +202,7 @@ class Run:
 class Measured:
     """A run and what it made: tokens by request id, per counted pass, and the steps of the pass of `run`."""
 
-    run: Run
+    run: BenchRun
     tokens: list[dict[str, list[int]]]
     records: tuple[StepRecord, ...]
 
@@ -259,7 +259,7 @@ def measure(
         driver.close()
     served, preemptions, hits = sorted(passes, key=lambda one: one[0].seconds)[(len(passes) - 1) // 2]
     output_tokens = sum(map(len, served.tokens.values()))
-    run = Run(
+    run = BenchRun(
         depth=depth,
         driver="engine" if through_engine else "manager",
         settings=settings,

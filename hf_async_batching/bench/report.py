@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_async_batching.bench.accuracy import Accuracy
 from hf_async_batching.bench.machine import Machine
-from hf_async_batching.bench.measure import Measured, Run
+from hf_async_batching.bench.measure import BenchRun, Measured
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.timeline_picture import SAVED_STEPS, Panel, steady_window
 from hf_async_batching.bench.workloads import Workload
@@ -68,7 +68,7 @@ def run_row(measured: Measured, equal: float) -> str:
     return _line(cells)
 
 
-def _variant(run: Run) -> list[str]:
+def _variant(run: BenchRun) -> list[str]:
     """What is unusual about a run."""
     off = [f"no {name.replace('_', ' ')}" for name in run.switched_off]
     if run.settings["admission"] == "longest_first":

@@ -20,8 +20,8 @@ time. The exit status is 0 where all are equal, or differ by rounding.
 """
 
 
-def add_parsers(commands: Any) -> None:
-    """Add both commands to the command line."""
+def add_check_parser(commands: Any) -> None:
+    """Add `check` to the sub-commands of an argument parser."""
     check = commands.add_parser("check", help="whether a model is served exactly", description=_CHECK)
     check.add_argument("model", metavar="MODEL", help="name on the Hub, or folder")
     check.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
@@ -40,6 +40,9 @@ def add_parsers(commands: Any) -> None:
     )
     check.set_defaults(run=_check)
 
+
+def add_coverage_parser(commands: Any) -> None:
+    """Add `coverage` to the sub-commands of an argument parser."""
     coverage = commands.add_parser(
         "coverage",
         help="check every causal language model class of the installed transformers",
@@ -117,7 +120,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
 
     from hf_async_batching.coverage.families import entry_names, is_there
     from hf_async_batching.coverage.processes import check_families, start_method
-    from hf_async_batching.coverage.results import Run, merged, read_json
+    from hf_async_batching.coverage.results import CoverageRun, merged, read_json
     from hf_async_batching.coverage.table import read, summary, write
 
     out: Path | None = arguments.out
@@ -146,7 +149,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
         print("something that is imported touches the GPU: each class starts a Python of its own", flush=True)
 
     kind = arguments.device.partition(":")[0]
-    run = Run(kind, arguments.dtype, transformers.__version__, str(torch.__version__), card)
+    run = CoverageRun(kind, arguments.dtype, transformers.__version__, str(torch.__version__), card)
     known = next((each.finished for each in runs if each.key == run.key), {}) if arguments.resume else {}
     elsewhere = {name for each in runs for name in each.classes}
     asked = arguments.classes or entry_names()

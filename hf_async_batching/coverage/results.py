@@ -18,7 +18,7 @@ KINDS = (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16"))
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class CoverageRun:
     """What was found on one device, in one dtype, with one release of transformers.
 
     Attributes:
@@ -62,7 +62,7 @@ def kind_label(device: str, dtype: str) -> str:
     return f"{'GPU' if device == 'cuda' else device.upper()} {dtype}"
 
 
-def merged(runs: Iterable[Run], *others: Run) -> list[Run]:
+def merged(runs: Iterable[CoverageRun], *others: CoverageRun) -> list[CoverageRun]:
     """Runs with others put in: an entry of the same device, dtype and release is replaced, all else stays."""
     found = {run.key: run for run in runs}
     for run in others:
@@ -71,13 +71,13 @@ def merged(runs: Iterable[Run], *others: Run) -> list[Run]:
     return sorted(found.values(), key=_order)
 
 
-def _order(run: Run) -> tuple[int, str, str, list[int | str]]:
+def _order(run: CoverageRun) -> tuple[int, str, str, list[int | str]]:
     kind = (run.device, run.dtype)
     release = [int(part) if part.isdigit() else part for part in run.transformers.split(".")[:2]]
     return KINDS.index(kind) if kind in KINDS else len(KINDS), *kind, release
 
 
-def to_json(runs: Iterable[Run]) -> str:
+def to_json(runs: Iterable[CoverageRun]) -> str:
     """All that was found, with the versions: a line for each entry, without the fields that are empty."""
     listed = []
     for run in runs:
@@ -97,7 +97,7 @@ def _less(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value or type(value) is float}
 
 
-def read_json(path: Path) -> list[Run]:
+def read_json(path: Path) -> list[CoverageRun]:
     """What `to_json` wrote; nothing where there is no file."""
     if not path.exists():
         return []
@@ -105,7 +105,8 @@ def read_json(path: Path) -> list[Run]:
     if "runs" not in found:  # of a release that knew one column
         found = {"runs": [{"device": "cpu", "dtype": "float32", **found}]}
     return [
-        Run(**{**run, "classes": {name: _verdict(of) for name, of in run["classes"].items()}}) for run in found["runs"]
+        CoverageRun(**{**run, "classes": {name: _verdict(of) for name, of in run["classes"].items()}})
+        for run in found["runs"]
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from hf_async_batching.coverage.results import KINDS, Run, kind_label, read_json, replace_text, to_json
+from hf_async_batching.coverage.results import KINDS, CoverageRun, kind_label, read_json, replace_text, to_json
 from hf_async_batching.coverage.verdicts import SERVED, Status, Verdict
 
 _NOT_RUN = "\N{EN DASH}"
@@ -91,7 +91,7 @@ def summary(verdicts: Verdicts) -> list[str]:
     return [f"{name}: " + _listed(counted) for name, counted in named.items() if counted]
 
 
-def to_markdown(runs: Iterable[Run]) -> str:
+def to_markdown(runs: Iterable[CoverageRun]) -> str:
     """The table; the same for the same runs."""
     runs = list(runs)
     columns = _columns(runs)
@@ -108,35 +108,35 @@ def to_markdown(runs: Iterable[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, runs: Iterable[Run]) -> None:
+def write(path: Path, runs: Iterable[CoverageRun]) -> None:
     """Write the table to `path`, and beside it what `read` reads."""
     runs = list(runs)
     replace_text(path.with_suffix(".json"), to_json(runs))
     replace_text(path, to_markdown(runs))
 
 
-def read(path: Path) -> list[Run]:
+def read(path: Path) -> list[CoverageRun]:
     """The runs of which the table at `path` was made; none where there is no such table."""
     return read_json(path.with_suffix(".json"))
 
 
-def _columns(runs: list[Run]) -> list[tuple[str, Run | None]]:
+def _columns(runs: list[CoverageRun]) -> list[tuple[str, CoverageRun | None]]:
     """All runs, in order, and where nothing was run what could be."""
-    columns: list[tuple[str, Run | None]] = []
+    columns: list[tuple[str, CoverageRun | None]] = []
     for kind in KINDS:
         of_kind = [run for run in runs if (run.device, run.dtype) == kind]
         columns += [(run.label, run) for run in of_kind] or [(kind_label(*kind), None)]
     return columns + [(run.label, run) for run in runs if (run.device, run.dtype) not in KINDS]
 
 
-def _counted(runs: list[Run]) -> list[str]:
+def _counted(runs: list[CoverageRun]) -> list[str]:
     """What there is how often, a column for each run."""
     columns = _columns(runs)
     classes = [_of(run, variants=False) for _, run in columns]
     variants = [_of(run, variants=True) for _, run in columns]
     left = [str(_left(run, runs)) if run else _NOT_RUN for _, run in columns]
 
-    def made_on(run: Run | None) -> str:
+    def made_on(run: CoverageRun | None) -> str:
         return ", ".join(filter(None, (f"torch {run.torch}" if run.torch else "", run.card))) if run else _NOT_RUN
 
     return [
@@ -185,11 +185,11 @@ def _by_status(counted: Counter[str]) -> str:
     return ", ".join(f"{counted[status]} {status}" for status in _STATUSES if counted[status]) or "0"
 
 
-def _of(run: Run | None, variants: bool) -> Verdicts:
+def _of(run: CoverageRun | None, variants: bool) -> Verdicts:
     return {name: found for name, found in run.classes.items() if ("+" in name) == variants} if run else {}
 
 
-def _left(run: Run, runs: list[Run]) -> int:
+def _left(run: CoverageRun, runs: list[CoverageRun]) -> int:
     """Entries that another run with the same release has, and this one lacks."""
     names = {name for each in runs if each.transformers == run.transformers for name in each.classes}
     return len(names - set(run.classes))
@@ -215,9 +215,9 @@ def _cell(verdict: Verdict | None, route: str) -> str:
     return f"{text} ({verdict.route})" if verdict.route and verdict.route != route else text
 
 
-def _remarks(found: list[tuple[Run, Verdict]]) -> str:
+def _remarks(found: list[tuple[CoverageRun, Verdict]]) -> str:
     """What is to be said of each run; once where it is the same."""
-    by_text: dict[str, list[Run]] = {}
+    by_text: dict[str, list[CoverageRun]] = {}
     for run, verdict in found:
         by_text.setdefault(_remark(verdict), []).append(run)
     there = [run for run, _ in found]
@@ -229,7 +229,7 @@ def _remarks(found: list[tuple[Run, Verdict]]) -> str:
     return "; ".join(parts).replace("|", "\\|")
 
 
-def _labels(runs: list[Run], there: list[Run]) -> dict[str, None]:
+def _labels(runs: list[CoverageRun], there: list[CoverageRun]) -> dict[str, None]:
     """What names these runs and none else of those that are there: device and dtype, or the release, or both."""
     others = [run for run in there if run not in runs]
     kinds = {run.key: kind_label(run.device, run.dtype) for run in there}

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hf_async_batching.dataset.rows.prompts import PromptMaker
-from hf_async_batching.dataset.rows.row import Chunk
+from hf_async_batching.dataset.rows.row import RowBlock
 from hf_async_batching.dataset.run.batch_run import BatchRun, make_decode
 from hf_async_batching.dataset.run.progress import Progress
 from hf_async_batching.dataset.run.row_requests import RowRequests
-from hf_async_batching.dataset.settings import Settings
+from hf_async_batching.dataset.settings import DatasetSettings
 
 # Finished rows may be so many windows ahead of the oldest unfinished one.
 _SPAN_WINDOWS = 8
 
 
-def make_requests(settings: Settings, split: str) -> RowRequests:
+def make_requests(settings: DatasetSettings, split: str) -> RowRequests:
     """Makes the requests of a split's rows."""
     return RowRequests(
         settings.manager,
@@ -30,7 +30,9 @@ def make_requests(settings: Settings, split: str) -> RowRequests:
     )
 
 
-def make_run(settings: Settings, chunks: Iterator[Chunk], split: str, wanted: Callable[[Chunk], Any]) -> BatchRun:
+def make_run(
+    settings: DatasetSettings, chunks: Iterator[RowBlock], split: str, wanted: Callable[[RowBlock], Any]
+) -> BatchRun:
     """Serves the rows of `chunks` that `wanted` picks."""
     prompts = PromptMaker(
         settings.tokenizer,
@@ -56,7 +58,7 @@ def make_run(settings: Settings, chunks: Iterator[Chunk], split: str, wanted: Ca
     )
 
 
-def make_progress(settings: Settings, total: int | None, split: str) -> Progress:
+def make_progress(settings: DatasetSettings, total: int | None, split: str) -> Progress:
     """Shows how far a run over `total` rows is."""
     return Progress(settings.manager, total, split=split, bar=settings.progress, callback=settings.callback)
 
@@ -66,7 +68,7 @@ def where(split: str) -> str:
     return f" of split {split!r}" if split else ""
 
 
-def without_unused(settings: Settings, columns: dict[str, Any]) -> dict[str, Any]:
+def without_unused(settings: DatasetSettings, columns: dict[str, Any]) -> dict[str, Any]:
     """Where errors are raised, no column is needed for them."""
     if settings.on_error == "raise":
         columns.pop(settings.columns.names.get("error", ""), None)

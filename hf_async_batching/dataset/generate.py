@@ -15,12 +15,12 @@ from hf_async_batching.core.request import MAX_SEED
 from hf_async_batching.dataset.build import make_requests, without_unused
 from hf_async_batching.dataset.rows.output_columns import OutputColumns
 from hf_async_batching.dataset.rows.prompts import PromptFunction
+from hf_async_batching.dataset.rows.row import OnError
 from hf_async_batching.dataset.rows.source import DatasetSource, PlainSource, StreamSource
 from hf_async_batching.dataset.rows.tables import check_no_table, is_data_frame, rows_of_data_frame
-from hf_async_batching.dataset.run.consumer import OnError
 from hf_async_batching.dataset.run.progress import DatasetProgress
 from hf_async_batching.dataset.run.row_requests import split_arguments
-from hf_async_batching.dataset.settings import Settings, row_parameter_columns
+from hf_async_batching.dataset.settings import DatasetSettings, row_parameter_columns
 from hf_async_batching.dataset.store.ranks import Ranks, find_ranks
 from hf_async_batching.dataset.to_folder import load_folder, through_folder
 from hf_async_batching.dataset.to_memory import completed_dataset, completed_rows, completed_stream
@@ -140,7 +140,7 @@ def generate_dataset(
                 f"{ranks.size} processes share this dataset (WORLD_SIZE): pass `resume_dir`, a folder that all of "
                 "them see, in which their shares meet; or world_size=1, rank=0 for each to do everything"
             )
-        settings = Settings(
+        settings = DatasetSettings(
             manager=manager,
             tokenizer=tokenizer,
             prompt=prompt,
@@ -198,7 +198,7 @@ def _of_each_split(dataset: Any, complete: Callable[[Any, str], Any]) -> Any:
     return complete(dataset, "")
 
 
-def _followed(settings: Settings, dataset: Any, split: str) -> Any:
+def _followed(settings: DatasetSettings, dataset: Any, split: str) -> Any:
     """What a rank of a spread model has that did not lead: what the one that did has written."""
     kind = _kind(dataset)
     if settings.resume_dir is None or kind not in ("Dataset", "IterableDataset"):
@@ -216,7 +216,7 @@ def _kind(dataset: Any) -> str:
     return ""
 
 
-def _generate(settings: Settings, dataset: Any, split: str) -> Any:
+def _generate(settings: DatasetSettings, dataset: Any, split: str) -> Any:
     kind = _kind(dataset)
     if is_data_frame(dataset):
         return _completed_data_frame(settings, dataset, split)
@@ -253,7 +253,7 @@ def _generate(settings: Settings, dataset: Any, split: str) -> Any:
     return completed_stream(settings, dataset, source, split)
 
 
-def _completed_data_frame(settings: Settings, frame: Any, split: str) -> Any:
+def _completed_data_frame(settings: DatasetSettings, frame: Any, split: str) -> Any:
     if settings.resume_dir is not None:
         raise ValueError("`resume_dir` needs a `datasets` dataset; for a DataFrame: datasets.Dataset.from_pandas(...)")
     source = PlainSource(rows_of_data_frame(frame))

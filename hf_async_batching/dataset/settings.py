@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from hf_async_batching.dataset.rows.output_columns import OutputColumns
 from hf_async_batching.dataset.rows.prompts import PromptFunction
-from hf_async_batching.dataset.run.consumer import OnError
+from hf_async_batching.dataset.rows.row import OnError
 from hf_async_batching.dataset.run.progress import DatasetProgress
 from hf_async_batching.dataset.store.fingerprint import (
     Fingerprint,
@@ -28,7 +28,7 @@ _ALIASES = {"stop": "stop_strings"}
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class DatasetSettings:
     """Of one call; see `generate_dataset` for what each is."""
 
     manager: GenerationManager

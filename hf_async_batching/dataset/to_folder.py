@@ -11,10 +11,10 @@ from typing import Any
 
 from hf_async_batching.dataset.build import make_progress, make_run, where
 from hf_async_batching.dataset.rows.formats import with_format_of
-from hf_async_batching.dataset.rows.row import Chunk
+from hf_async_batching.dataset.rows.row import RowBlock
 from hf_async_batching.dataset.rows.source import DatasetSource, StreamSource
 from hf_async_batching.dataset.run.consumer import Consumer
-from hf_async_batching.dataset.settings import Settings
+from hf_async_batching.dataset.settings import DatasetSettings
 from hf_async_batching.dataset.store.manifest import Manifest, read_manifest
 from hf_async_batching.dataset.store.resume_store import ResumeStore
 from hf_async_batching.dataset.store.shard_files import ShardFile, load_files
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def through_folder(
-    settings: Settings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str
+    settings: DatasetSettings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str
 ) -> Any:
     """Complete what is missing in `resume_dir`, and load all of it.
 
@@ -51,14 +51,14 @@ def through_folder(
     )
     progress = make_progress(settings, source.num_rows, split)
 
-    def chunks() -> Iterator[Chunk]:
+    def chunks() -> Iterator[RowBlock]:
         end = 0
         for chunk in source.chunks():
             yield chunk
             end = chunk.start + chunk.table.num_rows
         store.read_all(end)
 
-    def wanted(chunk: Chunk) -> list[int]:
+    def wanted(chunk: RowBlock) -> list[int]:
         indices = store.read(chunk)
         progress.resumed(chunk.table.num_rows - len(indices))
         return indices
@@ -89,7 +89,9 @@ def through_folder(
     return _loaded(settings, dataset, files, features, kind)
 
 
-def load_folder(settings: Settings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str) -> Any:
+def load_folder(
+    settings: DatasetSettings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str
+) -> Any:
     """What another process has finished, as what was given; see `through_folder`.
 
     Raises:
@@ -123,7 +125,7 @@ def _finished_files(folder: Path) -> tuple[Manifest, list[ShardFile]]:
     return manifest, files
 
 
-def _loaded(settings: Settings, dataset: Any, files: list[ShardFile], features: Any, kind: str) -> Any:
+def _loaded(settings: DatasetSettings, dataset: Any, files: list[ShardFile], features: Any, kind: str) -> Any:
     from datasets import Dataset
 
     loaded: Any

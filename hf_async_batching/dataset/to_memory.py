@@ -8,21 +8,21 @@ from typing import Any
 
 from hf_async_batching.dataset.build import make_progress, make_run, where, without_unused
 from hf_async_batching.dataset.rows.formats import with_format_of
-from hf_async_batching.dataset.rows.row import Chunk, RowResult
+from hf_async_batching.dataset.rows.row import RowBlock, RowResult
 from hf_async_batching.dataset.rows.source import DatasetSource, PlainSource, Source, StreamSource
 from hf_async_batching.dataset.run.consumer import Consumer, in_order
-from hf_async_batching.dataset.settings import Settings
+from hf_async_batching.dataset.settings import DatasetSettings
 
 logger = logging.getLogger(__name__)
 
 _TABLE_ROWS = 1024
 
 
-def completed_rows(settings: Settings, source: PlainSource, split: str) -> Iterator[dict[str, Any]]:
+def completed_rows(settings: DatasetSettings, source: PlainSource, split: str) -> Iterator[dict[str, Any]]:
     """Plain rows with the new entries."""
     waiting: dict[int, Mapping[str, Any]] = {}
 
-    def wanted(chunk: Chunk) -> range:
+    def wanted(chunk: RowBlock) -> range:
         for row in chunk.rows if chunk.start == 0 else ():
             settings.columns.check(list(row))
         waiting.update(enumerate(chunk.rows, chunk.start))
@@ -32,7 +32,9 @@ def completed_rows(settings: Settings, source: PlainSource, split: str) -> Itera
         yield {**waiting.pop(result.index), **without_unused(settings, settings.columns.row(result))}
 
 
-def _results(settings: Settings, source: Source, split: str, wanted: Callable[[Chunk], range]) -> Iterator[RowResult]:
+def _results(
+    settings: DatasetSettings, source: Source, split: str, wanted: Callable[[RowBlock], range]
+) -> Iterator[RowResult]:
     """Finished rows in order."""
     run = make_run(settings, source.chunks(), split, wanted)
     progress = make_progress(settings, source.num_rows, split)
@@ -47,11 +49,11 @@ def _results(settings: Settings, source: Source, split: str, wanted: Callable[[C
             raise
 
 
-def _whole_chunk(chunk: Chunk) -> range:
+def _whole_chunk(chunk: RowBlock) -> range:
     return range(chunk.start, chunk.start + chunk.table.num_rows)
 
 
-def completed_dataset(settings: Settings, dataset: Any, source: DatasetSource, split: str) -> Any:
+def completed_dataset(settings: DatasetSettings, dataset: Any, source: DatasetSource, split: str) -> Any:
     """The dataset as it is stored, and the new columns in memory."""
     import pyarrow as pa
     from datasets import Dataset, Features, concatenate_datasets
@@ -78,7 +80,7 @@ def completed_dataset(settings: Settings, dataset: Any, source: DatasetSource, s
     return with_format_of(dataset, done, list(added))
 
 
-def completed_stream(settings: Settings, dataset: Any, source: StreamSource, split: str) -> Any:
+def completed_stream(settings: DatasetSettings, dataset: Any, source: StreamSource, split: str) -> Any:
     """A stream whose rows are completed while it is read."""
     from datasets import DatasetInfo, Features, IterableDataset
     from datasets.iterable_dataset import ExamplesIterable
@@ -89,7 +91,7 @@ def completed_stream(settings: Settings, dataset: Any, source: StreamSource, spl
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         tables: dict[int, Any] = {}
 
-        def wanted(chunk: Chunk) -> range:
+        def wanted(chunk: RowBlock) -> range:
             indices = _whole_chunk(chunk)
             for index, row in zip(indices, chunk.table.to_pylist(), strict=True):
                 tables[index] = row

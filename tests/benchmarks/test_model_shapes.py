@@ -50,7 +50,7 @@ def test_warnings_and_errors_are_lines_of_their_phase(monkeypatch: pytest.Monkey
     lines: list[dict[str, Any]] = []
     arguments = model_shapes.parser().parse_args(["--shapes", "granite", *SMALL, "--layers", "2"])
     arguments.one = "granite-4-h-tiny"
-    shape = model_shapes.Shape(arguments, lines.append)
+    shape = model_shapes.ModelShape(arguments, lines.append)
     monkeypatch.setattr(shape, "_rows", lambda rows: 1 / 0)
     model = random_model("granite-4-h-tiny", torch.device("cpu"), torch.float32, **small("granite-4-h-tiny"))
     monkeypatch.setattr("hf_async_batching.bench.shapes.random_model", lambda *_, **__: model)

@@ -19,7 +19,7 @@ from benchmarks.sanitize.runs import (
     DEFAULT_TOOLS,
     ERRORS_FOUND,
     TOOLS,
-    Run,
+    SanitizerRun,
     command_of,
     environment_of,
     judge,
@@ -199,7 +199,7 @@ def test_the_packages_kernels_are_known() -> None:
 def test_a_process_is_judged(
     tool: str, text: str | None, code: int | None, status: str, ours: int, others: int, copies: int
 ) -> None:
-    outcome = judge(Run(tool, "decode"), code, None if text is None else read_log(text), NAMES)
+    outcome = judge(SanitizerRun(tool, "decode"), code, None if text is None else read_log(text), NAMES)
     assert outcome.status == status
     counts = [sum(finding.count for finding in found) for found in (outcome.ours, outcome.others, outcome.copies)]
     assert counts == [ours, others, copies]
@@ -207,12 +207,14 @@ def test_a_process_is_judged(
 
 
 def test_reports_are_grouped_by_kernel() -> None:
-    outcome = judge(Run("memcheck", "decode"), ERRORS_FOUND, read_log(MEMCHECK), NAMES)
+    outcome = judge(SanitizerRun("memcheck", "decode"), ERRORS_FOUND, read_log(MEMCHECK), NAMES)
     assert [(finding.kernel, finding.count) for finding in outcome.ours] == [
         ("decode_kernel", 2),
         ("void at::native::outer_kernel<float>(int)", 1),
     ]
-    assert "1000 more were not printed" in judge(Run("initcheck", "decode"), 86, read_log(INITCHECK), NAMES).note
+    assert (
+        "1000 more were not printed" in judge(SanitizerRun("initcheck", "decode"), 86, read_log(INITCHECK), NAMES).note
+    )
 
 
 def test_what_is_run() -> None:
@@ -221,16 +223,16 @@ def test_what_is_run() -> None:
     assert runs[0].tool == "racecheck", "what takes longest comes first"
     for name, scenario in SCENARIOS.items():
         mine = {run for run in runs if run.scenario == name}
-        assert {Run("memcheck", name, True), Run("initcheck", name, True)} <= mine
-        assert (Run("memcheck", name) in mine) == scenario.captured
-        assert (Run("racecheck", name) in mine) == scenario.races
-    assert plan_runs(["racecheck"], ["drafts"], all_races=True) == [Run("racecheck", "drafts")]
+        assert {SanitizerRun("memcheck", name, True), SanitizerRun("initcheck", name, True)} <= mine
+        assert (SanitizerRun("memcheck", name) in mine) == scenario.captured
+        assert (SanitizerRun("racecheck", name) in mine) == scenario.races
+    assert plan_runs(["racecheck"], ["drafts"], all_races=True) == [SanitizerRun("racecheck", "drafts")]
     assert not plan_runs(["racecheck"], ["drafts"], all_races=False)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_command_and_environment(tool: str, tmp_path: Path) -> None:
-    run = Run(tool, "decode", one_by_one=tool in ("memcheck", "initcheck"))
+    run = SanitizerRun(tool, "decode", one_by_one=tool in ("memcheck", "initcheck"))
     words = command_of(run, sanitizer=Path("cs"), log=tmp_path / "log", device="cuda", slot=2, names={"decode_kernel"})
     assert words[:3] == ["cs", "--tool", tool]
     assert words[words.index("--log-file") + 1] == str(tmp_path / "log")
@@ -321,7 +323,7 @@ def test_the_whole_command(
     monkeypatch.setattr(command, "_version", lambda _: "Version 1")
     original = command.command_of
 
-    def shortened(run: Run, **arguments: object) -> list[str]:
+    def shortened(run: SanitizerRun, **arguments: object) -> list[str]:
         return [alone] if run.tool == ALONE else original(run, **arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(command, "command_of", shortened)

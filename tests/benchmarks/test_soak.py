@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.soak import loads, verdict
 from benchmarks.soak.command import LOADS, main
-from benchmarks.soak.job import Job
+from benchmarks.soak.job import SoakJob
 from benchmarks.soak.steady_lock import SteadyLock
 from benchmarks.soak.subjects import FAMILIES, Subject, make_tokenizer, missing
 from benchmarks.soak.tally import Tally
@@ -67,13 +67,13 @@ def known() -> None:
 @pytest.fixture
 def job() -> Any:
     subject = Subject("llama", torch.device("cpu"), torch.float32)
-    made = Job(subject, random.Random(0), Tally(), 1.0, make_tokenizer())
+    made = SoakJob(subject, random.Random(0), Tally(), 1.0, make_tokenizer())
     made.load = "greedy"
     yield made
     subject.manager.close()
 
 
-def _judged(job: Job, **changes: Any) -> str:
+def _judged(job: SoakJob, **changes: Any) -> str:
     arguments: dict[str, Any] = {
         "subjects": [job.subject],
         "tally": job.tally,
@@ -87,7 +87,7 @@ def _judged(job: Job, **changes: Any) -> str:
     return "\n".join(judge(**{**arguments, **changes}).problems)
 
 
-def test_a_wrong_token_is_found(job: Job) -> None:
+def test_a_wrong_token_is_found(job: SoakJob) -> None:
     loads.greedy(job)
     assert _judged(job) == ""
     job.subject.new_manager()
@@ -104,7 +104,7 @@ def test_a_wrong_token_is_found(job: Job) -> None:
 
 def test_a_wrong_token_is_found_in_16_bit() -> None:
     subject = Subject("llama", torch.device("cpu"), torch.bfloat16)
-    job = Job(subject, random.Random(0), Tally(), 1.0, make_tokenizer())
+    job = SoakJob(subject, random.Random(0), Tally(), 1.0, make_tokenizer())
     prompt = job.prompt()
     tokens = job.submit(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).result().token_ids
     job.compare_greedy(prompt, tokens, 8)
@@ -114,7 +114,7 @@ def test_a_wrong_token_is_found_in_16_bit() -> None:
     assert "WRONG" in _judged(job)
 
 
-def test_what_is_left_behind_is_found(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_behind_is_found(job: SoakJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "_QUIET_SECONDS", 0.1)
     loads.greedy(job)
     before, threads_before = held(), set(threading.enumerate())
@@ -142,7 +142,7 @@ def test_what_is_left_behind_is_found(job: Job, monkeypatch: pytest.MonkeyPatch)
         assert found in problems, problems
 
 
-def test_an_engine_that_fails_is_found(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_fails_is_found(job: SoakJob, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_async_batching.errors import EngineClosedError, EngineFailedError
 
     assert loads.outcome_of(EngineClosedError("closed"))[0] == "closed"
@@ -201,7 +201,7 @@ def test_nothing_changes_while_answers_are_compared() -> None:
     assert seen == ["changed", "read"]
 
 
-def test_weights_move_and_stay_near(job: Job) -> None:
+def test_weights_move_and_stay_near(job: SoakJob) -> None:
     parameter = next(job.subject.model.parameters())
     before = parameter.detach().clone()
     for _ in range(5):
@@ -210,7 +210,7 @@ def test_weights_move_and_stay_near(job: Job) -> None:
     assert torch.allclose(parameter, before, rtol=0.2, atol=1e-6)
 
 
-def test_every_load_can_be_compared(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_load_can_be_compared(job: SoakJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each load by itself, with each outcome compared: what passes unseen in a soak of seconds fails here."""
     # What is logged here holds the handles of callbacks that raise.
     monkeypatch.setattr(logging.getLogger("hf_async_batching"), "disabled", True)

@@ -18,7 +18,7 @@ import pytest
 from setuptools import find_packages
 
 from hf_async_batching import BatchingConfig, __version__
-from hf_async_batching.bench.measure import Measured, Pace, Run, measure
+from hf_async_batching.bench.measure import BenchRun, Measured, Pace, measure
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.workloads import WORKLOADS
 from hf_async_batching.cli import bench as command
@@ -35,6 +35,20 @@ def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "hf-async-batching bench seed --shape llama-3.1-8b --depth 1 2" in text
     assert all(word in text for word in (*WORKLOADS, "qwen3-0.6b", "--no-prefix-cache", "MBU"))
+
+
+def test_help_lists_what_developers_need_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    users, rest = capsys.readouterr().out.split("commands for developers:\n")
+    developers, _ = rest.split("examples:\n")
+    assert [line.split()[0] for line in developers.splitlines() if line] == ["bench", "coverage", "compatibility"]
+    listed = users.partition("COMMAND\n")[2]
+    assert [name for name in ("dataset", "check", "demo", "bench") if f"\n    {name} " in f"\n{listed}"] == [
+        "dataset",
+        "check",
+        "demo",
+    ]
 
 
 def test_as_a_module() -> None:
@@ -99,7 +113,7 @@ def check_document(contents: dict[str, Any], name: str) -> None:
     assert {"torch", "triton", "transformers", "CUDA", "driver"} <= machine["versions"].keys()
     assert [run["depth"] for run in contents["runs"]] == [1, 2]
     for run in contents["runs"]:
-        assert {field.name for field in fields(Run)} | {"equal_to_first_run", "steps"} == run.keys()
+        assert {field.name for field in fields(BenchRun)} | {"equal_to_first_run", "steps"} == run.keys()
         assert {field.name for field in fields(Pace)} == run["pace"].keys()
         assert {field.name for field in fields(BatchingConfig)} == run["settings"].keys()
         assert run["settings"]["num_pages"] >= 1

@@ -15,7 +15,7 @@ from hf_async_batching.coverage.check import check_model
 from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.coverage.loaded_dtype import as_loaded
-from hf_async_batching.coverage.results import Run
+from hf_async_batching.coverage.results import CoverageRun
 from hf_async_batching.coverage.table import to_markdown
 from hf_async_batching.coverage.verdicts import Finding
 from hf_async_batching.errors import UnsupportedModelError
@@ -58,7 +58,7 @@ def test_few_tokens_beyond_are_choices_where_float32_is_exact(
     assert verdict.served and verdict.route == "packed"
     assert model.dtype == torch.bfloat16
     # The table says so, which of other rounding it does not.
-    text = to_markdown([Run("cpu", "bfloat16", "5.24.0", classes={"A": verdict})])
+    text = to_markdown([CoverageRun("cpu", "bfloat16", "5.24.0", classes={"A": verdict})])
     assert f" | within rounding | {verdict.plain_padded} | {verdict.reason}" in text
 
 

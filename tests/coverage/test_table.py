@@ -16,7 +16,7 @@ from hf_async_batching.cli.main import main
 from hf_async_batching.coverage import families, processes
 from hf_async_batching.coverage.families import entry_names
 from hf_async_batching.coverage.processes import Checked, check_families
-from hf_async_batching.coverage.results import Run, read_json, to_json
+from hf_async_batching.coverage.results import CoverageRun, read_json, to_json
 from hf_async_batching.coverage.table import counts, drop_in_counts, read, routes, to_markdown, write
 from hf_async_batching.coverage.verdicts import BAD, SERVED, Finding, Verdict
 
@@ -29,11 +29,11 @@ FOUND = {
 ROUNDED = Verdict(
     "within rounding", "2 of 72", "single", 20, Finding("exact", "", 72), "other tokens", (), 72, 2, 0.1, 0.2
 )
-CPU = Run("cpu", "float32", "5.24.0", "2.13.0", "", FOUND)
-GPU = Run(
+CPU = CoverageRun("cpu", "float32", "5.24.0", "2.13.0", "", FOUND)
+GPU = CoverageRun(
     "cuda", "bfloat16", "5.17.0", "2.11.0", "H200", {"AForCausalLM": ROUNDED, "BForCausalLM": FOUND["BForCausalLM"]}
 )
-OWN = Run("cpu", "float32", transformers.__version__, str(torch.__version__))
+OWN = CoverageRun("cpu", "float32", transformers.__version__, str(torch.__version__))
 
 
 def test_table_of_one_column() -> None:
@@ -74,7 +74,7 @@ def test_a_remark_is_of_a_kind_or_of_a_release_or_of_one_column() -> None:
     def remark(*failed: int) -> str:
         good = FOUND["AForCausalLM+rope"]
         runs = [
-            Run(device, "float32", release, classes={"A": bad if index in failed else good})
+            CoverageRun(device, "float32", release, classes={"A": bad if index in failed else good})
             for index, (device, release) in enumerate(cells)
         ]
         return to_markdown(runs).splitlines()[-1].split(" | ")[-1].removesuffix(" |")

@@ -17,7 +17,7 @@ from support.smollm2 import load_smollm2
 
 from hf_async_batching import GenerationManager, generate_dataset
 
-NEW = {"max_new_tokens": 12, "do_sample": False}
+NEW = {"max_new_tokens": 8, "do_sample": False}
 
 
 def chat(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -37,11 +37,11 @@ def plain_loop(model: Any, tokenizer: Any, dataset: Any) -> list[str]:
 
 def test_as_a_plain_loop() -> None:
     model, tokenizer = load_smollm2()
-    dataset = docstrings(12)
+    dataset = docstrings(8)
     with GenerationManager(model) as manager:
         done = generate_dataset(manager, dataset, tokenizer, prompt=chat, **NEW)
     assert done["completion"][:] == plain_loop(model, tokenizer, dataset)
-    assert len(set(done["completion"])) > 6
+    assert len(set(done["completion"])) > 4
 
 
 @pytest.mark.slow

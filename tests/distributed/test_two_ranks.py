@@ -1,4 +1,4 @@
-"""Two processes and one model, spread by transformers: the tokens of one process."""
+"""Two processes and models that transformers spread over them: the tokens of one process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from support.tiny_models import greedy_alone, tiny_model
 from hf_async_batching import GenerationManager
 
 ROOT = Path(__file__).parents[2]
+FAMILIES = ("Llama", "Qwen3")
 
 
 def launch(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
@@ -32,15 +33,24 @@ def launch(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_the_tokens_of_one_process(tmp_path: Path, family: str) -> None:
-    model: Any = tiny_model(family)
-    model.save_pretrained(tmp_path / "model")
-    done = launch(tmp_path, "support.tensor_parallel_job")
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one launch of two ranks gave, by family: imports take longer than the runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for family in FAMILIES:
+        tiny_model(family).save_pretrained(folder / family / "model")
+    done = launch(folder, "support.tensor_parallel_job")
     assert done.returncode == 0, done.stderr
-    assert "rank 0: 12 rows" in done.stdout
-    assert "rank 1: 12 rows" in done.stdout
-    result = json.loads((tmp_path / "result.json").read_text())
+    for family in FAMILIES:
+        assert f"{family}, rank 0: 12 rows" in done.stdout
+        assert f"{family}, rank 1: 12 rows" in done.stdout
+    return {family: json.loads((folder / family / "result.json").read_text()) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_of_one_process(results: Any, family: str) -> None:
+    model: Any = tiny_model(family)
+    result = results[family]
     greedy = [greedy_alone(model, prompt, NEW["max_new_tokens"]) for prompt in PROMPTS]
     with GenerationManager(model, config(2)) as manager:
         handles = [manager.submit(prompt, seed=i, **SAMPLED) for i, prompt in enumerate(PROMPTS)]

@@ -1,6 +1,6 @@
 """What each rank of a tensor-parallel run does: `torchrun ... -m support.tensor_parallel_job FOLDER`.
 
-Rank 0 writes FOLDER/result.json.
+FOLDER has a folder for each model, with the checkpoint in `model`; rank 0 writes `result.json` beside it.
 """
 
 from __future__ import annotations
@@ -70,15 +70,13 @@ def serve_captured(model: Any, rank: int) -> dict[str, Any]:
         return {**result, "captures": device.captures, "failures": device.failures}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+def run(folder: Path) -> None:
+    """Serve the model in a folder at both depths, with captured graphs, and over a dataset."""
     rank, result = distributed.get_rank(), {}
     model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto", dtype=torch.float32).eval()
     before = dict(vars(model.model.layers[0].self_attn.q_proj))
     for depth in (1, 2):
-        with GenerationManager(model, config(depth, idle_timeout=0.5)) as manager:
+        with GenerationManager(model, config(depth, idle_timeout=0.2)) as manager:
             manager.warmup() if manager.leads else None
             if manager.leads:
                 result[f"depth {depth}"] = serve(manager)
@@ -95,10 +93,17 @@ def main() -> None:
     result["dataset"] = kept["completion_ids"][:]  # every rank has it
     assert dict(vars(model.model.layers[0].self_attn.q_proj)) == before, "the user's layer has changed"
     assert model.model.layers[0].self_attn.config._attn_implementation != "hf_async_batching"
-    print(f"rank {rank}: {len(result['dataset'])} rows", flush=True)
+    print(f"{folder.name}, rank {rank}: {len(result['dataset'])} rows", flush=True)
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
     distributed.barrier()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    for model in sorted(Path(sys.argv[1]).glob("*/model")):
+        run(model.parent)
     distributed.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from hf_async_batching.dataset.rows.row import Chunk, PreparedRow
+from hf_async_batching.dataset.rows.row import PreparedRow, RowBlock
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 PromptFunction = Callable[[dict[str, Any]], Prompt]
@@ -50,7 +50,7 @@ class PromptMaker:
         self._copying = threading.Lock()
         self._what = f"column {prompt!r}" if isinstance(prompt, str) else "`prompt` function"
 
-    def __call__(self, chunk: Chunk, wanted: Sequence[int]) -> list[PreparedRow]:
+    def __call__(self, chunk: RowBlock, wanted: Sequence[int]) -> list[PreparedRow]:
         """Prepare the rows of a chunk whose indices are `wanted`; what goes wrong with one is its `error`."""
         prepared: list[PreparedRow] = []
         texts: list[tuple[PreparedRow, str]] = []

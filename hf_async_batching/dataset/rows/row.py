@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+OnError = Literal["record", "raise"]
+"""What becomes of a row that cannot be served."""
 
 
-class Chunk(NamedTuple):
+class RowBlock(NamedTuple):
     """Consecutive rows as they were read.
 
     Attributes:

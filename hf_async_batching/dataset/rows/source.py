@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from hf_async_batching.dataset.rows.formats import transform_of
-from hf_async_batching.dataset.rows.row import Chunk
+from hf_async_batching.dataset.rows.row import RowBlock
 
 CHUNK_ROWS = 64
 
@@ -23,7 +23,7 @@ class Source(Protocol):
     num_rows: int | None
     column_names: list[str] | None
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[RowBlock]:
         """All rows from the first one on."""
 
 
@@ -44,7 +44,7 @@ class PlainSource:
         self.num_rows = len(rows) if isinstance(rows, Sequence) else None
         self.column_names = list(self._row(0, rows[0])) if isinstance(rows, Sequence) and rows else None
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[RowBlock]:
         """All rows from the first one on.
 
         Raises:
@@ -52,7 +52,7 @@ class PlainSource:
         """
         numbered = (self._row(index, row) for index, row in enumerate(self._rows))
         for start, batch in _batches(numbered):
-            yield Chunk(start, batch)
+            yield RowBlock(start, batch)
 
     def _row(self, index: int, row: Any) -> Mapping[str, Any]:
         if isinstance(row, Mapping):
@@ -97,7 +97,7 @@ class DatasetSource:
         elif dataset.format["type"] in ("arrow", "pandas", "polars"):
             self._shown = dataset.with_format(None)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[RowBlock]:
         """All rows from the first one on.
 
         Raises:
@@ -113,9 +113,9 @@ class DatasetSource:
             except Exception:
                 # A transform fails at one row: give those before it.
                 for index in range(start, end):
-                    yield Chunk(index, self._rows(index, index + 1), table.slice(index - start, 1))
+                    yield RowBlock(index, self._rows(index, index + 1), table.slice(index - start, 1))
                 raise
-            yield Chunk(start, rows, table)
+            yield RowBlock(start, rows, table)
 
     def _rows(self, start: int, end: int) -> list[dict[str, Any]]:
         batch = self._shown[start:end]
@@ -141,7 +141,7 @@ class StreamSource:
         self.num_rows: int | None = None
         self.column_names: list[str] | None = list(self.features)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[RowBlock]:
         """All rows from the first one on.
 
         Raises:
@@ -149,16 +149,16 @@ class StreamSource:
         """
         return self._typed_chunks() if self._typed else self._inferred_chunks()
 
-    def _typed_chunks(self) -> Iterator[Chunk]:
+    def _typed_chunks(self) -> Iterator[RowBlock]:
         schema = self.features.arrow_schema
         start = 0
         for table in self._dataset.with_format("arrow").iter(batch_size=CHUNK_ROWS):
             table = self._checked(start, lambda table=table: table.select(list(self.features)).cast(schema))
             shown = table if self._columns is None else table.select(self._columns)
-            yield Chunk(start, [self.features.decode_example(row) for row in shown.to_pylist()], table)
+            yield RowBlock(start, [self.features.decode_example(row) for row in shown.to_pylist()], table)
             start += table.num_rows
 
-    def _inferred_chunks(self) -> Iterator[Chunk]:
+    def _inferred_chunks(self) -> Iterator[RowBlock]:
         """Without features `datasets` infers each batch's types anew, and they may differ."""
         import pyarrow as pa
 
@@ -173,7 +173,7 @@ class StreamSource:
 
             table = self._checked(start, convert)
             # The rows as they come: Arrow would give each structure the fields of all others.
-            yield Chunk(start, [{n: row.get(n) for n in self.features} for row in batch], table)
+            yield RowBlock(start, [{n: row.get(n) for n in self.features} for row in batch], table)
 
     def _checked(self, start: int, convert: Any) -> Any:
         try:

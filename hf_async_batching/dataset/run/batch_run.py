@@ -25,10 +25,10 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from hf_async_batching.dataset.rows.prompts import PromptMaker
-from hf_async_batching.dataset.rows.row import Chunk, Completion, PreparedRow, RowResult
-from hf_async_batching.dataset.run.ordering import Admission, Job
+from hf_async_batching.dataset.rows.row import Completion, PreparedRow, RowBlock, RowResult
+from hf_async_batching.dataset.run.ordering import RowJob, RowOrdering
 from hf_async_batching.dataset.run.row_requests import RowRequests
-from hf_async_batching.dataset.run.window import Window
+from hf_async_batching.dataset.run.window import RowWindow
 from hf_async_batching.errors import (
     EngineClosedError,
     EngineFailedError,
@@ -93,12 +93,12 @@ class BatchRun:
     def __init__(
         self,
         manager: GenerationManager,
-        chunks: Iterator[Chunk],
+        chunks: Iterator[RowBlock],
         prompts: PromptMaker,
         requests: RowRequests,
         decode: Decode | None,
         *,
-        wanted: Callable[[Chunk], Sequence[int]],
+        wanted: Callable[[RowBlock], Sequence[int]],
         window: int,
         span: int,
         threads: int | None = None,
@@ -110,13 +110,13 @@ class BatchRun:
         self._requests = requests
         self._decode = decode
         self._wanted = wanted
-        self._window = Window(window, span)
+        self._window = RowWindow(window, span)
         self._window_rows = window
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._results: SimpleQueue[RowResult | Failed | None] = SimpleQueue()
-        self._admission = Admission(block=max(1, window // 2), step_tokens=2048)
+        self._admission = RowOrdering(block=max(1, window // 2), step_tokens=2048)
         self._live_rows: dict[int, _Live] = {}
-        self._jobs: dict[str, tuple[Job, GenerationHandle]] = {}
+        self._jobs: dict[str, tuple[RowJob, GenerationHandle]] = {}
         self._to_decode: list[RowResult] = []
         self._decoding = 0
         self._prepared_chunks = 0
@@ -205,7 +205,7 @@ class BatchRun:
         except BaseException as error:
             self._events.put(Failed(error))
 
-    def _prepare(self, chunk: Chunk, wanted: list[int]) -> None:
+    def _prepare(self, chunk: RowBlock, wanted: list[int]) -> None:
         try:
             self._events.put(_Prepared([] if self._stopped.is_set() else self._prompts(chunk, wanted)))
         except BaseException as error:
@@ -279,7 +279,7 @@ class BatchRun:
                 self._results.put(result)
 
     def _admit(self, row: PreparedRow) -> None:
-        jobs: list[Job] = []
+        jobs: list[RowJob] = []
         if row.error is None:
             try:
                 jobs = self._requests.jobs(row)
@@ -310,7 +310,7 @@ class BatchRun:
             return assembly.config.max_rows
         return self._manager.config.max_rows or (256 if self._manager.model.device.type == "cuda" else 32)
 
-    def _submit(self, jobs: list[Job]) -> None:
+    def _submit(self, jobs: list[RowJob]) -> None:
         # A row may have failed with another of its completions.
         jobs = [job for job in jobs if job.row.index in self._live_rows]
         if not jobs or self._stopped.is_set():
@@ -351,7 +351,7 @@ class BatchRun:
             self._live_rows[job.row.index].handles[job.completion] = handle
             handle.add_done_callback(self._events.put)
 
-    def _submit_beside(self, job: Job) -> GenerationHandle:
+    def _submit_beside(self, job: RowJob) -> GenerationHandle:
         assert job.arguments is not None
         request = job.request
         return self._manager.submit(list(request.prompt), request_id=request.request_id, **job.arguments)
@@ -376,7 +376,7 @@ class BatchRun:
             completions = [completion for completion in live.completions if completion is not None]
             self._to_decode.append(RowResult(job.row.index, len(job.row.prompt), completions))
 
-    def _lost(self, job: Job, error: EngineFailedError | EngineClosedError) -> None:
+    def _lost(self, job: RowJob, error: EngineFailedError | EngineClosedError) -> None:
         """An engine's failure is its callers' to see once; the next request starts a fresh one."""
         if self._manager.closed or self._stopped.is_set():
             raise error

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty
 from types import TracebackType
-from typing import Literal
 
-from hf_async_batching.dataset.rows.row import RowResult
+from hf_async_batching.dataset.rows.row import OnError, RowResult
 from hf_async_batching.dataset.run.batch_run import BatchRun
 from hf_async_batching.dataset.run.progress import SECONDS, Progress
 from hf_async_batching.errors import DatasetRowError
-
-OnError = Literal["record", "raise"]
 
 
 class Consumer:

@@ -16,7 +16,7 @@ _BUCKETS_PER_OCTAVE = 2
 _PREFIX_TOKENS = 64
 
 
-class Job(NamedTuple):
+class RowJob(NamedTuple):
     """One completion of a row, as the engine gets it.
 
     Attributes:
@@ -33,7 +33,7 @@ class Job(NamedTuple):
     arguments: dict[str, Any] | None = None
 
 
-class Admission:
+class RowOrdering:
     """The rows that wait for the engine, longest first.
 
     Long requests that start last leave the engine half empty at the end of a run; so they start first (the rule of
@@ -49,25 +49,25 @@ class Admission:
     def __init__(self, *, block: int, step_tokens: int) -> None:
         self._block = block
         self.step_tokens = step_tokens
-        self._waiting: list[tuple[int, int, bytes, int, list[Job]]] = []
-        self._followers: deque[tuple[int, Job]] = deque()
-        self._again: deque[Job] = deque()
+        self._waiting: list[tuple[int, int, bytes, int, list[RowJob]]] = []
+        self._followers: deque[tuple[int, RowJob]] = deque()
+        self._again: deque[RowJob] = deque()
         self._given = 0
 
-    def add(self, jobs: list[Job]) -> None:
+    def add(self, jobs: list[RowJob]) -> None:
         """All completions of one row."""
         row, request = jobs[0].row, jobs[0].request
         bucket = int(math.log2(len(request.prompt) + request.max_new_tokens) * _BUCKETS_PER_OCTAVE)
         prefix = array("i", request.prompt[:_PREFIX_TOKENS]).tobytes()
         heapq.heappush(self._waiting, (row.index // self._block, -bucket, prefix, row.index, jobs))
 
-    def add_again(self, job: Job) -> None:
+    def add_again(self, job: RowJob) -> None:
         """A completion that the engine lost; it goes first."""
         self._again.append(job)
 
-    def take(self, count: int) -> list[Job]:
+    def take(self, count: int) -> list[RowJob]:
         """The next `count` completions, or fewer where there are no more now."""
-        taken: list[Job] = []
+        taken: list[RowJob] = []
         while len(taken) < count:
             if self._again:
                 taken.append(self._again.popleft())

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from hf_async_batching.core.request import MAX_SEED, Request
 from hf_async_batching.dataset.rows.row import PreparedRow
-from hf_async_batching.dataset.run.ordering import Job
+from hf_async_batching.dataset.run.ordering import RowJob
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.inputs.request_builder import new_request_id, seeds_of_rows
 from hf_async_batching.manager import GenerationManager
@@ -99,7 +99,7 @@ class RowRequests:
                 "pass do_sample=True"
             )
 
-    def jobs(self, row: PreparedRow) -> list[Job]:
+    def jobs(self, row: PreparedRow) -> list[RowJob]:
         """The completions of a row.
 
         Raises:
@@ -117,7 +117,7 @@ class RowRequests:
             if sampling.do_sample:
                 sampling = replace(sampling, seed=own)
             request = replace(template, request_id=new_request_id(), prompt=prompt, sampling=sampling)
-            jobs.append(Job(row, completion, request, None if arguments is None else {**arguments, "seed": own}))
+            jobs.append(RowJob(row, completion, request, None if arguments is None else {**arguments, "seed": own}))
         return jobs
 
     @staticmethod

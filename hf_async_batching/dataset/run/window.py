@@ -6,7 +6,7 @@ import threading
 from collections import deque
 
 
-class Window:
+class RowWindow:
     """Holds the reader back, so that the memory of a run does not grow with its length.
 
     Args:

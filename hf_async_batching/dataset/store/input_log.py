@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_async_batching.dataset.rows.row import Chunk
+from hf_async_batching.dataset.rows.row import RowBlock
 from hf_async_batching.dataset.store.fingerprint import digest
 from hf_async_batching.dataset.store.journal import Journal, read_journal
 from hf_async_batching.errors import ResumeMismatchError
@@ -41,7 +41,7 @@ class InputLog:
                     self._known[record["start"]] = record
         self._journal = Journal(folder / f"inputs-{rank}.log")
 
-    def check(self, chunk: Chunk) -> None:
+    def check(self, chunk: RowBlock) -> None:
         """Compare a chunk, or remember it.
 
         Raises:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_async_batching.dataset.rows.output_columns import OutputColumns
-from hf_async_batching.dataset.rows.row import Chunk, RowResult
+from hf_async_batching.dataset.rows.row import RowBlock, RowResult
 from hf_async_batching.dataset.store.atomic_files import make_folder
 from hf_async_batching.dataset.store.fingerprint import Fingerprint
 from hf_async_batching.dataset.store.input_log import InputLog
@@ -56,7 +56,7 @@ _JOURNAL = re.compile(r"part-(\d{6,})\.journal")
 
 
 class _Inputs(NamedTuple):
-    chunk: Chunk
+    chunk: RowBlock
 
 
 class _End(NamedTuple):
@@ -135,7 +135,7 @@ class ResumeStore:
 
     # -- the reader's thread --------------------------------------------------------------------------------------
 
-    def read(self, chunk: Chunk) -> list[int]:
+    def read(self, chunk: RowBlock) -> list[int]:
         """Take note of rows that were read. Returns the indices of those that this process is to serve.
 
         Raises:
@@ -229,7 +229,7 @@ class ResumeStore:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _pieces(self, chunk: Chunk) -> list[tuple[int, int, int]]:
+    def _pieces(self, chunk: RowBlock) -> list[tuple[int, int, int]]:
         """A chunk cut at the borders of shards: number, first row, end."""
         pieces, start, end = [], chunk.start, chunk.start + chunk.table.num_rows
         while start < end:
@@ -272,7 +272,7 @@ class ResumeStore:
         try:
             orders = [self._orders.get(timeout=SYNC_SECONDS)]
         except queue.Empty:
-            return [_Inputs(Chunk(0, (), None))]
+            return [_Inputs(RowBlock(0, (), None))]
         while orders[-1] is not None:
             try:
                 orders.append(self._orders.get_nowait())
@@ -300,7 +300,7 @@ class ResumeStore:
                 self._files.written(number)
                 del self._shards[number]
 
-    def _put_inputs(self, chunk: Chunk) -> set[int]:
+    def _put_inputs(self, chunk: RowBlock) -> set[int]:
         touched = set()
         for number, start, stop in self._pieces(chunk) if chunk.table is not None else ():
             if self._ranks.owns(number) and not self._files.whole(number):

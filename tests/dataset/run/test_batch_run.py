@@ -13,7 +13,7 @@ from support.dataset_job import rows_kept
 from support.tiny_models import greedy_alone, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager, generate_dataset
-from hf_async_batching.dataset.rows.row import Chunk, Completion, RowResult
+from hf_async_batching.dataset.rows.row import Completion, RowBlock, RowResult
 from hf_async_batching.dataset.run.batch_run import BatchRun, Failed
 from hf_async_batching.engine.engine import Engine
 
@@ -162,7 +162,7 @@ def test_what_ends_a_thread_ends_the_run_and_keeps_what_is_made(
 
 def test_rows_that_are_made_when_a_run_fails_are_kept(manager: Any, tokenizer: Any) -> None:
     """Those too that wait for their texts in that moment, and those of which the leading thread has not heard."""
-    rows = iter([Chunk(0, [{"prompt": "a"}])])
+    rows = iter([RowBlock(0, [{"prompt": "a"}])])
     for decode in (None, lambda ids: ["?" for _ in ids]):
         run = BatchRun(manager, rows, None, None, decode, wanted=lambda chunk: [], window=8, span=64)  # type: ignore[arg-type]
         made = [RowResult(i, 1, [Completion([5], "eos")]) for i in range(3)]
@@ -179,7 +179,7 @@ def test_rows_that_are_made_when_a_run_fails_are_kept(manager: Any, tokenizer: A
 
 
 def test_a_run_without_texts_that_is_stopped_does_not_hang(manager: Any) -> None:
-    rows = iter([Chunk(0, [{"prompt": "a"}])])
+    rows = iter([RowBlock(0, [{"prompt": "a"}])])
     run = BatchRun(manager, rows, None, None, None, wanted=lambda chunk: [], window=8, span=64)  # type: ignore[arg-type]
     run._to_decode = [RowResult(0, 1, [Completion([5], "eos")])]
     run._leader.start()

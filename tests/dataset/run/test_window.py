@@ -3,10 +3,10 @@ from __future__ import annotations
 import threading
 import time
 
-from hf_async_batching.dataset.run.window import Window
+from hf_async_batching.dataset.run.window import RowWindow
 
 
-def enters(window: Window, indices: list[int]) -> threading.Thread:
+def enters(window: RowWindow, indices: list[int]) -> threading.Thread:
     thread = threading.Thread(target=window.enter, args=(indices,), daemon=True)
     thread.start()
     thread.join(0.05)
@@ -14,7 +14,7 @@ def enters(window: Window, indices: list[int]) -> threading.Thread:
 
 
 def test_room_for_so_many_unfinished_rows() -> None:
-    window = Window(4, 100)
+    window = RowWindow(4, 100)
     assert window.enter([0, 1, 2])
     waiting = enters(window, [3, 4])
     assert waiting.is_alive()
@@ -25,7 +25,7 @@ def test_room_for_so_many_unfinished_rows() -> None:
 
 
 def test_the_oldest_row_holds_reading_back() -> None:
-    window = Window(4, 6)
+    window = RowWindow(4, 6)
     assert window.enter([0, 1, 2])
     window.leave(1)
     window.leave(2)
@@ -41,7 +41,7 @@ def test_the_oldest_row_holds_reading_back() -> None:
 
 
 def test_more_than_the_window_enters_when_it_is_empty() -> None:
-    window = Window(2, 2)
+    window = RowWindow(2, 2)
     assert window.enter([0, 1, 2, 3, 4])
     waiting = enters(window, [5])
     assert waiting.is_alive()
@@ -53,7 +53,7 @@ def test_more_than_the_window_enters_when_it_is_empty() -> None:
 
 
 def test_closed() -> None:
-    window = Window(1, 1)
+    window = RowWindow(1, 1)
     assert window.enter([0])
     results: list[bool] = []
     thread = threading.Thread(target=lambda: results.append(window.enter([1])))

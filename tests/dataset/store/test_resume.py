@@ -257,28 +257,29 @@ FULL = """
 import resource, signal, sys
 from support.dataset_job import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-limit = int(sys.argv[2])
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-arguments = {"folder": sys.argv[1], "rows": 120, "shard_rows": 60, "new": 8}
-try:
-    print(len(run(arguments)))
-except OSError as error:
-    print(type(error).__name__, error)
-print(checksums(sys.argv[1]))
+def attempt(folder, limit):
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        print(len(run({"folder": folder, "rows": 120, "shard_rows": 60, "new": 4})))
+    except OSError as error:
+        print(type(error).__name__, error)
+    print(checksums(folder))
+for name, limit in (("whole", 0), ("full", 9000), ("full", 0)):
+    print("---", flush=True)
+    assert ended(in_child(lambda: attempt(os.path.join(sys.argv[1], name), limit))) == 0
 """
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
     """The system refuses to let files grow: an error that says so, nothing that was written is lost."""
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    whole = run_code(FULL, str(tmp_path / "whole"), "0", **cache).stdout
-    assert whole.startswith("120\n"), whole
-    out = run_code(FULL, str(tmp_path / "full"), "9000", **cache).stdout
-    assert "the disk of `resume_dir` is full" in out, out
-    assert "start again" in out
-    out = run_code(FULL, str(tmp_path / "full"), "0", **cache).stdout
-    assert out == whole
+    done = run_code(FULL, str(tmp_path), **cache)
+    _, whole, full, again = done.stdout.split("---\n")
+    assert whole.startswith("120\n"), done.stderr
+    assert "the disk of `resume_dir` is full" in full
+    assert "start again" in full
+    assert again == whole
 
 
 def test_parquet_shards_are_whole_and_drafts_are_removed(

@@ -16,7 +16,7 @@ from datasets import Features, Value
 
 from hf_async_batching import HfAsyncBatchingError, ResumeMismatchError
 from hf_async_batching.dataset.rows.output_columns import OutputColumns
-from hf_async_batching.dataset.rows.row import Chunk, Completion, RowResult
+from hf_async_batching.dataset.rows.row import Completion, RowBlock, RowResult
 from hf_async_batching.dataset.store import resume_store
 from hf_async_batching.dataset.store.journal import read_journal
 from hf_async_batching.dataset.store.manifest import read_manifest
@@ -33,8 +33,8 @@ def make(folder: Path, *, rank: int = 0, size: int = 1, num_rows: int | None = 1
     )
 
 
-def chunk(start: int = 0, count: int = 10) -> Chunk:
-    return Chunk(start, (), pa.table({"n": pa.array(range(start, start + count), pa.int64())}))
+def chunk(start: int = 0, count: int = 10) -> RowBlock:
+    return RowBlock(start, (), pa.table({"n": pa.array(range(start, start + count), pa.int64())}))
 
 
 def result(index: int) -> RowResult:

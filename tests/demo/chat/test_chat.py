@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from demo.chat.service import ChatService, Message, Reply, read_messages, sendable
+from demo.chat.messages import Message, read_messages, sendable
+from demo.chat.service import ChatService, Reply
 from demo.serving.backend import Backend
 from demo.serving.settings import Settings
 from hf_async_batching.core.request import SamplingParams

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from support.demo import MACHINE
 
-from demo.chat.service import ChatService, Message
+from demo.chat.messages import Message
+from demo.chat.service import ChatService
 from demo.serving.backend import Backend
 from demo.serving.models import ModelLoadError, embedded_model_dir, load_chat_model
 from demo.serving.serving import serve

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from demo.chat.handlers import ChatHandlers, Page
-from demo.chat.service import ChatService, Message
+from demo.chat.messages import Message
+from demo.chat.service import ChatService
 
 KNOBS = ("", 64, 0.7, 0.9, 0, False, None)
 VISITOR: Any = SimpleNamespace(session_hash="visitor")
@@ -39,7 +40,7 @@ def test_a_question_is_shown_at_once_and_its_answer_kept(
     byte_tokenizer: Any, make_manager: Any, make_handlers: Any
 ) -> None:
     handlers = make_handlers(make_manager(byte_tokenizer("Hello <you>").input_ids))
-    pages = asyncio.run(collect(handlers.submit(" Hi ", [], *KNOBS, request=VISITOR)))
+    pages = asyncio.run(collect(handlers.submit(VISITOR, " Hi ", [], *KNOBS)))
     _, chatbot, box, _, send, stop = pages[0]
     assert [message["content"] for message in chatbot] == ["Hi", "…"]
     assert (box, send["visible"], stop["visible"]) == ("", False, True)
@@ -53,7 +54,7 @@ def test_a_question_is_shown_at_once_and_its_answer_kept(
 @pytest.mark.parametrize("text", ["", "  \n "])
 def test_an_empty_question_is_not_asked(make_manager: Any, make_handlers: Any, text: str) -> None:
     manager = make_manager()
-    asyncio.run(collect(make_handlers(manager).submit(text, [], *KNOBS, request=VISITOR)))
+    asyncio.run(collect(make_handlers(manager).submit(VISITOR, text, [], *KNOBS)))
     assert manager.prompts == []
 
 
@@ -62,10 +63,10 @@ def test_a_second_question_waits_for_the_first_answer(make_manager: Any, make_ha
     handlers = make_handlers(manager)
 
     async def run() -> None:
-        first = asyncio.create_task(collect(handlers.submit("1", [], *KNOBS, request=VISITOR)))
+        first = asyncio.create_task(collect(handlers.submit(VISITOR, "1", [], *KNOBS)))
         while not manager.handles:
             await asyncio.sleep(0.01)
-        await collect(handlers.submit("2", [], *KNOBS, request=VISITOR))
+        await collect(handlers.submit(VISITOR, "2", [], *KNOBS))
         assert not first.done()
         await handlers.stop(VISITOR)
         await first
@@ -80,7 +81,7 @@ def test_after_clear_no_page_shows_the_answer(byte_tokenizer: Any, make_manager:
     pages: list[Page] = []
 
     async def ask(text: str) -> None:
-        async for page in handlers.submit(text, [], *KNOBS, request=VISITOR):
+        async for page in handlers.submit(VISITOR, text, [], *KNOBS):
             pages.append(page)
 
     async def run() -> None:
@@ -105,7 +106,7 @@ def test_after_clear_no_page_shows_the_answer(byte_tokenizer: Any, make_manager:
 
 def test_retry_forgets_what_came_after(byte_tokenizer: Any, make_manager: Any, make_handlers: Any) -> None:
     manager = make_manager(byte_tokenizer("uno").input_ids)
-    pages = asyncio.run(collect(make_handlers(manager).retry(TURNS, *KNOBS, event=event(1), request=VISITOR)))
+    pages = asyncio.run(collect(make_handlers(manager).retry(event(1), VISITOR, TURNS, *KNOBS)))
     assert [message["content"] for message in pages[-1][0]] == ["1 <b>", "uno"]
     assert "two" not in byte_tokenizer.decode(manager.prompts[0])
 
@@ -120,7 +121,7 @@ def test_undo_takes_the_question_back(make_manager: Any, make_handlers: Any, ind
 def test_an_edited_question_is_answered_anew(byte_tokenizer: Any, make_manager: Any, make_handlers: Any) -> None:
     manager = make_manager(byte_tokenizer("zwei").input_ids)
     edited: Any = SimpleNamespace(index=2, value=" 2, in German ", previous_value="2")
-    pages = asyncio.run(collect(make_handlers(manager).edit(TURNS, *KNOBS, event=edited, request=VISITOR)))
+    pages = asyncio.run(collect(make_handlers(manager).edit(edited, VISITOR, TURNS, *KNOBS)))
     assert [message["content"] for message in pages[-1][0]] == ["1 <b>", "one", "2, in German", "zwei"]
     assert "2, in German" in byte_tokenizer.decode(manager.prompts[0])
 
@@ -128,7 +129,7 @@ def test_an_edited_question_is_answered_anew(byte_tokenizer: Any, make_manager: 
 def test_a_question_edited_to_nothing_stays(make_manager: Any, make_handlers: Any) -> None:
     manager = make_manager()
     edited: Any = SimpleNamespace(index=0, value=" ", previous_value="1 <b>")
-    (page,) = asyncio.run(collect(make_handlers(manager).edit(TURNS, *KNOBS, event=edited, request=VISITOR)))
+    (page,) = asyncio.run(collect(make_handlers(manager).edit(edited, VISITOR, TURNS, *KNOBS)))
     assert page[0] == TURNS
     assert manager.prompts == []
 

@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 from support.demo import wait_until_idle
 
-from demo.compare.comparison import Comparison
+from demo.compare.comparison import DepthComparison
+from demo.compare.handlers import CompareRuns
 from demo.serving.backend import Backend
-from demo.serving.line import Line, LineFullError
+from demo.serving.errors import LineFullError
+from demo.serving.line import Line
 from demo.serving.serving import Serving
 from demo.serving.settings import Settings
-from demo.wall.handlers import CompareRuns, WallRuns, read_prompts
+from demo.wall.handlers import WallRuns
+from demo.wall.prompts import read_prompts
 
 PROMPTS = ["Hi", "Tell me about the sea."]
 
 
 def test_both_runs_are_real_and_have_the_same_tokens(serving: Serving) -> None:
-    comparison = Comparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=30)
+    comparison = DepthComparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=30)
     first_step = serving.manager.stats().steps
 
     async def run() -> list[Any]:
@@ -49,7 +52,7 @@ def test_both_runs_are_real_and_have_the_same_tokens(serving: Serving) -> None:
 
 def test_prompts_of_the_first_run_are_not_found_by_the_second(serving: Serving) -> None:
     prompts = ["word " * 200]
-    comparison = Comparison(Backend(serving), prompts, chats=1, max_new_tokens=4)
+    comparison = DepthComparison(Backend(serving), prompts, chats=1, max_new_tokens=4)
     before = serving.manager.stats().prefix_hit_tokens
 
     async def run() -> None:
@@ -61,7 +64,7 @@ def test_prompts_of_the_first_run_are_not_found_by_the_second(serving: Serving) 
 
 
 def test_a_visitor_who_leaves_gives_depth_and_rows_back(serving: Serving) -> None:
-    comparison = Comparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=900)
+    comparison = DepthComparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=900)
 
     async def run() -> None:
         steps = comparison.run([2])

@@ -15,10 +15,10 @@ from support.demo import wait_until_idle
 from support.pace import slowed
 
 from demo.dataset.completion import complete_table, rows_of_a_table
-from demo.dataset.handlers import DatasetRuns, Job, problem_html, table_html
+from demo.dataset.handlers import DatasetRuns, TableJob, problem_html, table_html
 from demo.dataset.table import BUILT_IN, MAX_ROWS, TableError, built_in, read_table, text_columns, write_table
 from demo.serving.backend import Backend
-from demo.serving.line import LineFullError
+from demo.serving.errors import LineFullError
 from demo.serving.serving import Serving
 from demo.serving.settings import Settings
 from hf_async_batching.dataset.run.progress import DatasetProgress
@@ -167,7 +167,7 @@ def test_the_tab_runs_stops_resumes_and_hands_out(serving: Serving, tmp_path: Pa
 
 def test_a_closed_tab_stops_the_run(serving: Serving) -> None:
     runs = DatasetRuns(Backend(serving))
-    job = Job(Dataset.from_list(ROWS), "ask", Settings(max_new_tokens=900, greedy=True), "csv")
+    job = TableJob(Dataset.from_list(ROWS), "ask", Settings(max_new_tokens=900, greedy=True), "csv")
 
     async def run() -> None:
         states = runs.run(job, "visitor")
@@ -220,7 +220,7 @@ def test_a_table_takes_a_part_of_the_rows(serving: Serving, tmp_path: Path) -> N
 def test_tables_wait_in_line_and_a_run_expires(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demo.dataset.handlers.RUN_SECONDS", 2.0)
     runs, long = DatasetRuns(Backend(serving)), Settings(max_new_tokens=900, greedy=True)
-    jobs = [Job(Dataset.from_list(ROWS), "ask", long, "jsonl") for _ in range(7)]
+    jobs = [TableJob(Dataset.from_list(ROWS), "ask", long, "jsonl") for _ in range(7)]
     places: dict[int, list[int]] = {}
 
     async def run(number: int) -> None:
@@ -232,7 +232,7 @@ def test_tables_wait_in_line_and_a_run_expires(serving: Serving, monkeypatch: py
         await asyncio.sleep(0.1)
         with pytest.raises(LineFullError, match="from your address"):
             await run(6)
-        other = Job(Dataset.from_list(ROWS[:1]), "ask", GREEDY, "jsonl")
+        other = TableJob(Dataset.from_list(ROWS[:1]), "ask", GREEDY, "jsonl")
         seen = [job.place async for job in runs.run(other, "another", "other")]
         assert not any(seen), "one owner leaves a place to others"
         assert other.result is not None
@@ -251,7 +251,7 @@ def test_tables_wait_in_line_and_a_run_expires(serving: Serving, monkeypatch: py
 def test_jobs_are_forgotten_by_what_they_take(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demo.dataset.handlers._KEPT_BYTES", 1_600_000)
     runs = DatasetRuns(Backend(serving))
-    jobs = [Job(Dataset.from_list([{"ask": "x" * 400_000}]), "ask", GREEDY, "csv") for _ in range(6)]
+    jobs = [TableJob(Dataset.from_list([{"ask": "x" * 400_000}]), "ask", GREEDY, "csv") for _ in range(6)]
     for job in jobs:
         job.folder_bytes = 100_000
         runs._keep(job)

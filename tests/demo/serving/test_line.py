@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from demo.serving.line import Line, LineFullError
+from demo.serving.errors import LineFullError
+from demo.serving.line import Line
 from demo.serving.roster import Capacity, Roster
 
 

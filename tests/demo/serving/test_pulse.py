@@ -11,7 +11,8 @@ import pytest
 from support.demo import MACHINE, wait_until_idle
 from support.step_records import record
 
-from demo.serving.backend import STAGES, Backend, BackendFailedError
+from demo.serving.backend import STAGES, Backend
+from demo.serving.errors import BackendFailedError
 from demo.serving.pulse import Pulse, drawn_steps, figures_of
 from demo.serving.serving import Serving
 from demo.serving.settings import Settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from demo.serving.text import Detokenizer, build_prompt, disarm, display_markdown
-from demo.wall.handlers import read_prompts
+from demo.wall.prompts import read_prompts
 
 
 def stream(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from support.demo import wait_until_idle
 from support.pace import slowed
 
-from demo.chat.service import Message
+from demo.chat.messages import Message
 from demo.serving.serving import Serving
 from demo.serving.settings import Settings, ends_of
 from demo.serving.text import build_prompt

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from demo.chat.service import ChatService, Message
+from demo.chat.messages import Message
+from demo.chat.service import ChatService
 from demo.serving.backend import Backend
 from demo.serving.line import Line
 from demo.serving.serving import Serving
