@@ -20,7 +20,9 @@ ROOMS = [
     *("attention", "linear", "inputs", "distributed"),
     *("model.small", "model.kernels", "model.view", "model.compile", "model.forward"),
     *("runner", "checks", "engine", "manager", "registry", "drop_in", "dataset", "coverage", "__init__"),
-    *("bench", "demo", "cli", "__main__"),
+    "bench",
+    *("demo.serving", "demo.chat", "demo.wall", "demo.compare", "demo.dataset", "demo.page", "demo", "demo.tools"),
+    *("cli", "__main__"),
 ]
 """From the ground up. A room imports rooms before it. A file in the package's own folder is a room of its own."""
 
@@ -72,7 +74,7 @@ def imports_of(name: str, trees: Trees) -> Iterator[str]:
 def room_of(name: str) -> str:
     top, *inner = name.split(".")
     if top != "hf_async_batching":
-        return top
+        return f"{top}.{inner[0]}" if len(inner) > 1 else top
     return ".".join(inner[:2]) if inner[0] == "model" and len(inner) > 2 else inner[0]
 
 
