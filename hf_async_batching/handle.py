@@ -52,7 +52,7 @@ class GenerationResult:
         logprobs: Log-probabilities of the tokens, where asked for.
         metrics: How it was served.
         scores: Per new token what it was chosen by, float32 [vocab] on the CPU, where asked for.
-        logits: Per new token the model's own logits, likewise.
+        logits: Per new token the model's own logits, float32 [vocab] on the CPU, where asked for.
     """
 
     request_id: str
@@ -68,8 +68,8 @@ class GenerationHandle:
     """A request in the engine. Iterate over it (`for` or `async for`) to get tokens as they are made.
 
     Each iterator begins with the first token. A wait that ends early (`asyncio.wait_for(anext(tokens), 1.0)`, Ctrl-C)
-    loses no token: the next call goes on where that one stood. An iteration that is given up, also by a task that is
-    cancelled, leaves the request as it is: others may read it. `cancel()` ends it.
+    loses no token: the next call continues at the same token. An iteration that ends early, also because its task was
+    cancelled, leaves the request running: other code may read it. `cancel()` ends the request.
 
     Args:
         request_id: Unique in its manager.
@@ -77,7 +77,7 @@ class GenerationHandle:
         logprobs: Whether log-probabilities were asked for.
         scores: Whether scores were asked for.
         logits: Whether logits were asked for.
-        threads: That bring its tokens, and so must not wait for them.
+        threads: The threads that bring its tokens, which must not wait for them.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class GenerationHandle:
     def add_done_callback(self, callback: Callable[[GenerationHandle], object]) -> None:
         """Call `callback(handle)` when the request has ended, or now if it has.
 
-        It runs in the engine's thread, which waits for it: it should do no more than hand the handle on. It may submit
-        further requests, and not wait for them. What it raises is logged and goes no further.
+        The callback runs in the engine's thread, which waits for it: it should only pass the handle on. It may submit
+        further requests, but not wait for them. An exception of the callback is logged and ends nothing else.
         """
         if not self._done.is_set():
             self._check_process()
@@ -225,7 +225,7 @@ class GenerationHandle:
             self._logits.append(logits)
 
     def _push(self, token: int, logprob: float | None, now: float) -> bool:
-        """Append a token that arrived at `now`, and say whether anybody must be woken for it."""
+        """Append a token that arrived at `now`; returns whether a reader waits for it and must be woken."""
         if logprob is not None and self._logprobs is not None:
             self._logprobs.append(logprob)
         self._tokens.append(token)
@@ -284,9 +284,9 @@ class GenerationHandle:
 
 
 def wake(handles: Iterable[GenerationHandle]) -> None:
-    """Wake whoever waits for news of `handles`; an event loop once for all of them, since each call costs it a write.
+    """Wake the readers of `handles`; an event loop once for all of its handles, since each call costs it a write.
 
-    Nothing of a caller's runs here: threads and loops go on in their own time.
+    No code of a caller runs here: woken threads and loops go on in their own time.
     """
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
     for handle in handles:

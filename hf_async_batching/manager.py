@@ -101,9 +101,9 @@ class GenerationManager:
     ) -> GenerationHandle:
         """Queue one prompt; from any thread, or from an event loop after `warmup()`.
 
-        With `max_time`, `stop_strings` or `stopping_criteria` the handle shows a token once they have passed it, and
-        none beyond the stop. They are asked in threads of the manager's, for which the engine does not wait: a
-        request whose criteria are slow is computed further than needed, up to `max_new_tokens`, and cut off.
+        With `max_time`, `stop_strings` or `stopping_criteria` the handle shows a token after the criteria have passed
+        it, and no token behind the stop. The criteria run in threads of the manager. The engine does not wait for
+        them: it computes a request with slow criteria further than needed, up to `max_new_tokens`, and drops the rest.
 
         Args:
             input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
@@ -112,11 +112,11 @@ class GenerationManager:
                 the request's own, for which the engine does not wait.
             prefix_allowed_tokens_fn: As for `model.generate`; its first argument is 0.
             negative_prompt_ids: As for `model.generate`, with `guidance_scale`: int64 [1, length].
-            negative_prompt_attention_mask: Likewise.
+            negative_prompt_attention_mask: As for `model.generate`: int64 [1, length].
             seed: Makes a sampled request reproducible, whatever else is in the batch; an integer, or a
                 `torch.Generator` from which one number is drawn.
             logprobs: Also return the log-probabilities of the chosen tokens.
-            request_id: Unique among the live requests; made up where None.
+            request_id: Unique among the live requests; None makes one up.
             stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
                 the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
             tokenizer: For `stop_strings`.
@@ -167,13 +167,15 @@ class GenerationManager:
         """The request that `submit` would queue, for `submit_requests`; see `submit` for arguments and errors.
 
         Raises:
-            UnsupportedArgumentError: `stop_strings` and `max_time` are not part of a request.
+            UnsupportedArgumentError: `stop_strings`, `max_time` and `stopping_criteria` are no part of a request.
         """
         submission = self.inputs.read_submission(
             input_ids, generation_config, seed=seed, logprobs=logprobs, **generate_arguments
         )
         if submission.criteria:
-            raise UnsupportedArgumentError("`stop_strings` and `max_time` are looked after by `submit` only")
+            raise UnsupportedArgumentError(
+                "`stop_strings`, `max_time` and `stopping_criteria` are no part of a request; pass them to `submit`"
+            )
         return submission.request
 
     def submit_request(self, request: Request) -> GenerationHandle:
@@ -218,7 +220,7 @@ class GenerationManager:
             engine = self._engines.current()
             parts = engine.parts
             if parts is None:
-                continue  # it stopped on its own just now; `current` waits for the end of that
+                continue  # the engine has just stopped on its own; `current` waits until it is gone
             for request in requests:
                 check_limits(request, parts)
                 if self._group is not None:
@@ -241,8 +243,8 @@ class GenerationManager:
         """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
 
         Args:
-            streamer: Gets the tokens. (transformers does not hand its own `streamer` argument on.)
-            tokenizer: For `stop_strings`. (Nor does it hand on this one.)
+            streamer: Gets the tokens.
+            tokenizer: For `stop_strings`.
             seed: As in `hf_async_batching.generate`.
             on_unsupported: As in `hf_async_batching.generate`.
 
@@ -258,13 +260,14 @@ class GenerationManager:
     def warmup(self, requests: Iterable[Request] = (), *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
 
-        Steps are captured for greedy decoding, where the model's own generation config samples for that, and for
-        what `requests` ask; those with few tokens of prompts when their sizes have come up a few times.
+        It captures steps for greedy decoding, for sampling where the model's own generation config asks for that, and
+        for what `requests` ask. Steps with few prompt tokens are captured later, when their sizes have come up a few
+        times.
 
         Args:
-            requests: Examples of requests to come, which are not run; see `make_request`.
-            tune: First measure the settings of the kernels on this card (some minutes, once: what was measured is
-                remembered in the user's cache folder, and used from then on with or without `tune`).
+            requests: Examples of requests to come; they are not run. See `make_request`.
+            tune: First measure the kernels' settings on this card. This takes some minutes, once: the results are kept
+                in the user's cache folder, and later engines use them with or without `tune`.
 
         Raises:
             UnsupportedModelError: The model's outputs would not be right.
@@ -306,17 +309,18 @@ class GenerationManager:
     def weights_updated(self) -> None:
         """Say that the weights have changed in place: requests from now on find no keys and values computed before.
 
-        Live requests go on with the pages that they have. Changes that torch counts (optimizers, `load_state_dict`)
-        are noticed without this call when the next request comes; writes through `.data`, by another library's
-        kernels or in replayed graphs, and all writes to tensors made in inference mode, are not. From any thread.
+        Live requests go on with the pages that they have. The next request notices changes that torch counts
+        (optimizers, `load_state_dict`) without this call. It does not notice writes through `.data`, by another
+        library's kernels or in replayed graphs, nor writes to tensors made in inference mode. From any thread.
         """
         self._engines.weights_updated()
 
     def model_changed(self) -> None:
         """Say that the model computes otherwise than before: the next request starts an engine for what it is then.
 
-        Needed only for what submissions do not look at: tensors, dicts and objects in plain attributes of modules, and
-        what the model's own code reads from elsewhere. Live requests end as they began. From any thread.
+        Needed only for changes that a new request does not look for: tensors, dicts and objects in plain attributes of
+        modules, and values that the model's own code reads from elsewhere. Live requests end as they began. From any
+        thread.
         """
         self._engines.model_changed()
 
@@ -331,8 +335,8 @@ class GenerationManager:
         """The last `BatchingConfig.timeline_steps` steps.
 
         Args:
-            after: Only steps with a larger number; for reading on from the last step that was seen. Numbers begin at 0
-                with each start of the engine.
+            after: Return only steps with a larger number, to read on from the last step seen. Numbers begin at 0 with
+                each start of the engine.
         """
         return read_timeline(self._engines.parts, after)
 

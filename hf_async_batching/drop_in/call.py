@@ -1,4 +1,4 @@
-"""A call that transformers has prepared for a callable, and how the engine serves it."""
+"""A `generate` call that transformers has prepared, and how the engine serves it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GenerateOutput = torch.Tensor | GenerateDecoderOnlyOutput
 
 @dataclass(slots=True)
 class CallSettings:
-    """Arguments that are not transformers' to prepare."""
+    """Arguments of a call that transformers does not prepare."""
 
     streamer: BaseStreamer | None
     tokenizer: Any
@@ -88,8 +88,8 @@ class PreparedCall:
 
 
 def with_stop_strings(criteria: StoppingCriteriaList, settings: CallSettings) -> StoppingCriteriaList:
-    """The list that `generate` would have made, had it not lost the tokenizer."""
-    # As there, a criterion of the same type that the caller has made takes precedence.
+    """The criteria with the one for `stop_strings`, which `generate` could not make without the tokenizer."""
+    # As in `generate`, a criterion of this type in the caller's list takes precedence.
     if settings.stop_strings is None or any(type(criterion) is StopStringCriteria for criterion in criteria):
         return criteria
     made = stop_string_criterion(settings.stop_strings, settings.tokenizer)
@@ -117,7 +117,7 @@ def _serve_rows(
     stops: StopConditions,
     handles: list[GenerationHandle],
 ) -> GenerateOutput:
-    """Read rows that advance each at its own pace, with the caller's criteria and streamer in this thread."""
+    """Read rows that advance independently, with the caller's criteria and streamer in this thread."""
     input_ids, streamer = call.input_ids, settings.streamer
     with _served(call, settings, handles):
         if stops.by_engine and streamer is None:
@@ -169,7 +169,7 @@ def _serve_group(
 
 @contextlib.contextmanager
 def _served(call: PreparedCall, settings: CallSettings, handles: Sequence[GenerationHandle]) -> Iterator[None]:
-    """Show the streamer the prompt and the end, and leave no request of the call in the engine, however it ends."""
+    """Show the streamer the prompt and the end, and cancel the requests of the call however it ends."""
     call.submitted = True
     streamer = settings.streamer
     try:
@@ -177,7 +177,7 @@ def _served(call: PreparedCall, settings: CallSettings, handles: Sequence[Genera
             streamer.put(call.input_ids.cpu())  # type: ignore[no-untyped-call]
         yield
     finally:
-        # Also on Ctrl-C, and where one of the rows failed: no code reads the others then.
+        # Also on Ctrl-C, and where one row failed: no code reads the other rows then.
         for handle in handles:
             handle.cancel()
     if streamer is not None:
@@ -188,7 +188,7 @@ def _served(call: PreparedCall, settings: CallSettings, handles: Sequence[Genera
 def _requests(
     call: PreparedCall, settings: CallSettings, stops: StopConditions
 ) -> tuple[GenerationManager, list[Request], TokenChooser | None]:
-    """One request per row of the batch, and what chooses their tokens where all of them advance together."""
+    """One request per row of the batch, and the chooser of rows that advance together, or None."""
     input_ids, config = call.input_ids, call.config
     check_fields(config)
     check_ends(stops, config._pad_token_tensor)

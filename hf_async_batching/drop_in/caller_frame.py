@@ -1,4 +1,4 @@
-"""What `model.generate` was given and does not hand to a `custom_generate` callable."""
+"""Arguments of `model.generate` that transformers does not pass on to a `custom_generate` callable."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class CallerArguments:
         streamer: It has seen the prompt already.
         assistant_model: As given.
         synced_gpus: As given.
-        tokenizer: As given, where the call as a whole could be seen.
-        assistant_tokenizer: Likewise.
+        tokenizer: As given; None where the whole call could not be seen.
+        assistant_tokenizer: As given; None where the whole call could not be seen.
         original: All keyword arguments of the call, and the positional ones behind `self` by their names; None where
             they could not be seen.
     """
@@ -37,7 +37,7 @@ class CallerArguments:
 
 
 def read_caller_frame() -> CallerArguments:
-    """Read them from the frame of `GenerationMixin.generate` that has called, further down this thread's stack.
+    """Read the arguments from the frame of `GenerationMixin.generate` that has called, on this thread's stack.
 
     transformers shows a streamer the prompt, and neither tokens nor the end: without this its reader would hang.
 

@@ -1,4 +1,4 @@
-"""`on_unsupported="generate"`: what the engine does not serve goes to plain `model.generate`, whole and as it came."""
+"""`on_unsupported="generate"`: passes a call that the engine does not serve to plain `model.generate`, unchanged."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 OnUnsupported = Literal["error", "generate"]
 
-# Why a model was refused, and in which state: finding that out takes a forward of it, or a whole engine.
+# Why a model was refused, and in which state: to find that out again takes a forward, or a whole engine.
 _refused: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, ModelSnapshot]] = weakref.WeakKeyDictionary()
 
 
 def check_on_unsupported(value: Any) -> None:
-    """Refuse values that mean nothing.
+    """Refuse any other value of `on_unsupported`.
 
     Raises:
         ValueError: It is neither "error" nor "generate".
@@ -39,7 +39,7 @@ def check_on_unsupported(value: Any) -> None:
 
 
 def raise_if_refused(model: PreTrainedModel) -> None:
-    """Refuse a model again that was refused as it is now; only for calls that go to plain `generate` then.
+    """Refuse a model at once that was refused in its present state; for calls that go to plain `generate` then.
 
     Raises:
         UnsupportedModelError: With the reason of the first time.
@@ -70,7 +70,7 @@ def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config:
 
 
 def _state(model: PreTrainedModel) -> ModelSnapshot | None:
-    """The model as it is now; None where telling that refuses it already."""
+    """The model as it is now; None where the snapshot itself refuses the model."""
     try:
         return ModelSnapshot.of(unwrap(model))
     except HfAsyncBatchingError:
@@ -96,9 +96,9 @@ def decode_plainly(
     streamer: BaseStreamer | None,
     own_names: frozenset[str],
 ) -> Any:
-    """Go on where `model.generate` called us, with the decoding that it would have chosen without us.
+    """Decode as `model.generate` would have without `custom_generate`, from the point at which it called us.
 
-    All that it prepared is as it would be then: rows are expanded by beams, processors and criteria are built.
+    Its preparation is the same: rows are expanded by beams, processors and criteria are built.
 
     Args:
         model: The model.
@@ -108,7 +108,7 @@ def decode_plainly(
         config: Prepared.
         model_kwargs: Inputs of the model's forward.
         inputs_tensor: What `generate` was given as its main input.
-        caller: What it did not hand on.
+        caller: Arguments that `generate` did not pass on.
         tokenizer: The caller's.
         streamer: The caller's; it has seen the prompt.
         own_names: Arguments of ours that `generate` does not know.

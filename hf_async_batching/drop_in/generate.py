@@ -77,8 +77,8 @@ def generate(
     `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
 
     Stopping criteria and the streamer run in the calling thread, over tokens as they arrive. The engine does not wait
-    for them; what it makes beyond a stop is dropped. A call that a done-callback makes in the engine's
-    own thread goes to plain `model.generate`, which is logged once.
+    for them; its tokens beyond a stop are dropped. A call from a done-callback, in the engine's own thread, goes to
+    plain `model.generate`; that is logged once.
 
     Args:
         model: A causal language model; not changed.
@@ -95,9 +95,9 @@ def generate(
         stop_strings: As for `generate`.
         seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence; each
             an integer, or a `torch.Generator` from which one number is drawn.
-        on_unsupported: What becomes of a call that the engine does not serve (beams, an assistant, an encoder, a
-            model that was refused, ...): "error" (default) raises; "generate" hands it to plain `model.generate`
-            and logs the reason, once.
+        on_unsupported: For a call that the engine does not serve (beams, an assistant, an encoder, a model that was
+            refused, ...): "error" (default) raises; "generate" passes it to plain `model.generate` and logs the
+            reason once.
         manager: The manager to use; the model's shared one where None.
         batching_config: Settings for the model's shared manager, where this call is the one that makes it.
         bound: Set by `GenerationManager.bind`.
@@ -215,7 +215,7 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
 
 
 def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
-    """Before transformers misses the tokenizer for it, which was kept from it."""
+    """Refuse `token_healing` here: transformers would require the tokenizer, which the call leaves out."""
     configs = (given.get("generation_config"), model.generation_config)
     values = [given.get("token_healing"), *[getattr(config, "token_healing", None) for config in configs]]
     if next((value for value in values if value is not None), False):
@@ -225,7 +225,7 @@ def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
 
 
 def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings) -> None:
-    """Keep strings from transformers, which does not hand the tokenizer on and would miss it."""
+    """Remove `stop_strings` from the call: transformers would require the tokenizer that it does not pass on."""
     config: GenerationConfig | None = given.get("generation_config")
     if settings.stop_strings is None:
         settings.stop_strings = getattr(config, "stop_strings", None)
@@ -289,7 +289,7 @@ def _decode_plainly(
 
 @contextlib.contextmanager
 def _ending(settings: CallSettings) -> Iterator[None]:
-    """End the streamer where the call fails: a reader in another thread waits for that, whatever went wrong."""
+    """End the streamer where the call fails: a reader in another thread waits for the end, whatever went wrong."""
     try:
         yield
     except BaseException:

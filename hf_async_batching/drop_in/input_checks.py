@@ -1,4 +1,4 @@
-"""Checks of what transformers has prepared for a `custom_generate` callable: nothing in it may be silently ignored."""
+"""Checks of the inputs that transformers has prepared for a `custom_generate` callable: none is silently ignored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_async_batching.model.small.length_thresholds import length_thresholds
 
 _PLAIN = "use plain `model.generate` for this call"
 
-# Inputs of the model's forward that leave the outputs as they are.
+# Inputs of the model's forward that do not change the outputs.
 _NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
 
 _CACHES = ("cache", "past_key_values", "cache_params")

@@ -1,4 +1,4 @@
-"""Calls with more rows than may wait: their requests are queued in portions, as room comes."""
+"""Queues the requests of a call with more rows than may wait, in portions, as room comes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Submitting(Protocol):
 def submit_in_portions(manager: Submitting, requests: list[Request], max_waiting: int) -> list[GenerationHandle]:
     """Queue the requests of one call, in the calling thread.
 
-    Up to `max_waiting` of them are queued at once. Of more, portions follow each other; the first one needs room, and
-    the others wait for it.
+    Up to `max_waiting` requests are queued at once. More requests are queued in portions: the first portion needs
+    room, and the others wait for room.
 
     Raises:
         QueueFullError: There is no room for the first portion.

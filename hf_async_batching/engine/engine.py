@@ -1,4 +1,4 @@
-"""Scheduler and pipeline, step by step. No threads: whoever owns an engine calls `step` until it has no work."""
+"""Scheduler and pipeline, step by step. No threads: the owner of an engine calls `step` until it has no work."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Engine:
                 step=plan.step,
                 decode_rows=len(plan.decode_rows),
                 prompt_tokens=plan.num_prompt_tokens,
-                # Of drafts, those that were right.
+                # With drafts, only the accepted tokens count.
                 tokens=sum(new.token is not None for new in emissions) if plan.drafts else plan.num_sampled,
                 context_tokens=plan.context_tokens,
                 # Where work runs while it is being launched, that part is not the host's.

@@ -1,4 +1,4 @@
-"""The thread that owns an engine, its inbox, and the way of tokens and errors back to their callers."""
+"""The thread that owns an engine: its inbox, and the path of tokens and errors back to their callers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_async_batching.scheduler.outputs import TokenOutput
 
 logger = logging.getLogger(__name__)
 
-# After so long without a choice, requests that wait for its row or pages get them, where nothing else runs.
+# A chooser that takes longer gives its row and pages to waiting requests, where nothing else runs.
 _CHOOSING_SECONDS = 1.0
 
 
@@ -76,7 +76,7 @@ class EngineThread:
     # -- from any thread ------------------------------------------------------------------------------------------
 
     def put(self, requests: list[Request], handles: Sequence[GenerationHandle]) -> bool:
-        """Hand requests over, which then arrive together.
+        """Take requests, which arrive in the engine together.
 
         Returns:
             False when the engine takes no more: it has stopped or is about to.
@@ -108,7 +108,7 @@ class EngineThread:
             return True
 
     def cancel(self, handle: GenerationHandle) -> None:
-        """End a request; nothing happens where it has ended already."""
+        """End a request. Without effect on one that has ended."""
         with self._changed:
             if self._parts is None:  # its requests have ended; this must not hold their handles
                 return
@@ -116,9 +116,9 @@ class EngineThread:
             self._changed.notify()
 
     def choose(self, choices: Iterable[tuple[GenerationHandle, int]]) -> None:
-        """Give requests the tokens that their choosers have chosen; together, so that they are computed together.
+        """Take the tokens that choosers have chosen; in one call, so that they are computed in one step.
 
-        Nothing happens where the engine has stopped: the handles say why.
+        Without effect where the engine has stopped: the handles say why.
         """
         with self._changed:
             if self._parts is None:
@@ -144,10 +144,10 @@ class EngineThread:
             raise warm_up.error
 
     def weights_updated(self) -> None:
-        """Requests that are put from now on find nothing that was computed before."""
+        """Have later requests find no keys and values that were computed before."""
         with self._changed:
             if self._parts is not None:
-                # Whoever's requests come next, they are computed after what this thread has enqueued.
+                # Later requests, from any thread, are computed after the work that this thread has enqueued.
                 self._parts.engine.pipeline.order_after_caller()
             self._weights_changed = True
             self._changed.notify()
@@ -207,7 +207,7 @@ class EngineThread:
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
                 self._serve()
-        except BaseException as caught:  # whatever it is, callers wait for an answer
+        except BaseException as caught:  # callers wait for an answer, whatever the error is
             logger.exception("the engine failed; requests in it fail, the next call starts a fresh one")
             _clear_frames(caught)
             error = caught

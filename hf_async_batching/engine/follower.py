@@ -1,4 +1,4 @@
-"""What a rank other than 0 does: launch what rank 0 launches."""
+"""The work of a rank other than 0: it launches the steps that rank 0 launches."""
 
 from __future__ import annotations
 

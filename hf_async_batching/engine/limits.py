@@ -28,8 +28,8 @@ def check_limits(request: Request, parts: EngineParts) -> None:
     Raises:
         TypeError: A token is no integer.
         ValueError: It names a token that the model does not have, or holds a number that the tables do not.
-        UnsupportedArgumentError: The request reaches beyond the length up to which the model's rotary frequencies are
-            those of all rows.
+        UnsupportedArgumentError: The request is longer than the length up to which the model's rotary frequencies are
+            the same for all rows.
         RequestTooLongError: Prompt and new tokens exceed the limit of a request, or the cache.
         UnsupportedArgumentError: It has more end-of-sequence tokens than its rules can hold.
     """

@@ -1,9 +1,9 @@
 """How long the planning of a step can wait for requests that are about to come. No torch, no threads.
 
-With two steps in flight a step is planned as soon as the one before the last has ended, a whole step before the device
-needs it. Who answers a message that has just been completed comes a moment too late for that plan, and would wait for
-that step and the next. So where there is room for another request, and the step in flight only decodes, the plan is
-made only shortly before it is due.
+With two steps in flight, a step is planned as soon as the step before the last has ended: a whole step before the
+device needs the plan. A caller who answers a message that has just been completed comes a moment too late for that
+plan, and would wait for that step and the next one. So where there is room for another request, and the step in flight
+only decodes, the plan is made only shortly before it is due.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from statistics import median
 from hf_async_batching.core.timeline import StepRecord
 
 RECENT, ENOUGH = 16, 8
-"""Of the last `RECENT` steps so many must have been of rows that decode alone, to say how long one takes."""
+"""The step time is estimated from at least `ENOUGH` decode-only steps among the last `RECENT`."""
 
 MARGIN = 2e-3
-"""Seconds that stay between the plan and the moment at which it is due, for whatever holds the host up."""
+"""Seconds between the plan and the moment at which it is due, in reserve for delays of the host."""
 
-# Where the device ran dry behind a wait, the next waits are cut by as much, and each step pays this share of its own
-# time back: no larger share is lost behind waits, whatever holds the host up and however often. The longest cut, in
-# seconds, is for a process that was stopped: it shall wait again some day.
+# If the device ran dry behind a wait, the next waits are shorter by that time, and each step pays this share of its
+# own time back. So waits never cost a larger share, whatever delays the host and however often. The cut is limited, in
+# seconds, for a process that was stopped: it must wait again some time later.
 _LOST, _LONGEST_CUT = 0.01, 0.25
 # A step's beginning is computed from the device's clock, which may drift, and drawn to the host's by this share.
 _DRAWN = 0.02
 
 
 class PlanDelay:
-    """Says how long a plan can wait, and learns when steps begin and when waiting was too long."""
+    """Estimates how long a plan can wait, and learns when steps begin and when waiting was too long."""
 
     def __init__(self) -> None:
         self._began = self._ended = self._cut = 0.0
@@ -38,7 +38,7 @@ class PlanDelay:
         self._after_a_wait: deque[bool] = deque()  # of each step in flight
 
     def waited(self) -> None:
-        """Note that the next plan was made wait."""
+        """Note that the next plan was delayed."""
         self._waited = True
 
     def planned(self, launched: bool) -> None:
@@ -64,10 +64,10 @@ class PlanDelay:
     def spare_seconds(self, records: Sequence[StepRecord], rows: int, context: int, now: float) -> float:
         """Seconds for which the next plan can wait without the device running dry; 0 or less for none.
 
-        Counts the shortest of the last steps, and the time that the host usually takes for one of them. Where it took
-        longer, that is taken to be Python's lock in the hands of who is about to come, which is free again after a
-        wait; where it is not, waits learn from what they cost. With fewer rows or a shorter context a step gets
-        shorter, but by no larger a share than these: all weights are read anyway.
+        Takes the shortest of the last steps, and the median host time per step. A longer host time is taken to mean
+        that a thread with a new request holds Python's lock, which is free again after a wait; if that is wrong, later
+        waits are shorter by what this one cost. With fewer rows or a shorter context a step gets shorter, but not by a
+        larger share than these: it reads all weights anyway.
 
         Args:
             records: Of the last steps, oldest first.
@@ -75,7 +75,7 @@ class PlanDelay:
             context: Tokens that its attention reads.
             now: The time, of `time.perf_counter`.
         """
-        # Drafts take longer. So do prompts, which the device computes while the host still launches them.
+        # Steps with drafts take longer, and so do steps with prompts, which the device begins during their launch.
         alone = [
             record
             for record in islice(reversed(records), RECENT)

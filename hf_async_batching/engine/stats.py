@@ -13,7 +13,7 @@ WINDOW_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Figures of now, or of the last two seconds where they are rates.
+    """Figures of this moment; rates are over the last two seconds.
 
     Attributes:
         running: Requests that hold a row.

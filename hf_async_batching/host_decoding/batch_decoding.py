@@ -1,8 +1,8 @@
 """`generate`'s own loop over a batch, with the engine in place of the model's forward.
 
-Rows of such a call advance together: each step takes the logits of all of them. A row that has ended goes on with the
-pad token until the last one ends, as in `generate`, so that processors see what they see there. Other requests do not
-wait for them.
+The rows of such a call advance together: each step takes the logits of all rows. A row that has ended goes on with the
+pad token until the last row ends, as in `generate`, so that processors see what they see there. Other requests do not
+wait for these rows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hf_async_batching.runtime.reentrancy import choosing_for
 
 @dataclass(slots=True)
 class Decoded:
-    """What a batch came to.
+    """The outcome of a batch.
 
     Attributes:
         completions: The new tokens of each row, of one length for all.
-        scores: Per step float32 [rows, vocab]; empty where they are not wanted.
-        logits: The same for the model's own logits.
+        scores: Per step float32 [rows, vocab]; empty where not asked for.
+        logits: The model's own logits, per step float32 [rows, vocab]; empty where not asked for.
     """
 
     completions: list[list[int]]
@@ -51,7 +51,7 @@ def decode_batch(
         handles: One per row.
         chooser: Chooses the tokens of all rows.
         criteria: As `generate` has prepared them.
-        pad: What a row that has finished goes on with; None where rows go on with their own tokens.
+        pad: The token with which a finished row goes on; None where rows go on with their own tokens.
         streamer: Gets the tokens [rows] of each step, after the criteria have seen them.
         keep_scores: Whether scores are returned, and shown to criteria.
         keep_logits: Whether logits are returned.

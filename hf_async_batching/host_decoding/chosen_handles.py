@@ -1,7 +1,7 @@
-"""Handles of requests with logits processors of their own: each has a thread that chooses its tokens.
+"""Handles of requests with custom logits processors: each request has a thread that chooses its tokens.
 
-The engine offers logits to an inner handle and knows nothing of this. The thread begins with the first logits, so that
-there are no more threads than rows.
+The engine offers logits to an inner handle and knows no processors. The thread starts with the first logits, so that
+there are never more threads than rows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hf_async_batching.runtime.reentrancy import choosing_for, serve_in_this_thr
 
 
 class ChosenHandle:
-    """From the logits of one request to the tokens in its caller's handle.
+    """Turns the logits of one request into tokens in its caller's handle.
 
     Args:
-        request: It has a chooser of its own, and no group.
+        request: A request with its own chooser and without a group.
         cancel: Cancels the inner handle's request.
         choose: See `LogitsHandle`.
         threads: See `LogitsHandle`.
-        autocast: What the submitting thread runs under.
+        autocast: The submitting thread's autocast state, under which processors run.
 
     Attributes:
         inner: The engine's handle.
@@ -71,7 +71,7 @@ class ChosenHandle:
         try:
             with torch.no_grad(), self._autocast(), choosing_for(self.inner._threads):
                 self._choose_all()
-        except BaseException as error:  # what a processor raises is its caller's
+        except BaseException as error:  # an error of a processor goes to its own caller
             self._settle(error=error)
             self.inner.cancel()
 
@@ -141,14 +141,14 @@ def make_handles(
     thread: threading.Thread,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[list[GenerationHandle], list[GenerationHandle]]:
-    """Handles of requests: those that the engine fills, and those that their callers hold, which may be the same.
+    """Make the handles that the engine fills, and those that the callers hold; without a chooser they are the same.
 
     Args:
-        requests: In no group.
+        requests: Requests without a group.
         cancel: Cancels the request of a handle that the engine fills.
         choose: See `LogitsHandle`.
-        thread: The engine's, which brings tokens and logits.
-        autocast: What the submitting thread runs under.
+        thread: The engine's thread, which brings tokens and logits.
+        autocast: The submitting thread's autocast state.
     """
     inner: list[GenerationHandle] = []
     outer: list[GenerationHandle] = []

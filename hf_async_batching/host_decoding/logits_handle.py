@@ -1,7 +1,7 @@
 """Requests whose tokens are chosen outside of the engine: a handle brings logits, and takes tokens.
 
 The engine computes the logits of a request's next token, offers them, and goes on with its other requests. The chooser
-runs in a thread of the caller's or of the request's own, for as long as it likes, and gives the token back. So no code
+runs in the caller's thread or in a thread of the request, takes as long as it needs, and returns the token. So no code
 of a caller runs in the engine's thread.
 """
 
@@ -26,7 +26,7 @@ class LogitsHandle(GenerationHandle):
         request_id: Unique in its manager.
         cancel: Called with the handle to cancel the request.
         choose: Takes handles and their tokens; together for the requests of a group.
-        threads: That bring the logits, and so must not wait for them.
+        threads: The threads that bring the logits, which must not wait for them.
         on_first: Called in the engine's thread when the first logits are there.
     """
 
@@ -81,6 +81,6 @@ class LogitsHandle(GenerationHandle):
             return
         try:
             on_first()
-        except BaseException as error:  # a process that can start no more threads: this request's matter alone
+        except BaseException as error:  # the process can start no more threads: only this request fails
             self.cancel()
             self._fail(error)

@@ -1,8 +1,9 @@
 """`no_repeat_ngram_size` beyond what the vectorised sampler compares, with work bounded by the history.
 
-transformers compares every window of the history with its end, token by token: history times n-gram. Here windows get
-*names*, equal for equal windows, whose length doubles from level to level (prefix doubling, Karp, Miller and
-Rosenberg, 1972): a sort of the history per level, and as many levels as the n-gram's size has binary digits.
+transformers compares every window of the history with its end, token by token: work of history times n-gram. Here each
+window gets a *name*, and equal windows get equal names. The windows' length doubles from level to level (prefix
+doubling, Karp, Miller and Rosenberg, 1972). Each level sorts the history once, and there are as many levels as the
+n-gram's size has binary digits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Choosing a batch's tokens from its logits as `generate` does: its processors, its arg-max, a draw by our seeds.
+"""Chooses a batch's tokens from its logits as `generate` does: its processors, its arg-max, a draw by our seeds.
 
-What the engine knows by parameters, it does for all requests at once (see `inputs.logits_processors`). Any other list
-of processors is called here as a whole, in its order, with what it gets in `generate`: the rows of the call as one
-batch, step by step, with their whole history.
+The engine itself applies the processors that can be read as parameters, for all requests at once (see
+`inputs.logits_processors`). Any other list of processors is called here as a whole and in its order. It gets what it
+gets in `generate`: the rows of the call as one batch, step by step, with their whole history.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class TokenChooser:
             yield
 
     def __reduce__(self) -> Any:
-        # Other ranks of a model that is spread need to know that there is one, and never ask it.
+        # The other ranks of a spread model need to know that there is a chooser; they never call it.
         return (_Elsewhere, ())
 
 

@@ -1,7 +1,7 @@
-"""The table of what becomes of every `GenerationConfig` field and every `generate` argument.
+"""The table of every `GenerationConfig` field and every `generate` argument: honoured, without effect, or refused.
 
-`check_fields` refuses by it, `docs/compatibility.md` is written from it (`hf-async-batching compatibility`), and a
-test holds it against the installed transformers. What it does not know is refused as soon as it is set.
+`check_fields` refuses fields by this table, and `hf-async-batching compatibility` writes `docs/compatibility.md` from
+it. A test compares it with the installed transformers. A field without a line here is refused as soon as it is set.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _PLAIN = "use plain `model.generate` for this call"
 
 @dataclass(frozen=True, slots=True)
 class ArgumentEntry:
-    """What becomes of one name.
+    """One line of the table.
 
     Attributes:
-        name: Of the field or the argument.
+        name: The field or the argument.
         status: Honoured, without effect, or refused.
-        note: How, or why.
-        neutral: Values of a refused field that ask for nothing.
-        remedy: What to do instead, of a refused one.
+        note: How it is honoured, or why not.
+        neutral: Values of a refused field that change nothing, and pass.
+        remedy: What the caller of a refused field can do instead.
         kind: A field of `GenerationConfig`, or an argument of `generate`.
     """
 

@@ -1,7 +1,7 @@
-"""Logits processors that are called: what a call's list is for all of its rows, and for one of them.
+"""Logits processors that are called as Python code: the list for all rows of a call, and the list for one row.
 
-transformers prepares the list for the whole call. Some of its processors hold a line per prompt or a state per row, so
-that a row which is decoded by itself needs processors of its own.
+transformers prepares one list for the whole call. Some of its processors hold a line per prompt or a state per row: a
+row that is decoded by itself needs its own copies of these.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
 
 
 def is_row_wise(processors: LogitsProcessorList) -> bool:
-    """Whether the caller has declared that its processors look at each row by itself (`row_wise = True` on them).
+    """Whether the caller has declared its processors row-wise: `row_wise = True` on each of them.
 
-    Those of transformers' own count as such where there are others.
+    transformers' own processors need no such mark, but at least one of the caller's must carry it.
     """
     own = [processor for processor in processors if not _is_known(processor)]
     return bool(own) and all([getattr(processor, "row_wise", False) is True for processor in own])
@@ -54,7 +54,7 @@ def processors_of_batch(processors: LogitsProcessorList, plain_model: Callable[[
 def processors_of_row(
     processors: LogitsProcessorList, row: CallRow, plain_model: Callable[[], Any]
 ) -> LogitsProcessorList:
-    """What the processors of a call are for one of its rows.
+    """The processors of a call for one of its rows.
 
     Args:
         processors: What transformers has prepared, on the caller's device.
@@ -65,7 +65,7 @@ def processors_of_row(
 
 
 def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
-    """What a processor that was made for all rows of a call is for one of them."""
+    """A processor of a call, for one of its rows."""
     name = type(processor).__name__ if type(processor).__module__ == logits_process.__name__ else ""
     if name == "RepetitionPenaltyLogitsProcessor" and isinstance(processor.prompt_ignore_length, torch.Tensor):
         own = copy.copy(processor)
@@ -93,7 +93,7 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
 
 
 def _guidance_for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
-    """Guidance with an unconditional forward, and its cache, of the row's own."""
+    """Guidance whose unconditional forward, with its cache, is the row's own."""
     own = _with_model(processor, plain_model())
     for name in ("input_ids", "attention_mask"):
         given = own.unconditional_context[name]

@@ -1,4 +1,4 @@
-"""Refuses what a prepared `GenerationConfig` asks for and nobody serves, by the table in `compatibility`."""
+"""Refuses fields of a prepared `GenerationConfig` that are not served, by the table in `compatibility`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_async_batching.core.field_checks import check_length
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.inputs.compatibility import FIELDS, ArgumentEntry
 
-# Every field that the installed transformers knows; entries that a checkpoint adds on its own are nobody's arguments.
+# Every field of the installed transformers. Entries that a checkpoint adds by itself are no arguments.
 INSTALLED = tuple(name for name in vars(GenerationConfig()) if not name.startswith("_"))  # type: ignore[no-untyped-call]
 
 
@@ -16,7 +16,7 @@ _MOST_NGRAM_TOKENS = 1 << 26
 
 
 def check_fields(config: GenerationConfig) -> None:
-    """Refuse a prepared generation config whose fields ask for what is not served.
+    """Refuse a prepared generation config with a field that is not served.
 
     Raises:
         UnsupportedArgumentError: Names the field and what to do.
@@ -38,7 +38,7 @@ def check_fields(config: GenerationConfig) -> None:
 def bound_encoder_ngrams(config: GenerationConfig, length: int) -> None:
     """Bound `encoder_no_repeat_ngram_size` by what a prompt of `length` tokens holds; `config` is changed.
 
-    transformers makes a list of all n-grams. One that is longer than the prompt stands nowhere in it.
+    transformers lists all n-grams of the prompt. A longer n-gram occurs nowhere in it.
 
     Raises:
         UnsupportedArgumentError: The list would take the machine's memory.

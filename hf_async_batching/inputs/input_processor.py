@@ -1,8 +1,8 @@
 """`InputProcessor`: from what a caller gives `submit` or `generate` to requests.
 
-`submit` gives a prompt, a generation config and fields; transformers prepares them here. `generate` has been prepared
-by transformers already, and gives a batch. From there on both take the same way: the prepared config and its logits
-processors are read once per row, and what cannot be read as parameters is called as a whole.
+`submit` passes a prompt, a generation config and fields, which transformers prepares here. `generate` passes a batch
+that transformers has prepared already. From there on both take the same path: the processor reads the prepared config
+and its logits processors once per row. A list of processors that cannot be read as parameters is called as a whole.
 """
 
 from __future__ import annotations

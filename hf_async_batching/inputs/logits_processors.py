@@ -1,9 +1,9 @@
-"""From the logits processors that transformers has prepared for a call to what the engine does for each of its rows.
+"""Reads the logits processors that transformers has prepared for a call into parameters for each of its rows.
 
-The list is the truth: it holds what `generate` would apply, in its order, with a caller's own processors in their
-places. A row whose processors are all known, each at most once and in transformers' order, is served by parameters,
-together with all other rows. Any other list is called as a whole (`token_chooser`), so that no order and no detail of
-a processor is lost.
+The list decides: it holds what `generate` would apply, in order, the caller's own processors included. The engine
+serves a row by parameters, together with all other rows, if it knows every processor of the list, each stands there at
+most once, and all stand in transformers' order. Any other list is called as a whole (`token_chooser`): so no order and
+no detail of a processor is lost.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class CallRow:
         return self.shown[self.padding :] == self.tokens
 
     def of(self, batch: int) -> int:
-        """The row's place in something that has one line per prompt, each of which may be several rows."""
+        """The row's line in a tensor with `batch` lines: one per prompt, which several rows may share."""
         return self.index * batch // self.rows
 
 
 @dataclass(slots=True)
 class _Draft:
-    """What has been read so far."""
+    """The parameters that have been read so far."""
 
     do_sample: bool
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -103,13 +103,13 @@ class _Draft:
 def read_processors(
     processors: LogitsProcessorList, row: CallRow, *, do_sample: bool, seed: int, logprobs: bool = False
 ) -> SamplingSpec | None:
-    """What a row of a call needs, by parameters.
+    """Read the processors of a call for one of its rows.
 
     Args:
         processors: What transformers has prepared.
         row: The row.
         do_sample: Whether tokens are drawn.
-        seed: Of the row.
+        seed: The row's seed.
         logprobs: Whether log-probabilities are wanted.
 
     Returns:
@@ -208,7 +208,7 @@ def _min_new_tokens(processor: Any, row: CallRow, draft: _Draft) -> bool:
 
 
 def _minimum(length: float, processor: Any, row: CallRow, draft: _Draft) -> bool:
-    # Where it stands between others does not matter, as long as one record holds all of the tokens.
+    # Its place between others does not matter, as long as one record holds all of the tokens.
     draft.min_new_tokens = max(draft.min_new_tokens, math.ceil(length) - len(row.shown))
     return _same_ends(processor, row)
 
@@ -257,7 +257,7 @@ def _begin_suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:
 
 
 def _token_ids(tokens: torch.Tensor) -> list[int]:
-    """Those of `tokens` that a vocabulary can have; what is suppressed of the others makes no difference."""
+    """The token ids that a vocabulary can have; suppressing any other id changes nothing."""
     return [int(token) for token in tokens.flatten().tolist() if 0 <= token <= MAX_INT32 and token % 1 == 0]
 
 

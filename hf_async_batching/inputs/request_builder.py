@@ -1,4 +1,4 @@
-"""From a prepared `GenerationConfig`, and what its processors come to, to a `Request`."""
+"""Builds a `Request` from a prompt, a prepared `GenerationConfig` and a `SamplingSpec`; reads seeds and end tokens."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def seeds_of_rows(seed: Any, rows: int) -> list[int]:
     """One seed per sequence of a call.
 
     Args:
-        seed: One for the call, from which that of each row follows; or one for each row, in a sequence, an array or a
-            tensor; an integer of Python, numpy or torch, or a generator from which one number is drawn. From the
-            system's entropy where None.
+        seed: One seed for the call, from which the seed of each row follows; or one per row, in a sequence, an array
+            or a tensor. A seed is an integer of Python, numpy or torch, or a generator from which one number is drawn.
+            None draws seeds from the system's entropy.
         rows: Sequences.
 
     Raises:
@@ -88,7 +88,7 @@ def build_request(
         config: Prepared (defaults are filled in) and checked by `check_fields`.
         spec: What its processors come to.
         max_new_tokens: Resolved from `max_new_tokens` and `max_length`.
-        request_id: Given by the caller, or made here.
+        request_id: The caller's, or None to make one.
 
     Raises:
         ValueError: A field is out of its range.
@@ -119,7 +119,7 @@ def check_history(request: Request) -> None:
     """Refuse a request of embeddings alone whose logits depend on which tokens came before.
 
     Raises:
-        UnsupportedArgumentError: They do; the engine would count the placeholders of the prompt.
+        UnsupportedArgumentError: The logits depend on the history; the engine would count the placeholders.
     """
     if request.logits.needs_seen or request.logits.needs_memory:
         raise UnsupportedArgumentError(

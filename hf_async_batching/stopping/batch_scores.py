@@ -1,4 +1,4 @@
-"""Scores and logits of a batch, step by step, from what its rows brought."""
+"""Scores and logits of a batch, step by step, from the handles of its rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def stack_steps(
     """What `generate` returns: per step float32 [batch, vocab], 0 for rows that had ended; None if not asked for.
 
     Args:
-        handles: One per row; each has made its `lengths` at least.
-        kind: Which of the two.
-        lengths: Tokens of each row's own, up to its end.
-        device: Where the outcome is to lie.
+        handles: One per row, with at least its entry of `lengths` tokens.
+        kind: Scores or logits.
+        lengths: Tokens of each row up to its end, without padding.
+        device: The result's device.
     """
     rows = [handle.made(kind) for handle in handles]
     if rows[0] is None:
@@ -33,7 +33,7 @@ class BatchScores:
 
     Args:
         handles: One per row.
-        device: Where they are to lie.
+        device: The scores' device.
     """
 
     def __init__(self, handles: list[GenerationHandle], device: torch.device) -> None:
@@ -42,7 +42,7 @@ class BatchScores:
         self._steps: tuple[torch.Tensor, ...] = ()
 
     def after(self, live: list[bool]) -> tuple[torch.Tensor, ...]:
-        """All of them, one step later.
+        """The scores of all steps, after one more step.
 
         Args:
             live: Rows that had not ended before this step; their tokens have arrived.

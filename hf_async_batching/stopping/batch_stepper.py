@@ -1,12 +1,11 @@
-"""A batch as `generate` steps through it, put together from rows that the engine computes each at its own pace.
+"""Steps through a batch as `generate` does, over rows that the engine computes each at its own pace.
 
 `generate` makes one token of every row, asks the criteria, shows the tokens to the streamer, and goes on until all
 rows have finished. The engine knows no such batch. Here the caller's thread lines up the tokens as they arrive, and
-does what `generate` would have done with them; the engine does not wait for it.
+does with them what `generate` would do. The engine does not wait for this thread.
 
-How far does the engine run ahead? Up to `max_new_tokens`, where criteria are slower than it. That costs steps of rows
-which nobody wants any more, and no memory: a token is an integer. Rows are cancelled as soon as they have finished
-here, which is at most the criteria's own time behind.
+The engine can run ahead up to `max_new_tokens`, where criteria are slower than it. The steps beyond a stop are wasted,
+but they cost no memory: a token is an integer. A row is cancelled as soon as the criteria have finished it.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ def step_batch(
     Args:
         handles: One per row.
         checker: Called once per step, in this thread.
-        pad: What a row that has finished goes on with; where None it goes on with its own tokens, as in `generate`.
+        pad: The token with which a finished row goes on; None where it goes on with its own tokens, as in `generate`.
         streamer: Gets the tokens [batch] of each step, after the checker has seen them.
 
     Returns:
-        The new tokens of each row, of the same length for all; and how many of them are its own, not padding.
+        The new tokens of each row, of one length for all rows; and how many of them are not padding.
 
     Raises:
         Exception: What the checker, the streamer or the engine raises. The caller cancels the handles.

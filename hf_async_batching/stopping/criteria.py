@@ -1,7 +1,7 @@
-"""Stopping criteria: which of them the engine decides itself, which the host decides by integers, which are called.
+"""Stopping criteria: some the engine decides itself, some the host decides by integers, some are called.
 
-Nothing here runs in the engine's thread. Criteria look at tokens after they were made, in a thread of the caller's or
-of the manager's; the engine runs ahead, and what it made beyond a stop is dropped.
+Nothing here runs in the engine's thread. Criteria look at tokens after the engine has made them, in a thread of the
+caller or of the manager. The engine runs ahead; its tokens beyond a stop are dropped.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from hf_async_batching.stopping.batch_scores import BatchScores
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """What ends the rows of a batch.
+    """The conditions that end the rows of a batch.
 
     Attributes:
         eos: Tokens that end a row; the engine looks for them itself.
         max_length: Tokens, padded prompt included, at which a row ends; known to the engine beforehand.
         strings: Criteria that look for strings.
         times: Criteria that look at the clock.
-        pads: Whether a row that has finished goes on with the pad token, and not with what the model says.
-        custom: Whether the list holds criteria of the caller's own: it is then called as a whole.
+        pads: Whether a finished row goes on with the pad token, and not with the model's tokens.
+        custom: Whether the list holds the caller's own criteria: the list is then called as a whole.
     """
 
     eos: tuple[int, ...]
@@ -56,9 +56,9 @@ class StopConditions:
 
 
 def read_criteria(criteria: StoppingCriteriaList) -> StopConditions:
-    """Sort the criteria that `generate` has prepared by who decides them.
+    """Sort the criteria that `generate` has prepared: decided by the engine, by the host, or called.
 
-    Subclasses and impostors of transformers' classes count as the caller's own.
+    Subclasses of transformers' classes count as the caller's own.
     """
     eos: dict[int, None] = {}
     max_length = math.inf
@@ -100,7 +100,7 @@ class StopStrings:
 
     def stops(self, tokens: Sequence[int]) -> bool:
         """Whether the last of `tokens` completes a string; only the last `window` of them matter."""
-        # Ids beyond the tokenizer's stand for the last entry of the table, as in the criterion.
+        # Ids beyond the tokenizer's take the last entry of the table, as in the criterion.
         if not self._completes[min(tokens[-1], len(self._completes) - 1)]:
             return False
         return bool(self._criterion(torch.tensor([tokens[-self.window :]]), None)[0])
@@ -151,7 +151,7 @@ class HostStopChecker:
 
     Args:
         prompts: The padded prompts, a row of token ids each.
-        stops: What `read_criteria` found; nothing of the caller's own.
+        stops: From `read_criteria`, without custom criteria.
     """
 
     def __init__(self, prompts: list[list[int]], stops: StopConditions) -> None:
@@ -182,7 +182,7 @@ class CriteriaListChecker:
     Args:
         input_ids: The padded prompts [batch, length]; criteria get int64 [batch, length + step] on their device.
         criteria: As `generate` has prepared them, its own included.
-        scores: Of the batch, where they are returned: criteria see them then.
+        scores: The batch's scores, which criteria see where `generate` returns them; else None.
     """
 
     def __init__(

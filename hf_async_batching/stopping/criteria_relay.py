@@ -1,9 +1,9 @@
-"""Handles of requests with stopping criteria: a token is seen by nobody before the criteria have passed it.
+"""Handles of requests with stopping criteria: the caller sees a token only after the criteria have passed it.
 
-The engine fills a handle of its own and knows nothing of this. A relay takes the tokens from there, asks the criteria,
-and hands on what passes; where they say stop, the request is cancelled and the rest dropped. Criteria of transformers'
-own take microseconds and share one thread of the manager; those of a caller can take any time, and have a thread per
-request.
+The engine fills an inner handle and knows no criteria. A relay takes the tokens from there, asks the criteria, and
+passes tokens on to the caller's handle. When the criteria say stop, the relay cancels the request and drops the rest.
+transformers' own criteria take microseconds and share one thread of the manager. A caller's criteria can take any
+time, so that each such request has its own thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_async_batching.stopping.criteria import (
 
 
 class CriteriaThread:
-    """The thread in which criteria that cannot block are asked; it lives while there are requests with such."""
+    """The one thread for criteria that cannot block; it lives as long as there are requests with such criteria."""
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
@@ -53,14 +53,14 @@ class CriteriaThread:
         device: torch.device,
         history: list[int],
     ) -> GenerationHandle:
-        """A handle in place of the engine's own, which ends where the criteria say so.
+        """Make the caller's handle for a request, which ends where the criteria say so.
 
         Args:
-            handle: The engine's.
-            request: What it serves.
+            handle: The handle that the engine fills.
+            request: The request of the handle.
             criteria: As for `generate`; a caller's own ones are called with int64 [1, prompt + new] and the scores
                 (None where they are not returned), once for each token.
-            device: Where those are to lie.
+            device: Where the tensors for a caller's criteria lie.
             history: The prompt's tokens as criteria see them.
         """
         stops = read_criteria(criteria)
@@ -133,7 +133,7 @@ class _CriteriaRelay:
                 if self._take(token):
                     return
             self._end(self._inner.result().finish_reason)
-        except BaseException as error:  # whatever a criterion raises, it is its caller's
+        except BaseException as error:  # an error of a criterion goes to its own caller
             self._fail(error)
 
     async def run_in_loop(self) -> None:
@@ -147,7 +147,7 @@ class _CriteriaRelay:
             self._fail(error)
 
     def _take(self, token: int) -> bool:
-        """Hand on a token, and say whether nothing more is wanted."""
+        """Pass on a token; returns whether the request has ended for the caller."""
         if self._over:
             return True
         stop = self._checker.step([token])[0]
