@@ -20,7 +20,7 @@ from hf_async_batching.config import BatchingConfig
 from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, Reference, make_prompts, reference
 from hf_async_batching.coverage.verdicts import SERVED, Finding, Padded, Verdict
-from hf_async_batching.devices.cuda import synchronize_device
+from hf_async_batching.devices.failure import why_lost
 from hf_async_batching.drop_in.generate import generate
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.manager import GenerationManager
@@ -235,13 +235,8 @@ def _generate_padded(model: Any, known: Reference, new_tokens: int, **arguments:
 
 def _lost(device: torch.device) -> Finding | None:
     """A device on which a kernel failed takes no more work from this process."""
-    if device.type != "cuda":
-        return None
-    try:
-        synchronize_device(device)
-    except Exception as error:
-        return Finding("crashed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
-    return None
+    why = why_lost(device)
+    return Finding("crashed", why) if why is not None else None
 
 
 def _line(error: BaseException, named: bool = True) -> str:

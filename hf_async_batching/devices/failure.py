@@ -53,15 +53,20 @@ def device_failure(error: BaseException, name: str, route: str, step: str, devic
 
 def is_lost(device: torch.device) -> bool:
     """Whether a device answers to nothing any more, as after an assertion in a kernel."""
+    return why_lost(device) is not None
+
+
+def why_lost(device: torch.device) -> str | None:
+    """What a lost device answers, in one line; None for a device that can be used."""
     if device.type != "cuda":
-        return False
+        return None
     try:
         torch.zeros(1, device=device).item()
     except torch.OutOfMemoryError:
-        return False
-    except RuntimeError:
-        return True
-    return False
+        return None
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    return None
 
 
 def ends_the_search(error: BaseException, device: torch.device) -> bool:

@@ -6,22 +6,14 @@ of tokens like any other. A step that computes a piece of it gives the forward e
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from hf_async_batching.checks.logits_tolerance import logits_tolerance
 from hf_async_batching.core.plan import Plan
-from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.linear.rounding import relative_error
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
-from hf_async_batching.model.view.model_view import make_view
-
-_CHECK_TOKENS = 7
 
 
 class PromptEmbeddings:
@@ -87,35 +79,3 @@ def check_embeddings(embeddings: torch.Tensor, length: int, forward: PackedForwa
         )
     if len(embeddings) != length:
         raise ValueError(f"`inputs_embeds` has {len(embeddings)} positions for a prompt of {length} tokens")
-
-
-@torch.inference_mode()
-def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | CacheForward) -> None:
-    """Compare the plain forward over token ids with the one over their embeddings.
-
-    Args:
-        model: The user's model, of which a view is made for it.
-        forward: The engine's.
-
-    Raises:
-        UnsupportedModelError: The model takes no embeddings, or needs the token ids beside them.
-    """
-    view: Any = make_view(model, None)
-    why = "its forward does not take them"
-    if not forward.takes_embeddings:
-        why = "it is served through its own cache class, by token ids"
-    elif "inputs_embeds" in inspect.signature(view.forward).parameters:
-        ids = torch.arange(3, 3 + _CHECK_TOKENS, device=forward.device)[None] % forward.vocab_size
-        try:
-            expected = view(input_ids=ids, use_cache=False).logits.float()
-            got = view(inputs_embeds=view.get_input_embeddings()(ids), use_cache=False).logits.float()
-        except Exception as error:
-            why = repr(error)
-        else:
-            difference = relative_error(got, expected)
-            if difference <= logits_tolerance(forward):
-                return
-            why = f"its logits differ by {difference:.2g} (relative norm) from those for the tokens themselves"
-    raise UnsupportedModelError(
-        f"`inputs_embeds` is not served for {forward.name}: {why}. Use plain `model.generate` for this call."
-    )

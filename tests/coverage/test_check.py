@@ -19,6 +19,7 @@ from hf_async_batching.coverage.families import MIN_DISTINCT, check_family, clas
 from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, make_prompts, reference
 from hf_async_batching.coverage.variants import VARIANTS
 from hf_async_batching.coverage.verdicts import Verdict
+from hf_async_batching.devices import failure
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.model.small.length_thresholds import length_thresholds
 from hf_async_batching.model.small.tiny_configs import tiny_config
@@ -102,14 +103,15 @@ def test_what_is_known_is_reported_before_the_next_way_in_is_tried(monkeypatch: 
 def test_a_lost_gpu_is_a_crash_and_ends_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a device-side assert whatever else is tried in this process fails, and says nothing of the model."""
 
-    def lost(_: torch.device) -> None:
+    def lost(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered\nand much advice")
 
-    monkeypatch.setattr(check, "synchronize_device", lost)
+    monkeypatch.setattr(failure.torch, "zeros", lost)
     assert check._lost(torch.device("cpu")) is None
     found = check._lost(torch.device("cuda"))
     assert found is not None
     assert (found.status, found.reason) == ("crashed", "RuntimeError: CUDA error: device-side assert triggered")
+    monkeypatch.undo()
     monkeypatch.setattr(check, "_lost", lambda _: found)
     monkeypatch.setattr(check, "_drop_in", lambda *_: pytest.fail("tried on a device that is lost"))
     for error in (RuntimeError("CUDA error"), UnsupportedArgumentError("a refusal that the assert caused")):

@@ -98,11 +98,6 @@ class RowCache:
         shape = LayerShape(keys.shape[2], keys.shape[3], values.shape[3], keys.dtype, sliding_window=window)
         self.shapes.append(shape)
 
-    @property
-    def has_states(self) -> bool:
-        """Whether rows have states beside their pages."""
-        return bool(self._states)
-
     def allocate(self, num_rows: int) -> None:
         """Make the tables of states anew, for rows below `num_rows`."""
         self._tables = []

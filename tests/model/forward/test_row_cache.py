@@ -101,7 +101,7 @@ def test_states_of_rows() -> None:
     used.update_conv_state(torch.randn(1, 5, 4), 0)
     used.update_recurrent_state(torch.randn(1, 2, 3, 3), 0)
     rows = RowCache(made(layer()), used, 3)
-    assert rows.has_states
+    assert rows.state_bytes > 0
     assert not rows.shapes
     assert rows.state_bytes == 4 * (5 * 4 + 2 * 3 * 3)
     rows.allocate(4)
