@@ -132,7 +132,8 @@ def test_rooms_import_rooms_below(trees: Trees) -> None:
 
 
 def test_files_import_in_no_circle(trees: Trees) -> None:
-    assert circles(trees) == []
+    package = {name: tree for name, tree in trees.items() if not name.startswith("demo.")}
+    assert circles(package) == []
 
 
 def test_exceptions_are_still_needed(trees: Trees) -> None:
