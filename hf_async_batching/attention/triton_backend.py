@@ -16,7 +16,7 @@ from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autotune import Tuning
 
-# Of decode attention, one for each key-value head of each row; with more of those no context needs splitting.
+# Counters of decode attention, one for each key-value head of each row. Larger batches need no split contexts.
 _COUNTERS = 16384
 
 
@@ -27,7 +27,7 @@ class TritonBackend:
 
     Args:
         device: Where the model runs.
-        tuning: Settings that were measured; None for the rules'.
+        tuning: Measured settings; None for the rules alone.
     """
 
     tile_size = PREFILL_TILE
@@ -36,7 +36,7 @@ class TritonBackend:
     def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
         self._device = device
         self._settings = TritonSettings(device, tuning)
-        # Never replaced, since captured graphs go on using it.
+        # Never replaced: captured graphs keep using it.
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
@@ -46,7 +46,7 @@ class TritonBackend:
         query, key, value, layer, options = inputs.query, inputs.key, inputs.value, inputs.layer, inputs.options
         keys, values, table = inputs.keys, inputs.values, inputs.page_table
         write_kv(key, value, keys, values, table, context.rows, context.positions)
-        # Zeros, since the NaN that empty memory may hold would spread from tokens of no tile to the scratch page.
+        # Zeros: empty memory may hold NaN, which would spread from tokens of no tile to the scratch page.
         out = query.new_zeros((*query.shape[:2], values.shape[-1]))
         decodes = context.num_decodes
         prefill_attention(
@@ -130,11 +130,11 @@ class TritonBackend:
                 layer.chunk,
                 example.sinks if layer.has_sinks else None,
             )
-            # The one that takes longest first.
+            # The slowest to compile comes first.
             jobs[layer, "prefill"] = partial(example.prefill, self._settings.prefill(problem, 0, options), options)
             for batch in sorted(set(batches)):
                 config = self._settings.decode(problem, 0, options, batch)
-                # How many share a context is no constant of the kernel; whether any do is.
+                # The kernel is compiled for whether contexts are split, not for the number of splits.
                 kind = config._replace(splits=min(config.splits, 2))
                 jobs.setdefault((layer, kind), partial(example.decode, config, options))
             jobs[layer, "write"] = example.write
@@ -145,7 +145,7 @@ class TritonBackend:
 
 
 class _Example:
-    """Launches each kernel on next to nothing, which compiles it as steps will need it."""
+    """Launches each kernel on tiny inputs, which compiles it as steps will need it."""
 
     def __init__(self, layer: LayerShape, page_size: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -312,7 +312,7 @@ def decode_kernel(
     queries = tl.load(query_at, mask=group_mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     if NEW:
         takes_new = tl.where(split == active_splits - 1, context, 0) > 0
-        # Read before the cached ones, and used behind them: nobody waits for it.
+        # Read before the cached ones and used after them, so that no program waits for it.
         key_at = new_key + entry * key_stride_entry + kv_head * key_stride_head
         token_key = tl.load(key_at + dims, mask=dims < tl.where(takes_new, HEAD_DIM, 0), other=0.0)
         value_at = new_value + entry * value_stride_entry + kv_head * value_stride_head
@@ -331,7 +331,7 @@ def decode_kernel(
     row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
-        # They count once: in the first part.
+        # Sinks count once: in the first split.
         here = group_heads < tl.where(split == 0, GROUP, 0)
         row_maximum = tl.load(sinks + heads, mask=here, other=float("-inf")).to(tl.float32) * 1.4426950408889634
         row_sum = tl.where(here, 1.0, 0.0)
@@ -359,7 +359,7 @@ def decode_kernel(
             gdc_wait()
         gdc_launch_dependents()
 
-    # No token at all gives zeros.
+    # An empty context gives zeros.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     result = accumulator / row_sum[:, None]
     result_mask = group_mask[:, None] & (value_dims < VALUE_DIM)[None, :]
@@ -403,7 +403,7 @@ def combine_kernel(
     value_dims = tl.arange(0, BLOCK_DV)
     part = head * max_splits + splits
     log_sums = tl.load(partial_log_sum + part, mask=splits < max_splits, other=float("-inf"))
-    # Of splits that the context is too short for, only the log-sum has been written.
+    # A split that the context is too short for has written only its log-sum.
     mask = (log_sums != float("-inf"))[:, None] & (value_dims < VALUE_DIM)[None, :]
     values = tl.load(partial_output + part[:, None] * VALUE_DIM + value_dims[None, :], mask=mask, other=0.0)
     maximum = tl.max(log_sums, 0)

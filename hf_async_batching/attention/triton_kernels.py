@@ -52,7 +52,7 @@ _LOG2_E = math.log2(math.e)
 
 
 def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str) -> int:
-    """Into how many parts at most `decode_attention` divides each context when it is not told.
+    """The most parts into which `decode_attention` divides each context by default.
 
     It looks only at what is fixed for a captured graph (the batch and the device), never at a context. One program
     for each context is best where that gives three for every two multiprocessors (measured on an H200: its loads in
@@ -75,7 +75,7 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
 def default_decode_config(
     batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
 ) -> DecodeConfig:
-    """How `decode_attention` divides its work when it is not told: by rule, from what is fixed for a captured graph.
+    """How `decode_attention` divides its work by default: a rule over what is fixed for a captured graph.
 
     Args:
         batch: entries of the batch, padding included.
@@ -119,7 +119,7 @@ def write_kv(
 
     Args:
         key: [T, num_kv_heads, head_dim], any strides but 1 for the last dimension.
-        value: [T, num_kv_heads, head_dim_v], likewise.
+        value: [T, num_kv_heads, head_dim_v], any strides but 1 for the last dimension.
         key_cache: [num_pages, page_size, num_kv_heads, head_dim], the dtype of `key`.
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the dtype of `value`.
         page_table: [num_rows, max_pages_per_row], int32.

@@ -116,8 +116,8 @@ def prefill_kernel(
     The heads of a group stand side by side in the rows of the products, against the row's context.
     """
     if EARLY:
-        # Few prompts leave most of the device idle. This kernel is launched the ordinary way, so that all before it
-        # have ended; whoever is launched early behind it waits for its end before using or storing results.
+        # Few prompts leave most of the device idle. This kernel is launched the ordinary way, after all kernels before
+        # it have ended. A kernel that is launched early behind it waits for its end before using or storing results.
         gdc_launch_dependents()
     BLOCKS: tl.constexpr = (TILE * GROUP + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)

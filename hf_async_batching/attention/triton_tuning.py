@@ -1,4 +1,4 @@
-"""Which settings the attention kernels run with: the rule's, or what was measured on this card."""
+"""The settings that the attention kernels run with: the rule's, or measured ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_async_batching.runtime.autotune import Tuning, source_version
 _VERSION = source_version(triton_decode.__file__, triton_prefill.__file__)
 DECODE_KERNEL, PREFILL_KERNEL = f"decode attention {_VERSION}", f"prefill attention {_VERSION}"
 
-# Cached tokens, warps, stages; of 16-bit numbers. Full precision has its rule.
+# Cached tokens, warps and stages to try for 16-bit numbers. Full precision keeps its rule.
 _DECODE_SIZES = ((32, 2, 3), (32, 2, 5), (64, 4, 3), (64, 4, 5))
 _PREFILL_SIZES = (
     *(BlockSizes(128, 64, 8, 3), BlockSizes(128, 64, 8, 3, 128), BlockSizes(128, 32, 8, 3, 128)),
@@ -33,7 +33,7 @@ _PREFILL_SIZES = (
 
 
 class Problem(NamedTuple):
-    """What is fixed for a layer and decides which settings are best, beside the number of rows."""
+    """The properties of a layer that, with the number of rows, decide which settings are best."""
 
     heads: int
     kv_heads: int
@@ -71,11 +71,11 @@ class _Layer(NamedTuple):
 
 
 class TritonSettings:
-    """Answers at each launch which settings it takes, and measures them when asked to.
+    """Chooses the settings of each launch, and measures them on request.
 
     Args:
         device: Where the kernels run.
-        tuning: What has been measured; None for rules alone.
+        tuning: Measured settings; None for the rules alone.
     """
 
     def __init__(self, device: torch.device, tuning: Tuning | None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a model computes the same from embeddings as from the token ids that they stand for."""
+"""Whether a model takes prompts as embeddings, and whether given embeddings fit it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,33 @@ from hf_async_batching.model.view.model_view import make_view
 _CHECK_TOKENS = 7
 
 
+def check_embeddings(embeddings: torch.Tensor, length: int, forward: PackedForward | CacheForward) -> None:
+    """Refuse embeddings that are not the model's, or not those of a prompt of `length` tokens.
+
+    Raises:
+        ValueError: Their shape or dtype is wrong.
+    """
+    if not isinstance(embeddings, torch.Tensor) or embeddings.layout is not torch.strided or embeddings.is_meta:
+        raise ValueError(
+            "`inputs_embeds` must be a dense tensor with values, got "
+            f"{getattr(embeddings, 'layout', type(embeddings).__name__)} on {getattr(embeddings, 'device', None)}"
+        )
+    if embeddings.dim() != 2 or embeddings.shape[1] != forward.embedding_size or not embeddings.is_floating_point():
+        raise ValueError(
+            f"`inputs_embeds` of a prompt must be floating point [length, {forward.embedding_size}], "
+            f"got {tuple(embeddings.shape)} and {embeddings.dtype}"
+        )
+    if len(embeddings) != length:
+        raise ValueError(f"`inputs_embeds` has {len(embeddings)} positions for a prompt of {length} tokens")
+
+
 @torch.inference_mode()
 def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | CacheForward) -> None:
-    """Compare the plain forward over token ids with the plain forward over their embeddings.
+    """Compare the plain forward over token ids with the one over their embeddings.
 
     Args:
-        model: The user's model; the check runs on a view of it.
-        forward: The engine's forward.
+        model: The user's model, of which a view is made for it.
+        forward: The engine's.
 
     Raises:
         UnsupportedModelError: The model takes no embeddings, or needs the token ids beside them.

@@ -10,7 +10,7 @@ from hf_async_batching.core.row_layout import MAX_INT32
 
 
 def check_integer(name: str, value: Any, least: int = 0, most: int = MAX_INT32) -> None:
-    """Refuse what is no integer from `least` to `most`.
+    """Refuse a value that is not an integer from `least` to `most`.
 
     Raises:
         TypeError: It is no integer.
@@ -23,7 +23,7 @@ def check_integer(name: str, value: Any, least: int = 0, most: int = MAX_INT32) 
 
 
 def check_real(name: str, value: Any) -> None:
-    """Refuse what is no real number; NaN and infinities pass.
+    """Refuse a value that is not a real number; NaN and infinities pass.
 
     Raises:
         TypeError: It is no number.
@@ -33,7 +33,7 @@ def check_real(name: str, value: Any) -> None:
 
 
 def check_length(name: str, value: Any) -> None:
-    """Refuse what is no number of tokens; `generate` takes fractions.
+    """Refuse a value that is not a number of tokens; `generate` takes fractions.
 
     Raises:
         TypeError: It is no number.

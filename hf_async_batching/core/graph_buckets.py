@@ -1,7 +1,7 @@
 """Which sizes steps are padded to, so that each can be captured once as a CUDA graph. No torch.
 
-Matrix products take their rows in tiles of 64 or 128, so that the first few tokens beyond a multiple cost much of what
-a tile does: on an H100 the products of an 8B model take 6.8 ms for 256 tokens, 7.3 for 264 and 8.0 for 384.
+Matrix products take their rows in tiles of 64 or 128, so the first few tokens beyond a multiple cost almost as much as
+a whole tile: on an H100 the products of an 8B model take 6.8 ms for 256 tokens, 7.3 for 264 and 8.0 for 384.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Up to there a further token costs about half of what it costs in a step full of 
 microseconds of products in an 8B model); from there to 512, 12.
 """
 
-# Of steps with prompts; larger ones take the device longer than launching their kernels takes the host.
+# Sizes of steps with prompts. A larger step takes the device longer than launching its kernels takes the host.
 PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, SPREAD_TOKENS, 512, 768, 1024)
 _PADDED_ENTRIES = (16, 64)
-# By so much a full step is padded: one token that padded samples point to, and where rows decode in it, theirs.
+# Room for padding in a full step: one token that padded samples point to, and entries for rows that decode.
 _ROOM = 32
 MOST_PADDED = PADDED_TOKENS[-1] + _ROOM
 
-# Computing that many tokens takes a model of so many bytes about as long as launching its kernels takes the host.
+# With weights of this many bytes, computing `MOST_PADDED` tokens takes about as long as launching the kernels.
 _PADDED_WEIGHTS = 16e9
 
 

@@ -1,4 +1,4 @@
-"""What is done to a request's logits before a token is chosen, in the caller's terms; no torch."""
+"""Changes of a request's logits before a token is chosen, in the caller's terms; no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FIELDS_OF_KIND = {
     RuleKind.FORCE: "forced_bos_token_id` or `forced_eos_token_id",
     RuleKind.SUPPRESS: "suppress_tokens` or `begin_suppress_tokens",
 }
-"""Where rules come from, for messages."""
+"""The arguments that rules come from, for messages."""
 
 _STAGE_OF_KIND = {
     RuleKind.BIAS: Stage.SEQUENCE_BIAS,

@@ -45,7 +45,7 @@ class SamplingParams:
         eta_cutoff: Drop tokens less probable than a bound that follows the entropy, in [0, 1); 0 switches it off.
 
     Raises:
-        TypeError: A field is no number; the message names it.
+        TypeError: A field is not a number; the message names it.
         ValueError: A field is out of its range; the message names it.
     """
 
@@ -126,11 +126,11 @@ class Request:
         min_new_tokens: No end-of-sequence token before so many new tokens.
         eos_token_ids: Any of these ends the request ("eos"); the token itself is part of the output.
         sampling: How tokens are drawn.
-        logits: What is done to the logits before that.
+        logits: Changes of the logits before that.
         padding: Tokens in front of the prompt that the model does not see but n-grams and rules do, as in `generate`;
             at most `row_layout.MAX_PADDING`, the last ones.
-        chooser: What chooses the request's tokens outside of the engine, from each step's logits, in place of `logits`
-            and of `sampling`; opaque here (see `token_chooser`).
+        chooser: An object outside of the engine that chooses the request's tokens from each step's logits, in place of
+            `logits` and `sampling`; opaque here (see `token_chooser`).
         group: Names the requests of one call whose chooser needs the logits of all of them for each step; None where
             the request advances by itself.
         output_scores: Whether the scores that tokens are chosen by are returned.
@@ -138,10 +138,10 @@ class Request:
         lookup_tokens: Tokens that a step may compute ahead, copied from earlier ones (see `prompt_lookup`); 0 is none.
             The request's tokens do not depend on it.
         lookup_ngram: How many of the last tokens must have stood before, at most; at least 1.
-        prompt_embeddings: What the device computes with in place of the prompt's tokens; opaque here.
+        prompt_embeddings: Embeddings that the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:
-        TypeError: A number is none; the message names it.
+        TypeError: A value is not a number; the message names it.
         ValueError: The prompt is empty, a number is out of range, or the lengths contradict each other.
     """
 

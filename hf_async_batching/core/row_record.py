@@ -10,7 +10,7 @@ from hf_async_batching.core.plan import NewRow
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import MAX_EOS, MAX_INT32, NEW_ROW, float32
 
-# Kernels may take smaller numbers for 0, and dividing -inf by an infinite number makes NaN.
+# Kernels may flush smaller numbers to 0, and -inf divided by infinity is NaN.
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _LARGEST_TEMPERATURE = float(np.finfo(np.float32).max)
 _LEAST_TOP_P = 1e-9  # keeps the most probable token, as 0 does
@@ -26,7 +26,8 @@ def check_encodable(request: Request) -> None:
         np.array([record_of(NewRow(0, request))], NEW_ROW)
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"request {request.request_id} holds a number that the engine's tables do not: {error}"
+            f"request {request.request_id} has a number that does not fit the engine's tables ({error}); the largest "
+            f"integer that they hold is {MAX_INT32}"
         ) from error
 
 
@@ -35,9 +36,9 @@ def record_of(new_row: NewRow) -> tuple[Any, ...]:
     request = new_row.request
     sampling, logits = request.sampling, request.logits
     if request.chooser is None:
-        # The device needs not know all of them: the host decides which token ends a request, and a row that the
-        # device does not take for finished is computed once more for nothing. An id that no vocabulary has cannot be
-        # sampled.
+        # The device does not need to know all of them. The host decides which token ends a request; a row that the
+        # device does not mark as finished is only computed once more in vain. An id outside of every vocabulary is
+        # never sampled.
         eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32][:MAX_EOS]
         choice = (
             min(max(sampling.temperature, _LEAST_TEMPERATURE), _LARGEST_TEMPERATURE),

@@ -42,7 +42,7 @@ def empty_cache() -> None:
 def use_on_current_stream(tensor: torch.Tensor) -> None:
     """Keep the memory of a tensor that an engine has made until the calling thread's stream is done with it.
 
-    What made it must have completed.
+    The work that made the tensor must have completed.
     """
     tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
@@ -98,7 +98,7 @@ class CudaDevice:
     def _on(self, stream: Stream) -> Iterator[None]:
         """Make a stream the thread's current one.
 
-        As `torch.cuda.stream` does by the same two functions, which takes six times as long with all it looks at.
+        `torch.cuda.stream` calls the same two functions but takes six times as long.
         """
         before = torch._C._cuda_getCurrentStream(self._index)
         new = self._streams[stream]

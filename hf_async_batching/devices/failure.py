@@ -52,7 +52,7 @@ def device_failure(error: BaseException, name: str, route: str, step: str, devic
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a device answers to nothing any more, as after an assertion in a kernel."""
+    """Whether a device has stopped responding, as after an assertion in a kernel."""
     return why_lost(device) is not None
 
 

@@ -1,4 +1,4 @@
-"""Runs jobs of a start side by side: most of what compilers and loading libraries do needs no lock of Python."""
+"""Runs the jobs of a start in parallel: compilers and library loading mostly run without Python's lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hf_async_batching.devices.cuda import synchronize_device
 from hf_async_batching.runtime.autocast import Autocast
 
-# Compilers' front ends do need Python's lock: with more of them at once, each gets to its long part later.
+# Compilers' front ends need Python's lock: with more threads, each job reaches its long part later.
 _THREADS = 3
 
 
@@ -38,7 +38,7 @@ def run_parallel(jobs: list[Callable[[], object]], device: torch.device) -> None
                 job()
 
     if device.type != "cuda":
-        for job in jobs:  # the interpreter gains nothing by threads, and has never been promised to bear them
+        for job in jobs:  # the interpreter gains nothing from threads and may not be thread-safe
             run(job)
         return
     synchronize_device(device)
@@ -49,7 +49,7 @@ def run_parallel(jobs: list[Callable[[], object]], device: torch.device) -> None
 def run_in_threads(jobs: list[Callable[[], object]]) -> None:
     """Run jobs in a few threads; returns when all have ended. Interrupted, it begins no more of them.
 
-    Not by an executor: none takes work once the main thread has ended, which other threads of a program may outlive.
+    An executor would not do: it refuses work once the main thread has ended, and other threads may outlive it.
 
     Raises:
         BaseException: What the first job that failed raised.
@@ -82,7 +82,7 @@ def run_in_threads(jobs: list[Callable[[], object]]) -> None:
         with changed:
             changed.wait_for(lambda: not left and not running)
     finally:
-        # What was begun uses the caller's model and device.
+        # Jobs that have begun use the caller's model and device.
         with changed:
             left.clear()
             changed.wait_for(lambda: not running)

@@ -40,8 +40,8 @@ class SimulatedDevice:
     """Streams as queues.
 
     Args:
-        seed: Of the adversary. It also chooses the adversary's temper: how fast each stream tends to be.
-        without: A wait that is left out, to show that it is needed.
+        seed: The adversary's seed. It also decides how fast each stream tends to be.
+        without: A wait to leave out, which shows that it is needed.
     """
 
     supports_graphs = False

@@ -14,11 +14,11 @@ from hf_async_batching.distributed.rank_group import RankGroup
 
 
 def with_agreed_captures(device: Device, group: RankGroup) -> Device:
-    """A rank's device, but for captures: these fail on all ranks where they fail on one.
+    """A rank's device whose captures fail on all ranks if they fail on one.
 
     Args:
-        device: Of this rank.
-        group: The ranks, which all capture the same steps in the same order.
+        device: This rank's device.
+        group: The ranks; all of them capture the same steps in the same order.
     """
     return cast(Device, _AgreedCaptures(device, group))
 
@@ -37,7 +37,7 @@ class _AgreedCaptures:
             graph = self._device.capture(work)
             succeeded = 1
         finally:
-            # Of a failure, too: the other ranks wait for the answer.
+            # After a failure, too: the other ranks wait for the answer.
             everywhere = self._group.least(succeeded)
         if not everywhere:
             raise RuntimeError("another rank could not capture the step")

@@ -79,7 +79,7 @@ class RankGroup:
         size: How many there are: all processes of the default group.
 
     Attributes:
-        rank: Of this process.
+        rank: The rank of this process.
         size: How many there are.
     """
 
@@ -158,10 +158,10 @@ class RankGroup:
 
 
 def check_sendable(request: Request) -> None:
-    """Refuse what cannot reach the other ranks.
+    """Refuse a request that cannot be sent to the other ranks.
 
     Raises:
-        UnsupportedArgumentError: Names it.
+        UnsupportedArgumentError: It holds embeddings or an object that cannot be pickled.
     """
     if request.prompt_embeddings is not None:
         raise UnsupportedArgumentError("`inputs_embeds` are not served with tensor parallelism; pass token ids")
@@ -175,5 +175,5 @@ def check_sendable(request: Request) -> None:
 
 
 def checksum(tokens: Any) -> int:
-    """Of the tokens that a step has sampled."""
+    """A checksum of the tokens that a step has sampled."""
     return hash(tuple(tokens))

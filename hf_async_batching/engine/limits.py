@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_async_batching.checks.embeddings_check import check_takes_embeddings
+from hf_async_batching.checks.embeddings_check import check_embeddings, check_takes_embeddings
 from hf_async_batching.core.logits_params import FIELDS_OF_KIND
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import MAX_EOS, RuleKind
 from hf_async_batching.core.row_record import check_encodable
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
-from hf_async_batching.runner.prompt_embeddings import check_embeddings
 from hf_async_batching.runtime.forking import ForkSafeLock
 
 

@@ -27,13 +27,13 @@ FORWARD = None
 MOST_PADDED_GRAPHS = 96
 _MOST_GRAPH_BYTES = 1 << 30
 
-# So often a step is run before it is captured, which takes as long as some uncaptured steps do. A decode step comes
-# again at once, while one with prompts may be the last of its size.
+# Runs of a step before it is captured; a capture takes as long as a few uncaptured steps. A decode step comes again at
+# once, while a step with prompts may be the last of its size.
 DECODE_USES, PADDED_USES = 1, 4
 
 
 class Captured(NamedTuple):
-    """What a graph was captured of: rows of a decode step, or the sizes of another; what is done with the logits."""
+    """The key of a graph: the rows of a decode step or the sizes of a padded one, and the features of its sampling."""
 
     size: int | Padding
     features: Features | None
@@ -48,7 +48,8 @@ class GraphCache:
 
     Attributes:
         enabled: Whether decode steps are captured; False for good once that has failed `MAX_FAILED_CAPTURES` times.
-        captured: Graphs by what they were captured of; of steps with rare features the forward alone, under `FORWARD`.
+        captured: Graphs by what they were captured of. Only the forward of a step with rare features is captured, under
+            `FORWARD`.
     """
 
     def __init__(self, device: Device, *, enabled: bool) -> None:

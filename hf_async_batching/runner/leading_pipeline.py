@@ -1,4 +1,4 @@
-"""A pipeline that tells the other ranks of its model what it launches."""
+"""A pipeline that sends every step it launches to the other ranks of the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class LeadingPipeline(Pipeline):
-    """Rank 0's.
+    """The pipeline of rank 0.
 
     Args:
         group: The ranks.
-        arguments: Of `Pipeline`.
-        settings: Of `Pipeline`.
+        arguments: Positional arguments of `Pipeline`.
+        settings: Keyword arguments of `Pipeline`.
     """
 
     def __init__(self, group: RankGroup, *arguments: Any, **settings: Any) -> None:

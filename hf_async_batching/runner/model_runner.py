@@ -1,4 +1,4 @@
-"""What happens on the device in one step: carry-over, forward, sampling, update of the row tables.
+"""The device part of one step: carry-over, forward, sampling, update of the row tables.
 
 Decode steps come in buckets, and small steps with prompts are padded to few sizes, so that `GraphCache` can capture
 each of them once.
@@ -60,7 +60,7 @@ class ModelRunner:
 
     Attributes:
         graphs: The steps that are captured.
-        uncaptured: What the step that ran last brings beyond tokens; None where its features are usual.
+        uncaptured: Outputs beyond tokens of the step that ran last; None where its features are captured.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class ModelRunner:
         return buckets[bisect.bisect_left(buckets, num_rows)] if buckets else num_rows
 
     def padding_for(self, plan: Plan, tile_size: int) -> Padding | None:
-        """What a step with prompts is padded to; None for one that is run as it is."""
+        """The sizes to which a step with prompts is padded; None for a step that runs as it is."""
         if plan.features.eager or not self.paddings or self._prompt_embeddings.concerns(plan):
             return None
         rows = len(plan.decode_rows)
@@ -130,7 +130,7 @@ class ModelRunner:
         if entries > most:
             return None
         padding = Padding(tokens, padded_entries(entries, most), decodes)
-        # What will never be captured is not padded for nothing.
+        # Padding a step that will never be captured would be wasted work.
         key = Captured(padding, self._sampler.as_run(plan.features))
         return padding if self.graphs.captures_prompts() or key in self.graphs.captured else None
 
@@ -239,9 +239,7 @@ class ModelRunner:
         return self._forwards[bucket] if replayed else self._forwards.pop(bucket)
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits in memory of their own, where a graph could be captured: one for all graphs, which would each hold
-        theirs otherwise.
-        """
+        """The logits, copied to one buffer that all graphs share: each graph would otherwise keep logits of its own."""
         if not self.graphs.enabled:
             return logits
         shape = (self._buckets[-1], logits.shape[1])

@@ -53,7 +53,7 @@ class Pipeline:
         depth: Steps that may be in flight at once.
         limits: Sizes that no step exceeds.
         tile_size: Query tokens per tile of prefill attention.
-        logit_size: Width of the model's logits; of no account where nobody wants scores or logits.
+        logit_size: Width of the model's logits; ignored where no request wants scores or logits.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Pipeline:
         self._result = [_Prefix(device.host_buffer(max_samples, torch.int32)) for _ in range(depth)]
         self._result_logprobs = [_Prefix(device.host_buffer(max_samples, torch.float32)) for _ in range(depth)]
         self._offered: dict[int, torch.Tensor] = {}
-        # Scores and logits, a line per position that wants them; made when they are wanted, larger when more are.
+        # Scores and logits, one line per position that wants them. Allocated on first use; they grow with demand.
         self._logit_size = logit_size
         self._wide_output: list[dict[str, torch.Tensor]] = [{} for _ in range(SLOTS)]
         self._wide_result: list[dict[str, torch.Tensor]] = [{} for _ in range(depth)]
@@ -139,11 +139,11 @@ class Pipeline:
         count = plan.num_sampled
         tokens = self._result[ring](count).tolist()
         logprobs = self._result_logprobs[ring](count).tolist() if plan.features.logprobs else None
-        # Complete: the tokens, which have arrived, were sent behind the step's compute.
+        # Complete: the tokens have arrived, and they were sent after the step's compute.
         offered = self._offered.pop(plan.step, None)
         if not plan.wanted:
             return Result(plan.step, tokens, logprobs, offered=offered)
-        # Copies: the buffer is the next step's. Ordinary tensors, for callers do what they like with them.
+        # Copies, because the next step reuses the buffer. Ordinary tensors, because callers may write to them.
         with torch.inference_mode(False):
             scores, logits = (
                 [line.clone() for line in self._wide_result[ring][name][: plan.num_wanted]] if wanted else None
@@ -173,7 +173,7 @@ class Pipeline:
         self._device.close()
 
     def _send(self, plan: Plan, slot: int, events: dict[str, Any]) -> Sections:
-        """Stage what changed and enqueue its copy; in steady decode there is nothing to send."""
+        """Stage what changed and enqueue its copy; a steady decode step has nothing to send."""
         send_rows = not plan.chunks and plan.decode_rows is not self._resident_rows
         if not (send_rows or plan.chunks or plan.new_rows or plan.new_pages or plan.given):
             return Sections()

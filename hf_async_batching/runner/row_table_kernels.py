@@ -1,9 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """The row tables of a decode step in two Triton kernels, which replace some twenty small ones of torch's.
 
-What they do is defined by `RowTables`, whose torch code is their reference. Nothing of a launch depends on what
-changes from step to step, so that both can be part of a captured graph. The padding row is never written: entries
-that share it would race.
+The torch code of `RowTables` defines what they do and is their reference. No argument of a launch changes from step to
+step, so both can be part of a captured graph. The padding row is never written: entries that share it would race.
 
 The parameters of a kernel have no Python types; `begin_decode` and `commit_decode` are the typed doors.
 """
@@ -134,7 +133,7 @@ def commit_decode(
 
     Args:
         rows: int32 [entries], as `begin_decode` made them; no row but 0 twice.
-        context_lengths: int32 [entries], likewise.
+        context_lengths: int32 [entries], as `begin_decode` made them.
         tokens: int32 [entries], outcomes of what was sampled (see `outcomes`), contiguous.
         logprobs: float32 [entries], contiguous, or None.
         params: int32 [rows, PARAMS].

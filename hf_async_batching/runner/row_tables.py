@@ -3,8 +3,8 @@
 Every table is indexed by row. Row 0 is the padding row: no request has it, and its entries in all tables stay 0.
 
 A row that has sampled an end-of-sequence token, or reached its length, is *finished*. The host learns that when the
-step's tokens arrive, and may have planned the row for more steps by then; there its entries are padding. The flag
-saves work and keeps the row's pages as they are: which token ends a request, the host decides.
+step's tokens arrive. By then it may have planned the row for more steps, in which the row's entries are padding. The
+flag saves work and keeps the row's pages as they are; the host decides which token ends a request.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class RowTables:
         max_pages_per_row: Width of the page table.
         device: Where the tables live.
         fused: Whether decode steps use the Triton kernels; None for CUDA with Triton.
-        max_length: Tokens that a row can reach; of what its memory holds.
-        vocab_size: Token ids are below; likewise.
+        max_length: Tokens that a row can reach; the width of the token history.
+        vocab_size: Token ids are below it; for the token history.
         max_samples: Tokens that a step can sample; None for `max_rows`.
         padding: The largest step with prompts that is captured.
         groups: Groups of layers that have pages of their own.
@@ -43,7 +43,7 @@ class RowTables:
         params: int32 [rows, PARAMS], sampling parameters (columns in `row_layout`).
         decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
         padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, where its graph finds them.
-        memory: What rows remember beyond that, where they need to.
+        memory: Histories, rules and tokens that have occurred, for rows that need them.
         out_tokens: int32 [max_samples], outcomes (see `outcomes`) of the step that ran last, in plan order.
         out_logprobs: float32 [max_samples], their log-probabilities where asked for.
     """
@@ -210,8 +210,8 @@ class RowTables:
         else:
             self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
         rows = self.sampled_rows(inputs)
-        # A row that has several positions sampled goes on from a token that the host will give: what is kept of them
-        # here does not matter.
+        # A row with several sampled positions goes on from a token that the host will give, so it does not matter
+        # which of them is kept here.
         records, taken = self.params[rows], tokens_of(tokens)
         is_eos = (records[:, FIRST_EOS:] == taken[:, None]).any(1)
         is_last = self.next_positions(inputs) + 1 >= records[:, MAX_LENGTH]

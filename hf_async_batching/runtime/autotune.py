@@ -40,7 +40,7 @@ def source_version(*files: str) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What a measurement holds for: the card and the compilers."""
+    """The card and the compilers that a measurement is valid for."""
     try:
         import triton  # type: ignore[import-untyped,unused-ignore]
 
@@ -96,7 +96,7 @@ class Tuning:
             kernel: Name and version of the kernel; see `source_version`.
             key: The problem: everything that the answer may depend on.
             candidates: The settings that may be answered.
-            default: The answer where nothing was measured, or something that is no candidate any more.
+            default: The answer where nothing was measured, or where the measured setting is no longer a candidate.
         """
         with self._lock:
             remembered = self._best.get(_entry(kernel, key))
@@ -163,7 +163,7 @@ class Tuning:
                 json.dump({"about": self._about, "best": self._best}, file, indent=1)
             temporary.replace(self.path)
         except OSError as error:
-            # A read-only home is no reason not to serve: the process keeps what it measured.
+            # A read-only home must not stop the engine: the process keeps its measurements in memory.
             logger.warning("measured kernel settings cannot be kept in %s: %s", self.path, error)
             if temporary is not None:
                 temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Torch's default device is the caller's: what is made here without a device lies on the CPU, whatever that is."""
+"""Independence of torch's default device, which belongs to the caller: tensors made here default to the CPU."""
 
 from __future__ import annotations
 

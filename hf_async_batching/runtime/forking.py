@@ -1,8 +1,8 @@
-"""What of this process still works in one that was forked from it: memory does, threads do not, CUDA does not.
+"""Forked processes: memory works in the child, threads and CUDA do not.
 
-`os.fork` copies locks as they are, also those that threads hold which the child does not have. And a thread that has
-computed with several OpenMP threads waits for them in the child for ever, while a thread that the child starts gets
-OpenMP threads of its own.
+`os.fork` copies locks as they are, also those that threads hold which the child does not have. A thread that has
+computed with several OpenMP threads waits for them in the child for ever; a thread that the child starts gets OpenMP
+threads of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _forks = 0
 _cuda_in_parent = False
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 _renewed: weakref.WeakSet[Any] = weakref.WeakSet()
-# What must not be collected in a child: memory of devices would be freed there, which fails.
+# Objects that a child must not collect: freeing the memory of devices fails there.
 _left_behind: list[object] = []
 
 
@@ -52,8 +52,9 @@ class ForkSafeLock:
 
 
 def forks() -> int:
-    """How many forks lie between this process and the one that imported this: what was made at another number is not
-    this process's own.
+    """The number of forks between this process and the one that imported this module.
+
+    An object that was made at another number belongs to another process.
     """
     return _forks
 
@@ -64,7 +65,7 @@ def renew_in_child(owner: Any) -> None:
 
 
 def leave_behind(*parts: object) -> None:
-    """Keep what is the parent's for as long as the child lives, and touch it no more."""
+    """Keep objects of the parent alive for as long as the child lives, without touching them again."""
     _left_behind.extend(parts)
 
 

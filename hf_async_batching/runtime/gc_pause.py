@@ -1,4 +1,4 @@
-"""Python's collector of cycles, which rests where it would do harm."""
+"""Python's cycle collector, paused where it would do harm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class _Collector:
-    """Python's collector of cycles, which is one for all threads: off while anybody wants it off."""
+    """Python's cycle collector, which all threads share: off while any thread wants it off."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

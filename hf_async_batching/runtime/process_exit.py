@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProcessEndsError(BaseException):
-    """Raised in a thread whose work nobody will see any more."""
+    """Raised in a thread whose work is no longer needed."""
 
 
 # The threads that are ended so.
@@ -27,7 +27,7 @@ _watched: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def process_ends() -> bool:
-    """Whether Python waits for nothing but threads that are ended here, to take down then what they use.
+    """Whether Python only waits for threads that are ended here before it tears down what they use.
 
     A program can go on in other threads when its main thread has ended.
     """

@@ -1,4 +1,4 @@
-"""No thread that brings tokens waits for tokens that only it can bring.
+"""Refuses calls in which an engine's thread would wait for tokens that only it can produce.
 
 A caller's done-callbacks run in engines' threads. Where such code waits for the same engine, directly or by way of
 another engine that waits for it, the wait would never end, and every other request of the engine would wait with it.

@@ -1,4 +1,4 @@
-"""Says in the log what a start is doing, when it takes long: someone waits for it."""
+"""Logs what a slow start is doing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether Triton's kernels run, and bringing Triton up in threads of its own, while the model is looked at.
+"""Starts Triton in threads of its own while the model is inspected.
 
 Before its first kernel Triton loads its languages, builds a library that talks to the driver, and hashes its own
-files: more than a second, and each thread that compiles does it for itself where nobody did it before.
+files. That takes more than a second, and each thread that compiles repeats it unless it was done before.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def start_compiler(device: torch.device) -> None:
         if _starting:
             return
         for step in (_hash_files, functools.partial(_connect, device)):
-            # No daemon, whatever this thread is: Python takes down what a daemon uses while it runs.
+            # Never a daemon: at exit, Python tears down modules that a running daemon still uses.
             thread = threading.Thread(target=_quietly, args=(step,), name="hf_async_batching_compiler", daemon=False)
             thread.start()
             _starting.append(thread)
 
 
 def after_compiler_start(job: Callable[[], object]) -> Callable[[], object]:
-    """The job, which begins when Triton is up; at once where nobody has started it."""
+    """The job, delayed until Triton is up; it begins at once where Triton was never started."""
 
     def run() -> object:
         for thread in _starting:  # in a forked process they count as ended

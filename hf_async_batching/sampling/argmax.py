@@ -23,7 +23,7 @@ _MAX_PARTS = 64
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest logit of each row, the first of equals; NaN counts as the largest, as in torch.
 
-    (On a GPU it counts as inf, so that of a row with both the first one is taken.)
+    (On a GPU, NaN counts as inf: a row with both yields the first of them.)
 
     Args:
         logits: [rows, vocab], any float dtype.

@@ -1,4 +1,4 @@
-"""What is left to draw from, by transformers' warpers in their order, each over what the one before has left.
+"""The filters of transformers' warpers, in their order; each sees the tokens that the filter before it has left.
 
 Top-k, top-p and min-p are thresholds on the scaled logits, computed from the largest `candidates` of them. Unlike
 transformers' top-p, ours keeps all tokens that are as probable as the last one kept.
@@ -15,7 +15,7 @@ from hf_async_batching.sampling.metadata import SamplingMetadata
 
 _NEGATIVE_INFINITY = float("-inf")
 
-# How many of the most probable tokens transformers' top-h looks at.
+# transformers' top-h looks at this many of the most probable tokens.
 _TOP_H_TOKENS = 100
 
 
@@ -25,7 +25,7 @@ def filtered(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -
     Args:
         logits: float32 [rows, vocab], not changed.
         rows: Their parameters.
-        features: What any row needs. Scores that nobody wants to see are shifted so that the largest logit is 0:
+        features: What any row needs. Scores that no request returns are shifted so that the largest logit is 0:
             dividing such differences by a tiny temperature loses no maximum to infinity.
 
     Returns:
@@ -36,7 +36,7 @@ def filtered(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -
     scores = shifted
     if features.scores:
         scores = logits / temperature
-        # Where the largest of them is lost to infinity, `generate` fails; a row must not depend on who wants scores.
+        # `generate` fails where the largest score overflows to infinity. A row must not depend on who wants scores.
         scores = torch.where(scores.amax(-1, keepdim=True).isfinite(), scores, shifted)
     stages = features.stages
     if stages & Stage.TOP_H:

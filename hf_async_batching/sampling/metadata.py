@@ -1,4 +1,4 @@
-"""What the sampler knows of the rows whose tokens it chooses."""
+"""The parameters of the rows whose tokens the sampler chooses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SamplingMetadata:
         params: int32 [sampled, PARAMS], their records as `row_layout` lays them out.
         positions: int64 [sampled], the position that each sampled token will take, which is the number of tokens
             before it.
-        rows: int32 [sampled], the rows; None where no memory is read.
-        memory: The memories of all rows; likewise.
+        rows: int32 [sampled], the rows; None where no history is read.
+        memory: The histories of all rows; None where none is read.
         bounds: Sizes that no row exceeds.
     """
 

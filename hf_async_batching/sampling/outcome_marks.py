@@ -13,7 +13,7 @@ def tokens_of(outcomes: torch.Tensor) -> torch.Tensor:
 
 
 def without_token(outcomes: torch.Tensor) -> torch.Tensor:
-    """bool [rows], where there is none."""
+    """bool [rows], True where a row has no token."""
     return (outcomes < 0) & (outcomes > FIRST_UNSOUND)
 
 
@@ -21,7 +21,7 @@ def marked(tokens: torch.Tensor, *, undrawable: torch.Tensor | None = None, unso
     """int32 [rows], outcomes of tokens int32 [rows].
 
     Args:
-        tokens: Of each row.
+        tokens: int32 [rows], the token of each row.
         undrawable: bool [rows], where a token was to be drawn and cannot be.
         unsound: bool [rows], where the model's logits are not finite.
     """

@@ -34,9 +34,9 @@ class Sampler:
         self._fused = fused
 
     def as_run(self, features: Features) -> Features:
-        """The features without what makes no difference to the work, so that steps which differ in it share a graph.
+        """The features without those that make no difference to the work, so that more steps share a graph.
 
-        The kernels read each row's filters, and do not ask how many candidates decide them.
+        The kernels read each row's filters and ignore how many candidates decide them.
         """
         return _without_candidates(features) if self._fused else features
 
@@ -74,7 +74,7 @@ class Sampler:
         return self.choose(self.scores(logits, rows, features), rows, features, logits)
 
     def scores(self, logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
-        """What tokens are chosen by, after all changes and filters.
+        """The scores that tokens are chosen by, after all changes and filters.
 
         Args:
             logits: [rows, vocab], any float dtype; not changed.
@@ -82,7 +82,7 @@ class Sampler:
             features: What any row needs.
 
         Returns:
-            float32 [rows, vocab]: of rows that draw, the logarithms of what they draw by, up to a shift.
+            float32 [rows, vocab]; for rows that draw, their log-probabilities up to a shift.
         """
         scores = changed(logits.float(), rows, features)
         if features.sampling:
@@ -104,7 +104,7 @@ class Sampler:
             logits: [rows, vocab], the model's own.
 
         Returns:
-            int32 [rows], outcomes: a draw from scores whose largest is not finite is none, as in `generate`.
+            int32 [rows], outcomes. Scores whose largest is not finite yield no draw, as in `generate`.
         """
         best = argmax(scores)
         tokens, undrawable = tokens_of(best), None
@@ -136,12 +136,12 @@ def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -
     """One token int64 [rows] per row of scores float32 [rows, vocab], as steps of the engine draw it.
 
     Args:
-        scores: Logarithms of what is drawn by, up to a shift.
-        records: int32 [rows, PARAMS], of which the seeds count; see `seed_records`.
+        scores: Log-probabilities to draw by, up to a shift.
+        records: int32 [rows, PARAMS]; only the seeds are read, see `seed_records`.
         positions: int32 [rows], that the tokens will take.
 
     Raises:
-        InvalidProbabilitiesError: There is nothing to draw from; a `RuntimeError`, as in `generate`.
+        InvalidProbabilitiesError: No token can be drawn; a `RuntimeError`, as in `generate`.
     """
     largest = scores.amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):

@@ -1,7 +1,7 @@
-"""What rows remember beyond their last token: rules, histories, and which tokens have occurred.
+"""The rows' rules and token histories, and which tokens have occurred in them.
 
-Both tables are made when the first request needs them, and never again: captured steps hold their addresses. A row's
-history is complete before each step's tokens are chosen, because it is written together with the step's inputs.
+Both tables are made when the first request needs them and are never replaced: captured steps hold their addresses. A
+row's history is complete before each step's tokens are chosen, because it is written together with the step's inputs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenHistory:
             self.seen = torch.zeros(self._rows, self._vocab, dtype=torch.uint8, device=self._device)
 
     def start(self, rows: torch.Tensor) -> None:
-        """Forget what the rows int32 [new] held."""
+        """Clear the rules and marks of rows int32 [new]."""
         if self.words is not None:
             self.words[rows, :HISTORY_START] = torch.zeros_like(rows)[:, None]
         if self.seen is not None:

@@ -2,7 +2,7 @@
 """Sampling in Triton: the usual filters, the repetition penalty and the draw, in little more than one pass.
 
 The vocabulary is cut into groups. One pass over the logits finds the largest of each group (`group_maxima_kernel`);
-after that only groups are read that can matter:
+after that, only the groups that can matter are read:
 
 - Top-k: if k groups have a maximum of at least t, so have k tokens, and every token of at least t stands in a group
   whose maximum is. So the k-th largest maximum is a lower bound of the k-th largest logit, and some k groups hold all
@@ -16,7 +16,7 @@ after that only groups are read that can matter:
   distribution leaves next to nothing to search.
 
 Thresholds are found bit by bit on integers that order like the floats. Tokens are drawn by the arg-min of E_i / p_i
-with the variates of `noise`, so that the torch code draws the same tokens up to rounding.
+with the variates of `gumbel`, so that the torch code draws the same tokens up to rounding.
 """
 
 import triton  # type: ignore[import-untyped,unused-ignore]
@@ -351,8 +351,8 @@ def draw_bounded_kernel(
             GROUP, TILE, CAPACITY, HAS_SEEN,
         )  # fmt: skip
         if found > CAPACITY:
-            # Many large logits stand together: only those that are as large as the k-th. Of still more, equal ones,
-            # the first are taken.
+            # Many large logits share these groups: take only those that are as large as the k-th. If still too many
+            # are equal, take the first.
             threshold = tl.zeros([], tl.uint32)
             for i in range(32):
                 candidate = threshold | (tl.full([], 1, tl.uint32) << (31 - i))
@@ -386,7 +386,7 @@ def draw_bounded_kernel(
         if top_p < 1.0:
             mass = tl.where(keep, tl.exp(scaled), 0.0)
             nucleus = top_p * tl.sum(mass, axis=0)
-            # The largest t with the mass of the nucleus above it: what is larger stays.
+            # The largest t with the mass of the nucleus above it: larger logits stay.
             t = tl.zeros([], tl.uint32)
             for i in range(32):
                 candidate = t | (tl.full([], 1, tl.uint32) << (31 - i))

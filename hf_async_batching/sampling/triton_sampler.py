@@ -27,12 +27,12 @@ def choose(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> 
 
     Args:
         logits: [rows, vocab], any float dtype, the last dimension contiguous; not changed.
-        rows: Their parameters; with memories where there is a penalty.
-        features: What any row needs, of what the kernels serve.
+        rows: Their parameters; with histories where there is a penalty.
+        features: What any row needs; see `serves`.
 
     Returns:
-        int32 [rows], outcomes (see `outcomes`). Of more than 1,024 tokens as probable as the `top_k`-th (4,096 where
-        some row's `top_k` is above 64), those beyond are dropped, larger ids first.
+        int32 [rows], outcomes (see `outcomes`). If more than 1,024 tokens are as probable as the `top_k`-th (4,096
+        where some row's `top_k` is above 64), the larger ids are dropped.
     """
     count, vocab = logits.shape
     device = logits.device

@@ -1,6 +1,6 @@
-"""Steps in which more than a token is wanted: scores, logits, or logits for a chooser outside of the engine.
+"""Sampling outside of CUDA graphs: rare filters, scores, logits, and logits for a chooser outside of the engine.
 
-Nothing waits for the device here, and no code of a caller runs.
+Nothing here waits for the device, and no code of a caller runs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hf_async_batching.sampling.sampler import Sampler, log_probabilities
 
 @dataclass(slots=True)
 class UncapturedOutputs:
-    """What a step brings beyond tokens.
+    """Outputs of a step beyond its tokens.
 
     Attributes:
-        scores: float32 [sampled, vocab], what tokens were chosen by; None where nobody wants them.
-        logits: [sampled, vocab], as the model made them; None where nobody wants them.
+        scores: float32 [sampled, vocab], the scores that tokens were chosen by; None where no request wants them.
+        logits: [sampled, vocab], as the model made them; None where no request wants them.
         offered: float32 [offers, vocab], an ordinary tensor of its own; None where no chooser waits for logits.
     """
 
