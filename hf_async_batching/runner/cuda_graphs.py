@@ -48,8 +48,8 @@ class GraphCache:
 
     Attributes:
         enabled: Whether decode steps are captured; False for good once that has failed `MAX_FAILED_CAPTURES` times.
-        captured: Graphs by what they were captured of. Only the forward of a step with rare features is captured, under
-            `FORWARD`.
+        captured: Graphs by what they were captured of. For a step with rare features, it is the forward alone,
+            under `FORWARD`.
     """
 
     def __init__(self, device: Device, *, enabled: bool) -> None:

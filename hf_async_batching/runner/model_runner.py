@@ -239,7 +239,7 @@ class ModelRunner:
         return self._forwards[bucket] if replayed else self._forwards.pop(bucket)
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits, copied to one buffer that all graphs share: each graph would otherwise keep logits of its own."""
+        """The logits, copied to one buffer that all graphs share: each would otherwise keep logits of its own."""
         if not self.graphs.enabled:
             return logits
         shape = (self._buckets[-1], logits.shape[1])
