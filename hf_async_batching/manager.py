@@ -80,8 +80,6 @@ class GenerationManager:
         # Neither holds the manager, which goes with the last reference of a caller's.
         self.inputs = InputProcessor(engines.model, lambda: make_view(engines.model(), None))
 
-    # -- serving --------------------------------------------------------------------------------------------------
-
     def submit(
         self,
         input_ids: list[int] | torch.Tensor | None = None,
@@ -324,8 +322,6 @@ class GenerationManager:
         """
         self._engines.model_changed()
 
-    # -- looking --------------------------------------------------------------------------------------------------
-
     def stats(self) -> Stats:
         """What the engine is doing now; zeros where it is not running."""
         engine = self._engines.thread
@@ -365,8 +361,6 @@ class GenerationManager:
         """The running engine and its parts, for benchmarks; None where it is not running."""
         return self._engines.parts
 
-    # -- ending ---------------------------------------------------------------------------------------------------
-
     def close(self, timeout: float | None = None) -> None:
         """Stop the engine and return all its memory. Live requests fail with `EngineClosedError`.
 
@@ -376,8 +370,6 @@ class GenerationManager:
             timeout: Seconds to wait for the step that is running; None waits for it.
         """
         self._engines.close(timeout)
-
-    # -- several ranks --------------------------------------------------------------------------------------------
 
     @property
     def leads(self) -> bool:
