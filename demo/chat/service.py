@@ -202,7 +202,7 @@ class ChatService:
             else:
                 why = "Stopped before the first word." if result.finish_reason == "cancelled" else "(An empty answer.)"
                 yield Reply(f"*{why}*", note="", failed=True)
-        except Exception as error:  # its own visitor is told, and nobody else: that is the page's part of isolation
+        except Exception as error:  # only its own visitor is told: that is the page's part of isolation
             told = (f"{text}\n\n" if text else "") + explain(error).markdown()
             yield Reply(told, note="", failed=True, discarded=turn.discarded, error=error)
         finally:

@@ -74,7 +74,7 @@ class Ticket:
     """A place in a line, until the `with` block that it opens is left.
 
     Attributes:
-        owner: Whose it is.
+        owner: The address of the visitor whose ticket it is.
         running: Whether its turn has come.
     """
 

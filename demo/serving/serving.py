@@ -32,7 +32,7 @@ class Serving:
         manager: The engine.
         chat_model: Model and tokenizer.
         machine: Card, versions, measured copy bandwidth.
-        depth: Steps in flight while nobody compares.
+        depth: Steps in flight while no comparison runs.
         roster: The requests of all visitors.
     """
 

@@ -1,7 +1,7 @@
 """Measures what the page claims, with the page's own means: ``python -m demo.tools.measure WHAT``.
 
 together   the same chats at once and one after another, on one engine
-overhead   the same load without a page and with a wall that somebody watches, in turn, on one engine
+overhead   the same load without a page and with a wall that is watched, in turn, on one engine
 page       a page in a process of its own, driven through its API: a comparison of depth 1 and 2, and a wall
 
 Where there is no package index (a GPU machine without a network), carry wheels: what ``gradio`` and ``datasets`` need
@@ -57,7 +57,7 @@ for line in sys.stdin:
 
 
 def _run_wall(serving: Serving, prompts: Sequence[str], chats: int, tokens: int) -> Wall:
-    """Answer prompts with nobody watching: this thread sleeps until all of them have ended."""
+    """Answer prompts without a page: this thread sleeps until all of them have ended."""
     wall = Wall(serving, prompts, Settings(max_new_tokens=tokens, greedy=True), chats=chats)
     while not wall.over:
         wall.tick()
@@ -140,7 +140,7 @@ def overhead(serving: Serving, chats: int, tokens: int, repeats: int, browser: b
         "all": speeds,
         "frames_per_second": round(statistics.median(frames), 1),
         "percent": round(100 * medians["with"] / medians["without"], 1),
-        # Of this process, engine and server together; other load on the machine does not count.
+        # This process alone, engine and server together; other load on the machine does not count.
         "cpu_seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
     }
 

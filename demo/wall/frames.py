@@ -9,7 +9,7 @@ from typing import Any
 
 from .wall import DECODING, DONE, FAILED, OVER, PREFILL, STOPPED, WAITING, Wall
 
-# Of values that reach a page together, it sees the last one only. Each frame repeats the changes of the ones before.
+# A page sees only the last of the values that reach it together. Each frame repeats the changes of the ones before.
 _REPEATED = 4
 # Where much is written, fewer, so that a phone keeps up.
 _LARGEST = 32_000
@@ -18,7 +18,7 @@ _LARGEST = 32_000
 class Frames:
     """Numbers the changes of a wall.
 
-    A frame is an object: `run` (names the wall; whoever knows it may ask for all of it), `n` (its number), `d` (the
+    A frame is an object: `run` (names the wall; a page with it may ask for all), `n` (its number), `d` (the
     last few of [number, changes], the newest last), and `sum`, the figures of the whole wall. A page applies what it
     has not seen; where a number is missing it asks for `whole`.
     """

@@ -96,7 +96,7 @@ class Wall:
     Args:
         serving: The engine.
         prompts: The first questions; used from the start again where there are more chats than prompts.
-        settings: Of every answer.
+        settings: The settings of every answer.
         chats: How many start.
         turns: Questions per chat; the others are follow-ups.
         stagger: Seconds between the starts of two chats, up to `MOST_STAGGER`; 0 lets all of them arrive together.

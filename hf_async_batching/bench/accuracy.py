@@ -78,7 +78,7 @@ def teacher_forced(
 
     Args:
         model: The model that the tokens came from, with its own attention.
-        requests: Whose tokens are checked.
+        requests: The requests whose tokens are checked.
         tokens: New tokens by request id.
         slice_size: Positions computed at once, over a cache of those before: bounds the memory of the logits.
     """

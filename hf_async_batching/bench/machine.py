@@ -27,7 +27,7 @@ class Machine:
     Attributes:
         card: The GPU's name, or the CPU's.
         copy_bandwidth: Bytes per second, read plus written, of a large copy in this process.
-        versions: Of everything that matters; None where something is absent.
+        versions: Versions by name; None where something is absent.
     """
 
     card: str

@@ -145,7 +145,7 @@ class BenchRun:
         prompt_tokens: Tokens of their prompts.
         output_tokens: Tokens generated.
         seconds: From the arrival of the first requests to the last token.
-        all_seconds: Of every counted pass.
+        all_seconds: Seconds of every counted pass.
         output_tokens_per_second: Generated tokens over `seconds`.
         total_tokens_per_second: Prompt and generated tokens over `seconds`.
         pace: What follows from the times of the steps.

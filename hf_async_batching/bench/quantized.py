@@ -31,9 +31,9 @@ def nf4_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
     stays in `dtype`, as in transformers, and so do experts whose weights are one tensor.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         device: Where the weights are drawn, by torch's own generator, and stay.
-        dtype: Of what is not quantized, and of what the quantized layers compute with.
+        dtype: Dtype of what is not quantized; quantized layers compute in it.
 
     Raises:
         ValueError: bitsandbytes is not installed.

@@ -35,8 +35,8 @@ def random_model(
     Args:
         shape: A key of `SHAPES`.
         device: Where the weights are made and stay.
-        dtype: Of the weights; of what quantized layers compute with.
-        seed: Of the weights. The state of torch's own generators is the same before and after.
+        dtype: Dtype of the weights; quantized layers compute in it.
+        seed: Seed of the weights. The state of torch's own generators is the same before and after.
         quantize: None, or one of `QUANTIZATIONS`: each linear layer is quantized as soon as it is drawn.
         changes: Fields of the config that differ from the shape's; for `num_hidden_layers`, see `shape_config`.
 

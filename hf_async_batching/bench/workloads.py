@@ -100,11 +100,11 @@ def make_workload(
     Args:
         name: "seed", "small", "mix" or "chat".
         vocab: Token ids are below.
-        seed: Of the token ids.
+        seed: Seed of the token ids.
         rows: Requests; of "chat", conversations.
         prompt: Tokens per prompt; of "mix", at most; of "chat", tokens of the system prompt that all share.
         new: New tokens per request; of "mix" and "chat", at most.
-        turns: Of "chat": messages per conversation.
+        turns: Messages per conversation of "chat".
 
     Raises:
         ValueError: No such workload, or a size below 1.

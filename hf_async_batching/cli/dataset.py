@@ -177,7 +177,7 @@ def _dataset(arguments: argparse.Namespace) -> int:
     work = _work_dir(arguments)
     ranks = find_ranks(None, None)
     check_output(arguments.output)
-    # Of several processes, another may have begun already.
+    # Where several processes share the run, another may have begun already.
     if work.exists() and not arguments.resume and ranks.size == 1:
         raise OutputError(f"{work} is there: --resume goes on with it; delete it to start anew")
     if arguments.private and not arguments.push_to_hub:

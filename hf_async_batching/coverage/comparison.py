@@ -41,7 +41,7 @@ class _Token:
         prompt: Index of the prompt.
         place: Among the new tokens.
         gap: By how much less likely it is than `generate`'s choice after the same tokens.
-        difference: Of its log-probability; infinite where there is none.
+        difference: Difference of its log-probability; infinite where there is none.
     """
 
     prompt: int

@@ -42,7 +42,7 @@ def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0
     """A random model in float32 whose outputs depend on all of its weights.
 
     Args:
-        class_name: Of transformers.
+        class_name: A class of transformers.
         scale: Factor on the matrices: with the usual initialization a tiny model says one token over and over.
         embedding_scale: The same for embeddings.
         changes: Fields of the config that are set to something else.
@@ -84,7 +84,7 @@ def check_family(
     Args:
         name: One of `entry_names`.
         device: Where the model runs.
-        dtype: Of the weights, as `from_pretrained` loads them.
+        dtype: Dtype of the weights, as `from_pretrained` loads them.
         report: See `check_model`.
     """
     class_name, changes = name.partition("+")[0], VARIANTS.get(name, {})

@@ -15,8 +15,8 @@ def as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast a float32 model in place; `model.to(dtype)` would round rotary frequencies and gates, which loading keeps.
 
     Args:
-        model: In float32, on the CPU.
-        dtype: As in `from_pretrained(dtype=...)`.
+        model: A model in float32, on the CPU.
+        dtype: The dtype that `from_pretrained(dtype=...)` would take.
 
     Returns:
         The model.

@@ -39,8 +39,8 @@ class Forced:
     """What plain `generate` computes where it is made to say given tokens.
 
     Attributes:
-        logprobs: Of the given tokens.
-        best: Of its own choice at each place.
+        logprobs: Log-probabilities of the given tokens.
+        best: Log-probabilities of its own choice at each place.
     """
 
     logprobs: list[float]

@@ -51,7 +51,7 @@ class Checked:
     """What came of an entry.
 
     Attributes:
-        name: Of the entry.
+        name: Name of the entry.
         verdict: What was found.
         log: The end of what the process printed, where the check did not come to its end; empty else.
     """
@@ -84,9 +84,9 @@ def check_families(
     """Check entries side by side.
 
     Args:
-        names: Of entries; see `entry_names`.
+        names: Names of entries; see `entry_names`.
         device: Where the models run.
-        dtype: Of their weights.
+        dtype: Dtype of their weights.
         workers: Processes at a time.
         timeout: Seconds per entry.
         until: On `time.monotonic`'s clock: no process is started after it. Those that run come to their end.

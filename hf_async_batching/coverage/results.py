@@ -23,7 +23,7 @@ class CoverageRun:
 
     Attributes:
         device: Its kind: "cpu" or "cuda".
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         transformers: Its release.
         torch: Its release; of the last run.
         card: Name of the GPU; empty on a CPU.
@@ -102,7 +102,7 @@ def read_json(path: Path) -> list[CoverageRun]:
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    if "runs" not in found:  # of a release that knew one column
+    if "runs" not in found:  # written by a release that knew one column
         found = {"runs": [{"device": "cpu", "dtype": "float32", **found}]}
     return [
         CoverageRun(**{**run, "classes": {name: _verdict(of) for name, of in run["classes"].items()}})

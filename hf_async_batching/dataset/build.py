@@ -17,7 +17,7 @@ _SPAN_WINDOWS = 8
 
 
 def make_requests(settings: DatasetSettings, split: str) -> RowRequests:
-    """Makes the requests of a split's rows."""
+    """Make the requests of a split's rows."""
     return RowRequests(
         settings.manager,
         settings.generation_config,
@@ -33,7 +33,7 @@ def make_requests(settings: DatasetSettings, split: str) -> RowRequests:
 def make_run(
     settings: DatasetSettings, chunks: Iterator[RowBlock], split: str, wanted: Callable[[RowBlock], Any]
 ) -> BatchRun:
-    """Serves the rows of `chunks` that `wanted` picks."""
+    """Serve the rows of `chunks` that `wanted` picks."""
     prompts = PromptMaker(
         settings.tokenizer,
         settings.prompt,
@@ -59,17 +59,17 @@ def make_run(
 
 
 def make_progress(settings: DatasetSettings, total: int | None, split: str) -> Progress:
-    """Shows how far a run over `total` rows is."""
+    """Make the display of a run over `total` rows."""
     return Progress(settings.manager, total, split=split, bar=settings.progress, callback=settings.callback)
 
 
 def where(split: str) -> str:
-    """Of which split, for messages."""
+    """The split's name as a part of a message; empty where there is none."""
     return f" of split {split!r}" if split else ""
 
 
 def without_unused(settings: DatasetSettings, columns: dict[str, Any]) -> dict[str, Any]:
-    """Where errors are raised, no column is needed for them."""
+    """Drop the column of errors where errors are raised instead."""
     if settings.on_error == "raise":
         columns.pop(settings.columns.names.get("error", ""), None)
     return columns

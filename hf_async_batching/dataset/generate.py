@@ -64,7 +64,7 @@ def generate_dataset(
     Args:
         model: A causal language model, or a manager that serves one.
         dataset: A `datasets` `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, a pandas DataFrame,
-            or any iterable of dictionaries or of prompts. Of a dataset with a transform (`set_transform`) the
+            or any iterable of dictionaries or of prompts. Where a dataset has a transform (`set_transform`), the
             transformed rows are served.
         tokenizer: The model's; None where prompts are token ids, and then there is no text.
         prompt: A column, or a function of the row (a dictionary, as `dataset[i]` gives it; called in several threads
@@ -74,7 +74,7 @@ def generate_dataset(
         row_parameters: Generation parameters that rows have of their own: `{"max_new_tokens": "budget"}`, parameter to
             column, or a list of names that are both. Fields of `GenerationConfig`, "seed" and "stop". A None in a row
             leaves it with what is common to all.
-        seed: Of everything that is sampled: a request's own follows from it, the row's index and the completion's. A
+        seed: Seed of the run: a request's own follows from it, the row's index and the completion's index. A
             row's own seed is what `submit(seed=...)` would get.
         resume_dir: A folder to which finished rows are written as they come. A run that ended early goes on from there
             when it is called again with the same arguments, and ends with the same dataset.
@@ -83,8 +83,8 @@ def generate_dataset(
         logprobs: Also keep the log-probabilities of the chosen tokens.
         chat: Make a text the user's message of a chat.
         system_prompt: Begins every chat that has no system message; implies `chat`.
-        chat_template_arguments: For the chat template, such as `{"enable_thinking": False}`.
-        skip_special_tokens: In the text.
+        chat_template_arguments: Arguments of the chat template, such as `{"enable_thinking": False}`.
+        skip_special_tokens: Whether special tokens are left out of the text.
         output_columns: Names of the new columns in place of `text`: "completion", `token_ids`: "completion_ids",
             `finish_reason`, `prompt_tokens`, `completion_tokens`, `logprobs`: "completion_logprobs", `error`; None
             leaves one out. With several completions per row (`num_return_sequences`), all but `prompt_tokens` and
@@ -94,8 +94,8 @@ def generate_dataset(
         window: Rows that may be unfinished at once. Bounds memory, and is what longest-first has to choose from.
         shard_rows: Rows per Parquet file in `resume_dir`; chosen by itself where None.
         tokenize_threads: Threads that tokenize; at most four by default.
-        features: Of a stream whose first rows do not show them.
-        rank: Of this process among those that share the dataset, each with a copy of the model, and all with one
+        features: Features of a stream whose first rows do not show them.
+        rank: Number of this process among those that share the dataset, each with a copy of the model, all with one
             `resume_dir`. Found by itself under `accelerate launch` and `torchrun`.
         world_size: Number of these processes.
         batching_config: Settings of the model's shared manager, where this call is the one that makes it.
@@ -199,7 +199,7 @@ def _of_each_split(dataset: Any, complete: Callable[[Any, str], Any]) -> Any:
 
 
 def _followed(settings: DatasetSettings, dataset: Any, split: str) -> Any:
-    """What a rank of a spread model has that did not lead: what the one that did has written."""
+    """Load, on a rank of a spread model that does not lead, what the leading rank has written."""
     kind = _kind(dataset)
     if settings.resume_dir is None or kind not in ("Dataset", "IterableDataset"):
         return None

@@ -31,7 +31,7 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
 
     Args:
         name: A file or a pattern of files, a folder, or a name on the Hub.
-        config: Of a dataset with several configurations.
+        config: Configuration of a dataset that has several.
         split: "train", or the only one, where None.
         limit: The first rows only.
         streaming: Read while rows are served.

@@ -65,7 +65,7 @@ def check_columns(output: Path, features: Mapping[str, Any] | None) -> None:
 
     Args:
         output: A folder or a file.
-        features: Of the input's columns; None where they are not known.
+        features: Features of the input's columns; None where they are not known.
 
     Raises:
         OutputError: Names the columns.

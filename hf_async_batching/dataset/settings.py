@@ -1,4 +1,4 @@
-"""What `generate_dataset` was asked for, once it is checked and its defaults are filled in."""
+"""The arguments of `generate_dataset`, checked, with their defaults filled in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ALIASES = {"stop": "stop_strings"}
 
 @dataclass(frozen=True, slots=True)
 class DatasetSettings:
-    """Of one call; see `generate_dataset` for what each is."""
+    """The checked arguments of one call; `generate_dataset` describes each of them."""
 
     manager: GenerationManager
     tokenizer: Any
@@ -57,11 +57,11 @@ class DatasetSettings:
 
     @property
     def needed_columns(self) -> list[str] | None:
-        """What prompts and parameters are made of; None for whole rows."""
+        """The columns from which prompts and parameters are made; None for whole rows."""
         return [self.prompt, *self.row_parameters.values()] if isinstance(self.prompt, str) else None
 
     def folder(self, split: str) -> Path:
-        """Where a split's rows are written."""
+        """The folder to which a split's rows are written."""
         assert self.resume_dir is not None
         return self.resume_dir / split if split else self.resume_dir
 
@@ -83,7 +83,7 @@ class DatasetSettings:
     def fingerprint(
         self, split: str, num_rows: int | None, transform: Callable[..., Any] | None = None
     ) -> Fingerprint:
-        """What decides the outputs; `transform` is the dataset's own."""
+        """Everything that decides the outputs; `transform` is the dataset's own."""
         prompt = self.prompt if isinstance(self.prompt, str) else f"function {fingerprint_of_function(self.prompt)}"
         return {
             "model": fingerprint_of_model(self.manager.model),

@@ -29,10 +29,10 @@ def through_folder(
     """Complete what is missing in `resume_dir`, and load all of it.
 
     Args:
-        settings: Of the call; with a `resume_dir`.
-        dataset: What was given.
+        settings: The call's settings; with a `resume_dir`.
+        dataset: The dataset as the caller gave it.
         source: The rows.
-        split: Of a dictionary of datasets; its folder in `resume_dir`.
+        split: Name of a split of a dictionary of datasets, and of its folder in `resume_dir`.
         kind: "Dataset" or "IterableDataset", which is what comes back.
     """
     from datasets import Features
@@ -92,10 +92,10 @@ def through_folder(
 def load_folder(
     settings: DatasetSettings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str
 ) -> Any:
-    """What another process has finished, as what was given; see `through_folder`.
+    """Load a run that another process has finished; the arguments are those of `through_folder`.
 
     Raises:
-        HfAsyncBatchingError: It has not finished it.
+        HfAsyncBatchingError: The run is not finished.
     """
     from datasets import Features
 
@@ -143,7 +143,7 @@ def _loaded(settings: DatasetSettings, dataset: Any, files: list[ShardFile], fea
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bar that `datasets` draws even where nobody sees it."""
+    """Suppress the bar of `datasets` where standard error is no terminal."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or sys.stderr.isatty():

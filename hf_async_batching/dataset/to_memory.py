@@ -72,7 +72,7 @@ def completed_dataset(settings: DatasetSettings, dataset: Any, source: DatasetSo
         if len(pending) == _TABLE_ROWS:
             flush()
     flush()
-    if not len(dataset):  # of which `concatenate_datasets` makes nothing
+    if not len(dataset):  # `concatenate_datasets` loses the features of an empty one
         empty = Dataset(Features({**dataset.features, **added}).arrow_schema.empty_table())
         return with_format_of(dataset, empty, list(added))
     stored = dataset.with_format(None)

@@ -40,7 +40,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def unused_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port on which no process listens now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -63,7 +63,7 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, monkeypatch: pytest
 
 
 def test_each_rank_alone_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As jobs of an array do it, with a stream whose length nobody knows in advance."""
+    """As jobs of an array do it, with a stream whose length is not known in advance."""
     work: dict[str, Any] = {"folder": tmp_path / "run", "rows": 95, "shard_rows": 10, "new": 4, "stream": True}
     monkeypatch.setattr(resume_store, "DEAD_SECONDS", 0.1)
     for rank in (2, 0):

@@ -308,7 +308,7 @@ def test_errors_are_raised(manager: Any, tokenizer: Any, bad: int, message: str)
     with pytest.raises(DatasetRowError, match=message) as raised:
         generate_dataset(manager, Dataset.from_dict({"prompt": ["fine", BAD[bad]]}), tokenizer, **NEW)
     assert raised.value.index == 1
-    assert manager.submit([5, 6], max_new_tokens=2).result().token_ids  # nobody else noticed
+    assert manager.submit([5, 6], max_new_tokens=2).result().token_ids  # no other request noticed
 
 
 class Panic(BaseException):

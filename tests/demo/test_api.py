@@ -60,7 +60,7 @@ def test_many_clients_stream_at_once(served: Served) -> None:
     for stream in streams:
         assert len(stream) > 1, "an answer comes in parts"
         assert all(after.startswith(before) for before, after in pairwise(stream))
-    assert len({stream[-1] for stream in streams}) > CLIENTS / 2, "nobody gets somebody else's answer"
+    assert len({stream[-1] for stream in streams}) > CLIENTS / 2, "no client gets the answer of another"
     assert busiest > 4, "they were in one batch"
     wait_until_idle(served.serving)
 

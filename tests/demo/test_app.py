@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 ANSWER_MS = 90_000
 FIGURES = ("Running", "Waiting", "CPU busy", "MBU", "Step", "KV pages", "Prefix hits", "Requests")
-# What moves on the page although nobody has touched it; the sum of its parts is the browser's own measure of jumps.
+# What moves on the page although it was not touched; the sum of its parts is the browser's own measure of jumps.
 WATCH_SHIFTS = """() => { window.shifts = 0; new PerformanceObserver(list => {
   for (const entry of list.getEntries())
     // Within a tile, text moves up because there is more of it.

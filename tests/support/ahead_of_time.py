@@ -65,7 +65,7 @@ def recording(label: str) -> Iterator[list[Launch]]:
 
 
 class Shape(NamedTuple):
-    """Of one attention layer."""
+    """The sizes of one attention layer."""
 
     heads: int
     kv_heads: int

@@ -63,7 +63,7 @@ def run(arguments: dict[str, Any], model: Any = None) -> Any:
 
 
 def checksums(folder: str | Path) -> dict[str, str]:
-    """Of the shards, by name."""
+    """The checksums of the shards, by name."""
     paths = sorted(Path(folder, "data").iterdir())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 

@@ -18,7 +18,7 @@ MACHINE = Machine("CPU, 1 threads", 5e9, {"torch": "2", "transformers": "5"})
 
 @dataclass
 class FakeHandle:
-    """Has `per_look` more of `tokens` each time that somebody asks for them, or all of them where that is 0.
+    """Has `per_look` more of `tokens` each time that it is asked for them, or all of them where that is 0.
 
     `error` is what it ends with.
     """

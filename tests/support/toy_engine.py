@@ -1,7 +1,7 @@
 """A whole engine on the simulated device, around a toy model whose tokens depend on everything that it reads.
 
 The toy model writes every token into pages and predicts the next one from a hash over the row's pages, its length and
-a 'weight', which is also part of what it writes. A stale table, a page with somebody else's tokens or of an older
+a 'weight', which is also part of what it writes. A stale table, a page with another sequence's tokens or of an older
 weight, or an input that arrived too early changes the hash. Of the tokens that a step computes, a row reads its own
 only: what other rows of the step write stands there for later steps, as in a model whose rows run in any order.
 """
@@ -204,7 +204,7 @@ class ToyEngine:
             draft_rows=self.draft_rows,
             admission=self.admission,
         )
-        # What nobody owns means nothing: the adversary overwrites it at once, in no stream's order.
+        # What has no owner means nothing: the adversary overwrites it at once, in no stream's order.
         self.scheduler.pages.on_release = self._scribble_pages
         self.scheduler.rows.on_release = self._scribble_rows
         self.engine = Engine(self.scheduler, pipeline, self.device, depth=self.depth, debug=self.debug)

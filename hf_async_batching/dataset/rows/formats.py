@@ -39,7 +39,7 @@ def with_format_of(dataset: Any, result: Any, added: Sequence[str]) -> Any:
     """A `Dataset` or `IterableDataset` in the format of another one, as `map` leaves it.
 
     Args:
-        dataset: Whose format is taken.
+        dataset: The dataset whose format is taken.
         result: Its rows with more columns.
         added: Names of these columns.
     """

@@ -29,10 +29,10 @@ class PreparedRow:
     """A row that is ready for the engine, or that failed before.
 
     Attributes:
-        index: Of the row in the dataset.
+        index: Index of the row in the dataset.
         prompt: Token ids; empty where `error` says why.
         parameters: `GenerationConfig` fields of this row alone.
-        seed: Of this row alone, where a column gives one.
+        seed: The row's own seed, where a column gives one.
         error: What is wrong with the row.
     """
 
@@ -45,12 +45,12 @@ class PreparedRow:
 
 @dataclass(slots=True)
 class Completion:
-    """What the engine made of a prompt.
+    """One completion of a prompt.
 
     Attributes:
         token_ids: New tokens.
         finish_reason: "eos", "length" or "stop".
-        logprobs: Of the tokens, where asked for.
+        logprobs: Log-probabilities of the tokens, where asked for.
         text: The tokens decoded; None without a tokenizer.
     """
 
@@ -65,7 +65,7 @@ class RowResult:
     """A finished row.
 
     Attributes:
-        index: Of the row in the dataset.
+        index: Index of the row in the dataset.
         prompt_tokens: Length of the prompt; None where there was none.
         completions: In the order of their indices; empty where `error` says why.
         error: What went wrong.

@@ -130,7 +130,7 @@ class StreamSource:
     Args:
         dataset: Read from its beginning; its format does not matter.
         columns: What prompts and parameters are made of; None for whole rows.
-        features: Of the rows; those that the dataset knows, or that its first rows show, where None.
+        features: Features of the rows; those that the dataset knows, or that its first rows show, where None.
     """
 
     def __init__(self, dataset: Any, columns: Sequence[str] | None, features: Any = None) -> None:

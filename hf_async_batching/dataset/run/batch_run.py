@@ -87,7 +87,7 @@ class BatchRun:
         wanted: Indices of the rows of a chunk that are to be served; called in the reader's thread.
         window: Rows that may be unfinished at once.
         span: Distance between the oldest unfinished row and the newest one.
-        threads: That tokenize.
+        threads: Number of threads that tokenize.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Consumer:
         run: Not started yet.
         progress: Told of every row.
         on_error: "raise" raises at the first row that failed; "record" hands it on.
-        where: Of the rows, for messages.
+        where: Name of the split, as a part of a message.
 
     Attributes:
         left: Rows that were finished and not taken when the run ended.

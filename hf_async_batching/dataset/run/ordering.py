@@ -42,7 +42,7 @@ class RowOrdering:
     until the engine has been given a step's worth of other prompts: by then the first one's pages can be found.
 
     Args:
-        block: Rows of an earlier block of this size go before rows of a later one, so that nobody waits for ever.
+        block: Rows of an earlier block of this size go before rows of a later one, so that no row waits for ever.
         step_tokens: Prompt tokens that the engine computes in one step.
     """
 

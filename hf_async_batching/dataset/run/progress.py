@@ -18,7 +18,7 @@ class DatasetProgress:
     """How far a run is.
 
     Attributes:
-        split: Of a `DatasetDict`; empty otherwise.
+        split: Name of the split of a `DatasetDict`; empty otherwise.
         rows: Finished ones, those of earlier runs included.
         total: All rows; None for streams.
         resumed: Rows that earlier runs had finished.
@@ -45,12 +45,12 @@ class DatasetProgress:
 
 
 class Progress:
-    """Counts rows, draws a bar where somebody sees it, and calls back at most twice a second.
+    """Counts rows, draws a bar on a terminal, and calls back at most twice a second.
 
     Args:
-        manager: Whose figures are shown.
+        manager: The manager whose figures are shown.
         total: Rows; None for streams.
-        split: Of a `DatasetDict`.
+        split: Name of the split of a `DatasetDict`.
         bar: Whether to draw one; None: where standard error is a terminal.
         callback: Called in the caller's thread.
     """

@@ -46,12 +46,12 @@ class RowRequests:
     """Makes the requests of rows.
 
     Args:
-        manager: Whose requests they will be.
+        manager: The manager that will serve the requests.
         generation_config: Common to all rows; the model's own where None.
         arguments: Fields of `GenerationConfig` over it, common to all rows.
         num_completions: Requests per row.
-        seed: Of the whole run: with the row's index and the completion's it decides each request's own.
-        tokenizer: For stop strings.
+        seed: Seed of the whole run: with the row's index and the completion's it decides each request's own.
+        tokenizer: The model's tokenizer, which stop strings need.
         scope: What tells this run's rows from others with the same indices: the name of a split.
         logprobs: Whether log-probabilities are wanted.
     """

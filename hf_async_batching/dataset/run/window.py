@@ -1,4 +1,4 @@
-"""How far reading may run ahead of what is finished."""
+"""The window of unfinished rows: how far reading may run ahead."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RowWindow:
             return not self._closed
 
     def leave(self, index: int) -> None:
-        """A row is finished, and whoever wanted it has it."""
+        """Take out a row that is finished and that its consumer has taken."""
         with self._changed:
             self._left.add(index)
             while self._order and self._order[0] in self._left:
@@ -42,7 +42,7 @@ class RowWindow:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let nobody wait any longer."""
+        """End every wait; `enter` returns False from now on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

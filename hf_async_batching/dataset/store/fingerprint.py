@@ -21,7 +21,7 @@ Fingerprint = dict[str, Any]
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What differs, one line each: the entry's name, what it was, what it is."""
+    """The differences, one line each: the entry's name, its earlier value, its value now."""
     lines = []
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)
@@ -149,9 +149,9 @@ def _simple(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _weights(model: PreTrainedModel) -> str:
     samples = []
     for parameter in model.parameters():
-        local = getattr(parameter, "_local_tensor", parameter)  # of a weight that is spread over ranks, this rank's
+        local = getattr(parameter, "_local_tensor", parameter)  # a weight that is spread over ranks: this rank's part
         flat = local.detach().reshape(-1) if local.is_contiguous() else local.detach()[:1].reshape(-1)
-        # Of little moment which: a change of weights moves all of them.
+        # Any few elements do: a change of weights changes all of them.
         samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double().cpu())
     return digest(torch.cat(samples).numpy().tobytes()) if samples else digest()
 

@@ -24,7 +24,7 @@ class InputLog:
 
     Args:
         folder: Where the logs of all ranks are.
-        rank: Whose log is written.
+        rank: Rank whose log is written.
 
     Attributes:
         num_rows: All rows, once some run has read the last one.

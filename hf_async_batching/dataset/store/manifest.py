@@ -22,13 +22,13 @@ class Manifest:
     Attributes:
         fingerprint: Arguments, model, tokenizer, and what is known of the data in advance.
         shard_rows: Rows per shard: shard k holds the rows from k * shard_rows on.
-        features: Of the finished dataset, as `datasets.Features.to_dict` gives them.
-        num_rows: Of the whole dataset; None for streams, until it is complete.
+        features: Features of the finished dataset, as `datasets.Features.to_dict` gives them.
+        num_rows: Length of the whole dataset; None for streams, until it is complete.
         shards: Names of the shards' files, in order; None until all are there.
-        checksums: Of these files' content, by name; None until all are there.
+        checksums: Checksums of these files' content, by name; None until all are there.
         made_with: Versions, for people.
         signed: Whether the shards' files say which run and which shard they are.
-        version: Of the folder's layout.
+        version: Version of the folder's layout.
     """
 
     fingerprint: Fingerprint

@@ -68,12 +68,12 @@ class ResumeStore:
 
     Args:
         folder: Made where it does not exist.
-        fingerprint: Of the run.
-        features: Of input and output columns together (`datasets.Features`).
-        columns: That the run adds.
+        fingerprint: Fingerprint of the run.
+        features: Features of the input and output columns together (`datasets.Features`).
+        columns: Columns that the run adds.
         num_rows: None for streams.
         shard_rows: Rows per shard; a folder that has a manifest says it itself.
-        ranks: Who works on it.
+        ranks: This process among those that share the run.
 
     Raises:
         ResumeMismatchError: The folder is another run's, or another process works in it.
@@ -349,7 +349,7 @@ class ResumeStore:
         self._lock.release()
 
     def _remove_drafts(self) -> None:
-        """What a killed process has left of files that it was writing, and journals of shards that are written."""
+        """Remove unfinished files of a killed process, and journals of shards that are written."""
         for folder in (self._data, self._work):
             for path in folder.iterdir():
                 draft = _DRAFT.fullmatch(path.name)

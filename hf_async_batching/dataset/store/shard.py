@@ -17,14 +17,14 @@ class Shard:
     """One shard that is not written yet. Finished rows go to a journal, and all of them to a file at the end.
 
     Args:
-        number: Of the shard.
+        number: Number of the shard.
         rows: Indices of its rows, if it is not the last one.
         work: The folder of the journals.
-        columns: That the run adds.
+        columns: Columns that the run adds.
 
     Attributes:
         done: Results by row.
-        num_rows: Of the shard, once that is known.
+        num_rows: Length of the shard, once that is known.
     """
 
     def __init__(self, number: int, rows: range, work: Path, columns: OutputColumns) -> None:

@@ -42,7 +42,7 @@ class ShardFile(NamedTuple):
 
     Attributes:
         path: Where it is.
-        checksum: Of its content.
+        checksum: Checksum of its content.
     """
 
     path: Path
@@ -55,14 +55,14 @@ class ShardFiles:
     Args:
         data: The folder of the shards.
         work: The folder of the logs.
-        rank: Whose log is written.
+        rank: Rank whose log is written.
         run: What tells this run from others.
         shard_rows: Rows per shard; the last one has the rest.
         signed: Whether each file says which run and which shard it is, as those of earlier versions do not.
-        checksums: Of a finished run's files, by name.
+        checksums: Checksums of a finished run's files, by name.
 
     Attributes:
-        num_rows: Of the whole dataset, where that is known.
+        num_rows: Length of the whole dataset, where that is known.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ def load_files(files: list[ShardFile], features: Any, *, streaming: bool) -> Any
 
     Args:
         files: At least one.
-        features: Of the rows (`datasets.Features`).
+        features: Features of the rows (`datasets.Features`).
         streaming: Give an `IterableDataset`.
     """
     from datasets import Dataset, IterableDataset

@@ -215,7 +215,7 @@ def test_a_row_that_raises_leaves_what_is_done(
 
 INTERRUPTED = """
 import logging, os, signal, sys, threading
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that started the tests may ignore it
 from support.dataset_job import *
 logging.basicConfig()
 def callback(progress):

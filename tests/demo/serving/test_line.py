@@ -69,7 +69,7 @@ def admitted(roster: Roster, owner: str, count: int, **sizes: int) -> int:
 @pytest.mark.parametrize(
     ("sizes", "most"),
     [
-        ({}, 14),  # of rows, two stay free
+        ({}, 14),  # two rows stay free
         ({"prompt": 4, "new": 996}, 8),  # of 10,000 tokens an eighth stays free
         ({"prompt": 150}, 3),  # prompts of two steps wait to be computed
         ({"prompt": 9_000}, 1),  # one is always let in
