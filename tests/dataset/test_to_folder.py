@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from hf_async_batching import DatasetRowError, ResumeMismatchError, generate_dataset
-from hf_async_batching.dataset import DatasetProgress
+from hf_async_batching.dataset.run.progress import DatasetProgress
 
 NEW = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
 TEXTS = [f"text-{i}" for i in range(12)]
