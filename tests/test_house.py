@@ -18,7 +18,7 @@ ROOMS = [
     *("errors", "core", "config", "kv_cache", "runtime", "token_stream", "handle"),
     *("scheduler", "devices", "sampling", "stopping", "host_decoding"),
     *("attention", "linear", "inputs", "distributed"),
-    *("model.small", "model.kernels", "model.view", "model.compile", "model.forward"),
+    *("model.small", "model.foreign_kernels", "model.view", "model.compile", "model.forward"),
     *("runner", "checks", "engine", "manager", "registry", "drop_in", "dataset", "coverage", "__init__"),
     "bench",
     *("demo.serving", "demo.chat", "demo.wall", "demo.compare", "demo.dataset", "demo.page", "demo", "demo.tools"),

@@ -25,10 +25,10 @@ from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.checks.parity_check import check_parity
 from hf_async_batching.checks.reference_logits import prompts_of_lengths
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.model.foreign_kernels.reference_kernels import use_reference_kernels
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.generate_loop import GenerateLoop, prepare_view
 from hf_async_batching.model.forward.packed_forward import PackedForward
-from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels
 from hf_async_batching.model.small.length_thresholds import length_thresholds, scaled_down
 from hf_async_batching.model.view.model_view import context_length, make_view
 from hf_async_batching.runtime.start_progress import stage

@@ -198,12 +198,12 @@ def test_what_is_fused_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(route, "check_parity", differs)
     monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_: "a view")
     model, made = experts(), partial(PackedForward, fused=True)
-    assert route._checked(made, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
+    assert route._checked(made, model, BatchingConfig(), CPU_KERNELS)[2] == "a view"
     product = EngineLinear._product
     monkeypatch.setattr(EngineLinear, "_product", lambda *args: product(*args) * 1.3)
     with pytest.raises(LogitsDifferError):
         route._checked(made, model, BatchingConfig(), CPU_KERNELS)
-    assert route._checked(PackedForward, model, BatchingConfig(), CPU_KERNELS)[1] == "a view"
+    assert route._checked(PackedForward, model, BatchingConfig(), CPU_KERNELS)[2] == "a view"
 
 
 @pytest.mark.parametrize(

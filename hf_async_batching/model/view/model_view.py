@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
-from hf_async_batching.model.kernels.private_kernels import use_private_kernels
+from hf_async_batching.model.foreign_kernels.private_kernels import use_private_kernels
 from hf_async_batching.model.small.length_thresholds import follows_length, original_length, rope_dicts
 from hf_async_batching.model.view.module_calls import (
     CALL_HOOKS,

@@ -17,7 +17,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as torch_module
 
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
-from hf_async_batching.model.kernels.kernel_wrappers import is_rebound
+from hf_async_batching.model.foreign_kernels.kernel_wrappers import is_rebound
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _KINDS = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}

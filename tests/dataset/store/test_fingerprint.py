@@ -101,7 +101,7 @@ def test_functions_are_the_same_in_another_process() -> None:
     root = Path(__file__).parents[3]
     code = (
         f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n"
-        "from dataset.test_fingerprint import *\n"
+        "from dataset.store.test_fingerprint import *\n"
         "print([fingerprint_of_function(function) for function in functions()])"
     )
     for seed in ("1", "2"):

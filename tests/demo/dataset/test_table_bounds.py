@@ -77,7 +77,7 @@ def test_the_operating_system_ends_a_reader_that_takes_too_much(tmp_path: Path) 
         pytest.skip("no limits of a process there")
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "b"}\n')
-    reader = Path(__file__).resolve().parents[3] / "demo" / "table_reader.py"
+    reader = Path(__file__).resolve().parents[3] / "demo" / "dataset" / "table_reader.py"
     script = (
         f"import sys; sys.path.insert(0, {str(reader.parent)!r}); import table_reader as r; "
         f"r.limit_process(r.Bounds(**{BOUNDS._asdict()!r})); bytearray({2 << 30})"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_async_batching.coverage.families import tiny_model
-from hf_async_batching.model.kernels import reference_kernels
-from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels
+from hf_async_batching.model.foreign_kernels import reference_kernels
+from hf_async_batching.model.foreign_kernels.reference_kernels import use_reference_kernels
 
 KERNEL = "def {name}(*args, **kwargs):\n    raise ValueError('Pointer argument cannot be accessed from Triton')\n"
 SCRIPT = """
@@ -21,7 +21,7 @@ from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.checks.small_copy_check import SmallCopyCheck
 from hf_async_batching.model.forward.cache_forward import CacheForward
-from hf_async_batching.model.kernels.reference_kernels import use_reference_kernels
+from hf_async_batching.model.foreign_kernels.reference_kernels import use_reference_kernels
 model = tiny_model("Qwen3NextForCausalLM")
 tokens = torch.arange(3, 12)[None]
 try:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from hf_async_batching.model.kernels.kernel_wrappers import rebind_wrappers
+from hf_async_batching.model.foreign_kernels.kernel_wrappers import rebind_wrappers
 
 _PACKAGES = ("fla", "causal_conv1d", "mamba_ssm", "kernels")
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_async_batching.model.kernels import private_kernels
+from hf_async_batching.model.foreign_kernels import private_kernels
 
 # A package as flash-linear-attention is laid out: an `__init__` that imports more than a model needs, kernels that are
 # tuned, and functions that call each other through the package's own modules.
@@ -49,7 +49,7 @@ SCRIPT = """
 import sys
 import torch
 from hf_async_batching.model.view import model_view
-from hf_async_batching.model.kernels import private_kernels
+from hf_async_batching.model.foreign_kernels import private_kernels
 from hf_async_batching.coverage.families import tiny_model
 model = tiny_model("Qwen3NextForCausalLM")
 theirs = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "fla"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_async_batching.model.kernels.kernel_wrappers import rebind_wrappers
+from hf_async_batching.model.foreign_kernels.kernel_wrappers import rebind_wrappers
 
 
 def in_torch(value: int) -> int:
