@@ -80,7 +80,7 @@ def test_the_operating_system_ends_a_reader_that_takes_too_much(tmp_path: Path) 
     reader = Path(__file__).resolve().parents[3] / "demo" / "dataset" / "table_reader.py"
     script = (
         f"import sys; sys.path.insert(0, {str(reader.parent)!r}); import table_reader as r; "
-        f"r.limit_process(r.Bounds(**{BOUNDS._asdict()!r})); bytearray({2 << 30})"
+        f"r.limit_process(r.TableBounds(**{BOUNDS._asdict()!r})); bytearray({2 << 30})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "MemoryError" in done.stderr
