@@ -40,11 +40,11 @@ def check_embeddings(embeddings: torch.Tensor, length: int, forward: PackedForwa
 
 @torch.inference_mode()
 def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | CacheForward) -> None:
-    """Compare the plain forward over token ids with the one over their embeddings.
+    """Compare the plain forward over token ids with the plain forward over their embeddings.
 
     Args:
-        model: The user's model, of which a view is made for it.
-        forward: The engine's.
+        model: The user's model; the check runs on a view of it.
+        forward: The engine's forward.
 
     Raises:
         UnsupportedModelError: The model takes no embeddings, or needs the token ids beside them.

@@ -253,7 +253,7 @@ def compile_checked(
     """Compile a forward on an example, and compare its logits with those it had uncompiled.
 
     Args:
-        forward: A forward that nobody else uses; left bound to the check's pages.
+        forward: A forward of the check's own; left bound to the check's pages.
         backend: The attention kernels.
         compiler: Backend of `torch.compile`.
         page_size: Of the engine, whose kernels are compiled for it.

@@ -43,7 +43,7 @@ class Expected(NamedTuple):
     Attributes:
         logits: float32 [vocab], by what they are for.
         noise: How much rounding alone changes: relative norm of the difference between the logits of tokens one by
-            one and of all at once; 0 where nobody asks for it.
+            one and of all at once; 0 where it is not asked for.
     """
 
     logits: dict[str, torch.Tensor]

@@ -1,8 +1,9 @@
-"""Types of the command line's arguments."""
+"""Types of the command line's arguments, and how a command's parser begins."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def count(text: str) -> int:
@@ -15,3 +16,22 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def command_parser(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a sub-command, added to the others.
+
+    Args:
+        commands: Sub-commands of an argument parser.
+        name: What a person types.
+        summary: One sentence, which begins in lower case and has no full stop.
+        examples: Text behind the options; its lines stay as they are.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser

@@ -25,7 +25,7 @@ from hf_async_batching.bench.sampling_option import SamplingOption
 from hf_async_batching.bench.shapes import QUANTIZATIONS, SHAPES, random_model
 from hf_async_batching.bench.timeline_picture import draw
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload
-from hf_async_batching.cli.arguments import count
+from hf_async_batching.cli.arguments import command_parser, count
 from hf_async_batching.config import Admission, BatchingConfig
 from hf_async_batching.errors import HfAsyncBatchingError
 
@@ -103,13 +103,7 @@ class BenchError(Exception):
 
 def add_parser(commands: Any) -> None:
     """Add `bench` to the sub-commands of an argument parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        help=SUMMARY,
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(commands, "bench", SUMMARY, _EXAMPLES)
     add = parser.add_argument
     add("workloads", nargs="*", metavar="WORKLOAD", help=f"what to serve: {', '.join(WORKLOADS)}")
     add("--shape", metavar="NAME", help="random weights of this shape (see below)")

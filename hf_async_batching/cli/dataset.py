@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_async_batching.cli.arguments import count
+from hf_async_batching.cli.arguments import command_parser, count
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.dataset.generate import generate_dataset
 from hf_async_batching.dataset.input_files import InputError, input_problem, read_input
@@ -68,13 +68,7 @@ away at the end.
 
 def add_parser(commands: Any) -> None:
     """Add `dataset` to the sub-commands of an argument parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "dataset",
-        help=SUMMARY,
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(commands, "dataset", SUMMARY, _EXAMPLES)
     add = parser.add_argument
     add("input", metavar="INPUT", help="files, a folder, or a dataset's name on the Hub")
     add("--model", required=True, metavar="NAME", help="a model's folder or its name on the Hub")

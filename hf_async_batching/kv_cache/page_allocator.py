@@ -68,8 +68,8 @@ class IdPool:
 class PageAllocator(IdPool):
     """The pages of the KV cache, which several sequences may hold at once.
 
-    A page that nobody holds any more is free, unless the prefix cache knows it: then it keeps its contents and counts
-    as available, and is taken when no free page is left. A sequence writes only to pages that it took; those that it
+    A page without a holder is free, unless the prefix cache knows it. Then it keeps its contents and counts as
+    available, and is taken when no free page is left. A sequence writes only to pages that it took; those that it
     shares are full.
 
     Args:
@@ -114,12 +114,12 @@ class PageAllocator(IdPool):
 
     @property
     def available(self) -> int:
-        """Pages that can be taken now, those included that are known and held by nobody."""
+        """Pages that can be taken now: free ones, and known ones that no sequence holds."""
         return super().available + self.prefixes.num_unheld
 
     @property
     def in_use(self) -> int:
-        """Pages that somebody holds."""
+        """Pages that sequences hold."""
         return super().in_use - self.prefixes.num_unheld
 
     def take(self, count: int) -> list[int] | None:
@@ -151,7 +151,7 @@ class PageAllocator(IdPool):
             touch: Whether what they continue counts as used just now.
 
         Raises:
-            RuntimeError: Nobody held a page: the bookkeeping of the caller is broken.
+            RuntimeError: No sequence held a page: the bookkeeping of the caller is broken.
         """
         unheld: list[int] = []
         for page in ids:
@@ -163,15 +163,15 @@ class PageAllocator(IdPool):
         super().release(self.prefixes.let_go(unheld, touch=touch))
 
     def num_held(self, pages: Iterable[int]) -> int:
-        """How many of the pages somebody holds: sharing these takes nothing from what is available."""
+        """How many of the pages sequences hold: sharing these takes nothing from what is available."""
         return sum([self._holders[page] > 0 for page in pages])
 
     def num_coming_back(self, pages: Iterable[int]) -> int:
-        """Pages that nobody would hold if `pages`, each listed once per holder who lets it go, were released."""
+        """How many distinct pages would become free if these references were dropped."""
         return sum([self._holders[page] == count for page, count in Counter(pages).items()])
 
     def are_own(self, pages: Iterable[int]) -> bool:
-        """Whether each page has a single holder, and nobody else can find it."""
+        """Whether each page has a single holder, and no other sequence can find it."""
         return all([self._holders[page] == 1 and page not in self.prefixes for page in pages if page])
 
     def forget(self, node: Node) -> None:

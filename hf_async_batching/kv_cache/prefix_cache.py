@@ -5,8 +5,8 @@ which with the weights are all that its keys and values depend on. A look-up com
 alone, so that nothing is taken for something else. (Sharing pages of equal prefixes is SGLang's RadixAttention, at the
 granularity of vLLM's automatic prefix caching.)
 
-A page that nobody holds stays known until its memory is wanted. It is then given up least recently used first, where
-using a page uses all pages before it, so that a page always goes before the one that it continues.
+A page without a holder stays known until its memory is wanted. The least recently used page is then given up first.
+Using a page uses all pages before it, so that a page always goes before the one that it continues.
 
 Where layers come in groups, the tokens of a place in the tree stand in a page of each. Those of the groups that see a
 window only can be given up alone. A chain is of use as far as it has them all where the next token looks.
@@ -53,14 +53,14 @@ class Node:
 
 
 class PrefixCache:
-    """The tree of known pages, and the order in which those that nobody holds are given up.
+    """The tree of known pages, and the order in which pages without a holder are given up.
 
     It counts no references: its owner (`PageAllocator`) says when a page is held again or let go.
 
     Args:
         page_size: Tokens in a page.
         enabled: Where False, no page ever becomes known.
-        groups: See `PageAllocator`, likewise the others.
+        groups: See `PageAllocator`, as for the other arguments.
         full_attention_groups: The first groups, whose pages a node cannot do without.
         window: How far the other groups see.
 
@@ -94,7 +94,7 @@ class PrefixCache:
 
     @property
     def num_unheld(self) -> int:
-        """Known pages that nobody holds."""
+        """Known pages without a holder."""
         return len(self._unheld)
 
     def __contains__(self, page: int) -> bool:
@@ -143,7 +143,7 @@ class PrefixCache:
                 whole = whole.parent
             if whole.depth == seen:
                 return candidate
-            # Whoever goes on behind any node from here to there needs what is missing there.
+            # A sequence that goes on behind any node from here to there needs what is missing there.
             assert whole.parent is not None
             candidate = whole.parent
         return candidate
@@ -169,7 +169,7 @@ class PrefixCache:
         if node.weights != self._root.weights or not self.enabled:
             return node  # computed with other weights, in whole or in part
         if not node.known:
-            node = self._root  # an equal page of somebody else's, which is gone by now: the sequence has its own
+            node = self._root  # an equal page of another sequence, which is gone by now: the sequence has its own
         for index in range(node.depth, count):
             key = self._key(tokens, index)
             child = node.children.get(key)
@@ -194,11 +194,11 @@ class PrefixCache:
     # -- what the owner of the pages says ---------------------------------------------------------------------------
 
     def hold(self, page: int) -> None:
-        """Somebody holds a known page that nobody held."""
+        """Note that a known page without a holder has one now."""
         del self._unheld[page]
 
     def let_go(self, pages: Iterable[int], *, touch: bool = True) -> list[int]:
-        """Nobody holds these pages, which one sequence held, any more.
+        """Note that the one sequence that held these pages has let them go.
 
         Args:
             pages: The pages.
@@ -217,7 +217,7 @@ class PrefixCache:
             self._unheld[page] = None
             if deepest is None or node.depth > deepest.depth:
                 deepest = node
-        # All of the path, and not only these pages: a page before them may be an equal one of somebody else's.
+        # All of the path, and not only these pages: a page before them may be an equal one of another sequence.
         while touch and deepest is not None:
             for page in deepest.pages[: self._required_groups]:
                 if page in self._unheld:
@@ -273,7 +273,7 @@ class PrefixCache:
         return freed
 
     def _forget(self, node: Node, first: int) -> list[int]:
-        """Take the pages of the groups from `first` on from a node; those that nobody holds."""
+        """Take the pages of the groups from `first` on from a node; those without a holder."""
         freed: list[int] = []
         for group in range(first, len(node.pages)):
             page = node.pages[group]
@@ -290,7 +290,7 @@ class PrefixCache:
         """Forget every page. What live sequences compute does not become known either: part of it is old.
 
         Returns:
-            The pages that nobody holds.
+            The pages without a holder.
         """
         freed = list(self._unheld)
         self._unheld.clear()

@@ -3,8 +3,8 @@
 The policy is first come, first served (or `admission`'s other one), and every choice follows from it:
 
 - Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of admission.
-- A sequence is admitted when a row is free and pages for all its known tokens are; nobody overtakes the head of the
-  queue when these are short, so nobody starves.
+- A sequence is admitted when a row is free and pages for all its known tokens are. While these are short, no sequence
+  overtakes the head of the queue, so none starves.
 - A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens. Where the step
   itself computes much more of that chain, it starts with the next one; it keeps its place, and others start meanwhile.
 - When pages run out, the sequence that was admitted last gives up its pages and is computed again later (preemption by
@@ -197,7 +197,7 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """Whether a request that came now could start with the next step: a row is free, and nobody waits for one."""
+        """Whether a new request could start with the next step: a row is free, and no request waits for one."""
         return self.rows.available > 0 and not self._waiting
 
     @property

@@ -1,9 +1,9 @@
 """When sequences compute drafts (see `prompt_lookup`), and what becomes of a draft: a part of the scheduler's policy.
 
 A draft stands on tokens that the host knows. A sequence that could draft is therefore *paused*: no step is planned for
-it until its tokens in flight have arrived. Then it is sent to its row anew, with its last token and the draft as a
-piece of a prompt of which every position is sampled, and goes on from the tokens that were right. Other rows do not
-wait.
+it until its tokens in flight have arrived. Then the step sends its last token and the draft
+to its row anew, as a piece of a prompt, and samples every position. The sequence goes on from the tokens that were
+right. Other rows do not wait.
 """
 
 from __future__ import annotations

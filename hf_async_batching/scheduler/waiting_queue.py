@@ -21,7 +21,7 @@ from hf_async_batching.config import Admission
 from hf_async_batching.kv_cache.prefix_cache import Node
 from hf_async_batching.scheduler.sequence import Sequence, State
 
-# Requests in a block, by the rows that there are; nobody waits for requests of a later one.
+# Requests in a block, by the rows that there are; no request waits for those of a later one.
 _BLOCK = 4
 
 WORTH_WAITING = 256
@@ -76,7 +76,7 @@ class WaitingQueue:
             AssertionError: It is broken.
         """
         keys = [self._key(s) if self._longest_first else (s.arrival,) for s in self._new]
-        assert keys == sorted(keys), "somebody overtook the queue"
+        assert keys == sorted(keys), "a sequence overtook the queue"
 
 
 def spread_budget(budget: int, running: Iterable[Sequence], waiting: Iterable[Sequence], *, room: int) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.recorder import Recorder
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import AsyncTextIteratorStreamer, GenerationConfig, TextIteratorStreamer
-from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import hf_async_batching
@@ -224,19 +224,6 @@ def test_the_global_random_state_is_not_touched(model: Any, plug: Any) -> None:
     before = torch.get_rng_state()
     model.generate(torch.tensor([PROMPTS[1]]), custom_generate=plug, max_new_tokens=5, do_sample=True)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-class Recorder(BaseStreamer):
-    """Keeps what a streamer is given."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.calls.append((tuple(value.shape), value.flatten().tolist()))
-
-    def end(self) -> None:
-        self.calls.append("end")
 
 
 @pytest.mark.parametrize("way", ["argument", "wrapped", "bound", "direct", "folder"])

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 from support.criteria import RowWise
+from support.recorder import Recorder
 from support.tiny_models import VOCAB, ragged_prompts, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 import hf_async_batching
 from hf_async_batching import (
@@ -154,17 +154,6 @@ def test_contrastive_search_lives_elsewhere(model: Any, manager: Any, way: str) 
     with pytest.raises(ValueError, match="trust_remote_code") as ours:
         call(way, model, manager, **arguments)
     assert str(ours.value) == str(plain.value)
-
-
-class Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.calls.append((tuple(value.shape), value.flatten().tolist()))
-
-    def end(self) -> None:
-        self.calls.append("end")
 
 
 @pytest.mark.parametrize("way", [*WAYS, "bound streamer"])

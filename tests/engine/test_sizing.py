@@ -54,7 +54,7 @@ def test_steps_of_large_models_take_fewer_prompt_tokens() -> None:
 
 
 def test_the_cache_takes_nine_tenths_of_what_the_weights_leave() -> None:
-    """Of a card of 80 GiB, of which the weights take 15 and torch itself half of one."""
+    """The card has 80 GiB; the weights take 15 GiB and torch itself takes half of one."""
     chosen = resolve(CUDA, context=1 << 20, free=80 * GIB - 15 * GIB - GIB // 2, weights=15 * GIB)
     assert chosen.num_pages * 32 * TOKEN_BYTES >= 0.9 * 65 * GIB
 

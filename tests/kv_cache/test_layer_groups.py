@@ -1,4 +1,4 @@
-"""Which layers share a page; and whole models some of whose layers see a window, whose pages go while others stay."""
+"""Which layers share a page. In whole models, pages of layers with a window are freed while the others stay."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def use(graphs: GraphCache, key: Captured, times: int) -> list[bool]:
 
 
 def uses_until(key: Captured, captures: int) -> int:
-    """Uses of a step of which the last one tries the `captures`-th capture, where all before it fail."""
+    """How often a step is used up to its `captures`-th attempt at a capture, where all earlier attempts fail."""
     return PADDED_USES * captures + 1 if isinstance(key.size, Padding) else DECODE_USES + captures
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.criteria import Raises, RowWise, WholeBatch
+from support.recorder import Recorder
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
 from transformers import GenerationConfig
 from transformers.generation import (
     EosTokenCriteria,
@@ -20,7 +20,6 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.streamers import BaseStreamer
 
 import hf_async_batching
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgumentError
@@ -28,22 +27,6 @@ from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedArgu
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
 PROMPTS = ragged_prompts(5, 30, seed=3)
 ENDS = [EOS, *range(40, 50)]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def manager(model: Any) -> Any:
-    with GenerationManager(model, CONFIG) as manager:
-        yield manager
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def padded(prompts: list[list[int]], dtype: torch.dtype = torch.long) -> dict[str, torch.Tensor]:
@@ -329,17 +312,6 @@ def test_the_engine_does_not_wait_for_a_criterion(model: Any, manager: Any) -> N
     caller.join(60)
     assert torch.equal(out[0], model.generate(**INPUTS, **arguments))
     assert set(seen) == {caller}
-
-
-class Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.calls.append((tuple(value.shape), value.dtype, value.device, value.flatten().tolist()))
-
-    def end(self) -> None:
-        self.calls.append("end")
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.criteria import Raises, RowWise
 from support.pace import held, slowed
-from support.tiny_models import EOS, greedy_alone, ragged_prompts, tiny_model
+from support.tiny_models import EOS, greedy_alone, ragged_prompts
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
@@ -21,22 +21,6 @@ from hf_async_batching import BatchingConfig, GenerationManager
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
 PROMPTS = ragged_prompts(5, 30, seed=3)
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def manager(model: Any) -> Any:
-    with GenerationManager(model, CONFIG) as manager:
-        yield manager
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
 
 
 def idle(manager: Any) -> None:

@@ -191,7 +191,7 @@ def compile_regions(
     """Replace the forwards of a view's layers by compiled ones, and compile them now.
 
     Args:
-        view: A view that nobody else runs.
+        view: A view that no other thread runs.
         attention_modules: Identities of its attention modules.
         run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
         backend: Of `torch.compile`.
@@ -201,8 +201,8 @@ def compile_regions(
         The regions.
 
     Raises:
-        UnsafePdlError: A kernel would not wait for the one before it; the view is then of no use.
-        Exception: Whatever the compiler raises; likewise.
+        UnsafePdlError: A kernel would not wait for the one before it; the layers then have their own forwards again.
+        Exception: Any error of the compiler, with the same effect.
     """
     compiler = _with_residual_sums(backend, pdl)
     regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]

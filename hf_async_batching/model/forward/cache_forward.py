@@ -172,7 +172,7 @@ class CacheForward:
         for group in self._groups(self._work(inputs, set(queries))):
             out = self._run_single(group[0]) if self._rows is None else self._run(group, context)
             logits.update({work.query: row for work, row in zip(group, out, strict=True)})
-        # Of padding entries there is nothing to say, and nobody reads it.
+        # Nothing reads what padding entries would get.
         out = torch.zeros(len(queries), self.logit_size, dtype=self.dtype, device=self.device)
         for index, query in enumerate(queries):
             if query in logits:

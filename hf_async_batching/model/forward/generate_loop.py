@@ -1,6 +1,6 @@
 """One sequence, computed as transformers' own generation loop computes it: its inputs, its cache, its order.
 
-The yardstick of the attach check, and the way to serve families whose cache nobody else understands.
+The yardstick of the attach check, and the way to serve families whose cache only their own code understands.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class RowCache:
         self._tables: list[torch.Tensor] = []
 
     def _add(self, paged: _Paged, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> None:
-        """Keys [1, length, heads, dim] and values likewise."""
+        """Keys and values, each [1, length, heads, dim]."""
         self._paged.append(paged)
         shape = LayerShape(keys.shape[2], keys.shape[3], values.shape[3], keys.dtype, sliding_window=window)
         self.shapes.append(shape)
