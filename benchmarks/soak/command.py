@@ -59,6 +59,10 @@ LOADS: dict[Load, int] = {
     faulty_loads.faulty_callback: 1,
 }
 
+# Torch keeps a workspace of cuBLAS for each pair of a thread's handle and a stream as long as the process lives, 32 MiB
+# or more on Hopper. A soak makes dozens of such pairs; small workspaces let a leak of ours show.
+_SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
+
 _JOIN_SECONDS = 240.0
 _TRIM_EVERY = 5  # samples
 _TURN_SECONDS, _AT_RANDOM = 4.0, 0.2
@@ -153,6 +157,9 @@ def _report(began: float, tally: Tally, subjects: Sequence[Subject], now: Held, 
 
 def run(arguments: argparse.Namespace) -> SoakVerdict:
     """The soak; prints as it goes."""
+    if arguments.device != "cpu":
+        for name, value in _SMALL_WORKSPACES.items():
+            os.environ.setdefault(name, value)
     chosen, subjects = _what(arguments)
     tally, stop = Tally(), threading.Event()
     for subject in subjects:  # libraries load, pools of threads begin
