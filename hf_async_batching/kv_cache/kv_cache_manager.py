@@ -38,6 +38,7 @@ class KVCacheManager:
     Attributes:
         pages: The pool of pages, and the prefix cache.
         rows: The pool of rows.
+        window: The argument.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class KVCacheManager:
             window=window,
         )
         self.rows = IdPool(max_rows, "row")
+        self.window = window
         self._retired: list[_Retired] = []
         self._completed = -1
 
@@ -119,8 +121,8 @@ class KVCacheManager:
         if taken is None:
             return None
         entries: list[NewPage] = []
-        for i, pages in enumerate(sequences):
-            entries += pages.append(taken[i * groups : (i + 1) * groups])
+        for pages, start in zip(sequences, range(0, len(taken), groups), strict=True):
+            entries += pages.append(taken[start : start + groups])
         return entries
 
     def extend_to(self, pages: SequencePages, num_tokens: int) -> list[NewPage] | None:

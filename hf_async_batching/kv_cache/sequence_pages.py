@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from hf_async_batching.core.plan import NewPage
 from hf_async_batching.kv_cache.prefix_cache import Node
+
+# A `NewPage` without the call of its constructor, which takes longer than all else about a new page.
+_new_page = partial(tuple.__new__, NewPage)
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +41,7 @@ class SequencePages:
             The entries of the device's page table that the next step must set.
         """
         row = self.row
-        entries = [NewPage(row, ordinal, page) for ordinal, page in enumerate(ids, len(self.ids))]
+        entries = [_new_page((row, ordinal, page)) for ordinal, page in enumerate(ids, len(self.ids))]
         self.ids += ids
         return entries
 

@@ -293,12 +293,13 @@ class Scheduler:
         growing = [sequence for sequence in due if sequence.wants_more]
         if len(growing) < len(due):
             self._running.changed()
+        windowed = self.kv_cache.window is not None
         for sequence in growing:
             self._cache_full_pages(sequence)
-            self.kv_cache.release_before_window(sequence.pages, sequence.num_computed, sequence.last_step)
-        entries = self.kv_cache.extend_each(
-            [sequence.pages for sequence in growing]
-        )  # all at once: the rule, and cheap
+            if windowed:
+                self.kv_cache.release_before_window(sequence.pages, sequence.num_computed, sequence.last_step)
+        # All at once: the rule, and cheap.
+        entries = self.kv_cache.extend_each([sequence.pages for sequence in growing])
         if entries is None:
             return self._give_scarce_pages(growing)
         self._builder.new_pages += entries
