@@ -12,16 +12,20 @@ Exit status 1: an error that is ours to look at. 2: none found, but something co
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 
 from benchmarks.sanitize.finder import SanitizerNotFoundError, find_sanitizer
 from benchmarks.sanitize.kernel_names import package_kernels
@@ -32,6 +36,7 @@ from benchmarks.sanitize.runs import (
     SanitizerOutcome,
     SanitizerRun,
     command_of,
+    end_all,
     environment_of,
     execute,
     plan_runs,
@@ -61,8 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.scenario is not None:
         import torch
 
+        faulthandler.dump_traceback_later(0.9 * given.limit)
         run_scenario(given.scenario, torch.device(given.device))
+        faulthandler.cancel_dump_traceback_later()
         return 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_termination)
     sanitizer: Path | None = None
     if given.device != "cpu":
         try:
@@ -89,6 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _on_termination(number: int, _: FrameType | None) -> None:
+    end_all()
+    os._exit(128 + number)
+
+
 def verdict(outcomes: Sequence[SanitizerOutcome]) -> int:
     """The exit status: 1 for an error of ours, 2 for what was not run to its end, else 0."""
     if any(outcome.ours for outcome in outcomes):
@@ -110,7 +124,9 @@ def _run_all(
         slot = slots.get()
         try:
             log = folder / f"{run.name}.log"
-            command = command_of(run, sanitizer=sanitizer, log=log, device=given.device, slot=slot, names=kernels)
+            command = command_of(
+                run, sanitizer=sanitizer, log=log, device=given.device, slot=slot, names=kernels, limit=given.limit
+            )
             environment = environment_of(run, os.environ, device=given.device, settings=settings)
             outcome = execute(run, command, environment, folder, given.limit, names)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -122,7 +123,14 @@ def plan_runs(tools: Sequence[str], scenarios: Sequence[str], *, all_races: bool
 
 
 def command_of(
-    run: SanitizerRun, *, sanitizer: Path | None, log: Path, device: str, slot: int, names: Collection[str]
+    run: SanitizerRun,
+    *,
+    sanitizer: Path | None,
+    log: Path,
+    device: str,
+    slot: int,
+    names: Collection[str],
+    limit: float,
 ) -> list[str]:
     """The command line of a process.
 
@@ -133,8 +141,12 @@ def command_of(
         device: Where the scenario runs.
         slot: A number that no process has that runs at the same time.
         names: Kernels that racecheck looks at, beside generated ones; all where empty.
+        limit: Seconds after which the process will be ended. Shortly before, it writes all stacks to its output.
     """
-    scenario = [sys.executable, "-m", "benchmarks.sanitize", "--scenario", run.scenario, "--device", device]
+    scenario = [
+        sys.executable, "-m", "benchmarks.sanitize", "--scenario", run.scenario, "--device", device,
+        "--limit", f"{limit:g}",
+    ]  # fmt: skip
     if run.tool == ALONE:
         return scenario
     options = [*_TOOL_OPTIONS.get(run.tool, ())]
@@ -175,6 +187,16 @@ def environment_of(run: SanitizerRun, base: Mapping[str, str], *, device: str, s
     return environment
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def end_all() -> None:
+    """End every process that runs now: sanitizers that outlive their command would go on using the GPU."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def execute(
     run: SanitizerRun,
     command: Sequence[str],
@@ -191,6 +213,7 @@ def execute(
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
         )
+        _running.add(process)
         code: int | None = None
         try:
             code = process.wait(limit)
@@ -201,6 +224,7 @@ def execute(
                 # The tool and what it watches: they are a session of their own.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            _running.discard(process)
     seconds = time.perf_counter() - began
     written = read_log(log.read_text(errors="replace")) if log.is_file() else None
     outcome = judge(run, code, written, names)

@@ -59,8 +59,8 @@ LOADS: dict[Load, int] = {
     faulty_loads.faulty_callback: 1,
 }
 
-# Torch keeps a workspace of cuBLAS for each pair of a thread's handle and a stream as long as the process lives, 32 MiB
-# or more on Hopper. A soak makes dozens of such pairs; small workspaces let a leak of ours show.
+# Torch keeps a workspace of cuBLAS for each pair of a thread's handle and a stream as long as the process lives. On
+# Hopper it has 32 MiB or more. A soak makes dozens of such pairs; small workspaces let a leak of ours show.
 _SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
 
 _JOIN_SECONDS = 240.0

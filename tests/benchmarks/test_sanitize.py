@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -233,11 +238,13 @@ def test_what_is_run() -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_command_and_environment(tool: str, tmp_path: Path) -> None:
     run = SanitizerRun(tool, "decode", one_by_one=tool in ("memcheck", "initcheck"))
-    words = command_of(run, sanitizer=Path("cs"), log=tmp_path / "log", device="cuda", slot=2, names={"decode_kernel"})
+    words = command_of(
+        run, sanitizer=Path("cs"), log=tmp_path / "log", device="cuda", slot=2, names={"decode_kernel"}, limit=7.5
+    )
     assert words[:3] == ["cs", "--tool", tool]
     assert words[words.index("--log-file") + 1] == str(tmp_path / "log")
     assert words[words.index("--error-exitcode") + 1] == str(ERRORS_FOUND)
-    assert words[-4:] == ["--scenario", "decode", "--device", "cuda"]
+    assert words[-6:] == ["--scenario", "decode", "--device", "cuda", "--limit", "7.5"]
     # A filter would make initcheck take what other kernels wrote for unwritten.
     assert ("kne=decode_kernel" in words) == ("kns=triton_" in words) == (tool == "racecheck")
     base = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", ONE_BY_ONE: "1", "HOME": "/h"}
@@ -341,6 +348,38 @@ def test_the_whole_command(
         assert "2 x error: Invalid __global__ read of size 4 bytes in decode_kernel triton_decode.py:343" in printed
     if alone == "false":
         assert {run["status"] for run in result["runs"]} == {"failed", "not run"}
+
+
+def test_termination_ends_what_it_started(tmp_path: Path) -> None:
+    """A sanitizer that outlives its command would go on using the GPU."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.sanitize import command\n"
+        "command.command_of = lambda *_, log, **__: ['sh', '-c', f'echo $$ > {log}; exec sleep 60']\n"
+        f"command.main(['--device', 'cpu', '--scenarios', 'tables', '--out', {str(tmp_path)!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    log = tmp_path / "alone-tables.log"
+    try:
+        wait_until(lambda: log.is_file() and log.read_text().strip() != "")
+        child = int(log.read_text())
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    wait_until(lambda: not alive(child))
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and that its parent has not looked at does not."""
+    status = Path(f"/proc/{process}/stat")
+    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(
