@@ -54,3 +54,22 @@ def test_each_measurement_is_one_that_a_page_quotes() -> None:
     """Raw results without a line in the folder's table belong to no figure: they go, or get their line."""
     listed = set(re.findall(r"`([\w.-]+\.(?:json|svg))`", prose(MEASUREMENTS / "README.md")))
     assert listed == {path.name for path in MEASUREMENTS.iterdir()} - {"README.md"}
+
+
+def test_the_map_names_what_exists() -> None:
+    """Every file of "Where is it decided?" exists, and defines the names that stand behind it."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Where is it decided?")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 8
+    for row in rows:
+        path = None
+        for word in re.findall(r"`([^`]+)`", row.split("|", 2)[2]):
+            if "/" in word:
+                path = ROOT / "hf_async_batching" / word
+                assert path.exists(), word
+            else:
+                assert path is not None, row
+                assert re.search(rf"^\s*(def|class) {word}\b|^{word}\b.* = ", path.read_text(), flags=re.MULTILINE), (
+                    row
+                )
