@@ -50,9 +50,11 @@ def _link(link: str, source: str, place: str, repository: str, files: Files) -> 
         repository: Address of the repository.
         files: What the site has.
     """
-    if re.match(r"[a-z]+:", link):
+    # README.md has addresses in place of paths, so that PyPI shows them, too.
+    of_repository = re.match(rf"{re.escape(repository)}/(?:blob|tree)/main/(.+)", link)
+    if of_repository is None and re.match(r"[a-z]+:", link):
         return link
-    target = normpath(str(PurePosixPath(source).parent / link))
+    target = of_repository[1] if of_repository else normpath(str(PurePosixPath(source).parent / link))
     inside = OUTSIDE.get(target) or target.removeprefix("docs/")
     if target in OUTSIDE or (target.startswith("docs/") and files.get_file_from_path(inside) is not None):
         return relpath(inside, str(PurePosixPath(place).parent))

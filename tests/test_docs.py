@@ -15,6 +15,9 @@ PAGES = sorted(
     for path in folder.glob("*.md")
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+REPOSITORY = re.compile(
+    r"https://(?:github|raw\.githubusercontent)\.com/hf-async-batching/hf_async_batching/(?:(?:blob|tree)/)?main/"
+)
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 
@@ -31,10 +34,11 @@ def anchors(path: Path) -> set[str]:
 
 def dead_links(path: Path) -> Iterator[str]:
     for link in LINK.findall(prose(path)):
-        if re.match(r"[a-z]+:", link):
+        ours = REPOSITORY.match(link)
+        if ours is None and re.match(r"[a-z]+:", link):
             continue
-        name, _, anchor = link.partition("#")
-        target = (path.parent / name).resolve() if name else path
+        name, _, anchor = link[ours.end() if ours else 0 :].partition("#")
+        target = ((ROOT if ours else path.parent) / name).resolve() if name else path
         if not target.exists() or (anchor and anchor not in anchors(target)):
             yield link
 
@@ -48,6 +52,14 @@ def test_a_dead_link_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A page\n[a](other.md) [b](#a-page) [c](#no-such) [d](https://a.com) [e](page.md#a-page)\n")
     assert list(dead_links(page)) == ["other.md", "#no-such"]
+    address = "https://github.com/hf-async-batching/hf_async_batching/blob/main"
+    page.write_text(f"[a]({address}/README.md) [b]({address}/NONE.md)\n")
+    assert list(dead_links(page)) == [f"{address}/NONE.md"]
+
+
+def test_the_readme_has_addresses_for_paths() -> None:
+    """PyPI shows the README, and has no files beside it."""
+    assert all(link.startswith(("https:", "#")) for link in LINK.findall(prose(ROOT / "README.md")))
 
 
 def test_each_measurement_is_one_that_a_page_quotes() -> None:

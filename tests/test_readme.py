@@ -15,7 +15,7 @@ import hf_async_batching
 from demo.serving.embedded_model import embedded_model_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-IN_PLACE, ENGINE, DATASET, COMPLETE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FIRST, IN_PLACE, ENGINE, DATASET, COMPLETE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,16 @@ def names() -> dict[str, Any]:
     model, tokenizer = load_smollm2()
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     return {"model": model, "tokenizer": tokenizer, "inputs": inputs, "input_ids": inputs["input_ids"][0]}
+
+
+def test_first(capsys: pytest.CaptureFixture[str]) -> None:
+    code = FIRST.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(embedded_model_dir())))
+    space: dict[str, Any] = {}
+    exec(code.replace("max_new_tokens=20", "max_new_tokens=8, do_sample=False"), space)
+    hf_async_batching.get_manager(space["model"]).close()
+    out = capsys.readouterr().out
+    assert "The capital of France is Paris" in out
+    assert "three" in out
 
 
 def test_in_place(names: dict[str, Any]) -> None:
