@@ -6,16 +6,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from hf_async_batching.errors import ForkedProcessError
 from hf_async_batching.runtime.forking import forks
 from hf_async_batching.runtime.reentrancy import waiting_for
-from hf_async_batching.token_stream import AsyncTokenIterator, TokenIterator
+from hf_async_batching.text_stream import TextStream
+from hf_async_batching.token_stream import AsyncTokenIterator, TokenIterator, wait_for_end
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,11 @@ class GenerationResult:
 class GenerationHandle:
     """A request in the engine. Iterate over it (`for` or `async for`) to get tokens as they are made.
 
-    Each iterator begins with the first token. A wait that ends early (`asyncio.wait_for(anext(tokens), 1.0)`, Ctrl-C)
-    loses no token: the next call continues at the same token. An iteration that ends early, also because its task was
-    cancelled, leaves the request running: other code may read it. `cancel()` ends the request.
+    `text()` gives text instead of tokens, `result()` and `await handle` the end. Each iterator begins with the first
+    token. A wait that ends early (`asyncio.wait_for(anext(tokens), 1.0)`, Ctrl-C) loses no token: the next call
+    continues at the same token. An iteration or a wait that ends early, also because its task was cancelled, leaves
+    the request running: other code may read it. `cancel()` ends the request; with `submit(cancel_on_abandon=True)` a
+    task that is cancelled while it waits for the handle ends it too.
 
     Args:
         request_id: Unique in its manager.
@@ -78,6 +81,10 @@ class GenerationHandle:
         scores: Whether scores were asked for.
         logits: Whether logits were asked for.
         threads: The threads that bring its tokens, which must not wait for them.
+
+    Attributes:
+        request_id: As given.
+        cancel_on_abandon: Whether a task that is cancelled while it waits for the handle cancels the request.
     """
 
     def __init__(
@@ -91,6 +98,8 @@ class GenerationHandle:
         threads: tuple[threading.Thread, ...] = (),
     ) -> None:
         self.request_id = request_id
+        self.cancel_on_abandon = False
+        self._tokenizer: Any = None  # of the `submit` call
         self._threads = threads
         self._forks = forks()
         self._cancel = cancel
@@ -105,6 +114,7 @@ class GenerationHandle:
         self._changed = threading.Condition()
         self._watchers = 0
         self._async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._end_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._submitted = time.perf_counter()
         self._started: float | None = None
         self._cached = 0
@@ -114,7 +124,10 @@ class GenerationHandle:
     # -- for callers ----------------------------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> GenerationResult:
-        """Wait for the end.
+        """Wait for the end; `await handle` does the same without blocking an event loop.
+
+        A wait that is interrupted (Ctrl-C) ends nothing but itself: the engine goes on with the request and with all
+        others until `cancel()`, or until the manager is closed, as `with` closes it.
 
         Args:
             timeout: Seconds to wait; None waits for ever.
@@ -206,9 +219,37 @@ class GenerationHandle:
         """Like `__iter__`, without blocking the event loop."""
         return AsyncTokenIterator(self)
 
+    def __await__(self) -> Generator[Any, None, GenerationResult]:
+        """Wait for the end without blocking the event loop; returns and raises what `result()` does."""
+        yield from wait_for_end(self).__await__()
+        return self.result()
+
+    def text(self, tokenizer: Any = None, **decode_arguments: Any) -> TextStream:
+        """The text as it is made, for `for` or `async for`; the pieces joined are `tokenizer.decode(token_ids)`.
+
+        A piece ends with a whole code point: bytes that are no character yet wait for the next token. A combining
+        mark that is a code point of its own may come in the piece behind its letter.
+
+        >>> for piece in handle.text(tokenizer, skip_special_tokens=True):  # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+
+        Args:
+            tokenizer: The model's; None takes that of `submit` or of the manager.
+            decode_arguments: As for `tokenizer.decode`.
+
+        Raises:
+            ValueError: There is no tokenizer.
+        """
+        tokenizer = tokenizer if tokenizer is not None else self._tokenizer
+        if tokenizer is None:
+            raise ValueError("text() needs a `tokenizer`; pass it here, to submit() or to GenerationManager")
+        return TextStream(self, tokenizer, decode_arguments)
+
     def __repr__(self) -> str:
-        state = self._reason or ("failed" if self._error is not None else "live")
-        return f"GenerationHandle({self.request_id!r}, {state}, {len(self._tokens)} tokens)"
+        failed = self._error is not None and f"failed: {type(self._error).__name__}"
+        state = self._reason or failed or ("running" if self.started else "waiting")
+        count = len(self._tokens)
+        return f"GenerationHandle({self.request_id!r}, {state}, {count} token{'' if count == 1 else 's'})"
 
     # -- for the engine's thread ----------------------------------------------------------------------------------
 
@@ -293,7 +334,7 @@ def wake(handles: Iterable[GenerationHandle]) -> None:
         if handle._watchers:
             with handle._changed:
                 handle._changed.notify_all()
-        for loop, event in list(handle._async_watchers):
+        for loop, event in (*handle._async_watchers, *handle._end_watchers):
             loops.setdefault(loop, []).append(event)
     for loop, events in loops.items():
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -27,7 +27,9 @@ from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentErro
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.host_decoding.chosen_handles import make_handles
 from hf_async_batching.host_decoding.logits_handle import LogitsHandle
+from hf_async_batching.inputs.generate_arguments import RequestArguments
 from hf_async_batching.inputs.input_processor import InputProcessor
+from hf_async_batching.inputs.prompts import PromptIds
 from hf_async_batching.inputs.request_builder import Seed, new_request_id
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.unwrap import unwrap
@@ -50,12 +52,17 @@ class GenerationManager:
     Args:
         model: A causal language model.
         config: Settings; the defaults suit most cases.
+        tokenizer: The model's, for prompts that are texts, for `stop_strings` and for `GenerationHandle.text`, where a
+            call brings none of its own.
 
     Raises:
         UnsupportedModelError: The model's attention cannot be routed to the paged cache.
     """
 
-    def __init__(self, model: PreTrainedModel, config: BatchingConfig | None = None) -> None:
+    _tokenizer: Any = None
+
+    def __init__(self, model: PreTrainedModel, config: BatchingConfig | None = None, *, tokenizer: Any = None) -> None:
+        self._tokenizer = tokenizer
         inner = unwrap(model)
         self._setup(lambda: inner, config, inner)
 
@@ -82,7 +89,7 @@ class GenerationManager:
 
     def submit(
         self,
-        input_ids: list[int] | torch.Tensor | None = None,
+        input_ids: PromptIds | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         logits_processor: list[Any] | None = None,
@@ -95,7 +102,8 @@ class GenerationManager:
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        **generate_arguments: Any,
+        cancel_on_abandon: bool = False,
+        **generate_arguments: Unpack[RequestArguments],
     ) -> GenerationHandle:
         """Queue one prompt; from any thread, or from an event loop after `warmup()`.
 
@@ -104,7 +112,8 @@ class GenerationManager:
         them: it computes a request with slow criteria further than needed, up to `max_new_tokens`, and drops the rest.
 
         Args:
-            input_ids: Token ids of the prompt: a list, or a 1-D integer tensor. None only with `inputs_embeds`.
+            input_ids: The prompt: a text, which is tokenized as `tokenizer(text)` does it; or its token ids: a list of
+                ints, or an integer tensor or NumPy array [length] or [1, length]. None only with `inputs_embeds`.
             generation_config: As for `model.generate`; the model's own where None.
             logits_processor: Processors of your own, as for `model.generate`; they see a batch of one, in a thread of
                 the request's own, for which the engine does not wait.
@@ -117,9 +126,12 @@ class GenerationManager:
             request_id: Unique among the live requests; None makes one up.
             stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
                 the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
-            tokenizer: For `stop_strings`.
+            tokenizer: For a prompt that is a text, `stop_strings` and the handle's `text()`; None takes the manager's.
             inputs_embeds: Embeddings of the prompt [length, hidden], in place of its token ids or beside them;
                 copied.
+            cancel_on_abandon: An asyncio task that is cancelled while it waits for the handle (`await handle`,
+                `async for`) cancels the request too, as where the client of a server has gone. A time-out of
+                `asyncio.wait_for` is such a cancellation.
             generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
         Raises:
@@ -132,6 +144,7 @@ class GenerationManager:
             ReentrantCallError: Called by a logits processor that this engine runs.
             ForkedProcessError: This process was forked from one that has used CUDA, and the model is there.
         """
+        tokenizer = tokenizer if tokenizer is not None else self._tokenizer
         submission = self.inputs.read_submission(
             input_ids,
             generation_config,
@@ -148,19 +161,23 @@ class GenerationManager:
             **generate_arguments,
         )
         handle = self.submit_request(submission.request)
-        if not submission.criteria:
-            return handle
-        device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
-        return self._criteria_thread.relay(handle, submission.request, submission.criteria, device, submission.history)
+        if submission.criteria:
+            device = input_ids.device if isinstance(input_ids, torch.Tensor) else torch.device("cpu")
+            handle = self._criteria_thread.relay(
+                handle, submission.request, submission.criteria, device, submission.history
+            )
+        handle.cancel_on_abandon, handle._tokenizer = cancel_on_abandon, tokenizer
+        return handle
 
     def make_request(
         self,
-        input_ids: list[int] | torch.Tensor,
+        input_ids: PromptIds,
         generation_config: GenerationConfig | None = None,
         *,
         seed: Seed | None = None,
         logprobs: bool = False,
-        **generate_arguments: Any,
+        tokenizer: Any = None,
+        **generate_arguments: Unpack[RequestArguments],
     ) -> Request:
         """The request that `submit` would queue, for `submit_requests`; see `submit` for arguments and errors.
 
@@ -168,7 +185,12 @@ class GenerationManager:
             UnsupportedArgumentError: `stop_strings`, `max_time` and `stopping_criteria` are no part of a request.
         """
         submission = self.inputs.read_submission(
-            input_ids, generation_config, seed=seed, logprobs=logprobs, **generate_arguments
+            input_ids,
+            generation_config,
+            seed=seed,
+            logprobs=logprobs,
+            tokenizer=tokenizer if tokenizer is not None else self._tokenizer,
+            **generate_arguments,
         )
         if submission.criteria:
             raise UnsupportedArgumentError(
@@ -242,7 +264,7 @@ class GenerationManager:
 
         Args:
             streamer: Gets the tokens.
-            tokenizer: For `stop_strings`.
+            tokenizer: For `stop_strings`; None takes the manager's.
             seed: As in `hf_async_batching.generate`.
             on_unsupported: As in `hf_async_batching.generate`.
 
@@ -252,6 +274,7 @@ class GenerationManager:
         # The one import against the order of the rooms: the drop-in is built upon managers.
         from hf_async_batching.drop_in.generate import bind
 
+        tokenizer = tokenizer if tokenizer is not None else self._tokenizer
         return bind(self, streamer=streamer, tokenizer=tokenizer, seed=seed, on_unsupported=on_unsupported)
 
     @cpu_by_default

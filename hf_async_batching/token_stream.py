@@ -1,13 +1,14 @@
-"""Iterators over the tokens of a handle.
+"""Waiting for the tokens of a handle, and for its end.
 
-They are objects and not generators: where a wait ends early (`asyncio.wait_for`, Ctrl-C, a signal's handler that
-raises), the next call goes on behind the last token that was taken.
+The iterators are objects and not generators: where a wait ends early (`asyncio.wait_for`, Ctrl-C, a signal's handler
+that raises), the next call goes on behind the last token that was taken.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from hf_async_batching.runtime.reentrancy import waiting_for
@@ -24,6 +25,11 @@ class TokenSource(Protocol):
     _changed: threading.Condition
     _watchers: int
     _async_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]
+    _end_watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]
+    cancel_on_abandon: bool
+
+    def cancel(self) -> None:
+        """End the request."""
 
     def _check_process(self) -> None: ...
 
@@ -104,15 +110,37 @@ class AsyncTokenIterator(_TokenStream):
         self._over = True
 
     async def _wait(self) -> None:
-        handle, event = self._handle, asyncio.Event()
-        handle._check_process()
-        with waiting_for(handle._threads, "iteration over a request's tokens"):
-            pass  # the loop's thread runs other tasks meanwhile
-        watcher = (asyncio.get_running_loop(), event)
-        handle._async_watchers.append(watcher)
-        try:
-            while self._waits():
-                await event.wait()
-                event.clear()
-        finally:
-            handle._async_watchers.remove(watcher)
+        await _wait_in_loop(
+            self._handle, self._handle._async_watchers, self._waits, "iteration over a request's tokens"
+        )
+
+
+async def wait_for_end(handle: TokenSource) -> None:
+    """Wait until a request has ended, without blocking the event loop, and without being woken for each token."""
+    if not handle._done.is_set():
+        await _wait_in_loop(handle, handle._end_watchers, lambda: not handle._done.is_set(), "await of a handle")
+
+
+async def _wait_in_loop(
+    handle: TokenSource,
+    watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]],
+    waits: Callable[[], bool],
+    what: str,
+) -> None:
+    handle._check_process()
+    with waiting_for(handle._threads, what):
+        pass  # the loop's thread runs other tasks meanwhile
+    event = asyncio.Event()
+    watcher = (asyncio.get_running_loop(), event)
+    # Announced before looking: what comes after the look finds a watcher to wake.
+    watchers.append(watcher)
+    try:
+        while waits():
+            await event.wait()
+            event.clear()
+    except asyncio.CancelledError:
+        if handle.cancel_on_abandon:
+            handle.cancel()
+        raise
+    finally:
+        watchers.remove(watcher)

@@ -163,3 +163,78 @@ def test_an_event_loop_of_a_caller_that_raises_stops_no_other(caplog: Any) -> No
     wake([handle])
     assert len(loop.scheduled) == 1
     assert "mine" in caplog.text
+
+
+def test_await_gives_what_result_gives() -> None:
+    handle = make(logprobs=True)
+
+    async def main() -> Any:
+        waiting = asyncio.ensure_future(anext(handle.__aiter__()))
+        both = asyncio.gather(in_task(handle), in_task(handle))
+        await asyncio.sleep(0.01)
+        assert len(handle._end_watchers) == 2, "not woken for each token"
+        assert handle._push(5, -0.5, handle._submitted), "the iterator is"
+        assert len(handle._async_watchers) == 1
+        wake([handle])
+        assert await waiting == 5
+        assert not both.done()
+        assert not handle._push(6, -0.25, handle._submitted + 1), "an await waits for the end only"
+        threading.Thread(target=handle._finish, args=("length",)).start()
+        return await both
+
+    first, second = asyncio.run(main())
+    assert first == second == handle.result(0)
+    assert first.token_ids == [5, 6]
+    assert not handle._end_watchers
+    assert asyncio.run(in_task(handle)) == first, "an ended handle is there at once"
+
+
+async def in_task(handle: GenerationHandle) -> Any:
+    return await handle
+
+
+def test_await_raises_what_ends_the_request() -> None:
+    handle = make()
+    handle._fail(ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(in_task(handle))
+
+
+async def read_tokens(handle: GenerationHandle) -> Any:
+    return [token async for token in handle]
+
+
+async def read_text(handle: GenerationHandle) -> Any:
+    return [piece async for piece in handle.text(object())]
+
+
+@pytest.mark.parametrize("read", [in_task, read_tokens, read_text])
+@pytest.mark.parametrize("option", [True, False])
+def test_a_reader_that_is_cancelled_cancels_its_request_where_that_is_wished(read: Any, option: bool) -> None:
+    cancelled: list[GenerationHandle] = []
+    handle = GenerationHandle("a", cancelled.append)
+    handle.cancel_on_abandon = option
+
+    async def main() -> None:
+        reader = asyncio.ensure_future(read(handle))
+        await asyncio.sleep(0.01)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+
+    asyncio.run(main())
+    assert cancelled == ([handle] if option else [])
+    assert not handle._end_watchers and not handle._async_watchers
+
+
+def test_repr_says_the_state() -> None:
+    handle = make()
+    assert repr(handle) == "GenerationHandle('a', waiting, 0 tokens)"
+    handle._start(0)
+    handle._push(5, None, 0.0)
+    assert repr(handle) == "GenerationHandle('a', running, 1 token)"
+    handle._finish("eos")
+    assert repr(handle) == "GenerationHandle('a', eos, 1 token)"
+    failed = make()
+    failed._fail(ValueError("no"))
+    assert repr(failed) == "GenerationHandle('a', failed: ValueError, 0 tokens)"

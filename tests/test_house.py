@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 ROOMS = [
-    *("errors", "core", "config", "kv_cache", "runtime", "token_stream", "handle"),
+    *("errors", "core", "config", "kv_cache", "runtime", "token_stream", "text_stream", "handle"),
     *("scheduler", "devices", "sampling", "stopping", "host_decoding"),
     *("attention", "linear", "inputs", "distributed"),
     *("model.small", "model.foreign_kernels", "model.view", "model.compile", "model.forward"),

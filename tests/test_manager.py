@@ -15,11 +15,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.engine_threads import engine_threads
 from support.pace import held, slowed
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
+from support.tiny_tokenizer import tiny_tokenizer
 
 from hf_async_batching import (
     BatchingConfig,
@@ -200,8 +202,12 @@ BAD = [
     ({"input_ids": []}, ValueError, "empty"),
     ({"input_ids": [5, VOCAB]}, ValueError, f"token id {VOCAB}"),
     ({"input_ids": [-1]}, ValueError, "token id -1"),
-    ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, "1-D"),
-    ({"input_ids": "text"}, ValueError, "tokenize"),
+    ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, "submit each row"),
+    ({"input_ids": torch.ones(1, 1, 3, dtype=torch.long)}, ValueError, "1-D"),
+    ({"input_ids": torch.ones(3)}, ValueError, "1-D integer"),
+    ({"input_ids": "text"}, ValueError, r"`tokenizer`.*tokenizer=\.\.\. to GenerationManager"),
+    ({"input_ids": {"input_ids": [5]}}, ValueError, "its entry `input_ids`"),
+    ({"input_ids": [{"role": "user", "content": "Hi"}]}, ValueError, "apply_chat_template"),
     ({"input_ids": [1.5]}, ValueError, "ints"),
     ({"input_ids": [5] * 600}, RequestTooLongError, "shorten the prompt"),
     ({"input_ids": [5] * 300, "max_new_tokens": 300}, RequestTooLongError, "max_new_tokens"),
@@ -216,6 +222,8 @@ BAD = [
     ({"stop_strings": ["x"]}, ValueError, "tokenizer"),
     ({"attention_mask": torch.ones(1, 3)}, TypeError, "attention_mask"),
     ({"no_such_field": 1}, TypeError, "no_such_field"),
+    ({"max_new_token": 1}, TypeError, r"did you mean `max_new_tokens`\?"),
+    ({"logprob": True}, TypeError, r"did you mean `logprobs`\?"),
 ]
 
 
@@ -615,3 +623,43 @@ def test_config_eos_of_the_model_is_used(model: Any) -> None:
     with make(model) as manager:
         handle = manager.submit(PROMPTS[1], max_new_tokens=5, do_sample=False)
         assert handle.result(60).token_ids == greedy_alone(model, PROMPTS[1], 5)
+
+
+def test_texts_in_and_out_with_a_tokenizer_given_once(model: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("helloworld").input_ids
+    config = BatchingConfig(page_size=16, max_rows=8)
+    with GenerationManager(model, config, tokenizer=tokenizer) as manager:
+        expected = manager.submit(ids, max_new_tokens=12, **GREEDY).result(60).token_ids
+        assert expected == greedy_alone(model, ids, 12, eos_token_id=None)
+        forms = ["helloworld", torch.tensor([ids]), np.array(ids, "u2"), np.array([ids])]
+        handles = [manager.submit(form, max_new_tokens=12, **GREEDY) for form in forms]
+        assert [handle.result(60).token_ids for handle in handles] == [expected] * len(forms)
+        assert manager.make_request("helloworld", max_new_tokens=1).prompt == tuple(ids)
+        assert "".join(handles[0].text()) == tokenizer.decode(expected)
+        stop = tokenizer.decode(expected[3])
+        stopped = manager.submit("helloworld", max_new_tokens=12, stop_strings=stop, **GREEDY)
+        assert stopped.result(60).finish_reason == "stop"
+        assert "".join(stopped.text()) == tokenizer.decode(stopped.token_ids)
+    with make(model) as manager:
+        handle = manager.submit("helloworld", max_new_tokens=12, tokenizer=tokenizer, **GREEDY)
+        assert handle.result(60).token_ids == expected
+        with pytest.raises(ValueError, match="`tokenizer`"):
+            manager.submit("helloworld", max_new_tokens=12)
+
+
+@pytest.mark.parametrize("stop_strings", [None, "zzzzzz"])
+def test_a_task_that_is_cancelled_ends_its_request(model: Any, stop_strings: Any) -> None:
+    async def main(manager: GenerationManager) -> None:
+        handle = manager.submit(PROMPTS[3], max_new_tokens=400, cancel_on_abandon=True, **arguments)
+        other = manager.submit(PROMPTS[4], max_new_tokens=30, **GREEDY)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(handle, 0.05)
+        assert (await handle).finish_reason == "cancelled"
+        assert (await other).token_ids == greedy_alone(model, PROMPTS[4], 30, eos_token_id=None)
+
+    arguments = {**GREEDY, "stop_strings": stop_strings, "tokenizer": tiny_tokenizer()}
+    with make(model) as manager:
+        manager.warmup()
+        with slowed(manager, 0.02):
+            asyncio.run(main(manager))

@@ -7,6 +7,7 @@ and its logits processors once per row. A list of processors that cannot be read
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 
 from hf_async_batching.core.field_checks import check_real
 from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.core.suggestions import did_you_mean
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.host_decoding.token_chooser import TokenChooser
 from hf_async_batching.inputs.custom_processors import (
@@ -26,6 +28,7 @@ from hf_async_batching.inputs.custom_processors import (
     processors_of_batch,
     processors_of_row,
 )
+from hf_async_batching.inputs.generate_arguments import RequestArguments
 from hf_async_batching.inputs.generation_fields import bound_encoder_ngrams, check_fields
 from hf_async_batching.inputs.logits_processors import CallRow, SamplingSpec, read_processors
 from hf_async_batching.inputs.prompts import Prompt, PromptIds, read_prompt
@@ -105,13 +108,14 @@ class InputProcessor:
     ) -> Submission:
         """Read one prompt; see `GenerationManager.submit` for arguments and errors."""
         model: Any = self._model()
-        prompt = read_prompt(input_ids, inputs_embeds)
+        prompt = read_prompt(input_ids, inputs_embeds, tokenizer)
         of_processors = {name: arguments.pop(name, None) for name in _PROCESSOR_ARGUMENTS}
         config, unknown = model._prepare_generation_config(generation_config, **arguments)
         if unknown:
             raise TypeError(
                 f"submit() got arguments that GenerationConfig does not have: {sorted(unknown)}; "
                 "for a padded batch or model inputs other than token ids call hf_async_batching.generate"
+                + did_you_mean(unknown, _known_arguments())
             )
         check_fields(config)
         if (config.num_return_sequences or 1) != 1:
@@ -231,6 +235,13 @@ class InputProcessor:
         history = torch.tensor([prompt.shown], dtype=torch.long, device=model.device)
         own = processors_of_batch(processors, self._plain_view)
         return _called_spec(own, [prompt], config, [seed], history, logprobs)
+
+
+def _known_arguments() -> list[str]:
+    """The keyword arguments of `submit`."""
+    own = inspect.signature(InputProcessor.read_submission).parameters.values()
+    named = [parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    return [*RequestArguments.__annotations__, *named, *_PROCESSOR_ARGUMENTS]
 
 
 def _call_rows(prompts: list[Prompt], config: GenerationConfig) -> list[CallRow]:

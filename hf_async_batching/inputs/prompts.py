@@ -1,8 +1,8 @@
-"""What a caller gives as a prompt: token ids in any of the usual forms, or embeddings in their place."""
+"""What a caller gives as a prompt: a text, token ids in any of the usual forms, or embeddings in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-PromptIds = list[int] | torch.Tensor | np.ndarray[Any, Any]
+from hf_async_batching.runtime.forking import ForkSafeLock
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PromptIds = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
+
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+
+# A fast tokenizer writes its settings into itself in each call, which two threads must not do at once.
+_tokenizing = ForkSafeLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +38,21 @@ class Prompt:
     embeddings: torch.Tensor | None = None
 
 
-def read_prompt(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None) -> Prompt:
+def read_prompt(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None, tokenizer: Any = None) -> Prompt:
     """The prompt of one `submit` call.
 
     Args:
-        input_ids: Token ids; None only with `inputs_embeds`.
+        input_ids: A text; or token ids: a list, or an integer tensor or array [length] or [1, length]. None only with
+            `inputs_embeds`.
         inputs_embeds: Floating point [length, hidden], which is copied, or None.
+        tokenizer: For a text.
 
     Raises:
-        ValueError: Neither is given, they do not fit together, or the ids are no whole numbers.
+        ValueError: Neither is given, they do not fit together, the ids are no whole numbers or several prompts, or a
+            text has no tokenizer.
     """
+    if isinstance(input_ids, str):
+        input_ids = _tokenized(input_ids, tokenizer)
     if inputs_embeds is None:
         if input_ids is None:
             raise ValueError("submit() needs `input_ids` or `inputs_embeds`")
@@ -59,22 +72,48 @@ def read_prompt(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None)
     return Prompt(tokens, tokens, embeddings)
 
 
+def _tokenized(text: str, tokenizer: Any) -> list[int]:
+    """The token ids that the tokenizer makes of a text by default, special tokens included."""
+    if tokenizer is None:
+        raise ValueError(
+            "`input_ids` is a text, and there is no `tokenizer` to tokenize it; pass tokenizer=... to "
+            "GenerationManager or to submit(), or submit tokenizer(text).input_ids"
+        )
+    with _tokenizing:
+        tokens: list[int] = tokenizer(text)["input_ids"]
+    return tokens
+
+
 def _token_list(input_ids: PromptIds) -> list[int]:
     if isinstance(input_ids, (torch.Tensor, np.ndarray)):
         dtype: Any = input_ids.dtype
         whole = dtype in _INTEGERS if isinstance(dtype, torch.dtype) else np.issubdtype(dtype, np.integer)
+        if input_ids.ndim == 2 and len(input_ids) == 1:
+            input_ids = input_ids[0]
+        if input_ids.ndim == 2:
+            raise ValueError(
+                f"`input_ids` has {_shape(input_ids)}: submit() takes one prompt; submit each row without its "
+                "padding, or call hf_async_batching.generate with the batch"
+            )
         if input_ids.ndim != 1 or not whole:
             raise ValueError(
-                "`input_ids` must be a 1-D integer tensor or array, or a list of ints, got "
+                "`input_ids` must be a 1-D integer tensor or array, a list of ints or a text, got "
                 f"{_shape(input_ids)}; submit the rows of a batch one by one, without their padding"
             )
         tokens: list[int] = input_ids.tolist()
         return tokens
+    if isinstance(input_ids, Mapping):
+        raise ValueError("`input_ids` is a mapping, such as a tokenizer returns; submit its entry `input_ids`")
     if isinstance(input_ids, Iterable) and not isinstance(input_ids, (str, bytes)):
         prompt = list(input_ids)
         if all(isinstance(token, Integral) for token in prompt):
             return [int(token) for token in prompt]
-    raise ValueError("`input_ids` must be a 1-D integer tensor or array, or a list of ints; tokenize text first")
+        if all(isinstance(message, Mapping) for message in prompt):
+            raise ValueError(
+                "`input_ids` holds messages; submit what "
+                "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) returns"
+            )
+    raise ValueError("`input_ids` must be a 1-D integer tensor or array, a list of ints or a text")
 
 
 def _shape(value: Any) -> str:

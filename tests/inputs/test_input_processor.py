@@ -157,7 +157,8 @@ def test_submit_knows_its_arguments(inputs: InputProcessor) -> None:
         inputs.read_submission(PROMPT, None, attention_mask=torch.ones(1, 5))
     with pytest.raises(UnsupportedArgumentError, match="num_return_sequences"):
         inputs.read_submission(PROMPT, None, num_return_sequences=2, do_sample=True)
-    taken = set(inspect.signature(GenerationManager.submit).parameters) - {"self", "generate_arguments"}
+    of_handle = {"cancel_on_abandon"}
+    taken = set(inspect.signature(GenerationManager.submit).parameters) - {"self", "generate_arguments"} - of_handle
     given = dict.fromkeys(taken - {"input_ids", "generation_config", "logprobs"})
     assert inputs.read_submission(PROMPT, None, **given).request.prompt == tuple(PROMPT)
 
