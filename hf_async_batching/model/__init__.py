@@ -1,1 +1,1 @@
-"""A view of the user's model that shares every weight, and how a step runs it."""
+"""A view of the user's model that shares every weight, and the forwards that run it."""

@@ -1,1 +1,1 @@
-"""Compiles a view's layers."""
+"""Compile a view's layers."""

@@ -1,21 +1,21 @@
-"""Whether kernels that Inductor made may be launched before the kernel ahead of them has ended.
+"""Check that kernels which Inductor generated can use programmatic dependent launch (PDL) safely.
 
-Programmatic dependent launch (compute capability 9.0 and above) sets a kernel up while its predecessor still runs;
-the kernel must then wait for it before it touches what the predecessor wrote, and before it overwrites what the
-predecessor reads. Inductor puts such a wait in front of loads that need it, and otherwise behind the last load. So a
-kernel is right if it waits before it lets its successor start and before its first store: its predecessor, which
-did the same, and with it all others before, have then ended. A kernel without any load would not wait at all.
+PDL (compute capability 9.0 and above) starts a kernel while its predecessor still runs. The kernel must wait for its
+predecessor before it touches what the predecessor wrote, and before it overwrites what the predecessor reads. Inductor
+puts such a wait in front of loads that need it, and otherwise after the last load. So a kernel is safe if it waits
+before it lets its successor start and before its first store: its predecessor did the same, so all earlier kernels
+have ended by then. A kernel without any load would not wait at all.
 
-Behind kernels of others that is not enough. Inductor takes a load to need a wait only where the *node* before wrote
-what is loaded. A foreign operation may write it and be followed by nodes that launch nothing (a view, one of several
-outputs), and a foreign kernel may let its successor start before it waits itself. The kernel behind then reads what is
-not written yet: indices from a sort that is still running, in the routing of DeepSeek-V2's experts. So code that calls
-operations of others, products of matrices apart, is never launched early.
+After foreign kernels this is not enough. Inductor adds a wait to a load only if the *node* before it wrote what is
+loaded. But a foreign operation may write it and be followed by nodes that launch nothing (a view, one of several
+outputs), and a foreign kernel may let its successor start before it waits itself. The next kernel then reads what is
+not written yet: in the routing of DeepSeek-V2's experts, indices from a sort that is still running. So code that calls
+foreign operations, other than matrix products, never uses PDL.
 
-Code that breaks one of these rules is found here, and compiled again without early launches.
+This module finds code that breaks one of these rules, and the caller compiles it again without PDL.
 
-Our own kernels do the same, with one exception: behind prompts, whose kernel was launched the ordinary way, the decode
-kernel waits only before it stores its results (`attention/triton_decode.py` says why it may).
+Our own kernels follow the same rules, with one exception: after the prefill kernel, which is launched without PDL, the
+decode kernel waits only before it stores its results (`attention/triton_decode.py` says why this is safe).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# Each writes its result under its own name by its last kernel.
+# The last kernel of each of our operations writes the result under the operation's own name.
 _OWN_OPERATIONS = "hf_async_batching"
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _FOREIGN = re.compile(
@@ -35,9 +35,9 @@ _judged: dict[str, bool] = {}
 
 
 def generated_code_waits() -> bool:
-    """Whether all that Inductor has generated in this process, and that launches early, waits as it must.
+    """Whether all code that Inductor has generated in this process, and that uses PDL, waits as it must.
 
-    False, too, where this release keeps its code elsewhere and nothing can be said.
+    False, too, if this release of torch keeps its code elsewhere, so that the check finds none.
     """
     try:
         from torch._inductor.codecache import PyCodeCache
@@ -54,20 +54,21 @@ def generated_code_waits() -> bool:
 
 
 def waits(code: str) -> bool:
-    """Whether every kernel in a generated module that is launched early has what it reads before it reads it.
+    """Whether every kernel of a generated module that uses PDL waits for its input before it reads it.
 
-    Each waits before it stores and lets others start, and none runs beside operations of others.
+    Each such kernel must wait before it stores and before it lets its successor start, and the module must call no
+    foreign operation other than matrix products.
     """
-    early_ones = _WAIT in code or _LAUNCH in code or re.search(r"launch_pdl\W+True", code)
-    if early_ones and foreign_operations(code):
+    module_uses_pdl = _WAIT in code or _LAUNCH in code or re.search(r"launch_pdl\W+True", code)
+    if module_uses_pdl and foreign_operations(code):
         return False
     for kernel in re.split(r"^\s*@triton\.jit", code, flags=re.MULTILINE)[1:]:
         body = kernel.split("'''", 1)[0]
         wait, launch, store = (body.find(word) for word in (_WAIT, _LAUNCH, _STORE))
-        early = launch >= 0 or wait >= 0
-        if early and (wait < 0 or (0 <= launch < wait) or 0 <= store < wait):
+        uses_pdl = launch >= 0 or wait >= 0
+        if uses_pdl and (wait < 0 or (0 <= launch < wait) or 0 <= store < wait):
             return False
-    # What is launched early says so in front of its function, and must be among those above.
+    # Each kernel that uses PDL is marked in front of its function, and must be among the kernels checked above.
     for kernel in code.split("async_compile.triton(")[1:]:
         if re.search(r"launch_pdl\W+True", kernel) and _WAIT not in kernel.split("'''")[1]:
             return False
@@ -75,7 +76,7 @@ def waits(code: str) -> bool:
 
 
 def foreign_operations(code: str) -> list[str]:
-    """Operations in a generated module that are neither Inductor's nor ours, products of matrices apart."""
+    """Operations in a generated module that are neither Inductor's nor ours, except matrix products."""
     found: list[str] = []
     for line in code.splitlines():
         if line.lstrip().startswith("#"):

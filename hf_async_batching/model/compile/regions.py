@@ -1,8 +1,8 @@
-"""Compiles a view's repeated layers: once for all of them, for any number of tokens.
+"""Compile a view's repeated layers, once for all layers and for any number of tokens.
 
-A transformer's layers run the same code, so one layer is compiled and serves every other one, which keeps the start
-short; the modules around them (final norm, rotary frequencies) are compiled beside it. Weights and pages are inputs
-of the compiled code. A step of a single token runs uncompiled: sizes 0 and 1 are special to torch.compile.
+A transformer's layers run the same code, so one layer is compiled and its code serves all others; this keeps the start
+short. The modules around the layers (final norm, rotary frequencies) are compiled too. Weights and pages are inputs of
+the compiled code. A step of a single token runs uncompiled, because torch.compile specializes on sizes 0 and 1.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ logger = logging.getLogger(__name__)
 Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]
 """A backend of `torch.compile`."""
 
-# Sizes of the example that is compiled with: odd, and unlike the sizes of any model, so that what has this size
-# counts tokens.
+# Number of tokens in the example that is compiled with. It is odd and unlike any model's sizes, so a dimension of this
+# size counts tokens.
 EXAMPLE_TOKENS = 37
 
 _numbers = itertools.count()
 
 
 class UnsafePdlError(RuntimeError):
-    """Compiled code must not be launched early."""
+    """Compiled code must not use programmatic dependent launch."""
 
 
 class Region:
     """The compiled forward of modules that share their code.
 
     Args:
-        modules: Modules of one class, of which one is compiled for all.
-        backend: Of `torch.compile`.
+        modules: Modules of one class; one of them is compiled for all.
+        backend: Backend of `torch.compile`.
 
     Attributes:
-        marking: Set while the example runs: dimensions of `EXAMPLE_TOKENS` are then marked as dynamic.
-        compared: Where it is a list, both codes run, and it gets which tokens they agree on, bool [tokens] per call;
-            what comes behind goes on with the uncompiled code's result.
+        marking: Set while the example runs: dimensions of size `EXAMPLE_TOKENS` are then marked as dynamic.
+        compared: If it is a list, compiled and uncompiled code both run. Each call appends a bool [tokens]: the tokens
+            on which they agree. The uncompiled result is passed on.
     """
 
     def __init__(self, modules: list[nn.Module], backend: Compiler) -> None:
@@ -61,8 +61,8 @@ class Region:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return original(module, *args, **kwargs)
 
-        # Dynamo keeps its compiled code by code object, for all engines and the user's own torch.compile together,
-        # and drops out beyond a few variants: this one gets an object of its own.
+        # Dynamo caches compiled code by code object, for all engines and the user's own torch.compile together. It
+        # gives up beyond a few variants. So this region gets a code object of its own.
         name = f"region_{next(_numbers)}"
         own = types.FunctionType(
             call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
@@ -73,7 +73,7 @@ class Region:
             module.forward = types.MethodType(_RegionCall(self), module)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of one of the modules."""
+        """Run the forward of one of the modules."""
         tokens = _tokens((*args, *kwargs.values()))
         if tokens == 1:
             return self._original(module, *args, **kwargs)
@@ -88,7 +88,7 @@ class Region:
         return want
 
     def remove(self) -> None:
-        """Give the modules the forwards again that they had before."""
+        """Restore the forwards that the modules had before."""
         for module, before in zip(self.modules, self._before, strict=True):
             del module.forward
             if before is not None:
@@ -96,7 +96,7 @@ class Region:
 
 
 class _RegionCall:
-    """`forward` of a module in a region; an object with a name is easier to recognise in a trace than a closure."""
+    """`forward` of a module in a region; a named object is easier to recognise in a trace than a closure."""
 
     def __init__(self, region: Region) -> None:
         self._region = region
@@ -114,18 +114,21 @@ def _tokens(values: tuple[Any, ...]) -> int:
 
 
 def _first(out: Any) -> torch.Tensor:
-    """The tensor [1, tokens, ...] that a module returns, alone or in front of others."""
+    """The tensor [1, tokens, ...] that a module returns, alone or as the first of several."""
     tensor: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
     return tensor
 
 
 def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens have the same result but for rounding: relative to what the module adds to them.
+    """Which tokens have equal results up to rounding, relative to what the module adds to its input.
 
     Args:
-        got: Compiled, [1, tokens, ...].
-        want: Uncompiled.
-        given: The module's input, which it adds to where the shapes are the same.
+        got: Compiled result, [1, tokens, ...].
+        want: Uncompiled result, [1, tokens, ...].
+        given: The module's input; if its shape is the result's, the module adds to it.
+
+    Returns:
+        Bool [tokens].
     """
 
     def norm(values: torch.Tensor) -> torch.Tensor:
@@ -133,7 +136,7 @@ def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | N
         return norms[0]
 
     added = want - given if given is not None and given.shape == want.shape else want
-    # A sum with a large number loses bits of what is added.
+    # Adding a small number to a large one loses bits of the small one.
     tolerance, eps = rounding_tolerance(want.dtype), torch.finfo(want.dtype).eps
     return norm(got - want) <= tolerance * norm(added) + 2 * eps * norm(want)
 
@@ -141,16 +144,16 @@ def _tokens_alike(got: torch.Tensor, want: torch.Tensor, given: torch.Tensor | N
 def share_of_equal_tokens(regions: list[Region], run: Callable[[], Any]) -> float:
     """Compare compiled and uncompiled code module by module, each with the same input.
 
-    A router that rounds to another expert changes all that comes behind, and a whole forward shows no more. Module by
-    module it changes a few tokens; a miscompiled module changes most.
+    A router that rounds to another expert changes everything after it, so comparing whole forwards says little. In one
+    module, such a router changes a few tokens; a miscompiled module changes most tokens.
 
     Args:
-        regions: Of a view.
+        regions: All regions of a view.
         run: Runs the view.
 
     Returns:
-        The share of tokens that come to the same but for rounding, in the region where it is least. 0 where a token is
-        wrong in most layers: a router rounds to others for other tokens in each.
+        The share of tokens that are equal up to rounding, in the region where it is smallest. 0 if one token is wrong
+        in most layers: a router's rounding affects other tokens in each layer.
     """
     for region in regions:
         region.compared = []
@@ -160,7 +163,7 @@ def share_of_equal_tokens(regions: list[Region], run: Callable[[], Any]) -> floa
     finally:
         for region in regions:
             region.compared = None
-    # A module that is there once has no router.
+    # A module that occurs once has no router.
     if any(not one.all() for one in alike if len(one) == 1) or any(one.mean(0).min() < 0.25 for one in alike):
         return 0.0
     return min((float(one.mean()) for one in alike), default=0.0)
@@ -194,15 +197,15 @@ def compile_regions(
         view: A view that no other thread runs.
         attention_modules: Identities of its attention modules.
         run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
-        backend: Of `torch.compile`.
+        backend: Backend of `torch.compile`.
         pdl: Use programmatic dependent launch; see `pdl_check`.
 
     Returns:
         The regions.
 
     Raises:
-        UnsafePdlError: A kernel would not wait for the one before it; the layers then have their own forwards again.
-        Exception: Any error of the compiler, with the same effect.
+        UnsafePdlError: A kernel would not wait for its predecessor; the layers have their own forwards again.
+        Exception: Any error of the compiler; the layers have their own forwards again.
     """
     compiler = _with_residual_sums(backend, pdl)
     regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]
@@ -212,8 +215,8 @@ def compile_regions(
         run_example()
     except Exception as error:
         remove_regions(regions)
-        if pdl and not generated_code_waits():  # torch.compile wraps what its backend raises
-            raise UnsafePdlError("a generated kernel would not wait for the one before it") from error
+        if pdl and not generated_code_waits():  # torch.compile wraps the errors of its backend
+            raise UnsafePdlError("a generated kernel would not wait for its predecessor") from error
         raise
     for region in regions:
         region.marking = False
@@ -221,7 +224,7 @@ def compile_regions(
 
 
 def remove_regions(regions: list[Region]) -> None:
-    """Give the modules of regions the forwards again that they had before."""
+    """Restore the forwards that the modules of these regions had before."""
     for region in regions:
         region.remove()
 
@@ -239,16 +242,16 @@ def _with_residual_sums(backend: str | Compiler, pdl: bool) -> Compiler:
         else:
             chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
             compiled = chosen(module, inputs)
-        # Before it runs: an index that is not written yet ends the process's context.
+        # Check before the code runs: reading an index that is not written yet breaks the process's CUDA context.
         if pdl and not generated_code_waits():
-            raise UnsafePdlError("a generated kernel would not wait for the one before it")
+            raise UnsafePdlError("a generated kernel would not wait for its predecessor")
         return compiled
 
     return compiler
 
 
 def region_modules(view: PreTrainedModel, attention_modules: set[int]) -> list[list[nn.Module]]:
-    """Modules to compile, grouped by class: layers that hold attention, and small modules beside their list."""
+    """Modules to compile, grouped by class: layers that hold attention, and small modules next to the layer list."""
     groups: dict[type, list[nn.Module]] = {}
     for owner in view.modules():
         for child in owner.children():
@@ -267,6 +270,6 @@ def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
 
 
 def inductor_options(pdl: bool = False) -> dict[str, Any]:
-    """Settings of Inductor for small kernels in a captured graph, which are launched early where `early`."""
-    # Measuring variants would synchronize the device, which a capture in the engine's thread does not survive.
+    """Inductor's settings for small kernels in a captured graph; `pdl` turns programmatic dependent launch on."""
+    # Measuring variants would synchronize the device, which breaks a capture in the engine's thread.
     return {"triton.autotune_pointwise": False, "triton.enable_pdl": pdl}

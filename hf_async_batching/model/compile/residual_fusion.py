@@ -1,4 +1,4 @@
-"""Compiled code adds a residual where the product before it ends: one kernel, and one pass over memory, less."""
+"""Fuse residual sums into the product before them: one kernel and one pass over memory less per sum."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def fuse_residual_sums(graph: fx.Graph) -> int:
-    """Replace each sum of a product of an `EngineLinear` and a tensor of the same shape by one operator.
+    """Replace each sum of an `EngineLinear` product and a tensor of the same shape by one operator.
 
     Args:
-        graph: What Dynamo traced; changed in place.
+        graph: The graph that Dynamo traced; it is changed in place.
 
     Returns:
-        How many sums were merged.
+        The number of sums that were replaced.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     merged = 0
@@ -27,7 +27,7 @@ def fuse_residual_sums(graph: fx.Graph) -> int:
         products = [arg for arg in node.args if _is_product(arg) and len(arg.users) == 1]
         if not products:
             continue
-        # Of two, the later one: the other is there when it is computed.
+        # If both terms are products, take the later one: the other is ready by then.
         product = max(products, key=lambda one: order[one])
         residual = node.args[0] if node.args[1] is product else node.args[1]
         if residual is product or not _alike(product, residual):
@@ -54,5 +54,5 @@ def _alike(product: fx.Node, residual: object) -> bool:
     left, right = product.meta.get("example_value"), residual.meta.get("example_value")
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return False
-    # Symbolic sizes are compared by name: to ask whether they are equal would add a guard.
+    # Symbolic sizes are compared by name: comparing their values would add a guard.
     return left.dtype == right.dtype and str(left.shape) == str(right.shape)

@@ -1,1 +1,1 @@
-"""Which kernels of other packages a view calls."""
+"""Choose which kernels of other packages a view calls."""

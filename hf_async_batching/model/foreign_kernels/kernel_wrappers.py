@@ -1,8 +1,8 @@
-"""Rebinds methods of modules of our own that call kernels of other packages.
+"""Rebind those methods of a model copy that call kernels of other packages.
 
-Transformers writes what such a kernel stands for in torch, under a wrapper that chooses between the two when the
-modelling file is imported. A method finds the wrapper among its globals: a copy of the method, with other globals, is
-set on the instance. Neither transformers nor any other model notices.
+Transformers has a torch implementation of each such kernel, inside a wrapper that chooses between the two when the
+modelling file is imported. A method finds the wrapper among its globals. So a copy of the method, with other globals,
+is set on the instance. Neither transformers nor any other model is affected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-# The file of transformers that has the wrappers.
+# The file of transformers that defines the wrappers.
 _WRAPPERS = "hub_kernels.py"
 _MARK = "_hf_async_batching_kernels"
 
@@ -24,13 +24,13 @@ def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Ca
     """Let a model's modules call something else where they call a wrapper.
 
     Args:
-        model: A copy of our own.
-        replace: Takes a wrapper, and returns what is called in its place; None for the wrapper itself.
+        model: A copy that belongs to the engine.
+        replace: Returns the function to call instead of a wrapper, or None to keep the wrapper.
     """
     for module in model.modules():
         for name, method in _methods(type(module)):
             if name in vars(module):
-                continue  # a user's, or bound before
+                continue  # set by the user, or already rebound
             called: dict[str, Any] = {name: method.__globals__.get(name) for name in method.__code__.co_names}
             wrappers = {name: found for name, value in called.items() if (found := _wrapper(value)) is not None}
             replaced = {name: made for name, found in wrappers.items() if (made := replace(found)) is not None}
@@ -48,12 +48,12 @@ def _with_globals(method: types.FunctionType, changed: dict[str, Any]) -> types.
 
 
 def is_rebound(method: Any) -> bool:
-    """Whether a method that is set on a module is its class's own, with other kernels."""
+    """Whether a method set on a module is its class's own method with other kernels."""
     return hasattr(getattr(method, "__func__", None), _MARK)
 
 
 def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
-    """Methods of a class as written, without what decorates them."""
+    """Methods of a class, without their decorators."""
     for name in dir(cls):
         method = inspect.unwrap(inspect.getattr_static(cls, name))
         if isinstance(method, types.FunctionType) and method.__module__.startswith("transformers.models."):
@@ -61,7 +61,7 @@ def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
 
 
 def _wrapper(value: Any) -> types.FunctionType | None:
-    """The wrapper that a function is, or wraps."""
+    """The wrapper that a function is or wraps, if any."""
     while isinstance(value, types.FunctionType):
         if Path(value.__code__.co_filename).name == _WRAPPERS and hasattr(value, "__wrapped__"):
             return value

@@ -1,8 +1,8 @@
-"""Flash-linear-attention's kernels for our own views, with settings that need no measuring.
+"""Give views a private copy of flash-linear-attention's kernels, with settings that need no measuring.
 
-The package measures dozens of variants of each kernel the first time that it meets a shape: 73 seconds until the first
-token of a Qwen3.5 on an H200, with the caller waiting. Its settings belong to the whole process. So views compute with
-a second copy of the package's modules, in which every kernel has one setting; the user's own copy stays as it is.
+The package measures dozens of variants of each kernel when it first meets a shape: the first token of a Qwen3.5 on an
+H200 took 73 seconds, while the caller waited. Its settings belong to the whole process. So views use a second copy of
+the package's modules, in which every kernel has one setting. The user's copy stays unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_async_batching.model.foreign_kernels.kernel_wrappers import rebind_wrapp
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "fla"
-# Their `__init__` imports every kernel there is, of which a model needs a few.
+# The `__init__` of these packages imports every kernel; a model needs only a few.
 _HEAVY = ("fla", "fla.ops", "fla.modules")
 
 _own: dict[str, types.ModuleType] = {}
@@ -32,12 +32,12 @@ _lock = threading.Lock()
 
 
 def use_private_kernels(view: nn.Module) -> None:
-    """Let a view's modules call our copy of flash-linear-attention where they call the package.
+    """Let a view's modules call the private copy of flash-linear-attention where they call the package.
 
-    Nothing changes where the package is not in use.
+    This changes nothing if the package is not in use.
 
     Args:
-        view: A view of our own.
+        view: A view that belongs to the engine.
     """
     if _PACKAGE not in sys.modules:
         return
@@ -48,7 +48,7 @@ def use_private_kernels(view: nn.Module) -> None:
 
 
 def _with_own_kernel(wrapper: types.FunctionType) -> Callable[..., Any] | None:
-    """A wrapper of transformers that calls our copy of what it chose; None where it chose something else."""
+    """Return a copy of a wrapper that calls the private copy of its kernel; None if it calls another package."""
     names = wrapper.__code__.co_freevars
     cells = dict(zip(names, wrapper.__closure__ or (), strict=True))
     chosen: Any = cells["implementation"].cell_contents if "implementation" in cells else None
@@ -69,7 +69,7 @@ def _with_own_kernel(wrapper: types.FunctionType) -> Callable[..., Any] | None:
 
 
 def _own_module(name: str) -> types.ModuleType:
-    """Our copy of a module of the package."""
+    """Return the private copy of a module of the package."""
     with _lock:
         if name not in _own:
             _import(name)
@@ -77,12 +77,12 @@ def _own_module(name: str) -> types.ModuleType:
 
 
 def _import(name: str) -> None:
-    """Import a module of the package, and what it needs, once more; with one setting for each kernel."""
+    """Import a module of the package and its dependencies once more, and leave each kernel one setting."""
     stubs = {heavy: _stub(sys.modules[heavy]) for heavy in _HEAVY if heavy in sys.modules and heavy not in _own}
     try:
         with _hidden(stubs):
             importlib.import_module(name)
-    except ImportError:  # something is taken from what was left out
+    except ImportError:  # a module imports a name that a stub lacks
         for stub in stubs:
             _own.pop(stub, None)
         with _hidden({}):
@@ -93,7 +93,7 @@ def _import(name: str) -> None:
 
 
 def _stub(package: types.ModuleType) -> types.ModuleType:
-    """A package that has its folder, and what it says of itself."""
+    """Return a package that has the original's folder and simple attributes, but no kernels."""
     made = types.ModuleType(package.__name__)
     vars(made).update({name: value for name, value in vars(package).items() if isinstance(value, (str, int, float))})
     made.__path__ = list(package.__path__)
@@ -103,7 +103,7 @@ def _stub(package: types.ModuleType) -> types.ModuleType:
 
 @contextmanager
 def _hidden(stubs: dict[str, types.ModuleType]) -> Iterator[None]:
-    """Let imports of the package find our copy's modules, and keep what they import as such."""
+    """Let imports of the package find the private copies, and keep newly imported modules among them."""
     theirs = dict(_modules())
     for name in theirs:
         del sys.modules[name]
@@ -122,7 +122,7 @@ def _modules() -> list[tuple[str, types.ModuleType]]:
 
 
 def _settle(value: Any) -> None:
-    """Leave a kernel one of its settings, if it is one."""
+    """If a value is a kernel with several settings, leave it one."""
     from triton.runtime.autotuner import Autotuner
 
     while value is not None and not inspect.ismodule(value):
@@ -134,6 +134,6 @@ def _settle(value: Any) -> None:
 
 
 def _distance(config: Any) -> tuple[int, int]:
-    """How far a setting is from a middling one, which needs little shared memory."""
+    """Distance of a setting from a medium one, which needs little shared memory."""
     blocks = sum(abs(size.bit_length() - 7) for size in config.kwargs.values() if type(size) is int)
     return abs(config.num_warps.bit_length() - 3) + abs(config.num_stages - 2), blocks

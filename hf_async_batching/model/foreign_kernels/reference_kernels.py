@@ -1,7 +1,7 @@
-"""Lets a model of our own compute with transformers' own code where it would call kernels of other packages.
+"""Let a model copy compute with transformers' torch code where it would call kernels of other packages.
 
-Transformers takes flash-linear-attention, causal-conv1d and mamba-ssm where they are installed, whatever the device;
-none of them runs on a CPU.
+Transformers uses flash-linear-attention, causal-conv1d and mamba-ssm wherever they are installed, on any device. None
+of these packages runs on a CPU.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _PACKAGES = ("fla", "causal_conv1d", "mamba_ssm", "kernels")
 
 
 def use_reference_kernels(model: nn.Module) -> None:
-    """Bind methods of a model's modules to the functions in torch that kernels of other packages stand for.
+    """Rebind methods of a model's modules to torch functions in place of kernels of other packages.
 
-    Nothing changes where no such package is installed, and nothing but this model ever does.
+    This changes nothing if no such package is installed, and never affects another model.
 
     Args:
-        model: A model of our own.
+        model: A copy that belongs to the engine.
     """
     if any(find_spec(package) for package in _PACKAGES):
         rebind_wrappers(model, inspect.unwrap)

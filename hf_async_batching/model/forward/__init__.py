@@ -1,1 +1,1 @@
-"""Runs a view over a step's tokens, by the route that serves its family."""
+"""Run a view over a step's tokens, by the route that serves its family."""

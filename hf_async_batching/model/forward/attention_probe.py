@@ -1,8 +1,8 @@
-"""Learns how a model's modules call attention, from one forward over two tokens, before any memory is committed.
+"""Learn how a model's modules call attention, from one forward over two tokens, before any memory is committed.
 
 The probe runs on the view under an attention implementation of its own. Its mask function, registered through
-`AttentionMaskInterface`, returns a mask that remembers which sliding window the model asked for; the engine's own
-implementation registers no mask function, so that transformers builds no mask at all in a step.
+`AttentionMaskInterface`, returns a mask that remembers which sliding window the model asked for. The engine's own
+implementation registers no mask function, so transformers builds no mask in a step.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class ProbeResult(NamedTuple):
     """What the probe learned.
 
     Attributes:
-        layers: By identity of the attention module.
-        shapes: Keys and values per layer, by layer index.
-        passes_context: Whether every layer passes the `paged` keyword argument on to attention.
+        layers: What each attention module asked for, by the module's identity.
+        shapes: Shapes of the keys and values of each layer, by layer index.
+        passes_context: Whether every layer passes the keyword argument `paged` on to attention.
     """
 
     layers: dict[int, PagedLayer]
@@ -55,11 +55,12 @@ def probe(model_name: str, forward: Callable[..., Any]) -> ProbeResult:
     """Run `forward(paged=...)`, a forward of the view over `PROBE_TOKENS` tokens, and report its attention calls.
 
     Args:
-        model_name: For messages.
-        forward: Runs the model; gets the keyword argument to pass on.
+        model_name: Name of the model, for messages.
+        forward: Runs the model and passes its keyword argument on.
 
     Raises:
-        UnsupportedModelError: Attention does not go through transformers' interface, or asks for what is not served.
+        UnsupportedModelError: Attention does not go through transformers' interface, or asks for something that is
+            not served.
     """
     _recorder.__init__()  # type: ignore[misc]
     try:
@@ -68,7 +69,7 @@ def probe(model_name: str, forward: Callable[..., Any]) -> ProbeResult:
         except TypeError as error:
             if "paged" not in str(error):
                 raise
-            # The outermost forward takes no further keyword arguments.
+            # The outermost forward does not take the keyword argument.
             _recorder.__init__()  # type: ignore[misc]
             forward()
         layers, shapes, contexts = _recorder.layers, _recorder.shapes, _recorder.contexts
@@ -91,7 +92,7 @@ def probe(model_name: str, forward: Callable[..., Any]) -> ProbeResult:
 
 
 def without_attention(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a forward of a view under the probe's attention returns: there every layer's attention gives zeros."""
+    """Run a forward of a view whose every attention layer returns zeros, and return its result."""
     _recorder.__init__()  # type: ignore[misc]
     try:
         return forward()
@@ -113,7 +114,7 @@ def _probe_mask(
     seen: tuple[int | None, int | None]
     if not use_vmap and _sees(mask_function, local_size, chunked=False):
         seen = (local_size, None)
-    # transformers reports the chunks of chunked attention as windows, too.
+    # transformers reports the chunks of chunked attention as windows.
     elif not use_vmap and local_size is not None and _sees(mask_function, local_size, chunked=True):
         seen = (None, local_size)
     else:
@@ -124,9 +125,9 @@ def _probe_mask(
 
 
 def _sees(mask_function: Callable[..., Any], window: int | None, *, chunked: bool) -> bool:
-    """Whether a mask lets a query see exactly the last `window` keys (all where None), looked at around the edges.
+    """Whether a mask lets a query see exactly the last `window` keys (all keys if None), checked around the edges.
 
-    With `chunked`: those of its chunk of `window` tokens.
+    With `chunked`, the query sees the keys of its own chunk of `window` tokens.
     """
     width = window if window is not None else 1000
     for query in (0, 1, width - 1, width, width + 1, 2 * width - 1, 2 * width):
@@ -138,7 +139,7 @@ def _sees(mask_function: Callable[..., Any], window: int | None, *, chunked: boo
             try:
                 seen = bool(mask_function(0, 0, *(torch.tensor(i, device="cpu") for i in (query, key))))
             except (IndexError, RuntimeError):
-                return False  # it looks things up per token
+                return False  # the mask reads a table per token
             if seen != expected:
                 return False
     return True
@@ -165,14 +166,14 @@ def _probe_attention(
         raise UnsupportedModelError(f"{name} attends in both directions")
     refuse_unknown(module, kwargs)
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2] == PROBE_TOKENS:
-        raise UnsupportedModelError(f"{name} attends over something else than the tokens of its input")
+        raise UnsupportedModelError(f"{name} attends to other tokens than those of its input")
     if s_aux is not None and s_aux.shape != (query.shape[1],):
-        raise UnsupportedModelError(f"{name} has attention sinks of the shape {tuple(s_aux.shape)}")
+        raise UnsupportedModelError(f"{name} has attention sinks of shape {tuple(s_aux.shape)}")
     chunk = None
     if attention_mask is not None:
         if not hasattr(attention_mask, _SEEN):
             raise UnsupportedModelError(f"{name} builds its own attention mask")
-        # The mask decides: some families name a window in the call that their mask does not use, and the reverse.
+        # The mask decides: some families name a window in the call that their mask ignores, and some do the reverse.
         sliding_window, chunk = getattr(attention_mask, _SEEN)
     _recorder.layers[id(module)] = PagedLayer(len(_recorder.layers), sliding_window, chunk)
     seen = (sliding_window, chunk, s_aux is not None)

@@ -1,15 +1,15 @@
-"""The forward of a model's view through the cache class of its own family, for families that cannot be packed.
+"""Run a model's view with its family's own cache class, for families whose tokens cannot be packed.
 
-Where attention does not go through transformers' interface, builds masks of its own or keeps a recurrent state, tokens
-of different rows cannot share one packed sequence. Every family that generates can be run as `generate` runs it,
-though: new tokens in, the family's cache beside them. How many rows such a run takes depends on the family:
+Tokens of different rows cannot share one packed sequence if attention bypasses transformers' interface, builds its own
+masks or keeps a recurrent state. But every family that generates can run as `generate` runs it: new tokens go in, with
+the family's cache. How many rows share such a run depends on the family:
 
 - *padded*: all rows that decode, the shorter ones padded on the left, as in a batch of `generate`;
-- *lockstep*: rows of equal length, for families that know no padding (positions that follow the cache's length);
-- *single*: one row at a time, with a cache object of its own, for families with a cache that is like no other.
+- *lockstep*: rows of equal length, for families without padding (their positions follow the cache's length);
+- *single*: one row at a time, each with its own cache object, for families with an unusual cache class.
 
-Prompts are computed in pieces, or (*whole*) at once with their last piece, where a family's state can only be
-continued by one token at a time. The attach check decides which of these a model is served by.
+Prompts are computed in pieces. If a family can continue its state by only one token at a time, the prompt is computed
+at once with its last piece (*whole*). The parity check decides which of these ways serves a model.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ MODES: tuple[tuple[Batching, bool], ...] = (
     ("lockstep", True),
     ("single", True),
 )
-"""Ways to batch, and whether prompts are computed whole; the fastest first."""
+"""Pairs of a way to batch and whether prompts are computed whole, the fastest pair first."""
 
 _PROBE_TOKENS = 3
-# Arguments of the forward that follow from the rows' lengths; a family with others is run row by row.
+# Arguments of the forward that follow from the rows' lengths. A family with further arguments runs row by row.
 _FOLLOWS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 class _Piece(NamedTuple):
-    """New tokens of a row: the first one stands at `position` of the row, and at `query` among the step's tokens."""
+    """New tokens of a row; the first is at `position` in the row and at `query` among the step's tokens."""
 
     row: int
     query: int
@@ -56,7 +56,7 @@ class _Piece(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """A run of a row's tokens, to be computed now; `query` is where the last of them stands in the step."""
+    """A row's tokens to compute now; the last of them is at `query` among the step's tokens."""
 
     row: int
     start: int
@@ -68,26 +68,26 @@ class CacheForward:
     """Calls the view for one step.
 
     Args:
-        model: The user's model; a shared-weight view of it is made.
+        model: The user's model; the forward makes a shared-weight view of it.
         batching: Which rows share a run.
-        whole_prompts: Whether prompts wait for their last piece.
+        whole_prompts: Whether a prompt waits for its last piece and is then computed at once.
 
     Attributes:
         name: Class of the model, for messages.
         route: How the model is served, for messages.
-        layers: Keys and values per layer, for the pages; empty where there are none.
-        vocab_size: Rows of the input embedding: token ids must be below.
-        embedding_size: Its columns.
-        logit_size: Width of the logits, which can differ from it.
-        device: Where the weights lie.
-        dtype: Of the logits.
-        whole_prompts: As given.
+        layers: Shapes of keys and values per layer, for the pages; empty if there are none.
+        vocab_size: Rows of the input embedding; token ids must be below.
+        embedding_size: Columns of the input embedding.
+        logit_size: Width of the logits; it can differ from `vocab_size`.
+        device: Device of the weights.
+        dtype: Dtype of the logits.
+        whole_prompts: The argument.
         recomputes: Whether a row can be computed again from its tokens.
-        prefix_cacheable: Whether pages hold all that is known of a prefix.
-        state_bytes: Memory of what a row has beside its pages, in bytes.
+        prefix_cacheable: Whether pages hold the whole state of a prefix.
+        state_bytes: Memory per row outside its pages, in bytes.
 
     Raises:
-        UnsupportedModelError: The model cannot be run in this way.
+        UnsupportedModelError: The model cannot run in this way.
     """
 
     tile_size = 1 << 30
@@ -131,7 +131,7 @@ class CacheForward:
         self._num_rows = 0
 
     def _probe(self) -> None:
-        """Run a few tokens as `generate` does, and see what they leave behind."""
+        """Run a few tokens as `generate` does, and read the cache that they leave."""
         tokens = torch.arange(1, _PROBE_TOKENS + 1, device=self.device)[None] % self.vocab_size
         loop = GenerateLoop(self.view)
         loop.prepare(tokens)
@@ -142,7 +142,7 @@ class CacheForward:
         if self._batching == "single":
             return
         if len(pristine) != 1:
-            raise UnsupportedModelError("it makes its cache by itself")
+            raise UnsupportedModelError("it makes its own cache")
         self._cache_name, cache = next(iter(pristine.items()))
         unknown = {name for name, value in prepared.items() if name not in _FOLLOWS and not _is_constant(value)}
         if unknown != {self._cache_name}:
@@ -154,14 +154,14 @@ class CacheForward:
         self._rows = RowCache(cache, loop.arguments[self._cache_name], _PROBE_TOKENS)
 
     def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:  # noqa: ARG002
-        """Set the pages that steps use from now on; what rows had is forgotten."""
+        """Use these pages from now on; the state of all rows is dropped."""
         self._pages = cache
         self._num_rows = 0
         self._loops.clear()
         self._held.clear()
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all where None)."""
+        """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all tokens if None)."""
         context = inputs.context
         if self._rows is not None and self._num_rows != context.page_table.shape[0]:
             self._num_rows = context.page_table.shape[0]
@@ -172,7 +172,7 @@ class CacheForward:
         for group in self._groups(self._work(inputs, set(queries))):
             out = self._run_single(group[0]) if self._rows is None else self._run(group, context)
             logits.update({work.query: row for work, row in zip(group, out, strict=True)})
-        # Nothing reads what padding entries would get.
+        # Padding entries keep zeros; nothing reads them.
         out = torch.zeros(len(queries), self.logit_size, dtype=self.dtype, device=self.device)
         for index, query in enumerate(queries):
             if query in logits:
@@ -223,7 +223,7 @@ class CacheForward:
             begins = torch.tensor(starts, device=self.device)[:, None]
             arguments["position_ids"] = begins + torch.arange(count, device=self.device)
         if min(starts) < longest:
-            # Of ones only, `generate` drops it.
+            # `generate` drops a mask that is all ones.
             padding = torch.tensor([longest - start for start in starts], device=self.device)[:, None]
             arguments["attention_mask"] = (torch.arange(longest + count, device=self.device) >= padding).long()
         prepared = self.view.prepare_inputs_for_generation(
@@ -247,14 +247,14 @@ class CacheForward:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether an argument says the same for any tokens."""
+    """Whether an argument has the same value for any tokens."""
     if isinstance(value, dict):
         return all(_is_constant(item) for item in value.values())
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _pieces(context: AttentionContext) -> list[_Piece]:
-    """The step's tokens by row, without those of the padding row."""
+    """The step's tokens by row, without the padding row's tokens."""
     if isinstance(context, DecodeContext):
         rows, positions = context.rows.tolist(), context.positions.tolist()
         pieces = [_Piece(row, query, 1, position) for query, (row, position) in enumerate(zip(rows, positions))]

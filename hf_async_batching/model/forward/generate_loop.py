@@ -1,6 +1,7 @@
-"""One sequence, computed as transformers' own generation loop computes it: its inputs, its cache, its order.
+"""Compute one sequence as transformers' own generation loop does: with its inputs, its cache and its order.
 
-The yardstick of the attach check, and the way to serve families whose cache only their own code understands.
+The parity check uses this loop as its reference. It also serves families whose cache only their own code
+understands.
 """
 
 from __future__ import annotations
@@ -13,31 +14,31 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model.view.unwrap import transformers_generate
 
-# Names under which families take and return their cache; `cache` is that of transformers 5.24 for all.
+# Names by which families take and return their cache; transformers 5.24 uses `cache` for all.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 def prepare_view(view: PreTrainedModel) -> None:
-    """Give a view a generation config that asks for nothing; the user's own is not touched.
+    """Give a view a default generation config; the user's own config is not changed.
 
     Args:
-        view: Made by `make_view`.
+        view: A view made by `make_view`.
     """
     plain: Any = GenerationConfig
     view.generation_config = plain(do_sample=False, max_new_tokens=1, pad_token_id=0, use_cache=True)
 
 
 class GenerateLoop:
-    """One sequence.
+    """One sequence of a view.
 
-    Some families keep a state in their modules, beside the cache: it is taken out after each step and put back before
-    the next, so that loops over one view can take turns and each starts from nothing.
+    Some families keep state in their modules, outside the cache. The loop takes this state out after each step and
+    puts it back before the next, so loops over one view can take turns, and each starts without state.
 
     Args:
-        view: A view that went through `prepare_view`.
+        view: A view that `prepare_view` has prepared.
 
     Attributes:
-        arguments: What `generate` hands from step to step beside the token ids.
+        arguments: Arguments that `generate` passes from step to step besides the token ids.
     """
 
     def __init__(self, view: PreTrainedModel) -> None:
@@ -47,7 +48,7 @@ class GenerateLoop:
         self._module_state: dict[tuple[int, str], Any] = {}
 
     def prepare(self, tokens: torch.Tensor) -> None:
-        """Let `generate` prepare the first step, without running it.
+        """Let `generate` prepare the first step, but do not run it.
 
         Args:
             tokens: int64 [1, length].
@@ -67,10 +68,10 @@ class GenerateLoop:
 
         Args:
             tokens: int64 [1, length].
-            everywhere: Ask for the logits of all positions, which families may give or not.
+            everywhere: Ask for the logits of all positions; some families return only the last.
 
         Returns:
-            Logits [vocab] of what follows; with `everywhere` [positions, vocab].
+            Logits [vocab] of the next token; with `everywhere`, logits [positions, vocab].
         """
         self.prepare(tokens)
         self._module_state = {}
@@ -86,7 +87,7 @@ class GenerateLoop:
             token: int64 [1, 1].
 
         Returns:
-            Logits [vocab] of what follows.
+            Logits [vocab] of the next token.
         """
         assert self._ids is not None
         self._ids = torch.cat([self._ids, token], 1)
@@ -115,7 +116,7 @@ class GenerateLoop:
 
 
 def _module_state(modules: list[Any]) -> dict[tuple[int, str], Any]:
-    """Tensors that modules keep as plain attributes, or None in their place, by number of the module and name."""
+    """Tensors (or None) that modules keep as plain attributes, by module number and attribute name."""
     return {
         (number, name): value
         for number, module in enumerate(modules)

@@ -1,4 +1,4 @@
-"""The forward of a model's view over packed tokens, with attention over pages."""
+"""Run a model's view over packed tokens, with attention over pages."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class PackedForward:
     """Computes one step: calls the view over the packed tokens of many rows.
 
     Args:
-        model: The user's model; a shared-weight view of it is made, and a probe runs on that view.
+        model: The user's model; the forward makes a shared-weight view of it and probes that view.
         fused: Whether projections of one input share a product; see `fuse`.
-        skinny: Whether uncompiled code sends few rows to our own kernel; only with `fused`.
+        skinny: Whether uncompiled code sends few rows to our own kernel; requires `fused`.
 
     Attributes:
         name: Class of the model, for messages.
         route: How the model is served, for messages.
-        layers: Keys and values of each attention layer, as the probe saw them.
-        vocab_size: Rows of the input embedding: token ids must be below.
-        embedding_size: Its columns.
-        logit_size: Width of the logits, which can differ from it.
-        device: Where the weights lie.
-        packed_groups: Groups of projections that share a product; None where weights are not fused.
-        regions: What is compiled.
+        layers: Shapes of keys and values of each attention layer, as the probe saw them.
+        vocab_size: Rows of the input embedding; token ids must be below.
+        embedding_size: Columns of the input embedding.
+        logit_size: Width of the logits; it can differ from `vocab_size`.
+        device: Device of the weights.
+        packed_groups: Groups of projections that share a product; None if weights are not fused.
+        regions: Compiled regions of the view.
 
     Raises:
         UnsupportedModelError: The model's attention cannot be routed to the pages.
     """
 
-    # As `CacheForward` has them.
+    # Constants that `CacheForward` has as attributes.
     route = "packed"
     capturable = True
     whole_prompts = False
@@ -85,7 +85,7 @@ class PackedForward:
             self.fuse(skinny=skinny)
 
     def _begin(self) -> None:
-        """Begin with a view that is uncompiled, unfused and bound to no pages."""
+        """Start with a view that is uncompiled, unfused and not bound to pages."""
         set_attention(self.view, interface.NAME)
         self._layer_at: dict[int, int] = {}
         self._compiled = False
@@ -95,10 +95,10 @@ class PackedForward:
         self._backend: AttentionBackend | None = None
 
     def on_view(self, view: PreTrainedModel) -> PackedForward:
-        """The same forward, unfused and uncompiled, on another view: no copy is made, and no probe runs.
+        """Return the same forward on another view, unfused and uncompiled, without a copy or a probe.
 
         Args:
-            view: Another view of the same state of the model, which the new forward takes over.
+            view: Another view of the same state of the model; the new forward owns it.
 
         Raises:
             ValueError: The view has other modules.
@@ -153,12 +153,12 @@ class PackedForward:
         """Compile the layers of the view; see `regions`.
 
         Args:
-            run_example: Calls this forward with `EXAMPLE_TOKENS` tokens, all of them sampled.
-            backend: Of `torch.compile`.
+            run_example: Calls this forward with `EXAMPLE_TOKENS` tokens and samples all of them.
+            backend: Backend of `torch.compile`.
             pdl: Use programmatic dependent launch; see `pdl_check`.
 
         Raises:
-            Exception: Whatever the compiler raises. The forward is of use again after `uncompile`.
+            Exception: Any error of the compiler. Call `uncompile` before using the forward again.
         """
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
@@ -167,30 +167,30 @@ class PackedForward:
         ready_products(self.view, (16, 32, 64))
 
     def uncompile(self) -> None:
-        """Take compiled code out of the view again."""
+        """Remove compiled code from the view."""
         remove_regions(self.regions)
         self._compiled, self.regions = False, []
 
     def tune(self, batches: list[int]) -> None:
-        """Measure kernel settings on this device, unless that was done before; nothing else may run on it.
+        """Measure kernel settings on this device, unless they are stored already. Nothing else may run on the device.
 
         Args:
-            batches: Rows of decode steps.
+            batches: Numbers of rows of decode steps.
         """
         assert self._backend is not None and self._cache is not None
-        # Typical of chats. Contexts grow while they are served, and no setting is far off for another length.
+        # Typical lengths of chats. Contexts grow while they are served, and each setting is good at other lengths too.
         self._backend.tune(self._cache, batches=batches, context=1024, prompt=1024)
         tune_products(self.view, tuple(batches))
 
     def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:
-        """Set the pages and kernels that steps use from now on."""
+        """Use these pages and kernels from now on."""
         self._cache, self._backend = cache, backend
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all where None)."""
+        """Logits [sampled, vocab] in the model's dtype, one row per entry of `sample_index` (all tokens if None)."""
         assert self._cache is not None and self._backend is not None
         call = PagedCall(inputs.context, self._cache, self._backend, self._paged_layers, self._layer_at)
-        # Compiled code would look at every attribute of a keyword argument in each call.
+        # Compiled code would check every attribute of a keyword argument in each call.
         passed = self._passes_context and not self._compiled
         kwargs = {"paged": call} if passed else {}
         with nullcontext() if passed else interface.active(call):
@@ -227,8 +227,8 @@ class PackedForward:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all parameters but an embedding that is only looked up."""
-        # Of a weight that is spread over ranks, this rank's part.
+        """Bytes of weights that a decode step reads: all parameters except an embedding that is only looked up."""
+        # A weight that is sharded over ranks counts with this rank's part.
         seen: dict[int, int] = {id(p): getattr(p, "_local_tensor", p).nbytes for p in self.view.parameters()}
         view: Any = self.view
         embedding, output = view.get_input_embeddings(), view.get_output_embeddings()
@@ -238,8 +238,8 @@ class PackedForward:
 
 
 def _parameters(module: nn.Module) -> set[str]:
-    """Names of the arguments that a model's forward takes, itself or by handing on what it does not name."""
-    # A forward that was set on the instance comes before that of the class, as a rule one that calls it.
+    """Names of the arguments that a model's forward takes, itself or in a call to which it passes its keywords."""
+    # A forward set on the instance precedes the class's forward, and usually calls it.
     forwards = [vars(module).get("forward"), *(vars(base).get("forward") for base in type(module).__mro__)]
     names: set[str] = set()
     for forward in forwards:
@@ -250,6 +250,6 @@ def _parameters(module: nn.Module) -> set[str]:
         if forward is not forwards[0] and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
             break
     if names <= {"self"}:
-        # All is handed on: to the model within, if not to a base class.
+        # The forward passes all arguments on: if not to a base class, then to the model within.
         names.update(*(_parameters(child) for child in module.children() if isinstance(child, PreTrainedModel)))
     return names

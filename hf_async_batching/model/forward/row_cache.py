@@ -1,9 +1,9 @@
-"""Keys, values and states of rows, as the cache object of a model's own family sees them.
+"""Present the keys, values and states of rows as a cache object of the model's own family.
 
-transformers' `DynamicCache` is a list of layers, each with keys and values that grow, or with states of a fixed size,
-or with both. Here keys and values live in the engine's pages and states in tables indexed by row; for a step they are
-gathered into a cache object of the family's own making, rows of different lengths padded on the left as `generate`
-pads them, and what the step adds is written back.
+transformers' `DynamicCache` is a list of layers. Each layer has keys and values that grow, states of a fixed size, or
+both. Here, keys and values live in the engine's pages, and states in tables indexed by row. For a step they are
+gathered into a cache object of the family's own class, with rows of different lengths padded on the left as `generate`
+pads them. Then the entries that the step adds are written back.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STATES = ("conv_states", "recurrent_states")
 
 @dataclass(frozen=True, slots=True)
 class _Paged:
-    """Where the pages of one layer's tensors are: index in the `PagedCache`."""
+    """Location of one layer's keys and values: their index in the `PagedCache`."""
 
     layer: int
     index: int
@@ -46,15 +46,15 @@ class RowCache:
 
     Args:
         pristine: A cache as `generate` makes it, before any step.
-        used: The same after a step of one sequence of `length` tokens.
+        used: The same cache after a step of one sequence of `length` tokens.
         length: Tokens of that sequence.
 
     Attributes:
-        shapes: Keys and values per layer that has some, for the pages.
+        shapes: Shapes of keys and values of each layer that has any, for the pages.
         state_bytes: Memory of the states of one row, in bytes.
 
     Raises:
-        UnsupportedModelError: The cache is not a `DynamicCache`, or has layers of a kind that is not known.
+        UnsupportedModelError: The cache is not a `DynamicCache`, or has layers of an unknown class.
     """
 
     def __init__(self, pristine: Any, used: Any, length: int) -> None:
@@ -77,13 +77,13 @@ class RowCache:
                 window = getattr(layer, "sliding_window", None) if layer.is_sliding else None
                 kept = length if window is None else min(length, window - 1)
                 if keys.shape[-2] != kept or keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
-                    raise UnsupportedModelError("its cache holds something else than the tokens of the input")
+                    raise UnsupportedModelError("its cache holds other entries than the tokens of the input")
                 paged = _Paged(number, len(self.shapes), "attention")
                 self._add(paged, keys.transpose(1, 2), values.transpose(1, 2), window)
             indexer = getattr(layer, "indexer_keys", None)
             if indexer is not None and indexer.numel():
                 if indexer.dim() != 3 or indexer.shape[1] != length or layer.indexer_position_ids is not None:
-                    raise UnsupportedModelError("its indexer keeps something else than one key per token")
+                    raise UnsupportedModelError("its indexer does not keep exactly one key per token")
                 self._add(_Paged(number, len(self.shapes), "indexer"), indexer[:, :, None], indexer[:, :, None, :0])
             for name in _STATES:
                 for index, state in (getattr(layer, name, None) or {}).items():
@@ -93,26 +93,26 @@ class RowCache:
         self._tables: list[torch.Tensor] = []
 
     def _add(self, paged: _Paged, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> None:
-        """Keys and values, each [1, length, heads, dim]."""
+        """Add a layer's keys and values, each [1, length, heads, dim]."""
         self._paged.append(paged)
         shape = LayerShape(keys.shape[2], keys.shape[3], values.shape[3], keys.dtype, sliding_window=window)
         self.shapes.append(shape)
 
     def allocate(self, num_rows: int) -> None:
-        """Make the tables of states anew, for rows below `num_rows`."""
+        """Allocate new tables of states, for rows below `num_rows`."""
         self._tables = []
         for number, name, index in self._states:
             state = getattr(self._template.layers[number], name)[index]
             self._tables.append(state.new_zeros(num_rows, *state.shape[1:]))
 
     def load(self, rows: torch.Tensor, starts: list[int], page_table: torch.Tensor, pages: PagedCache) -> StepCache:
-        """A cache that holds what these rows have.
+        """Return a cache that holds the keys, values and states of these rows.
 
         Args:
             rows: int64 [batch].
-            starts: Tokens that each row has: all of them 0, or none.
+            starts: Number of tokens that each row has: 0 for all rows, or above 0 for all.
             page_table: int32 [rows, max_pages_per_row].
-            pages: Keys and values.
+            pages: The engine's keys and values.
         """
         cache = copy.deepcopy(self._pristine)
         length = max(starts)
@@ -152,10 +152,10 @@ class RowCache:
     def store(
         self, step: StepCache, rows: torch.Tensor, starts: list[int], page_table: torch.Tensor, pages: PagedCache
     ) -> None:
-        """Write back what a step added; arguments as in `load`.
+        """Write back what a step added; the arguments are those of `load`.
 
         Raises:
-            UnsupportedModelError: The step added something else than one key and value per token.
+            UnsupportedModelError: The step added something other than one key and one value per token.
         """
         size = pages.page_size
         begins = torch.tensor(starts, device=rows.device)[:, None]
@@ -167,7 +167,7 @@ class RowCache:
             else:
                 added = step.added.get(paged.layer)
                 if added is None:
-                    raise UnsupportedModelError("its layers do not use their cache in each step")
+                    raise UnsupportedModelError("its layers do not use their cache in every step")
                 keys, values = (tensor.transpose(1, 2) for tensor in added)
             positions = begins + torch.arange(keys.shape[1], device=rows.device)
             slots = (page_table[rows].long().gather(1, positions // size) * size + positions % size).flatten()
@@ -181,14 +181,14 @@ class StepCache:
     """A cache object for one step, and what the step adds to it.
 
     Attributes:
-        cache: For the model.
+        cache: The cache that the model gets.
         added: Keys and values [batch, heads, tokens, dim] by layer.
     """
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
         self.added: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # On this object only.
+        # Replaced on this object only.
         cache.update = partial(self._update, cache.update)
 
     def _update(
@@ -201,7 +201,7 @@ class StepCache:
 
 
 def _flags(layer: Any) -> dict[str, Any]:
-    """What a layer that has seen tokens knows beside its tensors."""
+    """Attributes, other than its tensors, of a layer that has seen tokens."""
     tensors = ("keys", "values", "indexer_keys")
     return {
         name: dict(value) if isinstance(value, dict) else value
@@ -211,7 +211,7 @@ def _flags(layer: Any) -> dict[str, Any]:
 
 
 def _gather(store: torch.Tensor, slots: torch.Tensor, padding: torch.Tensor | None, first: int) -> torch.Tensor:
-    """[batch, tokens, heads, dim] at `slots` [batch, tokens]; zeros where a row has no token there."""
+    """Tensor [batch, tokens, heads, dim] at `slots` [batch, tokens]; zeros where a row has no token."""
     gathered = store.flatten(0, 1)[slots]
     if padding is not None:
         gathered.masked_fill_(padding[:, first:, None, None], 0)

@@ -1,4 +1,4 @@
-"""What a model's forward needs for one step."""
+"""Inputs of a model's forward for one step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hf_async_batching.attention.base import AttentionContext
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The tokens of one step, packed behind each other.
+    """The tokens of one step, packed one after another.
 
     Attributes:
         token_ids: int64 [tokens].
         position_ids: int64 [tokens].
-        sample_index: int64 [sampled], the positions whose logits are wanted; None for all.
+        sample_index: int64 [sampled], indices of the tokens whose logits are wanted; None for all tokens.
         context: Rows, pages and lengths for the attention.
-        embeddings: Where embeddings take the place of token ids: index of the first, and [length, hidden].
+        embeddings: Prompt embeddings that replace token ids: index of the first token, and [length, hidden].
     """
 
     token_ids: torch.Tensor

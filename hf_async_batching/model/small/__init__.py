@@ -1,1 +1,1 @@
-"""Small copies of a config, and the lengths at which a config changes what a model computes."""
+"""Small copies of a config, and the lengths at which a model's computation changes."""

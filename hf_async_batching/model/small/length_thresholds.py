@@ -1,8 +1,8 @@
-"""The lengths beyond which a config makes a model compute otherwise, and a small copy of a config that has them all.
+"""Find the lengths beyond which a model computes differently, and make a small copy of its config that has them all.
 
-Windows, chunks, sparse attention, temperatures and rotary frequencies that follow the position: a prompt of 50 tokens
-does not show what a model computes behind such a length. A real model has them in the thousands; the small copy has
-them within reach of a check on a CPU.
+Such lengths come from windows, chunks, sparse attention, temperatures and rotary frequencies that follow the position.
+A prompt of 50 tokens does not show what a model computes beyond them: a real model has them in the thousands. The small
+copy brings them within reach of a check on a CPU.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from transformers import PreTrainedConfig
 
 from hf_async_batching.model.small.tiny_configs import FAMILIES, FIELDS, VOCAB
 
-# Names of the fields that hold such a length.
+# Names of fields that hold such a length.
 _LENGTH = re.compile(
     r"window|chunk_size|chunk_length|chunksize|block_size|floor|budget|index_topk$|local_attention$|compress_rates"
 )
-# What their names have in common with other things: counts, patterns, and work that is only divided.
+# Other fields whose names contain the same words: counts, patterns, and sizes that only divide work.
 _OTHER = re.compile(r"pattern|layers|feed_forward|lm_head|num_|time_step|block_sizes|experts|type|_init|image|vision")
-# Kinds of rotary frequencies that are the same at any length.
+# Kinds of rotary frequencies that do not depend on the length.
 _FIXED_ROPE = {"default", "linear", "yarn", "llama3", "proportional", "mrope", "su", "none"}
-# Fields that count experts, or keys that an indexer picks.
+# Fields that count experts, or keys that an indexer selects.
 _CHOICES = re.compile(r"expert|moe_|index_topk|topk")
-# Lengths of these count in units of another field.
+# Fields that count a length in units of another field.
 _UNITS = {"index_topk_blocks": "index_block_size", "index_local_blocks": "index_block_size"}
 
-# In a small copy: the length that windows, chunks and budgets have there, a multiple of the units.
+# Length of windows, chunks and budgets in a small copy; a multiple of the units.
 SMALL = 16
 _SMALL_UNIT = 8
 _MOST_LAYERS = 12
-# More than the check's prompts reach, whatever the model's own context is.
+# Above the length of the check's prompts, whatever the model's own context length is.
 _CONTEXT = 512
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 _STATE_GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")
@@ -43,18 +43,18 @@ _CONTEXTS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the decoder of text."""
+    """The part of a config that describes the text decoder."""
     try:
         return config.get_text_config(decoder=True)
-    except (AttributeError, ValueError):  # a config without one, or with several
+    except (AttributeError, ValueError):  # the config has no such part, or several
         return config
 
 
 def makes_choices(config: Any) -> bool:
-    """Whether a model of this config takes the best of several experts or keys, where one bit can decide.
+    """Whether a model of this config selects among several experts or keys, where one bit can decide.
 
     Args:
-        config: Of any model; what is said about its decoder of text counts.
+        config: Config of any model; the fields of its text decoder count.
     """
     fields = dict(vars(text_config(config)))
     for value in list(fields.values()):
@@ -63,10 +63,10 @@ def makes_choices(config: Any) -> bool:
 
 
 def rope_dicts(config: Any) -> dict[str, dict[str, Any]]:
-    """Rotary parameters by layer type; under the empty name where all layers have the same.
+    """Rotary parameters by layer type; the key is empty if all layers share them.
 
     Args:
-        config: Of the text model.
+        config: Config of the text model.
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
@@ -81,12 +81,12 @@ def rope_kind(rope: dict[str, Any]) -> str:
 
 
 def follows_length(rope: dict[str, Any]) -> bool:
-    """Whether rotary frequencies follow the longest sequence of a batch (dynamic NTK, LongRoPE)."""
+    """Whether rotary frequencies depend on the longest sequence of a batch (dynamic NTK, LongRoPE)."""
     return "dynamic" in rope_kind(rope) or rope_kind(rope) == "longrope"
 
 
 def original_length(rope: dict[str, Any], config: Any) -> int | None:
-    """Tokens up to which rotary frequencies are the original ones; None where nothing says so."""
+    """Number of tokens up to which the original rotary frequencies apply; None if the config does not say."""
     for value in (
         rope.get("original_max_position_embeddings"),
         getattr(config, "original_max_position_embeddings", None),
@@ -98,13 +98,13 @@ def original_length(rope: dict[str, Any], config: Any) -> int | None:
 
 
 def length_thresholds(config: PreTrainedConfig) -> dict[str, int]:
-    """Lengths in tokens beyond which a model of this config computes otherwise, by the name of the field.
+    """Lengths in tokens beyond which a model of this config computes differently, by field name.
 
-    The context's own end is not among them, and neither are the original lengths of rotary frequencies that are the
-    same at any length. Nested fields are named with dots; a length that is a product, with an asterisk.
+    They exclude the end of the context, and the original lengths of rotary frequencies that do not depend on the
+    length. The name of a nested field is joined by dots; the name of a length that is a product, by an asterisk.
 
     Args:
-        config: Of any model; what is said about its decoder of text counts.
+        config: Config of any model; the fields of its text decoder count.
     """
     text = text_config(config)
     found: dict[str, int] = {}
@@ -127,7 +127,7 @@ def _is_length(name: str) -> bool:
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, int]]:
-    """Fields that hold a whole number above 1, with those one level below."""
+    """Fields that hold a whole number above 1, including the fields of dictionaries one level below."""
     for name, value in vars(config).items():
         if isinstance(value, dict) and not name.startswith("rope_"):
             fields = {f"{name}.{key}": item for key, item in value.items()}
@@ -139,14 +139,14 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def scaled_down(config: PreTrainedConfig, reach: int | None = None) -> PreTrainedConfig:
-    """A copy of a config with small sizes, few layers, one of each kind among them, and thresholds of few tokens.
+    """Return a copy of a config with small sizes, short thresholds, and few layers that include each kind of layer.
 
-    Every length of `length_thresholds` is at most `SMALL` there, but for that of rotary frequencies which follow the
-    longest sequence: no batch goes beyond it.
+    Every length of `length_thresholds` is at most `SMALL` in the copy. The exception is the original length of rotary
+    frequencies that depend on the longest sequence: no batch goes beyond it.
 
     Args:
-        config: Of any model; not changed.
-        reach: Tokens that a request can reach: lengths from there on stay as they are. None for any number.
+        config: Config of any model; not changed.
+        reach: Longest sequence of a request, in tokens; thresholds of this length or more are kept. None for no limit.
 
     Returns:
         A config of the same class.
@@ -177,7 +177,7 @@ def scaled_down(config: PreTrainedConfig, reach: int | None = None) -> PreTraine
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set a field without the class's own checks, which look at others that are not set yet."""
+    """Set a field without the class's own checks, which read fields that are not set yet."""
     vars(config)[name] = value
 
 
@@ -186,7 +186,7 @@ def _shrink_sizes(config: Any) -> None:
     targets = {**FIELDS, **{name: value for name, value in special.items() if type(value) is int}}
     rotary = _number(config, "qk_rope_head_dim")
     if rotary is not None and rotary == _number(config, "head_dim"):
-        targets["head_dim"] = targets["qk_rope_head_dim"]  # one more name of it
+        targets["head_dim"] = targets["qk_rope_head_dim"]  # another name for the same size
     heads = _number(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     for name, value in list(vars(config).items()):
         target = targets.get(name)
@@ -208,7 +208,7 @@ def _shrink_sizes(config: Any) -> None:
 
 
 def _small_override(config: Any, name: str, value: Any, before: dict[str, int]) -> Any:
-    """What a layer has in place of the config's own value: as much larger or smaller, roughly."""
+    """Scale a layer's override: larger, equal or smaller than the config's own value, as it was before."""
     if type(value) is not int or name not in before or not isinstance(vars(config).get(name), int):
         return value
     if value == before[name]:
@@ -217,7 +217,7 @@ def _small_override(config: Any, name: str, value: Any, before: dict[str, int]) 
 
 
 def _number(config: Any, *names: str) -> int | None:
-    """The first of these fields that holds a whole number."""
+    """The value of the first of these fields that holds a whole number."""
     return next((value for name in names if type(value := vars(config).get(name)) is int), None)
 
 
@@ -235,14 +235,14 @@ def _per_layer(config: Any, count: int) -> dict[str, list[Any]]:
 
 
 def _are_indices(name: str, value: Any) -> bool:
-    """Whether a list holds numbers of layers."""
+    """Whether a list holds layer indices."""
     return bool(re.search(r"_layers$|_ids$|_idxs$|_indices$|^moe_layers", name)) and list(value) == sorted(
         {item for item in value if isinstance(item, int)}
     )
 
 
 def _layers_kept(config: Any) -> tuple[int, list[int] | None]:
-    """How many layers a small copy has, and which; None for the first ones."""
+    """Number of layers in a small copy, and their indices; None for the first layers."""
     count = _layer_count(config)
     if count <= 2:
         return count, None
@@ -258,7 +258,7 @@ def _layers_kept(config: Any) -> tuple[int, list[int] | None]:
             missing = [layer for layer in range(count) if layer not in value]
             needed = max(needed, value[0] + 1, missing[0] + 1 if missing else 0)
         elif isinstance(value, (list, tuple)) and len(value) < count and all(isinstance(item, str) for item in value):
-            needed = max(needed, len(value))  # a pattern that repeats
+            needed = max(needed, len(value))  # a repeating pattern
     shared = _number(config, "num_kv_shared_layers") or 0
     if shared:
         needed = 2 * needed

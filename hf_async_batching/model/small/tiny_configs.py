@@ -1,7 +1,6 @@
-"""Tiny configs of any family: the sizes of a config class made small, whatever they are called there.
+"""Tiny configs of any family: the sizes of a config class made small, whatever their fields are called.
 
-Most families need nothing but the generic rules, which go by the names of the fields. The others have an entry in
-`FAMILIES`.
+Generic rules, which go by field names, are enough for most families. The others have an entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig
 
 VOCAB = 193
 LAYERS = 4
-# Shorter than the check's prompts, so that windows and chunks are left and crossed.
+# Shorter than the check's prompts, so that prompts cross the ends of windows and chunks.
 WINDOW = 16
 
 FIELDS: dict[str, Any] = {
@@ -36,7 +35,7 @@ FIELDS: dict[str, Any] = {
     "head_dim": 16, "kv_channels": 16, "attention_head_dim": 16, "d_kv": 16, "dim_head": 16, "swa_head_dim": 16,
     "attention_head_size": 16, "global_head_dim": 16, "v_head_dim": 16, "swa_v_head_dim": 16,
     "rotary_dim": 8,
-    # MLA; keys and values of different sizes
+    # MLA; keys and values differ in size
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "o_lora_rank": 16,
     "qk_head_dim": 24, "index_head_dim": 16, "index_n_heads": 2, "q_a_proj_dim": 24,
     # experts
@@ -64,12 +63,12 @@ FIELDS: dict[str, Any] = {
     "decoder_vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 8, "vocab_size_or_config_json_file": VOCAB, "text_vocab_size": VOCAB,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1,
-    # a tied output tends to say the input again
+    # a model with tied output embeddings tends to repeat its input
     "tie_word_embeddings": False,
     "is_decoder": True,
 }  # fmt: skip
 
-# Kept as they are where the family switches them off by default.
+# Left unset if the family leaves them unset by default.
 _ONLY_IF_SET = {"sliding_window", "attention_chunk_size", "q_lora_rank", "head_dim", "n_shared_experts", "v_head_dim"}
 _ONLY_IF_SET |= {"num_key_value_heads", "n_group", "topk_group", "intermediate_size", "n_inner", "moe_latent_size"}
 _ONLY_IF_SET |= {"num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "global_head_dim"}
@@ -77,14 +76,14 @@ _ONLY_IF_SET |= {"hidden_size_per_layer_input", "q_a_proj_dim", "adapter_rank", 
 
 
 def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
-    """A config of `config_class` with tiny sizes.
+    """Return a config of `config_class` with tiny sizes.
 
     Args:
-        config_class: Of any family.
-        changes: Fields that are set to something else.
+        config_class: Config class of any family.
+        changes: Fields to set to other values.
 
     Raises:
-        Exception: Whatever the class raises at sizes that do not fit together.
+        Exception: Any error of the class if the sizes do not fit together.
     """
     special = FAMILIES.get(config_class.model_type, {})
     default = config_class()
@@ -98,9 +97,9 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
         if before is None and name in _ONLY_IF_SET:
             continue
         if isinstance(before, int) and 0 <= before < value and not isinstance(before, bool) and "token_id" not in name:
-            continue  # smaller already
+            continue  # already smaller
         if "qk_rope_head_dim" in names and name in ("head_dim", "num_key_value_heads"):
-            continue  # multi-head latent attention derives one, and has as many of the other as queries
+            continue  # multi-head latent attention derives the head size, and has one key-value head per query head
         if isinstance(before, (list, tuple)):
             continue
         fields[name] = value
@@ -118,7 +117,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrai
 
 
 def _short_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters that are scaled from few tokens on."""
+    """Rotary parameters that scale from a few tokens on."""
     lengths = {
         "original_max_position_embeddings": WINDOW,
         "max_position_embeddings": FIELDS["max_position_embeddings"],
@@ -130,7 +129,7 @@ def _short_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mixed(kinds: list[str], count: int) -> list[str]:
-    """`count` layer types among which each of `kinds` occurs, as long as there is room."""
+    """`count` layer types that include each of `kinds`, as far as they fit."""
     distinct = list(dict.fromkeys(kinds))
     return (distinct * count)[:count]
 
@@ -142,7 +141,7 @@ _GRANITE = {
     "logits_scaling": 2.0,
 }
 
-# model_type -> fields that the rules above do not get right.
+# model_type -> fields that the generic rules get wrong.
 FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -184,7 +183,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 16,
         "swa_v_head_dim": 16,
     },
-    # Each pair of a layer and its MLP is one layer.
+    # A layer and its MLP count as two layers.
     "dory": {
         "num_hidden_layers": 8,
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,

@@ -1,1 +1,1 @@
-"""Makes a view: a copy of the module tree that shares the user's weights."""
+"""Make a view: a copy of the module tree that shares the user's weights."""

@@ -1,7 +1,7 @@
-"""A copy of the module tree that shares every weight with the user's model, and whose config is its own.
+"""Make a view: a copy of the module tree that shares every weight with the user's model and has a config of its own.
 
-The user's object is read once, here, and never written: their config, attention implementation, mode, hooks and
-outputs stay as they are, and they can go on training or generating with it.
+The user's model is read once, here, and never written. Its config, attention implementation, mode, hooks and outputs
+stay as they are, and the user can go on training it or generating with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_async_batching.model.view.module_calls import (
 )
 from hf_async_batching.model.view.parallel_modules import parallel_modules, unique_objects
 from hf_async_batching.model.view.quantization import adjust, alias, has_state
-from hf_async_batching.model.view.rebind import rebound
+from hf_async_batching.model.view.rebind import rebind
 from hf_async_batching.model.view.rescaling import rescale_as_generate_does
 from hf_async_batching.model.view.shared_tensors import tensors_within
 
@@ -40,8 +40,8 @@ _HOOKS = (
     "_forward_hooks_always_called",
 )
 
-# Set on the instance (torch.compile, accelerate, transformers' own batching), these are bound to the original, and
-# stay there.
+# These attributes are set on an instance by torch.compile, accelerate or transformers' own batching. They are bound to
+# the original module, so the copy does not get them.
 _OWN_CALLS = (
     "forward",
     "_old_forward",
@@ -53,19 +53,19 @@ _OWN_CALLS = (
 
 
 def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTrainedModel:
-    """A shared-weight copy of `model` in eval mode.
+    """Return a copy of `model` in eval mode that shares its weights.
 
-    Every tensor is shared, also those of quantized layers; forwards and hooks that are the model's own methods go
-    with the copy, and so do those that are marked by `per_token`.
+    The copy shares every tensor, including the tensors of quantized layers. It keeps the forwards and hooks that are
+    the model's own methods, and those that are marked by `per_token`.
 
     Args:
-        model: The user's model; not changed, but for what its own forward would do to its weights first; see
-            `rescaling`.
+        model: The user's model. It is not changed, except that weights which its own forward would rescale are
+            rescaled first; see `rescaling`.
         attn_implementation: Name of the attention for the copy's config; None keeps the model's own.
 
     Raises:
-        UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, has a hook or a
-            forward of a user's that is not marked, rescales its weights and is in training mode, or cannot be copied.
+        UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, has a user's hook
+            or forward that is not marked, rescales its weights and is in training mode, or cannot be copied.
     """
     _refuse_split(model)
     refuse_unmarked_calls(model)
@@ -90,9 +90,9 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
             if module.__dict__.get(attribute) is not None:
                 memo[id(module.__dict__[attribute])] = None
     try:
-        for module in reversed(modules):  # the innermost first
+        for module in reversed(modules):  # innermost modules first
             if isinstance(module, OptimizedModule):
-                # The copy has the module itself: the engine compiles in its own way.
+                # The copy gets the module inside the wrapper: the engine compiles in its own way.
                 memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
         view = copy.deepcopy(model, memo)
         for key, parameter in stateful.items():
@@ -103,8 +103,8 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
                 _finish(module, copies, memo)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not served: its modules cannot be copied ({error}); remove what was attached "
-            "to them"
+            f"{type(model).__name__} is not served: its modules cannot be copied ({error}). Remove the objects that "
+            "were attached to its modules, or use plain `model.generate`."
         ) from error
     if batch_dependent_rope(model):
         _own_frequencies(view)
@@ -116,18 +116,18 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
 
 
 def _finish(original: nn.Module, copies: dict[int, Any], memo: dict[int, Any]) -> None:
-    """Give a copied module what belongs to it of the original's calls and hooks."""
+    """Give a copied module those calls and hooks of the original that belong to the copy."""
     copied = copies[id(original)]
     for attribute in _OWN_CALLS:
         if original.__dict__.get(attribute) is not None:
             copied.__dict__.pop(attribute, None)
     forward = innermost_forward(original)
     if forward is not None and goes_along(original, forward):
-        copied.forward = rebound(forward, copies)
+        copied.forward = rebind(forward, copies)
     for attribute in CALL_HOOKS:
         for key, hook in original.__dict__[attribute].items():
             if is_own_hook(original, hook) or isinstance(hook, PerToken):
-                # A user's is not copied: it may read values that are changed later.
+                # A user's hook is shared, not copied: it may read values that change later.
                 copied.__dict__[attribute][key] = hook if isinstance(hook, PerToken) else copy.deepcopy(hook, memo)
                 for flags in _HOOKS:
                     if flags.startswith(attribute + "_") and key in original.__dict__[flags]:
@@ -153,7 +153,7 @@ def _refuse_split(model: PreTrainedModel) -> None:
             f"{name} is not served: its weights lie on {sorted(map(str, devices))}; load it onto one device, for "
             "example device_map={'': 0}, or use plain `model.generate`."
         )
-    # By name: importing torch.distributed takes a while, and not every build has it.
+    # DTensor is checked by name: importing torch.distributed takes a while, and some builds lack it.
     if not parallel_modules(model) and any(type(tensor).__name__ == "DTensor" for tensor in tensors):
         raise UnsupportedModelError(
             f"{name} is not served: its weights are sharded over processes; use plain `model.generate`."
@@ -169,7 +169,7 @@ def _single_hooks(hook: Any) -> Iterator[Any]:
 
 
 def _stays_in_place(hook: Any) -> bool:
-    """Whether an accelerate hook has nothing to do on a model that lies on one device: it aligns inputs with it."""
+    """Whether an accelerate hook has no work on a model that lies on one device: it only aligns the inputs."""
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
@@ -186,10 +186,10 @@ def refuse_unservable(model: PreTrainedModel) -> None:
 
 
 def embedding_shape(view: PreTrainedModel) -> tuple[int, int]:
-    """Rows and columns of the embedding of token ids.
+    """Return the rows and columns of the embedding of token ids.
 
     Raises:
-        UnsupportedModelError: There is none, or there are several.
+        UnsupportedModelError: The model has no such embedding, or has several.
     """
     embedding = view.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
@@ -201,7 +201,7 @@ def embedding_shape(view: PreTrainedModel) -> tuple[int, int]:
 
 
 def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
-    """Make every config in the view name `attn_implementation`."""
+    """Set `attn_implementation` in every config of the view."""
     for module in view.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
@@ -209,9 +209,10 @@ def set_attention(view: PreTrainedModel, attn_implementation: str) -> None:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens the model was built for (`max_position_embeddings`, or MPT's `max_seq_len`); None where unknown.
+    """Tokens that the model was built for; None if the config does not say.
 
-    Models whose rotary frequencies depend on the longest sequence of the batch count up to `rope_limit` only.
+    The number comes from `max_position_embeddings`, or from `max_seq_len` for MPT. If rotary frequencies depend on the
+    longest sequence of the batch, the length ends at `rope_limit`.
     """
     limit = rope_limit(model)
     if limit is not None:
@@ -220,10 +221,10 @@ def context_length(model: PreTrainedModel) -> int | None:
     length = getattr(config, "max_position_embeddings", None)
     if length is None:
         length = getattr(config, "max_seq_len", None)
-    # XLNet says -1 for no bound.
+    # XLNet uses -1 for "no limit".
     limits = [int(length)] if length is not None and length > 0 else []
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding's entry.
+        # RoBERTa and related models number positions from the entry after the padding entry.
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - first)
@@ -231,14 +232,14 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def batch_dependent_rope(model: PreTrainedModel) -> bool:
-    """Whether rotary frequencies depend on the longest sequence in the batch, in layers of any type."""
+    """Whether the rotary frequencies of any layer depend on the longest sequence in the batch."""
     return any(map(follows_length, rope_dicts(model.config.get_text_config()).values()))
 
 
 def rope_limit(model: PreTrainedModel) -> int | None:
-    """Tokens up to which rotary frequencies are the original ones, in all layers; None where they are at any length.
+    """Longest sequence, in tokens, for which all layers use the original rotary frequencies; None without a limit.
 
-    Beyond, dynamic NTK and LongRoPE have others, for all rows of a batch.
+    For a longer sequence, dynamic NTK and LongRoPE use other frequencies for all rows of the batch.
     """
     config = model.config.get_text_config()
     limits = [original_length(rope, config) for rope in rope_dicts(config).values() if follows_length(rope)]
@@ -246,7 +247,11 @@ def rope_limit(model: PreTrainedModel) -> int | None:
 
 
 def _own_frequencies(view: PreTrainedModel) -> None:
-    """Give a view the frequencies that its forward writes to: the model's own would reach rows of other lengths."""
+    """Give a view its own copy of the frequencies that its forward overwrites.
+
+    A user's forward replaces the frequencies of the model for its own sequence length; shared frequencies would
+    reach rows of other lengths.
+    """
     for module in view.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name.endswith("inv_freq"):

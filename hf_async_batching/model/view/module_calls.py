@@ -1,8 +1,8 @@
-"""Hooks on a model's modules, and forwards that are set on them: which ones a view runs, and which are refused.
+"""Decide which hooks and replaced forwards of a model's modules a view runs, and refuse the others.
 
 The engine computes many requests in one sequence [1, tokens, hidden], and prompts in pieces. A hook that looks at the
-last position, at the length or at the batch would see other things there than in `generate`. Whether a hook does so
-can't be told from outside: its author says that it does not, by `per_token`.
+last position, the length or the batch would see something else there than in `generate`. The engine cannot tell from
+outside whether a hook does so. The hook's author states that it does not, with `per_token`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hf_async_batching.model.foreign_kernels.kernel_wrappers import is_rebound
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _KINDS = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
 
-# Where torch keeps hooks that run on every module.
+# Attributes in which torch keeps the hooks that run on every module.
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
-# Hooks of libraries that change no output of inference: by the name of the function, and where it is from.
+# Library hooks that do not change the output of inference: function name and the start of its module name.
 NEUTRAL_HOOKS = {
     "output_capturing_hook": "transformers.",  # left by a forward with `output_hidden_states=True`
     "make_inputs_require_grads": "transformers.",  # `enable_input_require_grads`
@@ -37,18 +37,18 @@ NEUTRAL_HOOKS = {
 
 
 def per_token(function: Callable[..., Any]) -> PerToken:
-    """Say that a hook or a forward computes each token alone, so that the engine can run it.
+    """Mark a hook or a forward that computes each token independently, so that the engine can run it.
 
-    A steering vector is the usual case: `layer.register_forward_hook(per_token(lambda module, args, out: out + v))`.
+    The usual case is a steering vector: `layer.register_forward_hook(per_token(lambda module, args, out: out + v))`.
     The engine calls such a hook with the tokens of many requests in one sequence: [1, tokens, hidden] where `generate`
-    has [batch, length, hidden]. What it returns for a token must not depend on the other tokens, on the batch, on the
-    length or on earlier calls. It may read values that change between calls; requests that run see the new value.
+    has [batch, length, hidden]. The result for a token must not depend on the other tokens, on the batch, on the
+    length or on earlier calls. The hook may read values that change between calls; running requests see the new value.
 
     Args:
         function: A forward hook, a forward pre-hook, or a `forward` to be set on a module.
 
     Returns:
-        The same function, marked; it can be registered anywhere.
+        The marked function; it can be registered on any module.
     """
     return PerToken(function)
 
@@ -60,24 +60,24 @@ class PerToken:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
+        """Call the function and return its result."""
         return self.function(*args, **kwargs)
 
 
 def is_own_hook(module: nn.Module, hook: Any) -> bool:
-    """Whether a hook is part of what the module computes: its own method, or torch's pruning and norms of weights."""
+    """Whether a hook belongs to the module's own computation: a method of it, or torch's pruning or weight norm."""
     where = getattr(hook, "__module__", None) or type(hook).__module__
     return getattr(hook, "__self__", None) is module or where.startswith("torch.nn.utils")
 
 
 def is_neutral(hook: Any) -> bool:
-    """Whether a hook is one of a library's that changes no output, and need not run."""
+    """Whether a hook comes from a library, changes no output, and need not run."""
     where = NEUTRAL_HOOKS.get(getattr(hook, "__name__", ""))
     return where is not None and str(hook.__module__).startswith(where)
 
 
 def innermost_forward(module: nn.Module) -> Any:
-    """A module's forward where it is set on the instance, without accelerate's and torch.compile's wrapping."""
+    """The forward that is set on the instance, without the wrappers of accelerate and torch.compile."""
     attributes = module.__dict__
     forward: Any = attributes.get("_old_forward") if "_hf_hook" in attributes else attributes.get("forward")
     while hasattr(forward, "_torchdynamo_orig_callable"):
@@ -86,20 +86,20 @@ def innermost_forward(module: nn.Module) -> Any:
 
 
 def goes_along(module: nn.Module, forward: Any) -> bool:
-    """Whether a forward that is set on a module goes with a copy: a method of the module, or one that is marked."""
+    """Whether a copy keeps a forward that is set on a module: a method of the module, or a marked function."""
     return getattr(forward, "__self__", None) is module or isinstance(forward, PerToken)
 
 
 def state_of_calls(model: nn.Module, modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """What an engine must run of the hooks and forwards on modules; equal while it is the same.
+    """Describe the hooks and forwards that an engine must run; equal values mean that nothing has changed.
 
     Args:
         model: The model, for messages.
-        modules: Those of its modules that have any.
+        modules: The modules of the model that have hooks or a forward of their own.
 
     Raises:
-        UnsupportedModelError: One is a user's that isn't marked by `per_token`.
-        UnsupportedArgumentError: PEFT chose adapters for this call alone.
+        UnsupportedModelError: A user's hook or forward is not marked by `per_token`.
+        UnsupportedArgumentError: PEFT chose adapters for this call only.
     """
     found: list[Any] = []
     for module, kind, key, hook in _hooks(modules):
@@ -114,7 +114,7 @@ def state_of_calls(model: nn.Module, modules: Iterable[nn.Module]) -> tuple[Any,
         innermost = innermost_forward(module)
         if innermost is not None and not goes_along(module, innermost):
             raise _refusal(model, f"the forward `{_name(innermost)}` that is set on `{_path(model, module)}`")
-        # By a reference and not by its identity: memory of one that is gone may be another's.
+        # A weak reference, not the identity: another object can get the memory of one that is gone.
         found.append((id(module), _reference(forward)))
     for kind in _GLOBAL_HOOKS:
         for key, hook in getattr(torch_module, kind).items():
@@ -127,16 +127,16 @@ def state_of_calls(model: nn.Module, modules: Iterable[nn.Module]) -> tuple[Any,
 
 
 def refuse_unmarked_calls(model: nn.Module) -> None:
-    """Refuse a model with a hook or a forward of a user's that the engine can't run.
+    """Refuse a model with a user's hook or forward that the engine cannot run.
 
     Raises:
-        UnsupportedModelError: Names it, its module, and the remedy.
+        UnsupportedModelError: The message names the hook, its module and the remedy.
     """
     state_of_calls(model, list(model.modules()))
 
 
 def runs_user_code(model: nn.Module) -> bool:
-    """Whether a model or a view runs hooks or forwards that are marked by `per_token`: at every step, uncompiled."""
+    """Whether a model or a view runs hooks or forwards marked by `per_token`: they run uncompiled, at every step."""
     modules = list(model.modules())
     everywhere = [hook for kind in _GLOBAL_HOOKS for hook in getattr(torch_module, kind).values()]
     hooks = [hook for _, _, _, hook in _hooks(modules)]
@@ -145,12 +145,12 @@ def runs_user_code(model: nn.Module) -> bool:
 
 
 def has_replaced_forwards(view: nn.Module) -> bool:
-    """Whether forwards of a view's modules are other than their classes'."""
+    """Whether any module of a view has a forward other than its class's."""
     return any("forward" in vars(module) and not is_rebound(vars(module)["forward"]) for module in view.modules())
 
 
 def _refuse_adapters_of_a_call(hook: Any) -> None:
-    """PEFT takes these arguments out of a call, and leaves them in hooks."""
+    """Refuse adapters for one call: PEFT takes these arguments out of the call and keeps them in hooks."""
     for argument in ("adapter_names", "alora_offsets"):
         if isinstance(hook, partial) and argument in hook.keywords:
             raise UnsupportedArgumentError(
@@ -160,7 +160,7 @@ def _refuse_adapters_of_a_call(hook: Any) -> None:
 
 
 def _hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, int, Any]]:
-    """Module, kind, key and function of each hook that counts."""
+    """Module, kind, key and function of each hook that the engine considers."""
     for module in modules:
         if _is_parallel(module):
             continue
@@ -171,14 +171,14 @@ def _hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, int, 
 
 
 def _is_parallel(module: nn.Module) -> bool:
-    """Whether transformers has spread a layer over ranks: a view has the layer itself, with all that is on it."""
+    """Whether transformers has sharded a layer over ranks. A view then holds the layer itself, with its hooks."""
     return bool(module.__dict__.get("_is_hooked"))
 
 
 def _reference(forward: Any) -> Any:
     try:
         return weakref.ref(forward)
-    except TypeError:  # an object without room for it
+    except TypeError:  # the object does not allow weak references
         return id(forward)
 
 
@@ -195,7 +195,7 @@ def _path(model: nn.Module, module: nn.Module) -> str:
 def _refusal(model: nn.Module, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__} is not served: {what} would see other shapes than in `generate` (the tokens of many "
-        "requests in one sequence). If it computes each token alone, as one that adds a vector does, mark it: "
-        "`hf_async_batching.per_token(...)`. Else remove it for this call, or use plain `model.generate` "
+        "requests in one sequence). If it computes each token independently, as a steering vector does, mark it: "
+        "`hf_async_batching.per_token(...)`. Otherwise remove it for this call, or use plain `model.generate` "
         '(`on_unsupported="generate"`).'
     )

@@ -1,7 +1,6 @@
-"""Numbers, flags and names that a model's forward reads from its modules and its config, to see when they change.
+"""Read the numbers, flags and names that a forward takes from its modules and its config, to see when they change.
 
-What modules hold beside them is not looked at: tensors and objects in plain attributes, dicts and sets. Several
-families write to these in every forward.
+Tensors and objects in plain attributes, dicts and sets are left out: several families write to them in every forward.
 """
 
 from __future__ import annotations
@@ -23,35 +22,35 @@ _SIMPLE = frozenset({
 })  # fmt: skip
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
-# Attributes that change by themselves, or change nothing in an engine's view.
-_OF_ROTARY = ("max_seq_len_cached", "long_inv_freq")  # what follows the lengths seen; in some families per layer type
+# Attributes that a forward itself changes, or that do not matter to an engine's view.
+_OF_ROTARY = ("max_seq_len_cached", "long_inv_freq")  # follow the lengths seen; in some families per layer type
 _UNREAD = {
     *vars(nn.Module()),
-    "_output_capturing_hooks_installed",  # by a forward with `output_hidden_states=True`
-    "gradient_checkpointing",  # in training only
+    "_output_capturing_hooks_installed",  # set by a forward with `output_hidden_states=True`
+    "gradient_checkpointing",  # used in training only
     "_gradient_checkpointing_func",
     "_require_grads_hook",
     "_require_grads_hooks",
     "generate",
-    "forward",  # looked at with the hooks, see `module_calls`
+    "forward",  # handled with the hooks; see `module_calls`
 }
 _UNREAD_KINDS = (PreTrainedConfig, GenerationConfig, dict, set)
 
-# Fields of a config that no engine's view reads: it passes `use_cache` itself.
+# Config fields that an engine's view does not read; the engine passes `use_cache` itself.
 _UNREAD_FIELDS = {"use_cache", "id2label", "label2id", "_name_or_path"}
 
 _Reader = Callable[[dict[str, Any]], Sequence[Any]]
 
-# By class and number of attributes: reading 400 modules attribute by attribute takes longer than all else of a
-# submission. Modules of a class that have as many attributes have the same ones, or a reader misses one of its own.
+# Readers by class and number of attributes. Reading 400 modules attribute by attribute takes longer than the rest of a
+# submission. Modules of one class with equally many attributes have the same ones, or a reader misses one of its own.
 _readers: dict[tuple[type, int], _Reader] = {}
 _MAX_READERS = 4096
 
 
 def module_settings(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """The modules' own attributes, without those that change by themselves.
+    """Return the modules' own attributes, without those that a forward changes.
 
-    Numbers, flags, names, and lists of them, by value; functions by reference; None in the place of all else.
+    Numbers, flags, names and lists of them are returned by value, functions by weak reference, all else as None.
     """
     values: list[Any] = []
     for module in modules:
@@ -67,14 +66,14 @@ def module_settings(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
 
 
 def config_settings(config: Any) -> tuple[Any, ...]:
-    """The fields of a config and of the configs in it, by value."""
+    """Return the fields of a config, and of the configs in it, by value."""
     if not isinstance(config, PreTrainedConfig):
         return ()
     return tuple([(name, _frozen_field(value)) for name, value in vars(config).items() if name not in _UNREAD_FIELDS])
 
 
 def _remember(kind: type, attributes: dict[str, Any]) -> _Reader:
-    if len(_readers) >= _MAX_READERS:  # classes that are made at run time
+    if len(_readers) >= _MAX_READERS:  # some code makes classes at run time
         _readers.clear()
     reader = _readers[kind, len(attributes)] = _reader(attributes)
     return reader
@@ -101,7 +100,7 @@ def _frozen(value: Any) -> Any:
     if type(value) in (list, tuple):
         return _frozen_all([*value])
     if isinstance(value, _FUNCTIONS):
-        # By a reference and not by its identity: memory of one that is gone may be another's.
+        # A weak reference, not the identity: another object can get the memory of one that is gone.
         return weakref.ref(value)
     return None
 

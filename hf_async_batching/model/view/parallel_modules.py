@@ -1,4 +1,4 @@
-"""The modules of a model that carry its tensor parallelism."""
+"""Find the modules of a model that carry its tensor parallelism."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 from torch import nn
 
-# Of the model: what its parallelism hangs on, which no copy can have of its own.
+# Attributes of the model that its parallelism depends on; a copy must share them.
 _ATTRIBUTES = ("_mesh_manager", "_device_mesh")
 
 
 def parallel_modules(model: nn.Module) -> list[nn.Module]:
-    """Layers whose `forward` transformers has replaced by one with collectives.
+    """Return the layers whose `forward` transformers has replaced by one with collectives.
 
-    The replacement is bound to the layer itself. A view has the layers themselves, not copies of them: they know
-    nothing of attention or of training.
+    The replacement is bound to the layer itself, so a view holds the layer and not a copy. Such layers depend neither
+    on the attention implementation nor on the training mode.
     """
     return [module for module in model.modules() if "forward" in vars(module) and vars(module).get("_is_hooked")]
 
 
 def unique_objects(model: nn.Module) -> list[Any]:
-    """Process groups' handles, of which there is one."""
+    """Return the handles of process groups, which cannot be copied."""
     mesh = [vars(model)[name] for name in _ATTRIBUTES if vars(model).get(name) is not None]
     config = getattr(getattr(model, "config", None), "distributed_config", None)
     return mesh if config is None else [*mesh, config]

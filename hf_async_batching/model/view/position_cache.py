@@ -1,7 +1,7 @@
-"""A cache that holds positions alone, for layers that ask their cache how many tokens came before.
+"""A cache that holds only positions, for layers that ask their cache how many tokens came before.
 
-Llama-4's temperature is the case in point: its attention counts the tokens of the step from the length of the cache,
-whatever `position_ids` say. Packed tokens are of many rows, so that each has a length of its own.
+Llama-4's attention temperature needs it: the attention counts the step's tokens from the length of the cache and
+ignores `position_ids`. Packed tokens belong to many rows, so each token has a length of its own.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-# Names of the argument in the releases of transformers.
+# Names of the cache argument across transformers releases.
 _ARGUMENTS = ("cache", "past_key_values")
 _QUESTION = "get_seq_length"
 
 
 class PositionCache:
-    """Answers as a cache whose tokens are those before the step; keys and values go through it as they are.
+    """Reports the number of tokens before the step, for each token; passes keys and values through unchanged.
 
     Args:
-        positions: int64 [tokens], of each token in its row.
+        positions: int64 [tokens], the position of each token in its row.
 
     Attributes:
-        before: int64 [tokens], what must be added to a token's place in the step to come to its position.
+        before: int64 [tokens], a token's position minus its index in the step.
     """
 
     is_compileable = False
@@ -35,15 +35,15 @@ class PositionCache:
         self.before = positions - torch.arange(len(positions), device=positions.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
-        """See `before`."""
+        """Return `before`."""
         return self.before
 
     def get_mask_sizes(self, q_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        """Keys, and where they begin."""
+        """Return the number of keys and the index of the first."""
         return q_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Where queries begin."""
+        """Return the index of the first query."""
         return 0
 
     def update(
@@ -54,19 +54,19 @@ class PositionCache:
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values as they are."""
+        """Return the keys and values unchanged."""
         return key_states, value_states
 
 
 def cache_argument(view: nn.Module, layers: Iterable[nn.Module]) -> str | None:
-    """Under which name a model's forward takes the cache that its attention layers ask for a length.
+    """Name of the argument by which a model's forward takes the cache that its attention layers ask for a length.
 
     Args:
         view: The model.
         layers: Its attention modules.
 
     Returns:
-        The name; None where no layer asks.
+        The name; None if no layer asks.
     """
     if not any(_asks(type(layer)) for layer in layers):
         return None

@@ -1,4 +1,4 @@
-"""What a view must know of quantized layers: how their weights are shared, and how exact they are."""
+"""Quantized layers in a view: how to share their weights, and how exact they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_async_batching.model.view.wide_tensor import WideTensor
 def is_quantized(model: PreTrainedModel) -> bool:
     """Whether any layer computes with quantized weights, and perhaps with quantized activations.
 
-    Rounding errors are then as large as the steps of the quantization: activations that differ in their last bit
-    can fall to either side.
+    Rounding errors are then as large as a quantization step: two activations that differ in the last bit can be
+    rounded to different steps.
     """
     return getattr(model, "hf_quantizer", None) is not None or any(
         is_wrapped(parameter) or has_state(parameter) for parameter in model.parameters()
@@ -24,12 +24,12 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is made of others (torchao, quanto)."""
+    """Whether a tensor subclass wraps other tensors (torchao, quanto)."""
     return hasattr(type(tensor), "__tensor_flatten__") and not isinstance(tensor, WideTensor)
 
 
 def has_state(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is of a quantized kind whose layer writes to its attributes (bitsandbytes)."""
+    """Whether a parameter belongs to a quantized layer that writes to the parameter's attributes (bitsandbytes)."""
     kind = type(parameter)
     return (
         isinstance(parameter, nn.Parameter)
@@ -41,15 +41,16 @@ def has_state(parameter: torch.Tensor) -> bool:
 
 
 def alias(parameter: torch.Tensor) -> torch.Tensor:
-    """Another parameter of the same kind over the same memory, with no attributes yet."""
+    """Return a new parameter of the same class over the same memory, without attributes."""
     return torch.Tensor._make_subclass(type(parameter), parameter.data, parameter.requires_grad)
 
 
 def adjust(module: nn.Module) -> None:
-    """Make a quantized layer of a view fit for the engine.
+    """Prepare a view's quantized layer for the engine.
 
-    4-bit layers of bitsandbytes stay as they are packed: for some CPUs they would pack themselves anew in their first
-    forward, into a second copy. Layers of quanto leave inference mode, in which some of its tensors cannot be used.
+    4-bit layers of bitsandbytes stay packed as they are. On some CPUs they would otherwise pack a second copy of their
+    weights in the first forward. Layers of quanto leave inference mode, because some of their tensors cannot be used
+    in it.
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -59,7 +60,7 @@ def adjust(module: nn.Module) -> None:
 
 
 class _OutsideInferenceMode:
-    """A forward that runs without gradients, and not in inference mode."""
+    """A forward that runs outside inference mode and without gradients."""
 
     def __init__(self, forward: Any) -> None:
         self._forward = forward

@@ -1,7 +1,7 @@
-"""Makes functions that hold on to a model's modules anew, for the copies of these modules.
+"""Rebuild functions that refer to a model's modules, so that they refer to the copies of these modules.
 
-Libraries replace `forward` by a method of the module whose closure holds the forward that was there before (TRL,
-accelerate): copied as it is, it would run the original.
+Libraries such as TRL and accelerate replace `forward` by a method whose closure holds the previous forward. A plain
+copy of such a method would run the original module.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ _EMPTY = object()
 _Make = Callable[[list[Any]], Any]
 
 
-def rebound(value: Any, copies: dict[int, Any]) -> Any:
-    """`value` with copies in the place of the modules that it refers to; `value` itself where it refers to none.
+def rebind(value: Any, copies: dict[int, Any]) -> Any:
+    """Return `value` with every module in it replaced by its copy, or `value` itself if it refers to no module.
 
     Args:
         value: A module, a method, a function with its closure, a partial function, or an object that calls what it
-            holds; anything else is returned. What torch.compile made of one of them is taken for the original.
+            holds; anything else is returned unchanged. A compiled function counts as its original.
         copies: Copied modules by identity of the original.
     """
-    return _rebound(value, copies, {})
+    return _rebind(value, copies, {})
 
 
-def _rebound(value: Any, copies: dict[int, Any], done: dict[int, Any]) -> Any:
+def _rebind(value: Any, copies: dict[int, Any], done: dict[int, Any]) -> Any:
     if id(value) in done:
         return done[id(value)]
-    done[id(value)] = value  # for whatever refers back to it
+    done[id(value)] = value  # for objects that refer back to it
     if isinstance(value, nn.Module):
         result = copies.get(id(value), value)
     elif hasattr(value, "_torchdynamo_orig_callable"):
-        result = _rebound(value._torchdynamo_orig_callable, copies, done)
+        result = _rebind(value._torchdynamo_orig_callable, copies, done)
     else:
         parts, make = _taken_apart(value)
-        made = [_rebound(part, copies, done) for part in parts]
+        made = [_rebind(part, copies, done) for part in parts]
         result = value if all(new is old for new, old in zip(made, parts, strict=True)) else make(made)
     done[id(value)] = result
     return result
 
 
 def _taken_apart(value: Any) -> tuple[list[Any], _Make]:
-    """What a callable holds, and how another one is made of other parts."""
+    """Return the parts that a callable holds, and a function that builds a new one from other parts."""
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__], lambda parts: types.MethodType(*parts)
     if isinstance(value, partial):

@@ -1,7 +1,7 @@
-"""Weights that a family's own forward rescales in place: RWKV halves them every few layers, for 16-bit numbers.
+"""Rescale weights that a family's own forward rescales in place: RWKV halves them every few layers for 16-bit numbers.
 
-It does so in the first forward in eval mode, and keeps a flag of it beside the weights. A view shares the weights and
-has a flag of its own: its forward would rescale them, and the model's own forward would do it once more.
+The forward rescales when it first runs in eval mode, and sets a flag beside the weights. A view shares the weights but
+has its own flag, so the view's forward and the model's own forward would each rescale them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _lock = threading.Lock()
 
 
 def rescale_as_generate_does(model: PreTrainedModel) -> None:
-    """Leave the weights as the model's own next forward in eval mode would leave them, so that no view writes to them.
+    """Rescale the weights now, as the model's own next forward in eval mode would, so that no view writes to them.
 
     Args:
-        model: The user's; only one whose forward rescales is changed.
+        model: The user's model; it is changed only if its forward rescales.
 
     Raises:
-        UnsupportedModelError: It is in training mode, in which its forward takes the rescaling back.
+        UnsupportedModelError: The model is in training mode, in which its forward undoes the rescaling.
     """
     for module in model.modules():
         rescale = getattr(module, "_rescale_layers", None)
@@ -34,4 +34,4 @@ def rescale_as_generate_does(model: PreTrainedModel) -> None:
                 "call `model.eval()` first, or use plain `model.generate`"
             )
         with _lock:
-            rescale()  # does nothing where it was done before
+            rescale()  # does nothing if the weights are already rescaled

@@ -1,7 +1,7 @@
-"""Finds every tensor that a copy of a module tree would copy, so that the copy can share it instead.
+"""Find every tensor that a copy of a module tree would copy, so that the copy can share it instead.
 
-Weights are not only parameters and buffers: quantized layers keep them in the attributes of parameters, in state
-objects and in plain attributes.
+Weights are not only parameters and buffers: quantized layers keep them in attributes of parameters, in state objects
+and in plain attributes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-# What `copy.deepcopy` does not look into, or what holds no tensors.
+# Types that `copy.deepcopy` does not enter, or that hold no tensors.
 _LEAVES = (
     type,
     types.FunctionType,
@@ -36,9 +36,9 @@ _LEAVES = (
 
 
 def tensors_within(root: Any) -> Iterator[torch.Tensor]:
-    """Every tensor that `copy.deepcopy(root)` would come to, once.
+    """Yield every tensor that `copy.deepcopy(root)` would reach, each once.
 
-    A tensor's own attributes are looked into, too; what a tensor subclass wraps stays with it.
+    The attributes of a tensor are searched too. Tensors that a tensor subclass wraps are not: they stay with it.
     """
     stack, seen = [root], set[int]()
     while stack:

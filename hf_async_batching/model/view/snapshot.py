@@ -1,4 +1,4 @@
-"""What tells whether an engine's view is still the model: looked at when a request comes, never hooked in."""
+"""Compare a model with the state that an engine's view was made of; a request triggers it, no hook is installed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hf_async_batching.model.view.quantization import is_wrapped
 
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
-    """A model's modules, tensors and adapters at one moment. Two that are equal can share a view.
+    """A model's modules, tensors and adapters at one moment. Models with equal snapshots can share a view.
 
     Attributes:
         modules: Identities of all modules, in order.
-        tensors: By identity, where the memory of each parameter and buffer begins, and its dtype. A quantized weight
-            counts as the tensors that it is made of.
-        adapters: PEFT's adapters, which are switched, scaled and merged by plain attributes.
+        tensors: Start address and dtype of each parameter and buffer, by identity. A quantized weight counts as the
+            tensors that it wraps.
+        adapters: State of PEFT's adapters, which plain attributes switch, scale and merge.
         calls: Hooks and forwards on modules that a view runs; see `module_calls`.
         settings: Numbers, flags and names in modules and in the config, by value; see `module_settings`.
-        changes: How often torch has seen the tensors changed in place, by an optimizer or `load_state_dict`: whether
-            the same tensors hold other values. It is blind to writes through `.data` and to tensors made in inference
-            mode.
+        changes: How often torch has seen the tensors changed in place, by an optimizer or `load_state_dict`. It tells
+            whether the same tensors hold new values. torch does not count writes through `.data` or to tensors made
+            in inference mode.
     """
 
     modules: tuple[int, ...]
@@ -41,13 +41,13 @@ class ModelSnapshot:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSnapshot:
-        """The model as it is now.
+        """Take a snapshot of the model as it is now.
 
         Raises:
-            UnsupportedArgumentError: PEFT chose adapters for this call alone.
-            UnsupportedModelError: A hook or a forward of a user's is on it that no view can run.
+            UnsupportedArgumentError: PEFT chose adapters for this call only.
+            UnsupportedModelError: A user's hook or forward on the model cannot run in a view.
         """
-        # Rotary frequencies that follow the longest sequence are buffers that every forward of the user's may replace.
+        # If rotary frequencies follow the longest sequence, they are buffers that any forward of the user may replace.
         with_buffers = not batch_dependent_rope(model)
         modules: dict[int, nn.Module] = {}
         adapters: list[Any] = []
@@ -84,22 +84,22 @@ class ModelSnapshot:
         )
 
     def placed_as(self, later: ModelSnapshot) -> ModelSnapshot:
-        """This state, with the tensors of `later`."""
+        """Return this snapshot with the tensors of `later`."""
         return replace(self, tensors=later.tensors, changes=later.changes)
 
     def moved_from(self, before: ModelSnapshot | None) -> bool:
-        """Whether tensors that the view shares have other memory than before (`model.to`, an assigned `.data`)."""
+        """Whether tensors that the view shares have moved to other memory (`model.to`, an assigned `.data`)."""
         old = before.tensors if before is not None else {}
         return any(key in old and old[key] != place for key, place in self.tensors.items())
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors with memory of their own that a tensor is made of: itself, or what a quantized one wraps."""
+    """Return the tensors that own a tensor's memory: the tensor itself, or those that a quantized tensor wraps."""
     if not is_wrapped(tensor):
         return [tensor]
     wrapped: Any = tensor
     inner = [getattr(wrapped, name) for name in wrapped.__tensor_flatten__()[0]]
-    # A tensor that is spread over ranks names its mesh, too.
+    # A tensor that is sharded over ranks also lists its mesh.
     return [part for one in inner if isinstance(one, torch.Tensor) for part in _parts(one)]
 
 
@@ -122,5 +122,5 @@ def _adapter_state(module: Any) -> tuple[Any, ...]:
 def _count_changes(tensors: list[torch.Tensor]) -> int:
     try:
         return sum([tensor._version for tensor in tensors])
-    except RuntimeError:  # tensors made in inference mode count nothing
+    except RuntimeError:  # tensors made in inference mode have no version counter
         return sum([tensor._version for tensor in tensors if not tensor.is_inference()])

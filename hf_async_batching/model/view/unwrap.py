@@ -1,4 +1,4 @@
-"""What people wrap around a model: PEFT, torch.compile, data parallelism. Served is the model inside."""
+"""Find the model inside the wrappers of PEFT, torch.compile and data parallelism."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hf_async_batching.errors import UnsupportedModelError
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside `PeftModel`, `torch.compile(model)` and data parallel wrappers.
+    """Return the transformers model inside `PeftModel`, `torch.compile(model)` and data parallel wrappers.
 
     Raises:
-        UnsupportedModelError: There is none, it cannot generate, or a wrapper adds something that is not served.
+        UnsupportedModelError: There is no such model, it cannot generate, or a wrapper adds something that is not
+            served.
     """
     given = model
     while not isinstance(model, PreTrainedModel):
@@ -41,10 +42,10 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def check_call(model: PreTrainedModel) -> None:
-    """Refuse what a wrapper has put onto the model for the call that is under way.
+    """Refuse what a wrapper has put onto the model for the current call.
 
     Raises:
-        UnsupportedModelError: PEFT feeds learned prompts in through `prepare_inputs_for_generation`, which the engine
+        UnsupportedModelError: PEFT passes learned prompts in through `prepare_inputs_for_generation`, which the engine
             does not call.
     """
     own = vars(model).get("prepare_inputs_for_generation")
@@ -54,18 +55,18 @@ def check_call(model: PreTrainedModel) -> None:
 
 def _prompt_learning(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{name} is not served: it prepends learned prompts to every input; use plain `model.generate` for it"
+        f"{name} is not served: it prepends learned prompts to every input. Use plain `model.generate` for it."
     )
 
 
 def transformers_generate(model: Any) -> Callable[..., Any]:
-    """transformers' own `generate` of a model's class, whatever the object or a subclass of the caller's puts over it.
+    """Return transformers' own `generate` for a model, even if the object or the caller's subclass replaces it.
 
-    Either may be this library: a call that it makes itself must not come back to it.
+    The replacement may be this library, and a call that this library makes must not come back to it.
     """
     for base in type(model).__mro__:
         method: Any = base.__dict__.get("generate")
         if method is not None and str(method.__module__).startswith(("transformers.", "transformers_modules.")):
             return partial(method, model)
-    own = getattr(type(model), "generate", None)  # a wrapper's, PEFT's for one; others look into the model for theirs
+    own = getattr(type(model), "generate", None)  # a wrapper's, such as PEFT's; other wrappers look it up in the model
     return partial(own, model) if own is not None else model.generate

@@ -1,4 +1,4 @@
-"""A weight that is computed with in a wider dtype than it is kept in."""
+"""Weights that are stored in one dtype and used in a wider one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-# Smaller ones are converted once: kernels of other packages take them as they are, and they need little memory.
+# Smaller tensors are converted once: they need little memory, and kernels of other packages need plain tensors.
 _SMALL = 1 << 20
 
 
 class WideTensor(torch.Tensor):
-    """Shows the values of a narrow tensor in a wider dtype; each operation converts what it takes, and forgets it.
+    """A tensor that shows the values of a narrow tensor in a wider dtype.
 
-    A model of 60 GB in bfloat16 computes in float32 with the memory of its largest weight beside it.
+    Each operation converts its input and drops the converted copy, so a model of 60 GB in bfloat16 computes in float32
+    with only its largest weight as extra memory.
 
     Args:
-        narrow: Float tensor of any shape, which is shared.
+        narrow: Float tensor of any shape; its memory is shared.
         dtype: The wider dtype.
     """
 
@@ -26,7 +27,7 @@ class WideTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, narrow: torch.Tensor, dtype: torch.dtype) -> WideTensor:
-        """A tensor without storage of its own."""
+        """Make a tensor without storage of its own."""
         made: WideTensor = torch.Tensor._make_wrapper_subclass(
             cls, narrow.size(), strides=narrow.stride(), dtype=dtype, device=narrow.device, requires_grad=False
         )
@@ -46,7 +47,7 @@ class WideTensor(torch.Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, WideTensor) and func.is_view:
-            # One expert of many is taken out before it is converted.
+            # A view takes one expert out of many, so the view comes first and the conversion later.
             dtype = first.dtype
             out = func(first._narrow, *args[1:], **kwargs)
             return tree_map(lambda value: WideTensor(value, dtype) if isinstance(value, torch.Tensor) else value, out)
@@ -58,10 +59,10 @@ def _widened(value: Any) -> Any:
 
 
 def widen_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let a module, and all modules within, compute in a wider dtype. The weights stay shared.
+    """Let a module and its submodules compute in a wider dtype. Large weights stay shared.
 
     Args:
-        module: A copy of our own, whose parameters and buffers are replaced.
+        module: A copy that belongs to the engine; its parameters and buffers are replaced.
         dtype: The wider dtype.
     """
     wide: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Generated kernels that launch early wait for the one before them, or are not launched early."""
+"""Generated kernels that use programmatic dependent launch wait for their predecessor, or do not use it."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_async_batching.model.view.rebind import rebound
+from hf_async_batching.model.view.rebind import rebind
 
 
 class Named(nn.Module):
@@ -52,17 +52,17 @@ def test_whatever_refers_to_the_original_refers_to_its_copy() -> None:
         wrap(Named.forward).__get__(original),
     ):
         assert function().startswith("original")
-        assert rebound(function, copies)() == function().replace("original", "copy")
+        assert rebind(function, copies)() == function().replace("original", "copy")
         assert function().startswith("original"), "the original's own functions stay as they are"
-    assert rebound(wrap(method), copies)("?") == "copy?!"
-    assert rebound(original, copies) is copied
-    assert rebound(other, copies) is other
+    assert rebind(wrap(method), copies)("?") == "copy?!"
+    assert rebind(original, copies) is copied
+    assert rebind(other, copies) is other
 
 
 def test_what_refers_to_no_original_is_itself() -> None:
     other = Named("other")
     for value in (wrap(other.forward), other.forward.__func__, functools.partial(wrap, 1), 5, None, Named, len):
-        assert rebound(value, {}) is value
+        assert rebind(value, {}) is value
 
 
 def test_circles_and_empty_cells() -> None:
@@ -71,12 +71,12 @@ def test_circles_and_empty_cells() -> None:
     def calls_itself(depth: int) -> str:
         return calls_itself(depth - 1) if depth else original()
 
-    assert rebound(calls_itself, {id(original): copied})(0) == "copy"
+    assert rebind(calls_itself, {id(original): copied})(0) == "copy"
 
     def early() -> str:
         return original() + late
 
-    again = rebound(early, {id(original): copied})
+    again = rebind(early, {id(original): copied})
     late = "!"
     assert early() == "original!"
     assert again is not early
@@ -85,4 +85,4 @@ def test_circles_and_empty_cells() -> None:
 def test_compiled_functions_are_taken_for_what_was_compiled() -> None:
     original, copied = Named("original"), Named("copy")
     compiled = torch.compile(original.forward, backend="eager")
-    assert rebound(compiled, {id(original): copied})() == "copy"
+    assert rebind(compiled, {id(original): copied})() == "copy"
