@@ -1,8 +1,8 @@
 """Find the lengths beyond which a model computes differently, and make a small copy of its config that has them all.
 
 Such lengths come from windows, chunks, sparse attention, temperatures and rotary frequencies that follow the position.
-A prompt of 50 tokens does not show what a model computes beyond them: a real model has them in the thousands. The small
-copy brings them within reach of a check on a CPU.
+A prompt of 50 tokens does not show what a model computes beyond them: a real model has them in the thousands. The
+small copy brings them within reach of a check on a CPU.
 """
 
 from __future__ import annotations
