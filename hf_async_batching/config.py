@@ -1,4 +1,4 @@
-"""The engine's settings, as the caller writes them. Importing this module imports no torch."""
+"""The engine's settings, as the caller sets them. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ BackendName = Literal["auto", "torch", "triton"]
 
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
-    """Settings of a `GenerationManager`. Fields that are None are chosen for the model and the device.
+    """Settings of a `GenerationManager`. A field that is None gets a default for the model and the device.
 
     Attributes:
-        depth: Steps in flight at once. 1 is synchronous batching; 2 plans a step while the one before it runs; more
-            helps where the host is slower than a step. Default: 2 on CUDA, 1 on the CPU, which runs a step while it
-            is being launched. Outputs do not depend on it.
+        depth: Steps in flight at once. 1 is synchronous batching; 2 plans a step while the previous one runs; more
+            helps if the host is slower than a step. Default: 2 on CUDA, 1 on the CPU, which runs a step during its
+            launch. Outputs do not depend on it.
         page_size: Tokens per KV page, a power of two from 16 to 256. Default: 32 on CUDA, 256 on the CPU.
         max_rows: Requests that are computed at the same time. Default: 256 on CUDA, 32 on the CPU.
-        max_batch_tokens: Query tokens per step, decoding rows and prompt pieces together. Default: on CUDA 2048 for
+        max_batch_tokens: Query tokens per step: decoding rows and prompt pieces together. Default: on CUDA 2048 for
             weights of 8 GiB and more, 4096 from 3 GiB, 8192 below; 256 on the CPU; never below `max_rows`.
-        max_sequence_length: Tokens that one request may reach, prompt and completion. Default: the model's context
-            length.
-        num_pages: KV pages, of all layers each. Default: as many as `memory_fraction` allows, but no more than
-            `max_rows` requests of `max_sequence_length` tokens can fill.
-        memory_fraction: Share of the memory that is free when the engine starts which the KV cache may take. Default:
-            0.92 on CUDA, where at least 1.5 GiB are left for the steps themselves; 0.25 on the CPU.
-        prefix_cache: Keep full pages of finished and live requests, and let a prompt that begins with the same tokens
-            start after them. Outputs do not depend on it. Weights that change in place in a way that torch does not
-            count need `GenerationManager.weights_updated()`.
-        prompt_lookup_rows: Requests with `prompt_lookup_num_tokens` draft while no more requests than this run, and
-            none waits; 0 for never. Outputs do not depend on it.
-        admission: Which of the requests that wait starts next. "fcfs": the one that came first. "longest_first": the
-            one with the largest `max_new_tokens`, and prompts are computed piece by piece beside rows that decode,
-            for work of which only the end counts; first tokens come later. Outputs do not depend on it.
-        max_waiting: Requests that may wait for a row; one more raises `QueueFullError`. A `generate` call of more rows
-            than this queues them in portions, as room comes.
-        idle_timeout: Seconds without work after which the engine stops and returns its memory; the next call starts
-            it again. None: never.
+        max_sequence_length: Longest sequence of a request, in tokens of prompt and completion. Default: the model's
+            context length.
+        num_pages: Number of KV pages; each holds keys and values of all layers. Default: as many as `memory_fraction`
+            allows, but no more than `max_rows` requests of `max_sequence_length` tokens can fill.
+        memory_fraction: Share of the free memory at the engine's start that the KV cache may take. Default: 0.92 on
+            CUDA, where at least 1.5 GiB stay free for the steps themselves; 0.25 on the CPU.
+        prefix_cache: Keep full pages of finished and running requests, so that a prompt that starts with the same
+            tokens reuses them. Outputs do not depend on it. Call `GenerationManager.weights_updated()` after changing
+            weights in place in a way that torch does not count.
+        prompt_lookup_rows: Requests with `prompt_lookup_num_tokens` draft tokens while at most this many requests run
+            and none waits; 0 for never. Outputs do not depend on it.
+        admission: Which waiting request starts next. "fcfs": the one that came first. "longest_first": the one with
+            the largest `max_new_tokens`; prompts are then computed in pieces beside decoding rows. This suits work for
+            which only the end counts: first tokens come later. Outputs do not depend on it.
+        max_waiting: Requests that may wait for a row; one more raises `QueueFullError`. A `generate` call with more
+            rows than this queues them in portions, as room becomes free.
+        idle_timeout: Seconds without work after which the engine stops and frees its memory; the next call starts it
+            again. None: never.
         attention_backend: "triton", "torch", or "auto": Triton on CUDA, PyTorch on the CPU.
-        cuda_graphs: Capture decode steps as CUDA graphs, and those with few tokens of prompts unless the model is
-            spread over ranks. Default: on CUDA.
-        compile: Compile the model's layers with torch.compile. Serving starts uncompiled; a thread compiles beside it,
-            and the engine changes over when that is done and its logits agree. Default: on CUDA.
-        fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights are moved into
-            one tensor, of which the model's own parameters become views; values, `state_dict` and in-place updates
-            stay as they are. Also serves few rows by our own kernel. Default: on CUDA.
-        attach_check: Compare two short prompts with the plain forward before the first request is served.
-        timeline_steps: Steps whose event times are kept for `timeline()` and `stats()`.
+        cuda_graphs: Capture decode steps as CUDA graphs, and steps with few prompt tokens too, unless the model is
+            sharded over ranks. Default: on CUDA.
+        compile: Compile the model's layers with torch.compile. Serving starts uncompiled while a thread compiles. The
+            engine switches over when the compiled logits agree. Default: on CUDA.
+        fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights move into one
+            tensor, and the model's own parameters become views of it; values, `state_dict` and in-place updates work
+            as before. It also computes few rows with our own kernel. Default: on CUDA.
+        attach_check: Run the parity check before the first request: compare short prompts with plain `generate`.
+        timeline_steps: Number of steps whose event times are kept for `timeline()` and `stats()`.
         debug: Check the scheduler's bookkeeping after every step.
 
     Raises:
-        ValueError: A field is out of its range; the message names it.
+        ValueError: A field is out of range; the message names it.
     """
 
     depth: int | None = None
@@ -109,18 +109,18 @@ class BatchingConfig:
             )
 
     def compiles(self, device: torch.device) -> bool:
-        """`compile` with its default filled in."""
+        """`compile`, with its default for the device."""
         return device.type == "cuda" if self.compile is None else self.compile
 
     def fuses_weights(self, device: torch.device) -> bool:
-        """`fuse_weights` with its default filled in."""
+        """`fuse_weights`, with its default for the device."""
         return device.type == "cuda" if self.fuse_weights is None else self.fuse_weights
 
     def for_ranks(self) -> BatchingConfig:
-        """For a model that is spread over ranks: its layers have collectives, and weights that are parts of tensors.
+        """Settings for a model that is sharded over ranks: its layers have collectives, and its weights are shards.
 
         Raises:
-            ValueError: `compile` or `fuse_weights` is asked for.
+            ValueError: `compile` or `fuse_weights` is set to True.
         """
         for name in ("compile", "fuse_weights"):
             if getattr(self, name):

@@ -1,4 +1,4 @@
-"""Errors that callers can see. Each message names the argument at fault and the remedy."""
+"""Errors that callers can catch. Each message names the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ class HfAsyncBatchingError(Exception):
 
 
 class QueueFullError(HfAsyncBatchingError, RuntimeError):
-    """The inbox holds `BatchingConfig.max_waiting` requests already; try again later or raise the bound."""
+    """`BatchingConfig.max_waiting` requests already wait; try again later, or raise `max_waiting`."""
 
 
 class RequestTooLongError(HfAsyncBatchingError, ValueError):
-    """Prompt and new tokens do not fit the model's context or the whole KV cache."""
+    """The prompt and the new tokens exceed the model's context or the whole KV cache."""
 
 
 class EngineClosedError(HfAsyncBatchingError, RuntimeError):
-    """The manager was closed, before the call or while the request was being served."""
+    """The manager was closed, before the call or while it served the request."""
 
 
 class EngineFailedError(HfAsyncBatchingError, RuntimeError):
-    """The engine's own step failed; `__cause__` holds the reason. The next call starts a fresh engine."""
+    """A step of the engine failed; `__cause__` is the reason. The next call starts a new engine."""
 
 
 class DeviceFailedError(EngineFailedError):
-    """A device failed while a model was checked; the message says where, and whether it can be used again."""
+    """A device failed during the check of a model; the message says where, and whether the device is still usable."""
 
 
 class InvalidProbabilitiesError(HfAsyncBatchingError, RuntimeError):
-    """A token was to be drawn from scores with NaN or inf, or that are all -inf. Tokens made before are kept."""
+    """A token cannot be drawn: its scores hold NaN or inf, or all are -inf. Tokens generated before are kept."""
 
 
 class ReentrantCallError(HfAsyncBatchingError, RuntimeError):
-    """A call in an engine's own thread (in a logits processor or a done-callback) that would wait for that thread."""
+    """A call in the engine's own thread (a logits processor, a done-callback) would wait for that thread."""
 
 
 class ForkedProcessError(HfAsyncBatchingError, RuntimeError):
-    """A forked process cannot go on with what its parent's engine was doing, or use the GPU that its parent uses."""
+    """A forked process cannot continue requests of its parent's engine, or use the GPU that its parent uses."""
 
 
 class UnsupportedModelError(HfAsyncBatchingError, NotImplementedError):
-    """The model's attention cannot be routed to the paged cache, or its outputs would not be right."""
+    """The engine cannot serve the model, or the model's outputs would be wrong."""
 
 
 class LogitsDifferError(UnsupportedModelError):
     """A forward's logits differ from those of plain `generate` by more than rounding explains.
 
     Args:
-        message: What differs, and what to do.
-        short: The first of it, without the model's name.
-        plain: Whether two ways of plain `generate` itself differ, whatever the route.
-        finite: Whether the difference is a number.
+        message: What differs, and the remedy.
+        short: The difference in short, without the model's name.
+        plain: Whether plain `generate` itself gives two different results, so that no route can agree.
+        finite: Whether the difference is a finite number.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class LogitsDifferError(UnsupportedModelError):
 
 
 class UnsupportedArgumentError(HfAsyncBatchingError, NotImplementedError):
-    """A `generate` argument that the engine does not serve."""
+    """The engine does not serve an argument of `generate`."""
 
 
 class DatasetRowError(HfAsyncBatchingError, ValueError):
-    """A row of a dataset cannot be served, under `on_error="raise"`. `index` is the row's.
+    """A dataset row cannot be served; raised under `on_error="raise"`. `index` is the row's index.
 
     Args:
-        message: What is wrong, and what to do.
-        index: Of the row in its dataset.
+        message: What is wrong, and the remedy.
+        index: Index of the row in its dataset.
     """
 
     def __init__(self, message: str, index: int = -1) -> None:
@@ -80,13 +80,13 @@ class DatasetRowError(HfAsyncBatchingError, ValueError):
 
 
 class ResumeMismatchError(HfAsyncBatchingError, ValueError):
-    """What a folder holds was made with other arguments, another model or other data; the message says which."""
+    """A folder's content was made with other arguments, another model or other data; the message says which."""
 
 
 def does_not_fit(error: Exception) -> bool:
-    """Whether an error tells that a family is called in a way that it does not know, and not that a device failed.
+    """Whether an error means that a family's code does not accept a call, and not that a device failed.
 
-    Shapes that do not match are plain `RuntimeError`s; torch's own failures are subclasses.
+    Shape mismatches are plain `RuntimeError`s; torch's own failures are subclasses of it.
     """
     known = (TypeError, AttributeError, LookupError, ValueError, AssertionError, NotImplementedError)
     return type(error) is RuntimeError or isinstance(error, known)

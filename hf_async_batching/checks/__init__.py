@@ -1,1 +1,1 @@
-"""Checks that an engine computes what plain `generate` computes."""
+"""Check that an engine computes what plain `generate` computes."""

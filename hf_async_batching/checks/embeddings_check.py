@@ -1,4 +1,4 @@
-"""Whether a model takes prompts as embeddings, and whether given embeddings fit it."""
+"""Check whether a model accepts prompts as embeddings, and whether given embeddings fit it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ _CHECK_TOKENS = 7
 
 
 def check_embeddings(embeddings: torch.Tensor, length: int, forward: PackedForward | CacheForward) -> None:
-    """Refuse embeddings that are not the model's, or not those of a prompt of `length` tokens.
+    """Refuse embeddings that do not fit the model or a prompt of `length` tokens.
+
+    Args:
+        embeddings: [length, hidden], floating point.
+        length: Tokens of the prompt.
+        forward: The engine's forward.
 
     Raises:
-        ValueError: Their shape or dtype is wrong.
+        ValueError: The shape, the layout or the dtype is wrong.
     """
     if not isinstance(embeddings, torch.Tensor) or embeddings.layout is not torch.strided or embeddings.is_meta:
         raise ValueError(
@@ -47,10 +52,10 @@ def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | Cach
         forward: The engine's forward.
 
     Raises:
-        UnsupportedModelError: The model takes no embeddings, or needs the token ids beside them.
+        UnsupportedModelError: The model takes no embeddings, or also needs the token ids.
     """
     view: Any = make_view(model, None)
-    why = "its forward does not take them"
+    why = "its forward does not accept them"
     if not forward.takes_embeddings:
         why = "it is served through its own cache class, by token ids"
     elif "inputs_embeds" in inspect.signature(view.forward).parameters:
@@ -64,7 +69,7 @@ def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | Cach
             difference = relative_error(got, expected)
             if difference <= logits_tolerance(forward):
                 return
-            why = f"its logits differ by {difference:.2g} (relative norm) from those for the tokens themselves"
+            why = f"its logits differ by {difference:.2g} (relative norm) from its logits for the token ids"
     raise UnsupportedModelError(
         f"`inputs_embeds` is not served for {forward.name}: {why}. Use plain `model.generate` for this call."
     )

@@ -1,4 +1,4 @@
-"""How much rounding alone may make logits differ."""
+"""The difference of logits that rounding alone can cause."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _QUANTIZED_TOLERANCE = 5e-2
 
 
 def logits_tolerance(forward: PackedForward | CacheForward) -> float:
-    """The relative error of logits that rounding alone explains, for a forward's dtype, weights and device."""
+    """The relative error of logits that rounding alone can cause, for a forward's dtype, weights and device."""
     dtype = forward.dtype
     weights = max(forward.view.parameters(), key=torch.Tensor.numel, default=torch.empty(0)).dtype
     if weights.is_floating_point and weights.itemsize < dtype.itemsize:
-        dtype = weights  # some families return logits in float32, whatever they computed in
+        dtype = weights  # some families compute in 16 bits and return logits in float32
     if is_quantized(forward.view):
         return max(_QUANTIZED_TOLERANCE, rounding_tolerance(dtype))
     if dtype == torch.float32 and forward.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":

@@ -1,7 +1,7 @@
-"""Short prompts, together, chunked and joined late, against what plain `generate` computes for each alone.
+"""Compare short prompts, computed together, in chunks and joined late, with plain `generate` of each prompt alone.
 
-Wrong answers from batching engines come from silent mismatches between what a model does and what the engine takes it
-to do; this finds them before the first request is served.
+A batching engine gives wrong answers if a model silently does something else than the engine assumes. This check finds
+such mismatches before the first request is served.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from hf_async_batching.sampling.argmax import argmax
 
 logger = logging.getLogger(__name__)
 
-# Relative norm; rounding may be less by chance.
+# Lower bound of the measured noise, as a relative norm: two results can agree by chance.
 _LEAST_NOISE = 5e-3
-# The share of tokens that a compiled layer must compute alike: a router rounds to other experts for some.
+# Share of tokens on which compiled layers must agree with uncompiled ones: a router may choose other experts for some.
 _LEAST_ALIKE = 0.6
 
 
@@ -60,20 +60,20 @@ def check_parity(
     page_size: int = 16,
     prompts: Prompts | None = None,
 ) -> PreTrainedModel:
-    """Compare a forward's logits with those of plain `generate`, on tables and pages of its own.
+    """Compare a forward's logits with the logits of plain `generate`, on tables and pages of its own.
 
     Args:
-        model: The user's model, of which a second view is made for `generate`.
-        forward: The forward; left bound to the check's pages.
+        model: The user's model; the check makes a second view of it for `generate`.
+        forward: The forward; it stays bound to the check's pages.
         backend: The attention kernels.
-        page_size: Of the engine to come, whose kernels are compiled for it.
-        prompts: Others than the usual ones; each token of theirs is then computed as `generate` computes it.
+        page_size: Page size of the engine, for which the kernels are compiled.
+        prompts: Prompts to use instead of the default ones; `generate` then computes each token of them step by step.
 
     Returns:
-        The second view, which is the model as it was checked.
+        The second view: the model as it was checked.
 
     Raises:
-        LogitsDifferError: The logits differ by more than rounding.
+        LogitsDifferError: The logits differ by more than rounding can explain.
         UnsupportedModelError: A step fails.
         DeviceFailedError: The device fails.
     """
@@ -94,7 +94,7 @@ def check_parity(
             view = make_view(model, None)
             views.append(view)
             prepare_view(view)
-            # Other routes compute with the same kernels as `generate`, and are compared more strictly for that.
+            # Other routes use the same kernels as `generate`, so their comparison is stricter and keeps these kernels.
             with FlashFirst() if isinstance(forward, PackedForward) else nullcontext():
                 expected.append(reference_logits(view, forward, prompts, few))
         finally:
@@ -113,7 +113,7 @@ def check_parity(
         got.update(_engine_logits(forward, backend, page_size, prompts, steps))
 
     try:
-        # Both take seconds in a fresh process: libraries that load on the one side, compilers on the other.
+        # Both take seconds in a fresh process: the plain side loads libraries, the engine side compiles kernels.
         run_parallel([run_plain, run_engine], forward.device)
     except LogitsDifferError:
         raise
@@ -121,7 +121,7 @@ def check_parity(
         raise UnsupportedModelError(f"{forward.name} is not served: {_bare(forward, error)}") from error
     except Exception as error:
         if ends_the_search(error, forward.device):
-            step = f"the attach check ({'; '.join(steps)})"
+            step = f"the parity check ({'; '.join(steps)})"
             raise device_failure(error, forward.name, forward.route, step, forward.device) from error
         if not does_not_fit(error):
             raise
@@ -131,8 +131,8 @@ def check_parity(
     (plain,) = expected
     tolerance = logits_tolerance(forward)
     if isinstance(forward, CacheForward) and forward.recomputes:
-        # The same kernels as `generate`'s own: what differs by more than the order of its own sums is a wrong position
-        # or mask, which 16-bit numbers must not hide.
+        # These routes use the same kernels as `generate`, so only the order of sums may differ. A larger difference is
+        # a wrong position or mask, which the tolerance of 16-bit numbers must not hide.
         tolerance = min(tolerance, max(_LEAST_NOISE, 4 * plain.noise))
     for label, want in plain.logits.items():
         if label not in got:
@@ -142,8 +142,8 @@ def check_parity(
             raise LogitsDifferError(
                 f"{forward.name} is not served: its logits for {label} differ from plain `generate`'s by "
                 f"{difference:.2g} (relative norm, {forward.dtype}). Load it with attn_implementation='eager' if its "
-                "own attention leaves something out (some releases of transformers drop soft caps under 'sdpa'), or "
-                "use plain `model.generate`; and please report it with its config.",
+                "own attention ignores an option (some releases of transformers drop soft caps under 'sdpa'), or "
+                "use plain `model.generate`. Please report this model with its config.",
                 f"its logits for {label} differ by {difference:.2g} in {forward.dtype}",
                 finite=math.isfinite(difference),
             )
@@ -151,22 +151,23 @@ def check_parity(
 
 
 def _bears_threads(view: PreTrainedModel) -> bool:
-    """Whether two forwards of a model may run at the same time.
+    """Whether two threads may run forwards of a model at the same time.
 
-    On the device they do not: all threads enqueue on one stream, so that scratch memory of layers is used in order.
+    On the device the forwards do not overlap: all threads enqueue on one stream, so layers use scratch memory in
+    order.
     """
     if runs_user_code(view):
-        return False  # nothing is known of it
+        return False  # its forward may have been replaced
     if parallel_modules(view):
-        return False  # each rank must have its collectives in the same order
-    # Triton's autotuner, which kernels of quantized layers and of others' code may have, is not for two threads that
-    # meet a shape first: https://github.com/triton-lang/triton/issues/11494
+        return False  # collectives must run in the same order on each rank
+    # Kernels of quantized layers and of other packages may use Triton's autotuner, which fails if two threads meet a
+    # new shape at once: https://github.com/triton-lang/triton/issues/11494
     ours = "transformers.models.", "transformers.activations", "torch.nn.modules.", "hf_async_batching."
     return not is_quantized(view) and all(_written_in(module).startswith(ours) for module in view.modules())
 
 
 def _written_in(module: torch.nn.Module) -> str:
-    """The Python module that a layer's forward is from."""
+    """The Python module that defines a layer's forward."""
     return str(getattr(getattr(module.forward, "__func__", module.forward), "__module__", ""))
 
 
@@ -181,7 +182,7 @@ def _engine_logits(
     prompts: Prompts,
     steps: list[str],
 ) -> dict[str, torch.Tensor]:
-    """Logits [vocab] by what they are for; what is computed is appended to `steps`."""
+    """Logits [vocab] by label; each step that runs is appended to `steps`."""
     first, second, third = prompts
     split = prompts.chunk
     pages = -(-(len(first) + 1) // page_size)
@@ -193,7 +194,7 @@ def _engine_logits(
     def new_pages(row: int) -> tuple[NewPage, ...]:
         return tuple(NewPage(row, i, (row - 1) * pages + i + 1) for i in range(pages))
 
-    # The others join late: beside the rest of the first, and in the order of positions that mixes all.
+    # The second and third prompt join late: in a step with the rest of the first, in a mixed order of positions.
     plans = [
         Plan(
             0,
@@ -221,7 +222,7 @@ def _engine_logits(
         *("the rest of a prompt", "a prompt that joined late", "another that joined late"),
         *("a decode alone", "a decode", "a late decode", "another late decode"),
     ]
-    # The tokens that follow each sampled position, as if sampled.
+    # The token that follows each sampled position, used in place of the sampled token.
     forced = [first[split], first[-2], second[-1], third[-1], first[-1], 0, 0, 0]
     if forward.whole_prompts:
         del forced[0]
@@ -236,7 +237,7 @@ def _engine_logits(
         tokens = torch.tensor(forced[:count], dtype=torch.int32, device=forward.device)
         del forced[:count]
         state.commit(inputs, tokens, None)
-        # Requests of one new token end with it; here they go on.
+        # A request of one new token ends with it; here its row continues.
         state.finished.zero_()
     return dict(zip(labels, logits, strict=True))
 
@@ -250,19 +251,19 @@ def compile_checked(
     page_size: int = 16,
     pdl: bool = False,
 ) -> None:
-    """Compile a forward on an example, and compare its logits with those it had uncompiled.
+    """Compile a forward on an example, and compare the compiled logits with the uncompiled ones.
 
     Args:
-        forward: A forward of the check's own; left bound to the check's pages.
+        forward: A forward that belongs to the check; it stays bound to the check's pages.
         backend: The attention kernels.
         compiler: Backend of `torch.compile`.
-        page_size: Of the engine, whose kernels are compiled for it.
+        page_size: Page size of the engine, for which the kernels are compiled.
         pdl: Use programmatic dependent launch; see `pdl_check`.
 
     Raises:
-        UnsafePdlError: With `pdl`, a kernel would not wait for the one before it.
-        RuntimeError: The logits differ by more than rounding.
-        Exception: Whatever the compiler raises.
+        UnsafePdlError: With `pdl`, a kernel would not wait for its predecessor.
+        RuntimeError: The logits differ by more than rounding can explain.
+        Exception: Any error of the compiler.
     """
     pages = -(-(EXAMPLE_TOKENS + 1) // page_size)
     state = RowTables(max_rows=2, max_pages_per_row=pages, device=forward.device)
@@ -278,7 +279,7 @@ def compile_checked(
     staged, sections = _stage(plan, forward.device, backend.tile_size, 2)
     state.apply_updates(staged, sections)
     prefill = replace(state.mixed_inputs(staged, sections), sample_index=None)
-    # Two tokens of one row at the same position: what they see does not depend on which was written last.
+    # Two tokens of one row at the same position: their results do not depend on which one is written last.
     rows = torch.ones(2, dtype=torch.int32, device=forward.device)
     context = DecodeContext(state.page_table, rows, rows * EXAMPLE_TOKENS, rows * (EXAMPLE_TOKENS + 1))
     decode = StepInputs(rows.long(), context.positions.long(), None, context)
@@ -289,7 +290,7 @@ def compile_checked(
         if error <= logits_tolerance(forward):
             continue
         if pdl:
-            # What a race has done is not there when other code runs in between.
+            # A race would not show again in the comparison by module, which runs other code in between.
             raise UnsafePdlError(f"the logits differ by {error:.2g}")
         alike = (
             share_of_equal_tokens(forward.regions, partial(forward, step))
@@ -301,7 +302,7 @@ def compile_checked(
                 f"compiled logits of {forward.name} differ by {error:.2g} (relative norm), by no router's choice"
             )
         logger.info(
-            "compiled logits of %s differ by %.2g; module by module %.0f %% are alike",
+            "compiled logits of %s differ by %.2g; module by module %.0f %% of the tokens agree",
             forward.name,
             error,
             100 * alike,

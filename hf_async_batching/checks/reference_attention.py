@@ -1,4 +1,4 @@
-"""Torch's attention without the plans that cuDNN makes for each new length."""
+"""Torch's attention without cuDNN, which plans each new length."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class FlashFirst(TorchFunctionMode):
-    """While entered, and in the entering thread only: attention takes torch's flash kernels where they serve.
+    """Makes attention use torch's flash kernels where they apply, in the thread that enters this mode.
 
-    On Hopper `scaled_dot_product_attention` prefers cuDNN, which loads for 0.1 s and then plans each new length for
-    some 80 ms: much for a few tokens that are computed once. Torch's own switch for that (`sdpa_kernel`) is the whole
-    process's, in which other threads compute.
+    On Hopper `scaled_dot_product_attention` prefers cuDNN. cuDNN takes 0.1 s to load, and then some 80 ms to plan each
+    new length, which is long for a few tokens that are computed once. Torch's own switch (`sdpa_kernel`) applies to
+    the whole process, in which other threads compute.
     """
 
     def __torch_function__(
@@ -40,10 +40,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    # The flash operator takes no mask, and autocast does not know it.
+    # The flash operator takes no mask, and autocast does not cover it.
     if query.is_cuda and attn_mask is None and not torch.is_autocast_enabled("cuda"):
         params = SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-        # Other head sizes would have to be padded.
+        # The operator needs other head sizes to be padded.
         if query.shape[-1] % 8 == 0 and can_use_flash_attention(params):
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             output: torch.Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]

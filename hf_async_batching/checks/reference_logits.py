@@ -1,4 +1,4 @@
-"""What plain `generate` computes for the prompts of the attach check, and whether its tokens are causal."""
+"""Compute the parity check's reference logits with plain `generate`, and check that the model's tokens are causal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hf_async_batching.model.small.length_thresholds import length_thresholds
 from hf_async_batching.model.view.model_view import batch_dependent_rope, context_length
 from hf_async_batching.model.view.module_calls import has_replaced_forwards, runs_user_code
 
-# Several pages of the usual size. The second and the third are of equal length, and share steps in every route.
+# Several pages of the usual size. The second and third prompt have equal length, so they share steps in every route.
 _FIRST_LENGTH, _SECOND_LENGTH = 69, 37
 
 Forward = PackedForward | CacheForward
 
 
 class Prompts(NamedTuple):
-    """Token ids; the last one of `second` and `third`, and the last two of `first`, are decoded."""
+    """Token ids. The last token of `second` and `third`, and the last two of `first`, are decoded."""
 
     first: list[int]
     second: list[int]
@@ -33,17 +33,17 @@ class Prompts(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Tokens of the first piece of `first`, where it comes in pieces."""
+        """Length of the first chunk of `first`, in tokens, if it is computed in chunks."""
         return len(self.first) // 3
 
 
 class Expected(NamedTuple):
-    """What the engine must come to.
+    """The reference results of a check.
 
     Attributes:
-        logits: float32 [vocab], by what they are for.
-        noise: How much rounding alone changes: relative norm of the difference between the logits of tokens one by
-            one and of all at once; 0 where it is not asked for.
+        logits: Logits, float32 [vocab], by label.
+        noise: Difference that rounding alone makes: relative norm of the difference between logits computed token by
+            token and all at once; 0 if it was not measured.
     """
 
     logits: dict[str, torch.Tensor]
@@ -51,10 +51,10 @@ class Expected(NamedTuple):
 
 
 def prompts_for(model: PreTrainedModel, vocab_size: int) -> Prompts:
-    """Prompts of the usual lengths, or shorter where a model's context is.
+    """Prompts of the default lengths, or shorter ones for a model with a short context.
 
-    Where attention picks the best keys of all (DeepSeek's sparse attention), it must be asked to leave some out: some
-    families pick others for the same token at once and one by one.
+    If attention selects the best keys (DeepSeek's sparse attention), the prompts must be long enough for it to leave
+    some keys out: some families select different keys for a token if it is computed alone and with others at once.
     """
     picked = getattr(model.config.get_text_config(), "index_topk", None)
     length = max(_FIRST_LENGTH, picked + 5) if isinstance(picked, int) else _FIRST_LENGTH
@@ -63,7 +63,7 @@ def prompts_for(model: PreTrainedModel, vocab_size: int) -> Prompts:
 
 
 def prompts_of_lengths(length: int, shorter: int, vocab_size: int) -> Prompts:
-    """Prompts of these lengths: of the first, and of the two others."""
+    """Prompts of given lengths: `length` for the first, `shorter` for the two others."""
     return Prompts(
         [(7 * i + 3) % vocab_size for i in range(length)],
         [(11 * i + 5) % vocab_size for i in range(shorter)],
@@ -72,18 +72,18 @@ def prompts_of_lengths(length: int, shorter: int, vocab_size: int) -> Prompts:
 
 
 def reference_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, few: bool = True) -> Expected:
-    """The logits that plain `generate` computes, of each prompt alone.
+    """Compute the logits of each prompt alone with plain `generate`.
 
     Args:
-        view: A view of the model that went through `prepare_view`.
+        view: A view of the model that `prepare_view` has prepared.
         forward: The forward that is checked.
         prompts: Made by `prompts_for`.
-        few: Whether a few forwards may stand for all, where the model's decodes are alike.
+        few: Allow a few forwards to stand for all, if the model computes all its decodes alike.
 
     Raises:
-        UnsupportedModelError: Tokens change the logits of tokens before them, or those of tokens one by one and of
-            all at once differ: a request that gives up its pages could not be computed again. Not looked at where
-            none ever does (`recomputes`).
+        UnsupportedModelError: A token changes the logits of tokens before it, or logits computed token by token and
+            all at once differ: a request that gives up its pages could not be computed again. This is not checked if
+            the route never computes a request again (`recomputes`).
     """
     expected: Expected | None = None
     if few and isinstance(forward, PackedForward) and _decodes_alike(view, prompts):
@@ -100,10 +100,10 @@ def reference_logits(view: PreTrainedModel, forward: Forward, prompts: Prompts, 
 
 
 def _decodes_alike(view: PreTrainedModel, prompts: Prompts) -> bool:
-    """Whether tokens behind half of the first prompt are computed as those at its end are.
+    """Whether tokens in the second half of the first prompt are all computed alike.
 
-    Not where attention begins to leave keys out in between, or rotary frequencies follow the length: there some
-    families' own decode is right up to some length only.
+    They are not if attention starts to leave out keys in that half, or if rotary frequencies follow the length: some
+    families' own decode is right only up to such a length.
     """
     between = range(len(prompts.second) - 1, len(prompts.first) + 1)
     limits = length_thresholds(view.config).values()
@@ -111,13 +111,13 @@ def _decodes_alike(view: PreTrainedModel, prompts: Prompts) -> bool:
 
 
 def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> dict[str, torch.Tensor] | None:
-    """The logits of `first` from one forward over all of it, once that agrees with its beginning and two decodes.
+    """The logits of `first` from one forward, if they agree with a forward over its start and with two decodes.
 
-    In a fresh process each forward takes tens of milliseconds, and attention over a new length as much again: so the
-    beginning is as long as the other prompts.
+    In a fresh process each forward takes tens of milliseconds, and attention over a new length as long again. So the
+    start has the length of the other prompts.
 
     Returns:
-        The logits by what they are for; None where the model gives none for all positions.
+        The logits by label; None if the model does not return logits of all positions.
     """
     first, second, third = prompts
     kept = len(second) - 1
@@ -142,7 +142,7 @@ def _of_few_forwards(view: PreTrainedModel, forward: Forward, prompts: Prompts) 
 
 
 def _one_by_one(view: PreTrainedModel, forward: Forward, prompts: Prompts) -> dict[str, torch.Tensor]:
-    """Each prompt, then token by token."""
+    """Compute each prompt, then its decoded tokens one by one."""
     first, second, third = prompts
     found = {"a chunk of a prompt": _start(view, forward, first[: prompts.chunk])}
     loop = GenerateLoop(view)
@@ -169,10 +169,10 @@ def _late_prompts(
 def _check_all_at_once(
     view: PreTrainedModel, forward: Forward, want: dict[str, torch.Tensor], prompts: Prompts
 ) -> float:
-    """That tokens do not change what came before them, and that all at once are as good as one by one.
+    """Check that no token changes earlier logits, and that logits all at once agree with logits token by token.
 
     Returns:
-        The difference between the two.
+        The relative norm of the difference between the two ways.
     """
     first = prompts.first
     kept = len(first) // 2
@@ -188,7 +188,7 @@ def _check_all_at_once(
 
 
 def _check_batch(view: PreTrainedModel, forward: Forward, want: dict[str, torch.Tensor], prompts: Prompts) -> None:
-    """That rows of a batch are computed as each alone: code that was set on modules may treat them differently."""
+    """Check that rows of a batch agree with each row alone: code set on modules may treat them differently."""
     tokens = torch.tensor([prompts.second[:-1], prompts.third[:-1]], device=forward.device)
     logits: torch.Tensor = view(input_ids=tokens, return_dict=True).logits[:, -1].float()
     alone = torch.stack([want["a prompt that joined late"], want["another that joined late"]])
@@ -196,8 +196,8 @@ def _check_batch(view: PreTrainedModel, forward: Forward, want: dict[str, torch.
     if not difference <= logits_tolerance(forward):
         raise UnsupportedModelError(
             f"{forward.name} is not served: a hook or a forward that was set on a module computes rows of a batch "
-            f"otherwise than each alone (its logits differ by {difference:.2g}, relative norm). Remove it, or use "
-            "plain `model.generate`."
+            f"differently from each row alone (its logits differ by {difference:.2g}, relative norm). Remove it, or "
+            "use plain `model.generate`."
         )
 
 
@@ -206,10 +206,10 @@ def _refuse_above_tolerance(forward: Forward, *differences: float) -> None:
     above = [difference for difference in differences if not difference <= tolerance]
     if above:
         raise LogitsDifferError(
-            f"{forward.name} is not served: its tokens change the logits of tokens before them, or those after tokens "
-            f"one by one and all at once differ, by {above[0]:.2g} (relative norm, {forward.dtype}). Set "
-            "`config.is_decoder = True` if it has that, or use plain `model.generate`.",
-            f"its logits of tokens one by one and all at once differ by {above[0]:.2g} in {forward.dtype}",
+            f"{forward.name} is not served: its tokens change the logits of tokens before them, or its logits "
+            f"computed token by token and all at once differ, by {above[0]:.2g} (relative norm, {forward.dtype}). Set "
+            "`config.is_decoder = True` if the config has this field, or use plain `model.generate`.",
+            f"its logits token by token and all at once differ by {above[0]:.2g} in {forward.dtype}",
             plain=True,
             finite=all(map(math.isfinite, above)),
         )

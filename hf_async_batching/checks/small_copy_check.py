@@ -1,10 +1,14 @@
-"""Whether a route is right, as a small model of the same class shows on the CPU.
+"""Check a route with a small model of the same class on the CPU.
 
-A route can be wrong in two ways that the attach check does not find, or finds too late. Its prompts are short, and a
-real model's windows are not: so the small model's thresholds lie within a few tokens (`scaled_down`), and it goes
-through the same check with prompts and decodes on both sides of each threshold, short rows beside long ones. And a
-forward that a family does not bear may end in an assertion on the device, after which the process cannot use its GPU
-any more: on the CPU it is an exception. A route that is wrong here is not taken, and not tried on the device.
+A route can be wrong in two ways that the parity check misses or finds too late:
+
+- The parity check's prompts are shorter than a real model's windows. The small model's thresholds lie within a few
+  tokens (`scaled_down`). It goes through the same check with prompts and decodes on both sides of each threshold, and
+  with long rows next to short ones.
+- A forward that a family does not support may end in an assertion on the device, after which the process cannot use
+  its GPU. On the CPU it is an exception.
+
+A route that is wrong here is not used, and not tried on the device.
 """
 
 from __future__ import annotations
@@ -37,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 Forward = PackedForward | CacheForward
 
-# Lengths of the prompt that comes in chunks, and of those that join it late. A prompt, a chunk and a decode cross
-# thresholds of 8 and 16 tokens, which lie between a long row and a short one.
+# Length of the prompt that comes in chunks, and of the prompts that join late. A prompt, a chunk and a decode cross
+# the thresholds of 8 and 16 tokens, which also lie between a long row and a short one.
 _LENGTHS = ((69, 17), (46, 6))
 _MOST_PARAMETERS = 8_000_000
-# A small random model can be near a tie, of experts or of keys, which rounding decides.
+# A small random model can be close to a tie of experts or keys, which rounding then decides.
 _SEEDS = (0, 1)
-# Matrices of the usual initialization are so small that attention hardly matters.
+# Factor on the matrices. With the usual initialization they are so small that attention hardly matters.
 _SCALE = 4.0
 
 _verdicts: dict[tuple[type, str, str], str | None] = {}
@@ -51,18 +55,18 @@ _lock = threading.Lock()
 
 
 class _NotChecked(Exception):
-    """No small model could be made, or it does not generate."""
+    """No small model can be made, or it does not generate."""
 
 
 class SmallCopyCheck:
-    """The check of one model's routes.
+    """Checks the routes of one model.
 
     Args:
         model: The user's model; only its class and its config are read.
-        longest: Tokens that a request can reach; None for the model's context.
+        longest: Longest sequence of a request, in tokens; None for the model's context.
 
     Attributes:
-        thresholds: Lengths within reach beyond which the model computes otherwise, by name.
+        thresholds: Lengths up to `longest` beyond which the model computes differently, by field name.
     """
 
     def __init__(self, model: PreTrainedModel, longest: int | None = None) -> None:
@@ -82,16 +86,16 @@ class SmallCopyCheck:
         always: bool = False,
         known: bool = False,
     ) -> None:
-        """Refuse a route that is wrong. Where that cannot be told, it is logged.
+        """Refuse a route that is wrong. If the check cannot decide, it logs the reason.
 
         Args:
-            route: Its name: a class and config are checked once per route and process.
+            route: Name of the route; each class and config is checked once per route and process.
             make_forward: Makes a forward of that route for a model.
-            always: Check it although the model has no thresholds.
-            known: Refuse it where it cannot be told, too.
+            always: Check it even if the model has no thresholds.
+            known: Refuse it even if the check cannot decide.
 
         Raises:
-            UnsupportedModelError: Logits differ from those of plain `generate`.
+            UnsupportedModelError: The logits differ from those of plain `generate`.
         """
         if not self.thresholds and not always:
             return
@@ -101,14 +105,14 @@ class SmallCopyCheck:
                 if key not in _verdicts:
                     stage(f"a small copy of it is tried as {route} on the CPU")
                     _verdicts[key] = self._verdict(make_forward)
-        except Exception as error:  # whatever a family's own code raises at sizes that it was not made for
+        except Exception as error:  # a family's own code may raise any error at sizes that it does not expect
             beyond = ", ".join(self.thresholds)
             what = f"is not checked beyond {beyond}" if beyond else f"is not tried on the CPU ({route})"
             logger.info("%s %s: %s", self._class.__name__, what, _line(error))
             if known:
                 raise UnsupportedModelError(
-                    f"{self._class.__name__} is not served: whether it is right as {route} cannot be told without "
-                    f"risking the device ({_line(error)})"
+                    f"{self._class.__name__} is not served: trying it as {route} could break the device, and a check "
+                    f"on the CPU gave no result ({_line(error)}). Use plain `model.generate`."
                 ) from error
             return
         wrong = _verdicts[key]
@@ -116,19 +120,20 @@ class SmallCopyCheck:
             names = ", ".join(f"{name}={value}" for name, value in self.thresholds.items())
             what = f"it cannot be served as {route}"
             if names:
-                what += f", or is not right beyond its thresholds ({names})"
+                what += f", or it is wrong beyond its thresholds ({names})"
             raise UnsupportedModelError(
-                f"{self._class.__name__} is not served: {what}, as a small model of its class shows ({wrong})"
+                f"{self._class.__name__} is not served: {what}, as a small model of its class shows ({wrong}). Use "
+                "plain `model.generate`."
             )
 
     @contextmanager
     def beside(self, route: str, make_forward: Callable[[PreTrainedModel], Forward], wanted: bool) -> Iterator[None]:
-        """Find out in a thread what `refuse` will say, beside what is done meanwhile; arguments as there.
+        """Run `refuse` in a thread while the caller does other work; the error is raised at the end.
 
         Args:
             route: See `refuse`.
             make_forward: See `refuse`.
-            wanted: Whether to.
+            wanted: Whether to check at all.
         """
         if not (wanted and self.thresholds):
             yield
@@ -149,7 +154,7 @@ class SmallCopyCheck:
     def _small_config(self) -> Any:
         makers = [base for base in self._class.__mro__ if "__init__" in vars(base)]
         if not makers[0].__module__.startswith("transformers."):
-            raise _NotChecked(f"how to make a {makers[0].__name__} is not known")
+            raise _NotChecked(f"no rule makes a small {makers[0].__name__}")
         small: Any = scaled_down(self._config, self._reach)
         fast = self._attention != "eager" and getattr(self._class, "_supports_sdpa", False)
         small._attn_implementation = "sdpa" if fast else "eager"
@@ -162,7 +167,7 @@ class SmallCopyCheck:
 
     def _verdict(self, make_forward: Callable[[PreTrainedModel], Forward]) -> str | None:
         wrong = ""
-        # The caller's autocast and default device are for the real model.
+        # The caller's autocast and default device do not apply to the small copy.
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             for seed in _SEEDS:
                 if seed not in self._models:
@@ -181,11 +186,11 @@ class SmallCopyCheck:
 
 
 def _make(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
-    """A small random model that generates.
+    """Make a small random model that generates.
 
     Raises:
-        _NotChecked: It does not, or would not be small.
-        Exception: Whatever the classes raise.
+        _NotChecked: The model does not generate, or would not be small.
+        Exception: Any error of the model's classes.
     """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
@@ -213,7 +218,7 @@ def _make(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTrai
 
 
 class _OwnRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Random numbers from a generator of its own: torch's global one is the user's."""
+    """Takes random numbers from a separate generator: torch's global generator belongs to the user."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -231,6 +236,6 @@ class _OwnRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _line(error: Exception) -> str:
-    """The first sentence."""
+    """Return the first sentence of an error."""
     text = " ".join(str(error).split()).split(". ")[0]
     return text if isinstance(error, (UnsupportedModelError, _NotChecked)) else f"{type(error).__name__}: {text}"

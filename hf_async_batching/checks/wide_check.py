@@ -1,9 +1,9 @@
-"""Tells rounding from a mistake: the same comparison once more, in a wider dtype.
+"""Tell rounding from a mistake by repeating a comparison in a wider dtype.
 
-Where a router takes the best experts, or an indexer the best keys, one bit decides between two of them, and everything
-behind differs. So logits of a right forward can differ in bfloat16 by as much as those of a wrong one. In float32 they
-do not: what two ways of computing differ by there is a ten-thousandth of it, and a mistake is as large as before.
-The weights stay as they are; each operation converts what it takes (`wide_tensor`).
+If a router selects the best experts, or an indexer the best keys, one bit can change the choice, and then everything
+after it differs. So in bfloat16, the logits of a right forward can differ by as much as those of a wrong one. In
+float32 two right forwards differ ten thousand times less, while a mistake makes the same difference as before. The
+weights stay as they are; each operation converts its input (`wide_tensor`).
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ def agrees_in_wide_dtype(
     page_size: int,
     error: LogitsDifferError,
 ) -> PreTrainedModel | None:
-    """Whether logits that differ too much in the model's own dtype agree in a wider one.
+    """Check whether logits that differ too much in the model's own dtype agree in a wider one.
 
     Args:
         model: The user's model; not changed.
         make_forward: Makes the forward whose logits differ.
-        backend: The kernels with which they differ.
-        page_size: Of the engine to come.
-        error: What the check in the model's own dtype said.
+        backend: The attention kernels of that forward.
+        page_size: Page size of the engine.
+        error: The error of the check in the model's own dtype.
 
     Returns:
-        A view of the model, which is the model as it was checked; None where the logits differ in the wider dtype,
-        too, or cannot be compared there.
+        A view of the model as it was checked; None if the logits differ in the wider dtype too, or cannot be compared
+        in it.
 
     Raises:
         DeviceFailedError: The device fails.
     """
     parameter = next(model.parameters())
     dtype, device = parameter.dtype, parameter.device
-    # What is not finite, or differs where nothing is chosen, is no rounding.
+    # Infinite differences, and differences of a model that makes no choices, are not rounding.
     if dtype not in _WIDER or not error.finite or not makes_choices(model.config):
         return None
     if is_quantized(model) or runs_user_code(model) or parallel_modules(model):
         return None
-    # Kernels of the device, and products of experts by groups, know no float64; autocast undoes what is widened.
+    # Device kernels and grouped expert products lack float64; autocast would undo the widening.
     exact = _WIDER[dtype] == torch.float64
     if torch.is_autocast_enabled(device.type) or (exact and device.type != "cpu"):
         return None
@@ -88,16 +88,16 @@ def agrees_in_wide_dtype(
 
     name = type(model).__name__
     try:
-        # A tie can fall in a wider dtype, too, of thousands of choices; not in two of three sets of prompts.
+        # With thousands of choices, one set of prompts can meet a tie in a wider dtype too, but not two sets of three.
         if not (agrees(0) or (agrees(1) and agrees(2))):
             return None
-    except Exception as failure:  # no memory, or a kernel that does not know the dtype
+    except Exception as failure:  # too little memory, or a kernel without this dtype
         if ends_the_search(failure, device):
             raise
         logger.info("%s cannot be compared in %s: %s", name, _WIDER[dtype], failure)
         return None
     logger.info(
-        "%s: %s; in %s they agree, so it is rounding (of choices among experts or keys)",
+        "%s: %s; in %s they agree, so the cause is rounding (of choices among experts or keys)",
         name,
         error.short,
         _WIDER[dtype],
@@ -115,5 +115,5 @@ def _loop_over_experts(view: PreTrainedModel) -> None:
 
 
 def _shifted(prompts: Prompts, number: int, vocab_size: int) -> Prompts:
-    """Other tokens, of the same lengths."""
+    """Other token ids of the same lengths."""
     return Prompts(*([(token + 17 * number) % vocab_size for token in prompt] for prompt in prompts))

@@ -1,1 +1,1 @@
-"""Which models are served exactly: a check for any model, and a table of every family."""
+"""Find out which models are served exactly: a check for any model, and a table of every family."""

@@ -1,6 +1,6 @@
-"""Whether a model is served exactly: ragged prompts together against plain `generate`, one prompt at a time.
+"""Check whether a model is served exactly: prompts served together, against plain `generate` of each alone.
 
-The prompts go in both ways in: through `submit`, and as one batch, padded on the left, through
+The prompts go through both entry points: through `submit`, and as one batch, padded on the left, through
 `model.generate(custom_generate=hf_async_batching.generate)`.
 """
 
@@ -27,7 +27,7 @@ from hf_async_batching.manager import GenerationManager
 from hf_async_batching.model.small.length_thresholds import length_thresholds
 
 LONGEST = 512
-"""Tokens up to which a prompt goes beyond the lengths at which a model's config makes it compute otherwise."""
+"""Length in tokens up to which prompts cross the thresholds at which a model's computation changes."""
 
 _LATE = 4
 _PAGE_SIZE = 16
@@ -35,18 +35,18 @@ _SECONDS = 600.0
 _PAD = 0
 
 _Run = Callable[[GenerationManager, int, Comparison], Finding]
-"""One way in."""
+"""One entry point."""
 
 
 def prompt_lengths(model: PreTrainedModel, longest: int = LONGEST) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Lengths of prompts that go beyond the lengths at which a model computes otherwise, as far as `longest`.
+    """Lengths of prompts that cross the thresholds at which a model's computation changes, up to `longest`.
 
     Returns:
-        The lengths, and the names of the config's fields beyond whose lengths none goes.
+        The lengths, and the names of the config fields whose thresholds no prompt crosses.
     """
     thresholds = length_thresholds(model.config)
     reached = [length for length in thresholds.values() if length + 2 <= longest]
-    # One more is crossed while it decodes.
+    # One more threshold is crossed during decoding.
     further = (
         (max(reached) + 2, max(1, max(reached) - NEW_TOKENS // 2)) if max(reached, default=0) > max(LENGTHS) else ()
     )
@@ -65,17 +65,19 @@ def check_model(
     compared: Comparison | None = None,
     report: Callable[[Verdict], object] | None = None,
 ) -> Verdict:
-    """Serve ragged prompts together, one of them late, in both ways in, and compare with plain `generate`.
+    """Serve prompts of several lengths together through both entry points, and compare with plain `generate`.
+
+    One prompt joins late.
 
     Args:
-        model: A causal language model, on any device; what is compared in 16 bits is in `Comparison`.
-        known: What `generate` says; computed where None.
-        new_tokens: Tokens per prompt.
-        longest: Tokens up to which prompts go beyond windows, chunks and the like; see `length_thresholds`.
-        config: Settings; small ones where None, with which prompts are computed in pieces.
-        compile: `BatchingConfig.compile` of these small ones.
-        compared: What `generate` says, and how to compare with it; made of `known` where None.
-        report: Called with what is known when one way in has been tried, and the process may crash in the other.
+        model: A causal language model, on any device; `Comparison` says how 16-bit models are compared.
+        known: Results of plain `generate`; None to compute them.
+        new_tokens: New tokens per prompt.
+        longest: Length in tokens up to which prompts cross windows, chunks and similar; see `length_thresholds`.
+        config: Settings; None for small ones, with which prompts are computed in pieces.
+        compile: `BatchingConfig.compile` of the small settings.
+        compared: Results of plain `generate`, and how to compare with them; None to make it from `known`.
+        report: Called with the verdict so far after each entry point: the process may crash in the next.
     """
     lengths, not_reached = prompt_lengths(model, longest)
     if compared is not None:
@@ -138,7 +140,7 @@ def check_model(
 def _serve(
     model: PreTrainedModel, settings: BatchingConfig, run: _Run, new_tokens: int, compared: Comparison
 ) -> tuple[Finding, str]:
-    """What comes of one way in, and how the model was served; the latter is empty where it was not."""
+    """The finding of one entry point, and how the model was served; the latter is empty if it was not served."""
     device = next(model.parameters()).device
     route = ""
     try:
@@ -162,7 +164,7 @@ def _with_choices(
     route: str,
     serve: Callable[[PreTrainedModel, Comparison], tuple[Finding, str]],
 ) -> Finding:
-    """A finding of few tokens beyond the tolerance in 16 bits, judged by what comes of the same weights in float32."""
+    """Judge a 16-bit finding with few tokens beyond the tolerance by serving the same weights in float32."""
     try:
         wide, route_wide = serve(*compared.in_float32())
     except Exception as error:
@@ -204,7 +206,7 @@ def _drop_in(manager: GenerationManager, new_tokens: int, compared: Comparison) 
 
 
 def _plain_padded(model: PreTrainedModel, known: Reference, new_tokens: int) -> Padded:
-    """Whether a family's own batch of padded prompts comes to what each prompt comes to alone."""
+    """Compare the family's own batch of padded prompts with each prompt alone."""
     try:
         out = _generate_padded(copy.deepcopy(model), known, new_tokens)
         tokens = out.sequences[:, max(map(len, known.prompts)) :].tolist()
@@ -214,7 +216,7 @@ def _plain_padded(model: PreTrainedModel, known: Reference, new_tokens: int) -> 
 
 
 def _generate_padded(model: Any, known: Reference, new_tokens: int, **arguments: Any) -> Any:
-    """`generate` of all prompts as one batch, padded on the left."""
+    """Run `generate` on all prompts as one batch, padded on the left."""
     longest = max(map(len, known.prompts))
     ids = torch.tensor([[_PAD] * (longest - len(prompt)) + prompt for prompt in known.prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in known.prompts])
@@ -234,7 +236,7 @@ def _generate_padded(model: Any, known: Reference, new_tokens: int, **arguments:
 
 
 def _lost(device: torch.device) -> Finding | None:
-    """A device on which a kernel failed takes no more work from this process."""
+    """A finding if a kernel failed on the device, which then takes no more work from this process."""
     why = why_lost(device)
     return Finding("crashed", why) if why is not None else None
 

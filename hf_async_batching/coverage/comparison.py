@@ -1,13 +1,14 @@
-"""Whether tokens and log-probabilities are those of plain `generate`, as far as rounding lets one say.
+"""Compare tokens and log-probabilities with those of plain `generate`, as exactly as rounding allows.
 
-In float32 the sums of a batch run in another order, on a CPU as on a GPU, and log-probabilities of tiny models differ
-by some 1e-5 for it. A fixed tolerance is far above that, and far below what a wrong mask or position makes. In 16 bits
-two right ways of computing differ by more, and by how much depends on the model. The measure is the difference between
-plain `generate` in 16 bits and plain `generate` in float32 with the same weights, after the same tokens.
+In float32 a batch adds up its sums in another order, on a CPU as on a GPU. This changes log-probabilities of tiny
+models by about 1e-5. A fixed tolerance is far above that, and far below the effect of a wrong mask or position. In 16
+bits two right ways of computing differ more, and by how much depends on the model. The tolerance there comes from the
+difference between plain `generate` in 16 bits and plain `generate` in float32 with the same weights, after the same
+tokens.
 
-Where a router takes the best experts, one bit decides between two of them, and a token behind differs by far more. The
-plain model need not come upon such a choice where the engine does. So where few tokens are beyond the tolerance, the
-same weights are served in float32: a mistake is one there, too, and a choice of one bit is not.
+If a router selects the best experts, one bit can change its choice, and a later token then differs by far more. The
+plain model need not meet such a choice at the same token as the engine. So if few tokens are beyond the tolerance, the
+same weights are served in float32: a mistake shows there too, and a choice of one bit does not.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from hf_async_batching.coverage.plain_reference import Forced, Reference, forced
 from hf_async_batching.coverage.verdicts import Finding
 
 FLOAT32_TOLERANCE = 2e-3
-# A factor for log-probabilities. The reference and the engine are each as far from float32 as rounding makes them, in
-# other directions, and the largest of a hundred differences is not the largest of all.
+# Factor on the rounding of log-probabilities. Rounding moves the reference and the engine away from float32 in
+# different directions, and the largest of a hundred measured differences is not the largest possible one.
 _ROUNDINGS = 4.0
-# Rounding may be less by chance; the last bit of a bfloat16 logit of 8 to 16 is 0.06.
+# Lower bound, because little rounding may be measured by chance; the last bit of a bfloat16 logit of 8 to 16 is 0.06.
 _LEAST_16_BIT_TOLERANCE = 0.06
-# The share of tokens that choices of one bit may put beyond the tolerance. A mistake in a mask is in most.
+# Share of tokens that one-bit choices may put beyond the tolerance. A wrong mask affects most tokens.
 _MOST_CHOICES = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """How far a token is from plain `generate`'s.
+    """How far a token is from plain `generate`'s token.
 
     Attributes:
         prompt: Index of the prompt.
-        place: Among the new tokens.
-        gap: By how much less likely it is than `generate`'s choice after the same tokens.
-        difference: Difference of its log-probability; infinite where there is none.
+        place: Index among the new tokens.
+        gap: How much lower its log-probability is than that of `generate`'s choice after the same tokens.
+        difference: Difference of its log-probability; infinite if it has none.
     """
 
     prompt: int
@@ -51,23 +52,23 @@ class _Token:
 
     @property
     def size(self) -> float:
-        """The larger of both."""
+        """The larger of gap and difference."""
         return max(self.gap, self.difference)
 
 
 class Comparison:
-    """Compares what an engine said with what plain `generate` says.
+    """Compares an engine's results with those of plain `generate`.
 
     Args:
         model: The model of the reference.
-        known: What it says by its own choice.
+        known: Its results by its own choice of tokens.
         fresh: See `reference`.
 
     Attributes:
-        known: The same.
+        known: The argument.
 
     Raises:
-        Exception: In 16 bits, whatever `generate` raises with the weights in float32.
+        Exception: In 16 bits, any error of `generate` with the weights in float32.
     """
 
     def __init__(self, model: PreTrainedModel, known: Reference, *, fresh: bool = False) -> None:
@@ -78,7 +79,7 @@ class Comparison:
         self._wide: PreTrainedModel | None = None
         self._in_float32: Comparison | None = None
         if model.dtype in (torch.float16, torch.bfloat16):
-            # The weights as rounded, the sums in float32.
+            # The rounded weights, with sums in float32.
             self._wide = copy.deepcopy(model).to(torch.float32)  # type: ignore[arg-type]
             self._wide.config.dtype = torch.float32
             for index, (tokens, logprobs) in enumerate(zip(known.tokens, known.logprobs, strict=True)):
@@ -86,17 +87,17 @@ class Comparison:
 
     @property
     def tolerance(self) -> float:
-        """By how much rounding can make a log-probability differ."""
+        """The largest difference of a log-probability that rounding can cause."""
         if self._wide is None:
             return FLOAT32_TOLERANCE
         return max(_LEAST_16_BIT_TOLERANCE, _ROUNDINGS * self._rounding)
 
     def __call__(self, tokens: list[list[int]], logprobs: list[list[float]]) -> Finding:
-        """Compare.
+        """Compare an engine's tokens and log-probabilities with the reference.
 
         Args:
             tokens: New tokens per prompt.
-            logprobs: Their log-probabilities.
+            logprobs: Log-probabilities of these tokens.
         """
         count = sum(map(len, tokens))
         others = 0
@@ -128,7 +129,7 @@ class Comparison:
         return Finding("within rounding", self._with_tolerance(reason), count, others, worst)
 
     def may_be_choices(self, found: Finding) -> bool:
-        """Whether so few tokens are beyond the tolerance that choices of one bit may have put them there."""
+        """Whether so few tokens are beyond the tolerance that one-bit choices may be the cause."""
         return (
             self._wide is not None
             and found.status == "wrong"
@@ -137,14 +138,15 @@ class Comparison:
         )
 
     def in_float32(self) -> tuple[PreTrainedModel, Comparison]:
-        """The same weights in float32, to be served, and what plain `generate` says with them to the same prompts.
+        """The same weights in float32, to be served, and a comparison with plain `generate` of these weights.
 
         Raises:
-            Exception: Whatever `generate` raises.
+            ValueError: The model is in float32 already.
+            Exception: Any error of `generate`.
         """
         if self._wide is None:
-            raise ValueError("the model is in float32")
-        # The engine may leave a state behind in a model.
+            raise ValueError("the model is in float32 already; compare with this object itself")
+        # Serving may leave state in a model.
         model = copy.deepcopy(self._wide) if self._fresh else self._wide
         if self._in_float32 is None:
             known = reference(self._wide, self.known.prompts, len(self.known.tokens[0]), fresh=self._fresh)
@@ -172,7 +174,7 @@ class Comparison:
         return self._forced[key]
 
     def _widen(self, index: int, tokens: list[int], logprobs: list[float]) -> None:
-        """See by how much rounding changes plain `generate`'s own log-probabilities of these tokens."""
+        """Measure how much rounding changes plain `generate`'s own log-probabilities of these tokens."""
         if self._wide is None:
             return
         wide = self._say(index, tokens, wide=True).logprobs
@@ -187,5 +189,5 @@ def _difference(one: float, other: float) -> float:
 
 
 def _finite(value: float) -> float:
-    """Infinite where it is no number, which no comparison finds to be large."""
+    """Turn NaN into infinity, because NaN compares as not large."""
     return math.inf if math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Every causal language model class of the installed transformers, as a tiny random model."""
+"""Make tiny random models of every causal language model class in the installed transformers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_async_batching.coverage.variants import VARIANTS
 from hf_async_batching.coverage.verdicts import Verdict
 from hf_async_batching.model.small.tiny_configs import tiny_config
 
-# Distinct tokens below which a greedy run shows nothing: it could be right by saying one token over and over.
+# With fewer distinct tokens a greedy run proves little: a model that repeats one token could be right by chance.
 MIN_DISTINCT = 8
-# With some weights a model in 16 bits comes to something else by rounding alone, and a comparison shows nothing. Where
-# rounding explains more than this, of a log-probability, other weights are tried.
+# With some weights, rounding alone changes what a 16-bit model generates, and a comparison proves nothing. If rounding
+# can change a log-probability by more than this, other weights are tried.
 _MAX_TOLERANCE = 1.0
-# Matrices that keep their usual size. Doge keeps the largest numbers of a softplus, of which most would be equal.
+# Matrices that are not scaled. Doge selects by the largest results of a softplus, most of which would become equal.
 _AS_IT_IS = {"doge": ("dt_proj",)}
 
 
@@ -34,27 +34,27 @@ def class_names() -> list[str]:
 
 
 def entry_names() -> list[str]:
-    """What the table has: every class, and behind a plus sign the variants that real checkpoints of some have."""
+    """Entries of the table: every class, and after a plus sign the variants that real checkpoints of some have."""
     return sorted(class_names() + [name for name in VARIANTS if is_there(name)])
 
 
 def tiny_model(class_name: str, scale: float = 4.0, embedding_scale: float = 1.0, **changes: Any) -> PreTrainedModel:
-    """A random model in float32 whose outputs depend on all of its weights.
+    """Make a random float32 model whose outputs depend on all of its weights.
 
     Args:
         class_name: A class of transformers.
-        scale: Factor on the matrices: with the usual initialization a tiny model says one token over and over.
-        embedding_scale: The same for embeddings.
-        changes: Fields of the config that are set to something else.
+        scale: Factor on the matrices: with the usual initialization a tiny model repeats one token.
+        embedding_scale: Factor on the embeddings.
+        changes: Config fields to set to other values.
 
     Raises:
-        Exception: Whatever the classes raise.
+        Exception: Any error of the model's classes.
     """
     model_class = getattr(transformers, class_name)
     torch.manual_seed(sum(map(ord, class_name)))
     config = tiny_config(model_class.config_class, **changes)
     model: PreTrainedModel = model_class(config).float().eval()
-    # Some families' own config asks for forced or suppressed tokens of a real vocabulary.
+    # The configs of some families ask for forced or suppressed tokens of a real vocabulary.
     plain: Any = GenerationConfig
     model.generation_config = plain(pad_token_id=0)
     with torch.no_grad():
@@ -79,11 +79,11 @@ def is_there(name: str) -> bool:
 def check_family(
     name: str, device: str = "cpu", dtype: str = "float32", report: Callable[[Verdict], object] | None = None
 ) -> Verdict:
-    """Make a tiny model of a class, or of a variant of it, and check it.
+    """Make a tiny model of a class or a variant, and check it.
 
     Args:
         name: One of `entry_names`.
-        device: Where the model runs.
+        device: Device of the model.
         dtype: Dtype of the weights, as `from_pretrained` loads them.
         report: See `check_model`.
     """
@@ -103,7 +103,7 @@ def check_family(
                 continue
             most = max(most, known.distinct_tokens)
             if known.distinct_tokens < MIN_DISTINCT:
-                failure = "it says the same tokens over and over"
+                failure = "it repeats the same tokens"
                 continue
             compared = Comparison(model, known, fresh=True)
         except Exception as error:
@@ -115,10 +115,10 @@ def check_family(
             break
     if best is None:
         return Verdict("no reference", failure, "", most)
-    # The requests end long before a compiler would, and the engine compares compiled code with uncompiled by itself.
+    # The requests end long before a compilation would, and the engine compares compiled with uncompiled code itself.
     return check_model(best[0], compared=best[1], compile=False, report=report)
 
 
 def _line(error: Exception) -> str:
-    """The first sentence."""
+    """Return the first sentence of an error."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}"

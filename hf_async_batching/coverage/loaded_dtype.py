@@ -1,4 +1,4 @@
-"""A model's weights and buffers in the dtypes in which `from_pretrained(dtype=...)` loads them."""
+"""Cast a model's weights and buffers to the dtypes in which `from_pretrained(dtype=...)` loads them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 
 
 def as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast a float32 model in place; `model.to(dtype)` would round rotary frequencies and gates, which loading keeps.
+    """Cast a float32 model in place, except for the tensors that loading keeps in float32.
+
+    `model.to(dtype)` would also round rotary frequencies and gates.
 
     Args:
-        model: A model in float32, on the CPU.
-        dtype: The dtype that `from_pretrained(dtype=...)` would take.
+        model: A float32 model on the CPU.
+        dtype: The dtype that `from_pretrained(dtype=...)` would get.
 
     Returns:
         The model.
 
     Raises:
-        Exception: Whatever the class raises when it is made in this dtype.
+        Exception: Any error of the class when it is made in this dtype.
     """
     if dtype == torch.float32:
         return model

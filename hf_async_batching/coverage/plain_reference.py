@@ -1,4 +1,4 @@
-"""What plain `generate` says to prompts, each alone: by its own choice, or after given tokens."""
+"""Run plain `generate` on each prompt alone: by its own choice of tokens, or with given tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 NEW_TOKENS = 12
 LENGTHS = (5, 37, 1, 23, 14, 40)
-"""Ragged, on both sides of a page; the last but one joins late, the last begins like one that was served before."""
+"""Lengths around page boundaries; the last prompt but one joins late, the last starts like one served before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What plain `generate` says to the prompts, each alone.
+    """Results of plain `generate` for each prompt alone.
 
     Attributes:
         prompts: Token ids.
         tokens: New tokens per prompt.
-        logprobs: Their log-probabilities.
+        logprobs: Log-probabilities of the new tokens.
     """
 
     prompts: list[list[int]]
@@ -30,13 +30,13 @@ class Reference:
 
     @property
     def distinct_tokens(self) -> int:
-        """Different tokens in all completions."""
+        """Number of different tokens in all completions."""
         return len({token for tokens in self.tokens for token in tokens})
 
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """What plain `generate` computes where it is made to say given tokens.
+    """Results of plain `generate` if it has to generate given tokens.
 
     Attributes:
         logprobs: Log-probabilities of the given tokens.
@@ -66,11 +66,11 @@ def reference(
         model: A causal language model.
         prompts: Token ids.
         new_tokens: Tokens per prompt.
-        fresh: Give each prompt a copy of the model of its own. Some families leave a state behind in their modules,
-            on which what they say to the next prompt depends.
+        fresh: Give each prompt its own copy of the model. Some families keep state in their modules that changes the
+            results for the next prompt.
 
     Raises:
-        Exception: Whatever `generate` raises.
+        Exception: Any error of `generate`.
     """
     all_tokens, all_logprobs = [], []
     for prompt in prompts:
@@ -81,7 +81,7 @@ def reference(
 
 
 def forced(model: PreTrainedModel, prompt: list[int], tokens: list[int], *, fresh: bool = False) -> Forced:
-    """Run plain `model.generate` on a prompt and make it say `tokens`, step by step as it would say its own.
+    """Run plain `model.generate` on a prompt and force it to generate `tokens`, step by step.
 
     Args:
         model: A causal language model.
@@ -90,7 +90,7 @@ def forced(model: PreTrainedModel, prompt: list[int], tokens: list[int], *, fres
         fresh: Use a copy of the model; see `reference`.
 
     Raises:
-        Exception: Whatever `generate` raises.
+        Exception: Any error of `generate`.
     """
     said, scores = _generate(
         copy.deepcopy(model) if fresh else model, prompt, len(tokens), logits_processor=[_Say(len(prompt), tokens)]
@@ -99,7 +99,7 @@ def forced(model: PreTrainedModel, prompt: list[int], tokens: list[int], *, fres
 
 
 class _Say(LogitsProcessor):  # type: ignore[misc, unused-ignore]
-    """Leaves one token to choose."""
+    """Allows only the given token at each step."""
 
     def __init__(self, start: int, tokens: list[int]) -> None:
         self._start, self._tokens = start, tokens
@@ -113,7 +113,7 @@ class _Say(LogitsProcessor):  # type: ignore[misc, unused-ignore]
 def _generate(
     generator: Any, prompt: list[int], new_tokens: int, **arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New tokens [n], and log-probabilities [n, vocab] in float32 at least, on one device."""
+    """New tokens [n], and log-probabilities [n, vocab] in float32 or wider, on one device."""
     ids = torch.tensor([prompt], device=next(generator.parameters()).device)
     out = generator.generate(
         ids,

@@ -1,7 +1,7 @@
-"""Checks of classes side by side, each in a process that may crash or hang without harm to the others.
+"""Check classes in parallel, each in its own process, so that a crash or a hang does not affect the others.
 
-A fork server imports torch, transformers and the library once, and touches no GPU; each class is checked in a fork of
-it. What a class prints, its stack when it is ended at its limit, and the assertions of a GPU's kernels go to a log.
+A fork server imports torch, transformers and the library once, and touches no GPU. Each class is checked in a fork of
+it. A log gets what a class prints, its stack if it is ended at its time limit, and assertions of GPU kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from hf_async_batching.coverage.families import check_family
 from hf_async_batching.coverage.verdicts import UNFINISHED, Finding, Status, Verdict
 
-# Seconds after its limit in which a process writes down where it is.
+# Seconds after its time limit in which a process writes its stack.
 _GRACE = 2.0
 _LOG_BYTES = 1 << 16
 _FRAMES = 3
@@ -40,20 +40,20 @@ _PRELOADED = (
 
 
 class Check(Protocol):
-    """Checks an entry; see `check_family`. It is called in another process, and so must be found by its name."""
+    """Checks an entry; see `check_family`. Another process calls it, so pickle must find it by its name."""
 
     def __call__(self, name: str, device: str, dtype: str, report: Callable[[Verdict], object]) -> Verdict:
-        """Check one; `report` is called with what is known so far."""
+        """Check one entry; `report` is called with the verdict so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What came of an entry.
+    """The result of an entry.
 
     Attributes:
         name: Name of the entry.
-        verdict: What was found.
-        log: The end of what the process printed, where the check did not come to its end; empty else.
+        verdict: The verdict.
+        log: The end of what the process printed, if the check did not finish; otherwise empty.
     """
 
     name: str
@@ -81,20 +81,20 @@ def check_families(
     method: str = "forkserver",
     check: Check = check_family,
 ) -> Iterator[Checked]:
-    """Check entries side by side.
+    """Check entries in parallel.
 
     Args:
         names: Names of entries; see `entry_names`.
-        device: Where the models run.
+        device: Device of the models.
         dtype: Dtype of their weights.
-        workers: Processes at a time.
-        timeout: Seconds per entry.
-        until: On `time.monotonic`'s clock: no process is started after it. Those that run come to their end.
-        method: How processes are started: "forkserver" or "spawn"; see `start_method`.
-        check: What is done in each.
+        workers: Number of processes at a time.
+        timeout: Time limit per entry, in seconds.
+        until: Time on `time.monotonic`'s clock after which no process is started. Running processes finish.
+        method: How to start processes: "forkserver" or "spawn"; see `start_method`.
+        check: The check that each process runs.
 
     Yields:
-        What came of each, in order of completion.
+        The result of each entry, in order of completion.
     """
     context = _context(method)
     todo = list(names)[::-1]
@@ -123,7 +123,7 @@ def check_families(
                         continue
                     receiver.close()
                     each.process.kill()
-                    # A process that has used a GPU takes a while to end, which the others need not wait for.
+                    # A process that has used a GPU takes a while to end; the others need not wait for it.
                     ended = [process for process in (*ended, each.process) if process.exitcode is None]
                     del running[receiver]
                     unfinished = {verdict.status, verdict.generate.status} & UNFINISHED
@@ -135,10 +135,11 @@ def check_families(
 
 
 def start_method(device: str) -> tuple[str, str]:
-    """How processes are started that can use a device, and the device's name.
+    """Find out how to start processes that can use a device.
 
     Returns:
-        "forkserver", or "spawn" where something that is imported has touched the GPU, which no fork can use then.
+        The method and the device's name. The method is "forkserver", or "spawn" if an imported package has touched the
+        GPU: forks cannot use it then.
 
     Raises:
         RuntimeError: No process can use the device.
@@ -159,7 +160,7 @@ def start_method(device: str) -> tuple[str, str]:
 
 
 def _context(method: str) -> Any:
-    # Torch then looks for GPUs in a way that leaves the driver alone, so that forks can use it.
+    # Torch then looks for GPUs without initializing the driver, so forks can use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context: Any = multiprocessing.get_context(method)
@@ -177,7 +178,7 @@ def _probe(device: str, sender: Connection) -> None:
 
 
 def _news(receiver: Connection, each: _Running, ready: bool) -> Verdict | None:
-    """The verdict on a running process, if there is one."""
+    """The verdict on a running process, or None if there is none yet."""
     if ready:
         try:
             last, verdict = receiver.recv()
@@ -209,7 +210,7 @@ def _ended(status: Status, reason: str, so_far: Verdict | None) -> Verdict:
 
 
 def _check(check: Check, name: str, device: str, dtype: str, sender: Connection, log: str, deadline: float) -> None:
-    # Families print, warn and log a good deal about configs that are never trained.
+    # Families print, warn and log a lot about configs of untrained models.
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -218,7 +219,7 @@ def _check(check: Check, name: str, device: str, dtype: str, sender: Connection,
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    # Float32 is to be float32; images for GPUs switch TF32 on.
+    # Full float32 precision: images for GPUs may switch TF32 on.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -238,7 +239,7 @@ def _exit(code: int | None) -> str:
 
 
 def _read(log: Path) -> str:
-    """The beginning and the end of a log: the assertions of a kernel come once per thread of it."""
+    """The start and the end of a log: a kernel's assertion is printed once per thread of the kernel."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
@@ -253,12 +254,12 @@ def _end_of(log: Path, lines: int = 60) -> str:
 
 
 def _told(log: Path) -> str:
-    """What the log says of a crash, to be put behind a reason."""
+    """The line of the log that describes a crash, formatted to follow a reason."""
     text = _read(log)
     for pattern in (r"\S*: .*Assertion .* failed", r"Fatal Python error: .*", r"CUDA error: .*", r"\w*Error: .*"):
         if found := re.search(pattern, text):
             line = found.group().strip()
-            # Which thread of which block it was says nothing.
+            # The block and the thread do not matter.
             return f": {re.sub(r': block: .*thread: [^ ]* ', ': ', line)}"
     return ""
 

@@ -1,4 +1,4 @@
-"""What runs of the check have found, by device, dtype and release of transformers, in one JSON file."""
+"""Store the findings of check runs, by device, dtype and release of transformers, in one JSON file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hf_async_batching.coverage.verdicts import UNFINISHED, Finding, Verdict
 Key = tuple[str, str, str]
 
 KINDS = (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16"))
-"""Device and dtype of the columns that a table always has, in their order."""
+"""Device and dtype of the columns that every table has, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoverageRun:
-    """What was found on one device, in one dtype, with one release of transformers.
+    """The findings on one device, in one dtype, with one release of transformers.
 
     Attributes:
-        device: Its kind: "cpu" or "cuda".
+        device: Kind of the device: "cpu" or "cuda".
         dtype: Dtype of the weights.
-        transformers: Its release.
-        torch: Its release; of the last run.
+        transformers: Release of transformers.
+        torch: Release of torch in the last run.
         card: Name of the GPU; empty on a CPU.
-        classes: What was found, by entry.
+        classes: Verdicts by entry.
     """
 
     device: str
@@ -39,17 +39,17 @@ class CoverageRun:
 
     @property
     def key(self) -> Key:
-        """What another run must share to be of the same column."""
+        """What all findings of one column share."""
         return self.device, self.dtype, self.transformers
 
     @property
     def label(self) -> str:
-        """For a column."""
+        """Header of the column."""
         return f"{kind_label(self.device, self.dtype)}, {self.transformers}"
 
     @property
     def finished(self) -> dict[str, Verdict]:
-        """Entries of which the check came to its end."""
+        """Entries whose check has finished."""
         return {
             name: verdict
             for name, verdict in self.classes.items()
@@ -58,12 +58,12 @@ class CoverageRun:
 
 
 def kind_label(device: str, dtype: str) -> str:
-    """For a person."""
+    """Readable name of a device and dtype."""
     return f"{'GPU' if device == 'cuda' else device.upper()} {dtype}"
 
 
 def merged(runs: Iterable[CoverageRun], *others: CoverageRun) -> list[CoverageRun]:
-    """Runs with others put in: an entry of the same device, dtype and release is replaced, all else stays."""
+    """Merge runs: entries of `others` replace those of the same device, dtype and release; everything else stays."""
     found = {run.key: run for run in runs}
     for run in others:
         classes = found[run.key].classes if run.key in found else {}
@@ -78,7 +78,7 @@ def _order(run: CoverageRun) -> tuple[int, str, str, list[int | str]]:
 
 
 def to_json(runs: Iterable[CoverageRun]) -> str:
-    """All that was found, with the versions: a line for each entry, without the fields that are empty."""
+    """All findings with their versions: one line per entry, without empty fields."""
     listed = []
     for run in runs:
         about = json.dumps({**_less(asdict(replace(run, classes={}))), "classes": {}}).removesuffix("}}")
@@ -93,16 +93,16 @@ def _fields(verdict: Verdict) -> dict[str, Any]:
 
 
 def _less(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what is empty; 0.0 is a difference that was measured."""
+    """Remove empty fields; 0.0 stays, because it is a measured difference."""
     return {name: value for name, value in fields.items() if value or type(value) is float}
 
 
 def read_json(path: Path) -> list[CoverageRun]:
-    """What `to_json` wrote; nothing where there is no file."""
+    """Read what `to_json` wrote; an empty list if there is no file."""
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    if "runs" not in found:  # written by a release that knew one column
+    if "runs" not in found:  # written by a release with a single column
         found = {"runs": [{"device": "cpu", "dtype": "float32", **found}]}
     return [
         CoverageRun(**{**run, "classes": {name: _verdict(of) for name, of in run["classes"].items()}})
@@ -111,7 +111,7 @@ def read_json(path: Path) -> list[CoverageRun]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file of which, when the process is ended meanwhile, the old content is left."""
+    """Write a file atomically: if the process is ended meanwhile, the old content stays."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     beside.write_text(text)
     beside.replace(path)

@@ -1,4 +1,4 @@
-"""The table of what is served: a column for each device and dtype that was looked at."""
+"""The table of served models: a column for each device and dtype that was checked."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ _STATUSES: tuple[str, ...] = get_args(Status)
 
 
 def counts(verdicts: Verdicts) -> Counter[str]:
-    """How many entries have each status through `submit`."""
+    """Number of entries with each status through `submit`."""
     return Counter(verdict.status for verdict in verdicts.values())
 
 
 def drop_in_counts(verdicts: Verdicts) -> Counter[str]:
-    """How many entries have each status through `generate(custom_generate=...)`."""
+    """Number of entries with each status through `generate(custom_generate=...)`."""
     return Counter(verdict.generate.status for verdict in verdicts.values())
 
 
 def by_route(verdicts: Verdicts) -> dict[str, Counter[str]]:
-    """How many entries of each route have each status; where the ways in differ, the status of the worse."""
+    """Number of entries of each route with each status; if the entry points differ, the worse status counts."""
     found: dict[str, Counter[str]] = {}
     for verdict in verdicts.values():
         worse = max(verdict.status, verdict.generate.status, key=_STATUSES.index)
@@ -81,18 +81,18 @@ def by_route(verdicts: Verdicts) -> dict[str, Counter[str]]:
 
 
 def routes(verdicts: Verdicts) -> Counter[str]:
-    """How many entries that are served, both ways in, have each route."""
+    """Number of entries with each route, among those served through both entry points."""
     return Counter(verdict.route for verdict in verdicts.values() if verdict.served)
 
 
 def summary(verdicts: Verdicts) -> list[str]:
-    """Lines for a person."""
+    """Summary in readable lines."""
     named = {"submit": counts(verdicts), "generate": drop_in_counts(verdicts), "served as": routes(verdicts)}
     return [f"{name}: " + _listed(counted) for name, counted in named.items() if counted]
 
 
 def to_markdown(runs: Iterable[CoverageRun]) -> str:
-    """The table; the same for the same runs."""
+    """The table in Markdown; equal runs give an equal table."""
     runs = list(runs)
     columns = _columns(runs)
     lines = [_INTRODUCTION, *_counted(runs), "", _ROUTES]
@@ -109,19 +109,19 @@ def to_markdown(runs: Iterable[CoverageRun]) -> str:
 
 
 def write(path: Path, runs: Iterable[CoverageRun]) -> None:
-    """Write the table to `path`, and beside it what `read` reads."""
+    """Write the table to `path`, and the data that `read` reads next to it."""
     runs = list(runs)
     replace_text(path.with_suffix(".json"), to_json(runs))
     replace_text(path, to_markdown(runs))
 
 
 def read(path: Path) -> list[CoverageRun]:
-    """The runs of which the table at `path` was made; none where there is no such table."""
+    """Read the runs of the table at `path`; an empty list if there is no such table."""
     return read_json(path.with_suffix(".json"))
 
 
 def _columns(runs: list[CoverageRun]) -> list[tuple[str, CoverageRun | None]]:
-    """All runs, in order, and where nothing was run what could be."""
+    """All runs, in order, and empty columns for kinds without a run."""
     columns: list[tuple[str, CoverageRun | None]] = []
     for kind in KINDS:
         of_kind = [run for run in runs if (run.device, run.dtype) == kind]
@@ -130,7 +130,7 @@ def _columns(runs: list[CoverageRun]) -> list[tuple[str, CoverageRun | None]]:
 
 
 def _counted(runs: list[CoverageRun]) -> list[str]:
-    """What there is how often, a column for each run."""
+    """Counts of each status and route, with a column for each run."""
     columns = _columns(runs)
     classes = [_of(run, variants=False) for _, run in columns]
     variants = [_of(run, variants=True) for _, run in columns]
@@ -151,7 +151,7 @@ def _counted(runs: list[CoverageRun]) -> list[str]:
 
 
 def _numbers(label: str, prefix: str, of: list[Verdicts]) -> list[str]:
-    """How many there are, of each status, and of each status by route."""
+    """The number of entries: in all, of each status, and of each status by route."""
     ways = [(counts(found), drop_in_counts(found)) for found in of]
     by = [by_route(found) for found in of]
     total: Counter[str] = sum((routes(found) for found in of), Counter())
@@ -190,7 +190,7 @@ def _of(run: CoverageRun | None, variants: bool) -> Verdicts:
 
 
 def _left(run: CoverageRun, runs: list[CoverageRun]) -> int:
-    """Entries that another run with the same release has, and this one lacks."""
+    """Number of entries that this run lacks and another run with the same release has."""
     names = {name for each in runs if each.transformers == run.transformers for name in each.classes}
     return len(names - set(run.classes))
 
@@ -200,7 +200,7 @@ def _served(verdicts: Verdicts) -> str:
 
 
 def _share(verdicts: Verdicts) -> str:
-    """Tokens that are the plain model's choice after the same tokens, among those that were compared."""
+    """Share of the compared tokens that are the plain model's choice after the same tokens."""
     found = [each for verdict in verdicts.values() for each in (verdict, verdict.generate) if each.tokens]
     tokens = sum(each.tokens for each in found)
     return f"{100 * (1 - sum(each.other_tokens for each in found) / tokens):.2f} %" if tokens else _NOT_RUN
@@ -216,7 +216,7 @@ def _cell(verdict: Verdict | None, route: str) -> str:
 
 
 def _remarks(found: list[tuple[CoverageRun, Verdict]]) -> str:
-    """What is to be said of each run; once where it is the same."""
+    """The remark on each run; runs with equal remarks share one."""
     by_text: dict[str, list[CoverageRun]] = {}
     for run, verdict in found:
         by_text.setdefault(_remark(verdict), []).append(run)
@@ -230,7 +230,7 @@ def _remarks(found: list[tuple[CoverageRun, Verdict]]) -> str:
 
 
 def _labels(runs: list[CoverageRun], there: list[CoverageRun]) -> dict[str, None]:
-    """What names these runs and none else of those that are there: device and dtype, or the release, or both."""
+    """Labels that identify these runs among all runs with the entry: device and dtype, the release, or both."""
     others = [run for run in there if run not in runs]
     kinds = {run.key: kind_label(run.device, run.dtype) for run in there}
     releases = {run.key: f"transformers {run.transformers}" for run in there}
@@ -241,7 +241,7 @@ def _labels(runs: list[CoverageRun], there: list[CoverageRun]) -> dict[str, None
 
 
 def _remark(verdict: Verdict) -> str:
-    # By how much rounding made a family's tokens differ stands in the JSON.
+    # The JSON has the differences that rounding caused.
     parts = [verdict.reason if verdict.status not in SERVED or verdict.beyond else ""]
     found = verdict.generate
     if found.reason and found.reason != verdict.reason and (found.status not in SERVED or found.beyond):

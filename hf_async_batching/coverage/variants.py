@@ -1,7 +1,7 @@
-"""What real checkpoints of a class have beside its config's defaults, as tiny configs of their own.
+"""Tiny configs for features that real checkpoints of a class have beyond its config's defaults.
 
-The defaults of many config classes describe the first checkpoint only. A variant is named after the class and what is
-different: `Phi3ForCausalLM+longrope`.
+The defaults of many config classes describe only the first checkpoint. A variant is named after the class and the
+difference: `Phi3ForCausalLM+longrope`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 
 from hf_async_batching.model.small.tiny_configs import WINDOW
 
-# Scaled from so few tokens that the check's prompts go beyond them, while they decode and before.
+# Frequencies are scaled from this few tokens on, so that the check's prompts cross the length before and while
+# decoding.
 ORIGINAL = 32
 _THETA = 1e4
 _SWA, _FULL = "sliding_attention", "full_attention"
@@ -29,7 +30,7 @@ _LLAMA3 = _rope(
 
 
 def _longrope(rotary: int, **fields: Any) -> dict[str, Any]:
-    """LongRoPE of heads of which `rotary` numbers are rotated."""
+    """LongRoPE for heads with `rotary` rotated dimensions."""
     half = rotary // 2
     factors = {
         "short_factor": [1.0 + 0.1 * i for i in range(half)],
@@ -92,4 +93,4 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "StableLmForCausalLM+parallel": {"qk_layernorm": True, "use_parallel_residual": True},
     "Zamba2ForCausalLM+rope": {"use_mem_rope": True, "use_shared_attention_adapter": True, "num_mem_blocks": 2},
 }  # fmt: skip
-"""Fields of the config that are different, by class and name of the variant."""
+"""Config fields that differ from the defaults, by class and name of the variant."""

@@ -1,4 +1,4 @@
-"""What a check found: per way in, per class."""
+"""The results of a check: per entry point and per class."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Status = Literal[
 Padded = Literal["", "the same", "other tokens", "fails"]
 
 BAD: frozenset[Status] = frozenset({"wrong", "failed", "crashed", "timed out"})
-"""What must not be: neither right nor refused."""
+"""Statuses of a mistake: the model is served but not exactly, or it fails without a refusal."""
 SERVED: frozenset[Status] = frozenset({"exact", "within rounding"})
 UNFINISHED: frozenset[Status] = frozenset({"failed", "crashed", "timed out"})
-"""The check itself may have failed: a run that goes on tries these again."""
+"""Statuses after which the check itself may have failed: a resumed run checks these entries again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came of one way in.
+    """The result of one entry point.
 
     Attributes:
-        status: "exact": every token is `generate`'s, and every log-probability is, as far as rounding lets one say.
-            "within rounding": some tokens are others, and each of these is, after the same tokens before it, as
-            likely as `generate`'s as far as rounding lets one say. In 16 bits also: few tokens are beyond that, and
-            the same weights are exact, or within rounding, where they are served in float32. "refused": not served, by
-            an error that says why. "wrong": served with other tokens or log-probabilities. "no reference": plain
-            `generate` fails, or says the same token over and over. "not built": no tiny model could be made.
-            "failed": an error that is no refusal. "crashed": the process ended, or its device takes no more work.
-            "timed out": the process was ended at its limit.
-        reason: Why not exact; empty where it is.
-        tokens: Tokens compared.
-        other_tokens: Tokens that are not plain `generate`'s choice after the same tokens before them.
-        difference: The largest difference of a log-probability; None where none was compared.
-        beyond: Tokens that differ by more than the tolerance.
+        status: "exact": every token is `generate`'s, and every log-probability is within the tolerance.
+            "within rounding": some tokens differ, and each of them is, after the same tokens before it, as likely as
+            `generate`'s token within the tolerance. In 16 bits also: few tokens are beyond the tolerance, and the same
+            weights served in float32 are exact or within rounding. "refused": not served; an error says why.
+            "wrong": served with other tokens or log-probabilities. "no reference": plain `generate` fails, or repeats
+            one token. "not built": no tiny model could be made. "failed": an error that is not a refusal.
+            "crashed": the process ended, or its device takes no more work. "timed out": the process was ended at its
+            time limit.
+        reason: Why the status is not "exact"; empty if it is.
+        tokens: Number of compared tokens.
+        other_tokens: Number of tokens that are not plain `generate`'s choice after the same tokens before them.
+        difference: The largest difference of a log-probability; None if none was compared.
+        beyond: Number of tokens that differ by more than the tolerance.
     """
 
     status: Status
@@ -55,20 +55,20 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        status: Through `submit`; see `Finding`.
-        reason: Why not exact; empty where it is.
-        route: How the model is served (`PackedForward.route`); empty where it is not.
-        distinct_tokens: Different tokens among those that `generate` made: with very few, nothing is shown.
-        drop_in: Through `model.generate(custom_generate=...)`, with one batch that is padded on the left.
-        plain_padded: What plain `generate` makes of the same batch, compared with each prompt alone.
-        not_reached: Lengths at which the config makes the model compute otherwise, and beyond which no prompt went.
-        tokens: Tokens compared through `submit`.
+        status: Status through `submit`; see `Finding`.
+        reason: Why the status is not "exact"; empty if it is.
+        route: How the model is served (`PackedForward.route`); empty if it is not served.
+        distinct_tokens: Number of different tokens that `generate` made: very few of them prove nothing.
+        drop_in: Finding through `model.generate(custom_generate=...)`, with one batch padded on the left.
+        plain_padded: Result of plain `generate` for the same batch, compared with each prompt alone.
+        not_reached: Config fields with a threshold, beyond which the computation changes, that no prompt crossed.
+        tokens: Number of tokens compared through `submit`.
         other_tokens: See `Finding`; through `submit`.
         difference: See `Finding`; through `submit`.
-        tolerance: By how much log-probabilities may differ; None where none were compared.
+        tolerance: Allowed difference of log-probabilities; None if none were compared.
         beyond: See `Finding`; through `submit`.
     """
 
@@ -87,22 +87,22 @@ class Verdict:
 
     @property
     def generate(self) -> Finding:
-        """What came of the drop-in; where it was not tried, what kept the check from it."""
+        """The finding of the drop-in; if the drop-in was not tried, the reason for that."""
         return self.drop_in or Finding(self.status, self.reason)
 
     @property
     def exact(self) -> bool:
-        """Whether both ways in are exact."""
+        """Whether both entry points are exact."""
         return self.status == self.generate.status == "exact"
 
     @property
     def served(self) -> bool:
-        """Whether both ways in are exact, or as exact as rounding lets one say."""
+        """Whether both entry points are exact or within rounding."""
         return self.status in SERVED and self.generate.status in SERVED
 
 
 def describe(verdict: Verdict) -> str:
-    """One line for a person."""
+    """Describe a verdict in one line."""
     found = verdict.generate
     parts = [verdict.status, f"({verdict.route})" if verdict.route else "", verdict.reason]
     if found.status != verdict.status or found.reason != verdict.reason:

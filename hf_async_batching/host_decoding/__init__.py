@@ -1,1 +1,1 @@
-"""Requests whose tokens are chosen on the host, by a caller's own logits processors."""
+"""Choose tokens on the host, for requests with a caller's own logits processors."""

@@ -1,8 +1,8 @@
-"""`generate`'s own loop over a batch, with the engine in place of the model's forward.
+"""Run `generate`'s own loop over a batch, with the engine in place of the model's forward.
 
-The rows of such a call advance together: each step takes the logits of all rows. A row that has ended goes on with the
-pad token until the last row ends, as in `generate`, so that processors see what they see there. Other requests do not
-wait for these rows.
+The rows of such a call advance together: each step takes the logits of all rows. A finished row continues with the pad
+token until the last row ends, as in `generate`, so processors see the same input as there. Other requests do not wait
+for these rows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hf_async_batching.runtime.reentrancy import choosing_for
 
 @dataclass(slots=True)
 class Decoded:
-    """The outcome of a batch.
+    """The result of a batch.
 
     Attributes:
-        completions: The new tokens of each row, of one length for all.
-        scores: Per step float32 [rows, vocab]; empty where not asked for.
-        logits: The model's own logits, per step float32 [rows, vocab]; empty where not asked for.
+        completions: New tokens of each row; all rows have the same length.
+        scores: Scores of each step, float32 [rows, vocab]; empty if not requested.
+        logits: The model's own logits of each step, float32 [rows, vocab]; empty if not requested.
     """
 
     completions: list[list[int]]
@@ -45,19 +45,20 @@ def decode_batch(
     keep_scores: bool = False,
     keep_logits: bool = False,
 ) -> Decoded:
-    """Step through a batch until every row has finished; in the calling thread.
+    """Decode a batch in the calling thread, until every row has finished.
 
     Args:
         handles: One per row.
         chooser: Chooses the tokens of all rows.
-        criteria: As `generate` has prepared them.
-        pad: The token with which a finished row goes on; None where rows go on with their own tokens.
-        streamer: Gets the tokens [rows] of each step, after the criteria have seen them.
-        keep_scores: Whether scores are returned, and shown to criteria.
-        keep_logits: Whether logits are returned.
+        criteria: Stopping criteria as `generate` has prepared them.
+        pad: Token that continues a finished row; None if rows continue with their own tokens.
+        streamer: Gets the tokens [rows] of each step, after the criteria.
+        keep_scores: Whether to return scores and show them to the criteria.
+        keep_logits: Whether to return logits.
 
     Raises:
-        BaseException: What a processor, a criterion, the streamer or the engine raises; the caller cancels.
+        BaseException: Any error of a processor, a criterion, the streamer or the engine; the caller must cancel the
+            requests.
     """
     with choosing_for(handles[0]._threads):
         return _decode(handles, chooser, criteria, pad, streamer, keep_scores, keep_logits)
@@ -76,7 +77,7 @@ def _decode(
     unfinished = torch.ones(len(handles), dtype=torch.long, device=history.device)
     decoded = Decoded([[] for _ in handles])
     while True:
-        # Ordinary tensors, which processors may write to; on the caller's device.
+        # Ordinary tensors, not inference tensors, so that processors may write to them; on the caller's device.
         logits = torch.stack([handle.next_logits().to(history.device) for handle in handles])
         chosen = chooser(history, logits)
         tokens = chosen.tokens

@@ -1,7 +1,7 @@
 """Handles of requests with custom logits processors: each request has a thread that chooses its tokens.
 
-The engine offers logits to an inner handle and knows no processors. The thread starts with the first logits, so that
-there are never more threads than rows.
+The engine offers logits to an inner handle, and does not know about processors. The thread starts with the first
+logits, so there are never more threads than rows.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from hf_async_batching.runtime.reentrancy import choosing_for, serve_in_this_thr
 
 
 class ChosenHandle:
-    """Turns the logits of one request into tokens in its caller's handle.
+    """Chooses tokens from the logits of one request, and puts them into its caller's handle.
 
     Args:
         request: A request with its own chooser and without a group.
         cancel: Cancels the inner handle's request.
         choose: See `LogitsHandle`.
         threads: See `LogitsHandle`.
-        autocast: The submitting thread's autocast state, under which processors run.
+        autocast: The submitting thread's autocast state; processors run under it.
 
     Attributes:
         inner: The engine's handle.
-        outer: The caller's.
+        outer: The caller's handle.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ChosenHandle:
         try:
             with torch.no_grad(), self._autocast(), choosing_for(self.inner._threads):
                 self._choose_all()
-        except BaseException as error:  # an error of a processor goes to its own caller
+        except BaseException as error:  # a processor's error reaches its own caller
             self._settle(error=error)
             self.inner.cancel()
 
@@ -117,7 +117,7 @@ class ChosenHandle:
         self.inner.cancel()
 
     def _ended(self, inner: GenerationHandle) -> None:
-        """Pass on what ended the request inside of the engine."""
+        """Pass on the end of the request in the engine: its reason or its error."""
         if inner._error is not None:
             self._settle(error=inner._error)
         else:
@@ -147,8 +147,11 @@ def make_handles(
         requests: Requests without a group.
         cancel: Cancels the request of a handle that the engine fills.
         choose: See `LogitsHandle`.
-        thread: The engine's thread, which brings tokens and logits.
+        thread: The engine's thread, which delivers tokens and logits.
         autocast: The submitting thread's autocast state.
+
+    Returns:
+        The engine's handles and the callers' handles, one of each per request.
     """
     inner: list[GenerationHandle] = []
     outer: list[GenerationHandle] = []

@@ -1,8 +1,8 @@
-"""Requests whose tokens are chosen outside of the engine: a handle brings logits, and takes tokens.
+"""Requests whose tokens are chosen outside the engine: a handle delivers logits and takes tokens.
 
-The engine computes the logits of a request's next token, offers them, and goes on with its other requests. The chooser
-runs in the caller's thread or in a thread of the request, takes as long as it needs, and returns the token. So no code
-of a caller runs in the engine's thread.
+The engine computes the logits of a request's next token, offers them, and continues with its other requests. The
+chooser runs in the caller's thread or in a thread of the request, takes as long as it needs, and returns the token. So
+the engine's thread runs no code of a caller.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Choose = Callable[[Iterable[tuple[GenerationHandle, int]]], None]
 
 
 class LogitsHandle(GenerationHandle):
-    """One row of logits per token to come.
+    """Delivers one row of logits per new token.
 
     Args:
         request_id: Unique in its manager.
         cancel: Called with the handle to cancel the request.
-        choose: Takes handles and their tokens; together for the requests of a group.
-        threads: The threads that bring the logits, which must not wait for them.
-        on_first: Called in the engine's thread when the first logits are there.
+        choose: Takes handles and their chosen tokens; the requests of a group are passed together.
+        threads: Threads that deliver the logits, and so must not wait for them.
+        on_first: Called in the engine's thread when the first logits arrive.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class LogitsHandle(GenerationHandle):
         self._on_first = on_first
 
     def next_logits(self) -> torch.Tensor:
-        """Wait for the logits of the next token: float32 [vocab], the caller's to keep and to write to.
+        """Wait for the logits of the next token: float32 [vocab]. The caller owns them and may write to them.
 
         Raises:
-            HfAsyncBatchingError: What ended the request.
-            EngineClosedError: It was cancelled.
+            HfAsyncBatchingError: The error that ended the request.
+            EngineClosedError: The request was cancelled.
             ForkedProcessError: The request was submitted before this process was forked.
         """
         if self._offered is None and not self._done.is_set():
@@ -72,7 +72,7 @@ class LogitsHandle(GenerationHandle):
         return logits
 
     def _offer(self, logits: torch.Tensor) -> None:
-        """Hand over logits, in the engine's thread; what computed them has completed."""
+        """Hand over logits, in the engine's thread; the device work that computed them has completed."""
         with self._changed:
             self._offered = logits
             self._changed.notify_all()
@@ -81,6 +81,6 @@ class LogitsHandle(GenerationHandle):
             return
         try:
             on_first()
-        except BaseException as error:  # the process can start no more threads: only this request fails
+        except BaseException as error:  # the process cannot start more threads: only this request fails
             self.cancel()
             self._fail(error)

@@ -1,8 +1,8 @@
-"""Chooses a batch's tokens from its logits as `generate` does: its processors, its arg-max, a draw by our seeds.
+"""Choose a batch's tokens from its logits as `generate` does: with its processors, its arg-max, and seeded draws.
 
 The engine itself applies the processors that can be read as parameters, for all requests at once (see
-`inputs.logits_processors`). Any other list of processors is called here as a whole and in its order. It gets what it
-gets in `generate`: the rows of the call as one batch, step by step, with their whole history.
+`inputs.logits_processors`). Any other list of processors is called here, as a whole and in its order. It gets the same
+input as in `generate`: the rows of the call as one batch, step by step, with their whole history.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hf_async_batching.sampling.sampler import draw, log_probabilities, seed_rec
 
 
 class Chosen(NamedTuple):
-    """A step's tokens.
+    """The tokens of one step.
 
     Attributes:
         tokens: int64 [rows].
-        scores: float32 [rows, vocab], what they were chosen by.
-        logits: float32 [rows, vocab], the model's own; None where they are not wanted.
-        logprobs: float32 [rows] under the model's own logits; None where they are not wanted.
+        scores: float32 [rows, vocab], the scores after the processors.
+        logits: float32 [rows, vocab], the model's own logits; None if not requested.
+        logprobs: float32 [rows] under the model's own logits; None if not requested.
     """
 
     tokens: torch.Tensor
@@ -40,17 +40,17 @@ class TokenChooser:
     """Chooses the tokens of some rows, step by step.
 
     Args:
-        processors: As `generate` has prepared them, for these rows.
+        processors: Processors for these rows, as `generate` has prepared them.
         prompt: int64 [rows, length], the prompts as processors see them, padding included, on the caller's device.
-        do_sample: Whether tokens are drawn.
+        do_sample: Whether to draw tokens.
         seeds: One per row.
-        lengths: Tokens of each prompt without its padding, which a draw depends on.
-        logprobs: Whether log-probabilities are wanted.
-        logits: Whether the model's own logits are wanted.
+        lengths: Length of each prompt in tokens, without padding; the draws depend on it.
+        logprobs: Whether to return log-probabilities.
+        logits: Whether to return the model's own logits.
 
     Attributes:
-        prompt: As given.
-        processors: As given.
+        prompt: The argument.
+        processors: The argument.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class TokenChooser:
 
         Raises:
             ValueError: A processor returned scores of another shape.
-            InvalidProbabilitiesError: There is nothing to draw from: scores of a row are NaN, infinite, or minus
-                infinity for all tokens.
-            BaseException: Whatever a processor raises.
+            InvalidProbabilitiesError: No token can be drawn: a row's scores hold NaN or an infinity, or are all minus
+                infinity.
+            BaseException: Any error of a processor.
         """
         own = logits.clone() if self._logits or self._logprobs else logits
         scores: torch.Tensor = self.processors(history, logits)  # type: ignore[arg-type]
@@ -101,24 +101,24 @@ class TokenChooser:
 
     @contextlib.contextmanager
     def one_at_a_time(self) -> Iterator[None]:
-        """Hold the processors for one thread, where requests share objects and have threads of their own."""
+        """Lock the processors for this thread: requests with threads of their own may share processors."""
         with contextlib.ExitStack() as held:
-            # In one order, so that no two threads wait for each other.
+            # In a fixed order, so that no two threads wait for each other.
             for lock in sorted(self._locks, key=id):
                 held.enter_context(lock)
             yield
 
     def __reduce__(self) -> Any:
-        # The other ranks of a spread model need to know that there is a chooser; they never call it.
+        # Other ranks of a sharded model only need to know that there is a chooser; they never call it.
         return (_Elsewhere, ())
 
 
 class _Elsewhere:
-    """Stands for a chooser on the ranks that do not run it."""
+    """Stands for a chooser on ranks that do not run it."""
 
 
-# By the address of a processor. A chooser holds its processors and their locks, so an address stands for one object as
-# long as its lock is here.
+# Locks by the address of a processor. A chooser holds its processors and their locks, so an address belongs to one
+# object as long as its lock is here.
 _locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
 _locks_lock = ForkSafeLock()
 

@@ -1,1 +1,1 @@
-"""Matrix products of a decode step: few rows, large weights."""
+"""Matrix products of decode steps: few rows, large weights."""

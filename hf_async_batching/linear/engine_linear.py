@@ -1,7 +1,7 @@
-"""The linear layers of a view: few rows go to our kernel, parallel projections share one product.
+"""Linear layers of a view: our own kernel computes few rows, and parallel projections share one product.
 
-A view's `nn.Linear` modules become `EngineLinear`s in place: they keep their parameters, and everything else that
-model code may ask them for.
+A view's `nn.Linear` modules become `EngineLinear`s in place. They keep their parameters and all other attributes that
+model code may read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_async_batching.linear.library import gains_by_bias, library_linear
 from hf_async_batching.linear.rounding import rounding_tolerance, worst_relative_error
 
 MAX_STRIPS = 8192
-"""Length of the kernel's counters: strips of outputs that one product may have."""
+"""Length of the kernel's counters: the number of output strips that a product may have."""
 
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor counters) -> Tensor")
@@ -31,13 +31,13 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, co
 def _linear_add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
-    """The product and what is added to it, of the same shape."""
+    """The product plus a residual of the same shape."""
     if x.is_cuda:
         few = _few_rows(x, weight, bias, counters, residual)
         if few is not None:
             return few
         if bias is None and x.dtype.itemsize == 2 and not gains_by_bias(x, weight):
-            # The vendor's library adds in float32, before it rounds; in full precision its order of sums is kept.
+            # The vendor's library adds in float32 and then rounds; in float32 the order of sums stays the same.
             flat = torch.addmm(residual.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]), weight.t())
             return flat.view(residual.shape)
     return library_linear(x, weight, bias) + residual
@@ -50,7 +50,7 @@ def _few_rows(
     counters: torch.Tensor,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The product by our kernel; None where the vendor's library is the better choice."""
+    """The product by our kernel; None if the vendor's library is the better choice."""
     from hf_async_batching.linear import skinny, skinny_settings
 
     if not skinny.serves(x, weight):
@@ -81,7 +81,7 @@ def _linear_add_shape(
     return residual.new_empty(residual.shape)
 
 
-# One operator for every row count: compiled code that calls it stays right, and fast, for all of them.
+# One operator for every number of rows, so compiled code stays right and fast for all of them.
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_async_batching::linear", _linear_shape, lib=_library)
 _library.impl("linear_add", _linear_add, "CompositeExplicitAutograd")
@@ -90,12 +90,12 @@ torch.library.register_fake("hf_async_batching::linear_add", _linear_add_shape, 
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """Projections of one input whose weights lie one after the other: one product serves all.
+    """Projections of one input whose weights are adjacent in memory: one product serves all.
 
     Attributes:
         weight: [sum of outputs, inputs].
         bias: [sum of outputs], or None.
-        source: The input whose product `output` is; None between two uses.
+        source: The input of the product `output`; None between two uses.
         output: [..., sum of outputs].
     """
 
@@ -109,13 +109,13 @@ class EngineLinear(nn.Linear):
     """A linear layer of a view.
 
     Attributes:
-        counters: Scratch of the kernel.
-        bundle: The projections that it shares a product with; None where it stands alone.
-        begin: Its first output in the bundle's.
-        end: One beyond its last.
-        closes: Whether it is the last of the bundle to be called.
-        skinny: Whether few rows go to our kernel in uncompiled code, too. Not where serving starts uncompiled: the
-            first request would wait for the kernel's own compilation.
+        counters: Scratch memory of the kernel.
+        bundle: The projections that share a product with this layer; None if it has its own product.
+        begin: Index of its first output among the bundle's outputs.
+        end: Index after its last output.
+        closes: Whether it is the last layer of the bundle to be called.
+        skinny: Whether our kernel computes few rows in uncompiled code too. False if serving starts uncompiled,
+            because the first request would wait for the kernel's compilation.
     """
 
     counters: torch.Tensor
@@ -126,7 +126,7 @@ class EngineLinear(nn.Linear):
     skinny: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As `nn.Linear`: [..., in_features] to [..., out_features], here perhaps a view of the bundle's product."""
+        """Like `nn.Linear`: [..., in_features] to [..., out_features]; the result may be a view of a product."""
         bundle = self.bundle
         if bundle is None:
             return self._product(input, self.weight, self.bias)
@@ -141,7 +141,7 @@ class EngineLinear(nn.Linear):
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            return nn.functional.linear(x, weight, bias)  # which casts both
+            return nn.functional.linear(x, weight, bias)  # it casts both under autocast
         if torch.compiler.is_dynamo_compiling():
             result: torch.Tensor = torch.ops.hf_async_batching.linear(x, weight, bias, self.counters)
             return result
@@ -152,7 +152,7 @@ class EngineLinear(nn.Linear):
 
 @torch.inference_mode()
 def products_agree(view: nn.Module) -> bool:
-    """Whether each linear layer of a view, alone or in its bundle, is `x @ weight.T + bias` of its own weights."""
+    """Whether each linear layer of a view, alone or in its bundle, equals `x @ weight.T + bias` of its weights."""
     bundles: dict[int, list[EngineLinear]] = {}
     for module in view.modules():
         if isinstance(module, EngineLinear):
@@ -161,7 +161,7 @@ def products_agree(view: nn.Module) -> bool:
     for modules in bundles.values():
         weight = modules[0].weight
         x = torch.randn(1, 3, weight.shape[1], generator=generator, device="cpu").to(weight.device, weight.dtype)
-        for module in sorted(modules, key=lambda one: one.closes):  # the last of a bundle forgets the product
+        for module in sorted(modules, key=lambda one: one.closes):  # the last layer of a bundle drops the product
             want = nn.functional.linear(x, module.weight, module.bias)
             if not worst_relative_error(module(x)[0].float(), want[0].float()) <= rounding_tolerance(x.dtype):
                 return False
@@ -169,10 +169,10 @@ def products_agree(view: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module computes `x @ weight.T + bias` and nothing else, with weights that are plain parameters.
+    """Whether a module computes exactly `x @ weight.T + bias`, with weights that are plain parameters.
 
-    Quantized ones are linear layers of another class, or plain layers whose weight is of another class; adapters wrap
-    plain layers, of which each stands alone.
+    A quantized layer is of another class, or has a weight of another class. An adapter wraps plain layers, and each of
+    these layers has its own product.
     """
     return (
         type(module) is nn.Linear
@@ -184,7 +184,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def convert(module: nn.Linear, counters: torch.Tensor, *, skinny: bool) -> None:
-    """Make a linear layer of a view an `EngineLinear` that stands alone."""
+    """Make a view's linear layer an `EngineLinear` with its own product."""
     module.__class__ = EngineLinear
     linear = cast(EngineLinear, module)
     linear.counters = counters
@@ -194,7 +194,7 @@ def convert(module: nn.Linear, counters: torch.Tensor, *, skinny: bool) -> None:
 
 
 def bundle_together(modules: list[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Let `EngineLinear`s, in the order in which they are called, share one product."""
+    """Let `EngineLinear`s, given in the order of their calls, share one product."""
     bundle = Bundle(weight, bias)
     begin = 0
     for module in modules:
@@ -206,7 +206,7 @@ def bundle_together(modules: list[nn.Linear], weight: torch.Tensor, bias: torch.
 
 
 def products(view: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Weight, bias and counters of each product that a view computes."""
+    """Weight, bias and counters of each product in a view."""
     found: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
     for module in view.modules():
         if isinstance(module, EngineLinear):
@@ -217,7 +217,7 @@ def products(view: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor | None, t
 
 @torch.inference_mode()
 def ready_products(view: nn.Module, rows: tuple[int, ...]) -> None:
-    """Run every shape of product in a view once for each row count, which compiles the kernels behind it."""
+    """Run each shape of product in a view once per number of rows, to compile its kernels."""
     shapes = {(tuple(weight.shape), bias is None): (weight, bias, c) for weight, bias, c in products(view)}
     for weight, bias, counters in shapes.values():
         for count in rows:
@@ -225,7 +225,7 @@ def ready_products(view: nn.Module, rows: tuple[int, ...]) -> None:
 
 
 def tune_products(view: nn.Module, rows: tuple[int, ...]) -> None:
-    """Measure settings for the products of a view; the device must have nothing else to do."""
+    """Measure settings for a view's products; nothing else may run on the device."""
     found = [(w, counters) for w, _, counters in products(view) if w.is_cuda and w.dtype.itemsize == 2]
     if found:
         from hf_async_batching.linear.skinny_settings import settings_for

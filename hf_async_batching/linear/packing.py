@@ -1,9 +1,9 @@
-"""Finds projections of one input (q/k/v, gate/up) by watching a forward, and packs their weights without a copy.
+"""Find projections of one input (q/k/v, gate/up) by watching a forward, and pack their weights without a copy.
 
-The weights of a group are moved, one group at a time, into one tensor, of which the model's own parameters become
-views: the same `Parameter` objects with the same values, so that `state_dict`, in-place updates, optimizers and
-saving go on working, and what is updated in place is what the product reads. torch.compile does not merge parallel
-products, and vLLM's transformers backend had to fuse them, too (vllm #45284).
+The weights of a group move, one group at a time, into one tensor, and the model's own parameters become views of it.
+They stay the same `Parameter` objects with the same values. So `state_dict`, in-place updates, optimizers and saving
+still work, and the product reads what an in-place update writes. torch.compile does not merge parallel products;
+vLLM's transformers backend had to fuse them as well (vllm #45284).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _packing = ForkSafeLock()
 
 
 class LinearCalls:
-    """Calls of linear layers in one forward, in order: the module, and the tensor it was given."""
+    """Calls of linear layers in one forward, in order: each module with its input tensor."""
 
     def __init__(self) -> None:
-        # The inputs are kept, so that no later one can take over an id.
+        # The inputs are kept, so that no later tensor reuses their ids.
         self.calls: list[tuple[nn.Linear, torch.Tensor]] = []
 
 
@@ -53,7 +53,7 @@ def watch_linears(view: nn.Module) -> Iterator[LinearCalls]:
 
 
 def parallel_projections(view: PreTrainedModel, seen: LinearCalls) -> list[list[nn.Linear]]:
-    """Groups of two or more linear layers of one parent module that were called once, with the same tensor."""
+    """Groups of two or more linear layers of one parent module that were each called once, with the same tensor."""
     times = Counter(id(module) for module, _ in seen.calls)
     owners = Counter(id(p) for m in view.modules() for p in m.parameters(recurse=False))
     parent = {id(child): id(module) for module in view.modules() for child in module.children()}
@@ -77,16 +77,16 @@ def _alike(group: list[nn.Linear]) -> bool:
 
 
 def pack(groups: list[list[nn.Linear]]) -> int:
-    """Pack each group's weights and let its layers share a product. Returns how many groups were packed.
+    """Pack each group's weights, and let its layers share a product. Returns the number of packed groups.
 
-    A group whose weights are packed already, by an engine before, shares what is there. One whose parameters share
-    their memory with something else is left alone.
+    If an earlier engine has packed a group's weights, the group uses that tensor. A group whose parameters share
+    memory with other tensors is left unchanged.
 
     Args:
-        groups: `EngineLinear`s of a view, each group in the order in which its layers are called.
+        groups: `EngineLinear`s of a view, each group in the order of its layers' calls.
     """
     packed = 0
-    # Outside of inference mode: what is made in it could not be trained any more.
+    # Outside inference mode, because tensors made in it could not be trained later.
     with _packing, torch.inference_mode(False):
         for group in groups:
             weight = _together([module.weight for module in group])
@@ -103,7 +103,7 @@ def pack(groups: list[list[nn.Linear]]) -> int:
 
 
 def _together(parameters: list[torch.Tensor]) -> torch.Tensor | None:
-    """One tensor of which the parameters are the parts, in order; None where they cannot be moved."""
+    """One tensor that consists of the parameters in order; None if they cannot be moved."""
     first = parameters[0]
     rows = [p.shape[0] for p in parameters]
     shape = (sum(rows), *first.shape[1:])
@@ -128,6 +128,6 @@ def _together(parameters: list[torch.Tensor]) -> torch.Tensor | None:
             p.data = before
         return None
     if first.is_cuda:
-        # Another thread's forward may still read the old memory, which goes back to the allocator now.
+        # Another thread's forward may still read the old memory, which the allocator gets back here.
         synchronize_device(first.device)
     return together

@@ -1,4 +1,4 @@
-"""Which setting a skinny product runs with: the rule's, or what was measured on this card."""
+"""Choose the setting of a skinny product: by rule, or as measured on this card."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _ROTATED_BYTES = 256 << 20
 
 
 class SkinnySettings:
-    """Answers at each launch which setting it takes, and measures settings when asked to. From any thread.
+    """Chooses the setting of each launch, and measures settings on request. Any thread may call it.
 
     Args:
-        device: Where the products run.
-        tuning: What has been measured.
+        device: Device of the products.
+        tuning: Stored measurements.
     """
 
     def __init__(self, device: torch.device, tuning: Tuning) -> None:
@@ -40,7 +40,7 @@ class SkinnySettings:
         self._known: dict[tuple[int, int, int, torch.dtype], SkinnySetting] = {}
 
     def choose(self, rows: int, weight: torch.Tensor) -> SkinnySetting:
-        """The setting for `rows` rows of activations and a weight [n, k]; `LIBRARY` for none."""
+        """The setting for `rows` rows of activations and a weight [n, k]; `LIBRARY` for the vendor's library."""
         n, k = weight.shape
         key = (block_m(rows), n, k, weight.dtype)
         setting = self._known.get(key)
@@ -50,12 +50,12 @@ class SkinnySettings:
         return setting
 
     def tune(self, weights: Iterable[torch.Tensor], rows: Iterable[int], counters: torch.Tensor) -> None:
-        """Measure every shape of `weights` for every number of rows, unless this was done before.
+        """Measure every shape of `weights` for every number of rows, unless it is stored already.
 
         Args:
-            weights: [n, k] each, float16 or bfloat16; those of one shape are read in turn.
-            rows: Rows of activations.
-            counters: As in `skinny_linear`. The device must have nothing else to do.
+            weights: [n, k] each, float16 or bfloat16; weights of one shape are read in turn.
+            rows: Numbers of rows of activations.
+            counters: As in `skinny_linear`. Nothing else may run on the device.
         """
         shapes: dict[tuple[int, int, torch.dtype], list[torch.Tensor]] = {}
         for weight in weights:
@@ -100,7 +100,7 @@ _making = ForkSafeLock()
 
 
 def settings_for(device: torch.device) -> SkinnySettings:
-    """The settings of a device, which all engines of the process share."""
+    """The settings of a device; all engines of the process share them."""
     found = _settings.get(device)
     if found is None:
         with _making:
