@@ -68,5 +68,5 @@ def test_routes_and_forwards_without_them() -> None:
             raise AssertionError
 
     model.__class__ = TokensAlone
-    with pytest.raises(UnsupportedModelError, match="its forward does not take them"):
+    with pytest.raises(UnsupportedModelError, match="its forward does not accept them"):
         check_takes_embeddings(model, forward)

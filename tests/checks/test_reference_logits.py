@@ -167,7 +167,7 @@ def test_the_second_prompt_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert prompts.second[-1] not in (prompts.first[-1], prompts.first[-2])
     assert 0.5e-4 < logits_of(model, forward, prompts).noise < 2e-4
     by[0] = 0.1
-    with pytest.raises(UnsupportedModelError, match="one by one and all at once differ"):
+    with pytest.raises(UnsupportedModelError, match="token by token and all at once differ"):
         logits_of(model, forward, prompts)
 
 
@@ -192,7 +192,7 @@ def test_a_family_whose_own_decode_forgets_its_window_is_not_packed() -> None:
     for layer in model.modules():
         if hasattr(layer, "sliding_window"):
             layer.sliding_window = 40
-    with pytest.raises(UnsupportedModelError, match="one by one and all at once differ"):
+    with pytest.raises(UnsupportedModelError, match="token by token and all at once differ"):
         logits_of(model, PackedForward(model), prompts_for(model, 32))
 
 

@@ -134,7 +134,7 @@ def test_caches_that_are_not_known_are_refused() -> None:
         RowCache([], [], 3)
     used = made(cache_utils.DynamicLayer())
     used.update(*kv(1, 5), 0)
-    with pytest.raises(UnsupportedModelError, match="something else than the tokens"):
+    with pytest.raises(UnsupportedModelError, match="other entries than the tokens"):
         RowCache(made(cache_utils.DynamicLayer()), used, 3)
 
 
