@@ -1,4 +1,4 @@
-"""What attention needs to know of a step, and the interface of the attention kernels."""
+"""What attention needs to know of a step, and the interface of attention kernels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What a layer asks for beside plain causal attention.
+    """Options of a layer beyond plain causal attention.
 
     Attributes:
         scaling: Factor on the products of queries and keys.
-        sliding_window: A query at position i sees keys at positions above i - sliding_window; None for all.
-        softcap: Scores become `softcap * tanh(score / softcap)` before masking; None for none.
-        chunk: A query at position i sees keys from `i - i % chunk` on (chunked attention); None for all.
-        sinks: [num_heads], a score per head that takes part in the softmax and has no value (attention sinks); None
-            for none.
+        sliding_window: A query at position i sees keys at positions above i - sliding_window; None for all keys.
+        softcap: Scores become `softcap * tanh(score / softcap)` before masking; None for no soft cap.
+        chunk: A query at position i sees keys from `i - i % chunk` on (chunked attention); None for all keys.
+        sinks: [num_heads], a score per head that takes part in the softmax but has no value (attention sinks); None
+            for no sinks.
     """
 
     scaling: float
@@ -34,14 +34,14 @@ class AttentionOptions:
 
 @dataclass(slots=True)
 class PackedTokens:
-    """Rows, positions and pages of the query tokens of one step, packed behind each other.
+    """Rows, positions and pages of the query tokens of one step, packed one after another.
 
     Attributes:
-        page_table: int32 [rows, max_pages_per_row]; [groups, rows, max_pages_per_row] where the cache has groups of
+        page_table: int32 [rows, max_pages_per_row]; [groups, rows, max_pages_per_row] if the cache has groups of
             layers.
         rows: int32 [tokens], the row of each query token.
         positions: int32 [tokens], the position of each query token in its row.
-        step_cache: What a backend computes once per step from these tensors, by a name of its own.
+        step_cache: Values that a backend computes once per step from these tensors, by a name of its own.
     """
 
     page_table: torch.Tensor
@@ -62,7 +62,7 @@ class PackedTokens:
 
 @dataclass(slots=True)
 class DecodeContext(PackedTokens):
-    """A step in which every query token belongs to another row.
+    """A step in which every query token belongs to a different row.
 
     Attributes:
         context_lengths: int32 [tokens], keys visible to each query, itself included.
@@ -73,16 +73,16 @@ class DecodeContext(PackedTokens):
 
 @dataclass(slots=True)
 class MixedContext(PackedTokens):
-    """A step with prompts. Its queries are described by tiles: runs of consecutive tokens of one row.
+    """A step with prompts. Tiles describe its queries: a tile is a run of consecutive tokens of one row.
 
-    The rows that decode come first, one token and one tile each.
+    Decoding rows come first, with one token and one tile each.
 
     Attributes:
         tile_rows: int32 [tiles], the row of each tile.
         tile_queries: int32 [tiles], index of the tile's first query token.
         tile_lengths: int32 [tiles], query tokens in the tile; a tile of 0 is padding.
         tile_positions: int32 [tiles], position of the tile's first query token.
-        decode_lengths: int32 [num_decodes], keys visible to each of the first tokens, itself included.
+        decode_lengths: int32 [num_decodes], keys visible to each of the first queries, itself included.
     """
 
     tile_rows: torch.Tensor
@@ -93,7 +93,7 @@ class MixedContext(PackedTokens):
 
     @property
     def num_decodes(self) -> int:
-        """How many of the first tokens, and tiles, are known to be rows that decode."""
+        """Number of leading tokens, and tiles, that are known to be decoding rows."""
         return self.decode_lengths.shape[0]
 
 
@@ -101,7 +101,7 @@ AttentionContext = DecodeContext | MixedContext
 
 
 class AttentionInputs(NamedTuple):
-    """What attention of one layer is computed from.
+    """Inputs of attention in one layer.
 
     Attributes:
         query: [tokens, num_heads, key_dim].
@@ -109,7 +109,7 @@ class AttentionInputs(NamedTuple):
         value: [tokens, num_kv_heads, value_dim].
         layer: Index of the layer in the cache.
         context: Rows, positions and pages of the tokens.
-        cache: Keys and values of the tokens before; those of the step's tokens are written to it.
+        cache: Keys and values of earlier tokens; those of the step's tokens are written to it.
         options: Scaling, window, soft cap, chunk, sinks.
     """
 
@@ -146,8 +146,8 @@ class AttentionBackend(Protocol):
     """Writes new keys and values into the pages and attends over them.
 
     Attributes:
-        tile_size: The longest run of query tokens of one row that the backend takes as one tile.
-        reads_back: Whether it reads row tables on the host, and so cannot run inside a CUDA graph.
+        tile_size: The longest run of query tokens of one row that the backend accepts as one tile.
+        reads_back: Whether it reads row tables on the host, and so cannot run in a CUDA graph.
     """
 
     tile_size: int
@@ -161,23 +161,23 @@ class AttentionBackend(Protocol):
         """
 
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
-        """Compile the kernels that steps will launch, side by side, so that no step waits for one after the other.
+        """Compile the kernels that steps will launch, in parallel, so that no step waits for compilations in turn.
 
         Args:
             layers: The model's layers.
             page_size: Tokens per page.
-            batches: Rows of the decode steps to come.
+            batches: Numbers of rows of coming decode steps.
         """
 
     def tune(self, cache: PagedCache, *, batches: Iterable[int], context: int, prompt: int) -> None:
-        """Measure settings on the device, for the layers that `attend` was called for so far, and use the best.
+        """Measure settings on the device for the layers that `attend` has been called for, and use the best.
 
-        What was measured before on such a card is not measured again. Graphs that are captured already keep the
-        settings that they have. The device must have nothing else to do; the pages are read and never written.
+        Measurements that are stored for such a card are not repeated. Graphs that are captured already keep their
+        settings. Nothing else may run on the device; the pages are read and never written.
 
         Args:
             cache: Keys and values.
-            batches: Rows of the decode steps to measure for; settings are shared up to the next power of two.
-            context: Tokens that a row holds, typically.
-            prompt: Tokens of a prompt, typically.
+            batches: Numbers of rows of decode steps to measure; settings are shared up to the next power of two.
+            context: Typical number of tokens that a row holds.
+            prompt: Typical number of prompt tokens.
         """

@@ -1,7 +1,7 @@
 """The attention function that transformers' modules call, registered once under `NAME`.
 
-Context reaches it as the keyword argument `paged` of the model's forward. Families whose layers drop unknown keyword
-arguments (StableLM, for one) get it from the thread: the engine's worker sets it around the forward.
+It gets its context as the keyword argument `paged` of the model's forward. Layers of some families, such as StableLM,
+drop unknown keyword arguments. They get the context from the thread: the engine's thread sets it around the forward.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hf_async_batching.runtime.autocast import lowered
 
 NAME = "hf_async_batching_paged"
 
-# Keyword arguments that attention may be given beside those that it uses: what they say, the step says already, or it
-# is about other things. Any other could change the result.
+# Keyword arguments that attention may get besides those that it uses. They repeat what the step already says, or do
+# not concern attention. Any other argument could change the result.
 HARMLESS = frozenset(
     {
         *("position_ids", "position_embeddings", "cache_position", "use_cache", "layer_idx"),
@@ -35,7 +35,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PagedLayer:
-    """What the probe learned of one attention module: its place in the cache, and how far its queries see."""
+    """What the probe learned of one attention module: its index in the cache, and which keys its queries see."""
 
     index: int
     sliding_window: int | None = None
@@ -43,14 +43,14 @@ class PagedLayer:
 
 
 def refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
-    """Refuse keyword arguments that are not known to leave attention's result as it is.
+    """Refuse keyword arguments that could change attention's result.
 
     Args:
         module: The attention module, for the message.
-        arguments: What it passes beside the arguments of `paged_attention_forward`.
+        arguments: Arguments that it passes besides those of `paged_attention_forward`.
 
     Raises:
-        UnsupportedModelError: One of them is not None, and not in `HARMLESS`.
+        UnsupportedModelError: An argument is not None and not in `HARMLESS`.
     """
     for name, value in arguments.items():
         if name not in HARMLESS and value is not None and not (name == "is_causal" and value is True):
@@ -66,7 +66,7 @@ _active = _Active()
 
 @contextmanager
 def active(call: PagedCall) -> Iterator[None]:
-    """Offer `call` to attention functions of this thread whose model dropped the keyword argument."""
+    """Offer `call` to attention functions of this thread, for models that drop the keyword argument."""
     _active.call = call
     try:
         yield
@@ -75,14 +75,14 @@ def active(call: PagedCall) -> Iterator[None]:
 
 
 class PagedCall:
-    """What `paged` carries through a forward.
+    """The value that `paged` carries through a forward.
 
     Args:
         context: The step.
         cache: The pages.
         backend: The kernels.
-        layers: The model's attention layers by identity of module.
-        layer_at: Layer index by address of the layer's tag, for compiled code.
+        layers: The model's attention layers, by the identity of their modules.
+        layer_at: Layer index by the address of the layer's tag, for compiled code.
     """
 
     def __init__(
@@ -102,25 +102,25 @@ class PagedCall:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, options: AttentionOptions
     ) -> torch.Tensor:
-        """Attention of one layer; arguments as in `AttentionInputs`."""
+        """Attention of one layer; the arguments are those of `AttentionInputs`."""
         inputs = AttentionInputs(query, key, value, layer, self._context, self._cache, options)
         return self._backend.attend(inputs)
 
 
 def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch.device) -> dict[int, int]:
-    """Give the attention modules of a view tags by which compiled code names its layer.
+    """Give the attention modules of a view tags by which compiled code identifies its layer.
 
-    A tag is a small tensor, of which only the address matters: an index would be a constant of the compiled code, and
-    every layer of a model would need code of its own.
+    A tag is a small tensor, and only its address matters. A layer index would be a constant in compiled code, so every
+    layer of a model would need its own code.
 
     Returns:
         Layer index by address, for `PagedCall`.
     """
-    # 64 bytes each: compiled code copies inputs that are not aligned as its example was.
+    # 64 bytes each, because compiled code copies inputs whose alignment differs from the example's.
     tags = torch.zeros(len(modules), 16, dtype=torch.int32, device=device)
     for tag, (module, layer) in zip(tags, modules, strict=True):
         module._paged_tag = tag
-        # A negative window is the size of a chunk.
+        # A negative window stands for the size of a chunk.
         module._paged_window = layer.sliding_window or -(layer.chunk or 0)  # type: ignore[assignment]
     return {tag.data_ptr(): layer.index for tag, (_, layer) in zip(tags, modules, strict=True)}
 
@@ -161,8 +161,8 @@ def _attention_shape(
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
 
 
-# The operator writes the pages, which its schema does not say: nothing else in compiled code reads them, and a
-# mutation that is declared could make the compiler copy them.
+# The schema does not say that the operator writes to the pages. Nothing else in compiled code reads them, and a
+# declared mutation could make the compiler copy them.
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_async_batching::attention", _attention_shape, lib=_library)
 
@@ -186,27 +186,27 @@ def paged_attention_forward(
         query: [1, num_heads, tokens, key_dim].
         key: [1, num_kv_heads, tokens, key_dim].
         value: [1, num_kv_heads, tokens, value_dim].
-        attention_mask: Must be None: who sees whom follows from the context.
-        scaling: Factor on the scores; `key_dim ** -0.5` where None.
+        attention_mask: Must be None: the context decides which keys a query sees.
+        scaling: Factor on the scores; None for `key_dim ** -0.5`.
         softcap: See `AttentionOptions`.
         s_aux: [num_heads], the sinks of `AttentionOptions`.
-        paged: The step, where the family passes keyword arguments on.
-        others: Arguments that change nothing; see `HARMLESS`.
+        paged: The step, if the family passes keyword arguments on.
+        others: Arguments that do not change the result; see `HARMLESS`.
 
     Returns:
         [1, tokens, num_heads, value_dim], and None for the weights.
 
     Raises:
-        UnsupportedModelError: The family asks for something that the kernels do not do.
+        UnsupportedModelError: The family asks for something that the kernels do not support.
     """
     query, key, value = lowered(query, key, value)
-    # Not `is_compiling()`: that is true in every thread while one of them compiles.
+    # Not `is_compiling()`, which is true in every thread while any thread compiles.
     if torch.compiler.is_dynamo_compiling():
         return _traced(module, query, key, value, scaling, softcap, s_aux), None
     call = paged if paged is not None else _active.call
     if call is None:
         raise RuntimeError(
-            f"attention implementation {NAME!r} works inside the engine of hf_async_batching only; "
+            f"attention implementation {NAME!r} works only inside the engine of hf_async_batching; "
             "set `attn_implementation` to 'sdpa' or 'eager' for a plain forward"
         )
     if attention_mask is not None:
@@ -220,7 +220,7 @@ def paged_attention_forward(
         chunk=layer.chunk,
         sinks=s_aux,
     )
-    # A batch of one: packed tokens take the place of the batch dimension.
+    # The batch dimension is 1: packed tokens take its place.
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = call.attend(query, key, value, layer.index, options)
     return out[None], None

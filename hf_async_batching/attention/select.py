@@ -1,4 +1,4 @@
-"""Which attention kernels serve a device."""
+"""Select the attention kernels for a device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hf_async_batching.config import BackendName
 
 
 def make_backend(name: BackendName, device: torch.device) -> AttentionBackend:
-    """The kernels for a device.
+    """Return the kernels for a device.
 
     Args:
-        name: "torch" for plain PyTorch, "triton" for the Triton kernels, "auto" for Triton on CUDA and PyTorch else.
-        device: Where the model runs.
+    name: "torch" for PyTorch, "triton" for the Triton kernels, "auto" for Triton on CUDA and PyTorch elsewhere.
+    device: Device of the model.
 
-    Raises:
-        ImportError: Triton was asked for and is not installed.
+Raises:
+    ImportError: Triton was requested but is not installed.
     """
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         from hf_async_batching.attention.triton_backend import TritonBackend

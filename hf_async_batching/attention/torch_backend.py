@@ -1,4 +1,4 @@
-"""Paged attention in plain PyTorch: the CPU's kernels, and the reference for the Triton ones."""
+"""Paged attention in plain PyTorch: the kernels for CPUs, and the reference for the Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_async_batching.kv_cache.paged_cache import PagedCache
 
 
 class _Tile(NamedTuple):
-    """A run of query tokens of one row, and the pages of the keys that it may see."""
+    """A run of query tokens of one row, and the pages of the keys that they may see."""
 
     first_query: int
     num_queries: int
@@ -23,7 +23,7 @@ class _Tile(NamedTuple):
 
 
 class TorchBackend:
-    """One call of torch's attention per row: no work on padding, and every row has its own length."""
+    """Calls torch's attention once per row: no work on padding, and every row has its own length."""
 
     tile_size = 1 << 30
     reads_back = True
@@ -57,7 +57,7 @@ class TorchBackend:
 
 
 def _slots(inputs: AttentionInputs) -> torch.Tensor:
-    """int64 [tokens], where the step's tokens lie among the slots of all pages."""
+    """int64 [tokens], the slots of the step's tokens among the slots of all pages."""
     context, name = inputs.context, ("slots", inputs.group)
     slots = context.step_cache.get(name)
     if not isinstance(slots, torch.Tensor):
@@ -87,7 +87,7 @@ def _tiles(inputs: AttentionInputs) -> list[_Tile]:
 
 
 def _gather(cache: torch.Tensor, pages: list[int], begin: int, end: int) -> torch.Tensor:
-    """Keys or values at positions [begin, end): [end - begin, num_kv_heads, dim]; a view of neighbouring pages."""
+    """Keys or values at positions [begin, end): [end - begin, num_kv_heads, dim]; adjacent pages are not copied."""
     page_size = cache.shape[1]
     first_page = begin // page_size
     pages = pages[first_page:]
@@ -104,7 +104,7 @@ def _gather(cache: torch.Tensor, pages: list[int], begin: int, end: int) -> torc
 def _attend_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin: int, position: int, options: AttentionOptions
 ) -> torch.Tensor:
-    """Attention of consecutive queries of one row, the first at `position`, over its keys from position `begin` on.
+    """Attention of consecutive queries of one row, starting at `position`, over its keys from position `begin` on.
 
     Shapes: query [L, H, D], key [S, K, D], value [S, K, Dv]; returns [L, H, Dv].
     """
@@ -125,7 +125,7 @@ def _attend_row(
     if by_hand:
         return _by_hand(q, k, v, mask, options)
     if num_queries == 1:
-        # The heads of a group share their keys: as queries of one head they need neither a copy nor a mask.
+        # The heads of a group share their keys. As queries of one head they need neither a copy nor a mask.
         q = q.reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
         out = functional.scaled_dot_product_attention(q, k, v, scale=options.scaling)
         return out.reshape(1, num_heads, -1)

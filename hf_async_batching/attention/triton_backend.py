@@ -1,4 +1,4 @@
-"""The Triton kernels behind the interface of an attention backend."""
+"""The Triton kernels as an attention backend."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autotune import Tuning
 
-# Counters of decode attention, one for each key-value head of each row. Larger batches need no split contexts.
+# Counters of decode attention: one per key-value head of each row. Larger batches do not split contexts.
 _COUNTERS = 16384
 
 
 class TritonBackend:
-    """Reads every length and page on the device, so that a captured graph stays right as sequences grow.
+    """Reads every length and page on the device, so that a captured graph stays right while sequences grow.
 
-    Steps of one backend must not overlap on the device: they share counters. Each engine has a backend of its own.
+    Steps of one backend must not overlap on the device, because they share counters. Each engine has its own backend.
 
     Args:
-        device: Where the model runs.
-        tuning: Measured settings; None for the rules alone.
+        device: Device of the model.
+        tuning: Stored measurements; None to use only the rules.
     """
 
     tile_size = PREFILL_TILE
@@ -36,7 +36,7 @@ class TritonBackend:
     def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
         self._device = device
         self._settings = TritonSettings(device, tuning)
-        # Never replaced: captured graphs keep using it.
+        # Never replaced, because captured graphs keep using it.
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
@@ -46,7 +46,8 @@ class TritonBackend:
         query, key, value, layer, options = inputs.query, inputs.key, inputs.value, inputs.layer, inputs.options
         keys, values, table = inputs.keys, inputs.values, inputs.page_table
         write_kv(key, value, keys, values, table, context.rows, context.positions)
-        # Zeros: empty memory may hold NaN, which would spread from tokens of no tile to the scratch page.
+        # Zeros, because empty memory may hold NaN, which would spread from tokens outside all tiles to the scratch
+        # page.
         out = query.new_zeros((*query.shape[:2], values.shape[-1]))
         decodes = context.num_decodes
         prefill_attention(
@@ -67,8 +68,9 @@ class TritonBackend:
             out=out,
         )
         if decodes:
-            # Rows that decode are written twice, so that one kernel serves mixed steps, too. Launched behind the
-            # prompts, it can run beside them: it is bound by memory, and few prompts by how long one of them takes.
+            # Decoding rows are written twice, so that one kernel also serves mixed steps. The decode kernel is
+            # launched after the prefill kernel and can overlap with it: memory bounds the decode kernel, and few
+            # prompts are bounded by the time that one of them takes.
             leading = inputs._replace(query=query[:decodes], key=key[:decodes], value=value[:decodes])
             beside = context.tile_rows.numel() > decodes
             self._decode(leading, context.rows[:decodes], context.decode_lengths, out[:decodes], beside=beside)
@@ -86,11 +88,11 @@ class TritonBackend:
         """Attention of rows that decode one token each.
 
         Args:
-            inputs: Their queries, keys and values, and the layer.
+            inputs: Queries, keys and values of these rows, and the layer.
             rows: int32 [tokens].
             context_lengths: int32 [tokens], keys visible to each query, itself included.
-            out: Where the result goes; None for a new tensor.
-            beside: Whether prompts were launched right before.
+            out: Tensor for the result; None for a new tensor.
+            beside: Whether the prefill kernel was launched right before.
         """
         query, keys, values, options = inputs.query, inputs.keys, inputs.values, inputs.options
         problem = Problem.of(query, keys, values, options)
@@ -130,11 +132,11 @@ class TritonBackend:
                 layer.chunk,
                 example.sinks if layer.has_sinks else None,
             )
-            # The slowest to compile comes first.
+            # The kernel that compiles longest comes first.
             jobs[layer, "prefill"] = partial(example.prefill, self._settings.prefill(problem, 0, options), options)
             for batch in sorted(set(batches)):
                 config = self._settings.decode(problem, 0, options, batch)
-                # The kernel is compiled for whether contexts are split, not for the number of splits.
+                # Compilation depends on whether contexts are split, not on the number of splits.
                 kind = config._replace(splits=min(config.splits, 2))
                 jobs.setdefault((layer, kind), partial(example.decode, config, options))
             jobs[layer, "write"] = example.write
@@ -145,7 +147,7 @@ class TritonBackend:
 
 
 class _Example:
-    """Launches each kernel on tiny inputs, which compiles it as steps will need it."""
+    """Launches each kernel on tiny inputs, to compile it as steps will need it."""
 
     def __init__(self, layer: LayerShape, page_size: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """Paged attention in Triton: write keys and values to pages, decode, and prefill packed prompts.
 
-This is the only door to the kernels, and importing it imports triton: import it on demand. All functions work on the
-current stream of their tensors' device, allocate only through torch (so they can be captured in a CUDA graph) and
+This module is the only entry to the kernels. Importing it imports triton, so import it on demand. All functions work
+on the current stream of their tensors' device, allocate only through torch (so a CUDA graph can capture them), and
 never wait for the device.
 
 The cache of one layer is `key_cache` [num_pages, page_size, num_kv_heads, head_dim] and `value_cache`
 [num_pages, page_size, num_kv_heads, head_dim_v], contiguous. Token `p` of row `r` is in page
-`page_table[r, p // page_size]`, slot `p % page_size`. Page 0 is scratch: what padding writes lands there.
+`page_table[r, p // page_size]`, slot `p % page_size`. Page 0 is scratch memory for the writes of padding.
 """
 
 import functools
@@ -45,23 +45,24 @@ __all__ = [
 ]
 
 MAX_SPLITS = 64
-"""The most parts into which `decode_attention` divides a context."""
+"""The largest number of parts into which `decode_attention` divides a context."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 
 
 def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str) -> int:
-    """The most parts into which `decode_attention` divides each context by default.
+    """The largest number of parts into which `decode_attention` divides each context by default.
 
-    It looks only at what is fixed for a captured graph (the batch and the device), never at a context. One program
-    for each context is best where that gives three for every two multiprocessors (measured on an H200: its loads in
-    flight suffice, and nothing is left to combine); else four for each multiprocessor keep the memory busy.
+    It depends only on the batch and the device, which are fixed for a captured graph, and never on a context. One
+    program per context is best if there are then at least three programs for every two multiprocessors: their loads in
+    flight suffice, and nothing has to be combined (measured on an H200). Otherwise four programs per multiprocessor
+    keep the memory busy.
 
     Args:
         batch: entries of the batch, padding included.
-        num_kv_heads: key-value heads.
-        device: where it will run. On a CPU (the interpreter) the answer is 1.
+        num_kv_heads: number of key-value heads.
+        device: device that runs the kernel. For a CPU (the interpreter) the result is 1.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -75,24 +76,24 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
 def default_decode_config(
     batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device
 ) -> DecodeConfig:
-    """How `decode_attention` divides its work by default: a rule over what is fixed for a captured graph.
+    """How `decode_attention` divides its work by default: a rule over values that are fixed for a captured graph.
 
     Args:
         batch: entries of the batch, padding included.
-        num_kv_heads: key-value heads.
-        group: query heads of each key-value head.
-        head_dim: size of a query's and a key's head.
-        head_dim_v: size of a value's head.
-        dtype: of query, keys and values.
-        device: where it will run.
+        num_kv_heads: number of key-value heads.
+        group: number of query heads per key-value head.
+        head_dim: head size of queries and keys.
+        head_dim_v: head size of values.
+        dtype: dtype of queries, keys and values.
+        device: device that runs the kernel.
     """
     sizes = decode_block_sizes(head_dim, head_dim_v, group, dtype)
     splits = default_num_splits(batch, num_kv_heads, device)
     stages = sizes.stages
     if splits == 1 and dtype != torch.float32 and device.type == "cuda":
-        # Few programs, each with a whole context: more of it on its way. Measured on an H200.
+        # With few programs of whole contexts, each keeps more loads in flight. Measured on an H200.
         stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
-    # With hardly a program in each split's first wave, the last of them would combine all parts alone.
+    # If each split has hardly one program in the first wave, the last program would combine all parts alone.
     return DecodeConfig(
         splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=supports_pdl(device)
     )
@@ -101,7 +102,7 @@ def default_decode_config(
 def decode_programs(
     batch: int, num_kv_heads: int, group: int, head_dim: int, head_dim_v: int, dtype: torch.dtype
 ) -> int:
-    """How many counters `decode_attention` needs: programs of one split. Arguments as in `default_decode_config`."""
+    """Number of counters that `decode_attention` needs: programs of one split; args of `default_decode_config`."""
     m = decode_block_sizes(head_dim, head_dim_v, group, dtype).m
     return batch * num_kv_heads * (-(-group // m))
 
@@ -115,7 +116,7 @@ def write_kv(
     rows: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """Writes the keys and values of T tokens to their pages, with one kernel.
+    """Write the keys and values of T tokens to their pages, with one kernel.
 
     Args:
         key: [T, num_kv_heads, head_dim], any strides but 1 for the last dimension.
@@ -124,7 +125,7 @@ def write_kv(
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the dtype of `value`.
         page_table: [num_rows, max_pages_per_row], int32.
         rows: [T], int32: the row of each token.
-        positions: [T], int32, not negative: its position in the row. One beyond the row's page table goes to page 0.
+        positions: [T], int32, not negative: its position in the row. A position beyond the page table goes to page 0.
 
     Raises:
         ValueError: a shape, stride or dtype is not as above; the message names the argument.
@@ -166,11 +167,11 @@ def decode_attention(
     out: torch.Tensor | None = None,
     beside_prefill: bool = False,
 ) -> torch.Tensor:
-    """Attention of one query token for each entry of the batch over its row's pages.
+    """Attention of one query token per entry of the batch over the pages of its row.
 
-    Split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): several programs share a context, and the last of
-    them to finish, as in Stream-K (Osama et al., 2023), or a second kernel combines what they found. Nothing of the
-    launch depends on a context, so a captured graph serves growing ones. The result is the same each time.
+    This is split-KV, or Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): several programs share a context. The last
+    program to finish combines their results, as in Stream-K (Osama et al., 2023), or a second kernel does. The launch
+    does not depend on any context, so a captured graph serves growing contexts. The result is deterministic.
 
     Args:
         query: [B, num_heads, head_dim], float16, bfloat16 or float32, any strides but 1 for the last dimension;
@@ -179,28 +180,28 @@ def decode_attention(
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the same dtype.
         page_table: [num_rows, max_pages_per_row], int32.
         rows: [B], int32.
-        context_lengths: [B], int32: cached tokens, the current one included, whose key is already written or given in
-            `new`. 0 gives zeros. More than the row's page table holds is cut to what it holds.
+        context_lengths: [B], int32: tokens of the context, including the current one, whose key is already written or
+            given in `new`. 0 gives zeros. A length beyond the row's page table is cut to the table's length.
         scaling: multiplies the scores; positive.
-        sliding_window: how many of the last tokens are visible, the current one included; None for all.
-        softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for none.
+        sliding_window: number of last tokens that are visible, including the current one; None for all.
+        softcap: c replaces each scaled score s by c * tanh(s / c), before the mask; None for no soft cap.
         chunk: tokens before the last multiple of it are hidden; None for none. Not together with a window.
-        sinks: [num_heads], contiguous: scores, not scaled, that take part in each softmax and have no value; None for
-            none.
+        sinks: [num_heads], contiguous: unscaled scores that take part in each softmax but have no value; None for no
+            sinks.
         config: how the work is divided; None asks `default_decode_config`.
         counters: [at least `decode_programs`], int32, zeros before the first call and after each. Calls that may run
-            at the same time need counters of their own. Without, or with too few, a second kernel combines.
+            at the same time need separate counters. Without counters, or with too few, a second kernel combines.
         new: keys [B, num_kv_heads, head_dim] and values [B, num_kv_heads, head_dim_v] of the current tokens, any
-            strides but 1 for the last dimension: written to their pages by this launch. None: they have been written.
+            strides but 1 for the last dimension; this launch writes them to their pages. None if they are written.
         out: [B, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
-        beside_prefill: whether the launch just before on this stream is `prefill_attention`, of other rows: the two
-            may then run at the same time (where `config.pdl` is set).
+        beside_prefill: whether the previous launch on this stream is `prefill_attention` of other rows. The two may
+            then run at the same time (if `config.pdl` is set).
 
     Returns:
         [B, num_heads, head_dim_v], contiguous, the dtype of `query`.
 
     Raises:
-        ValueError: a shape, stride, dtype or option is not as above; the message names the argument.
+        ValueError: a shape, stride, dtype or option is wrong; the message names the argument.
     """
     kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
     batch = _check_index("rows", rows)
@@ -226,7 +227,7 @@ def decode_attention(
     m = decode_block_sizes(head_dim, head_dim_v, group, query.dtype).m
     programs = kv_heads * triton.cdiv(group, m)
     fused = splits > 1 and config.fused and counters is not None and counters.numel() >= batch * programs
-    # With one split the kernel writes the output itself and the partial results are never touched.
+    # With one split the kernel writes the output itself, and the partial results are never used.
     partial = output if splits == 1 else query.new_empty((batch, heads, splits, head_dim_v), dtype=torch.float32)
     log_sum = output if splits == 1 else query.new_empty((batch, heads, splits), dtype=torch.float32)
     block_dv = power_of_two(head_dim_v)
@@ -269,13 +270,13 @@ def prefill_attention(
     config: BlockSizes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of packed ragged queries over their rows' pages, one tile of at most PREFILL_TILE tokens each.
+    """Causal attention of packed queries over their rows' pages, in tiles of at most PREFILL_TILE tokens.
 
-    The method is FlashAttention-2's (Dao, 2023), read through a page table. Keys and values of the queried tokens
-    must have been written before.
+    The method is FlashAttention-2 (Dao, 2023), read through a page table. Keys and values of the query tokens must be
+    written already.
 
     Args:
-        query: [T, num_heads, head_dim], as in `decode_attention`, the tokens of all tiles packed.
+        query: [T, num_heads, head_dim], as in `decode_attention`; the tokens of all tiles, packed.
         key_cache: [num_pages, page_size, num_kv_heads, head_dim], the dtype of `query`.
         value_cache: [num_pages, page_size, num_kv_heads, head_dim_v], the same dtype.
         page_table: [num_rows, max_pages_per_row], int32.
@@ -288,15 +289,15 @@ def prefill_attention(
         softcap: as in `decode_attention`.
         chunk: as in `decode_attention`.
         sinks: as in `decode_attention`.
-        config: what one program takes on; None asks `prefill_block_sizes`.
+        config: block sizes of one program; None asks `prefill_block_sizes`.
         out: [T, num_heads, head_dim_v], contiguous, the dtype of `query`, for the result; None for a new tensor.
 
     Returns:
-        [T, num_heads, head_dim_v], contiguous, the dtype of `query`. Tokens of no tile are zeros in a new tensor and
-        left alone in `out`.
+        [T, num_heads, head_dim_v], contiguous, the dtype of `query`. Tokens outside all tiles are zeros in a new
+        tensor, and unchanged in `out`.
 
     Raises:
-        ValueError: a shape, stride, dtype or option is not as above; the message names the argument.
+        ValueError: a shape, stride, dtype or option is wrong; the message names the argument.
     """
     kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
     tiles = _check_index("tile_rows", tile_rows)
@@ -306,7 +307,7 @@ def prefill_attention(
     group = _check_query(query, query.shape[0], kv_heads, head_dim, key_cache, value_cache)
     window, score_scale, cap = _check_options(scaling, sliding_window, softcap, chunk)
     _check_sinks(sinks, kv_heads * group)
-    # Zeros, since the NaN that empty memory may hold would spread from padding tokens through the layers to page 0.
+    # Zeros, because empty memory may hold NaN, which would spread from padding tokens through the layers to page 0.
     output = (
         query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
         if out is None
@@ -338,7 +339,7 @@ def _multiprocessors(device: torch.device) -> int:
 def _check_cache(
     key_cache: torch.Tensor, value_cache: torch.Tensor, page_table: torch.Tensor
 ) -> tuple[int, int, int, int]:
-    """Returns num_kv_heads, head_dim, head_dim_v and page_size."""
+    """Return num_kv_heads, head_dim, head_dim_v and page_size."""
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.dim() != 4 or not cache.is_contiguous():
             raise ValueError(
@@ -350,7 +351,7 @@ def _check_cache(
             raise ValueError(f"{name} must have a head size from 16 to 256, got {cache.shape[3]}")
     if key_cache.shape[:3] != value_cache.shape[:3]:
         raise ValueError(
-            f"value_cache {value_cache.shape} must match key_cache {key_cache.shape} but for the head size"
+            f"value_cache {value_cache.shape} must match key_cache {key_cache.shape} except for the head size"
         )
     page_size = key_cache.shape[1]
     if not 16 <= page_size <= 256 or page_size & (page_size - 1):
@@ -381,7 +382,7 @@ def _check_heads(name: str, tensor: torch.Tensor, shape: tuple[int, int, int], d
 def _check_query(
     query: torch.Tensor, tokens: int, kv_heads: int, head_dim: int, key_cache: torch.Tensor, value_cache: torch.Tensor
 ) -> int:
-    """Returns how many query heads share a key-value head."""
+    """Return the number of query heads per key-value head."""
     if query.dim() != 3 or query.shape[1] == 0 or query.shape[1] % kv_heads:
         raise ValueError(f"query must be [tokens, a multiple of {kv_heads} heads, {head_dim}], got {query.shape}")
     _check_heads("query", query, (tokens, query.shape[1], head_dim), key_cache.dtype)
@@ -405,16 +406,16 @@ def _check_sinks(sinks: torch.Tensor | None, heads: int) -> None:
 def _check_options(
     scaling: float, sliding_window: int | None, softcap: float | None, chunk: int | None
 ) -> tuple[int, float, float]:
-    """Returns the window and the two factors of the scores, in base 2, as the kernels take them.
+    """Return the window and the two factors of the scores, in base 2, as the kernels take them.
 
-    The window is 0 for none, and minus the size of a chunk.
+    The window is 0 for no window, and the negative chunk size for chunked attention.
     """
     if scaling <= 0:
         raise ValueError(f"scaling must be positive, got {scaling}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 or None, got {sliding_window}")
     if chunk is not None and (chunk < 1 or sliding_window is not None):
-        raise ValueError(f"chunk must be at least 1, and not beside a sliding_window, or None, got {chunk}")
+        raise ValueError(f"chunk must be at least 1 and without a sliding_window, or None, got {chunk}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     window = sliding_window or -(chunk or 0)

@@ -1,4 +1,4 @@
-"""The settings that the attention kernels run with: the rule's, or measured ones."""
+"""Settings of the attention kernels: by rule, or measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_async_batching.runtime.autotune import Tuning, source_version
 _VERSION = source_version(triton_decode.__file__, triton_prefill.__file__)
 DECODE_KERNEL, PREFILL_KERNEL = f"decode attention {_VERSION}", f"prefill attention {_VERSION}"
 
-# Cached tokens, warps and stages to try for 16-bit numbers. Full precision keeps its rule.
+# Cached tokens, warps and stages to try for 16-bit numbers. Float32 keeps its rule.
 _DECODE_SIZES = ((32, 2, 3), (32, 2, 5), (64, 4, 3), (64, 4, 5))
 _PREFILL_SIZES = (
     *(BlockSizes(128, 64, 8, 3), BlockSizes(128, 64, 8, 3, 128), BlockSizes(128, 32, 8, 3, 128)),
@@ -33,7 +33,7 @@ _PREFILL_SIZES = (
 
 
 class Problem(NamedTuple):
-    """The properties of a layer that, with the number of rows, decide which settings are best."""
+    """Properties of a layer that, with the number of rows, decide which settings are best."""
 
     heads: int
     kv_heads: int
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: AttentionOptions) -> Problem:
-        """The problem that a call of the backend poses.
+        """The problem of a call of the backend.
 
         Args:
             query: [tokens, num_heads, head_dim].
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer that poses a problem, to measure on."""
+    """A layer with this problem, on which it is measured."""
 
     number: int
     options: AttentionOptions
@@ -74,8 +74,8 @@ class TritonSettings:
     """Chooses the settings of each launch, and measures them on request.
 
     Args:
-        device: Where the kernels run.
-        tuning: Measured settings; None for the rules alone.
+        device: Device of the kernels.
+        tuning: Stored measurements; None to use only the rules.
     """
 
     def __init__(self, device: torch.device, tuning: Tuning | None) -> None:
@@ -86,7 +86,7 @@ class TritonSettings:
         self._prefill: dict[Problem, BlockSizes] = {}
 
     def decode(self, problem: Problem, layer: int, options: AttentionOptions, batch: int) -> DecodeConfig:
-        """How decode attention of `batch` rows divides its work; `layer` and `options` pose the problem."""
+        """How decode attention of `batch` rows divides its work; `layer` and `options` identify the problem."""
         config = self._decode.get((problem, batch))
         if config is None:
             self._layers.setdefault(problem, _Layer(layer, options))
@@ -116,9 +116,9 @@ class TritonSettings:
         """Measure settings for the problems met so far; see `AttentionBackend.tune`.
 
         Args:
-            cache: The pages, read and never written.
+            cache: The pages; they are read and never written.
             counters: int32 zeros, as in `decode_attention`.
-            batches: Rows of decode steps.
+            batches: Numbers of rows of decode steps.
             context: Tokens that each row holds.
             prompt: Tokens of a prompt.
         """
@@ -137,7 +137,7 @@ class TritonSettings:
         self._prefill.clear()
 
     def _decode_choices(self, problem: Problem, rows: int) -> tuple[DecodeConfig, list[DecodeConfig]]:
-        """The rule's settings and those to try."""
+        """The rule's settings, and the settings to try."""
         group = problem.heads // problem.kv_heads
         default = default_decode_config(
             rows, problem.kv_heads, group, problem.head_dim, problem.head_dim_v, problem.dtype, self._device
@@ -159,7 +159,7 @@ class TritonSettings:
 
 
 def _table(cache: PagedCache, rows: int, context: int, device: torch.device) -> torch.Tensor:
-    """int32 [rows, pages]: any pages in any order, since what they hold does not matter."""
+    """int32 [rows, pages]: arbitrary pages, because their content does not matter."""
     pages = cache.keys[0].shape[0]
     return torch.randint(pages, (rows, -(-context // cache.page_size)), dtype=torch.int32, device=device)
 

@@ -160,18 +160,18 @@ class ThroughEngine:
             add(request)
         while engine.has_work:
             planned = time.perf_counter()
-            emissions = engine.step()
+            token_outputs = engine.step()
             now = time.perf_counter()
             for new_row in engine.started:
                 served.queue_seconds.append(planned - arrived[new_row.request.request_id])
-            for emission in emissions:
-                tokens = served.tokens[emission.request_id]
-                if emission.token is not None:
+            for output in token_outputs:
+                tokens = served.tokens[output.request_id]
+                if output.token is not None:
                     if not tokens:
-                        served.first_token_seconds.append(now - arrived[emission.request_id])
-                    tokens.append(emission.token)
-                if emission.finish_reason is not None:
-                    following = workload.after(live.pop(emission.request_id), tokens)
+                        served.first_token_seconds.append(now - arrived[output.request_id])
+                    tokens.append(output.token)
+                if output.finish_reason is not None:
+                    following = workload.after(live.pop(output.request_id), tokens)
                     if following is not None:
                         add(following)
         served.seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Scheduler and pipeline, step by step. No threads: the owner of an engine calls `step` until it has no work."""
+"""Scheduler and pipeline, step by step, without threads: the owner of an engine calls `step` until it has no work."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ class Engine:
     """Keeps `depth` steps in flight.
 
     Args:
-        scheduler: Plans.
+        scheduler: Makes plans.
         pipeline: Runs plans.
-        device: Whose events are timed.
+        device: The device whose events are timed.
         depth: Steps in flight at once.
-        timeline_steps: Records to keep.
+        timeline_steps: Number of step records to keep.
         debug: Check the scheduler's bookkeeping after every step.
 
     Attributes:
-        plan_delay: How long plans can wait.
-        depth: May be lowered and raised again between steps, up to what the engine was made with.
-        records: The last steps, oldest first.
-        started: The rows of requests whose prompts began with the last call of `step`.
-        outputs: Scores and logits, float32 [vocab] each or None, of requests to which the last call of `step` brought
-            a token, where asked for.
-        offered: Requests whose logits the last call of `step` brought for their choosers, float32 [vocab] each, on the
-            device.
-        failed: Requests that the last call of `step` ended with an error, since no token could be drawn, say.
+        plan_delay: Decides how long plans can wait.
+        depth: The argument; it may be lowered, and raised again up to the argument, between steps.
+        records: Records of the last steps, oldest first.
+        started: Rows of requests whose prompts began in the last call of `step`.
+        outputs: Scores and logits, float32 [vocab] each or None, of requests that asked for them and got a token in
+            the last call of `step`.
+        offered: Request ids with the logits that the last call of `step` offered to their choosers, float32 [vocab]
+            on the device.
+        failed: Request ids with the errors that ended them in the last call of `step`; for example, no token could be
+            drawn.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Engine:
         self.outputs: dict[str, tuple[Any, Any]] = {}
         self.failed: list[tuple[str, BaseException]] = []
         self.offered: list[tuple[str, Any]] = []
-        self._blocked = False  # nothing can move before a chooser outside of the engine has chosen
+        self._blocked = False  # nothing can advance before a chooser outside the engine has chosen
         self._in_flight: deque[Launch] = deque()
         self.plan_delay = PlanDelay()
         self._debug = debug
@@ -75,31 +76,31 @@ class Engine:
         return self.scheduler.cancel(request_id)
 
     def weights_updated(self) -> None:
-        """Forget what was computed before; see `Scheduler.weights_updated`."""
+        """Drop prefixes that were computed before; see `Scheduler.weights_updated`."""
         self.scheduler.weights_updated()
 
     def choose(self, request_id: str, token: int) -> TokenOutput | None:
-        """Go on with a token that a chooser has chosen; see `Scheduler.choose`."""
+        """Continue a request with its chooser's token; see `Scheduler.choose`."""
         self._blocked = False
         return self.scheduler.choose(request_id, token)
 
     def make_way(self) -> None:
-        """Let requests start that wait for what a request holds whose chooser takes long; see `Scheduler.make_way`."""
+        """Let waiting requests take the rows and pages of requests with slow choosers; see `Scheduler.make_way`."""
         self._blocked &= not self.scheduler.make_way()
 
     @property
     def has_work(self) -> bool:
-        """Whether a step is in flight, or a request is live that can go on by itself."""
+        """Whether a step is in flight, or a live request can continue without a chooser."""
         return bool(self._in_flight) or (self.scheduler.has_live and not self._blocked)
 
     @property
     def waits_outside(self) -> bool:
-        """Whether every live request waits for a chooser, or for what those hold that do."""
+        """Whether every live request waits for its chooser, or for rows or pages of such requests."""
         return self._blocked and self.scheduler.has_live
 
     def spare_seconds(self) -> float:
-        """How long the next step can wait for requests that would be in it; see `plan_delay`."""
-        # With more in flight, results would wait, too; with none the device waits for the plan.
+        """How long the next plan can wait for requests that could join it, in seconds; see `plan_delay`."""
+        # With more steps in flight, results would wait too; with none, the device waits for the plan.
         if len(self._in_flight) != 1 or self.device.runs_inline or not self.scheduler.has_room:
             return 0.0
         plan = self._in_flight[0].plan
@@ -111,7 +112,7 @@ class Engine:
 
     @property
     def in_flight(self) -> str:
-        """What the device has not answered yet, in words."""
+        """Describe the steps whose results have not arrived."""
         steps = [
             f"step {plan.step} ({len(plan.decode_rows)} rows that decode, {plan.num_prompt_tokens} tokens of prompts)"
             for plan in [launch.plan for launch in self._in_flight]
@@ -119,7 +120,7 @@ class Engine:
         return ", ".join(steps) or "a step that was being launched or read"
 
     def step(self) -> list[TokenOutput]:
-        """Launch the next step if there is one, then collect the oldest if `depth` are in flight or nothing moved."""
+        """Launch the next step if there is one; collect the oldest if `depth` are in flight or none was launched."""
         started = time.perf_counter()
         if self.outputs or self.failed or self.offered:
             self.outputs, self.failed, self.offered = {}, [], []
@@ -133,21 +134,21 @@ class Engine:
         elif not self._in_flight and self.scheduler.waits_outside:
             self._blocked = True
         elif not self._in_flight and self.scheduler.has_live:
-            raise RuntimeError("the scheduler has live requests, nothing in flight, and no plan")
-        emissions: list[TokenOutput] = []
+            raise RuntimeError("the scheduler has live requests, but no step is in flight and it makes no plan")
+        token_outputs: list[TokenOutput] = []
         if self._in_flight and (plan is None or len(self._in_flight) >= self.depth):
-            emissions = self._collect(self._in_flight.popleft())
-            # More than one only where the depth has been lowered.
+            token_outputs = self._collect(self._in_flight.popleft())
+            # More than one step only after the depth was lowered.
             while len(self._in_flight) >= self.depth:
-                emissions += self._collect(self._in_flight.popleft())
+                token_outputs += self._collect(self._in_flight.popleft())
         if self._debug:
             self.scheduler.check_invariants()
-        return emissions
+        return token_outputs
 
     def _collect(self, launch: Launch) -> list[TokenOutput]:
         result = self.pipeline.collect(launch)
         arrived = time.perf_counter()
-        emissions = self.scheduler.complete(result)
+        token_outputs = self.scheduler.complete(result)
         if result.offered is not None:
             live = set(self.scheduler.offered)
             self.offered += [
@@ -159,7 +160,7 @@ class Engine:
             self.failed += [(failed, _undrawable(failed)) for failed in self.scheduler.undrawable]
             self.scheduler.undrawable.clear()
         if launch.plan.wanted:
-            self._keep_outputs(launch.plan, result, emissions)
+            self._keep_outputs(launch.plan, result, token_outputs)
         compute = self._span(launch, "compute_start", "compute_done")
         assert compute is not None
         self.plan_delay.collected(arrived, *compute)
@@ -170,9 +171,9 @@ class Engine:
                 decode_rows=len(plan.decode_rows),
                 prompt_tokens=plan.num_prompt_tokens,
                 # With drafts, only the accepted tokens count.
-                tokens=sum(new.token is not None for new in emissions) if plan.drafts else plan.num_sampled,
+                tokens=sum(new.token is not None for new in token_outputs) if plan.drafts else plan.num_sampled,
                 context_tokens=plan.context_tokens,
-                # Where work runs while it is being launched, that part is not the host's.
+                # If work runs during its launch, that part is not host time.
                 plan=(launch.planned_at, compute[0] if self.device.runs_inline else launch.launched_at),
                 settle=(arrived, time.perf_counter()),
                 compute=compute,
@@ -180,10 +181,10 @@ class Engine:
                 d2h=self._span(launch, "d2h_start", "d2h_done"),
             )
         )
-        return emissions
+        return token_outputs
 
-    def _keep_outputs(self, plan: Plan, result: Result, emissions: list[TokenOutput]) -> None:
-        made = {emission.request_id for emission in emissions if emission.token is not None}
+    def _keep_outputs(self, plan: Plan, result: Result, token_outputs: list[TokenOutput]) -> None:
+        made = {output.request_id for output in token_outputs if output.token is not None}
         wanted = [request_id for run in plan.wanted for request_id in run.request_ids]
         nothing = [None] * len(wanted)
         self.outputs = {
@@ -200,19 +201,19 @@ class Engine:
         return self.device.time_of(launch.events[start]), self.device.time_of(launch.events[end])
 
     def let_go(self) -> None:
-        """Hold nothing of requests that have ended, nor of what the last step brought; for an engine that waits."""
+        """Drop references to finished requests and to the last step's results, for an engine that waits."""
         self.started, self.outputs, self.failed, self.offered = (), {}, [], []
         self.scheduler.let_go()
 
     def close(self) -> None:
-        """Wait for all device work."""
+        """Wait until all device work has completed."""
         self.pipeline.close()
         self._in_flight.clear()
 
 
 def _undrawable(request_id: str) -> InvalidProbabilitiesError:
     return InvalidProbabilitiesError(
-        f"request {request_id}: probability tensor contains either `inf`, `nan` or element < 0: scores hold NaN or "
-        "inf, or all of them are -inf, so that no token can be drawn; look at the model's weights, `logits_processor` "
-        "and `suppress_tokens`"
+        f"request {request_id}: probability tensor contains either `inf`, `nan` or element < 0: the scores hold NaN "
+        "or inf, or all of them are -inf, so no token can be drawn; check the model's weights, `logits_processor` and "
+        "`suppress_tokens`"
     )

@@ -1,4 +1,4 @@
-"""The thread that owns an engine: its inbox, and the path of tokens and errors back to their callers."""
+"""The thread that owns an engine: its inbox, and the delivery of tokens and errors to callers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_async_batching.scheduler.outputs import TokenOutput
 
 logger = logging.getLogger(__name__)
 
-# A chooser that takes longer gives its row and pages to waiting requests, where nothing else runs.
+# If nothing else can run, a chooser that takes longer gives its row and pages to waiting requests.
 _CHOOSING_SECONDS = 1.0
 
 
@@ -32,14 +32,14 @@ class EngineThread:
     """Runs an engine in a thread of its own until it is stopped, idle for too long, or fails.
 
     Args:
-        parts: The engine; from now on only the thread touches it.
-        max_waiting: Requests that may wait for a row.
+        parts: The engine; from now on only the thread uses it.
+        max_waiting: Number of requests that may wait for a row.
         idle_timeout: Seconds without work after which the thread ends; None for never.
-        first_step: What the thread sets when the first request has a token, or has ended without one.
-        on_stop: Called, from the thread, when it has ended and its memory is free.
+        first_step: Event that the thread sets when the first request has a token, or has ended without one.
+        on_stop: Called in the thread when it has ended and its memory is free.
 
     Attributes:
-        memory_free: Set when the engine is gone and its memory was returned.
+        memory_free: Set when the engine is gone and its memory is free.
     """
 
     def __init__(
@@ -69,21 +69,21 @@ class EngineThread:
         self._reason = ""
         self.memory_free = threading.Event()
         self.first_step = first_step
-        # A daemon, so that a process can always end; `GenerationManager` stops it at exit.
+        # A daemon thread, so that the process can always end; `GenerationManager` stops it at exit.
         self._thread = threading.Thread(target=self._run, name="hf_async_batching", daemon=True)
         self._thread.start()
 
     # -- from any thread ------------------------------------------------------------------------------------------
 
     def put(self, requests: list[Request], handles: Sequence[GenerationHandle]) -> bool:
-        """Take requests, which arrive in the engine together.
+        """Add requests, which reach the engine together.
 
         Returns:
-            False when the engine takes no more: it has stopped or is about to.
+            False if the engine takes no more requests: it has stopped or is about to.
 
         Raises:
-            QueueFullError: There is no room for all of them; none is taken.
-            ValueError: A live request has the same id as one of them; none is taken.
+            QueueFullError: There is no room for all requests; none is added.
+            ValueError: Two requests have the same id, or a live request has the id of one of them; none is added.
         """
         with self._changed:
             parts = self._parts
@@ -93,12 +93,12 @@ class EngineThread:
             waiting = len(self._inbox) + parts.engine.scheduler.num_waiting
             if waiting + len(requests) > self._max_waiting:
                 raise QueueFullError(
-                    f"no room for {len(requests)} more: {waiting} requests wait already "
+                    f"no room for {len(requests)} more requests: {waiting} requests already wait "
                     f"(max_waiting={self._max_waiting}); try again later, or raise BatchingConfig(max_waiting=...)"
                 )
             ids = [request.request_id for request in requests]
             if len(set(ids)) != len(ids):
-                raise ValueError("`request_id`s of requests that arrive together must differ")
+                raise ValueError("`request_id`s of requests that are submitted together must differ")
             for request_id in ids:
                 if request_id in self._live:
                     raise ValueError(f"`request_id` {request_id!r} is in use by a live request; choose another")
@@ -108,17 +108,17 @@ class EngineThread:
             return True
 
     def cancel(self, handle: GenerationHandle) -> None:
-        """End a request. Without effect on one that has ended."""
+        """End a request; does nothing if it has ended."""
         with self._changed:
-            if self._parts is None:  # its requests have ended; this must not hold their handles
+            if self._parts is None:  # its requests have ended; keep no reference to their handles
                 return
             self._cancels.append(handle)
             self._changed.notify()
 
     def choose(self, choices: Iterable[tuple[GenerationHandle, int]]) -> None:
-        """Take the tokens that choosers have chosen; in one call, so that they are computed in one step.
+        """Pass on tokens that choosers have chosen; one call, so that one step computes them.
 
-        Without effect where the engine has stopped: the handles say why.
+        Does nothing if the engine has stopped; the handles then raise its error.
         """
         with self._changed:
             if self._parts is None:
@@ -127,9 +127,9 @@ class EngineThread:
             self._changed.notify()
 
     def warm(self, features: list[Features], tune: bool = False) -> None:
-        """Run and capture every decode bucket for each of `features`, between two steps; returns when that is done.
+        """Run and capture every decode bucket for each of `features` between two steps, and wait until this is done.
 
-        With `tune`, kernel settings are measured first, which live requests wait for.
+        With `tune`, kernel settings are measured first; live requests wait meanwhile.
         """
         warm_up = _WarmUp(features, tune)
         with waiting_for((self._thread,), "warmup()"):
@@ -144,16 +144,16 @@ class EngineThread:
             raise warm_up.error
 
     def weights_updated(self) -> None:
-        """Have later requests find no keys and values that were computed before."""
+        """Drop cached prefixes: later requests must not use keys and values that were computed before."""
         with self._changed:
             if self._parts is not None:
-                # Later requests, from any thread, are computed after the work that this thread has enqueued.
+                # Work of later requests is ordered after the work that this thread has enqueued.
                 self._parts.engine.pipeline.order_after_caller()
             self._weights_changed = True
             self._changed.notify()
 
     def drain(self) -> None:
-        """Take no more requests, and stop once the live ones have ended."""
+        """Take no more requests, and stop when the live ones have ended."""
         with self._changed:
             self._accepting = False
             self._changed.notify()
@@ -161,7 +161,7 @@ class EngineThread:
     def stop(self, timeout: float | None = None, reason: str = "the manager was closed") -> None:
         """Stop at the next step; live requests fail with `EngineClosedError`.
 
-        Returns when memory is free; in the engine's own thread, which must go on for that, at once.
+        Returns when memory is free. In the engine's own thread it returns at once, because that thread must free it.
         """
         with self._changed:
             self._accepting = False
@@ -173,12 +173,12 @@ class EngineThread:
 
     @property
     def thread(self) -> threading.Thread:
-        """The engine's own."""
+        """The Python thread."""
         return self._thread
 
     @property
     def is_here(self) -> bool:
-        """Whether this is called in the engine's own thread."""
+        """Whether the caller runs in the engine's own thread."""
         return threading.current_thread() is self._thread
 
     @property
@@ -188,12 +188,12 @@ class EngineThread:
 
     @property
     def accepting(self) -> bool:
-        """Whether requests are taken; once false, it stays so."""
+        """Whether the engine takes requests; once false, it stays false."""
         return self._accepting
 
     @property
     def num_inbox(self) -> int:
-        """Requests that the scheduler has not seen yet."""
+        """Number of requests that have not reached the scheduler."""
         return len(self._inbox)
 
     # -- the thread -----------------------------------------------------------------------------------------------
@@ -208,13 +208,13 @@ class EngineThread:
                     torch.cuda.set_device(self._device)
                 self._serve()
         except BaseException as caught:  # callers wait for an answer, whatever the error is
-            logger.exception("the engine failed; requests in it fail, the next call starts a fresh one")
+            logger.exception("the engine failed: its requests fail too, and the next call starts a new engine")
             _clear_frames(caught)
             error = caught
         with self._changed:
             self._accepting = False
             parts, self._parts = self._parts, None
-            # Managers refer to an engine thread that has stopped, and a handle's error to its caller's frames.
+            # Managers keep a reference to a stopped engine thread, and a handle's error one to its caller's frames.
             for orders in (self._cancels, self._choices, self._warm_ups):
                 orders.clear()
         self._fail_everyone(error, parts)
@@ -226,8 +226,8 @@ class EngineThread:
         del parts
         try:
             return_memory(self._device)
-        except BaseException:  # of a device that has failed
-            logger.exception("the engine's memory did not return")
+        except BaseException:  # the device has failed
+            logger.exception("the engine's memory was not freed")
         self.memory_free.set()
         self._on_stop(self)
 
@@ -237,10 +237,10 @@ class EngineThread:
             pass
 
     def _serve_turn(self, parts: EngineParts) -> bool:
-        """Wait for work and do a step of it; False where there is nothing more to do.
+        """Wait for work and run one step; returns False if there is nothing more to do.
 
-        A turn is a call of its own, so that a thread that waits holds nothing of the requests before: neither handles
-        nor errors, whose frames may hold the manager.
+        A turn is a call of its own, so that a waiting thread keeps no reference to earlier requests: neither to their
+        handles nor to errors, whose frames may refer to the manager.
         """
         engine = parts.engine
         with self._changed:
@@ -262,30 +262,30 @@ class EngineThread:
             self._choices.clear()
             weights_changed, self._weights_changed = self._weights_changed, False
         if weights_changed:
-            engine.weights_updated()  # before the requests that came after it are added
+            engine.weights_updated()  # before later requests are added
         while self._warm_ups:
             self._warm_ups.popleft().run(parts)
         self._handles.update((request.request_id, handle) for request, handle in arrived)
         for request, handle in arrived:
             try:
                 engine.add(request)
-            except BaseException as error:  # a request made by hand can hold anything
+            except BaseException as error:  # a hand-made request can hold any object
                 self._forget(request.request_id)
                 handle._fail(error)
         for handle, token in chosen:
             if self._handles.get(handle.request_id) is handle:
-                emission = engine.choose(handle.request_id, token)
-                if emission is not None:
-                    self._deliver([emission])
+                output = engine.choose(handle.request_id, token)
+                if output is not None:
+                    self._deliver([output])
         for handle in cancelled:
-            # By identity: the id may belong to another request by now.
+            # Compare the handle itself: by now another request may have the id.
             if self._handles.get(handle.request_id) is handle:
-                emission = engine.cancel(handle.request_id)
-                if emission is not None:
-                    self._deliver([emission])
+                output = engine.cancel(handle.request_id)
+                if output is not None:
+                    self._deliver([output])
         if not engine.has_work:
             return True
-        emissions = engine.step()
+        token_outputs = engine.step()
         for new_row in engine.started:
             if new_row.request.request_id in self._handles:
                 self._handles[new_row.request.request_id]._start(new_row.start)
@@ -295,8 +295,8 @@ class EngineThread:
             chooser_handle._offer(logits)
         for request_id, made in engine.outputs.items():
             self._handles[request_id]._keep(*made)
-        self._deliver(emissions)
-        if emissions or engine.offered:
+        self._deliver(token_outputs)
+        if token_outputs or engine.offered:
             self.first_step.set()
         for request_id, raised in engine.failed:
             handle = self._handles[request_id]
@@ -305,7 +305,7 @@ class EngineThread:
             handle._fail(raised)
         spare = engine.spare_seconds()
         if spare > 0 and self._accepting:
-            # To the end, although one has come: others may follow, and the plan is not needed before.
+            # Wait to the end, even after a request has come: others may follow, and the plan is not due yet.
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, spare)
             engine.plan_delay.waited()
@@ -314,10 +314,10 @@ class EngineThread:
     def _has_orders(self) -> bool:
         return bool(self._inbox or self._cancels or self._choices or self._warm_ups or self._weights_changed)
 
-    def _deliver(self, emissions: list[TokenOutput]) -> None:
+    def _deliver(self, token_outputs: list[TokenOutput]) -> None:
         handles, now = self._handles, time.perf_counter()
         watched: list[GenerationHandle] = []
-        for request_id, token, logprob, finish_reason in emissions:
+        for request_id, token, logprob, finish_reason in token_outputs:
             handle = handles[request_id]
             if token is not None and handle._push(token, logprob, now):
                 watched.append(handle)
@@ -346,14 +346,14 @@ class EngineThread:
 
 
 def _describe_failure(cause: BaseException, parts: EngineParts | None) -> str:
-    """What failed; where a device did, also which model, in which step, and whether it can be used again."""
+    """Describe a failure. If a device failed, also say which model and step, and whether the device is usable."""
     try:
         if parts is None or not is_device_failure(cause):
             return repr(cause)
         forward = parts.forward
         return str(device_failure(cause, forward.name, forward.route, parts.engine.in_flight, forward.device))
-    except Exception:  # callers wait for an answer, whatever can be said
-        logger.exception("what failed cannot be told")
+    except Exception:  # callers wait for an answer in any case
+        logger.exception("the failure cannot be described")
         return repr(cause)
 
 
@@ -377,9 +377,9 @@ class _WarmUp:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of the locals of an error's frames: they hold the engine's tensors, and callers may keep the error."""
+    """Clear the locals of an error's frames: they hold the engine's tensors, and callers may keep the error."""
     seen: list[BaseException] = []
-    # A caller's errors can be chained in a circle.
+    # A caller's errors can form a cycle.
     while error is not None and not any(error is one for one in seen):
         seen.append(error)
         traceback.clear_frames(error.__traceback__)

@@ -17,11 +17,11 @@ from hf_async_batching.errors import EngineFailedError
 
 
 class Follower:
-    """Runs one engine after the other, as rank 0 says.
+    """Runs one engine after another, as rank 0 requests.
 
     Args:
         group: The ranks.
-        build_engine: Builds an engine, at the same time as rank 0 does.
+        build_engine: Builds an engine at the same time as rank 0.
     """
 
     def __init__(self, group: RankGroup, build_engine: Callable[[], EngineParts]) -> None:
@@ -29,7 +29,7 @@ class Follower:
         self._build_engine = build_engine
 
     def follow(self) -> None:
-        """Return when rank 0 has closed its manager.
+        """Follow rank 0 until it closes its manager.
 
         Raises:
             EngineFailedError: This rank has sampled other tokens than rank 0.
@@ -79,11 +79,11 @@ class _FollowedEngine:
             if self._checksums.pop(step) != expected:
                 raise EngineFailedError(
                     f"rank {self._group.rank} has sampled other tokens than rank 0 in step {step}: the model's logits "
-                    "are not the same on all ranks"
+                    "differ between ranks"
                 )
         plan = message.plan
         if message.rows_unchanged:
-            # The same object: rows that did not change are not copied to the device again.
+            # Keep the same object, so that unchanged rows are not copied to the device again.
             plan = replace(plan, decode_rows=self._rows)
         self._rows = plan.decode_rows
         self._in_flight.append(self._pipeline.launch(plan, time.perf_counter()))

@@ -1,4 +1,4 @@
-"""What one engine can serve: tokens, lengths and numbers of a request, a group's rows and pages, embeddings."""
+"""Check what one engine can serve: a request's tokens, lengths and numbers, a group's rows and pages, embeddings."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def check_limits(request: Request, parts: EngineParts) -> None:
     """Refuse a request that an engine cannot serve.
 
     Raises:
-        TypeError: A token is no integer.
-        ValueError: It names a token that the model does not have, or holds a number that the tables do not.
+        TypeError: A token is not an integer.
+        ValueError: The request names a token that the model does not have, or holds a number out of the tables' range.
         UnsupportedArgumentError: The request is longer than the length up to which the model's rotary frequencies are
             the same for all rows.
-        RequestTooLongError: Prompt and new tokens exceed the limit of a request, or the cache.
-        UnsupportedArgumentError: It has more end-of-sequence tokens than its rules can hold.
+        RequestTooLongError: The prompt and the new tokens exceed the limit of a request, or the cache.
+        UnsupportedArgumentError: The request has more end-of-sequence tokens than its rules can hold.
     """
     vocab, limit = parts.forward.vocab_size, parts.config.max_sequence_length
     _check_tokens("input_ids", request.prompt, vocab)
     if request.padding:
-        # Not looked up: the tables that they are entered in hold as many.
+        # Padding is not looked up in the embedding, but entered in tables as wide as the logits.
         _check_tokens("padding", request.padding, max(vocab, parts.forward.logit_size))
     if request.min_new_tokens and len(request.eos_token_ids) > MAX_EOS:
         raise UnsupportedArgumentError(
@@ -75,7 +75,7 @@ def check_limits(request: Request, parts: EngineParts) -> None:
     check_encodable(request)
 
 
-# Processors of transformers that index the scores by tokens, and the fields that name these.
+# Processors of transformers that index the scores by token ids, and the fields that hold these ids.
 _INDEXING = {
     "ForcedBOSTokenLogitsProcessor": ("forced_bos_token_id", "bos_token_id"),
     "ForcedEOSTokenLogitsProcessor": ("forced_eos_token_id", "eos_token_id"),
@@ -84,7 +84,7 @@ _INDEXING = {
 
 
 def _check_indexed(chooser: Any, vocab: int) -> None:
-    """Refuse tokens beyond the scores where processors that are called look these up: a GPU may fail at that."""
+    """Refuse tokens outside the scores if called processors index the scores by them: a GPU may fail at that."""
     for processor in getattr(chooser, "processors", ()):
         field, attribute = _INDEXING.get(type(processor).__name__, ("", ""))
         if field:
@@ -98,7 +98,7 @@ def _check_tokens(name: str, tokens: tuple[int, ...], vocab: int) -> None:
     try:
         ids = np.array(array("q", tokens))
     except TypeError as error:
-        raise TypeError(f"`{name}` must hold integers alone: {error}") from error
+        raise TypeError(f"`{name}` must hold only integers: {error}") from error
     except OverflowError:
         ids = np.array([token if 0 <= token < vocab else -1 for token in tokens])
     wrong = (ids < 0) | (ids >= vocab)
@@ -108,47 +108,47 @@ def _check_tokens(name: str, tokens: tuple[int, ...], vocab: int) -> None:
 
 
 def check_group(requests: list[Request], parts: EngineParts) -> None:
-    """Refuse rows that advance together and do not fit together.
+    """Refuse rows that advance together but do not fit in the engine together.
 
     Raises:
-        ValueError: A processor of theirs names a token that the model does not have.
-        UnsupportedArgumentError: They need more rows or pages than the engine has.
+        ValueError: A processor of the rows names a token that the model does not have.
+        UnsupportedArgumentError: The rows need more rows or pages than the engine has.
     """
     _check_indexed(requests[0].chooser, parts.forward.logit_size)
     if not group_fits(requests, parts):
         most = parts.config.max_rows
         raise UnsupportedArgumentError(
             f"`logits_processor`: {len(requests)} rows are computed in lockstep, because a processor may look at the "
-            f"whole batch, and the engine does not hold them together (at most {most} rows, and their pages); pass "
+            f"whole batch, and the engine cannot hold them together (at most {most} rows, and their pages); pass "
             "fewer rows per call, raise BatchingConfig(max_rows=..., num_pages=...), or set `row_wise = True` on a "
-            "processor that looks at each row by itself"
+            "processor that looks at each row independently"
         )
 
 
 def group_fits(requests: list[Request], parts: EngineParts) -> bool:
-    """Whether an engine holds requests at the same time, up to their last tokens."""
+    """Whether an engine can hold the requests at the same time, up to their last tokens."""
     pages = parts.engine.scheduler.pages
     needed = sum([pages.pages_for(len(request.prompt) + request.max_new_tokens) for request in requests])
     return len(requests) <= parts.config.max_rows and needed <= pages.size
 
 
 class EmbeddingsIntake:
-    """Brings prompts of embeddings to an engine's device, once it is known that its model takes them."""
+    """Moves prompt embeddings to an engine's device, after a check that its model takes embeddings."""
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
         self._checked: Callable[[], EngineParts | None] = lambda: None
 
     def bring(self, requests: list[Request], parts: EngineParts, model: PreTrainedModel) -> list[Request]:
-        """The requests, with their embeddings on the engine's device.
+        """Return the requests with their embeddings on the engine's device.
 
         Args:
-            requests: Some with embeddings, or none.
-            parts: The engine. Its first request with embeddings has the model checked.
-            model: What the engine was made for.
+            requests: Requests, with or without embeddings.
+            parts: The engine. Its first request with embeddings triggers the model's check.
+            model: The model that the engine serves.
 
         Raises:
-            ValueError: Embeddings have another shape or dtype than the model's.
+            ValueError: The embeddings' shape or dtype does not fit the model.
             UnsupportedModelError: The model takes no embeddings.
         """
         if not any([request.prompt_embeddings is not None for request in requests]):

@@ -1,8 +1,8 @@
-"""Chooses how a model is served: looks at it, tries a small copy on the CPU, checks the model itself on its device.
+"""Choose how a model is served: inspect it, try a small copy on the CPU, check the model itself on its device.
 
-On CUDA a forward that fails can end in an assertion, after which the process cannot use the device any more. So a
-look at the model, or a small copy of it on the CPU, chooses the route. Where no small copy can be made, the packed
-route is tried all the same: it refuses by what the model calls, before it computes with it.
+On CUDA a failing forward can end in an assertion, after which the process cannot use the device. So the route is
+chosen by inspecting the model, or with a small copy of it on the CPU. If no small copy can be made, the packed route
+is still tried: it refuses a model by the functions that the model calls, before it computes with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "atten
 
 
 def looks_packed(model: PreTrainedModel) -> bool:
-    """Whether a model's class and config say that all of its layers go through transformers' attention interface."""
+    """Whether a model's class and config say that all of its layers use transformers' attention interface."""
     cls: type = type(model)
     kinds = getattr(text_config(model.config), "layer_types", None)
     return (
@@ -55,9 +55,9 @@ class Route(NamedTuple):
     """How a model is served.
 
     Attributes:
-        forward: The forward, whose logits agree with those of plain `generate`.
+        forward: The forward; its logits agree with those of plain `generate`.
         backend: Its attention kernels.
-        view: The view of the model with which the forward was compared; None if it was not compared.
+        view: The view of the model that was compared with the forward; None if the forward was not compared.
     """
 
     forward: PackedForward | CacheForward
@@ -67,10 +67,10 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RouteHint:
-    """What a first look at a model has found, for the engine to begin with: no second copy, no second probe.
+    """Result of a first look at a model; the engine starts from it and saves a second copy and a second probe.
 
     Attributes:
-        state: The model's state when it was looked at.
+        state: The model's state at that time.
         autocast: The autocast state of the thread that looked.
         small: The check of a small copy.
         packed: An unfused packed forward, which one engine may take over; the reason why there is none; or None if
@@ -83,20 +83,20 @@ class RouteHint:
     packed: PackedForward | str | None
 
     def still_holds(self, model: PreTrainedModel) -> bool:
-        """Whether a model has the state that it had then, and the calling thread the same autocast."""
+        """Whether the model still has that state, and the calling thread that autocast state."""
         autocast = Autocast.of_this_thread(next(model.parameters()).device.type)
         return autocast == self.autocast and ModelSnapshot.of(model) == self.state
 
 
 def check_servable(model: PreTrainedModel, longest: int | None = None) -> RouteHint:
-    """Refuse what no route can serve, by a forward over a few tokens; the parity check may still refuse the rest.
+    """Refuse a model that no route can serve, by a forward over a few tokens; the parity check may refuse others.
 
     Args:
-        model: The user's model. On CUDA a small copy runs in its place, unless it looks packed.
-        longest: Tokens that a request can reach; None for the model's context.
+        model: The user's model. On CUDA a small copy runs instead, unless the model looks packed.
+        longest: Longest sequence of a request, in tokens; None for the model's context.
 
     Returns:
-        What was found, for `choose_route`. It does not keep the model alive.
+        A hint for `choose_route`. It does not keep the model alive.
 
     Raises:
         UnsupportedModelError: No route can serve the model; the message says why.
@@ -106,7 +106,7 @@ def check_servable(model: PreTrainedModel, longest: int | None = None) -> RouteH
     found = partial(RouteHint, state, autocast, SmallCopyCheck(model, longest))
     if _is_on_cuda(model) and not looks_packed(model):
         hint = found(None)
-        embedding_shape(make_view(model, None))  # for what these refuse
+        embedding_shape(make_view(model, None))  # called for the models that they refuse
         _first_of_small_copy(hint.small)
         return hint
     try:
@@ -116,11 +116,11 @@ def check_servable(model: PreTrainedModel, longest: int | None = None) -> RouteH
             CacheForward(model)
         except UnsupportedModelError as error:
             raise error from packed
-        return found(str(packed))  # the error itself has a traceback, which holds the model
+        return found(str(packed))  # the error itself has a traceback, which keeps the model alive
 
 
 def _first_of_small_copy(small: SmallCopyCheck) -> None:
-    """Find the first route for which a small copy is right; *single* needs none, since it is `generate`'s own loop."""
+    """Find the first route on which a small copy is right; *single* needs no check: it is `generate`'s own loop."""
     try:
         return small.refuse("packed", PackedForward, always=True)
     except UnsupportedModelError:
@@ -134,7 +134,7 @@ def _first_of_small_copy(small: SmallCopyCheck) -> None:
 def _refuse_cached(small: SmallCopyCheck, make: partial[CacheForward], always: bool = True) -> None:
     batching, whole_prompts = make.keywords["batching"], make.keywords["whole_prompts"]
     if batching != "single":
-        # A failure there is one of the model's own code on the device, and only the small copy shows it.
+        # A failure here comes from the model's own code on the device, and only the small copy shows it in advance.
         small.refuse(f"{batching}, whole prompts" if whole_prompts else batching, make, always=always, known=always)
 
 
@@ -144,11 +144,11 @@ def choose_route(model: PreTrainedModel, config: BatchingConfig, hint: RouteHint
     Args:
         model: The user's model.
         config: Settings.
-        hint: What `check_servable` has found; used if the model is still the same, and used up then.
+        hint: Result of `check_servable`; used up if the model has not changed since.
 
     Raises:
-        UnsupportedModelError: There is no such route.
-        DeviceFailedError: The device failed meanwhile.
+        UnsupportedModelError: No route agrees with plain `generate`.
+        DeviceFailedError: The device failed during a check.
     """
     refuse_unservable(model)
     device = next(model.parameters()).device
@@ -192,7 +192,7 @@ def _cached_route(
     reasons: list[UnsupportedModelError] = []
     for batching, whole_prompts in MODES:
         if batching != "single" and reasons and isinstance(reasons[-1], LogitsDifferError) and reasons[-1].plain:
-            continue  # the same for all of them
+            continue  # the result would be the same for all of them
         make = partial(CacheForward, batching=batching, whole_prompts=whole_prompts)
         try:
             _refuse_cached(small, make, always=_is_on_cuda(model))
@@ -216,10 +216,10 @@ def _cached_route(
 def _packed_forward(
     model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend, made: PackedForward | None = None
 ) -> Route:
-    """A packed forward that passed the parity check; without fused weights if it passes only then.
+    """Return a packed forward that passed the parity check; without fused weights if it passes only then.
 
     Args:
-        made: An unfused one, to begin with.
+        made: An unfused forward to start from, if there is one.
     """
     device = next(model.parameters()).device
     if config.fuses_weights(device):
@@ -249,11 +249,11 @@ def _checked(
     backend: AttentionBackend,
     made: _Forward | None = None,
 ) -> Route:
-    """A forward that agrees with plain `generate`, in the model's dtype or in a wider one.
+    """Return a forward that agrees with plain `generate`, in the model's dtype or in a wider one.
 
     Args:
         make: Makes a forward for a model or a view.
-        made: What it has made for this model, if it has.
+        made: A forward that `make` has already made for this model, if there is one.
     """
     name = type(model).__name__
     stage("its forward is tried with a few tokens")
@@ -271,7 +271,7 @@ def _checked(
         return Route(forward, backend, check_parity(model, forward, backend, page_size))
     except LogitsDifferError as error:
         stage(f"its logits as {forward.route} are compared in a wider dtype, since {error.short}")
-        # A wide view fuses nothing: what is fused is compared by itself.
+        # A wide view fuses no weights; fused products are compared separately.
         fused = isinstance(forward, PackedForward) and forward.packed_groups is not None
         if fused and not products_agree(forward.view):
             raise

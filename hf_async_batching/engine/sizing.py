@@ -73,7 +73,7 @@ def resolve_config(
         device: The model's device.
         free_bytes: Free memory on that device.
         weight_bytes: Memory of the weights that a step reads.
-        state_bytes: Memory per row beside its pages.
+        state_bytes: Memory per row outside its pages.
         groups: The layers that share a page; None for all layers.
 
     Raises:
@@ -96,8 +96,8 @@ def resolve_config(
     if config.max_batch_tokens is not None:
         default_rows = min(default_rows, config.max_batch_tokens)
     max_rows = int(choose("max_rows", default_rows, f"default on {kind}"))
-    # Rows that decode wait while prompts are computed, for about as long with any model. On an H200, 2,048 tokens
-    # take an 8B model 50 ms, and four times as many gain 1 % of throughput.
+    # Decoding rows wait while prompts are computed. These defaults make them wait about equally long with any model.
+    # On an H200, 2,048 tokens take an 8B model 50 ms, and four times as many gain 1 % of throughput.
     tokens = (2048 if weight_bytes >= 8 * GIB else 4096 if weight_bytes >= 3 * GIB else 8192) if cuda else 256
     reason = f"default on {kind} for {weight_bytes / GIB:.1f} GiB of weights"
     budget = int(choose("max_batch_tokens", max(max_rows, tokens), reason))
@@ -105,7 +105,7 @@ def resolve_config(
         choose("max_sequence_length", context_length or 4096, "context length" if context_length else "unknown")
     )
     fraction = float(choose("memory_fraction", 0.92 if cuda else 0.25, f"default on {kind}"))
-    # Models with states alone have pages that hold nothing.
+    # Models with only states have pages that hold nothing.
     groups = groups or group_layers(layers, apart=False)
     page_bytes = max(1, groups.page_bytes(layers, page_size))
     pages_per_row = -(-longest // page_size)
@@ -126,7 +126,7 @@ def resolve_config(
     if num_pages < groups.count:
         raise ValueError(
             f"the KV cache needs at least one page of {groups.count * page_bytes / GIB:.3f} GiB, and "
-            f"{fraction:.0%} of {free_bytes / GIB:.2f} GiB free memory does not hold it; free memory or raise "
+            f"{fraction:.0%} of {free_bytes / GIB:.2f} GiB free memory is too little; free memory or raise "
             "`memory_fraction`"
         )
     for name, choice in why.items():
@@ -198,14 +198,14 @@ def size_engine(
         forward: The forward that the engine runs.
         context_length: The model's context length in tokens; None if it is unknown.
         free_bytes: Free memory on the forward's device.
-        padded: Whether mixed steps may be padded, for graphs. Several ranks must capture a step all or none, and each
-            would count the memory of its own graphs: so their mixed steps are not padded.
+        padded: Whether mixed steps may be padded, for graphs. All ranks must capture a step or none, but each rank
+            would count the memory of its own graphs. So mixed steps of several ranks are not padded.
 
     Raises:
         ValueError: The free memory does not hold a single KV page.
     """
     packed = isinstance(forward, PackedForward)
-    # Other routes hand a model one table for all of its layers.
+    # Other routes pass one table to the model for all of its layers.
     groups = group_layers(forward.layers, packed, config.max_sequence_length or context_length)
     resolved = resolve_config(
         config,
@@ -217,7 +217,7 @@ def size_engine(
         forward.state_bytes,
         groups,
     )
-    # A packed row can go on from any of its tokens. A row with a recurrent state cannot.
+    # A packed row can continue from any of its tokens. A row with a recurrent state cannot.
     drafted = MAX_DRAFTED if packed else 0
     padding = NO_PADDING
     if packed and padded:

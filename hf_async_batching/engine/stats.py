@@ -1,4 +1,4 @@
-"""A snapshot of what an engine is doing."""
+"""A snapshot of an engine's state."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ WINDOW_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Figures of this moment; rates are over the last two seconds.
+    """Current figures; rates cover the last two seconds.
 
     Attributes:
         running: Requests that hold a row.
-        waiting: Requests that wait for one.
+        waiting: Requests that wait for a row.
         tokens_per_second: New tokens of all requests.
         busy_fraction: Share of the time in which the device computed a step, 0 to 1.
         ms_per_step: Mean time per step while there was work, in milliseconds.
         host_ms_per_step: Mean host time per step, in milliseconds.
-        pages_in_use: KV pages held by requests, retired ones included. Where layers with a window and such without
-            have pages of their own, each of them counts.
+        pages_in_use: KV pages held by requests, including retired ones. If layers with and without a window have
+            separate pages, both kinds count.
         pages_total: KV pages that requests can own.
-        rows_in_use: Rows held by requests, retired ones included.
+        rows_in_use: Rows held by requests, including retired ones.
         steps: Steps since the engine started.
-        finished: Requests that have ended, for whatever reason, since the engine started.
-        preemptions: Requests that gave their pages up, since the engine started.
+        finished: Requests that have ended, for any reason, since the engine started.
+        preemptions: Times that a request gave up its pages, since the engine started.
         prefix_query_tokens: Prompt tokens that were looked up in the prefix cache, since the engine started.
-        prefix_hit_tokens: Those of them whose pages were found, and not computed again.
-        prefix_pages: KV pages that no request holds and the prefix cache still knows; they count as free.
-        drafted_tokens: Tokens that prompt lookup had computed ahead, since the engine started.
-        accepted_tokens: Those of them that were right.
+        prefix_hit_tokens: Prompt tokens whose pages were found and not computed again, since the engine started.
+        prefix_pages: KV pages that the prefix cache keeps and no request holds; they count as free.
+        drafted_tokens: Tokens that prompt lookup drafted, since the engine started.
+        accepted_tokens: Drafted tokens that were accepted, since the engine started.
         depth: Steps in flight at once.
         page_size: Tokens per page.
-        cache_bytes: Memory of the KV cache.
-        graphs: Captured CUDA graphs.
-        graph_bytes: Memory that they hold.
+        cache_bytes: Memory of the KV cache, in bytes.
+        graphs: Number of captured CUDA graphs.
+        graph_bytes: Memory of the captured graphs, in bytes.
     """
 
     running: int = 0
@@ -66,14 +66,14 @@ class Stats:
 
 
 def read_stats(parts: EngineParts | None, inbox: int) -> Stats:
-    """Figures of an engine; zeros for None. Reads without stopping it, so that figures may be one step apart."""
+    """Figures of an engine; zeros for None. The engine keeps running, so figures may be one step apart."""
     if parts is None:
         return Stats()
     engine, scheduler = parts.engine, parts.engine.scheduler
     records = tuple(engine.records.copy())
     now = time.perf_counter()
     recent = Timeline(tuple(record for record in records if record.compute[1] >= now - WINDOW_SECONDS))
-    # Rates are over the window, so that they fall to zero when work ends.
+    # Rates cover a time window, so they fall to zero when work ends.
     elapsed = now - max(now - WINDOW_SECONDS, recent.steps[0].compute[0]) if recent.steps else WINDOW_SECONDS
     busy = sum(record.compute[1] - max(record.compute[0], now - WINDOW_SECONDS) for record in recent.steps)
     return Stats(

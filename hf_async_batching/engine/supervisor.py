@@ -1,14 +1,14 @@
-"""An engine is made for a state of the model: `EngineSupervisor` starts it, ends it, and makes it anew.
+"""An engine is made for one state of the model: `EngineSupervisor` starts it, ends it, and replaces it.
 
 The state is the model's modules, tensors, adapters, hooks and settings (`ModelSnapshot`), and the calling thread's
-autocast. It is looked at whenever a request comes:
+autocast. It is compared whenever a request comes:
 
 | the engine | the model's state | what happens |
 | --- | --- | --- |
 | none | any | an engine starts for this state |
 | serving | the same | it takes the request |
-| serving | the same tensors with other values | it forgets its cached prefixes, and takes the request |
-| serving | another one | it takes no more requests, ends the live ones as they began, and a new one starts |
+| serving | the same tensors with other values | it drops its cached prefixes, and takes the request |
+| serving | another one | it takes no more requests and finishes the live ones on the old state; a new one starts |
 | serving | another one, and the old tensors' memory is gone | it fails the live requests, and a new one starts |
 | ending | any | the request waits for the end, and a new one starts |
 
@@ -52,22 +52,22 @@ _open: weakref.WeakSet[EngineSupervisor] = weakref.WeakSet()
 
 
 class ModelState(NamedTuple):
-    """What an engine is made for."""
+    """The state that an engine is made for."""
 
     snapshot: ModelSnapshot
     autocast: Autocast
 
 
 class EngineSupervisor:
-    """Holds the one engine of a model, from any thread.
+    """Holds the one engine of a model; any thread may use it.
 
-    When the last reference to a supervisor goes, its engine finishes the live requests and ends.
+    When the last reference to a supervisor is dropped, its engine finishes the live requests and ends.
 
     Args:
         get_model: Returns the model; None once it has been collected.
         config: Settings.
-        group: The ranks over which the model is spread; None for one process.
-        hint: What `check_servable` has found; the first engine begins with it.
+        group: The ranks over which the model is sharded; None for one process.
+        hint: Result of `check_servable`; the first engine starts from it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EngineSupervisor:
         self._get_model = get_model
         self._config = config if group is None else config.for_ranks()
         self._group = group
-        # While the layers of a spread model run, its state cannot be compared.
+        # The state of a sharded model cannot be compared while its layers run.
         self._hint = hint if group is None else None
         self._lock = ForkSafeLock()
         self._thread: EngineThread | None = None
@@ -93,7 +93,7 @@ class EngineSupervisor:
         renew_in_child(self)
 
     def renew(self) -> None:
-        """Begin without an engine in a forked process, which has no such thread; called there."""
+        """Start without an engine in a forked process, which does not have the engine's thread; called there."""
         leave_behind(self._thread, self._compile)
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -102,7 +102,7 @@ class EngineSupervisor:
     # -- the model and its engine ---------------------------------------------------------------------------------
 
     def model(self) -> PreTrainedModel:
-        """The model that is served.
+        """Return the model that is served.
 
         Raises:
             EngineClosedError: `close()` was called, or the model has been collected.
@@ -113,38 +113,38 @@ class EngineSupervisor:
         return model
 
     def current(self) -> EngineThread:
-        """The engine for the model as it is now; see the table above. It starts in the calling thread.
+        """Return the engine for the model as it is now; see the table above. It starts in the calling thread.
 
         Raises:
             EngineClosedError: See `model`.
             UnsupportedModelError: The model cannot be served as it is now.
-            UnsupportedArgumentError: This is a rank other than 0, or PEFT chose adapters for this call alone.
-            ReentrantCallError: The engine has to be made anew, and cannot end before the calling thread goes on.
-            ForkedProcessError: This process was forked from one that has used CUDA, and the model is there.
+            UnsupportedArgumentError: This is a rank other than 0, or PEFT chose adapters for this call only.
+            ReentrantCallError: The engine must be replaced, and cannot end before the calling thread continues.
+            ForkedProcessError: This process was forked from one that has used CUDA, and the model is on the GPU.
         """
         if self._group is not None and not self._group.leads:
             raise UnsupportedArgumentError(
-                "requests of a model that is spread over ranks go to rank 0's manager; on the others call follow()"
+                "requests of a model sharded over ranks go to rank 0's manager; call follow() on the other ranks"
             )
         while True:
             with self._lock:
                 thread = self._started_or_ending()
             if thread.accepting:
                 return thread
-            # Without the lock, which the engine's thread may want for a callback before it ends.
+            # Not under the lock: the engine's thread may need the lock for a callback before it ends.
             with waiting_for((thread.thread,), "a request that needs the engine to be made anew"):
                 thread.memory_free.wait()
-            # The new cache is sized by what is free once the old one is gone.
+            # Forget the old engine first: the new cache is sized by the memory that is free without it.
             self._forget(thread)
 
     @property
     def thread(self) -> EngineThread | None:
-        """The engine's thread, which may have ended; None before the first request."""
+        """The engine's thread, which may have ended; None before the first engine."""
         return self._thread
 
     @property
     def parts(self) -> EngineParts | None:
-        """The running engine and its parts; None where it is not running."""
+        """The running engine and its parts; None if no engine is running."""
         thread = self._thread
         return thread.parts if thread is not None else None
 
@@ -156,24 +156,24 @@ class EngineSupervisor:
     # -- changes --------------------------------------------------------------------------------------------------
 
     def weights_updated(self) -> None:
-        """Have the engine forget its cached prefixes, because the weights hold other values."""
+        """Let the engine drop its cached prefixes, because the weights hold other values."""
         with self._lock:
             thread = self._thread
         if thread is not None:
             thread.weights_updated()
 
     def model_changed(self) -> None:
-        """Have the next request start an engine for the model as it is then; the live ones end as they began."""
+        """Let the next request start an engine for the model as it is then; live requests finish on the old state."""
         with self._lock:
             thread, self._hint = self._thread, None
         if thread is not None:
             thread.drain()
 
     def set_depth(self, depth: int | None) -> None:
-        """Set how many steps may be in flight, now and for engines to come; see `GenerationManager.set_depth`.
+        """Set how many steps may be in flight, now and in later engines; see `GenerationManager.set_depth`.
 
         Raises:
-            ValueError: `depth` is out of its range.
+            ValueError: `depth` is out of range.
         """
         with self._lock:
             parts = self.parts
@@ -188,7 +188,7 @@ class EngineSupervisor:
                 parts.engine.depth = depth or parts.config.depth
 
     def wait_until_compiled(self) -> None:
-        """Have the engine compile at once, not behind its first token, and wait until that is done."""
+        """Let the engine compile now, not after its first token, and wait until it is done."""
         with self._lock:
             thread, compiling = self._thread, self._compile
         if thread is not None and compiling is not None:
@@ -207,15 +207,17 @@ class EngineSupervisor:
         _open.discard(self)
 
     def follow(self) -> None:
-        """On the ranks of a spread model other than 0: do what rank 0's manager says, until it is closed.
+        """On a rank other than 0 of a sharded model: follow rank 0's manager until it is closed.
 
         Raises:
-            UnsupportedArgumentError: This is not such a rank.
-            EngineFailedError: The ranks do not compute the same.
+            UnsupportedArgumentError: This process is not such a rank.
+            EngineFailedError: The ranks sample different tokens.
         """
         group = self._group
         if group is None or group.leads:
-            raise UnsupportedArgumentError("follow() is for the ranks of a spread model other than 0")
+            raise UnsupportedArgumentError(
+                "follow() is for ranks other than 0 of a sharded model; here, submit requests to the manager"
+            )
         model = self.model()
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)
@@ -224,7 +226,7 @@ class EngineSupervisor:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _started_or_ending(self) -> EngineThread:
-        """The engine for the model as it is now, made if there is none; or the one whose end must be waited for."""
+        """Return the engine for the model as it is now, started if needed; or the engine that must end first."""
         model = self.model()
         check_call(model)
         state = ModelState(self._snapshot_of(model), Autocast.of_this_thread(model.device.type))
@@ -239,14 +241,14 @@ class EngineSupervisor:
         return thread
 
     def _end_stale(self, thread: EngineThread, moved: bool) -> None:
-        """End an engine whose view is not the model any more, or computes in another precision."""
+        """End an engine whose view differs from the model, or that computes under another autocast state."""
         if thread.is_here or chooses_for(thread.thread):
             raise ReentrantCallError(
                 "a request from a done-callback or a logits processor needs another engine, because the model "
                 "or the autocast state differs from what the engine was made for, and that engine cannot end "
                 "before the callback or processor has returned: submit the request elsewhere"
             )
-        # Live requests finish on what they began with, unless its memory is gone.
+        # Live requests finish on the old state, unless its memory is gone.
         if moved:
             thread.stop(timeout=0, reason="the model's weights were moved")
         else:
@@ -265,8 +267,8 @@ class EngineSupervisor:
 
         with no_collections():
             parts = in_fresh_thread(make)
-            # Where tensors lie is taken again: they may have become views of packed weights. Modules and adapters are
-            # as they were before, so that a switch that comes in between is seen by the next request.
+            # Take the tensors' places again: the tensors may have become views of packed weights. Keep the modules and
+            # adapters from before, so that the next request sees a switch that came in between.
             self._made_for = state._replace(snapshot=state.snapshot.placed_as(self._snapshot_of(model)))
             if self._depth is not None:
                 parts.engine.depth = min(self._depth, parts.config.depth)
@@ -287,7 +289,7 @@ class EngineSupervisor:
         return thread
 
     def _snapshot_of(self, model: PreTrainedModel) -> ModelSnapshot:
-        # Layers of a spread model put their parts of weights in the weights' places while they run.
+        # While layers of a sharded model run, they replace their weights by this rank's shards.
         if self._group is not None and self._made_for is not None:
             refuse_unmarked_calls(model)
             return self._made_for.snapshot

@@ -233,10 +233,10 @@ class ToyEngine:
 
     def step(self) -> None:
         """One step; keeps what it emitted."""
-        emissions = self.engine.step()
+        token_outputs = self.engine.step()
         for request_id, made in self.engine.outputs.items():
             self.made.setdefault(request_id, []).append(made)
-        self._keep(emissions)
+        self._keep(token_outputs)
         for request_id, logits in self.engine.offered:
             assert request_id not in self.reasons, "logits of a request that has ended"
             assert request_id not in self.offered, "logits before the token that was chosen from the last ones"
@@ -265,15 +265,15 @@ class ToyEngine:
             self.cancel(request_id)
             self.reasons[request_id] = "eos"
             return
-        emission = self.engine.choose(request_id, token)
-        if emission is not None:
-            self._keep([emission])
+        output = self.engine.choose(request_id, token)
+        if output is not None:
+            self._keep([output])
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request that may have ended."""
-        emission = self.engine.cancel(request_id)
-        if emission is not None:
-            self._keep([emission])
+        output = self.engine.cancel(request_id)
+        if output is not None:
+            self._keep([output])
 
     def extras(self, request_id: str, prompt: tuple[int, ...], rng: random.Random) -> dict[str, Any]:
         """What a request wants beyond tokens."""
@@ -305,13 +305,13 @@ class ToyEngine:
         if history != whole[:length]:
             self.wrong_histories.append(f"{history} for {whole[:length]}")
 
-    def _keep(self, emissions: list[TokenOutput]) -> None:
-        for emission in emissions:
-            assert emission.request_id not in self.reasons, "a token or an end after the end"
-            if emission.token is not None:
-                self.emitted.setdefault(emission.request_id, []).append(emission.token)
-            if emission.finish_reason is not None:
-                self.reasons[emission.request_id] = emission.finish_reason
+    def _keep(self, token_outputs: list[TokenOutput]) -> None:
+        for output in token_outputs:
+            assert output.request_id not in self.reasons, "a token or an end after the end"
+            if output.token is not None:
+                self.emitted.setdefault(output.request_id, []).append(output.token)
+            if output.finish_reason is not None:
+                self.reasons[output.request_id] = output.finish_reason
 
 
 def run_random_schedule(
