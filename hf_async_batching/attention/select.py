@@ -12,11 +12,11 @@ def make_backend(name: BackendName, device: torch.device) -> AttentionBackend:
     """Return the kernels for a device.
 
     Args:
-    name: "torch" for PyTorch, "triton" for the Triton kernels, "auto" for Triton on CUDA and PyTorch elsewhere.
-    device: Device of the model.
+        name: "torch" for PyTorch, "triton" for the Triton kernels, "auto" for Triton on CUDA and PyTorch elsewhere.
+        device: Device of the model.
 
-Raises:
-    ImportError: Triton was requested but is not installed.
+    Raises:
+        ImportError: Triton was requested but is not installed.
     """
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         from hf_async_batching.attention.triton_backend import TritonBackend
