@@ -1,1 +1,1 @@
-"""Chooses what the next step computes. Integers only; no torch, no threads."""
+"""Choose what the next step computes. Integers only; no torch, no threads."""

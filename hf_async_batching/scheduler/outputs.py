@@ -1,4 +1,4 @@
-"""Settles the tokens of a step: output for the callers, and which sequences have ended. No torch, no threads."""
+"""Settle the tokens of a step: outputs for the callers, and which sequences have ended. No torch, no threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_async_batching.scheduler.sequence import Sequence, State
 
 
 class TokenOutput(NamedTuple):
-    """Output for one caller: a token (None where the request ends without one) and, if the request ended, why."""
+    """Output for one caller: a token (None if the request ends without one) and, if the request ended, the reason."""
 
     request_id: str
     token: int | None
@@ -19,17 +19,17 @@ class TokenOutput(NamedTuple):
     finish_reason: str | None = None
 
 
-# One per row and step: the named tuple's own constructor takes three times as long.
+# Called once per row and step; the named tuple's own constructor takes three times as long.
 _token_output = partial(tuple.__new__, TokenOutput)
 
 
 class Settled(NamedTuple):
-    """What a step brought.
+    """The outcome of a step.
 
     Attributes:
         outputs: Output for the callers, in the order of the sampled positions.
-        ended: Sequences that have ended with the step; their state is FINISHED.
-        offered: Requests whose logits the step brought for their choosers.
+        ended: Sequences that ended with the step; their state is FINISHED.
+        offered: Requests whose logits the step offers to their choosers.
     """
 
     outputs: list[TokenOutput]
@@ -43,8 +43,8 @@ _settled = partial(tuple.__new__, Settled)
 class Settler:
     """Appends sampled tokens to their sequences.
 
-    Most steps have the sequences of the step before, and none of these ends. For sequences that are settled together
-    a second time the settler therefore prepares a short way, and takes it as long as no sequence can end.
+    Most steps have the same sequences as the previous step, and none of them ends. If the settler gets the same
+    sequences a second time, it prepares a fast path, and takes it as long as no sequence can end.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,9 @@ class Settler:
         Args:
             sampled: The sequence of each sampled position. The same list object as in an earlier call means the same
                 sequences.
-            tokens: The token of each position. A sequence with a chooser gets none: it waits for the chooser's.
-            logprobs: Their log-probabilities, or None.
+            tokens: The token of each position. A sequence with a chooser gets no token: it waits for its chooser's
+                token.
+            logprobs: Log-probabilities of the tokens, or None.
         """
         steady = self._steady
         if steady is not None and steady.sequences is sampled:
@@ -94,16 +95,16 @@ class Settler:
         return Settled(outputs, ended, offered)
 
     def ended_otherwise(self) -> None:
-        """Note that a sequence has ended without a token."""
+        """Note that a sequence has ended outside `settle`."""
         self._steady = None
 
     def let_go(self) -> None:
-        """Hold no sequence of earlier steps."""
+        """Drop references to sequences of earlier steps."""
         self._last, self._steady = [], None
 
 
 class _Steady:
-    """Sequences that decode together step after step, and what settling their tokens takes where none of them ends."""
+    """Sequences that decode together step after step, and values for settling their tokens if no sequence ends."""
 
     __slots__ = ("_appends", "_eos", "_ids", "_left", "sequences")
 
@@ -115,7 +116,7 @@ class _Steady:
         self._left = min([sequence.max_length - len(sequence.tokens) for sequence in sequences])
 
     def settle(self, tokens: list[int], logprobs: list[float | None]) -> list[TokenOutput] | None:
-        """Append a token to each sequence; None, with nothing done, where one of them may end with its token."""
+        """Append a token to each sequence; None, without any change, if a sequence may end with its token."""
         if self._left == 1 or not self._eos.isdisjoint(tokens):
             return None
         self._left -= 1

@@ -1,4 +1,4 @@
-"""Collects what a step does, and makes the plan of it. No torch, no threads."""
+"""Collect the work of a step, and build its plan. No torch, no threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_async_batching.scheduler.step_features import features_of, rare_needs
 
 
 class PlannedStep(NamedTuple):
-    """A plan, and what is needed to settle its result.
+    """A plan, and the values that settling its result needs.
 
     Attributes:
         plan: The plan.
@@ -25,10 +25,10 @@ class PlannedStep(NamedTuple):
 
 
 class PlanBuilder:
-    """Builds one plan after the other. What stays the same from step to step is computed once.
+    """Builds one plan after another. Values that stay the same from step to step are computed once.
 
     Attributes:
-        given: Tokens that choosers outside of the engine have chosen for the next step.
+        given: Tokens for the next step that choosers outside the engine have chosen.
         new_rows: Rows that start with the step.
         new_pages: Page-table entries that start with the step.
         chunks: The step's prompt pieces.
@@ -38,7 +38,7 @@ class PlanBuilder:
     def __init__(self) -> None:
         self.given: list[Given] = []
         self._step = 0
-        # Those of the step before, and what followed from them.
+        # Inputs of the previous step, and values derived from them.
         self._decoding: list[Sequence] = []
         self._decode_rows: tuple[int, ...] = ()
         self._decode_context = 0
@@ -52,7 +52,7 @@ class PlanBuilder:
 
     def begin(self) -> None:
         """Begin an empty step. Given tokens stay until a step takes them."""
-        if self.new_pages or self.chunks:  # which comes with every new row
+        if self.new_pages or self.chunks:  # every new row has both
             self.new_rows, self.new_pages, self.chunks, self.prefilled = [], [], [], []
 
     def add_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
@@ -61,7 +61,7 @@ class PlanBuilder:
         self.prefilled.append(sequence)
 
     def build(self, decoding: list[Sequence]) -> PlannedStep:
-        """The plan of the step that was collected; moves its sequences on.
+        """Build the plan of the collected step, and advance its sequences.
 
         Args:
             decoding: Sequences that decode one token each. The same list object as in the previous step means the
@@ -91,7 +91,7 @@ class PlanBuilder:
                 context += sequence.num_computed
             if any([chunk.samples for chunk in chunks]):
                 sampled, drafts = self._with_chunks(decoding)
-        # A minimum length wears off as tokens are planned; all else changes with the sequences only.
+        # A minimum length expires as tokens are planned; other features change only with the sequences.
         if prefilled or self._had_prefills or sampled is not self._sampled or self._features.min_length:
             self._sampled, self._had_prefills = sampled, bool(prefilled)
             self._features = features_of(sampled, prefilled)
@@ -128,6 +128,6 @@ class PlanBuilder:
         return sampled, tuple(drafts)
 
     def let_go(self) -> None:
-        """Hold no sequence of earlier steps."""
+        """Drop references to sequences of earlier steps."""
         self.begin()
         self._decoding, self._sampled = [], []

@@ -1,4 +1,4 @@
-"""Plans the prompt pieces of a step: prompts under way, drafts, and sequences that start. No torch, no threads."""
+"""Plan a step's prompt pieces: of prompts under way, of drafts, and of new sequences. No torch, no threads."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hf_async_batching.scheduler.waiting_queue import MOST_PASSED, WaitingQueue,
 
 
 class PrefillPlanner:
-    """Divides the token budget that decoding leaves among the prompts.
+    """Divides the token budget that decoding leaves among prompts.
 
     Args:
         kv_cache: Gives rows and pages.
         waiting: Sequences that wait for a row.
         running: Sequences that have a row.
-        drafting: Settles how long a draft is.
+        drafting: Decides the length of a draft.
         builder: Gets the step's prompt pieces, rows and pages.
-        max_rows: Rows that there are.
-        max_writes: Words that a step can send to the memories of new rows; None is for no bound.
-        spread: Whether prompts are spread over steps where rows are free for all that wait.
+        max_rows: Total number of rows.
+        max_writes: Words that a step can send to the memories of new rows; None for no limit.
+        spread: Whether prompts are spread over steps if there is a free row for every waiting sequence.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PrefillPlanner:
 
         Args:
             budget: Tokens that the step has left.
-            num_decoding: Rows of the step that decode.
+            num_decoding: Number of the step's decoding rows.
             admit: Whether sequences may start.
         """
         if self._spread and len(self._waiting) <= self._rows.available and not self._has_drafts():
@@ -66,11 +66,11 @@ class PrefillPlanner:
             self._admit(budget)
 
     def _has_drafts(self) -> bool:
-        """Whether drafts are about to be computed. These are no prompts, and their rows would wait."""
+        """Whether drafts are about to be computed. Drafts are not spread, because their rows would wait."""
         return bool(self._running.drafters) and any(sequence.restarts for sequence in self._running.prefilling)
 
     def _go_on(self, budget: int) -> int:
-        """Add pieces of prompts that are under way, and drafts; the budget that is left."""
+        """Add pieces of prompts under way, and drafts; returns the remaining budget."""
         can_draft = MAX_DRAFTED
         for sequence in self._running.prefilling:
             if budget == 0:
@@ -93,9 +93,9 @@ class PrefillPlanner:
                 break
             if sequence.has_chooser and sequence.placeholders:
                 passed += 1
-                continue  # preempted while its chooser chooses; the others do not wait for the chooser
+                continue  # preempted while its chooser chooses; others need not wait for the chooser
             if sequence.placeholders:
-                break  # preempted with tokens in flight: it is computed again from tokens that are not known yet
+                break  # preempted with tokens in flight: it can be computed again only when these tokens are known
             self._kv_cache.match_prefix(sequence.pages, sequence.tokens)
             if self._pages.prefixes.enabled and found_a_step_later(
                 sequence, self._builder.prefilled, self._pages.page_size
@@ -106,7 +106,8 @@ class PrefillPlanner:
             shared = self._kv_cache.shared_pages(sequence.pages)
             if not self._kv_cache.can_allocate(num_tokens, shared):
                 break
-            # Rows that share pages have more entries in a step than there are pages, which a step's buffers hold.
+            # Rows that share pages can have more entries in a step than there are pages; a step's buffers hold one per
+            # page.
             if len(self._builder.new_pages) + self._pages.pages_for(num_tokens) > self._pages.size:
                 break
             words = sequence.writes(self._pages.room_in(len(shared)))
@@ -120,17 +121,17 @@ class PrefillPlanner:
             budget -= self._add_chunk(sequence, budget)
 
     def _start(self, sequence: Sequence, shared: list[int]) -> None:
-        """Give a sequence its row and pages, the pages that it shares among them."""
+        """Give a sequence its row and pages, including shared pages."""
         num_tokens = len(sequence.tokens)
         self._builder.new_pages += self._kv_cache.allocate(sequence.pages, num_tokens, shared)
         sequence.num_computed = self._pages.room_in(len(shared))
         sequence.state = State.PREFILLING
         self._running.add(sequence)
-        if sequence.last_step < 0:  # a sequence that was preempted has been counted
+        if sequence.last_step < 0:  # a preempted sequence is already counted
             self._pages.prefixes.count(num_tokens, sequence.num_computed)
 
     def _add_chunk(self, sequence: Sequence, budget: int) -> int:
-        """Add the next piece of a sequence's prompt, or its draft; the tokens of the piece."""
+        """Add the next piece of a sequence's prompt, or its draft; returns the number of its tokens."""
         chunk = self._next_chunk(sequence, budget)
         self._builder.add_chunk(sequence, chunk)
         return len(chunk.tokens)

@@ -1,9 +1,9 @@
-"""Prompt lookup: drafts that are copied from what a request holds already, and checked by the step that computes them.
+"""Prompt lookup: copy drafts from a request's earlier tokens; the step that computes a draft checks it.
 
-Where the last tokens of a sequence have stood before, what followed them there may follow again. A step then computes
-the last token and such a draft together, and samples at every position: what it samples up to the first place at which
-it differs from the draft is what steps of one token would have sampled. The idea and the size of the n-grams are those
-of https://github.com/apoorvumang/prompt-lookup-decoding, which `generate` serves as `prompt_lookup_num_tokens`.
+If the last tokens of a sequence occurred before, the tokens that followed them may follow again. A step then computes
+the last token and such a draft together, and samples at every position. Up to the first difference from the draft, the
+samples are those that steps of one token would have made. The idea and the n-gram size come from
+https://github.com/apoorvumang/prompt-lookup-decoding, which `generate` serves as `prompt_lookup_num_tokens`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_DRAFTED = 64
-"""Positions of a step that drafts may add to the one that each row samples."""
+"""Positions that drafts may add to a step, besides the one that each row samples."""
 
 _LONGEST_REST = 32
 
-_LONGEST_NGRAM = 32  # longer ones say little more, and each length is a pass over what was found
+_LONGEST_NGRAM = 32  # longer ones hardly help, and each length is another pass over the matches
 
 
 class PromptLookup:
     """Finds drafts for one sequence.
 
-    Wrong drafts cost time: after one of which nothing was right the next is half as long, and it rests for a token
-    before that, after another one for two, and so on up to 32; until something is right again.
+    Wrong drafts cost time. After a draft without any right token, the next draft is half as long, and the sequence
+    rests for one token first; after another such draft for two, and so on up to 32. A draft with a right token ends
+    this.
 
     Args:
-        num_tokens: Tokens of a draft, at most.
-        max_ngram: How many of the last tokens are looked up; fewer where these have not stood before.
-        ends: Tokens that no draft contains: nothing follows them.
+        num_tokens: Longest draft, in tokens.
+        max_ngram: Number of last tokens that are looked up; fewer if these have not occurred before.
+        ends: Tokens that no draft contains, because nothing follows them.
     """
 
     def __init__(self, num_tokens: int, max_ngram: int, ends: frozenset[int]) -> None:
@@ -43,17 +44,17 @@ class PromptLookup:
         self._resumes_at = 0
 
     def find(self, tokens: Sequence[int], limit: int) -> tuple[int, ...]:
-        """A draft of at most `limit` tokens behind `tokens`; empty where there is none.
+        """Find a draft of at most `limit` tokens that may follow `tokens`; empty if there is none.
 
         Args:
-            tokens: The sequence so far; from call to call it only grows.
-            limit: Further bound on the length of the draft.
+            tokens: The sequence so far; it only grows from call to call.
+            limit: Another upper bound of the draft's length.
         """
         count = len(tokens)
         if count < self._resumes_at or limit < 1:
             return ()
         history = self._extended(tokens)
-        # Where the last token has stood before: the index behind it.
+        # Indices after earlier occurrences of the last token.
         found = np.flatnonzero(history[:-1] == history[-1]) + 1
         for size in range(2, min(self._max_ngram, count - 1) + 1):
             longer = found[found >= size]
@@ -64,7 +65,7 @@ class PromptLookup:
         if not len(found):
             return ()
         length = min(self._length, limit)
-        # The latest place that has enough behind it; the first one has the most.
+        # Take the latest occurrence with enough tokens after it, else the first one, which has the most.
         enough = found[found <= count - length]
         start = int(enough[-1]) if len(enough) else int(found[0])
         draft: list[int] = history[start : start + length].tolist()
@@ -72,12 +73,12 @@ class PromptLookup:
         return tuple(draft[:end])
 
     def judged(self, drafted: int, accepted: int, length: int) -> None:
-        """Remember what became of a draft.
+        """Record the result of a draft.
 
         Args:
-            drafted: Its tokens; 0 where there was none after all.
-            accepted: How many of them were right.
-            length: Tokens of the sequence by now.
+            drafted: Tokens of the draft; 0 if it was dropped.
+            accepted: Number of right tokens.
+            length: Current length of the sequence, in tokens.
         """
         if accepted:
             self._length = self._num_tokens
@@ -98,10 +99,10 @@ class PromptLookup:
 
 
 def num_accepted(draft: tuple[int, ...], sampled: Sequence[int]) -> int:
-    """How many leading tokens of a draft were sampled, too.
+    """Number of leading draft tokens that were sampled.
 
     Args:
-        draft: Its tokens.
-        sampled: What was sampled in their places, and behind the last one.
+        draft: Tokens of the draft.
+        sampled: Tokens sampled at the draft's positions, and after its last one.
     """
     return next((i for i, (drafted, token) in enumerate(zip(draft, sampled)) if drafted != token), len(draft))

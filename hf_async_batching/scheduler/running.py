@@ -1,4 +1,4 @@
-"""The sequences that have a row, sorted by what the next step does with them. No torch, no threads."""
+"""The sequences that hold a row, sorted by what the next step does with them. No torch, no threads."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hf_async_batching.scheduler.sequence import Sequence, State
 
 
 class RunningSequences:
-    """Sequences that have a row, in order of admission.
+    """Sequences that hold a row, in order of admission.
 
-    The three sorted lists are made anew when they are read after a change. A list is replaced and never changed, so
-    that a step in flight can hold it, and so that the same list means the same sequences in the same states.
+    The three sorted lists are rebuilt when they are read after a change. A list is replaced and never changed. So a
+    step in flight can hold it, and the same list object means the same sequences in the same states.
 
     Args:
-        with_drafters: Whether sequences compute drafts at all.
+        with_drafters: Whether sequences can compute drafts.
     """
 
     def __init__(self, *, with_drafters: bool) -> None:
@@ -31,7 +31,7 @@ class RunningSequences:
         self._outdated = True
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that has ended, or that waits again."""
+        """Remove a sequence that has ended or waits again."""
         self._sequences.remove(sequence)
         self._outdated = True
 
@@ -52,14 +52,14 @@ class RunningSequences:
 
     @property
     def decoding(self) -> list[Sequence]:
-        """Sequences that decode a token in the next step, as far as they have a page for it."""
+        """Sequences that decode a token in the next step, if they get a page for it."""
         if self._outdated:
             self._sort()
         return self._decoding
 
     @property
     def prefilling(self) -> list[Sequence]:
-        """Sequences whose prompts, or drafts, are not computed in whole."""
+        """Sequences whose prompts or drafts are not fully computed."""
         if self._outdated:
             self._sort()
         return self._prefilling
@@ -80,7 +80,7 @@ class RunningSequences:
         self._outdated = False
 
     def let_go(self) -> None:
-        """Hold no sequence that has ended."""
+        """Drop references to sequences that have ended."""
         self._sort()
 
     def __len__(self) -> int:
@@ -100,8 +100,6 @@ class RunningSequences:
         """
         for sequence in self._sequences:
             if sequence.state is State.DECODING:
-                assert sequence.num_computed + 1 == sequence.num_planned, (
-                    "a token that no step computes, or that two do"
-                )
+                assert sequence.num_computed + 1 == sequence.num_planned, "a token is computed by no step, or by two"
             else:
-                assert not sequence.paused, "a sequence is paused that does not decode"
+                assert not sequence.paused, "a sequence that does not decode is paused"

@@ -1,17 +1,19 @@
-"""Turns sequences into the next plan: admission, chunked prefill, preemption. No torch, no threads.
+"""Turn sequences into the next plan: admission, chunked prefill, preemption. No torch, no threads.
 
-The policy is first come, first served (or `admission`'s other one), and every choice follows from it:
+The policy is first come, first served (or the other choice of `admission`):
 
-- Decoding rows go first, one token each; what is left of the token budget goes to prompts in order of admission.
-- A sequence is admitted when a row is free and pages for all its known tokens are. While these are short, no sequence
+- Decoding rows go first, with one token each. The rest of the token budget goes to prompts in order of admission.
+- A sequence is admitted when a row is free, and pages for all its known tokens are free. Until then no sequence
   overtakes the head of the queue, so none starves.
-- A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens. Where the step
-  itself computes much more of that chain, it starts with the next one; it keeps its place, and others start meanwhile.
+- A sequence starts after the longest chain of full pages that the prefix cache knows for its tokens. If this step
+  itself computes much more of that chain, the sequence starts in the next step: it keeps its place in the queue, and
+  others start meanwhile.
 - When pages run out, the sequence that was admitted last gives up its pages and is computed again later (preemption by
-  recomputation, as in vLLM). The oldest is never the victim and always fits, so there is always progress.
-- While few sequences run, those that asked for it compute drafts (see `speculation`).
+  recomputation, as in vLLM). The oldest sequence is never preempted and always fits, so there is always progress.
+- While few sequences run, sequences that asked for drafts compute them (see `speculation`).
 
-Ids are retired, not freed: pages and rows return to their pools when the last step that could touch them completed.
+Ids are retired before they are freed: pages and rows return to their pools when the last step that may use them has
+completed.
 """
 
 from __future__ import annotations
@@ -41,24 +43,24 @@ class Scheduler:
         max_rows: Sequences that can hold pages at the same time.
         max_batch_tokens: Query tokens per step; at least `max_rows`.
         prefix_cache: Whether sequences share full pages of equal tokens.
-        max_writes: Words that a step can send to the memories of new rows; no fewer than one row can need. None is
-            for no bound.
-        window: How many of the last tokens, its own included, a token sees in the layers of some groups; None for all.
-            Pages before the window are released while their sequence goes on.
-        groups: Groups of layers, each with pages of its own; see `PageAllocator`.
-        full_attention_groups: How many of the first groups see all tokens.
-        draft_rows: No sequence drafts while more than this run; 0 is never.
-        admission: In which order requests start.
+        max_writes: Words that a step can send to the memories of new rows; at least as many as one row can need. None
+            for no limit.
+        window: Number of last tokens, its own included, that a token sees in the layers of some groups; None for all.
+            Pages before the window are released while the sequence continues.
+        groups: Groups of layers with separate pages; see `PageAllocator`.
+        full_attention_groups: Number of leading groups whose layers see all tokens.
+        draft_rows: No sequence drafts while more sequences than this run; 0 for no drafts.
+        admission: Order in which requests start.
 
     Attributes:
         kv_cache: Gives rows and pages.
-        pages: Its pool of pages.
-        rows: Its pool of rows.
+        pages: The pool of pages.
+        rows: The pool of rows.
         drafting: Decides which sequences draft.
-        preemptions: How often a sequence gave up its pages for others.
-        finished: Requests that have ended.
-        offered: Requests whose logits the step that completed last has brought for their choosers.
-        undrawable: Requests that `complete` has ended because no token could be drawn for them.
+        preemptions: Number of times that a sequence gave up its pages for others.
+        finished: Number of requests that have ended.
+        offered: Requests whose logits the last completed step offers to their choosers.
+        undrawable: Requests that `complete` has ended because no token could be drawn.
 
     Raises:
         ValueError: `max_batch_tokens` is below `max_rows`.
@@ -135,7 +137,7 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def cancel(self, request_id: str) -> TokenOutput | None:
-        """End a request now. Its tokens in flight are dropped. Returns None where the request has ended already."""
+        """End a request now. Its tokens in flight are dropped. Returns None if the request has already ended."""
         sequence = self._live.get(request_id)
         if sequence is None:
             return None
@@ -148,14 +150,14 @@ class Scheduler:
         return TokenOutput(request_id, None, None, "cancelled")
 
     def choose(self, request_id: str, token: int) -> TokenOutput | None:
-        """Take the token that a chooser has chosen for a request whose logits it was offered.
+        """Take the token that a chooser has chosen from a request's logits.
 
         Returns:
-            The end of a request that has all its tokens now.
+            The end of the request, if it now has all its tokens.
         """
         sequence = self._live.get(request_id)
         if sequence is None or not sequence.awaits_choice:
-            return None  # it has ended meanwhile
+            return None  # it has ended in the meantime
         sequence.awaits_choice = False
         sequence.tokens.append(token)
         if not sequence.wants_more:
@@ -168,10 +170,10 @@ class Scheduler:
         return None
 
     def make_way(self) -> bool:
-        """Preempt the youngest sequence whose chooser has not chosen yet, where others wait for a row or pages.
+        """Preempt the youngest sequence that waits for its chooser, if others wait for a row or pages.
 
         Returns:
-            Whether one was preempted. It is computed again once its token has come.
+            Whether a sequence was preempted. It is computed again when its token has come.
         """
         if not any([not (sequence.has_chooser and sequence.placeholders) for sequence in self._waiting]):
             return False
@@ -182,7 +184,7 @@ class Scheduler:
         return True
 
     def weights_updated(self) -> None:
-        """Requests that start from now on find nothing that was computed before; live ones go on with their pages."""
+        """Drop cached prefixes for requests that start from now on; live requests continue with their pages."""
         self.pages.weights_updated()
 
     @property
@@ -197,23 +199,23 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """Whether a new request could start with the next step: a row is free, and no request waits for one."""
+        """Whether a new request could start in the next step: a row is free, and no request waits for one."""
         return self.rows.available > 0 and not self._waiting
 
     @property
     def has_live(self) -> bool:
-        """Whether any request has not ended."""
+        """Whether there is a request that has not ended."""
         return bool(self._live)
 
     @property
     def waits_outside(self) -> bool:
-        """Whether a chooser has logits and has not chosen yet."""
+        """Whether a chooser has logits but has not chosen yet."""
         return any([sequence.awaits_choice for sequence in self._live.values()])
 
     # -- one step -------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan | None:
-        """The next step, or None where no sequence can move before a step in flight completes."""
+        """Plan the next step; returns None if no sequence can advance before a step in flight completes."""
         builder, running = self._builder, self._running
         builder.begin()
         if running.drafters and self.drafting.choose(
@@ -227,8 +229,8 @@ class Scheduler:
         if not decoding and not builder.chunks:
             return self.plan() if self._unblock() else None
         planned = builder.build(decoding)
-        # Only now, when this step's look-ups are over: a page must be found by later steps than the one that writes
-        # it. That suffices, because steps run in the order of their plans on one stream.
+        # Only now, after this step's look-ups: a page may be found only by later steps than the step that writes it.
+        # That suffices, because steps run in the order of their plans on one stream.
         for sequence in builder.prefilled:
             self._cache_full_pages(sequence)
         plan = planned.plan
@@ -238,7 +240,7 @@ class Scheduler:
         return plan
 
     def complete(self, result: Result) -> list[TokenOutput]:
-        """Settle the tokens of a step, end the requests that stop with them, and free what no step can touch."""
+        """Settle the tokens of a step, end the requests that stop with them, and free ids that no step uses."""
         _, sampled, drafts = self._in_flight.pop(result.step)
         logprobs: list[float | None] = [None] * len(sampled)
         if result.logprobs is not None:
@@ -262,7 +264,7 @@ class Scheduler:
         return outputs
 
     def _tokens_of(self, sampled: list[Sequence], outcomes: list[int]) -> list[int]:
-        """The tokens of outcomes; ends sequences that have none, and forgets pages that are not sound."""
+        """The tokens of outcomes. Ends sequences without a token, and drops pages that hold invalid values."""
         for sequence, outcome in zip(sampled, outcomes, strict=True):
             if outcome >= 0 or sequence.state is State.FINISHED:
                 continue
@@ -276,7 +278,7 @@ class Scheduler:
     # -- decoding, and room for it --------------------------------------------------------------------------------
 
     def _plan_decodes(self) -> tuple[list[Sequence], bool]:
-        """The sequences that decode one token each, oldest first, and whether any lacks a page."""
+        """The sequences that decode one token each, oldest first, and whether any of them lacks a page."""
         due = [sequence for sequence in self._running.decoding if sequence.num_computed == sequence.next_page_at]
         short = self._give_pages(due) if due else 0
         decoding = self._running.decoding
@@ -285,10 +287,10 @@ class Scheduler:
         return decoding, short > 0
 
     def _give_pages(self, due: list[Sequence]) -> int:
-        """A page for each decoding sequence whose pages are full; those at their length decode no more.
+        """Give a page to each decoding sequence whose pages are full; sequences at their maximum length stop decoding.
 
         Returns:
-            How many go without a page in this step.
+            The number of sequences that lack a page in this step.
         """
         growing = [sequence for sequence in due if sequence.wants_more]
         if len(growing) < len(due):
@@ -298,7 +300,7 @@ class Scheduler:
             self._cache_full_pages(sequence)
             if windowed:
                 self.kv_cache.release_before_window(sequence.pages, sequence.num_computed, sequence.last_step)
-        # All at once: the rule, and cheap.
+        # All at once, which is the usual case and cheap.
         entries = self.kv_cache.extend_each([sequence.pages for sequence in growing])
         if entries is None:
             return self._give_scarce_pages(growing)
@@ -308,11 +310,11 @@ class Scheduler:
         return 0
 
     def _give_scarce_pages(self, growing: list[Sequence]) -> int:
-        """The same where pages are short: the oldest sequence gets its page first, and the youngest may have to go."""
+        """The same if pages are short: the oldest sequence gets its page first, and the youngest may be preempted."""
         short = 0
         for sequence in growing:
             if sequence.state is not State.DECODING:
-                continue  # it gave up its pages for an older one just now
+                continue  # it has just given up its pages for an older sequence
             if not self._make_room(sequence, short):
                 short += 1
                 continue
@@ -323,9 +325,9 @@ class Scheduler:
         return short
 
     def _make_room(self, sequence: Sequence, short: int) -> bool:
-        """Whether a page can be taken now. Preempts the youngest where the pages on their way back are not enough.
+        """Whether a page can be taken now. Preempts the youngest sequence if the pages about to return are not enough.
 
-        `short` pages are spoken for by older sequences that go without in this step.
+        `short` pages are reserved for older sequences that lack one in this step.
         """
         groups = self.pages.groups
         while self.pages.available < groups:
@@ -348,21 +350,21 @@ class Scheduler:
         self._waiting.put_back(sequence)
 
     def _cache_full_pages(self, sequence: Sequence) -> None:
-        """Let other sequences find the pages that are full of known tokens and written by steps planned before."""
+        """Let other sequences find pages that are full of known tokens and written by already planned steps."""
         self.kv_cache.cache_full_pages(sequence.pages, sequence.tokens, sequence.num_cacheable)
 
     # -- choosers outside of the engine ---------------------------------------------------------------------------
 
     def _unblock(self) -> bool:
-        """Preempt for the head of the queue where nothing can move: groups hold rows whose other members wait.
+        """Preempt for the head of the queue if nothing can advance: groups hold rows while other members wait.
 
-        Requests of one group need each other's logits, so that two groups that are running in part could wait for
-        each other's pages. One group always fits alone.
+        Requests of one group need each other's logits, so two partly running groups could wait for each other's pages.
+        One group always fits alone.
         """
         if self._in_flight or not self._waiting:
             return False
         if any([s.awaits_choice and self._is_complete(s) for s in self._live.values()]):
-            return False  # a chooser goes on
+            return False  # a chooser can continue
         group = next(iter(self._waiting)).request.group
         victim = next((s for s in reversed(self._running) if group is None or s.request.group != group), None)
         if victim is None:
@@ -376,7 +378,7 @@ class Scheduler:
         return group is None or all([s.awaits_choice for s in self._live.values() if s.request.group == group])
 
     def _pause(self, sequences: Iterable[Sequence]) -> None:
-        """Let sequences decode no further until their choosers have chosen."""
+        """Stop decoding sequences until their choosers have chosen."""
         for sequence in sequences:
             sequence.paused = True
         self._running.changed()
@@ -390,20 +392,20 @@ class Scheduler:
         del self._live[sequence.request_id]
 
     def _retire(self, sequence: Sequence) -> None:
-        """Take row and pages from the sequence; they return to their pools once its last step has completed."""
+        """Take row and pages from the sequence; they return to their pools when its last step has completed."""
         if sequence.row:
             self._cache_full_pages(sequence)
             self.kv_cache.retire(sequence.pages, sequence.last_step)
 
     def let_go(self) -> None:
-        """Hold no request that has ended; for an engine that waits. Without effect while a request is live."""
+        """Drop references to ended requests, for an engine that waits. Does nothing while a request is live."""
         if not self._live:
             self._running.let_go()
             self._builder.let_go()
             self._settler.let_go()
 
     def check_invariants(self) -> None:
-        """Check that pages and rows come back, and the order of the queues.
+        """Check that pages and rows are returned, and the order of the queues.
 
         Raises:
             AssertionError: The bookkeeping is broken.

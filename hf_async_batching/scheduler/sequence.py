@@ -1,4 +1,4 @@
-"""A request while it is being served: CPU bookkeeping, no tensors."""
+"""A request that is being served: CPU bookkeeping, no tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_async_batching.scheduler.prompt_lookup import PromptLookup
 
 
 class State(enum.Enum):
-    """Where a sequence stands."""
+    """The states of a sequence."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -24,18 +24,18 @@ class State(enum.Enum):
 
 
 class Needs(NamedTuple):
-    """What a request's steps need of the device beyond the arg-max, the usual filters and log-probabilities.
+    """What a request's steps need of the device beyond arg-max, the usual filters and log-probabilities.
 
     Attributes:
-        top_k: See `SamplingParams.top_k_class`; 0 where nothing is drawn.
+        top_k: See `SamplingParams.top_k_class`; 0 if no token is drawn.
         stages: Rare changes of the logits.
         penalty: Whether it has a repetition penalty.
-        seen: Whether it matters which tokens have occurred.
-        memory: Whether the row's memory is read.
-        offers: Whether its logits go to a chooser outside of the engine.
+        seen: Whether it depends on which tokens have occurred.
+        memory: Whether it reads the row's memory.
+        offers: Whether its logits go to a chooser outside the engine.
         scores: Whether scores are returned.
         logits: Whether logits are returned.
-        fixed_writes: Words that its row's memory gets when it starts.
+        fixed_writes: Words written to its row's memory when it starts.
     """
 
     top_k: int
@@ -50,12 +50,12 @@ class Needs(NamedTuple):
 
     @property
     def forbids_drafts(self) -> bool:
-        """Whether a token's choice depends on tokens before it beyond the logits, or brings more than the token."""
+        """Whether a choice depends on earlier tokens beyond the logits, or a token brings more than itself."""
         return bool(self.stages or self.seen or self.memory or self.offers or self.scores or self.logits)
 
     @classmethod
     def of(cls, request: Request) -> Needs | None:
-        """The needs of a request; None where there are none."""
+        """The needs of a request; None if it has none."""
         params, sampling = request.logits, request.sampling
         offers = request.chooser is not None
         stages = Stage(0) if offers else params.stages | sampling.stages
@@ -78,36 +78,36 @@ class Needs(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request, its row and pages, and how far it has come.
+    """A request, its row and pages, and its progress.
 
-    Beside its known tokens it has placeholders: tokens that a step in flight is about to sample, whose values only the
-    device knows.
+    Besides its known tokens it has placeholders: tokens that a step in flight is about to sample, whose values only
+    the device knows.
 
     Attributes:
-        request: What was asked.
+        request: The request.
         arrival: Order of arrival; smaller is older.
-        request_id: The request's.
+        request_id: Id of the request.
         tokens: Prompt and settled output tokens.
-        eos: The request's end-of-sequence tokens.
-        min_length: Tokens, prompt included, below which no end-of-sequence token may follow.
-        max_length: Tokens, prompt included, at which it ends.
-        candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None where nothing is drawn.
-        logprobs: Whether log-probabilities were asked for.
-        has_chooser: Whether a chooser outside of the engine chooses its tokens.
+        eos: End-of-sequence tokens of the request.
+        min_length: Length, prompt included, below which no end-of-sequence token may follow.
+        max_length: Length, prompt included, at which it ends.
+        candidates: What drawing its tokens needs (see `SamplingParams.candidates`); None if no token is drawn.
+        logprobs: Whether to return log-probabilities.
+        has_chooser: Whether a chooser outside the engine chooses its tokens.
         awaits_choice: Whether its chooser has its logits and has not chosen yet.
-        needs: What its steps need of the device beyond that; None for the many that need nothing.
-        state: Where it stands.
-        num_planned: Its tokens and placeholders together.
-        num_computed: Leading tokens whose keys and values some planned step writes. While it decodes: all that are
-            planned but the last.
+        needs: Further needs of its steps on the device; None for the many requests without any.
+        state: Its state.
+        num_planned: Number of its tokens and placeholders.
+        num_computed: Number of leading tokens whose keys and values a planned step writes. While it decodes: all
+            planned tokens except the last.
         next_page_at: For a decoding sequence, the value of `num_computed` at which it needs a page or has reached its
-            length; until then each step is like the one before.
+            length; until then each step is like the previous one.
         pages: Its row and its KV pages.
-        last_step: Number of the last planned step that touches the row or the pages; -1 for none.
-        lookup: Where its drafts come from; None where it makes none.
-        paused: Whether it decodes no further until its tokens in flight have arrived, or its chooser has chosen.
-        draft: Tokens that are computed, or about to be, behind its last one.
-        restarts: Whether it goes on from another place than the device's tables hold for its row.
+        last_step: Number of the last planned step that uses the row or the pages; -1 for none.
+        lookup: Source of its drafts; None if it makes none.
+        paused: Whether it stops decoding until its tokens in flight have arrived, or its chooser has chosen.
+        draft: Drafted tokens after its last token that are computed now or next.
+        restarts: Whether it continues from another position than the device's tables hold for its row.
     """
 
     request: Request
@@ -142,7 +142,7 @@ class Sequence:
         self.min_length = 0 if outside else len(self.request.prompt) + self.request.min_new_tokens
         self.max_length = len(self.request.prompt) + self.request.max_new_tokens
         sampling = self.request.sampling
-        # A chooser draws, filters and knows probabilities by itself.
+        # A chooser draws and filters tokens and computes probabilities itself.
         self.candidates = sampling.candidates if sampling.do_sample and not outside else None
         self.logprobs = sampling.logprobs and not outside
         self.pages = SequencePages(shareable=self.request.prompt_embeddings is None)
@@ -163,17 +163,17 @@ class Sequence:
 
     @property
     def wants_more(self) -> bool:
-        """Whether another step must be planned while it decodes: a stop by length is known before its last token."""
+        """Whether another step must be planned while it decodes: an end by length is known before its last token."""
         return self.num_planned < self.max_length
 
     @property
     def num_cacheable(self) -> int:
         """Leading tokens whose keys and values other sequences may use."""
-        # The last known output may be an end, whose own keys and values no step need ever write.
+        # The last known output may be an end, and no step need ever write its keys and values.
         return min(self.num_computed, max(len(self.request.prompt), len(self.tokens) - 1))
 
     def writes(self, start: int) -> int:
-        """Words that the row's memory gets in the step in which it starts behind `start` known tokens."""
+        """Words written to the row's memory in the step in which it starts after `start` known tokens."""
         needs = self.needs
         if needs is None or not (needs.seen or needs.memory):
             return 0

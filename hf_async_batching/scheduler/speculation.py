@@ -1,9 +1,8 @@
-"""When sequences compute drafts (see `prompt_lookup`), and what becomes of a draft: a part of the scheduler's policy.
+"""Decide when sequences compute drafts (see `prompt_lookup`), and check the drafts: a part of the scheduler's policy.
 
-A draft stands on tokens that the host knows. A sequence that could draft is therefore *paused*: no step is planned for
-it until its tokens in flight have arrived. Then the step sends its last token and the draft
-to its row anew, as a piece of a prompt, and samples every position. The sequence goes on from the tokens that were
-right. Other rows do not wait.
+A draft continues tokens that the host knows. A sequence that could draft is therefore *paused*: no step is planned for
+it until its tokens in flight have arrived. Then a step sends its last token and the draft to its row, as a piece of a
+prompt, and samples at every position. The sequence continues from the right tokens. Other rows do not wait.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from hf_async_batching.scheduler.sequence import Sequence, State
 
 
 class DraftInFlight(NamedTuple):
-    """A draft that a step computes: its sequence, and the first of its sampled positions in the step."""
+    """A draft that a step computes: its sequence, and its first sampled position in the step."""
 
     sequence: Sequence
     first: int
@@ -30,11 +29,11 @@ class Drafting:
 
     Args:
         kv_cache: Gives the pages for drafts.
-        max_rows: No sequence drafts while more than this run; 0 is never.
+        max_rows: No sequence drafts while more sequences than this run; 0 for no drafts.
 
     Attributes:
-        drafted: Tokens of all drafts that were checked.
-        accepted: Those that were right.
+        drafted: Number of tokens in all checked drafts.
+        accepted: Number of these tokens that were right.
     """
 
     def __init__(self, kv_cache: KVCacheManager, max_rows: int) -> None:
@@ -46,24 +45,24 @@ class Drafting:
         self._were_few = False
 
     def choose(self, drafters: list[Sequence], *, running: int, waiting: int) -> bool:
-        """Let each sequence that can draft do so, or go on as the others do.
+        """Let each sequence that can draft do so, or continue as the others do.
 
         Args:
             drafters: Running sequences that have a `lookup`.
-            running: How many sequences run.
-            waiting: How many wait for a row.
+            running: Number of running sequences.
+            waiting: Number of sequences that wait for a row.
 
         Returns:
-            Whether one of the drafters decodes no longer, or does so again.
+            Whether a drafter stopped or resumed decoding.
         """
         few = not waiting and running <= self.max_rows
-        # Among many, no sequence is paused or has a draft to give up, once that has been done.
+        # With many sequences none is paused and none has a draft to give up, after this was done once.
         changed = self._update(drafters, few) if few or self._were_few else False
         self._were_few = few
         return changed
 
     def _update(self, drafters: list[Sequence], few: bool) -> bool:
-        """The same, where drafts may begin (`few`) or must be given up."""
+        """The same, for sequences that may start drafts (`few`), or must give them up."""
         changed = False
         for sequence in drafters:
             if sequence.state is State.DECODING:
@@ -77,11 +76,11 @@ class Drafting:
         return changed
 
     def _consider(self, sequence: Sequence, was_paused: bool) -> None:
-        """Let a sequence that decodes draft, or pause it until it can."""
+        """Let a decoding sequence draft, or pause it until it can."""
         if sequence.placeholders:
             sequence.paused = was_paused or bool(_find(sequence))
         elif sequence.num_computed == sequence.next_page_at or not self._has_room(sequence):
-            pass  # other sequences may have to make room for the page of its next token, and never for a draft
+            pass  # a sequence's next token may preempt others for its page, but a draft never may
         elif draft := _find(sequence):
             sequence.draft = draft
             sequence.state = State.PREFILLING
@@ -91,16 +90,16 @@ class Drafting:
             sequence.lookup.judged(0, 0, len(sequence.tokens))
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Whether there is a page for the last token, a drafted one, and one behind it."""
+        """Whether there is a page for the last token, a drafted token, and one more."""
         room = self._pages.room_in(len(sequence.pages.ids))
         return self._pages.available >= self._pages.groups or len(sequence.tokens) + 2 <= room
 
     def begin(self, sequence: Sequence, limit: int) -> list[NewPage]:
-        """Fix the draft of a sequence that restarts in this step: as long as there are pages for it.
+        """Fix the draft of a sequence that restarts in this step; available pages limit its length.
 
         Args:
             sequence: It has the page of its last token.
-            limit: Tokens that it can draft.
+            limit: Largest number of tokens to draft.
 
         Returns:
             The page-table entries that the step must set.
@@ -110,7 +109,7 @@ class Drafting:
         if not sequence.draft:
             return []
         length = len(sequence.tokens)
-        # One more token than is drafted, so that there is always a page to go on in.
+        # Room for one more token than the draft, so that there is always a page to continue in.
         entries = self._kv_cache.extend_to(sequence.pages, length + len(sequence.draft) + 1)
         if entries is None:
             room = self._pages.room_in(len(sequence.pages.ids))
@@ -121,13 +120,13 @@ class Drafting:
     def check(
         self, drafts: Iterable[DraftInFlight], sampled: list[Sequence], tokens: list[int], logprobs: list[float | None]
     ) -> tuple[list[Sequence], list[int], list[float | None]]:
-        """What a step with drafts yields: the positions of each draft up to its first wrong token.
+        """The result of a step with drafts: the positions of each draft up to its first wrong token.
 
         Args:
             drafts: The drafts of the step.
             sampled: The sequence of each sampled position.
-            tokens: The tokens sampled there.
-            logprobs: Their log-probabilities, or None.
+            tokens: The tokens sampled at these positions.
+            logprobs: Log-probabilities of these tokens, or None.
 
         Returns:
             The sequences, tokens and log-probabilities of the positions that count.
@@ -145,13 +144,13 @@ class Drafting:
 
 
 def _find(sequence: Sequence) -> tuple[int, ...]:
-    """A draft behind which one more token fits."""
+    """A draft that leaves room for one more token."""
     assert sequence.lookup is not None
     return sequence.lookup.find(sequence.tokens, sequence.max_length - len(sequence.tokens) - 1)
 
 
 def settle_drafts(drafts: Iterable[DraftInFlight]) -> None:
-    """Let sequences whose drafts were checked, and which have not ended with them, go on from what they hold."""
+    """Let sequences whose drafts were checked, and that have not ended, continue from their accepted tokens."""
     for sequence, _, _ in drafts:
         if sequence.state is State.FINISHED:
             continue

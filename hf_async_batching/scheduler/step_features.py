@@ -1,4 +1,4 @@
-"""What the device has to do for the sequences of a step, beyond the arg-max."""
+"""What the device must do for the sequences of a step, beyond arg-max."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_async_batching.scheduler.sequence import Sequence
 
 
 def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
-    """What a step needs that samples for some sequences, and computes prompts of some."""
+    """Features of a step that samples for some sequences and computes prompts of others."""
     candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
     features = Features(
         sampling=bool(candidates),
@@ -21,7 +21,7 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
         logprobs=any([sequence.logprobs for sequence in sampled]),
     )
     needs = [sequence.needs for sequence in sampled if sequence.needs is not None]
-    # What a row has seen is kept from its first token on, also by steps that sample nothing for it.
+    # Tokens that a row has seen are recorded from its first token on, also by steps that sample nothing for it.
     kept = needs + [sequence.needs for sequence in prefilled if sequence.needs is not None]
     if not kept:
         return features
@@ -40,14 +40,14 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
 
 
 def features_of_request(request: Request) -> Features:
-    """What a decode step of one request needs."""
+    """Features of a decode step of one request."""
     sequence = Sequence(request, 0)
     sequence.num_computed = 1
     return features_of([sequence], [])
 
 
 def rare_needs(sampled: list[Sequence]) -> tuple[tuple[Offer, ...], tuple[Run, ...], Bounds]:
-    """What a step needs beside its features, where these are rare. Its sequences are planned already."""
+    """Rare needs of a step besides its features. The sequences of the step are already planned."""
     offers: list[Offer] = []
     wanted: list[Run] = []
     history = rules = ngram = 0

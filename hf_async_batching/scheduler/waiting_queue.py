@@ -1,13 +1,13 @@
-"""Who starts next, and how much of the prompts a step computes. No torch, no threads.
+"""Decide which sequence starts next, and how many prompt tokens a step computes. No torch, no threads.
 
-With "fcfs" requests start in the order in which they came. "longest_first" is for work of which only the end counts:
+With "fcfs" requests start in order of arrival. "longest_first" is for work of which only the end counts:
 
-- Of the requests that wait the one that may become longest starts first (the rule of longest processing time, Graham
-  1969), so that no long one runs on alone at the end.
-- Once rows are free for all that wait, prompts are spread over the steps. A step reads all weights anyway: pieces of
-  prompts cost about half in decode steps of what they cost in steps of their own (`step_sizes.SPREAD_TOKENS`;
-  piggybacking, as in Sarathi-Serve, arXiv 2403.02310). No request is put off so long that it would end after the one
-  that ends last anyway, as far as `max_new_tokens` tells.
+- Among the waiting requests, the one that may become longest starts first (longest processing time first, Graham
+  1969), so that no long request runs alone at the end.
+- Once there is a free row for every waiting request, prompts are spread over the steps. A step reads all weights
+  anyway, so prompt pieces in decode steps cost about half of what they cost in separate steps
+  (`step_sizes.SPREAD_TOKENS`; piggybacking, as in Sarathi-Serve, arXiv 2403.02310). No request is delayed so long that
+  it would end after the request that ends last in any case, as far as `max_new_tokens` tells.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from hf_async_batching.config import Admission
 from hf_async_batching.kv_cache.prefix_cache import Node
 from hf_async_batching.scheduler.sequence import Sequence, State
 
-# Requests in a block, by the rows that there are; no request waits for those of a later one.
+# Requests per block and row: no request waits for a request of a later block.
 _BLOCK = 4
 
 WORTH_WAITING = 256
-"""Tokens found in the prefix cache for which a request waits a step; fewer are not worth it."""
+"""A request waits a step if it then finds at least this many more tokens in the prefix cache."""
 
 MOST_PASSED = 64
-"""Requests that may wait so at a time: those behind them wait, too, which bounds the work of looking them all up."""
+"""Number of requests that may wait for this reason at a time. Later requests wait too, which bounds the look-ups."""
 
 
 class WaitingQueue:
-    """Sequences that wait for a row. The preempted ones are first, the youngest of them last.
+    """Sequences that wait for a row. Preempted sequences come first, the youngest of them last.
 
     Args:
-        admission: The order of the others.
-        max_rows: Rows that there are.
+        admission: Order of the other sequences.
+        max_rows: Total number of rows.
     """
 
     def __init__(self, admission: Admission, max_rows: int) -> None:
@@ -46,18 +46,18 @@ class WaitingQueue:
         self._new: deque[Sequence] = deque()
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new one in its place."""
+        """Add a new sequence in its place."""
         if self._longest_first:
             bisect.insort(self._new, sequence, key=self._key)
         else:
             self._new.append(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """One that was preempted: all of those that wait are younger, or started later."""
+        """Add a preempted sequence at the front: all waiting sequences are younger, or started later."""
         self._preempted.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take one from wherever it stands."""
+        """Remove a sequence from any place."""
         (self._preempted if sequence in self._preempted else self._new).remove(sequence)
 
     def __len__(self) -> int:
@@ -70,26 +70,26 @@ class WaitingQueue:
         return sequence.arrival // self._block, -sequence.request.max_new_tokens, sequence.arrival
 
     def check_invariants(self) -> None:
-        """The order of the queue.
+        """Check the order of the queue.
 
         Raises:
-            AssertionError: It is broken.
+            AssertionError: The order is wrong.
         """
         keys = [self._key(s) if self._longest_first else (s.arrival,) for s in self._new]
         assert keys == sorted(keys), "a sequence overtook the queue"
 
 
 def spread_budget(budget: int, running: Iterable[Sequence], waiting: Iterable[Sequence], *, room: int) -> int:
-    """Prompt tokens of a step where prompts are spread.
+    """Number of prompt tokens in a step if prompts are spread.
 
     Args:
-        budget: How many there can be.
+        budget: Upper bound.
         running: Sequences with a row.
-        waiting: All others, which can have one; in the order in which they will start.
-        room: How many there should be, next to what decodes.
+        waiting: All other sequences, in the order in which they will start; there is a row for each.
+        room: Preferred number, next to the decoding rows.
 
     Returns:
-        `room`, or more where a request would else end behind the one that ends last; never above `budget`.
+        `room`, or more if a request would otherwise end after the one that ends last; at most `budget`.
     """
     prompts = [sequence for sequence in running if sequence.state is State.PREFILLING]
     prompts += waiting
@@ -111,15 +111,15 @@ def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_si
     """Whether a sequence would find much more of its prompt in the prefix cache if it started one step later.
 
     Args:
-        sequence: About to start, looked up already.
-        computed: Sequences of which the step that is being planned computes a piece, which counts as computed.
+        sequence: A sequence that is about to start; its prefix has been looked up.
+        computed: Sequences of which the planned step computes a piece; that piece counts as computed.
         page_size: Tokens per page of one group of layers; `WORTH_WAITING` is a multiple of it.
     """
     start = sequence.pages.last_node
     assert start is not None
     begun = start.depth * page_size
     reached = begun + WORTH_WAITING
-    # The last token must be computed whatever is known.
+    # The last token must be computed in any case.
     if not sequence.pages.shareable or len(sequence.tokens) <= reached:
         return False
     for other in computed:
@@ -134,7 +134,7 @@ def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_si
 
 
 def _goes_on_behind(sequence: Sequence, node: Node) -> bool:
-    """Whether a node is among the pages that a sequence began with or entered."""
+    """Whether a sequence began with a node's page or entered it."""
     own = sequence.pages.last_node
     while own is not None and own.depth > node.depth:
         own = own.parent
