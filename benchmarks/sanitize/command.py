@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side-by-side", type=int, metavar="N", help="6, and on a CPU 1")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for one process")
     parser.add_argument("--all-kernels", action="store_true", help="racecheck looks at libraries' kernels, too")
+    parser.add_argument("--without-pdl", action="store_true", help="launch no kernel before the one ahead has ended")
     parser.add_argument("--out", type=Path, help="folder for sanitize.json and the logs; else logs are deleted")
     parser.add_argument("--scenario", choices=SCENARIOS, help="run this one in this process, without a tool")
     given = parser.parse_args(arguments)
@@ -127,7 +128,9 @@ def _run_all(
             command = command_of(
                 run, sanitizer=sanitizer, log=log, device=given.device, slot=slot, names=kernels, limit=given.limit
             )
-            environment = environment_of(run, os.environ, device=given.device, settings=settings)
+            environment = environment_of(
+                run, os.environ, device=given.device, settings=settings, pdl=not given.without_pdl
+            )
             outcome = execute(run, command, environment, folder, given.limit, names)
         finally:
             slots.put(slot)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.sanitize.kernel_names import GENERATED, is_ours
 from benchmarks.sanitize.sanitizer_log import Report, SanitizerLog, read_log
-from benchmarks.sanitize.scenarios import ONE_BY_ONE, SCENARIOS
+from benchmarks.sanitize.scenarios import ONE_BY_ONE, SCENARIOS, WITHOUT_PDL
 
 ALONE = "alone"
 """In place of a tool: the scenario as it is, which also fills the caches of the compilers."""
@@ -25,7 +25,7 @@ ERRORS_FOUND = 86
 """Exit status of a process in which a tool found something."""
 
 # This setting of the allocator alone makes memcheck report writes that are in bounds.
-_UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", ONE_BY_ONE)
+_UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", ONE_BY_ONE, WITHOUT_PDL)
 _FIRST_PORT, _PORTS = 49152, 16
 _TOOL_OPTIONS = {
     # A kernel that was ended leaves the context as it is, so that the next error is found, too.
@@ -163,7 +163,9 @@ def command_of(
     ]  # fmt: skip
 
 
-def environment_of(run: SanitizerRun, base: Mapping[str, str], *, device: str, settings: Path) -> dict[str, str]:
+def environment_of(
+    run: SanitizerRun, base: Mapping[str, str], *, device: str, settings: Path, pdl: bool = True
+) -> dict[str, str]:
     """The variables of a process.
 
     Args:
@@ -171,6 +173,7 @@ def environment_of(run: SanitizerRun, base: Mapping[str, str], *, device: str, s
         base: The variables of this one.
         device: Where the scenario runs.
         settings: An empty folder, in place of the one with measured settings of kernels.
+        pdl: Whether kernels may be launched before the one ahead of them has ended.
     """
     environment = {name: value for name, value in base.items() if name not in _UNSET}
     environment |= {
@@ -182,6 +185,8 @@ def environment_of(run: SanitizerRun, base: Mapping[str, str], *, device: str, s
     }
     if run.one_by_one:
         environment[ONE_BY_ONE] = "1"
+    if not pdl:
+        environment[WITHOUT_PDL] = "1"
     if device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1")}
     return environment

@@ -14,6 +14,9 @@ ONE_BY_ONE = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 """With 1, each tensor is an allocation of its own, whose bounds and bytes the sanitizer knows; and torch cannot
 capture graphs."""
 
+WITHOUT_PDL = "SANITIZE_WITHOUT_PDL"
+"""With 1, no kernel is launched before the one ahead of it has ended."""
+
 
 class Scenario(NamedTuple):
     """What one process runs.
@@ -55,6 +58,8 @@ def run_scenario(name: str, device: torch.device) -> None:
     """
     if os.environ.get(ONE_BY_ONE) == "1":
         _replay_by_running()
+    if os.environ.get(WITHOUT_PDL) == "1":
+        _launch_in_turn()
     module = import_module(f"benchmarks.sanitize.{SCENARIOS[name].module}_scenarios")
     run: Callable[[torch.device], None] = getattr(module, name)
     run(device)
@@ -76,3 +81,11 @@ def _replay_by_running() -> None:
             self._work()
 
     CudaDevice.capture = lambda self, work: Repeated(work)  # type: ignore[method-assign]  # noqa: ARG005
+
+
+def _launch_in_turn() -> None:
+    """Launch no kernel early: what a tool reports then is not of early launches."""
+    for name in ("attention.triton_kernels", "engine.background_compile", "linear.skinny"):
+        module = import_module(f"hf_async_batching.{name}")
+        assert hasattr(module, "supports_pdl")
+        module.supports_pdl = lambda device: False  # noqa: ARG005

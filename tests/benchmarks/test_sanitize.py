@@ -31,7 +31,7 @@ from benchmarks.sanitize.runs import (
     plan_runs,
 )
 from benchmarks.sanitize.sanitizer_log import Frame, Report, read_log
-from benchmarks.sanitize.scenarios import ONE_BY_ONE, SCENARIOS
+from benchmarks.sanitize.scenarios import ONE_BY_ONE, SCENARIOS, WITHOUT_PDL
 
 HEAD = "========= COMPUTE-SANITIZER\n"
 
@@ -254,6 +254,8 @@ def test_command_and_environment(tool: str, tmp_path: Path) -> None:
     assert environment["HOME"] == "/h"
     assert "TRITON_INTERPRET" not in environment
     assert environment_of(run, base, device="cpu", settings=tmp_path)["TRITON_INTERPRET"] == "1"
+    assert WITHOUT_PDL not in environment
+    assert environment_of(run, base, device="cuda", settings=tmp_path, pdl=False)[WITHOUT_PDL] == "1"
 
 
 def program(path: Path, script: str = "exit 0") -> Path:
@@ -374,6 +376,14 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_kernels_can_be_launched_in_turn() -> None:
+    code = (
+        "import torch; from benchmarks.sanitize import scenarios; from hf_async_batching.linear import skinny\n"
+        "scenarios._launch_in_turn(); assert not skinny.supports_pdl(torch.device('cuda', 0))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def alive(process: int) -> bool:
