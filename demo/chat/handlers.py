@@ -16,7 +16,7 @@ from .service import ChatService
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
 Page = tuple[Any, Any, Any, Any, Any, Any]
 # What the controls say, in the order in which they are laid out.
-Knobs = tuple[str, float, float, float, float, bool, float | None]
+Knobs = tuple[str, float, float, float, float, bool, str | None]
 
 
 class ChatHandlers:

@@ -110,7 +110,8 @@ def chat_parts() -> ChatParts:
         temperature = gr.Slider(0.1, 2.0, value=default.temperature, step=0.05, label="Temperature", buttons=[])
         top_p = gr.Slider(0.05, 1.0, value=default.top_p, step=0.05, label="Top-p", buttons=[])
         top_k = gr.Slider(0, 200, value=default.top_k, step=1, label="Top-k (0 is off)", buttons=[])
-        seed = gr.Number(default.seed, label="Seed (empty: another one each time)", precision=0, minimum=0)
+        # A text: for a number box that was emptied, the browser sends 0.
+        seed = gr.Textbox("", label="Seed", placeholder="empty: a new one for each answer", max_length=10, lines=1)
     # In the browser: a round trip to the server would only make the switch lag.
     greedy.change(
         None,

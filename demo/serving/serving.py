@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
+
 from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import Traffic
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 DEEPEST = 2
 _TIMELINE_STEPS = 4096
 _MAX_WAITING = 512
+# On a CPU the KV cache takes so many times the memory of the weights, and at least this many bytes: that holds a wall
+# of 64 chats. By default an engine takes a quarter of the free memory, which a laptop needs for other programs.
+_CPU_CACHE_PER_WEIGHT = 2
+_LEAST_CPU_CACHE = 256 << 20
+_MOST_OF_FREE_MEMORY = 0.25
 
 # Gets the number of the stage that begins, and what it is.
 Report = Callable[[int, str], None]
@@ -84,6 +91,12 @@ def load(
     return serve(chat_model, machine, depth=depth)
 
 
+def cpu_cache_share(weight_bytes: int, free_bytes: int) -> float:
+    """Return the share of the free memory that the KV cache may take on a CPU."""
+    wanted = max(_LEAST_CPU_CACHE, _CPU_CACHE_PER_WEIGHT * weight_bytes)
+    return min(_MOST_OF_FREE_MEMORY, wanted / free_bytes)
+
+
 def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, **settings: object) -> Serving:
     """Start an engine for a model.
 
@@ -107,6 +120,10 @@ def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, 
         # A whole wall in one batch, and rows for other visitors beside it; and pages so small that the next turn of a
         # chat finds the last one's.
         defaults |= {"max_rows": 80, "page_size": 64}
+        if "num_pages" not in settings:
+            defaults["memory_fraction"] = cpu_cache_share(
+                chat_model.model.get_memory_footprint(), psutil.virtual_memory().available
+            )
     manager = GenerationManager(chat_model.model, BatchingConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
     manager.set_depth(usual)
     prompt = chat_model.tokenizer("Hello").input_ids or [0]

@@ -51,7 +51,7 @@ class Settings:
         top_p: float = 0.9,
         top_k: float = 0,
         greedy: bool = False,
-        seed: float | None = None,
+        seed: float | str | None = None,
     ) -> Settings:
         """The controls' values within the bounds that the page shows, whatever a browser sent."""
         return cls(
@@ -61,7 +61,7 @@ class Settings:
             top_p=clamp(top_p, 0.05, 1.0),
             top_k=int(clamp(top_k, 0, _LARGEST_TOP_K)),
             greedy=bool(greedy),
-            seed=None if seed is None else int(clamp(seed, 0, MOST_SEED)),
+            seed=read_seed(seed),
         )
 
     def generate_arguments(self) -> dict[str, Any]:
@@ -88,6 +88,15 @@ def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
     ends = eos_token_ids(model.generation_config)
     own = chat_model.tokenizer.eos_token_id
     return ends or ((int(own),) if isinstance(own, int) else ())
+
+
+def read_seed(value: Any) -> int | None:
+    """Return the seed that a browser sent; None, which draws one, where the box is empty or holds no number."""
+    try:
+        seed = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(clamp(seed, 0, MOST_SEED)) if seed == seed else None
 
 
 def whole_number(name: str, value: Any, least: int, most: int) -> int:

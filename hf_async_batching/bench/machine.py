@@ -60,7 +60,8 @@ def look_at(device: torch.device) -> Machine:
         "CUDA": str(torch.version.cuda) if cuda else None,
         "driver": _driver() if cuda else None,
     }
-    card = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    card = torch.cuda.get_device_name(device) if cuda else f"CPU, {threads} thread{'' if threads == 1 else 's'}"
     return Machine(card, copy_bandwidth(device), versions)
 
 

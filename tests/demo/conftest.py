@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.demo import MACHINE, FakeManager, Served
+from support.demo import MACHINE, FakeManager, Served, wait_until_idle
+from support.demo_page import ANSWER_MS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 # The demo is a folder of the repository, not part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -125,3 +126,33 @@ def browser(unavailable: Callable[[str], None]) -> Iterator[Browser]:
             raise
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]:
+    """Open the page in a browser of its own; afterwards nothing may have gone wrong or have left this machine."""
+    contexts, complaints = [], []
+
+    def check(request: Any) -> None:
+        if not request.url.startswith((served.url, "data:", "blob:")):
+            complaints.append(f"asked another host: {request.url}")
+
+    def open_one(width: int = 1280, height: int = 860, scheme: str = "light") -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(ANSWER_MS)
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", check)
+        page.goto(served.url)
+        page.get_by_label("Your message").wait_for()
+        page.wait_for_function("Number(document.querySelector('.panel')?.dataset.beats) > 0")
+        return page
+
+    open_one.forgiven = ()  # type: ignore[attr-defined]
+    yield open_one
+    for context in contexts:
+        context.close()
+    wait_until_idle(served.serving)
+    assert [text for text in complaints if not any(known in text for known in open_one.forgiven)] == []  # type: ignore[attr-defined]

@@ -5,22 +5,32 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from support.demo import Served, wait_until_idle
+from support.demo_page import (
+    ANSWER_MS,
+    answer,
+    ask,
+    send,
+    set_longest,
+    start_wall,
+    wait_for_end,
+    wait_for_wall,
+    wait_for_words,
+)
 from support.pace import slowed
 
 from demo.tools.browser import press_section, set_numbers
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
-ANSWER_MS = 90_000
 FIGURES = ("Running", "Waiting", "CPU busy", "MBU", "Step", "KV pages", "Prefix hits", "Requests")
 # What moves on the page although it was not touched; the sum of its parts is the browser's own measure of jumps.
 WATCH_SHIFTS = """() => { window.shifts = 0; new PerformanceObserver(list => {
@@ -29,94 +39,6 @@ WATCH_SHIFTS = """() => { window.shifts = 0; new PerformanceObserver(list => {
     if (!entry.hadRecentInput && entry.sources.some(({ node }) => node && !node.parentElement?.closest(".tile")))
       window.shifts += entry.value;
 }).observe({ type: "layout-shift", buffered: BUFFERED }); }"""
-
-
-@pytest.fixture
-def open_page(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]:
-    """Open the page in a browser of its own; afterwards nothing may have gone wrong or have left this machine."""
-    contexts, complaints = [], []
-
-    def check(request: Any) -> None:
-        if not request.url.startswith((served.url, "data:", "blob:")):
-            complaints.append(f"asked another host: {request.url}")
-
-    def open_one(width: int = 1280, height: int = 860, scheme: str = "light") -> Page:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(ANSWER_MS)
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", check)
-        page.goto(served.url)
-        page.get_by_label("Your message").wait_for()
-        page.wait_for_function("Number(document.querySelector('.panel')?.dataset.beats) > 0")
-        return page
-
-    open_one.forgiven = ()  # type: ignore[attr-defined]
-    yield open_one
-    for context in contexts:
-        context.close()
-    wait_until_idle(served.serving)
-    assert [text for text in complaints if not any(known in text for known in open_one.forgiven)] == []  # type: ignore[attr-defined]
-
-
-def start_wall(page: Page, chats: int, tokens: int, prompts: str | None = None, turns: int = 1) -> None:
-    press_section(page, "Prompts and settings")
-    set_numbers(page, {"Max new tokens per answer": tokens, "Questions per chat": turns})
-    if prompts is not None:
-        page.get_by_label("Prompts, one per line").fill(prompts)
-    press_section(page, "Prompts and settings")
-    set_numbers(page, {"Chats at once": chats})
-    page.get_by_role("button", name=re.compile(rf"Start {chats} chats?$")).click()
-    page.wait_for_function("n => document.querySelectorAll('.tile').length === n", arg=chats)
-
-
-def wait_for_wall(page: Page) -> None:
-    page.wait_for_function("document.querySelector('.wall').dataset.over === 'true'", timeout=ANSWER_MS)
-    page.get_by_role("button", name=re.compile("^Start")).wait_for()
-
-
-def set_longest(page: Page, tokens: int) -> None:
-    if not page.get_by_label("System prompt", exact=True).is_visible():
-        press_section(page, "System prompt and sampling")
-    set_numbers(page, {"Max new tokens": tokens})
-
-
-def send(page: Page, text: str) -> None:
-    asked = page.locator("#chat .user.message").count()
-    page.get_by_label("Your message").fill(text)
-    page.get_by_label("Your message").press("Enter")
-    # From here on the page shows Stop, until the answer has ended.
-    page.locator("#chat .user.message").nth(asked).wait_for()
-
-
-def ask(page: Page, text: str, tokens: int) -> None:
-    set_longest(page, tokens)
-    send(page, text)
-
-
-def answer(page: Page) -> str:
-    bubbles = page.locator("#chat .bot.message").all_inner_texts()
-    return bubbles[-1].strip() if bubbles else ""
-
-
-def wait_for_words(page: Page, length: int) -> None:
-    """Wait until the last answer has grown to `length` characters; what it waits for ends in an ellipsis."""
-    page.wait_for_function(
-        """n => { const text = [...document.querySelectorAll('#chat .bot.message')].at(-1)?.innerText.trim();
-                  return text?.length > n && !text.endsWith('…'); }""",
-        arg=length,
-        timeout=ANSWER_MS,
-    )
-
-
-def wait_for_end(page: Page) -> None:
-    page.get_by_role("button", name="Send", exact=True).wait_for(timeout=ANSWER_MS)
-    page.wait_for_function("[...document.querySelectorAll('#chat .bot.message')].at(-1)?.innerText.trim() !== '…'")
-    before = None
-    while before != (before := answer(page)):  # Markdown is rendered a little after the message arrived
-        page.wait_for_timeout(200)
 
 
 def test_the_page_loads_with_live_figures_and_no_complaints(open_page: Callable[..., Page], served: Served) -> None:

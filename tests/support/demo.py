@@ -13,7 +13,7 @@ from demo.serving.serving import Serving
 from hf_async_batching.bench.machine import Machine
 from hf_async_batching.core.request import Request
 
-MACHINE = Machine("CPU, 1 threads", 5e9, {"torch": "2", "transformers": "5"})
+MACHINE = Machine("CPU, 1 thread", 5e9, {"torch": "2", "transformers": "5"})
 
 
 @dataclass

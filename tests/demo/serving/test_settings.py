@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from demo.serving.random_words import word_tokenizer
-from demo.serving.settings import MAX_NEW_TOKENS, Settings, clamp, ends_of, number, whole_number
+from demo.serving.settings import MAX_NEW_TOKENS, MOST_SEED, Settings, clamp, ends_of, number, read_seed, whole_number
 
 
 def test_settings_stay_within_bounds() -> None:
@@ -25,6 +25,25 @@ def test_a_seed_is_kept_and_a_missing_one_drawn() -> None:
     drawn = {Settings().request([1], ()).sampling.seed for _ in range(20)}
     assert len(drawn) > 10
     assert not Settings(greedy=True).request([1], ()).sampling.do_sample
+
+
+@pytest.mark.parametrize(
+    ("sent", "seed"),
+    [
+        ("", None),
+        (None, None),
+        ("no number", None),
+        ("nan", None),
+        ([], None),
+        ("7", 7),
+        (7.0, 7),
+        ("0", 0),
+        (1e99, MOST_SEED),
+    ],
+)
+def test_an_empty_seed_box_draws_a_seed_and_a_number_is_kept(sent: Any, seed: int | None) -> None:
+    assert read_seed(sent) == seed
+    assert Settings.within_bounds(seed=sent).seed == seed
 
 
 @pytest.mark.parametrize(("ends", "expected"), [(None, (256,)), (7, (7,)), ([7, 9], (7, 9))])
