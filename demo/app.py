@@ -31,7 +31,7 @@ from .compare.handlers import CompareRuns
 from .dataset.handlers import DatasetRuns
 from .page.endpoints import add_endpoints
 from .page.layout import chat_parts, compare_parts, dataset_parts, wall_parts
-from .page.style import FOCUS_JS, TITLE, header_html, launch_options
+from .page.style import FOCUS_JS, TITLE, launch_options
 from .page.sweeper import FILE_SECONDS
 from .serving.assets import asset
 from .serving.backend import Backend
@@ -61,10 +61,11 @@ def build_app(backend: Backend) -> gr.Blocks:
     service = ChatService(backend)
     handlers = ChatHandlers(service)
     walls = WallRuns(backend, Line(_WALLS, _WAITING_WALLS, running_each=_WALLS - 1, waiting_each=_WAITING_WALLS // 2))
-    comparisons = CompareRuns(backend, Line(1, _WAITING_COMPARISONS, waiting_each=_WAITING_COMPARISONS // 2))
     meter = Pulse(backend)
     datasets = DatasetRuns(backend)
     prompts = asset("prompts.txt")
+    line = Line(1, _WAITING_COMPARISONS, waiting_each=_WAITING_COMPARISONS // 2)
+    comparisons = CompareRuns(backend, line, read_prompts(prompts))
 
     async def pulse(since: float | None) -> dict[str, Any]:
         return meter.read(float("-inf") if since is None else float(since))
@@ -89,7 +90,25 @@ def build_app(backend: Backend) -> gr.Blocks:
         # Kept by the browser, so that a reload shows the conversation again; the key only hides it from a glance.
         history = gr.BrowserState([], storage_key=_HISTORY_KEY, secret=_HISTORY_KEY)
         job = gr.BrowserState(None, storage_key=_JOB_KEY, secret=_JOB_KEY)
-        gr.HTML(header_html(), elem_id="top")
+        gr.HTML(
+            value="",
+            html_template=asset("hero.html"),
+            js_on_load="hfab.hero(element.querySelector('.hero'))",
+            apply_default_css=False,
+            elem_id="top",
+        )
+        with gr.Row(equal_height=False, elem_id="columns"):
+            with gr.Column(scale=8, min_width=320), gr.Tabs(overflow_behavior="wrap", elem_id="tabs"):
+                with gr.Tab("Race"):
+                    compare = compare_parts()
+                with gr.Tab("Chat wall", elem_id="wall-tab"):
+                    wall = wall_parts(prompts, [whole, stop_one])
+                with gr.Tab("Dataset"):
+                    dataset = dataset_parts()
+                # On a phone this tab shows the column with the chat; elsewhere the column is there beside the tabs.
+                gr.Tab("Your chat", elem_id="chat-tab")
+            with gr.Column(scale=5, min_width=320, elem_id="mine"):
+                chat = chat_parts()
         gr.HTML(
             value="",
             html_template=asset("panel.html"),
@@ -98,16 +117,6 @@ def build_app(backend: Backend) -> gr.Blocks:
             server_functions=[pulse, trace],
             elem_id="panel",
         )
-        with gr.Row(equal_height=False, elem_id="columns"):
-            with gr.Column(scale=8, min_width=320), gr.Tabs():
-                with gr.Tab("Chat wall"):
-                    wall = wall_parts(prompts, [whole, stop_one])
-                with gr.Tab("Sync ↔ async"):
-                    compare = compare_parts()
-                with gr.Tab("Dataset"):
-                    dataset = dataset_parts()
-            with gr.Column(scale=5, min_width=320):
-                chat = chat_parts()
 
         # Every event of the chat goes through the queue: only there do results reach the page in the order in which
         # they were made, so that nothing of a cancelled answer arrives after the page was cleared.
@@ -129,8 +138,7 @@ def build_app(backend: Backend) -> gr.Blocks:
         wall.add.click(walls.on_add, None, None, queue=False, **quiet)
 
         compare_page = [compare.view, compare.run, compare.stop]
-        runs = [compare.which, compare.chats, compare.longest, wall.prompts]
-        compare.run.click(comparisons.on_run, runs, compare_page, **quiet)
+        compare.run.click(comparisons.on_race, [compare.chats, compare.longest], compare_page, **quiet)
         compare.stop.click(comparisons.on_stop, None, None, queue=False, **quiet)
 
         table = [dataset.source, dataset.file]

@@ -8,7 +8,7 @@ hfab.panel = function (root, server) {
   let history = [], now = 0, facts = "";
 
   const put = (name, text) => { if (cells[name] && cells[name].textContent !== text) cells[name].textContent = text; };
-  const number = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
+  const number = hfab.number;
 
   function figures(f) {
     if (f.running === undefined) return;
@@ -21,8 +21,9 @@ hfab.panel = function (root, server) {
       put(name, `${number(f[name])} %`);
       bars[name].style.width = `${Math.min(100, f[name])}%`;
     }
-    put("ms_per_step", `${number(f.ms_per_step, f.ms_per_step < 10 ? 2 : 0)} ms`);
-    put("host", `host ${number(f.host_ms_per_step, 2)} ms`);
+    root.classList.toggle("quiet", !f.running && !f.waiting && !f.tokens_per_second);
+    put("ms_per_step", f.ms_per_step ? `${number(f.ms_per_step, f.ms_per_step < 10 ? 2 : 0)} ms` : "–");
+    put("host", f.ms_per_step ? `host ${number(f.host_ms_per_step, 2)} ms` : "host –");
     put("pages", number(f.pages));
     cells.pages.title = `${number(f.pages)} of ${number(f.pages_total)} KV pages in use`;
     bars.pages.style.width = `${f.pages_total ? (100 * f.pages) / f.pages_total : 0}%`;
@@ -117,6 +118,7 @@ hfab.panel = function (root, server) {
         failures = 0;
         line(pulse.facts);
         loading(pulse.stage);
+        hfab.model(pulse.facts, pulse.stage);
         figures(pulse.figures);
         if (pulse.steps.steps) lanes.show(recent(pulse.steps.steps));
         draw();
@@ -132,11 +134,7 @@ hfab.panel = function (root, server) {
 
   $("[data-trace]").addEventListener("click", async () => {
     const text = await server.trace();
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-    link.download = "hf_async_batching-trace.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    hfab.download(new Blob([text], { type: "application/json" }), "hf_async_batching-trace.json");
   });
   new ResizeObserver(draw).observe(plot);
   new MutationObserver(() => { draw(); lanes.draw(); }).observe(document.body, { attributes: true, attributeFilter: ["class"] });

@@ -1,9 +1,10 @@
-"""The same prompts at depth 1 and at depth 2, on the same engine: what each took."""
+"""The same prompts by plain `generate`, and on the engine at depth 1 and at depth 2: what each took."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
@@ -13,16 +14,24 @@ from hf_async_batching.bench.measure import Pace
 from hf_async_batching.bench.timeline_picture import steady_window
 from hf_async_batching.core.timeline import StepRecord
 
+from ..chat.messages import Message
 from ..serving.backend import Backend
-from ..serving.pools import WALLS
+from ..serving.pools import RACES, WALLS
 from ..serving.pulse import drawn_steps
 from ..serving.serving import Serving
 from ..serving.settings import Settings
+from ..serving.text import build_prompt
 from ..wall.wall import Wall
+from .plain import PlainGenerate
 
 SYNC, ASYNC = 1, 2
+ONE_BY_ONE, PADDED = "one", "padded"
+# A way to answer: a depth of the engine, or a kind of plain `generate`.
+Way = int | str
 DRAWN_STEPS = 10
 _LOOK_SECONDS = 0.1
+# Lengths of answers in a race, as parts of the longest: real answers differ in length.
+_LENGTHS = (1.0, 0.25, 0.5, 0.125, 0.75)
 
 
 @dataclass(frozen=True)
@@ -65,16 +74,45 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class ComparisonStep:
-    """Where a comparison stands: the depth that runs, how much of it is done (0 to 1), and the speed up to now."""
+class PlainOutcome:
+    """What a run of plain `generate` took; see `Outcome`."""
 
-    depth: int
+    chats: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    others: int
+    gpu: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with figures rounded to what they are good for."""
+        return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class ComparisonStep:
+    """Where a comparison stands.
+
+    Attributes:
+        way: What runs.
+        done: How much of it is done, from 0 to 1.
+        speed: Tokens per second up to now.
+        seconds: Time up to now.
+    """
+
+    way: Way
     done: float
     speed: float
+    seconds: float = 0.0
 
 
-class DepthComparison:
-    """Runs prompts at one depth after the other, and goes back to the usual depth.
+def limits_of(chats: int, longest: int) -> list[int]:
+    """Return the longest answer of each question of a race."""
+    return [max(1, round(longest * _LENGTHS[index % len(_LENGTHS)])) for index in range(chats)]
+
+
+class Comparison:
+    """Answers prompts in one way after the other, and goes back to the usual depth.
 
     Args:
         backend: What answers.
@@ -82,32 +120,42 @@ class DepthComparison:
         chats: How many conversations.
         max_new_tokens: Longest answer. Answers are greedy, so that all runs have the same work to do.
         owner: The address of the visitor.
+        ragged: Whether answers have different limits, up to `max_new_tokens`, as in a race.
 
     Attributes:
-        outcomes: By depth, what is over.
-        same: How many conversations had the same tokens at every depth; None before there are two outcomes.
+        outcomes: By way, what is over.
+        same: How many conversations had the same tokens in every way; None before there are two outcomes.
     """
 
     def __init__(
-        self, backend: Backend, prompts: Sequence[str], *, chats: int, max_new_tokens: int, owner: str = ""
+        self,
+        backend: Backend,
+        prompts: Sequence[str],
+        *,
+        chats: int,
+        max_new_tokens: int,
+        owner: str = "",
+        ragged: bool = False,
     ) -> None:
+        if not prompts:
+            raise ValueError("There is no prompt: write at least one line.")
+        self._limits = limits_of(chats, max_new_tokens) if ragged else [max_new_tokens] * chats
         self._backend = backend
         self._prompts = prompts
         self._chats = chats
         self._owner = owner
         self._settings = replace(Settings(), max_new_tokens=max_new_tokens, greedy=True)
-        self._tokens: dict[int, list[list[int]]] = {}
-        self.outcomes: dict[int, Outcome] = {}
+        self._tokens: dict[Way, list[list[int]]] = {}
+        self.outcomes: dict[Way, Outcome | PlainOutcome] = {}
 
     @property
     def same(self) -> int | None:
-        """How many conversations had the same tokens at both depths; None where not both have run."""
+        """How many conversations had the same tokens in every way; None where fewer than two have run."""
         if len(self._tokens) < 2:
             return None
-        first, second = self._tokens.values()
-        return sum(one == other for one, other in zip(first, second, strict=True))
+        return sum(all(one == other for other in others) for one, *others in zip(*self._tokens.values(), strict=True))
 
-    async def run(self, depths: Sequence[int] = (SYNC, ASYNC)) -> AsyncGenerator[ComparisonStep, None]:
+    async def run(self, ways: Sequence[Way] = (SYNC, ASYNC)) -> AsyncGenerator[ComparisonStep, None]:
         """Yield where it stands, ten times a second. Closing this generator cancels what runs.
 
         Raises:
@@ -115,30 +163,61 @@ class DepthComparison:
         """
         serving = await self._backend.ready()
         while not self._backend.warm:  # what runs while layers are compiled is slower than it will be
-            yield ComparisonStep(depths[0], 0.0, 0.0)
+            yield ComparisonStep(ways[0], 0.0, 0.0)
             await asyncio.sleep(_LOOK_SECONDS)
         try:
-            for depth in depths:
-                async with aclosing(self._run_one(serving, depth)) as steps:
+            for way in ways:
+                runs = self._run_plain(serving, way) if isinstance(way, str) else self._run_depth(serving, way)
+                async with aclosing(runs) as steps:
                     async for step in steps:
                         yield step
         finally:
             serving.manager.set_depth(serving.depth)
 
-    async def _run_one(self, serving: Serving, depth: int) -> AsyncGenerator[ComparisonStep, None]:
+    async def _run_plain(self, serving: Serving, way: str) -> AsyncGenerator[ComparisonStep, None]:
+        tokenizer = serving.chat_model.tokenizer
+        chosen = [self._prompts[index % len(self._prompts)] for index in range(self._chats)]
+        questions: list[list[Message]] = [[Message(role="user", content=text)] for text in chosen]
+        prompts = [build_prompt(tokenizer, question, self._settings.system) for question in questions]
+        plain = PlainGenerate(serving.chat_model, prompts, self._limits)
+        before = serving.manager.stats()
+        began = time.perf_counter()
+        task = asyncio.ensure_future(RACES.run(plain.run, 1 if way == ONE_BY_ONE else self._chats))
+        try:
+            while not task.done():
+                seconds = time.perf_counter() - began
+                yield ComparisonStep(way, min(plain.tokens / sum(self._limits), 1.0), plain.tokens / seconds, seconds)
+                await asyncio.wait((task,), timeout=_LOOK_SECONDS)
+            await task
+        finally:
+            plain.stop()
+        after = serving.manager.stats()
+        self._tokens[way] = plain.token_ids
+        self.outcomes[way] = PlainOutcome(
+            chats=len(prompts),
+            tokens=plain.tokens,
+            seconds=plain.seconds,
+            tokens_per_second=plain.tokens / plain.seconds,
+            others=after.finished - before.finished + after.running + after.waiting,
+            gpu=serving.on_gpu,
+        )
+        yield ComparisonStep(way, 1.0, plain.tokens / plain.seconds, plain.seconds)
+
+    async def _run_depth(self, serving: Serving, depth: int) -> AsyncGenerator[ComparisonStep, None]:
         manager = serving.manager
         manager.set_depth(depth)
         # Otherwise the second run would find the prompts of the first one in the prefix cache.
         manager.weights_updated()
         before = manager.stats()
         records = _Records(serving, before.steps - 1)
-        wall = Wall(serving, self._prompts, self._settings, chats=self._chats, owner=self._owner)
+        limits = self._limits
+        wall = Wall(serving, self._prompts, self._settings, chats=self._chats, owner=self._owner, limits=limits)
         try:
             while not wall.over:
                 await WALLS.run(wall.tick)
                 records.read()
-                done = wall.tokens / (self._settings.max_new_tokens * len(wall.tiles))
-                yield ComparisonStep(depth, min(done, 1.0), wall.tokens / wall.seconds if wall.seconds else 0.0)
+                speed = wall.tokens / wall.seconds if wall.seconds else 0.0
+                yield ComparisonStep(depth, min(wall.tokens / sum(limits), 1.0), speed, wall.seconds)
                 if not wall.over:
                     await asyncio.sleep(_LOOK_SECONDS)
             records.read()
@@ -165,7 +244,7 @@ class DepthComparison:
             gpu=serving.on_gpu,
             drawn=drawn_steps(steady_window(steps, DRAWN_STEPS)),
         )
-        yield ComparisonStep(depth, 1.0, wall.tokens / seconds)
+        yield ComparisonStep(depth, 1.0, wall.tokens / seconds, seconds)
 
 
 class _Records:

@@ -13,23 +13,32 @@ import gradio as gr
 from ..serving.backend import Backend
 from ..serving.line import PLACE_SECONDS, Line
 from ..serving.problems import explain
-from ..serving.settings import MAX_NEW_TOKENS, clamp
+from ..serving.settings import clamp
 from ..serving.visitor import owner_of, visitor_of
 from ..wall.frames import dump
-from ..wall.prompts import read_prompts
-from ..wall.wall import MOST_CHATS
-from .comparison import ASYNC, SYNC, DepthComparison
+from .comparison import ASYNC, ONE_BY_ONE, PADDED, SYNC, Comparison, Way
 
 # A run that takes longer is stopped, so that its place comes to others. What it has made stays.
 COMPARE_SECONDS = 600.0
+# The ways of a race, in the order in which they run, and its bounds: plain `generate` pads, so a race has few
+# questions, all of them the page's own.
+RACE: tuple[Way, ...] = (ONE_BY_ONE, PADDED, SYNC, ASYNC)
+RACE_QUESTIONS, RACE_TOKENS = 16, 128
 # The value, Run and Stop.
 ComparePage = tuple[Any, Any, Any]
 
 
 class CompareRuns:
-    """Comparisons of all visitors: one at a time, since the depth is the whole engine's."""
+    """Comparisons of all visitors: one at a time, since the depth is the whole engine's.
 
-    def __init__(self, backend: Backend, line: Line) -> None:
+    Args:
+        backend: What answers.
+        line: Who is next.
+        questions: What a race asks.
+    """
+
+    def __init__(self, backend: Backend, line: Line, questions: Sequence[str] = ()) -> None:
+        self._questions = questions
         self._backend = backend
         self._line = line
         self._by_visitor: dict[str, asyncio.Event] = {}
@@ -41,8 +50,9 @@ class CompareRuns:
         *,
         chats: int,
         max_new_tokens: int,
-        depths: Sequence[int] = (SYNC, ASYNC),
+        ways: Sequence[Way] = (SYNC, ASYNC),
         owner: str = "",
+        ragged: bool = False,
     ) -> AsyncIterator[dict[str, Any]]:
         """Run a comparison and yield where it stands; the last one has `over` and all outcomes.
 
@@ -53,9 +63,12 @@ class CompareRuns:
             LineFullError: Too many wait already.
             BackendFailedError: There is no model.
         """
+        comparison = Comparison(
+            self._backend, prompts, chats=chats, max_new_tokens=max_new_tokens, owner=owner, ragged=ragged
+        )
         stop = self._by_visitor[visitor] = asyncio.Event()
         try:
-            async with aclosing(self._states(stop, prompts, chats, max_new_tokens, depths, owner)) as states:
+            async with aclosing(self._states(comparison, stop, ways, owner)) as states:
                 async for state in states:
                     yield state
         finally:
@@ -63,15 +76,8 @@ class CompareRuns:
                 del self._by_visitor[visitor]
 
     async def _states(
-        self,
-        stop: asyncio.Event,
-        prompts: Sequence[str],
-        chats: int,
-        max_new_tokens: int,
-        depths: Sequence[int],
-        owner: str,
+        self, comparison: Comparison, stop: asyncio.Event, ways: Sequence[Way], owner: str
     ) -> AsyncGenerator[dict[str, Any], None]:
-        comparison = DepthComparison(self._backend, prompts, chats=chats, max_new_tokens=max_new_tokens, owner=owner)
         with self._line.join(owner) as ticket:
             while (place := ticket.place) and not stop.is_set():
                 yield {"place": place}
@@ -79,14 +85,15 @@ class CompareRuns:
             expires = time.perf_counter() + COMPARE_SECONDS
             if stop.is_set():
                 return
-            async with aclosing(comparison.run(depths)) as steps:
+            async with aclosing(comparison.run(ways)) as steps:
                 async for step in steps:
                     if stop.is_set() or time.perf_counter() > expires:
                         stop.set()
                         break
-                    yield {"depth": step.depth, "done": round(step.done, 3), "speed": round(step.speed, 1)} | (
-                        {"outcomes": self._outcomes(comparison)} if comparison.outcomes else {}
-                    )
+                    state: dict[str, Any] = {"depth": step.way} if isinstance(step.way, int) else {}
+                    state |= {"way": str(step.way), "done": round(step.done, 3), "speed": round(step.speed, 1)}
+                    state["seconds"] = round(step.seconds, 2)
+                    yield state | ({"outcomes": self._outcomes(comparison)} if comparison.outcomes else {})
         yield {"over": True, "stopped": stop.is_set(), "same": comparison.same, "outcomes": self._outcomes(comparison)}
 
     def stop(self, visitor: str) -> None:
@@ -95,26 +102,24 @@ class CompareRuns:
         if stop is not None:
             stop.set()
 
-    def _outcomes(self, comparison: DepthComparison) -> dict[str, Any]:
-        return {str(depth): outcome.as_dict() for depth, outcome in comparison.outcomes.items()}
+    def _outcomes(self, comparison: Comparison) -> dict[str, Any]:
+        return {str(way): outcome.as_dict() for way, outcome in comparison.outcomes.items()}
 
     # -- the page's events ----------------------------------------------------------------------------------------
 
-    async def on_run(
-        self, which: str, chats: float, max_new_tokens: float, prompts: str, request: gr.Request
-    ) -> AsyncIterator[ComparePage]:
-        """Run the prompts at the depth that is switched on, or at one after the other."""
-        depths = {"sync": (SYNC,), "async": (ASYNC,)}.get(str(which), (SYNC, ASYNC))
+    async def on_race(self, chats: float, max_new_tokens: float, request: gr.Request) -> AsyncIterator[ComparePage]:
+        """Run a race: the page's questions in all ways, one after the other."""
         yield gr.skip(), gr.update(visible=False), gr.update(visible=True)
         value: Any = gr.skip()
         try:
             async for state in self.states(
                 visitor_of(request),
-                read_prompts(prompts),
-                chats=int(clamp(chats, 1, MOST_CHATS)),
-                max_new_tokens=int(clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
-                depths=depths,
+                self._questions,
+                chats=int(clamp(chats, 1, RACE_QUESTIONS)),
+                max_new_tokens=int(clamp(max_new_tokens, 1, RACE_TOKENS)),
+                ways=RACE,
                 owner=owner_of(request),
+                ragged=True,
             ):
                 value = dump(state)
                 yield value, gr.skip(), gr.skip()

@@ -152,7 +152,7 @@ def add_endpoints(
                 questions,
                 chats=chats,
                 max_new_tokens=max_new_tokens,
-                depths=wanted,
+                ways=wanted,
                 owner=owner_of(request),
             ):
                 yield state

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ..compare.handlers import RACE_QUESTIONS, RACE_TOKENS
 from ..dataset.handlers import table_html
 from ..dataset.table import BUILT_IN, FORMATS, built_in, text_columns
 from ..serving.assets import asset
@@ -41,9 +42,8 @@ class WallParts(NamedTuple):
 
 
 class CompareParts(NamedTuple):
-    """The comparison's components."""
+    """The components of the race."""
 
-    which: gr.Radio
     chats: gr.Slider
     longest: gr.Slider
     run: gr.Button
@@ -162,27 +162,22 @@ def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> Wall
 
 
 def compare_parts() -> CompareParts:
-    """Lay out the comparison."""
+    """Lay out the race."""
     with gr.Row(elem_id="comparisons", equal_height=False):
-        which = gr.Radio(
-            [("Both", "both"), ("Sync", "sync"), ("Async", "async")],
-            value="both",
-            label="Run",
-            scale=3,
-            min_width=250,
+        chats = gr.Slider(2, RACE_QUESTIONS, value=8, step=1, label="Questions", scale=2, min_width=130, buttons=[])
+        longest = gr.Slider(
+            16, RACE_TOKENS, value=48, step=8, label="Longest answer", scale=2, min_width=130, buttons=[]
         )
-        chats = gr.Slider(1, MOST_CHATS, value=16, step=1, label="Chats", scale=2, min_width=130, buttons=[])
-        longest = gr.Slider(8, 512, value=64, step=8, label="Tokens", scale=2, min_width=130, buttons=[])
-        run = gr.Button("Run", variant="primary", elem_id="run", scale=1, min_width=_BUTTON_WIDTH)
-        stop = gr.Button("Stop", variant="stop", elem_id="stop-run", visible=False, scale=1, min_width=_BUTTON_WIDTH)
+        run = gr.Button("Run the race", variant="primary", elem_id="run", scale=1, min_width=130)
+        stop = gr.Button("Stop the race", variant="stop", elem_id="stop-run", visible=False, scale=1, min_width=130)
     view = gr.HTML(
         value="",
-        html_template=asset("compare.html"),
-        js_on_load="hfab.compare(element.querySelector('.compare'), props, watch)",
+        html_template=asset("race.html"),
+        js_on_load="hfab.race(element.querySelector('.race'), props, watch)",
         apply_default_css=False,
         elem_id="compare",
     )
-    return CompareParts(which, chats, longest, run, stop, view)
+    return CompareParts(chats, longest, run, stop, view)
 
 
 def dataset_parts() -> DatasetParts:

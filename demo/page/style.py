@@ -11,24 +11,21 @@ from ..serving.assets import asset
 from .guard import app_options
 
 TITLE = "hf_async_batching"
-TAGLINE = (
-    "Asynchronous continuous batching for Hugging Face <code>generate</code>. "
-    "Everyone on this page shares one batch; while it is computed, the next step is planned."
-)
+# Questions that a model of 135 million parameters can answer.
 EXAMPLES = (
-    "Explain photosynthesis to a ten-year-old.",
-    "Write a Python function that reverses a list.",
-    "What is the capital of France, and what is it known for?",
-    "Give me three ideas for a rainy Sunday.",
+    "What is the capital of France?",
+    "Name three fruits.",
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
 )
-PLACEHOLDER = "### Your own chat\nIt is answered in the same batch as the wall beside it."
+PLACEHOLDER = "### Your own chat\nThe same batch answers it and the chats of all other visitors."
 
 MAX_UPLOAD = 20 << 20
 # Sessions of which Gradio keeps a copy of its config, some 140 kB each; this page keeps nothing in them.
 _SESSIONS = 500
 # Events that may run at once: a stream holds a place for as long as it lasts.
 _MAX_EVENTS = 400
-_SCRIPTS = ("lanes.js", "panel.js", "wall.js", "compare.js")
+_SCRIPTS = ("hero.js", "lanes.js", "panel.js", "wall.js", "race.js", "picture.js", "compare.js")
 _FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 _MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -79,8 +76,3 @@ def launch_options() -> dict[str, Any]:
         # Beside the file, a form has its own few lines.
         "app_kwargs": app_options(MAX_UPLOAD + (64 << 10)),
     }
-
-
-def header_html() -> str:
-    """Return title and tagline."""
-    return f"<h1>{TITLE}</h1><p>{TAGLINE}</p>"

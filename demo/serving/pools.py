@@ -99,4 +99,6 @@ PROMPTS = Pool("prompts", 4, 256, per_owner=2)
 WALLS = Pool("walls", 6, 32)
 TABLES = Pool("tables", 3, 24, per_owner=2)
 DATASETS = Pool("datasets", 3, 0)
+# One race runs at a time; the thread of a race that was stopped ends with its next token.
+RACES = Pool("races", 1, 4)
 TRACES = Pool("traces", 1, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import psutil
@@ -60,12 +61,18 @@ class Serving:
         assembly = self.manager.assembly
         return Traffic.of(assembly) if assembly is not None else None
 
+    @cached_property
+    def size(self) -> str:
+        """The number of the model's parameters, in words."""
+        return size_of(sum(weight.numel() for weight in self.chat_model.model.parameters()))
+
     def facts(self) -> list[tuple[str, str]]:
         """What stands in the page's line of facts: (name, value); a fact without a name is a sentence."""
         machine = self.machine
         versions = [(name, machine.versions[name] or "") for name in ("torch", "transformers")]
         return [
             ("Model", self.chat_model.name),
+            ("Size", self.size),
             ("on", machine.card),
             ("in", str(self.chat_model.model.dtype).removeprefix("torch.")),
             ("copy bandwidth", f"{machine.copy_bandwidth / 1e9:,.0f} GB/s"),
@@ -89,6 +96,14 @@ def load(
     machine = look_at(chat_model.model.device)
     report(3, "Starting the engine")
     return serve(chat_model, machine, depth=depth)
+
+
+def size_of(parameters: int) -> str:
+    """Return a number of parameters in words."""
+    for unit, word in ((10**9, "billion"), (10**6, "million")):
+        if parameters >= unit:
+            return f"{parameters / unit:.{1 if parameters < 10 * unit else 0}f} {word} parameters"
+    return f"{parameters:,} parameters"
 
 
 def cpu_cache_share(weight_bytes: int, free_bytes: int) -> float:
@@ -121,9 +136,8 @@ def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, 
         # chat finds the last one's.
         defaults |= {"max_rows": 80, "page_size": 64}
         if "num_pages" not in settings:
-            defaults["memory_fraction"] = cpu_cache_share(
-                chat_model.model.get_memory_footprint(), psutil.virtual_memory().available
-            )
+            weights = sum(weight.nbytes for weight in chat_model.model.parameters())
+            defaults["memory_fraction"] = cpu_cache_share(weights, psutil.virtual_memory().available)
     manager = GenerationManager(chat_model.model, BatchingConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
     manager.set_depth(usual)
     prompt = chat_model.tokenizer("Hello").input_ids or [0]

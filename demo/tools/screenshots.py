@@ -71,11 +71,11 @@ def take(browser: Browser, url: str, folder: Path, view: View) -> list[Path]:
     page.get_by_role("button", name="Stop all").click()
     page.get_by_role("button", name=re.compile("^Start")).wait_for()
     if desktop:
-        page.get_by_role("tab", name="Sync ↔ async").click()
-        page.get_by_role("button", name="Run", exact=True).click()
-        page.wait_for_function("document.querySelector('.compare').dataset.over === 'true'")
+        page.get_by_role("tab", name="Race").click()
+        page.get_by_role("button", name="Run the race").click()
+        page.wait_for_function("document.querySelector('.race').dataset.over === 'true'")
         page.wait_for_timeout(500)  # the bars fade
-        taken.append(_shoot(page, folder, f"{view.name}-compare"))
+        taken.append(_shoot(page, folder, f"{view.name}-race"))
     context.close()
     return taken
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..chat.messages import Message
@@ -101,6 +101,7 @@ class Wall:
         turns: Questions per chat; the others are follow-ups.
         stagger: Seconds between the starts of two chats, up to `MOST_STAGGER`; 0 lets all of them arrive together.
         owner: The address of the visitor; the engine's rows are shared out by it.
+        limits: The largest number of new tokens of an answer, by chat, in place of what the settings say.
 
     Attributes:
         tiles: The chats.
@@ -118,6 +119,7 @@ class Wall:
         turns: int = 1,
         stagger: float = 0.0,
         owner: str = "",
+        limits: Sequence[int] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not prompts:
@@ -130,6 +132,7 @@ class Wall:
         self._stagger = min(max(stagger, 0.0), MOST_STAGGER)
         # Chats of a wall without an owner are one visitor's all the same.
         self._owner = owner or secrets.token_hex(8)
+        self._limits = limits
         self._clock = clock
         self._lock = threading.Lock()
         self._stopped = False
@@ -288,7 +291,10 @@ class Wall:
             tile.token_ids.append([])
             try:
                 prompt = build_prompt(self._serving.chat_model.tokenizer, tile.messages, self._settings.system)
-                tile.request = self._settings.request(prompt, self._ends)
+                settings = self._settings
+                if tile.index < len(self._limits):
+                    settings = replace(settings, max_new_tokens=self._limits[tile.index])
+                tile.request = settings.request(prompt, self._ends)
             except Exception as error:  # this chat alone has failed
                 tile.state, tile.note = FAILED, explain(error).plain()
                 continue

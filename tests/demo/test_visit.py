@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 from support.demo import Served
-from support.demo_page import answer, ask, wait_for_end
+from support.demo_page import answer, ask, send, wait_for_end, wait_for_wall
+
+from demo.tools.browser import set_numbers
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -49,3 +52,76 @@ def test_retry_draws_another_answer(
     page.wait_for_timeout(300)
     wait_for_end(page)
     assert seeds[2] == 7
+
+
+def test_a_race_ends_with_one_ratio_and_can_be_taken_home(open_page: Callable[..., Page], served: Served) -> None:
+    page = open_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    set_numbers(page, {"Questions": 4, "Longest answer": 16})
+    page.get_by_role("button", name="Run the race").click()
+    page.wait_for_function("document.querySelector('.race').dataset.over === 'true'")
+    lanes = page.locator(".race .took").all_inner_texts()
+    assert len(lanes) == 4
+    assert all(re.match(r"[\d.]+ s · [\d,.]+ tokens/s$", lane) for lane in lanes), lanes
+    told = page.locator("[data-told]").inner_text()
+    assert "On a CPU streams overlap nothing" in told
+    assert "The same words in all four ways: 4 of 4 answers." in told
+    assert served.serving.manager.stats().depth == served.serving.depth
+    if page.locator("[data-copy]").is_visible():  # not where all ways are alike within the noise
+        page.get_by_role("button", name="Copy as picture").click()
+        page.locator("[data-copied]", has_text=re.compile("Copied|Downloaded")).wait_for()
+    page.get_by_text("Sync and async, step by step").click()
+    cells = page.locator(".compare tbody tr").first.locator("td").all_inner_texts()
+    assert all(re.search(r"\d", cell) for cell in cells), cells
+    page.locator("[data-lanes='2']").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".compare [data-tip]").inner_text().startswith("Step ")
+    page.reload()
+    page.locator("[data-told]", has_text="The same words").wait_for()
+    assert page.locator(".race .took").all_inner_texts() == lanes, "the outcome is kept"
+
+
+def test_a_race_has_no_verdict_where_it_would_not_be_true(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+
+    def verdict(speeds: tuple[float, ...], gpu: bool = True, others: int = 0, stopped: bool = False) -> dict[str, str]:
+        outcomes = {
+            way: {"tokens_per_second": speed, "others": others, "gpu": gpu, "chats": 8}
+            for way, speed in zip(("one", "padded", "1", "2"), speeds)
+        }
+        result: dict[str, str] = page.evaluate(
+            "([outcomes, state]) => hfab.verdict(outcomes, state)", [outcomes, {"same": 8, "stopped": stopped}]
+        )
+        return result
+
+    clear = verdict((10, 20, 40, 60))
+    assert clear["ratio"] == 6
+    assert "3.0\u00d7 the speed of a padded batch" in clear["told"]
+    assert "Async is 50 % faster than sync." in clear["told"]
+    assert verdict((10, 20, 40, 60), others=1)["ratio"] is None
+    assert "no verdict" in verdict((10, 20, 40, 60), others=1)["told"]
+    assert verdict((10, 20, 40, 60), stopped=True)["ratio"] is None
+    close = verdict((10, 10.1, 10.2, 10.3))
+    assert close["ratio"] is None
+    assert "No difference to one by one beyond the noise." in close["told"]
+    assert "No difference between sync and async beyond the noise." in close["told"]
+    assert "faster" not in verdict((10, 20, 40, 60), gpu=False)["told"]
+
+
+def test_the_first_screen_says_what_this_is_and_starts_a_wall(open_page: Callable[..., Page], served: Served) -> None:
+    for width, height in ((1280, 800), (390, 844)):
+        page = open_page(width, height)
+        show = page.get_by_role("button", name="Watch 16 chats at once")
+        for seen in (show, page.get_by_label("Your message"), page.get_by_role("link", name="Repository")):
+            box = seen.bounding_box()
+            assert box is not None and box["y"] + box["height"] <= height
+        assert "tiny (random)" in page.locator("[data-model]").inner_text()
+        assert page.locator(".panel .top").is_hidden(), "no wall of zeros while nothing runs"
+        page.get_by_role("tab", name="Your chat").wait_for(state="visible" if width == 390 else "hidden")
+    send(page, "Hi")  # on the phone the chat's own tab opens
+    page.locator("#chat .user.message").wait_for()
+    wait_for_end(page)
+    show.click()
+    page.wait_for_function("document.querySelectorAll('.tile').length > 1")
+    page.get_by_role("button", name="Stop all").click()
+    wait_for_wall(page)

@@ -14,6 +14,7 @@ ANSWER_MS = 90_000
 
 
 def start_wall(page: Page, chats: int, tokens: int, prompts: str | None = None, turns: int = 1) -> None:
+    page.get_by_role("tab", name="Chat wall").click()
     press_section(page, "Prompts and settings")
     set_numbers(page, {"Max new tokens per answer": tokens, "Questions per chat": turns})
     if prompts is not None:

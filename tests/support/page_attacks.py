@@ -152,6 +152,10 @@ def traces(attacker: Attacker, folder: Path) -> None:
     attacker.many(40, lambda _: attacker.call("trace"))
 
 
+def races(attacker: Attacker, folder: Path) -> None:
+    attacker.many(12, lambda i: attacker.press("on_race", 16, 128, session=f"race-{i}"))
+
+
 def cancels(attacker: Attacker, folder: Path) -> None:
     def storm(number: int) -> None:
         started = attacker.call("chat", "Hi", None, "", 1024, 0.7, 0.9, 0, True, None)
@@ -165,7 +169,7 @@ ATTACKS: dict[str, Callable[[Attacker, Path], None]] = {
     attack.__name__: attack
     for attack in (
         *(backquotes, newlines, tables, walls, staggered, datasets, chats, long_prompts, long_histories, uploads),
-        *(bodies, sessions, events, traces, cancels),
+        *(bodies, sessions, events, traces, cancels, races),
     )
 }
 

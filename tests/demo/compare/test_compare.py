@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.demo import wait_until_idle
 
-from demo.compare.comparison import DepthComparison
+from demo.compare.comparison import Comparison
 from demo.compare.handlers import CompareRuns
 from demo.serving.backend import Backend
 from demo.serving.errors import LineFullError
@@ -22,13 +22,13 @@ PROMPTS = ["Hi", "Tell me about the sea."]
 
 
 def test_both_runs_are_real_and_have_the_same_tokens(serving: Serving) -> None:
-    comparison = DepthComparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=30)
+    comparison = Comparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=30)
     first_step = serving.manager.stats().steps
 
     async def run() -> list[Any]:
         depths = []
         async for step in comparison.run():
-            depths.append((step.depth, serving.manager.stats().depth))
+            depths.append((step.way, serving.manager.stats().depth))
         return depths
 
     depths = asyncio.run(run())
@@ -52,7 +52,7 @@ def test_both_runs_are_real_and_have_the_same_tokens(serving: Serving) -> None:
 
 def test_prompts_of_the_first_run_are_not_found_by_the_second(serving: Serving) -> None:
     prompts = ["word " * 200]
-    comparison = DepthComparison(Backend(serving), prompts, chats=1, max_new_tokens=4)
+    comparison = Comparison(Backend(serving), prompts, chats=1, max_new_tokens=4)
     before = serving.manager.stats().prefix_hit_tokens
 
     async def run() -> None:
@@ -64,7 +64,7 @@ def test_prompts_of_the_first_run_are_not_found_by_the_second(serving: Serving) 
 
 
 def test_a_visitor_who_leaves_gives_depth_and_rows_back(serving: Serving) -> None:
-    comparison = DepthComparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=900)
+    comparison = Comparison(Backend(serving), PROMPTS, chats=6, max_new_tokens=900)
 
     async def run() -> None:
         steps = comparison.run([2])
@@ -83,7 +83,7 @@ def test_one_compares_at_a_time_and_others_see_their_place(serving: Serving) -> 
     runs = CompareRuns(Backend(serving), Line(1, 1))
 
     async def compare(visitor: str) -> list[Any]:
-        return [state async for state in runs.states(visitor, PROMPTS, chats=2, max_new_tokens=60, depths=[1])]
+        return [state async for state in runs.states(visitor, PROMPTS, chats=2, max_new_tokens=60, ways=[1])]
 
     async def run() -> list[Any]:
         first = asyncio.create_task(compare("first"))
