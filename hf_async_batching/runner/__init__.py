@@ -1,1 +1,1 @@
-"""Runs one step on the device, in the order that the streams need."""
+"""Run one step on the device, in the order that the streams need."""

@@ -1,8 +1,8 @@
-"""Steps captured as CUDA graphs, behind the device protocol.
+"""Capture steps as CUDA graphs, behind the device protocol.
 
-A step is run as it is before it is captured, which also compiles its kernels. Steps with prompts or drafts that have
-few tokens are captured, too: launching their kernels one by one would take the host longer than the device needs. With
-`graph_buckets.MOST_PADDED` tokens or more it does not, and these are run as they are.
+A step runs normally before it is captured, which also compiles its kernels. Small steps with prompts or drafts are
+captured too: launching their kernels one by one would take the host longer than the device needs. From
+`graph_buckets.MOST_PADDED` tokens on it does not, and such steps run without capture.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from hf_async_batching.devices.base import Device, Graph, Kernel
 
 logger = logging.getLogger(__name__)
 
-# A capture can fail for a passing reason: another thread synchronized the device, or memory was short.
+# A capture can fail for a temporary reason: another thread synchronized the device, or memory was short.
 MAX_FAILED_CAPTURES = 3
 
-# In place of features, for the graph of a forward alone.
+# Takes the place of features in the key of a graph that holds only the forward.
 FORWARD = None
 
-# The most graphs of steps with prompts, and the memory of all graphs, in bytes, up to which they are captured.
+# Largest number of graphs of steps with prompts, and largest memory of all graphs, in bytes, before a new capture.
 MOST_PADDED_GRAPHS = 96
 _MOST_GRAPH_BYTES = 1 << 30
 
-# Runs of a step before it is captured; a capture takes as long as a few uncaptured steps. A decode step comes again at
+# Runs of a step before it is captured; a capture takes as long as a few uncaptured steps. A decode step repeats at
 # once, while a step with prompts may be the last of its size.
 DECODE_USES, PADDED_USES = 1, 4
 
@@ -43,13 +43,13 @@ class GraphCache:
     """Captures steps that come often enough, and replays them.
 
     Args:
-        device: Where graphs are captured.
-        enabled: Whether anything is captured.
+        device: Device that captures graphs.
+        enabled: Whether steps are captured.
 
     Attributes:
-        enabled: Whether decode steps are captured; False for good once that has failed `MAX_FAILED_CAPTURES` times.
-        captured: Graphs by what they were captured of. For a step with rare features, it is the forward alone,
-            under `FORWARD`.
+        enabled: Whether decode steps are captured; False for good after `MAX_FAILED_CAPTURES` failures in a row.
+        captured: Graphs by key. The graph of a step with rare features holds only the forward, with the key's features
+            `FORWARD`.
     """
 
     def __init__(self, device: Device, *, enabled: bool) -> None:
@@ -59,11 +59,11 @@ class GraphCache:
         self._uses: Counter[Captured] = Counter()
         # Failures in a row: of decode steps, and of steps with prompts.
         self._failed_captures = [0, 0]
-        # Graphs that were replaced, and the last step that may have replayed them.
+        # Replaced graphs, and the last step that may have replayed them.
         self._replaced: list[tuple[int, list[Graph]]] = []
 
     def run(self, key: Captured, work: Kernel) -> bool:
-        """Replay the graph of a step, captured once it has come often enough; without a graph run `work`.
+        """Replay the graph of a step, captured once the step has come often enough; without a graph, run `work`.
 
         Returns:
             Whether a graph was replayed.
@@ -79,11 +79,11 @@ class GraphCache:
         return True
 
     def capture_next(self, key: Captured) -> None:
-        """Capture a step with prompts when it comes next: what it needs is compiled already."""
+        """Capture a step with prompts when it comes next: its kernels are compiled already."""
         self._uses[key] = PADDED_USES
 
     def captures_prompts(self) -> bool:
-        """Whether there is room for graphs of further steps with prompts, and they can be captured."""
+        """Whether there is room for graphs of more steps with prompts, and such steps can be captured."""
         count = sum(isinstance(key.size, Padding) for key in self.captured)
         return (
             self._failed_captures[True] < MAX_FAILED_CAPTURES
@@ -92,13 +92,13 @@ class GraphCache:
         )
 
     def forget(self, last_step: int) -> None:
-        """Capture anew, after runs that compile what the new steps need; `last_step` may still replay old graphs."""
+        """Capture all steps again, after runs that compile their kernels; `last_step` may still replay old graphs."""
         self._replaced.append((last_step, list(self.captured.values())))
         self.captured = {}
         self._uses.clear()
 
     def completed(self, step: int) -> None:
-        """Let go of graphs that no step after `step` can replay."""
+        """Drop graphs that no step after `step` can replay."""
         if self._replaced:
             self._replaced = [replaced for replaced in self._replaced if replaced[0] > step]
 
@@ -113,14 +113,14 @@ class GraphCache:
         try:
             graph = self._device.capture(work)
         except RuntimeError as error:
-            # Some forwards read tensors back, as mixtures of experts do in dtypes without a grouped product.
+            # Some forwards read tensors back, such as mixtures of experts in dtypes without a grouped product.
             self._failed_captures[padded] += 1
             if self._failed_captures[padded] == MAX_FAILED_CAPTURES:
                 logger.warning("%s cannot be captured as CUDA graphs and run without: %s", steps, error)
                 if not padded:
                     self.enabled = False
             if padded:
-                del self._uses[key]  # tried again after as many uses
+                del self._uses[key]  # tried again after the same number of uses
             logger.debug("a capture failed", exc_info=True)
             return None
         self._failed_captures[padded] = 0

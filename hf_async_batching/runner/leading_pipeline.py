@@ -1,4 +1,4 @@
-"""A pipeline that sends every step it launches to the other ranks of the model."""
+"""A pipeline that sends every step that it launches to the model's other ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LeadingPipeline(Pipeline):
         self._collected: dict[int, int] = {}
 
     def launch(self, plan: Plan, planned_at: float) -> Launch:
-        """Have every rank launch a step."""
+        """Launch a step on every rank."""
         unchanged = plan.decode_rows is self._rows
         self._rows = plan.decode_rows
         sent = replace(plan, decode_rows=()) if unchanged else plan
@@ -44,12 +44,12 @@ class LeadingPipeline(Pipeline):
         return result
 
     def warm(self, features: Features) -> None:
-        """Have every rank run and capture its decode buckets."""
+        """Run and capture the decode buckets on every rank."""
         self._group.send(Warm(features))
         super().warm(features)
 
     def tune(self) -> None:
-        """Have every rank measure kernel settings."""
+        """Measure kernel settings on every rank."""
         self._group.send(Tune())
         super().tune()
 

@@ -1,7 +1,7 @@
 """The device part of one step: carry-over, forward, sampling, update of the row tables.
 
-Decode steps come in buckets, and small steps with prompts are padded to few sizes, so that `GraphCache` can capture
-each of them once.
+Decode steps come in buckets, and small steps with prompts are padded to a few sizes, so that `GraphCache` captures
+each size once.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ class Tunable(Protocol):
     """A forward whose kernels have settings to measure."""
 
     def tune(self, batches: list[int]) -> None:
-        """Measure for decode steps of these sizes."""
+        """Measure settings for decode steps of these sizes."""
 
 
 class ModelRunner:
     """Runs the device part of a step.
 
     Args:
-        forward: Inputs to logits [sampled, vocab].
+        forward: Computes logits [sampled, vocab] from inputs.
         state: The row tables.
-        device: Where graphs are captured.
-        max_rows: The largest decode step.
-        largest: The largest step with prompts that is captured; of no tokens where none is.
+        device: Device that captures graphs.
+        max_rows: Rows of the largest decode step.
+        largest: The largest step with prompts that is captured; its tokens are 0 if none is.
         spread: Whether prompts are spread over decode steps, so that these steps are captured in advance.
         graphs: Whether steps are captured.
-        autocast: What the forward runs under.
+        autocast: Autocast state of the forward.
 
     Attributes:
-        graphs: The steps that are captured.
-        uncaptured: Outputs beyond tokens of the step that ran last; None where its features are captured.
+        graphs: The captured steps.
+        uncaptured: Outputs of the last step besides its tokens; None if its features are captured.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class ModelRunner:
 
     @property
     def buckets(self) -> list[int]:
-        """Sizes of decode steps that get a graph; empty where nothing is captured."""
+        """Sizes of decode steps that get a graph; empty if nothing is captured."""
         return self._buckets if self.graphs.enabled else []
 
     @property
     def paddings(self) -> list[int]:
-        """Tokens of steps with prompts that get a graph."""
+        """Token counts of steps with prompts that get a graph."""
         return self._paddings if self.graphs.enabled else []
 
     def bucket_for(self, num_rows: int) -> int:
@@ -115,12 +115,12 @@ class ModelRunner:
         return buckets[bisect.bisect_left(buckets, num_rows)] if buckets else num_rows
 
     def padding_for(self, plan: Plan, tile_size: int) -> Padding | None:
-        """The sizes to which a step with prompts is padded; None for a step that runs as it is."""
+        """The sizes to which a step with prompts is padded; None for a step that is not padded."""
         if plan.features.eager or not self.paddings or self._prompt_embeddings.concerns(plan):
             return None
         rows = len(plan.decode_rows)
         decodes = self._padded_decodes[bisect.bisect_left(self._padded_decodes, rows)]
-        # The padded samples need a padded token to point to.
+        # Padded samples must point to a padded token.
         needed = decodes + plan.num_tokens - rows
         tokens = next((tokens for tokens in self.paddings if tokens > needed), None)
         if tokens is None:
@@ -130,39 +130,40 @@ class ModelRunner:
         if entries > most:
             return None
         padding = Padding(tokens, padded_entries(entries, most), decodes)
-        # Padding a step that will never be captured would be wasted work.
+        # Padding a step that is never captured would be wasted work.
         key = Captured(padding, self._sampler.as_run(plan.features))
         return padding if self.graphs.captures_prompts() or key in self.graphs.captured else None
 
     def offer(self, forward: Forward) -> None:
-        """Use another forward from the next step on, and capture anew. From any thread."""
+        """Use another forward from the next step on, and capture again. Any thread may call it."""
         self._offered = forward
 
     def completed(self, step: int) -> None:
-        """Let go of what no step after `step` can touch."""
+        """Drop objects that no step after `step` can use."""
         self._prompt_embeddings.completed(step)
         self.graphs.completed(step)
 
     def tune(self) -> None:
-        """Measure kernel settings for the buckets; nothing may run on the device. Captured steps are captured anew."""
+        """Measure kernel settings for the buckets; nothing else may run. Steps are then captured again."""
         self._adopt()
         try:
             if isinstance(self._forward, Tunable):
                 self._forward.tune(self.buckets)
         finally:
-            # Also where measuring failed half-way: of several ranks all capture anew.
+            # Also if measuring failed half-way, so that all ranks capture again.
             self._forget_graphs()
 
     @torch.inference_mode()
     def warm(self, features: Features) -> None:
-        """Run and capture every bucket on the padding row, and where prompts are spread the steps with them that come
-        up most; `decode_rows` is empty afterwards.
+        """Run and capture every bucket on the padding row; `decode_rows` is empty afterwards.
+
+        If prompts are spread, the most frequent steps with prompts are captured too.
         """
         self._adopt()
         features = self._sampler.as_run(features)
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.decode_rows.zero_()
-        # The largest first: the smaller ones then fit into the memory that it has taken.
+        # Largest first, so that smaller steps fit in the memory that it has taken.
         for bucket in reversed([*self.buckets, *self.buckets]):
             if features.eager:
                 self._decode_forward(bucket)
@@ -184,7 +185,7 @@ class ModelRunner:
         Args:
             plan: The step.
             staged: Its inputs, on the device.
-            sections: Where they lie in `staged`.
+            sections: Positions of the inputs in `staged`.
         """
         self._step_number = plan.step
         self._adopt()
@@ -229,7 +230,7 @@ class ModelRunner:
         self.graphs.run(Captured(padding, features), lambda: self._step(self._state.padded_inputs(padding), features))
 
     def _decode_forward(self, bucket: int) -> tuple[StepInputs, torch.Tensor]:
-        """Inputs and logits of a decode step whose tokens are chosen outside of graphs."""
+        """Inputs and logits of a decode step whose tokens are chosen outside graphs."""
 
         def run() -> None:
             inputs = self._state.decode_inputs(bucket)
@@ -239,7 +240,7 @@ class ModelRunner:
         return self._forwards[bucket] if replayed else self._forwards.pop(bucket)
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits, copied to one buffer that all graphs share: each would otherwise keep logits of its own."""
+        """Copy the logits to one buffer that all graphs share; each graph would otherwise keep its own logits."""
         if not self.graphs.enabled:
             return logits
         shape = (self._buckets[-1], logits.shape[1])

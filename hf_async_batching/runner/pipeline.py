@@ -7,9 +7,9 @@ One step, and the next one while it runs::
     compute  [....... step n .......][updates n+1][carry-over, forward, sample, publish n+1]
     d2h                               [tokens n]
 
-A step's number modulo `SLOTS` picks its staging buffers (one pinned, one on the device) and its output buffer on the
-device; modulo the depth, its result buffer in host memory, which the host reads before it launches the step that
-takes the buffer over. See docs/architecture.md for who writes which buffer after which event.
+A step's number modulo `SLOTS` selects its staging buffers (one pinned, one on the device) and its output buffer on the
+device. Its number modulo the depth selects its result buffer in host memory, which the host reads before it launches
+the step that reuses the buffer. See docs/architecture.md for who writes which buffer after which event.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SLOTS = 2
 
 
 class _Prefix:
-    """The first elements of a buffer, as a view that is made anew only where their number has changed."""
+    """The first elements of a buffer, as a view that is made again only if their number has changed."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer = self._view = buffer
@@ -47,13 +47,13 @@ class Pipeline:
     """Enqueues plans and collects results, in order.
 
     Args:
-        device: Where the streams are.
+        device: Device of the streams.
         state: The row tables.
         runner: The device part of a step.
         depth: Steps that may be in flight at once.
         limits: Sizes that no step exceeds.
         tile_size: Query tokens per tile of prefill attention.
-        logit_size: Width of the model's logits; ignored where no request wants scores or logits.
+        logit_size: Width of the model's logits; used only if a request wants scores or logits.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Pipeline:
         self._result = [_Prefix(device.host_buffer(max_samples, torch.int32)) for _ in range(depth)]
         self._result_logprobs = [_Prefix(device.host_buffer(max_samples, torch.float32)) for _ in range(depth)]
         self._offered: dict[int, torch.Tensor] = {}
-        # Scores and logits, one line per position that wants them. Allocated on first use; they grow with demand.
+        # Scores and logits, one line per position that wants them. Allocated on first use and enlarged on demand.
         self._logit_size = logit_size
         self._wide_output: list[dict[str, torch.Tensor]] = [{} for _ in range(SLOTS)]
         self._wide_result: list[dict[str, torch.Tensor]] = [{} for _ in range(depth)]
@@ -91,17 +91,17 @@ class Pipeline:
         self._d2h_done: list[Any] = [None] * SLOTS
         self._resident_rows: tuple[int, ...] | None = None
         self._caller_work: deque[Any] = deque()
-        # The tables and buffers were zeroed on this thread's own stream.
+        # The calling thread's own stream has zeroed the tables and buffers.
         zeroed = device.record(Stream.CALLER)
         device.wait(Stream.H2D, zeroed, Guard.BUFFERS_READY)
         self._caller_work.append(zeroed)
 
     def order_after_caller(self) -> None:
-        """Make every later step run after all that the calling thread has enqueued on its stream. Thread-safe."""
+        """Make every later step run after all work on the calling thread's stream. Any thread may call it."""
         self._caller_work.append(self._device.record(Stream.CALLER))
 
     def launch(self, plan: Plan, planned_at: float) -> Launch:
-        """Enqueue a step; returns as soon as that is done. `planned_at` is when its planning began."""
+        """Enqueue a step and return. `planned_at` is the time when its planning began."""
         device, slot = self._device, plan.step % SLOTS
         events: dict[str, Any] = {}
         sections = self._send(plan, slot, events)
@@ -132,14 +132,14 @@ class Pipeline:
     def collect(self, launch: Launch) -> Result:
         """Sleep until a step's tokens have arrived, and read them."""
         plan, ring = launch.plan, launch.plan.step % self._depth
-        # A step that samples nothing sends nothing back; it is over when its compute is.
+        # A step that samples nothing sends nothing back; it ends with its compute.
         done = launch.events.get("d2h_done", launch.events["compute_done"])
         self._device.synchronize(done, Guard.RESULT_READY)
         self._runner.completed(plan.step)
         count = plan.num_sampled
         tokens = self._result[ring](count).tolist()
         logprobs = self._result_logprobs[ring](count).tolist() if plan.features.logprobs else None
-        # Complete: the tokens have arrived, and they were sent after the step's compute.
+        # The offered logits are complete: the tokens have arrived, and they were sent after the step's compute.
         offered = self._offered.pop(plan.step, None)
         if not plan.wanted:
             return Result(plan.step, tokens, logprobs, offered=offered)
@@ -159,17 +159,17 @@ class Pipeline:
         self._resident_rows = None
 
     def tune(self) -> None:
-        """Measure kernel settings between two steps, once the device has nothing else to do."""
+        """Measure kernel settings between two steps, when the device has no other work."""
         self.drain()
         self._runner.tune()
 
     def drain(self) -> None:
-        """Wait until the device has nothing to do."""
+        """Wait until the device has no work."""
         for stream in (Stream.H2D, Stream.COMPUTE, Stream.D2H):
             self._device.synchronize(self._device.record(stream), Guard.RESULT_READY)
 
     def close(self) -> None:
-        """Wait for everything that is enqueued."""
+        """Wait for all enqueued work."""
         self._device.close()
 
     def _send(self, plan: Plan, slot: int, events: dict[str, Any]) -> Sections:
@@ -197,27 +197,27 @@ class Pipeline:
         return sections
 
     def _make_room(self, plan: Plan, slot: int, ring: int) -> tuple[str, ...]:
-        """Buffers for the scores and logits that a step brings; the names of those that it needs."""
+        """Provide buffers for the scores and logits of a step; returns the names of the buffers that it needs."""
         features, device = plan.features, self._device
         names = tuple(name for name, wanted in (("scores", features.scores), ("logits", features.logits)) if wanted)
         lines, grown = plan.num_wanted, False
         for name in names:
             if name not in self._wide_result[ring] or len(self._wide_result[ring][name]) < lines:
-                # The step that used it before was collected.
+                # The step that used it before has been collected.
                 buffer = device.host_buffer(lines * self._logit_size, torch.float32)
                 self._wide_result[ring][name] = buffer.view(lines, self._logit_size)
             if name not in self._wide_output[slot] or len(self._wide_output[slot][name]) < lines:
-                # Memory that is given back must not be in use.
+                # Memory must not be in use when it is freed.
                 device.synchronize(self._d2h_done[slot], Guard.OUTPUT_FREE)
                 buffer = device.device_buffer(lines * self._logit_size, torch.float32)
                 self._wide_output[slot][name] = buffer.view(lines, self._logit_size)
                 grown = True
         if grown:
-            self.order_after_caller()  # whose stream zeroes them
+            self.order_after_caller()  # the caller's stream zeroes them
         return names
 
     def _compute(self, plan: Plan, staged: torch.Tensor, sections: Sections, slot: int, wide: tuple[str, ...]) -> None:
-        """Run a step, and copy what it made out of the tables, which the next step writes, to the slot's buffers."""
+        """Run a step, and copy its results from the tables, which the next step overwrites, to the slot's buffers."""
         self._runner.run(plan, staged, sections)
         if self._runner.uncaptured is not None:
             self._publish_uncaptured(plan, self._runner.uncaptured, slot, wide)

@@ -1,8 +1,8 @@
 """Prompts that are given as embeddings: soft prompts, and the embeddings of images.
 
-Such a request's prompt holds placeholder token ids, which are never looked up, and its embeddings beside them. Its
-completion is made of tokens like any other. A step that computes a piece of the prompt gives the forward embeddings in
-place of token ids.
+The prompt of such a request holds placeholder token ids, which are never looked up, and its embeddings. Its completion
+consists of tokens as usual. A step that computes a piece of the prompt passes embeddings to the forward in place of
+token ids.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hf_async_batching.core.plan import Plan
 
 
 class PromptEmbeddings:
-    """The rows whose prompts are embeddings, and how far each prompt has come; used by the device's side of a step."""
+    """The rows whose prompts are embeddings, and the progress of each prompt; used by the device's side of a step."""
 
     def __init__(self) -> None:
         self._rows: dict[int, tuple[torch.Tensor, int]] = {}
-        # Kept alive until the step that reads them has completed, even if its request ends before.
+        # Kept alive until the step that reads them has completed, even if its request ends earlier.
         self._read: deque[tuple[int, torch.Tensor]] = deque()
 
     def pieces(self, plan: Plan) -> tuple[tuple[int, torch.Tensor], ...]:
@@ -40,7 +40,7 @@ class PromptEmbeddings:
                 embeddings, start = self._rows.pop(chunk.row)
                 end = start + len(chunk.tokens)
                 if start < len(embeddings):
-                    # A request that was preempted after its first tokens has tokens behind its embeddings.
+                    # A request that was preempted after its first tokens has tokens after its embeddings.
                     pieces.append((query, embeddings[start:end]))
                     self._read.append((plan.step, embeddings))
                 if not chunk.samples:
@@ -49,12 +49,12 @@ class PromptEmbeddings:
         return tuple(pieces)
 
     def concerns(self, plan: Plan) -> bool:
-        """Whether a step, if it came next, might read embeddings."""
+        """Whether a step might read embeddings if it came next."""
         return any(new_row.request.prompt_embeddings is not None for new_row in plan.new_rows) or (
             bool(self._rows) and any(chunk.row in self._rows for chunk in plan.chunks)
         )
 
     def completed(self, step: int) -> None:
-        """Let go of what only steps up to `step` have read."""
+        """Drop embeddings that only steps up to `step` have read."""
         while self._read and self._read[0][0] <= step:
             self._read.popleft()

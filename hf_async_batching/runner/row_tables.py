@@ -1,10 +1,10 @@
-"""The tables that live on the device for a row's whole life, and the carry-over that reads them.
+"""The tables on the device that last as long as a row, and the carry-over that reads them.
 
 Every table is indexed by row. Row 0 is the padding row: no request has it, and its entries in all tables stay 0.
 
-A row that has sampled an end-of-sequence token, or reached its length, is *finished*. The host learns that when the
-step's tokens arrive. By then it may have planned the row for more steps, in which the row's entries are padding. The
-flag saves work and keeps the row's pages as they are; the host decides which token ends a request.
+A row that has sampled an end-of-sequence token, or reached its length, is *finished*. The host learns this when the
+step's tokens arrive. By then it may have planned more steps for the row; the row's entries in these steps are padding.
+The flag saves work and keeps the row's pages unchanged; the host decides which token ends a request.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ class RowTables:
     Args:
         max_rows: Rows that requests can own; the tables have one more.
         max_pages_per_row: Width of the page table.
-        device: Where the tables live.
+        device: Device of the tables.
         fused: Whether decode steps use the Triton kernels; None for CUDA with Triton.
         max_length: Tokens that a row can reach; the width of the token history.
-        vocab_size: Token ids are below it; for the token history.
+        vocab_size: Upper bound of token ids, exclusive; for the token history.
         max_samples: Tokens that a step can sample; None for `max_rows`.
         padding: The largest step with prompts that is captured.
-        groups: Groups of layers that have pages of their own.
+        groups: Groups of layers with separate pages.
 
     Attributes:
-        last_token: int32 [rows], the token that was sampled last for the row; 0 where none could be drawn.
+        last_token: int32 [rows], the last sampled token of the row; 0 if none could be drawn.
         lengths: int32 [rows], tokens whose keys and values are in the cache.
         finished: int32 [rows], 1 for a row whose request ends with `last_token`, or for lack of one.
         page_table: int32 [rows, max_pages_per_row], or [groups, rows, max_pages_per_row].
         params: int32 [rows, PARAMS], sampling parameters (columns in `row_layout`).
-        decode_rows: int32 [max_rows], the rows of a decode step, resident until the host sends others.
-        padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, where its graph finds them.
-        memory: Histories, rules and tokens that have occurred, for rows that need them.
-        out_tokens: int32 [max_samples], outcomes (see `outcomes`) of the step that ran last, in plan order.
-        out_logprobs: float32 [max_samples], their log-probabilities where asked for.
+        decode_rows: int32 [max_rows], the rows of a decode step; they stay until the host sends others.
+        padded: int32 [3 * tokens + 5 * entries], the inputs of a step with prompts, at the address that its graph
+            reads.
+        memory: Histories, rules and occurred tokens, for rows that need them.
+        out_tokens: int32 [max_samples], outcomes (see `outcomes`) of the last step, in plan order.
+        out_logprobs: float32 [max_samples], their log-probabilities if requested.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class RowTables:
         if groups == 1:
             self.page_table = table(max_rows + 1, max_pages_per_row)
         else:
-            # A table that does not begin on 16 bytes would have kernels of its own, compiled while a step waits.
+            # A table that is not aligned to 16 bytes would need kernels of its own, compiled while a step waits.
             self.page_table = table(groups, max_rows + 1, -(-max_pages_per_row // 4) * 4)
         self.params = table(max_rows + 1, PARAMS)
         self.decode_rows = table(max_rows)
@@ -89,14 +90,14 @@ class RowTables:
         self.commit(inputs, torch.zeros_like(inputs.context.rows), None)
 
     def apply_updates(self, staged: torch.Tensor, sections: Sections) -> None:
-        """Start new rows, enter new pages and tokens from outside, as `staging.encode` wrote them to `staged`."""
+        """Start new rows, and enter new pages and outside tokens, as `staging.encode` wrote them to `staged`."""
         size = sections.new_rows * (1 + PARAMS)
         if sections.new_rows:
             records = staged[:size].view(sections.new_rows, 1 + PARAMS)
             rows = records[:, 0]
             self.params[rows] = records[:, 1:]
-            # From the record, also where it is 0: torch would copy a Python scalar from pageable host memory, and wait
-            # for the copy.
+            # From the record, even if it is 0: torch would copy a Python scalar from pageable host memory, and wait
+            # for it.
             self.lengths[rows] = records[:, 1 + START]
             self.finished[rows] = torch.zeros_like(rows)
             self.memory.start(rows)
@@ -133,9 +134,9 @@ class RowTables:
         return StepInputs(token_ids, position_ids, None, context)
 
     def mixed_inputs(self, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
-        """Carry-over for a step with prompt pieces: the host's token where it gave one, else the row's last.
+        """Carry-over for a step with prompt pieces: the host's token if it gave one, else the row's last token.
 
-        The first `num_decodes` tokens are known to be rows that decode, which attention can read faster.
+        The first `num_decodes` tokens are known to be decoding rows, which attention can process faster.
         """
         start = sections.updates_end
         token_end = start + 3 * sections.tokens
@@ -143,7 +144,7 @@ class RowTables:
         given, rows, offsets = staged[start:token_end].view(3, -1).unbind(0)
         samples = staged[token_end:sample_end].long()
         tile_rows, tile_queries, tile_lengths, tile_offsets = staged[sample_end : sections.total].view(4, -1).unbind(0)
-        # The entry and the tile of a decoding row that has finished; a row with a prompt piece never has.
+        # The entry and the tile of a finished decoding row; a row with a prompt piece is never finished.
         rows, tile_rows = self._padding_where_finished(rows), self._padding_where_finished(tile_rows)
         positions = self.lengths[rows] + offsets
         token_ids = torch.where(given < 0, self.last_token[rows], given)
@@ -160,16 +161,16 @@ class RowTables:
         return StepInputs(token_ids.long(), positions.long(), samples, context)
 
     def keep_padded(self, staged: torch.Tensor, sections: Sections) -> None:
-        """Take the inputs of a padded step out of its staged array, where they begin elsewhere each time."""
+        """Copy the inputs of a padded step from its staged array, in which they start at different offsets."""
         size = sections.total - sections.updates_end
         self.padded[:size] = staged[sections.updates_end : sections.total]
 
     def padded_inputs(self, padding: Padding) -> StepInputs:
-        """Carry-over for a padded step that was kept."""
+        """Carry-over for a padded step whose inputs were kept."""
         return self.mixed_inputs(self.padded[: padding.sections.total], padding.sections, padding.decodes)
 
     def note(self, inputs: StepInputs, features: Features) -> None:
-        """Enter the inputs of a step into the memories of its rows, where some row needs that."""
+        """Enter the inputs of a step into the memories of its rows, if any row needs it."""
         if features.memory or features.seen:
             context = inputs.context
             if self._fused and isinstance(context, DecodeContext) and not features.memory:
@@ -181,7 +182,7 @@ class RowTables:
             self.memory.note(context.rows, context.positions, inputs.token_ids, self.params, words=features.memory)
 
     def commit(self, inputs: StepInputs, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
-        """Advance the rows of a step and keep what was sampled.
+        """Advance the rows of a step, and keep the sampled tokens.
 
         Args:
             inputs: The step.
@@ -210,15 +211,15 @@ class RowTables:
         else:
             self.lengths.index_add_(0, context.tile_rows, context.tile_lengths)
         rows = self.sampled_rows(inputs)
-        # A row with several sampled positions goes on from a token that the host will give, so it does not matter
-        # which of them is kept here.
+        # A row with several sampled positions continues from a token that the host will give, so any of its samples
+        # may be kept here.
         records, taken = self.params[rows], tokens_of(tokens)
         is_eos = (records[:, FIRST_EOS:] == taken[:, None]).any(1)
         is_last = self.next_positions(inputs) + 1 >= records[:, MAX_LENGTH]
         self.finished[rows] = (is_eos | is_last | without_token(tokens)).int()
         self.last_token[rows] = taken
         for table in (self.lengths, self.finished, self.last_token):
-            table[:1].zero_()  # the padding row, which stands for many entries at once
+            table[:1].zero_()  # the padding row, to which many entries may have written
         self.out_tokens[: tokens.shape[0]] = tokens
         if logprobs is not None:
             self.out_logprobs[: tokens.shape[0]] = logprobs

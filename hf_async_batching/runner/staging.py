@@ -1,4 +1,4 @@
-"""The host's side of a step: its inputs, written to one int32 array that a single copy sends (see `step_layout`)."""
+"""The host's side of a step: write its inputs to one int32 array that a single copy sends (see `step_layout`)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def encode(
 
     Args:
         plan: The step.
-        out: At least as long as the result's `total`.
+        out: Array of at least the result's `total` elements.
         bucket: Entries of the decode section, at least `len(plan.decode_rows)`.
         send_decode_rows: Whether the decode section is written in a step without prompts.
         tile_size: Query tokens per tile of prefill attention.
-        padding: What a step with prompts is padded to, if it is.
+        padding: Sizes to which a step with prompts is padded; None for no padding.
 
     Returns:
-        The sizes that were written.
+        The sizes of the written sections.
     """
     cursor = 0
 
@@ -97,7 +97,7 @@ def encode(
 
 
 def _write_memories(plan: Plan, section: Callable[[int], IntArray]) -> int:
-    """Write what the memories of new rows begin with; returns how many words."""
+    """Write the initial memories of new rows; returns the number of words."""
     writes = [
         (new_row.row, *row_writes(new_row.request.padding, new_row.known, new_row.request.logits.rules))
         for new_row in plan.new_rows

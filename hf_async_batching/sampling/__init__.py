@@ -1,1 +1,1 @@
-"""From logits to tokens, one job a file."""
+"""Turn logits into tokens."""

@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
-"""The arg-max of each row of logits, spread over the whole card.
+"""Compute the arg-max of each row of logits on the whole card.
 
-torch gives a row to few programs, so that 32 rows of a large vocabulary leave most of a card idle. Here many programs
-share a row, and a second kernel compares what they found. On a CPU it is torch's own.
+torch gives few programs to a row, so 32 rows of a large vocabulary leave most of a card idle. Here many programs share
+a row, and a second kernel compares their results. On a CPU it is torch's own arg-max.
 
-The parameters of a kernel have no Python types; `argmax` is the typed door. Importing this does not import triton.
+The parameters of a kernel have no Python types; `argmax` is the typed entry. Importing this module does not import
+triton.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ _MAX_PARTS = 64
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest logit of each row, the first of equals; NaN counts as the largest, as in torch.
+    """Index of the largest logit of each row, the first of equal ones; NaN counts as the largest, as in torch.
 
-    (On a GPU, NaN counts as inf: a row with both yields the first of them.)
+    On a GPU, NaN counts as inf: a row with both returns the first of them.
 
     Args:
         logits: [rows, vocab], any float dtype.
 
     Returns:
-        int32 [rows], outcomes (see `outcomes`): the index is marked where the largest is NaN or infinite.
+        int32 [rows], outcomes (see `outcomes`): the index is marked if the largest logit is NaN or infinite.
     """
     if not runs_triton(logits.device) or logits.stride(-1) != 1 or not logits.shape[0]:
         tokens = logits.argmax(-1)
@@ -38,7 +39,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def argmax_in_parts(logits: torch.Tensor, parts: int) -> torch.Tensor:
-    """The same by `parts` programs for each row, 1 to 64."""
+    """The same with `parts` programs per row, 1 to 64."""
     import triton  # type: ignore[import-untyped,unused-ignore]
 
     kernels = _kernels()
@@ -56,7 +57,7 @@ def argmax_in_parts(logits: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 def _parts(logits: torch.Tensor) -> int:
-    """So many that there are four programs for each multiprocessor, none without a block."""
+    """Number of parts for about four programs per multiprocessor; no part is empty."""
     wanted = 4 * _multiprocessors(logits.device) // logits.shape[0]
     most = min(_MAX_PARTS, -(-logits.shape[1] // _BLOCK))
     return max(1, min(wanted, most))

@@ -1,7 +1,7 @@
-"""The filters of transformers' warpers, in their order; each sees the tokens that the filter before it has left.
+"""The filters of transformers' warpers, in their order; each sees the tokens that earlier filters have kept.
 
 Top-k, top-p and min-p are thresholds on the scaled logits, computed from the largest `candidates` of them. Unlike
-transformers' top-p, ours keeps all tokens that are as probable as the last one kept.
+transformers' top-p, ours keeps all tokens that are as probable as the last kept token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_async_batching.sampling.metadata import SamplingMetadata
 
 _NEGATIVE_INFINITY = float("-inf")
 
-# transformers' top-h looks at this many of the most probable tokens.
+# Number of most probable tokens that transformers' top-h considers.
 _TOP_H_TOKENS = 100
 
 
@@ -24,19 +24,19 @@ def filtered(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -
 
     Args:
         logits: float32 [rows, vocab], not changed.
-        rows: Their parameters.
-        features: What any row needs. Scores that no request returns are shifted so that the largest logit is 0:
-            dividing such differences by a tiny temperature loses no maximum to infinity.
+        rows: Parameters of the rows.
+        features: Needs of the rows together. Scores that no request returns are shifted so that the largest logit is
+            0: dividing by a tiny temperature then turns no maximum into infinity.
 
     Returns:
-        float32 [rows, vocab]; tokens that are filtered out have -inf.
+        float32 [rows, vocab]; -inf for tokens that are filtered out.
     """
     temperature = rows.floats(row_layout.TEMPERATURE)
     shifted = (logits - logits.amax(-1, keepdim=True)) / temperature
     scores = shifted
     if features.scores:
         scores = logits / temperature
-        # `generate` fails where the largest score overflows to infinity. A row must not depend on who wants scores.
+        # `generate` fails if the largest score overflows to infinity. A row must not depend on which rows want scores.
         scores = torch.where(scores.amax(-1, keepdim=True).isfinite(), scores, shifted)
     stages = features.stages
     if stages & Stage.TOP_H:
@@ -55,7 +55,7 @@ def filtered(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -
 
 
 def _threshold(scores: torch.Tensor, rows: SamplingMetadata, candidates: int) -> torch.Tensor:
-    """The smallest score of each row that survives top-k, top-p and min-p, float32 [rows, 1]."""
+    """The smallest score of each row that passes top-k, top-p and min-p, float32 [rows, 1]."""
     vocab = scores.shape[1]
     if candidates < 0 or candidates >= vocab:
         top = scores.sort(-1, descending=True).values
@@ -65,7 +65,7 @@ def _threshold(scores: torch.Tensor, rows: SamplingMetadata, candidates: int) ->
     top_k = torch.where(asked > 0, asked, vocab).clamp(max=top.shape[1])
     kth = top.gather(1, top_k - 1).masked_fill(asked <= 0, _NEGATIVE_INFINITY)
     surviving = top.masked_fill(top < kth, _NEGATIVE_INFINITY)
-    # transformers sums from the smallest up and drops while the sum is at most 1 - top_p; one token always stays.
+    # transformers sums up from the smallest, and drops tokens while the sum is at most 1 - top_p; one token stays.
     tail = surviving.softmax(-1).flip(-1).cumsum(-1).flip(-1)
     top_p = rows.floats(row_layout.TOP_P)
     dropped = tail <= 1 - top_p

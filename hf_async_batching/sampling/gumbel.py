@@ -1,6 +1,6 @@
-"""Random numbers that depend on a row's seed, the position and the token, and on nothing else.
+"""Random numbers that depend only on a row's seed, the position and the token.
 
-Stateless, so that a request's tokens do not depend on its company, on the order of steps, or on a preemption. The
+They have no state, so a request's tokens do not depend on other requests, the order of steps, or a preemption. The
 hash is Chris Wellons' `lowbias32` (https://nullprogram.com/blog/2018/07/31/).
 """
 
@@ -12,7 +12,7 @@ from hf_async_batching.core import row_layout
 
 
 def row_keys(params: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two keys int32 [rows] of each row's seed and position."""
+    """Two keys, int32 [rows] each, from each row's seed and position."""
     key = _hash(params[:, row_layout.SEED_LOW] ^ 0x3C6EF372)
     key = _hash(key ^ params[:, row_layout.SEED_HIGH])
     key = _hash(key ^ positions.int())
@@ -20,18 +20,18 @@ def row_keys(params: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tenso
 
 
 def exponential(params: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Exp(1) variates, float32 [rows, vocab], a function of each row's seed and position alone."""
+    """Exp(1) variates, float32 [rows, vocab], that depend only on each row's seed and position."""
     key, second_key = row_keys(params, positions)
     token = torch.arange(vocab, dtype=torch.int32, device=params.device)
     bits = _hash(_hash(token[None] ^ key[:, None]) + second_key[:, None])
-    # 31 bits to (0, 1): small values, which decide the draw, keep their full precision. Rounding must not reach 1:
-    # a token with an infinite variate could not be drawn even where it is the only one left.
+    # 31 bits to (0, 1): small values, which decide the draw, keep full precision. Rounding must not reach 1: a token
+    # with an infinite variate could not be drawn even if it is the only one left.
     uniform = ((bits & 0x7FFFFFFF).float() + 0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()
 
 
 def _hash(x: torch.Tensor) -> torch.Tensor:
-    # int32 products wrap around; the shifts are made logical by masking the copies of the sign.
+    # int32 products wrap around; masking the copies of the sign makes the shifts logical.
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)

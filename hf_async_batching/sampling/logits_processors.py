@@ -1,6 +1,7 @@
-"""Changes of the logits before anything is filtered, in the order of transformers' own processors.
+"""Change logits before they are filtered, in the order of transformers' own processors.
 
-Every change is made for all rows at once, each by its own parameters; a row without one keeps its logits bit by bit.
+Every change runs for all rows at once, each with its own parameters; a row without a change keeps its logits bit by
+bit.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ _NEGATIVE_INFINITY = float("-inf")
 
 
 def changed(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
-    """Logits after all changes that some row asks for.
+    """Apply all changes that any row asks for.
 
     Args:
         logits: float32 [rows, vocab], not changed.
-        rows: Their parameters.
-        features: What any row needs.
+        rows: Parameters of the rows.
+        features: Needs of the rows together.
 
     Returns:
         float32 [rows, vocab].
@@ -65,16 +66,16 @@ def penalized(logits: torch.Tensor, rows: SamplingMetadata, column: int, bit: in
 
 
 def without_early_eos(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """No end-of-sequence token where the row's minimum is not reached."""
+    """Forbid end-of-sequence tokens in rows that have not reached their minimum length."""
     eos = params[:, row_layout.FIRST_EOS :].long()
     early = (positions < params[:, row_layout.MIN_LENGTH])[:, None] & (eos >= 0) & (eos < logits.shape[1])
-    # Entries that must stay untouched add 0 at token 0: a scatter that assigned would race with a real entry there.
+    # Entries without effect add 0 at token 0. A scatter that assigns would race with a real entry there.
     penalty = torch.zeros_like(eos, dtype=logits.dtype).masked_fill_(early, _NEGATIVE_INFINITY)
     return logits.scatter_add(1, eos.clamp(0, logits.shape[1] - 1), penalty)
 
 
 class _Rules:
-    """The rules of all rows, and where each applies now."""
+    """The rules of all rows, and where each applies in this step."""
 
     def __init__(self, rows: SamplingMetadata, vocab: int) -> None:
         assert rows.memory is not None and rows.rows is not None
@@ -94,14 +95,14 @@ class _Rules:
         self._vocab = vocab
 
     def biases(self, kind: RuleKind) -> torch.Tensor:
-        """float32 [rows, vocab], the sums of the biases that apply."""
+        """float32 [rows, vocab], the sums of the biases that apply now."""
         active = self._applies & (self._kinds == kind)
         added = torch.where(active, self._biases, 0.0)
         return added.new_zeros(added.shape[0], self._vocab).scatter_add(1, self._tokens * active, added)
 
     def mask(self, kind: RuleKind) -> torch.Tensor:
-        """bool [rows, vocab], the tokens of rules that apply."""
-        # A spare column takes the entries that must touch nothing.
+        """bool [rows, vocab], the tokens of rules that apply now."""
+        # A spare column takes entries without effect.
         target = torch.where(self._applies & (self._kinds == kind), self._tokens, self._vocab)
         out = torch.zeros(target.shape[0], self._vocab + 1, dtype=torch.bool, device=target.device)
         return out.scatter_(1, target, torch.ones_like(target, dtype=torch.bool))[:, : self._vocab]
@@ -114,7 +115,7 @@ class _Rules:
 
 
 def _without_ngrams(logits: torch.Tensor, rows: SamplingMetadata, column: int, ends: torch.Tensor) -> torch.Tensor:
-    """Ban what would complete an n-gram that stands in the first `ends` tokens int64 [rows, 1] of the history."""
+    """Ban tokens that would repeat an n-gram of the first `ends` tokens, int64 [rows, 1], of the history."""
     assert rows.memory is not None and rows.rows is not None
     history = rows.memory.histories_of(rows.rows, rows.bounds.history)
     longest, vocab = history.shape[1], logits.shape[1]
@@ -122,8 +123,8 @@ def _without_ngrams(logits: torch.Tensor, rows: SamplingMetadata, column: int, e
     lengths = rows.lengths
     start = torch.arange(longest, device=logits.device)[None]
     matches = (size > 0) & (start + size <= ends) & (lengths >= size - 1)
-    for i in range(min(rows.bounds.ngram - 1, longest)):  # a longer n-gram is in no history
-        # The last size - 1 tokens against those of every window.
+    for i in range(min(rows.bounds.ngram - 1, longest)):  # no history holds a longer n-gram
+        # Compare the last size - 1 tokens with each window's.
         suffix = history.gather(1, (lengths - size + 1 + i).clamp(0, longest - 1))
         window = history.gather(1, (start + i).clamp(max=longest - 1).expand(history.shape[0], -1))
         matches = matches & ((window == suffix) | (i >= size - 1))
@@ -145,7 +146,7 @@ def _decayed(logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
     factor = torch.pow(rows.doubles(row_layout.DECAY), beyond.clamp(min=0).double()) - 1
     eos = rows.params[:, row_layout.FIRST_EOS :].long()
     real = (eos >= 0) & (eos < logits.shape[1])
-    # Unused entries of the record add 0 to token 0; an end that is named twice counts once.
+    # Unused entries of the record add 0 to token 0; an end token that is listed twice counts once.
     first = torch.ones_like(real)
     for i in range(1, eos.shape[1]):
         first[:, i] = (eos[:, :i] != eos[:, i : i + 1]).all(-1)

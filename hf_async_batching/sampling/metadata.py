@@ -1,4 +1,4 @@
-"""The parameters of the rows whose tokens the sampler chooses."""
+"""Parameters of the rows whose tokens the sampler chooses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ class SamplingMetadata:
     """The rows of a step's sampled positions.
 
     Attributes:
-        params: int32 [sampled, PARAMS], their records as `row_layout` lays them out.
-        positions: int64 [sampled], the position that each sampled token will take, which is the number of tokens
-            before it.
-        rows: int32 [sampled], the rows; None where no history is read.
-        memory: The histories of all rows; None where none is read.
+        params: int32 [sampled, PARAMS], records in the layout of `row_layout`.
+        positions: int64 [sampled], the position of each sampled token, which is the number of tokens before it.
+        rows: int32 [sampled], the rows; None if no history is read.
+        memory: The histories of all rows; None if no history is read.
         bounds: Sizes that no row exceeds.
     """
 
@@ -31,23 +30,23 @@ class SamplingMetadata:
     bounds: Bounds = NO_BOUNDS
 
     def integers(self, column: int) -> torch.Tensor:
-        """int32 [sampled, 1], a column of the records."""
+        """A column of the records, int32 [sampled, 1]."""
         return self.params[:, column, None]
 
     def floats(self, column: int) -> torch.Tensor:
-        """float32 [sampled, 1], a column of the records."""
+        """A column of the records, float32 [sampled, 1]."""
         return self.params[:, column].contiguous().view(torch.float32)[:, None]
 
     def doubles(self, column: int) -> torch.Tensor:
-        """float64 [sampled, 1], two columns of the records."""
+        """Two columns of the records, float64 [sampled, 1]."""
         return self.params[:, column : column + 2].clone(memory_format=torch.contiguous_format).view(torch.float64)
 
     def seen(self, vocab: int) -> torch.Tensor:
-        """uint8 [sampled, vocab], see `TokenHistory.seen`."""
+        """uint8 [sampled, vocab]; see `TokenHistory.seen`."""
         assert self.memory is not None and self.memory.seen is not None and self.rows is not None
         return self.memory.seen[self.rows, :vocab]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """int64 [sampled, 1], tokens of the histories, padding included."""
+        """int64 [sampled, 1], lengths of the histories in tokens, padding included."""
         return self.positions[:, None] + self.params[:, row_layout.PADDING, None]

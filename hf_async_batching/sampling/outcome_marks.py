@@ -8,22 +8,22 @@ from hf_async_batching.core.outcomes import FIRST_UNSOUND, UNDRAWABLE, UNDRAWABL
 
 
 def tokens_of(outcomes: torch.Tensor) -> torch.Tensor:
-    """int32 [rows], the tokens of outcomes int32 [rows]; 0 where there is none."""
+    """Tokens int32 [rows] of outcomes int32 [rows]; 0 if there is no token."""
     return torch.where(outcomes < 0, (FIRST_UNSOUND - outcomes).clamp(min=0), outcomes)
 
 
 def without_token(outcomes: torch.Tensor) -> torch.Tensor:
-    """bool [rows], True where a row has no token."""
+    """bool [rows], whether a row has no token."""
     return (outcomes < 0) & (outcomes > FIRST_UNSOUND)
 
 
 def marked(tokens: torch.Tensor, *, undrawable: torch.Tensor | None = None, unsound: torch.Tensor) -> torch.Tensor:
-    """int32 [rows], outcomes of tokens int32 [rows].
+    """Outcomes int32 [rows] of tokens int32 [rows].
 
     Args:
         tokens: int32 [rows], the token of each row.
-        undrawable: bool [rows], where a token was to be drawn and cannot be.
-        unsound: bool [rows], where the model's logits are not finite.
+        undrawable: bool [rows], whether a token should be drawn but cannot be.
+        unsound: bool [rows], whether the model's logits are not finite.
     """
     outcomes = torch.where(unsound, FIRST_UNSOUND - tokens, tokens)
     if undrawable is not None:

@@ -1,6 +1,6 @@
-"""Logits to tokens for a whole batch, each row by its own parameters, without reading anything back.
+"""Choose tokens from logits for a whole batch, each row by its own parameters, without reading anything back.
 
-Draws use the Gumbel-max trick in its exponential form: the arg-min of E_i / p_i, E_i ~ Exp(1), is a draw from p.
+Draws use the Gumbel-max trick in its exponential form: the arg-min of E_i / p_i with E_i ~ Exp(1) is a draw from p.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Sampler:
     """Chooses the next tokens of a step.
 
     Args:
-        fused: Whether the Triton kernels do what they can; None for CUDA with Triton.
+        fused: Whether the Triton kernels do the work that they support; None for CUDA with Triton.
     """
 
     def __init__(self, fused: bool | None = None) -> None:
         self._fused = fused
 
     def as_run(self, features: Features) -> Features:
-        """The features without those that make no difference to the work, so that more steps share a graph.
+        """Remove features that make no difference to the work, so that more steps share a graph.
 
-        The kernels read each row's filters and ignore how many candidates decide them.
+        The kernels read each row's filters, and ignore the number of candidates.
         """
         return _without_candidates(features) if self._fused else features
 
@@ -47,12 +47,12 @@ class Sampler:
 
         Args:
             logits: [rows, vocab], any float dtype; not changed.
-            rows: Their parameters; None where the features leave only the arg-max.
-            features: What any row needs.
+            rows: Parameters of the rows; None if the features need only the arg-max.
+            features: Needs of the rows together.
 
         Returns:
-            Outcomes int32 [rows] (see `outcomes`); log-probabilities float32 [rows] of the tokens under the unfiltered
-            logits where `features.logprobs`, else None.
+            Outcomes int32 [rows] (see `outcomes`). Log-probabilities float32 [rows] of the tokens under the unfiltered
+            logits if `features.logprobs` is set, else None.
         """
         if features.sampling or features.min_length or features.penalty:
             assert rows is not None
@@ -74,15 +74,15 @@ class Sampler:
         return self.choose(self.scores(logits, rows, features), rows, features, logits)
 
     def scores(self, logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
-        """The scores that tokens are chosen by, after all changes and filters.
+        """Compute the scores from which tokens are chosen, after all changes and filters.
 
         Args:
             logits: [rows, vocab], any float dtype; not changed.
-            rows: Their parameters.
-            features: What any row needs.
+            rows: Parameters of the rows.
+            features: Needs of the rows together.
 
         Returns:
-            float32 [rows, vocab]; for rows that draw, their log-probabilities up to a shift.
+            float32 [rows, vocab]; for rows that draw, log-probabilities up to a shift.
         """
         scores = changed(logits.float(), rows, features)
         if features.sampling:
@@ -95,21 +95,22 @@ class Sampler:
     def choose(
         self, scores: torch.Tensor, rows: SamplingMetadata, features: Features, logits: torch.Tensor
     ) -> torch.Tensor:
-        """One token per row: the best, or a draw.
+        """Choose one token per row: the best, or a draw.
 
         Args:
             scores: float32 [rows, vocab].
-            rows: Their parameters.
-            features: What any row needs.
-            logits: [rows, vocab], the model's own.
+            rows: Parameters of the rows.
+            features: Needs of the rows together.
+            logits: [rows, vocab], the model's own logits.
 
         Returns:
-            int32 [rows], outcomes. Scores whose largest is not finite yield no draw, as in `generate`.
+            int32 [rows], outcomes. If the largest score of a row is not finite, the row draws no token, as in
+            `generate`.
         """
         best = argmax(scores)
         tokens, undrawable = tokens_of(best), None
         if features.sampling:
-            # The largest is 0 already, unless a filter has dropped it or the scores were never shifted.
+            # The largest score is already 0, unless a filter has dropped it or the scores were never shifted.
             if features.scores or features.stages & Stage.TYPICAL:
                 scores = scores - scores.amax(-1, keepdim=True)
             exponential = gumbel.exponential(rows.params, rows.positions, scores.shape[1])
@@ -133,12 +134,12 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 
 def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One token int64 [rows] per row of scores float32 [rows, vocab], as steps of the engine draw it.
+    """Draw one token int64 [rows] per row of scores float32 [rows, vocab], as the engine's steps draw it.
 
     Args:
-        scores: Log-probabilities to draw by, up to a shift.
+        scores: Log-probabilities to draw from, up to a shift.
         records: int32 [rows, PARAMS]; only the seeds are read, see `seed_records`.
-        positions: int32 [rows], that the tokens will take.
+        positions: int32 [rows], positions of the drawn tokens.
 
     Raises:
         InvalidProbabilitiesError: No token can be drawn; a `RuntimeError`, as in `generate`.
@@ -154,7 +155,7 @@ def draw(scores: torch.Tensor, records: torch.Tensor, positions: torch.Tensor) -
 
 
 def seed_records(seeds: list[int], device: torch.device) -> torch.Tensor:
-    """int32 [rows, PARAMS] of rows that have a seed and nothing else."""
+    """int32 [rows, PARAMS], records that hold only seeds."""
     records = torch.zeros(len(seeds), row_layout.PARAMS, dtype=torch.int32, device="cpu")
     halves = torch.tensor(seeds, dtype=torch.int64, device="cpu").view(torch.int32).view(-1, 2)
     records[:, row_layout.SEED_LOW], records[:, row_layout.SEED_HIGH] = halves[:, 0], halves[:, 1]

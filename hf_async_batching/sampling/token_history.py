@@ -1,7 +1,8 @@
-"""The rows' rules and token histories, and which tokens have occurred in them.
+"""The rows' rules and token histories, and which tokens occur in them.
 
-Both tables are made when the first request needs them and are never replaced: captured steps hold their addresses. A
-row's history is complete before each step's tokens are chosen, because it is written together with the step's inputs.
+Both tables are allocated when the first request needs them, and never replaced, because captured steps hold their
+addresses. A row's history is complete before each step's tokens are chosen, because it is written with the step's
+inputs.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ class TokenHistory:
     Args:
         max_rows: Rows that requests can own; the tables have one more.
         max_length: Tokens that a row can reach, prompt and completion.
-        vocab_size: Token ids are below.
-        device: Where the tables live.
+        vocab_size: Upper bound of token ids, exclusive.
+        device: Device of the tables.
 
     Attributes:
-        words: int32 [rows, HISTORY_START + MAX_PADDING + max_length], laid out as in `row_layout`; None until needed.
-        seen: uint8 [rows, vocab_size], the bits `OCCURRED` (in the history, padding aside) and `IN_PROMPT` (in the
-            prompt or its padding) of each token; None until needed.
+        words: int32 [rows, HISTORY_START + MAX_PADDING + max_length], in the layout of `row_layout`; None until
+            needed.
+        seen: uint8 [rows, vocab_size], two bits per token: `OCCURRED` (in the history, without padding) and
+            `IN_PROMPT` (in the prompt or its padding); None until needed.
     """
 
     def __init__(self, *, max_rows: int, max_length: int, vocab_size: int, device: torch.device) -> None:
@@ -40,7 +42,7 @@ class TokenHistory:
         self.seen: torch.Tensor | None = None
 
     def ensure(self, *, words: bool, seen: bool) -> None:
-        """Make the tables that a step needs."""
+        """Allocate the tables that a step needs."""
         if words and self.words is None:
             self.words = torch.zeros(self._rows, self._width, dtype=torch.int32, device=self._device)
         if seen and self.seen is None:
@@ -54,7 +56,7 @@ class TokenHistory:
             self.seen[rows] = torch.zeros_like(rows, dtype=torch.uint8)[:, None]
 
     def write(self, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, params: torch.Tensor) -> None:
-        """Enter words of new rows.
+        """Write words of new rows.
 
         Args:
             rows: int32 [words].
@@ -67,7 +69,7 @@ class TokenHistory:
         if self.seen is not None:
             positions = columns - HISTORY_START - params[rows, row_layout.PADDING]
             padding = (columns >= HISTORY_START) & (positions < 0)
-            # Before the tokens: one of them may be the padding token.
+            # Before the tokens, because one of them may be the padding token.
             owner = rows * padding
             self.seen[owner.long(), (values * padding).long()] = torch.full_like(owner, IN_PROMPT, dtype=torch.uint8)
             known = positions >= 0
@@ -76,14 +78,14 @@ class TokenHistory:
     def note(
         self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, params: torch.Tensor, *, words: bool
     ) -> None:
-        """Enter the inputs of a step.
+        """Record the inputs of a step.
 
         Args:
             rows: int32 [tokens].
             positions: int32 [tokens].
             tokens: int64 [tokens].
             params: int32 [rows, PARAMS], the table of records.
-            words: Whether some row of the step keeps its history.
+            words: Whether any row of the step keeps its history.
         """
         if words and self.words is not None:
             columns = HISTORY_START + params[rows, row_layout.PADDING] + positions
@@ -95,7 +97,8 @@ class TokenHistory:
         assert self.seen is not None
         entries = rows.long(), tokens.long()
         self.seen[entries] = self.seen[entries] | OCCURRED
-        # Afterwards, and all bits at once: entries of a completion that comes back after a preemption would race.
+        # Written last, and all bits at once: tokens of a completion that are computed again after a preemption would
+        # race.
         prompt = positions < params[rows, row_layout.PROMPT_LENGTH]
         owner = (rows * prompt).long()
         self.seen[owner, (tokens * prompt).long()] = torch.full_like(owner, OCCURRED | IN_PROMPT, dtype=torch.uint8)

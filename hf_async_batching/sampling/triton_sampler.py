@@ -1,4 +1,4 @@
-"""The typed door to the kernels: tokens for rows whose filters are the usual ones."""
+"""The typed entry to the sampling kernels: tokens for rows with the usual filters."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _MARK_BLOCK = 64
 
 # Logits per tile of a kernel.
 _TILE = 2048
-# Tiles of one program that looks for the winner of a race.
+# Tiles per program of the search for the smallest E / p.
 _TILES = 8
 
 
 def serves(features: Features) -> bool:
-    """Whether the kernels do all that a step's rows need."""
+    """Whether the kernels support everything that a step's rows need."""
     return (features.sampling or features.penalty) and features.top_k >= 0 and not features.stages
 
 
 def choose(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> torch.Tensor:
-    """One token per row, by temperature, top-k, top-p, min-p and the repetition penalty, or the arg-max.
+    """Choose one token per row by temperature, top-k, top-p, min-p and the repetition penalty, or by arg-max.
 
     Args:
         logits: [rows, vocab], any float dtype, the last dimension contiguous; not changed.
-        rows: Their parameters; with histories where there is a penalty.
-        features: What any row needs; see `serves`.
+        rows: Parameters of the rows; with histories if there is a penalty.
+        features: Needs of the rows together; see `serves`.
 
     Returns:
-        int32 [rows], outcomes (see `outcomes`). If more than 1,024 tokens are as probable as the `top_k`-th (4,096
-        where some row's `top_k` is above 64), the larger ids are dropped.
+        int32 [rows], outcomes (see `outcomes`). If more than 1,024 tokens are as probable as the `top_k`-th (4,096 if
+        any row's `top_k` is above 64), the larger ids are dropped.
     """
     count, vocab = logits.shape
     device = logits.device
@@ -88,10 +88,10 @@ def choose(logits: torch.Tensor, rows: SamplingMetadata, features: Features) -> 
 
 
 def mark_seen(rows: torch.Tensor, token_ids: torch.Tensor, seen: torch.Tensor) -> None:
-    """Note the input tokens of a decode step.
+    """Record the input tokens of a decode step.
 
     Args:
-        rows: int32 [entries], no row but 0 twice.
+        rows: int32 [entries]; no row except 0 occurs twice.
         token_ids: int64 [entries].
         seen: uint8 [rows, vocab], written.
     """

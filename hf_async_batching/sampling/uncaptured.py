@@ -1,6 +1,6 @@
-"""Sampling outside of CUDA graphs: rare filters, scores, logits, and logits for a chooser outside of the engine.
+"""Sampling outside CUDA graphs: rare filters, scores, logits, and logits for a chooser outside the engine.
 
-Nothing here waits for the device, and no code of a caller runs.
+This code neither waits for the device nor runs a caller's code.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class UncapturedOutputs:
     """Outputs of a step beyond its tokens.
 
     Attributes:
-        scores: float32 [sampled, vocab], the scores that tokens were chosen by; None where no request wants them.
-        logits: [sampled, vocab], as the model made them; None where no request wants them.
-        offered: float32 [offers, vocab], an ordinary tensor of its own; None where no chooser waits for logits.
+        scores: float32 [sampled, vocab], the scores from which tokens were chosen; None if no request wants them.
+        logits: [sampled, vocab], the model's own logits; None if no request wants them.
+        offered: float32 [offers, vocab], an ordinary tensor with its own memory; None if no chooser waits for logits.
     """
 
     scores: torch.Tensor | None = None
@@ -36,13 +36,13 @@ def sample_uncaptured(
     """Choose a step's tokens.
 
     Args:
-        sampler: Does all but the calls.
-        logits: [rows, vocab], as the model made them; not changed.
-        rows: Their parameters and memories.
+        sampler: Chooses the tokens.
+        logits: [rows, vocab], the model's own logits; not changed.
+        rows: Parameters and memories of the rows.
         plan: The step.
 
     Returns:
-        Outcomes int32 [rows] (see `outcomes`), their log-probabilities where asked for, and the rest.
+        Outcomes int32 [rows] (see `outcomes`), their log-probabilities if requested, and the other outputs.
     """
     features, outputs = plan.features, UncapturedOutputs()
     scores = sampler.scores(logits, rows, features)
@@ -57,12 +57,12 @@ def sample_uncaptured(
 
 
 def _copied(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
-    """Lines of logits [sampled, vocab] as float32 in memory of their own; `positions` ascend."""
-    # Tensors of inference mode cannot take part in gradients or be written to outside of it.
+    """Copy lines of logits [sampled, vocab] to new float32 memory; `positions` ascend."""
+    # Outside inference mode, inference tensors cannot take part in gradients or be written to.
     with torch.inference_mode(False):
         out = torch.empty(len(positions), logits.shape[1], dtype=torch.float32, device=logits.device)
     start = 0
-    while start < len(positions):  # one copy for neighbours; an index would be sent to the device
+    while start < len(positions):  # one copy per run of neighbours; an index tensor would be sent to the device
         stop = start + 1
         while stop < len(positions) and positions[stop] == positions[stop - 1] + 1:
             stop += 1
