@@ -1,7 +1,7 @@
-"""Gives rows and KV pages to sequences, shares pages between them, and takes both back. Integers only.
+"""Give rows and KV pages to sequences, share pages between them, and take both back. Integers only.
 
-Rows and pages are *retired*, not freed: they return to their pools when the last step that could touch them has
-completed. The manager knows the pages of a sequence (`SequencePages`), and not the sequence: callers pass its tokens.
+Rows and pages are *retired* before they are freed: they return to their pools when the last step that may use them has
+completed. The manager knows the pages of a sequence (`SequencePages`), but not the sequence: callers pass its tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_async_batching.kv_cache.sequence_pages import SequencePages
 
 
 class _Retired(NamedTuple):
-    """Pages, and perhaps a row, that wait for a step; `row` is 0 where the sequence goes on without the pages."""
+    """Pages, and perhaps a row, that wait for a step; `row` is 0 if the sequence continues without the pages."""
 
     last_step: int
     row: int
@@ -30,10 +30,10 @@ class KVCacheManager:
         page_size: Tokens per page.
         max_rows: Sequences that can hold pages at the same time.
         prefix_cache: Whether sequences share full pages of equal tokens.
-        window: How many of the last tokens, its own included, a token sees in the layers of some groups; None for all.
-            Pages before the window are released while their sequence goes on.
-        groups: Groups of layers, each with pages of its own; see `PageAllocator`.
-        full_attention_groups: How many of the first groups see all tokens.
+        window: Number of last tokens, its own included, that a token sees in the layers of some groups; None for all.
+            Pages before the window are released while the sequence continues.
+        groups: Groups of layers with separate pages; see `PageAllocator`.
+        full_attention_groups: Number of leading groups whose layers see all tokens.
 
     Attributes:
         pages: The pool of pages, and the prefix cache.
@@ -69,13 +69,13 @@ class KVCacheManager:
 
     def match_prefix(self, pages: SequencePages, tokens: Sequence[int]) -> None:
         """Set `matched_node` and `last_node` by the longest chain of known pages that `tokens` begin with."""
-        # The tokens of a prompt of embeddings say nothing about its pages: the sequence starts at the root.
+        # The tokens of a prompt of embeddings do not determine its pages, so the sequence starts at the root.
         known = tokens if pages.shareable else tokens[:1]
         pages.matched_node = self.pages.prefixes.find(pages.matched_node, known)
         pages.last_node = self.pages.prefixes.usable(pages.matched_node)
 
     def shared_pages(self, pages: SequencePages) -> list[int]:
-        """The pages that a sequence shares if it starts behind its `last_node`; 0 for pages before its window."""
+        """The pages that a sequence shares if it starts after its `last_node`; 0 for pages before its window."""
         assert pages.last_node is not None
         shared = pages.last_node.path()
         groups, full = self.pages.groups, self.pages.full_attention_groups
@@ -86,8 +86,8 @@ class KVCacheManager:
         return shared
 
     def can_allocate(self, num_tokens: int, shared: list[int]) -> bool:
-        """Whether a sequence of `num_tokens` tokens, which shares some pages, gets all others now."""
-        # One token more, so that the sequence is not preempted by its own first token.
+        """Whether there are enough pages now for a sequence of `num_tokens` tokens that shares some of them."""
+        # One more token, so that the sequence is not preempted by its own first token.
         needed = self.pages.pages_for(num_tokens + 1) - self.pages.num_held(shared) - shared.count(0)
         return needed <= self.pages.available
 
@@ -95,15 +95,15 @@ class KVCacheManager:
         """Give a row and pages to a sequence that has none. `can_allocate` must hold, and a row must be free.
 
         Args:
-            pages: The sequence's.
-            num_tokens: Its known tokens.
+            pages: Pages of the sequence.
+            num_tokens: Number of its known tokens.
             shared: Result of `shared_pages`.
 
         Returns:
             The entries of the device's page table that the next step must set.
         """
         row = self.rows.take(1)
-        # Held before others are taken, which may evict pages without a holder.
+        # Hold the shared pages before taking others, which may evict pages without a holder.
         self.pages.share(shared)
         own = self.pages.take(self.pages.pages_for(num_tokens) - len(shared))
         assert row is not None and own is not None
@@ -112,10 +112,10 @@ class KVCacheManager:
             pages.pages_before_window = self.pages.prefixes.pages_before_window(self.pages.room_in(len(shared)))
         return pages.append(shared + own)
 
-    # -- a sequence goes on -------------------------------------------------------------------------------------------
+    # -- a sequence continues -----------------------------------------------------------------------------------------
 
     def extend_each(self, sequences: Sequence[SequencePages]) -> list[NewPage] | None:
-        """Give each sequence one page of every group, or none of them any: None where fewer pages are available."""
+        """Give each sequence one page of every group; None, without any change, if too few pages are available."""
         groups = self.pages.groups
         taken = self.pages.take(len(sequences) * groups)
         if taken is None:
@@ -126,7 +126,7 @@ class KVCacheManager:
         return entries
 
     def extend_to(self, pages: SequencePages, num_tokens: int) -> list[NewPage] | None:
-        """Give a sequence the pages that it lacks for `num_tokens` tokens, or none: None where fewer are available."""
+        """Give a sequence its missing pages for `num_tokens` tokens; None, without any change, if too few are available."""
         missing = self.pages.pages_for(num_tokens) - len(pages.ids)
         if missing <= 0:
             return []
@@ -137,9 +137,9 @@ class KVCacheManager:
         """Let other sequences find the full pages of the first `num_written` tokens.
 
         Args:
-            pages: The sequence's.
+            pages: Pages of the sequence.
             tokens: Its known tokens.
-            num_written: Leading tokens whose keys and values are written by steps planned before.
+            num_written: Number of leading tokens whose keys and values are written by steps that are already planned.
         """
         last = pages.last_node
         assert last is not None
@@ -152,7 +152,7 @@ class KVCacheManager:
         pages.last_node = self.pages.prefixes.enter(last, tokens, pages.ids, full)
 
     def release_before_window(self, pages: SequencePages, position: int, last_step: int) -> None:
-        """Release the pages that lie before the window of the token at `position`, the next one to compute.
+        """Release the pages before the window of the token at `position`, which is the next token to compute.
 
         Steps in flight may still read these pages: they return to the pool when `last_step` has completed.
         """
@@ -178,14 +178,14 @@ class KVCacheManager:
 
     @property
     def num_coming_back(self) -> int:
-        """Pages that become available when the steps in flight have completed."""
+        """Number of pages that become available when the steps in flight have completed."""
         return self.pages.num_coming_back(page for retired in self._retired for page in retired.pages)
 
     def _release_retired(self) -> None:
         keep: list[_Retired] = []
         for retired in self._retired:
             if retired.last_step <= self._completed:
-                # A sequence that goes on keeps its place in the tree, and touches that place when it ends.
+                # A sequence that continues keeps its place in the tree, and marks it as used when it ends.
                 self.pages.release(retired.pages, touch=retired.row > 0 or not self.pages.full_attention_groups)
                 if retired.row:
                     self.rows.release([retired.row])
@@ -193,17 +193,17 @@ class KVCacheManager:
                 keep.append(retired)
         self._retired = keep
 
-    # -- contents that are wrong --------------------------------------------------------------------------------------
+    # -- pages with wrong contents ------------------------------------------------------------------------------------
 
     def forget(self, pages: SequencePages, others: Iterable[SequencePages]) -> None:
-        """Let no sequence that starts from now on find pages that this one computed or began with.
+        """Prevent sequences that start from now on from finding pages that this sequence computed or began with.
 
-        The wrong page is not known. So the whole chain goes, and everything that continues it.
+        It is unknown which page is wrong. So the whole chain is dropped, and everything that continues it.
 
         Args:
-            pages: The sequence's.
-            others: All sequences that have a row. Those that lost their place in the tree share nothing from now on,
-                since they would make the same pages known again.
+            pages: Pages of the sequence.
+            others: All sequences that hold a row. Those that lose their place in the tree no longer share pages,
+                because they would enter the same pages again.
         """
         if pages.last_node is not None:
             self.pages.forget(pages.last_node)
@@ -216,7 +216,7 @@ class KVCacheManager:
         """Check that no page and no row is lost or held twice.
 
         Args:
-            sequences: The pages of each sequence that has a row, and the position of its next token.
+            sequences: The pages of each sequence that holds a row, and the position of its next token.
 
         Raises:
             AssertionError: The bookkeeping is broken.

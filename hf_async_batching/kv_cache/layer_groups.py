@@ -1,4 +1,4 @@
-"""Which layers of a model share a page: groups of layers that see equally far. No torch when it runs."""
+"""Group the layers of a model that share a page: layers that see equally far. Running this code needs no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-# Beyond, a step would send too many entries of page tables.
+# With more groups, a step would send too many page-table entries.
 _MOST_GROUPS = 16
-# Of a page's memory, where the layers do not come out even.
+# Largest share of a page's memory that may be wasted if groups have unequal numbers of layers.
 _MOST_WASTE = 0.15
-# Of the layers, for so many more pages to be worth the host's while.
+# Smallest share of layers with a window for which separate groups are worth the host's extra work.
 _FEWEST_NARROW = 0.25
 
 
 class LayerShape(NamedTuple):
-    """One attention layer, as the probe saw it: its keys and values, how many heads ask, and how far they see."""
+    """One attention layer, as the probe saw it: its keys and values, its query heads, and how far its queries see."""
 
     num_kv_heads: int
     key_dim: int
@@ -37,19 +37,19 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerGroups:
-    """Which layers share a page.
+    """The groups of layers that share a page.
 
-    Where some layers see all tokens and others a window, a page of all layers would have to stay for the sake of the
-    former. There each group of layers has pages of its own, all of one size, and those of the latter go when the
-    window has passed them. (Groups of equal size over one pool are vLLM's hybrid KV cache manager.)
+    If some layers see all tokens and others only a window, a page of all layers would stay as long as the former need
+    it. Each group of layers then has separate pages, all of one size, and pages of window layers are released when the
+    window has passed them. (vLLM's hybrid KV cache manager has groups of equal size over one pool.)
 
     Attributes:
-        group_of: The group of each layer; those that see all come first.
-        place_of: Its place in the group's pages.
-        count: Groups.
-        full_attention_groups: How many of the first of them see all.
-        window: How many of the last tokens, its own included, a token sees in the layers of the others; None where
-            these see all, too.
+        group_of: The group of each layer; groups that see all tokens come first.
+        place_of: Index of each layer in its group's pages.
+        count: Number of groups.
+        full_attention_groups: Number of leading groups that see all tokens.
+        window: Number of last tokens, its own included, that a token sees in the layers of the other groups; None if
+            they see all tokens too.
     """
 
     group_of: list[int]
@@ -65,12 +65,12 @@ class LayerGroups:
 
 
 def group_layers(layers: list[LayerShape], apart: bool = True, longest: int | None = None) -> LayerGroups:
-    """The groups of a model's layers.
+    """Group the layers of a model.
 
     Args:
-        layers: In order.
-        apart: Whether there may be more than one.
-        longest: Tokens that a request can reach; None where unknown.
+        layers: The layers, in order.
+        apart: Whether there may be more than one group.
+        longest: Longest sequence of a request, in tokens; None if unknown.
     """
     windows = [layer.sliding_window for layer in layers]
     narrow = [i for i, window in enumerate(windows) if window is not None]

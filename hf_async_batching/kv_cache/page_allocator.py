@@ -1,4 +1,4 @@
-"""Who owns which KV page and which row: integers only."""
+"""Record which sequence owns which KV page and which row: integers only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class IdPool:
     """A pool of the integers `1 .. size`. Number 0 is never handed out: it is the padding page and the padding row.
 
     Args:
-        size: How many ids the pool owns.
+        size: Number of ids in the pool.
         what: The noun in error messages ("page", "row").
 
     Attributes:
-        on_release: Called with the ids that come back, at the moment from which their contents mean nothing any
-            more. Tests put an adversary here that overwrites them at once.
+        on_release: Called with released ids, at the moment when their contents become invalid. Tests set a function
+            here that overwrites the contents at once.
     """
 
     def __init__(self, size: int, what: str) -> None:
@@ -26,22 +26,22 @@ class IdPool:
         self.size = size
         self.what = what
         self.on_release: Callable[[list[int]], None] | None = None
-        # Lowest ids on top of the stack: neighbouring pages of one request then tend to be neighbours in memory.
+        # Lowest ids on top of the stack, so that adjacent pages of a request tend to be adjacent in memory.
         self._free = list(range(size, 0, -1))
         self._taken = bytearray(size + 1)
 
     @property
     def available(self) -> int:
-        """Ids that can be taken now."""
+        """Number of ids that can be taken now."""
         return len(self._free)
 
     @property
     def in_use(self) -> int:
-        """Ids that are taken."""
+        """Number of taken ids."""
         return self.size - len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """Take `count` ids, or none at all: returns None where fewer than `count` are free."""
+        """Take `count` ids; None, without any change, if fewer than `count` are free."""
         if count > len(self._free):
             return None
         ids = [self._free.pop() for _ in range(count)]
@@ -53,7 +53,7 @@ class IdPool:
         """Give ids back.
 
         Raises:
-            RuntimeError: An id was not taken: the bookkeeping of the caller is broken.
+            RuntimeError: An id was not taken: the caller's bookkeeping is broken.
         """
         returned = sorted(ids, reverse=True)
         for i in returned:
@@ -68,18 +68,18 @@ class IdPool:
 class PageAllocator(IdPool):
     """The pages of the KV cache, which several sequences may hold at once.
 
-    A page without a holder is free, unless the prefix cache knows it. Then it keeps its contents and counts as
-    available, and is taken when no free page is left. A sequence writes only to pages that it took; those that it
-    shares are full.
+    A page without a holder is free, unless the prefix cache knows it. A known page keeps its contents and counts as
+    available; it is taken when no free page is left. A sequence writes only to pages that it took; shared pages are
+    full.
 
     Args:
         num_pages: Pages that requests can own (the padding page not counted).
         page_size: Tokens in a page.
-        prefix_cache: Whether full pages become known by their tokens.
-        groups: Groups of layers. Tokens stand in a page of each; the pages of one position follow each other in
-            every list, with 0 for one that is gone.
-        full_attention_groups: How many of the first groups see all tokens; 0 where there is one group, and a window.
-        window: How many of the last tokens the others see; None where these see all, too.
+        prefix_cache: Whether full pages can be found by their tokens.
+        groups: Groups of layers. Each token is in one page of each group. In every list, the pages of one position
+            follow each other, with 0 for a released page.
+        full_attention_groups: Number of leading groups that see all tokens; 0 for a single group with a window.
+        window: Number of last tokens that the other groups see; None if they see all tokens too.
 
     Attributes:
         prefixes: The known pages.
@@ -105,25 +105,25 @@ class PageAllocator(IdPool):
         self._holders = [0] * (num_pages + 1)
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens."""
+        """Number of pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size) * self.groups
 
     def room_in(self, num_pages: int) -> int:
-        """Tokens that so many pages hold, in order of position."""
+        """Number of tokens that this many pages hold, in order of position."""
         return num_pages // self.groups * self.page_size
 
     @property
     def available(self) -> int:
-        """Pages that can be taken now: free ones, and known ones that no sequence holds."""
+        """Number of pages that can be taken now: free pages, and known pages that no sequence holds."""
         return super().available + self.prefixes.num_unheld
 
     @property
     def in_use(self) -> int:
-        """Pages that sequences hold."""
+        """Number of pages that sequences hold."""
         return super().in_use - self.prefixes.num_unheld
 
     def take(self, count: int) -> list[int] | None:
-        """Take `count` pages, or none at all: returns None where fewer are available."""
+        """Take `count` pages; None, without any change, if fewer are available."""
         if count > self.available:
             return None
         missing = count - super().available
@@ -135,7 +135,7 @@ class PageAllocator(IdPool):
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Hold known pages, alone or together with others."""
+        """Hold known pages, which other sequences may hold too."""
         for page in pages:
             if not page:
                 continue
@@ -148,10 +148,10 @@ class PageAllocator(IdPool):
 
         Args:
             ids: The pages.
-            touch: Whether what they continue counts as used just now.
+            touch: Whether the pages that they continue count as used now.
 
         Raises:
-            RuntimeError: No sequence held a page: the bookkeeping of the caller is broken.
+            RuntimeError: No sequence held a page: the caller's bookkeeping is broken.
         """
         unheld: list[int] = []
         for page in ids:
@@ -163,7 +163,7 @@ class PageAllocator(IdPool):
         super().release(self.prefixes.let_go(unheld, touch=touch))
 
     def num_held(self, pages: Iterable[int]) -> int:
-        """How many of the pages sequences hold: sharing these takes nothing from what is available."""
+        """Number of these pages that sequences hold; sharing these pages leaves as many available as before."""
         return sum([self._holders[page] > 0 for page in pages])
 
     def num_coming_back(self, pages: Iterable[int]) -> int:
@@ -171,19 +171,19 @@ class PageAllocator(IdPool):
         return sum([self._holders[page] == count for page, count in Counter(pages).items()])
 
     def are_own(self, pages: Iterable[int]) -> bool:
-        """Whether each page has a single holder, and no other sequence can find it."""
+        """Whether each page has a single holder and cannot be found by other sequences."""
         return all([self._holders[page] == 1 and page not in self.prefixes for page in pages if page])
 
     def forget(self, node: Node) -> None:
-        """Let nothing be found any more that shares a page with the path to `node`."""
+        """Remove every known page that shares a page with the path to `node`."""
         super().release(self.prefixes.forget(node))
 
     def weights_updated(self) -> None:
-        """Forget what the pages hold; see `PrefixCache.weights_updated`."""
+        """Drop the contents of all pages; see `PrefixCache.weights_updated`."""
         super().release(self.prefixes.weights_updated())
 
     def check_invariants(self, held: Iterable[int]) -> None:
-        """Pages in = pages out, given every page that a sequence holds, once per holder.
+        """Check that no page is lost, given every page that a sequence holds, once per holder.
 
         Raises:
             AssertionError: The bookkeeping is broken.

@@ -8,19 +8,19 @@ from hf_async_batching.kv_cache.layer_groups import LayerGroups, LayerShape
 
 
 class PagedCache:
-    """The KV cache: a pair of tensors per layer, or per place in a group of layers, which then share them.
+    """The KV cache: a pair of tensors per layer, or per place in a group of layers; groups share these tensors.
 
     Args:
         layers: Shape of each attention layer, in order of layer index.
         num_pages: Pages that requests can own; there is one more, page 0, for padding.
         page_size: Tokens per page.
-        device: Where the pages live.
-        groups: Which layers share a page; None for all.
+        device: Device of the pages.
+        groups: The groups of layers that share a page; None for one group of all layers.
 
     Attributes:
-        keys: Per layer [pages, page_size, num_kv_heads, key_dim].
-        values: Per layer [pages, page_size, num_kv_heads, value_dim].
-        group_of: The group of each layer; None where there is one.
+        keys: [pages, page_size, num_kv_heads, key_dim] per layer.
+        values: [pages, page_size, num_kv_heads, value_dim] per layer.
+        group_of: The group of each layer; None if there is one group.
     """
 
     def __init__(

@@ -1,15 +1,15 @@
-"""Which full KV page holds which tokens, so that a prompt finds the pages that others have computed. Integers only.
+"""Record which full KV page holds which tokens, so that a prompt finds pages computed before. Integers only.
 
-Known pages form a tree: the path from the root to a page spells the tokens of the page and of all pages before it,
-which with the weights are all that its keys and values depend on. A look-up compares tokens, never their hashes
-alone, so that nothing is taken for something else. (Sharing pages of equal prefixes is SGLang's RadixAttention, at the
-granularity of vLLM's automatic prefix caching.)
+Known pages form a tree: the path from the root to a page spells the tokens of the page and of all pages before it. The
+page's keys and values depend only on these tokens and the weights. A look-up compares tokens and not only hashes, so
+it never confuses two pages. (Sharing pages of equal prefixes is SGLang's RadixAttention, at the granularity of vLLM's
+automatic prefix caching.)
 
-A page without a holder stays known until its memory is wanted. The least recently used page is then given up first.
-Using a page uses all pages before it, so that a page always goes before the one that it continues.
+A page without a holder stays known until its memory is needed. Then the least recently used page is evicted first.
+Using a page also uses all pages before it, so a page is always evicted before the page that it continues.
 
-Where layers come in groups, the tokens of a place in the tree stand in a page of each. Those of the groups that see a
-window only can be given up alone. A chain is of use as far as it has them all where the next token looks.
+If layers come in groups, the tokens of a node are in one page of each group. Pages of groups with a window can be
+evicted separately. A chain is usable up to a node from which the next token finds every page that it sees.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Iterable, Sequence
 
 
 class Node:
-    """A known page, or one of each group of layers.
+    """A known page, or one known page of each group of layers.
 
     Attributes:
-        pages: Numbers of the pages, one for each group, 0 for one that is gone; none for the root.
-        tokens: Their tokens.
-        depth: Nodes on the path from the root, this one included.
-        parent: What it continues; None for the root.
+        pages: Numbers of the pages, one per group, 0 for an evicted page; empty for the root.
+        tokens: The tokens of the pages.
+        depth: Number of nodes on the path from the root, this one included.
+        parent: The node that it continues; None for the root.
         weights: Version of the weights that computed it.
-        known: False once its pages were given up: nothing must be entered below it any more.
-        children: What continues it, by their tokens.
+        known: False once its pages were evicted: nothing may be entered below it any more.
+        children: The nodes that continue it, by their tokens.
     """
 
     __slots__ = ("children", "depth", "known", "pages", "parent", "tokens", "weights")
@@ -43,7 +43,7 @@ class Node:
         self.children: dict[tuple[int, ...], Node] = {}
 
     def path(self) -> list[int]:
-        """The pages from the first node to this one, those of one node together."""
+        """The pages from the first node to this one; the pages of one node are together."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None and node.depth:
@@ -53,21 +53,21 @@ class Node:
 
 
 class PrefixCache:
-    """The tree of known pages, and the order in which pages without a holder are given up.
+    """The tree of known pages, and the order in which pages without a holder are evicted.
 
-    It counts no references: its owner (`PageAllocator`) says when a page is held again or let go.
+    It does not count references: its owner (`PageAllocator`) reports when a page is held again or released.
 
     Args:
-        page_size: Tokens in a page.
-        enabled: Where False, no page ever becomes known.
+        page_size: Tokens per page.
+        enabled: If False, no page ever becomes known.
         groups: See `PageAllocator`, as for the other arguments.
-        full_attention_groups: The first groups, whose pages a node cannot do without.
-        window: How far the other groups see.
+        full_attention_groups: Number of leading groups; a node needs their pages.
+        window: Number of last tokens that the other groups see.
 
     Attributes:
-        query_tokens: Prompt tokens that were looked up.
-        hit_tokens: Those of them that were found.
-        evictions: Known pages that were given up because their memory was wanted.
+        query_tokens: Number of prompt tokens that were looked up.
+        hit_tokens: Number of these tokens that were found.
+        evictions: Number of known pages that were evicted because their memory was needed.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PrefixCache:
         self.page_size = page_size
         self.enabled = enabled
         self._groups = groups
-        # Where there is one group, its page is what makes the node, whether or not it has a window.
+        # If there is one group, a node needs its page, with or without a window.
         self._required_groups = max(1, full_attention_groups)
         self.window = window
         self.query_tokens = 0
@@ -94,7 +94,7 @@ class PrefixCache:
 
     @property
     def num_unheld(self) -> int:
-        """Known pages without a holder."""
+        """Number of known pages without a holder."""
         return len(self._unheld)
 
     def __contains__(self, page: int) -> bool:
@@ -104,18 +104,18 @@ class PrefixCache:
     # -- tokens to pages ------------------------------------------------------------------------------------------
 
     def find(self, node: Node | None, tokens: Sequence[int]) -> Node:
-        """The longest chain of known pages that `tokens` begin with; at least one token is left over.
+        """Find the longest chain of known pages that `tokens` begin with; at least one token is left over.
 
         Args:
-            node: Result of an earlier call for the same beginning: the search goes on from there. None: from the root.
+            node: Result of an earlier call for the same beginning, from which the search continues; None for the root.
             tokens: Known tokens of a sequence.
 
         Returns:
-            The last page of the chain; the root where there is none.
+            The last node of the chain; the root if there is none.
         """
         if node is None or not node.known or node.weights != self._root.weights:
             node = self._root
-        # The last token's logits yield the next token, so that it must be computed whatever is known.
+        # The last token must always be computed, because its logits give the next token.
         limit = (len(tokens) - 1) // self.page_size
         while node.depth > limit:
             assert node.parent is not None
@@ -128,9 +128,9 @@ class PrefixCache:
         return node
 
     def usable(self, node: Node) -> Node:
-        """The last node on the way to `node` behind which a sequence can go on.
+        """The last node on the path to `node` after which a sequence can continue.
 
-        All pages that the next token sees must be there.
+        All pages that the next token sees must be known.
         """
         if self._groups == 1:
             return node
@@ -143,33 +143,33 @@ class PrefixCache:
                 whole = whole.parent
             if whole.depth == seen:
                 return candidate
-            # A sequence that goes on behind any node from here to there needs what is missing there.
+            # A sequence that continues after any node from here to there needs a page that is missing there.
             assert whole.parent is not None
             candidate = whole.parent
         return candidate
 
     def pages_before_window(self, position: int) -> int:
-        """How many pages of each group with a window lie before all that the token at `position` sees there."""
+        """Number of pages per windowed group that lie before all tokens that the token at `position` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
     def enter(self, node: Node, tokens: Sequence[int], pages: Sequence[int], count: int) -> Node:
-        """Make the first `count` pages of a sequence known. Where others hold the same tokens already, those stay.
+        """Make the first `count` pages of a sequence known. If other pages with the same tokens are known, those stay.
 
-        Of a node that has given pages of windows up, the sequence's own take their place.
+        If a node has lost pages of windowed groups, the sequence's own pages replace them.
 
         Args:
-            node: What `find` or `enter` returned last for this sequence.
+            node: Last result of `find` or `enter` for this sequence.
             tokens: Its tokens, at least `count` pages of them.
-            pages: Its pages, of all groups.
-            count: How many of each group are full, and written by steps that have been planned.
+            pages: Its pages of all groups.
+            count: Number of full pages per group that are written by steps that are already planned.
 
         Returns:
             The last known page of the chain.
         """
         if node.weights != self._root.weights or not self.enabled:
-            return node  # computed with other weights, in whole or in part
+            return node  # computed with other weights, at least in part
         if not node.known:
-            node = self._root  # an equal page of another sequence, which is gone by now: the sequence has its own
+            node = self._root  # an equal page of another sequence, evicted by now: the sequence has its own page
         for index in range(node.depth, count):
             key = self._key(tokens, index)
             child = node.children.get(key)
@@ -186,26 +186,27 @@ class PrefixCache:
         return node
 
     def count(self, queried: int, hit: int) -> None:
-        """Add a request's prompt tokens, and how many of them were found, to the figures."""
+        """Add a request's prompt tokens, and the number of found ones, to the figures."""
         if self.enabled:
             self.query_tokens += queried
             self.hit_tokens += hit
 
-    # -- what the owner of the pages says ---------------------------------------------------------------------------
+    # -- reports of the pages' owner --------------------------------------------------------------------------------
 
     def hold(self, page: int) -> None:
-        """Note that a known page without a holder has one now."""
+        """Note that a known page without a holder is held again."""
         del self._unheld[page]
 
     def let_go(self, pages: Iterable[int], *, touch: bool = True) -> list[int]:
-        """Note that the one sequence that held these pages has let them go.
+        """Note that the only sequence that held these pages has released them.
 
         Args:
             pages: The pages.
-            touch: Whether what they continue counts as used just now; it must where they make their nodes.
+            touch: Whether the nodes that they continue count as used now; required if nodes cannot do without the
+                pages.
 
         Returns:
-            Those that are not known, and so mean nothing from now on.
+            Pages that are not known, whose contents are now invalid.
         """
         unknown: list[int] = []
         deepest: Node | None = None
@@ -217,7 +218,7 @@ class PrefixCache:
             self._unheld[page] = None
             if deepest is None or node.depth > deepest.depth:
                 deepest = node
-        # All of the path, and not only these pages: a page before them may be an equal one of another sequence.
+        # The whole path, and not only these pages: a page before them may be an equal page of another sequence.
         while touch and deepest is not None:
             for page in deepest.pages[: self._required_groups]:
                 if page in self._unheld:
@@ -226,12 +227,12 @@ class PrefixCache:
         return unknown
 
     def evict(self, count: int = 1) -> list[int]:
-        """Give up the pages that were not used for longest, each with whatever continues it, until `count` are free.
+        """Evict the least recently used pages, each with everything that continues it, until `count` pages are free.
 
-        There must be that many.
+        There must be enough pages.
 
         Returns:
-            The pages that mean nothing from now on; at least `count`.
+            Pages whose contents are now invalid; at least `count`.
         """
         freed: list[int] = []
         while len(freed) < count:
@@ -245,20 +246,20 @@ class PrefixCache:
         return freed
 
     def forget(self, node: Node) -> list[int]:
-        """Forget the first node on the path to `node`, with all that continues it.
+        """Remove the first node on the path to `node`, with everything that continues it.
 
         Returns:
-            Those of their pages that are not held.
+            Pages of the removed nodes without a holder.
         """
         if not node.depth or not node.known:
             return []
         while node.parent is not None and node.parent.depth:
             node = node.parent
-        # One of older weights is in no tree.
+        # A node of older weights is not in the tree.
         return self._cut(node) if node.weights == self._root.weights else []
 
     def _cut(self, top: Node) -> list[int]:
-        """Take a node out of the tree, with all that continues it; those of their pages that are not held."""
+        """Remove a node from the tree, with everything that continues it; returns their pages without a holder."""
         freed: list[int] = []
         assert top.parent is not None
         del top.parent.children[top.tokens]
@@ -273,24 +274,24 @@ class PrefixCache:
         return freed
 
     def _forget(self, node: Node, first: int) -> list[int]:
-        """Take the pages of the groups from `first` on from a node; those without a holder."""
+        """Remove the pages of the groups from `first` on from a node; returns those without a holder."""
         freed: list[int] = []
         for group in range(first, len(node.pages)):
             page = node.pages[group]
             if page:
                 node.pages[group] = 0
                 del self._nodes[page]
-                # One that is still held goes on as an unknown page of those who hold it.
+                # A page that is still held stays with its holders as an unknown page.
                 if page in self._unheld:
                     del self._unheld[page]
                     freed.append(page)
         return freed
 
     def weights_updated(self) -> list[int]:
-        """Forget every page. What live sequences compute does not become known either: part of it is old.
+        """Remove every page. Pages of live sequences do not become known either, because a part of them is old.
 
         Returns:
-            The pages without a holder.
+            Pages without a holder.
         """
         freed = list(self._unheld)
         self._unheld.clear()
@@ -299,7 +300,7 @@ class PrefixCache:
         return freed
 
     def check_invariants(self) -> None:
-        """Every known page is found by its path, and none is given up before what continues it.
+        """Check that every known page is found by its path, and no page is evicted before the pages that continue it.
 
         Raises:
             AssertionError: The bookkeeping is broken.

@@ -1,4 +1,4 @@
-"""The KV pages of one sequence, and its place among the known pages. Integers only."""
+"""The KV pages of one sequence, and its place among known pages. Integers only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from hf_async_batching.core.plan import NewPage
 from hf_async_batching.kv_cache.prefix_cache import Node
 
-# A `NewPage` without the call of its constructor, which takes longer than all else about a new page.
+# Makes a `NewPage` without calling its constructor, which takes longer than all other work on a new page.
 _new_page = partial(tuple.__new__, NewPage)
 
 
@@ -18,13 +18,13 @@ class SequencePages:
 
     Attributes:
         row: Its row in the device's page table; 0 while it has none.
-        ids: Its pages in order of position, those of all groups of layers together; 0 for a released page.
+        ids: Its pages in order of position, with the pages of all groups of layers together; 0 for a released page.
         pages_before_window: Pages per group released because they lie before the attention window.
         matched_node: Result of the last look-up in the prefix cache, from which the next one continues; None before
             the first.
-        last_node: The last node of the sequence's own chain in the prefix cache: first the part of `matched_node` that
-            the sequence could use, later what it entered itself. None before the first look-up.
-        shareable: Whether the sequence's tokens determine what its pages hold.
+        last_node: The last node of the sequence's own chain in the prefix cache: at first the usable part of
+            `matched_node`, later the nodes that it entered itself. None before the first look-up.
+        shareable: Whether the sequence's tokens determine the contents of its pages.
     """
 
     row: int = 0
@@ -46,15 +46,15 @@ class SequencePages:
         return entries
 
     def drop_before_window(self, count: int, groups: int, full_attention_groups: int) -> list[int]:
-        """Take out the first `count` pages of each group that has a window. The entries of these pages become 0.
+        """Remove the first `count` pages of each group with a window. The entries of these pages become 0.
 
         Args:
-            count: Pages per group, those included that were taken out before.
-            groups: Groups of layers.
-            full_attention_groups: How many of the first groups keep all pages.
+            count: Pages per group, including pages that were removed before.
+            groups: Number of groups of layers.
+            full_attention_groups: Number of leading groups that keep all pages.
 
         Returns:
-            The pages taken out by this call.
+            The pages that this call removed.
         """
         dropped: list[int] = []
         for start in range(self.pages_before_window * groups, count * groups, groups):
@@ -65,10 +65,10 @@ class SequencePages:
         return dropped
 
     def clear(self) -> list[int]:
-        """Take out all pages, and the row.
+        """Remove all pages, and the row.
 
         Returns:
-            The pages taken out, without the zeros of pages that went before.
+            The removed pages, without the zeros of pages released before.
         """
         ids = [page for page in self.ids if page] if self.pages_before_window else self.ids
         self.row = 0
