@@ -126,7 +126,7 @@ class KVCacheManager:
         return entries
 
     def extend_to(self, pages: SequencePages, num_tokens: int) -> list[NewPage] | None:
-        """Give a sequence its missing pages for `num_tokens` tokens; None, without any change, if too few are available."""
+        """Give a sequence its missing pages for `num_tokens` tokens; None, without any change, if too few are free."""
         missing = self.pages.pages_for(num_tokens) - len(pages.ids)
         if missing <= 0:
             return []
