@@ -1,4 +1,4 @@
-"""A `generate` call that transformers has prepared, and how the engine serves it."""
+"""Serve a `generate` call that transformers has prepared."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class PreparedCall:
     """A call as transformers has prepared it for a callable.
 
     Attributes:
-        submitted: Whether its requests are in the engine: from then on nothing else may serve it.
-        spread: Whether the model is known to be spread over ranks, so that one of them cannot compute it alone.
+        submitted: Whether its requests are in the engine: then nothing else may serve it.
+        spread: Whether the model is known to be sharded over ranks, so that one rank cannot compute it alone.
     """
 
     model: PreTrainedModel
@@ -88,7 +88,7 @@ class PreparedCall:
 
 
 def with_stop_strings(criteria: StoppingCriteriaList, settings: CallSettings) -> StoppingCriteriaList:
-    """The criteria with the one for `stop_strings`, which `generate` could not make without the tokenizer."""
+    """Add the criterion for `stop_strings`, which `generate` could not make without the tokenizer."""
     # As in `generate`, a criterion of this type in the caller's list takes precedence.
     if settings.stop_strings is None or any(type(criterion) is StopStringCriteria for criterion in criteria):
         return criteria
@@ -99,7 +99,7 @@ def with_stop_strings(criteria: StoppingCriteriaList, settings: CallSettings) ->
 
 @cpu_by_default
 def serve(call: PreparedCall, settings: CallSettings) -> GenerateOutput:
-    """Run the rows of a call in the engine and put them together as `generate` does; see `drop_in.generate`."""
+    """Run the rows of a call in the engine, and assemble the result as `generate` does; see `drop_in.generate`."""
     refuse_unservable(call.model)
     criteria = with_stop_strings(call.criteria, settings)
     stops = read_criteria(criteria)
@@ -169,7 +169,7 @@ def _serve_group(
 
 @contextlib.contextmanager
 def _served(call: PreparedCall, settings: CallSettings, handles: Sequence[GenerationHandle]) -> Iterator[None]:
-    """Show the streamer the prompt and the end, and cancel the requests of the call however it ends."""
+    """Show the streamer the prompt and the end, and cancel the call's requests however it ends."""
     call.submitted = True
     streamer = settings.streamer
     try:
@@ -177,7 +177,7 @@ def _served(call: PreparedCall, settings: CallSettings, handles: Sequence[Genera
             streamer.put(call.input_ids.cpu())  # type: ignore[no-untyped-call]
         yield
     finally:
-        # Also on Ctrl-C, and where one row failed: no code reads the other rows then.
+        # Also on Ctrl-C, and if one row failed: then the other rows are not read.
         for handle in handles:
             handle.cancel()
     if streamer is not None:
@@ -195,7 +195,7 @@ def _requests(
     mask, embeddings = check_model_inputs(call.model_kwargs, input_ids, partial(zeros_are_neutral, call.model))
     if mask is not None:
         check_mask(mask, call.model)
-    # A caller's own criterion of this kind takes the place of the config's.
+    # A criterion of the caller replaces the config's.
     max_length = stops.max_length if stops.max_length < math.inf else config.max_length
     prompts = _prompts(input_ids, mask, embeddings)
     manager = settings.manager
@@ -220,7 +220,7 @@ def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None, embeddings: tor
     """The prompt of each row, without the positions that the mask hides."""
     shown: list[list[int]] = input_ids.tolist()
     if embeddings is not None and not input_ids.shape[1]:
-        # Placeholders, which are not looked up.
+        # Placeholders, which are never looked up.
         input_ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device="cpu")
     if not input_ids.numel():
         raise ValueError(
@@ -233,7 +233,7 @@ def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None, embeddings: tor
         given = None if embeddings is None else embeddings[i].detach()
         if mask is not None and kept is not None:
             tokens = [token for token, real in zip(tokens, kept[i], strict=True) if real]
-            # A copy of its own only where padding is left out; the caller waits for the outcome.
+            # Copied only if padding is left out; the caller waits for the result.
             given = None if given is None else given[mask[i].bool()]
         if not tokens:
             raise UnsupportedArgumentError(f"`attention_mask` hides every token of row {i}; leave it out")
@@ -248,7 +248,7 @@ def _output(
     scores: tuple[torch.Tensor, ...] | None,
     logits: tuple[torch.Tensor, ...] | None,
 ) -> GenerateOutput:
-    """What `generate` returns."""
+    """The output in `generate`'s form."""
     sequences = _assemble(call.input_ids, completions, call.config)
     if not call.config.return_dict_in_generate:
         return sequences

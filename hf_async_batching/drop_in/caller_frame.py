@@ -1,4 +1,4 @@
-"""Arguments of `model.generate` that transformers does not pass on to a `custom_generate` callable."""
+"""Read arguments of `model.generate` that transformers does not pass on to a `custom_generate` callable."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NAMES = ("streamer", "assistant_model", "synced_gpus")
 
 @dataclass(frozen=True, slots=True)
 class CallerArguments:
-    """Arguments of the call of `generate` that is being served.
+    """Arguments of the current `generate` call.
 
     Attributes:
-        streamer: It has seen the prompt already.
-        assistant_model: As given.
-        synced_gpus: As given.
-        tokenizer: As given; None where the whole call could not be seen.
-        assistant_tokenizer: As given; None where the whole call could not be seen.
-        original: All keyword arguments of the call, and the positional ones behind `self` by their names; None where
-            they could not be seen.
+        streamer: The streamer; it has already seen the prompt.
+        assistant_model: The argument.
+        synced_gpus: The argument.
+        tokenizer: The argument; None if the whole call could not be read.
+        assistant_tokenizer: The argument; None if the whole call could not be read.
+        original: All keyword arguments of the call, and the positional ones after `self` by name; None if they could
+            not be read.
     """
 
     streamer: Any = None
@@ -37,17 +37,17 @@ class CallerArguments:
 
 
 def read_caller_frame() -> CallerArguments:
-    """Read the arguments from the frame of `GenerationMixin.generate` that has called, on this thread's stack.
+    """Read the arguments from the frame of the calling `GenerationMixin.generate`, on this thread's stack.
 
-    transformers shows a streamer the prompt, and neither tokens nor the end: without this its reader would hang.
+    transformers shows a streamer the prompt, but neither tokens nor the end: without them its reader would hang.
 
     Raises:
-        UnsupportedArgumentError: There is no such frame, so that arguments may have been lost.
+        UnsupportedArgumentError: There is no such frame, so arguments may be lost.
     """
     frame = inspect.currentframe()
     try:
-        # The nearest one is the one that called: wrappers of the user's may stand between. Found by its origin, not
-        # through the class: `generate` may be wrapped by other libraries.
+        # The nearest frame is the caller; wrappers of the user may lie between. It is found by its file and not
+        # through the class, because other libraries may wrap `generate`.
         while frame is not None and not _is_generate(frame):
             frame = frame.f_back
         if frame is None or not all(name in frame.f_locals for name in _NAMES):
@@ -74,7 +74,7 @@ def _is_generate(frame: FrameType) -> bool:
 
 
 def _original_call(frame: FrameType) -> dict[str, Any] | None:
-    """Arguments of the wrapper that `torch.no_grad` puts around `generate`: its own dictionary of them is whole."""
+    """Arguments of the wrapper that `torch.no_grad` puts around `generate`; its dictionary is complete."""
     wrapper = frame.f_back
     if wrapper is None or wrapper.f_code.co_name != "decorate_context":
         return None

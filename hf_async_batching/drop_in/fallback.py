@@ -1,4 +1,4 @@
-"""`on_unsupported="generate"`: passes a call that the engine does not serve to plain `model.generate`, unchanged."""
+"""`on_unsupported="generate"`: pass a call that the engine does not serve to plain `model.generate`, unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 OnUnsupported = Literal["error", "generate"]
 
-# Why a model was refused, and in which state: to find that out again takes a forward, or a whole engine.
+# Why a model was refused, and in which state. Finding out again would take a forward, or a whole engine.
 _refused: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, ModelSnapshot]] = weakref.WeakKeyDictionary()
 
 
@@ -32,17 +32,17 @@ def check_on_unsupported(value: Any) -> None:
     """Refuse any other value of `on_unsupported`.
 
     Raises:
-        ValueError: It is neither "error" nor "generate".
+        ValueError: `value` is neither "error" nor "generate".
     """
     if value not in ("error", "generate"):
         raise ValueError(f'`on_unsupported` must be "error" or "generate", got {value!r}')
 
 
 def raise_if_refused(model: PreTrainedModel) -> None:
-    """Refuse a model at once that was refused in its present state; for calls that go to plain `generate` then.
+    """Refuse a model at once if it was refused in its present state; its calls then go to plain `generate`.
 
     Raises:
-        UnsupportedModelError: With the reason of the first time.
+        UnsupportedModelError: With the earlier reason.
     """
     refused = _refused.get(model)
     if refused is None:
@@ -57,7 +57,7 @@ def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config:
     """Log why a call goes to plain `generate`, once per reason.
 
     Raises:
-        UnsupportedArgumentError: The call has a seed of ours, which plain `generate` would ignore.
+        UnsupportedArgumentError: The call has a `seed`, which plain `generate` would ignore.
     """
     if seed is not None and (config is None or config.do_sample):
         raise UnsupportedArgumentError(
@@ -70,7 +70,7 @@ def note(model: PreTrainedModel, error: HfAsyncBatchingError, seed: Any, config:
 
 
 def _state(model: PreTrainedModel) -> ModelSnapshot | None:
-    """The model as it is now; None where the snapshot itself refuses the model."""
+    """A snapshot of the model now; None if the snapshot itself refuses the model."""
     try:
         return ModelSnapshot.of(unwrap(model))
     except HfAsyncBatchingError:
@@ -98,29 +98,30 @@ def decode_plainly(
 ) -> Any:
     """Decode as `model.generate` would have without `custom_generate`, from the point at which it called us.
 
-    Its preparation is the same: rows are expanded by beams, processors and criteria are built.
+    `generate` has already expanded rows by beams, and made processors and criteria.
 
     Args:
         model: The model.
-        input_ids: Prepared prompts, expanded.
-        processors: Prepared.
-        criteria: Prepared.
-        config: Prepared.
+        input_ids: Prepared and expanded prompts.
+        processors: Prepared processors.
+        criteria: Prepared criteria.
+        config: Prepared config.
         model_kwargs: Inputs of the model's forward.
-        inputs_tensor: What `generate` was given as its main input.
+        inputs_tensor: The main input of `generate`.
         caller: Arguments that `generate` did not pass on.
-        tokenizer: The caller's.
-        streamer: The caller's; it has seen the prompt.
-        own_names: Arguments of ours that `generate` does not know.
+        tokenizer: The caller's tokenizer.
+        streamer: The caller's streamer; it has seen the prompt.
+        own_names: Names of our arguments, which `generate` does not have.
 
     Raises:
-        UnsupportedArgumentError: The decoding lives in a repository, and the call could not be seen as a whole.
+        UnsupportedArgumentError: The decoding method lives in a repository, and the whole call could not be read.
     """
     transformers_model: Any = model
     mode = config.get_generation_mode(caller.assistant_model)
     target = GENERATION_MODES_MAPPING[mode]
     if "/" in target:
-        # Moved out of transformers: such code takes a call's raw arguments and prepares them itself.
+        # A decoding method that moved out of transformers: its code takes a call's raw arguments and prepares them
+        # itself.
         if caller.original is None:
             raise UnsupportedArgumentError(
                 f"{mode} is not served, and the arguments of `model.generate` could not be read; leave out "
@@ -150,7 +151,7 @@ def decode_plainly(
 
 
 class _PromptShown(BaseStreamer):
-    """A streamer that has seen the prompt already, which a second `generate` shows again."""
+    """A streamer that has seen the prompt, for a second `generate` that would show it again."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer

@@ -1,4 +1,4 @@
-"""Checks of the inputs that transformers has prepared for a `custom_generate` callable: none is silently ignored."""
+"""Check the inputs that transformers has prepared for a `custom_generate` callable; none is silently ignored."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def check_model_inputs(
     """Refuse inputs of the forward beyond token ids, their embeddings and their mask.
 
     Args:
-        model_kwargs: All that the forward would get.
+        model_kwargs: All inputs of the forward.
         input_ids: The prompts [batch, length].
-        zeros_are_neutral: Whether an input, all zeros, asks for nothing; asked for token types alone.
+        zeros_are_neutral: Whether an input that is all zeros changes nothing; called only for token types.
 
     Returns:
         The mask [batch, length] or None, and the embeddings [batch, length, hidden] or None.
 
     Raises:
-        UnsupportedArgumentError: Names the input.
+        UnsupportedArgumentError: An input is not served; the message names it.
     """
     mask: torch.Tensor | None = model_kwargs.get("attention_mask")
     embeddings: torch.Tensor | None = model_kwargs.get("inputs_embeds")
@@ -66,7 +66,7 @@ def check_model_inputs(
             )
         if name in _TOKEN_TYPES and not bool(torch.as_tensor(value).any()) and zeros_are_neutral(name):
             continue
-        if name == "mm_encoder_outputs" and not value:  # of no image
+        if name == "mm_encoder_outputs" and not value:  # without an image
             continue
         raise UnsupportedArgumentError(f"`{name}` is not served; leave it out, or {_PLAIN}")
     if mask is not None and mask.shape != shape:
@@ -78,7 +78,7 @@ def check_model_inputs(
 
 
 def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, length: int) -> bool:
-    """Whether positions are what `generate` makes itself: they count the tokens that the mask keeps.
+    """Whether positions are those that `generate` makes itself: they count the tokens that the mask keeps.
 
     Positions of padding do not matter.
     """
@@ -88,7 +88,7 @@ def _are_default_positions(positions: torch.Tensor, mask: torch.Tensor | None, l
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether a cache keeps what it is given, as the engine's pages do: by its exact class and those of its layers.
+    """Whether a cache stores its input unchanged, as the engine's pages do, by its exact class and its layers.
 
     A subclass, or layers that quantize, may compute something else.
     """
@@ -112,7 +112,7 @@ def _is_empty(cache: Any) -> bool:
     if layers is None:
         length = getattr(cache, "get_seq_length", None)
         return length is not None and int(length()) == 0
-    # Layers with states alone know no length.
+    # Layers with only states have no length.
     return not any(_holds_tokens(layer) for layer in layers)
 
 
@@ -124,18 +124,18 @@ def _holds_tokens(layer: Any) -> bool:
 
 
 def check_mask(mask: torch.Tensor, model: PreTrainedModel) -> None:
-    """Refuse masks that say more than which tokens are padding on the left.
+    """Refuse masks that express more than padding on the left.
 
-    Zeros behind the last token are no padding for `generate`: it computes the first new token from the last place,
-    whatever stands there. Zeros between tokens keep their places: for full attention over positions this makes no
-    difference, for windows, convolutions and states it does.
+    Zeros after the last token are not padding for `generate`: it computes the first new token from the last position,
+    whatever is there. Hidden tokens between others keep their positions. This makes no difference to full attention
+    over positions, but it does to windows, convolutions and states.
 
     Args:
         mask: [batch, length], of any dtype.
-        model: Which the call is of.
+        model: The model of the call.
 
     Raises:
-        UnsupportedArgumentError: Names the mask.
+        UnsupportedArgumentError: The mask is not served; the message names the reason.
     """
     shown = mask != 0
     if not bool(((mask == 1) | ~shown).all()):
@@ -158,10 +158,10 @@ def check_mask(mask: torch.Tensor, model: PreTrainedModel) -> None:
 
 
 def _counts_positions(model: PreTrainedModel) -> bool:
-    """Whether all layers attend to all tokens, and where these stand follows from `position_ids` alone."""
+    """Whether all layers attend to all tokens, and token positions come only from `position_ids`."""
     layers = DynamicCache(config=model.config).layers
     alone = "position_ids" in inspect.signature(model.forward).parameters
-    # The cache's layers say which ones have a `sliding_window`; of GPT-Neo's `window_size` they know nothing.
+    # The cache's layers know which of them have a `sliding_window`, but they do not know GPT-Neo's `window_size`.
     windows = [name for name in length_thresholds(model.config) if not name.startswith("rope_")]
     others = any(not name.endswith("sliding_window") for name in windows)
     return alone and not others and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

@@ -1,4 +1,4 @@
-"""Inputs of a model's forward that ask for nothing: processors return token types for plain text, too."""
+"""Inputs of a model's forward that change nothing: processors return token types for plain text too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _known: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.We
 
 
 def zeros_are_neutral(model: PreTrainedModel, name: str) -> bool:
-    """Whether the input `name`, all zeros, leaves the model's logits as they are without it; kept for each model.
+    """Whether the input `name`, if it is all zeros, leaves the model's logits unchanged; cached for each model.
 
     It does in most families. GPT-2 adds an embedding for type 0.
     """
@@ -31,6 +31,6 @@ def _compare(model: PreTrainedModel, name: str) -> bool:
     try:
         expected = view(input_ids=ids, use_cache=False).logits
         got = view(input_ids=ids, use_cache=False, **{name: torch.zeros_like(ids)}).logits
-    except Exception:  # a forward that does not know it can raise anything
+    except Exception:  # a forward that lacks this input can raise anything
         return False
     return bool(torch.allclose(got.float(), expected.float(), rtol=1e-3, atol=1e-4))

@@ -1,4 +1,4 @@
-"""Queues the requests of a call with more rows than may wait, in portions, as room comes."""
+"""Queue the requests of a call with more rows than may wait, in portions, as room becomes free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAUSE = 0.005
 
 
 class Submitting(Protocol):
-    """What a manager does."""
+    """The part of a manager that submits requests."""
 
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
         """Queue requests, all of them or none."""
@@ -28,7 +28,7 @@ def submit_in_portions(manager: Submitting, requests: list[Request], max_waiting
 
     Raises:
         QueueFullError: There is no room for the first portion.
-        Exception: Whatever `submit_requests` raises; nothing is left in the queue then.
+        Exception: Any error of `submit_requests`; then no request of the call stays in the queue.
     """
     size = len(requests) if len(requests) <= max_waiting else max(1, max_waiting // 2)
     handles: list[GenerationHandle] = []

@@ -1,1 +1,1 @@
-"""From the arguments of `generate` to a `Request`."""
+"""Turn the arguments of `generate` into a `Request`."""

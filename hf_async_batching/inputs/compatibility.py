@@ -20,12 +20,12 @@ class ArgumentEntry:
     """One line of the table.
 
     Attributes:
-        name: The field or the argument.
+        name: Name of the field or the argument.
         status: Honoured, without effect, or refused.
-        note: How it is honoured, or why not.
+        note: How it is honoured, or why it is not.
         neutral: Values of a refused field that change nothing, and pass.
         remedy: What the caller of a refused field can do instead.
-        kind: A field of `GenerationConfig`, or an argument of `generate`.
+        kind: Whether it is a field of `GenerationConfig` or an argument of `generate`.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Logits processors that are called as Python code: the list for all rows of a call, and the list for one row.
+"""Logits processors that are called as Python code: one list for all rows of a call, or one list per row.
 
-transformers prepares one list for the whole call. Some of its processors hold a line per prompt or a state per row: a
-row that is decoded by itself needs its own copies of these.
+transformers prepares one list for the whole call. Some of its processors hold one line per prompt or one state per
+row, so a row that is decoded separately needs its own copies of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_row_wise(processors: LogitsProcessorList) -> bool:
 
 
 def can_be_row_wise(processors: LogitsProcessorList) -> bool:
-    """Whether no processor can tell a row of its batch from a batch of one."""
+    """Whether every processor treats a row of a batch like a batch of one."""
     return all([_is_known(processor) or getattr(processor, "row_wise", False) is True for processor in processors])
 
 
@@ -40,7 +40,7 @@ def _is_known(processor: Any) -> bool:
 
 
 def processors_of_batch(processors: LogitsProcessorList, plain_model: Callable[[], Any]) -> LogitsProcessorList:
-    """The processors of a call for all of its rows: the caller's objects, but for guidance's second forward."""
+    """The processors of a call for all of its rows: the caller's objects, except for guidance's second forward."""
     return LogitsProcessorList(
         [
             _with_model(processor, plain_model())
@@ -57,9 +57,9 @@ def processors_of_row(
     """The processors of a call for one of its rows.
 
     Args:
-        processors: What transformers has prepared, on the caller's device.
+        processors: The processors that transformers has prepared, on the caller's device.
         row: The row.
-        plain_model: Makes a view of the model for a second forward, where guidance needs one.
+        plain_model: Makes a view of the model for a second forward, if guidance needs one.
     """
     return LogitsProcessorList([_for_row(processor, row, plain_model) for processor in processors])
 
@@ -83,17 +83,17 @@ def _for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> An
         return LongNGrams(processor.ngram_size)
     if name == "PrefixConstrainedLogitsProcessor":
         allowed = processor._prefix_allowed_tokens_fn
-        prompt = row.index // processor._num_beams  # the prompt's number, for each of its sequences
+        prompt = row.index // processor._num_beams  # index of the prompt, which several sequences may share
         return type(processor)(lambda _, sent: allowed(prompt, sent), 1)
     if name == _GUIDANCE:
         return _guidance_for_row(processor, row, plain_model)
     if name == "SynthIDTextWatermarkLogitsProcessor":
-        return copy.deepcopy(processor)  # it keeps a state per row
+        return copy.deepcopy(processor)  # it keeps state per row
     return processor
 
 
 def _guidance_for_row(processor: Any, row: CallRow, plain_model: Callable[[], Any]) -> Any:
-    """Guidance whose unconditional forward, with its cache, is the row's own."""
+    """Guidance with its own unconditional forward and cache for the row."""
     own = _with_model(processor, plain_model())
     for name in ("input_ids", "attention_mask"):
         given = own.unconditional_context[name]

@@ -1,4 +1,4 @@
-"""Refuses fields of a prepared `GenerationConfig` that are not served, by the table in `compatibility`."""
+"""Refuse fields of a prepared `GenerationConfig` that are not served, by the table in `compatibility`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_async_batching.core.field_checks import check_length
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.inputs.compatibility import FIELDS, ArgumentEntry
 
-# Every field of the installed transformers. Entries that a checkpoint adds by itself are no arguments.
+# Every field of the installed transformers. Entries that a checkpoint adds are not arguments.
 INSTALLED = tuple(name for name in vars(GenerationConfig()) if not name.startswith("_"))  # type: ignore[no-untyped-call]
 
 
@@ -19,8 +19,8 @@ def check_fields(config: GenerationConfig) -> None:
     """Refuse a prepared generation config with a field that is not served.
 
     Raises:
-        UnsupportedArgumentError: Names the field and what to do.
-        TypeError: A length is no number.
+        UnsupportedArgumentError: The field is not served; the message names it and the remedy.
+        TypeError: A length is not a number.
         ValueError: A length is not finite.
     """
     for name in ("max_length", "max_new_tokens"):
@@ -36,12 +36,12 @@ def check_fields(config: GenerationConfig) -> None:
 
 
 def bound_encoder_ngrams(config: GenerationConfig, length: int) -> None:
-    """Bound `encoder_no_repeat_ngram_size` by what a prompt of `length` tokens holds; `config` is changed.
+    """Bound `encoder_no_repeat_ngram_size` by the length of the prompt, in tokens; `config` is changed.
 
-    transformers lists all n-grams of the prompt. A longer n-gram occurs nowhere in it.
+    transformers lists all n-grams of the prompt. A longer n-gram does not occur in it.
 
     Raises:
-        UnsupportedArgumentError: The list would take the machine's memory.
+        UnsupportedArgumentError: The list would need too much memory.
     """
     size = config.encoder_no_repeat_ngram_size
     if not isinstance(size, int) or size <= 0:

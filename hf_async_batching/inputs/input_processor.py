@@ -1,7 +1,7 @@
-"""`InputProcessor`: from what a caller gives `submit` or `generate` to requests.
+"""`InputProcessor` turns the arguments of `submit` or `generate` into requests.
 
 `submit` passes a prompt, a generation config and fields, which transformers prepares here. `generate` passes a batch
-that transformers has prepared already. From there on both take the same path: the processor reads the prepared config
+that transformers has already prepared. From there on both take the same path: the processor reads the prepared config
 and its logits processors once per row. A list of processors that cannot be read as parameters is called as a whole.
 """
 
@@ -43,7 +43,7 @@ from hf_async_batching.inputs.request_builder import (
 from hf_async_batching.runtime.default_device import cpu_by_default
 from hf_async_batching.stopping.criteria import check_other_ends, stop_string_criterion
 
-# Arguments of `submit` that transformers' processors are made of.
+# Arguments of `submit` from which transformers makes processors.
 _PROCESSOR_ARGUMENTS = (
     "logits_processor",
     "prefix_allowed_tokens_fn",
@@ -54,12 +54,12 @@ _PROCESSOR_ARGUMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One `submit` call, read.
+    """The requests and criteria of one `submit` call.
 
     Attributes:
-        request: For the engine.
-        criteria: Criteria that are called beside the engine; empty where the engine alone ends the request.
-        history: Token ids of the prompt as criteria see them; empty for a prompt of embeddings alone.
+        request: The request for the engine.
+        criteria: Criteria that are called outside the engine; empty if the engine alone ends the request.
+        history: Token ids of the prompt as criteria see them; empty for a prompt that is only embeddings.
     """
 
     request: Request
@@ -69,11 +69,11 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequests:
-    """One `generate` call, read.
+    """The requests of one `generate` call.
 
     Attributes:
         requests: One per row.
-        chooser: Chooses the tokens of all rows together, which then form a group; None where rows are independent.
+        chooser: Chooses the tokens of all rows together, which form a group; None if rows are independent.
     """
 
     requests: list[Request]
@@ -84,7 +84,7 @@ class InputProcessor:
     """Makes requests for one model.
 
     Args:
-        model: Returns the model, or raises where it is served no more.
+        model: Returns the model, or raises if it is no longer served.
         plain_view: Makes a view of the model that runs its own attention, for a processor's second forward.
     """
 
@@ -124,7 +124,7 @@ class InputProcessor:
         if max_new_tokens is None:
             lengths = (arguments.get("max_length"), model.generation_config.max_length)
             given = any(length is not None for length in (*lengths, getattr(generation_config, "max_length", None)))
-            # The default counts new tokens alone, as in `generate`.
+            # The default counts only new tokens, as in `generate`.
             max_new_tokens = config.max_length - len(prompt.tokens) if given else config.max_length
         (number,) = seeds_of_rows(seed, 1)
         criteria = _criteria_beside_engine(config, stopping_criteria, tokenizer)
@@ -132,7 +132,7 @@ class InputProcessor:
         return Submission(_request(prompt, config, spec, max_new_tokens, request_id), criteria, prompt.shown)
 
     def default_request(self) -> Request | None:
-        """A request by the model's own generation config, where that asks for more than the arg-max; for a warm-up."""
+        """A request by the model's own generation config, if that needs more than arg-max; used by a warm-up."""
         model: Any = self._model()
         config, _ = model._prepare_generation_config(None)
         if not config.do_sample and config.repetition_penalty in (None, 1.0):
@@ -156,17 +156,17 @@ class InputProcessor:
 
         Args:
             prompts: One per row.
-            config: Prepared, and checked by `check_fields`.
-            processors: Prepared, for all rows.
+            config: Prepared config that `check_fields` has checked.
+            processors: Prepared processors for all rows.
             input_ids: int64 [rows, length], as processors see them.
             seeds: One per row.
-            max_new_tokens: By the call's criteria.
+            max_new_tokens: Maximum by the call's criteria.
             eos: End-of-sequence tokens by the call's criteria.
-            holds_group: Whether the engine holds requests at the same time; asked only where it matters.
+            holds_group: Whether the engine can hold requests at the same time; called only if it matters.
 
         Raises:
-            ValueError: A field is out of its range.
-            UnsupportedArgumentError: Arguments are not served together.
+            ValueError: A field is out of range.
+            UnsupportedArgumentError: Some arguments are not served together.
         """
         chooser: TokenChooser | None = None
         specs = _read_specs(processors, prompts, config, seeds)
@@ -176,7 +176,7 @@ class InputProcessor:
             specs, chooser = [called] * len(prompts), called.chooser
         requests: list[Request] = []
         for prompt, spec in zip(prompts, specs, strict=True):
-            # `generate` warns of a minimum beyond the maximum, and goes up to the latter.
+            # `generate` warns of a minimum beyond the maximum, and uses the maximum.
             bounded = replace(spec, min_new_tokens=min(spec.min_new_tokens, max_new_tokens))
             request = _request(prompt, config, bounded, max_new_tokens)
             if set(eos) != set(request.eos_token_ids):
@@ -186,7 +186,7 @@ class InputProcessor:
         if chooser is None:
             return BatchRequests(requests, None)
         if is_row_wise(processors) or (can_be_row_wise(processors) and not holds_group(requests)):
-            # Each row goes its own way, in a thread of its own.
+            # Each row is decoded separately, in its own thread.
             alone = []
             for i, (request, row) in enumerate(zip(requests, _call_rows(prompts, config), strict=True)):
                 own = processors_of_row(processors, row, self._plain_view)
@@ -205,7 +205,7 @@ class InputProcessor:
         logprobs: bool,
         of_processors: dict[str, Any],
     ) -> SamplingSpec:
-        """Have transformers make the processors of one prompt, and read them; `config` is changed."""
+        """Let transformers make the processors of one prompt, and read them; `config` is changed."""
         model: Any = self._model()
         eos, length = eos_token_ids(config), len(prompt.shown)
         bound_encoder_ngrams(config, length)
@@ -226,7 +226,7 @@ class InputProcessor:
             )
             return processors
 
-        processors = prepare(torch.device("cpu"))  # to be read, which costs a device nothing
+        processors = prepare(torch.device("cpu"))  # they are only read, so they need no device
         specs = _read_specs(processors, [prompt], config, [seed], logprobs)
         if specs is not None:
             return specs[0]
@@ -246,7 +246,7 @@ def _known_arguments() -> list[str]:
 
 def _call_rows(prompts: list[Prompt], config: GenerationConfig) -> list[CallRow]:
     eos: tuple[int, ...] = eos_token_ids(config)
-    # As in `generate`: the history of a prompt of embeddings alone begins with its completion.
+    # As in `generate`: if the prompt is only embeddings, the history begins with the completion.
     return [
         CallRow(prompt.shown, prompt.tokens if prompt.shown else [], i, len(prompts), eos, config._eos_token_tensor)
         for i, prompt in enumerate(prompts)
@@ -260,7 +260,7 @@ def _read_specs(
     seeds: Sequence[int],
     logprobs: bool = False,
 ) -> list[SamplingSpec] | None:
-    """How each row's tokens are chosen, by parameters; None where the list of processors must be called."""
+    """Read how each row's tokens are chosen, as parameters; None if the list of processors must be called."""
     specs: list[SamplingSpec] = []
     for row, seed in zip(_call_rows(prompts, config), seeds, strict=True):
         spec = read_processors(processors, row, do_sample=bool(config.do_sample), seed=seed, logprobs=logprobs)
@@ -278,7 +278,7 @@ def _called_spec(
     input_ids: torch.Tensor,
     logprobs: bool = False,
 ) -> SamplingSpec:
-    """How the tokens of rows are chosen whose processors are called: outside of the engine."""
+    """How tokens are chosen for rows whose processors are called, outside the engine."""
     do_sample = bool(config.do_sample)
     chooser = TokenChooser(
         processors,
@@ -312,9 +312,9 @@ def _request(
 def _criteria_beside_engine(
     config: GenerationConfig, own: StoppingCriteriaList | None, tokenizer: Any
 ) -> StoppingCriteriaList:
-    """The criteria of a request, in the order of `generate`, but for those that the engine decides itself."""
+    """The criteria of a request, in `generate`'s order, without those that the engine decides itself."""
     own = StoppingCriteriaList(own or ())
-    kinds = {type(criterion) for criterion in own}  # of one kind, the caller's takes precedence
+    kinds = {type(criterion) for criterion in own}  # a criterion of the caller replaces the default one of its class
     made = StoppingCriteriaList()
     if config.max_time is not None and MaxTimeCriteria not in kinds:
         check_real("max_time", config.max_time)

@@ -1,9 +1,9 @@
-"""Reads the logits processors that transformers has prepared for a call into parameters for each of its rows.
+"""Read the logits processors that transformers has prepared for a call, as parameters for each of its rows.
 
-The list decides: it holds what `generate` would apply, in order, the caller's own processors included. The engine
-serves a row by parameters, together with all other rows, if it knows every processor of the list, each stands there at
-most once, and all stand in transformers' order. Any other list is called as a whole (`token_chooser`): so no order and
-no detail of a processor is lost.
+The list is authoritative: it holds what `generate` would apply, in order, including the caller's own processors. The
+engine serves a row by parameters, together with all other rows, if it knows every processor of the list, each occurs
+at most once, and all are in transformers' order. Any other list is called as a whole (`token_chooser`), so the order
+and the details of all processors are kept.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from hf_async_batching.host_decoding.token_chooser import TokenChooser
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How the tokens of one request are chosen: what its logits processors come to.
+    """How the tokens of one request are chosen: its logits processors as parameters.
 
     Attributes:
-        sampling: Filters and the seed of a draw.
+        sampling: Filters, and the seed of the draws.
         logits: Penalties, biases and other changes of the logits.
-        min_new_tokens: New tokens before which no end-of-sequence token is chosen.
+        min_new_tokens: Number of new tokens before which no end-of-sequence token is chosen.
         padding: Padding tokens that processors see in front of the prompt.
-        chooser: Calls the processors outside of the engine; None where the fields above say all of them.
+        chooser: Calls the processors outside the engine; None if the fields above describe them all.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -58,12 +58,12 @@ class CallRow:
     """One row of a `generate` call.
 
     Attributes:
-        shown: Token ids as the caller passed them on, padding included.
+        shown: Token ids as the caller passed them, padding included.
         tokens: The same without padding.
-        index: Number of the row.
-        rows: How many rows the call has.
+        index: Index of the row.
+        rows: Number of rows in the call.
         eos: End-of-sequence tokens.
-        eos_tensor: The same as transformers made it, which most processors share.
+        eos_tensor: The tensor of these that transformers made; most processors share it.
     """
 
     shown: list[int]
@@ -75,7 +75,7 @@ class CallRow:
 
     @property
     def padding(self) -> int:
-        """How many tokens are padding, wherever they stand."""
+        """Number of padding tokens, in any place."""
         return len(self.shown) - len(self.tokens)
 
     @property
@@ -84,7 +84,7 @@ class CallRow:
         return self.shown[self.padding :] == self.tokens
 
     def of(self, batch: int) -> int:
-        """The row's line in a tensor with `batch` lines: one per prompt, which several rows may share."""
+        """The row's line in a tensor with `batch` lines: one per prompt, and several rows may share a prompt."""
         return self.index * batch // self.rows
 
 
@@ -106,17 +106,17 @@ def read_processors(
     """Read the processors of a call for one of its rows.
 
     Args:
-        processors: What transformers has prepared.
+        processors: The processors that transformers has prepared.
         row: The row.
-        do_sample: Whether tokens are drawn.
+        do_sample: Whether to draw tokens.
         seed: The row's seed.
-        logprobs: Whether log-probabilities are wanted.
+        logprobs: Whether to return log-probabilities.
 
     Returns:
-        The parameters, without a chooser; None where the list must be called.
+        The parameters, without a chooser; None if the list must be called.
 
     Raises:
-        ValueError: A parameter is out of its range.
+        ValueError: A parameter is out of range.
     """
     draft, last = _Draft(do_sample), -1
     for processor in processors:
@@ -141,17 +141,17 @@ def read_processors(
     return SamplingSpec(sampling, logits, draft.min_new_tokens, padding)
 
 
-# -- readers: each takes over what a processor does, or says that it cannot ------------------------------------------
+# -- readers: each reads what a processor does, or reports that it cannot -------------------------------------------
 
 
 def _sequence_bias(kind: RuleKind, processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
     if len(draft.rules) + len(processor.sequence_bias) > MAX_RULES:
-        return False  # before a list of them is made
+        return False  # before a long list of rules is made
     for sequence, bias in processor.sequence_bias.items():
         if math.isnan(bias):
             return False
         if not sequence:
-            continue  # which `generate` passes over, too
+            continue  # `generate` skips it too
         *prefix, token = (int(one) for one in sequence)
         draft.rules.append(Rule(kind, token, tuple(prefix), float(bias)))
     return True
@@ -208,7 +208,7 @@ def _min_new_tokens(processor: Any, row: CallRow, draft: _Draft) -> bool:
 
 
 def _minimum(length: float, processor: Any, row: CallRow, draft: _Draft) -> bool:
-    # Its place between others does not matter, as long as one record holds all of the tokens.
+    # Its place among the others does not matter, as long as one record holds all tokens.
     draft.min_new_tokens = max(draft.min_new_tokens, math.ceil(length) - len(row.shown))
     return _same_ends(processor, row)
 
@@ -236,7 +236,7 @@ def _decay(processor: Any, row: CallRow, draft: _Draft) -> bool:
     check_real("exponential_decay_length_penalty", start)
     check_real("exponential_decay_length_penalty", factor)
     factor = float(factor)
-    if not (start % 1 == 0 and math.isfinite(factor)):  # nor is it where it is NaN
+    if not (start % 1 == 0 and math.isfinite(factor)):  # also False for NaN
         return False
     draft.logits["decay_start"] = max(-MAX_INT32, min(int(start) - row.padding, MAX_INT32))  # out of reach, both
     draft.logits["decay_factor"] = factor
@@ -251,13 +251,13 @@ def _suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG
 def _begin_suppress(processor: Any, row: CallRow, draft: _Draft) -> bool:
     position = min(processor.begin_index - row.padding, MAX_INT32)
     tokens = _token_ids(processor.begin_suppress_tokens)
-    if position >= 0:  # else the row is beyond it from the start; one of those positions would stand for any
+    if position >= 0:  # otherwise the row is past it from the start; a negative position would match any position
         draft.rules += [Rule(RuleKind.SUPPRESS, token, position=position) for token in tokens]
     return True
 
 
 def _token_ids(tokens: torch.Tensor) -> list[int]:
-    """The token ids that a vocabulary can have; suppressing any other id changes nothing."""
+    """The token ids that can be in a vocabulary; suppressing any other id changes nothing."""
     return [int(token) for token in tokens.flatten().tolist() if 0 <= token <= MAX_INT32 and token % 1 == 0]
 
 
@@ -288,7 +288,7 @@ def _same_ends(processor: Any, row: CallRow) -> bool:
     return tokens is row.eos_tensor or set(tokens.tolist()) == set(row.eos)
 
 
-# In the order in which transformers applies them; names that a release lacks are left out.
+# In transformers' order of application; names that a release lacks are left out.
 _BY_NAME: Mapping[str, Callable[[Any, CallRow, _Draft], bool]] = {
     "SequenceBiasLogitsProcessor": partial(_sequence_bias, RuleKind.BIAS),
     "EncoderRepetitionPenaltyLogitsProcessor": _encoder_repetition,

@@ -1,4 +1,4 @@
-"""What a caller gives as a prompt: a text, token ids in any of the usual forms, or embeddings in their place."""
+"""Read a prompt: a text, token ids in any of the usual forms, or embeddings in their place."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Prompt:
     """The prompt of one request.
 
     Attributes:
-        tokens: Token ids that the engine computes; placeholders where only embeddings are given.
-        shown: Token ids as logits processors see them, padding included; empty where only embeddings are given.
-        embeddings: Floating point [length, hidden] in place of the token ids; None where these are looked up.
+        tokens: Token ids that the engine computes; placeholders if only embeddings are given.
+        shown: Token ids as logits processors see them, padding included; empty if only embeddings are given.
+        embeddings: Floating point [length, hidden] in place of the token ids; None if the ids are looked up.
     """
 
     tokens: list[int]
@@ -48,7 +48,7 @@ def read_prompt(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None,
         tokenizer: For a text.
 
     Raises:
-        ValueError: Neither is given, they do not fit together, the ids are no whole numbers or several prompts, or a
+        ValueError: Neither is given, they do not fit together, the ids are not integers or hold several prompts, or a
             text has no tokenizer.
     """
     if isinstance(input_ids, str):

@@ -1,4 +1,4 @@
-"""Builds a `Request` from a prompt, a prepared `GenerationConfig` and a `SamplingSpec`; reads seeds and end tokens."""
+"""Build a `Request` from a prompt, a prepared `GenerationConfig` and a `SamplingSpec`; read seeds and end tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_async_batching.core.request import DEFAULT_NGRAM, MAX_SEED, Request
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.inputs.logits_processors import SamplingSpec
 
-# Odd, so that successive rows of one seed never meet; the constant is 2**63 divided by the golden ratio.
+# Odd, so that successive rows of one seed never coincide; the constant is 2**63 divided by the golden ratio.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B
 
 _counter = itertools.count()
@@ -43,8 +43,8 @@ def seeds_of_rows(seed: Any, rows: int) -> list[int]:
         rows: Sequences.
 
     Raises:
-        TypeError: A seed is no integer.
-        ValueError: A seed is out of range, or their number is not that of the rows.
+        TypeError: A seed is not an integer.
+        ValueError: A seed is out of range, or the number of seeds differs from the number of rows.
     """
     if isinstance(seed, (torch.Tensor, np.ndarray)) and seed.ndim:
         seed = list(seed)
@@ -63,7 +63,7 @@ def _number(seed: Seed) -> int:
         drawn = torch.randint(0, MAX_SEED - 1, (), generator=seed, device=seed.device)
         return int(drawn)
     try:
-        number = operator.index(seed)  # also of numpy's integers and of tensors with one
+        number = operator.index(seed)  # also accepts numpy's integers and tensors with one element
     except TypeError as error:
         raise TypeError(
             f"`seed` must be an integer, a `torch.Generator`, or one of these per sequence; got {seed!r}"
@@ -85,22 +85,22 @@ def build_request(
 
     Args:
         tokens: Token ids of the prompt.
-        config: Prepared (defaults are filled in) and checked by `check_fields`.
-        spec: What its processors come to.
-        max_new_tokens: Resolved from `max_new_tokens` and `max_length`.
-        request_id: The caller's, or None to make one.
+        config: Prepared config (with its defaults) that `check_fields` has checked.
+        spec: The parameters of its processors.
+        max_new_tokens: Maximum resolved from `max_new_tokens` and `max_length`.
+        request_id: The caller's id, or None to make one.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: A field is out of range.
     """
     if config.do_sample and config.top_p is not None and not 0.0 <= config.top_p <= 1.0:
-        # Above 1, transformers would take it for 1.
+        # transformers would treat a value above 1 as 1.
         raise ValueError(f"`top_p` must be in [0, 1], got {config.top_p}")
     returned = bool(config.return_dict_in_generate)
     return Request(
         request_id=request_id or new_request_id(),
         prompt=tuple(tokens),
-        # `generate` takes fractions, and stops at the first length that is not below them.
+        # `generate` accepts fractions, and stops at the first length that is not below them.
         max_new_tokens=math.ceil(max_new_tokens),
         min_new_tokens=spec.min_new_tokens,
         eos_token_ids=eos_token_ids(config),
@@ -116,10 +116,10 @@ def build_request(
 
 
 def check_history(request: Request) -> None:
-    """Refuse a request of embeddings alone whose logits depend on which tokens came before.
+    """Refuse a request that has only embeddings and whose logits depend on earlier tokens.
 
     Raises:
-        UnsupportedArgumentError: The logits depend on the history; the engine would count the placeholders.
+        UnsupportedArgumentError: The logits depend on the history, in which the engine would count the placeholders.
     """
     if request.logits.needs_seen or request.logits.needs_memory:
         raise UnsupportedArgumentError(
@@ -141,8 +141,8 @@ def eos_token_ids(config: GenerationConfig) -> tuple[int, ...]:
     """The end-of-sequence tokens of a config, as a tuple.
 
     Raises:
-        TypeError: One is no integer.
-        ValueError: One has more than 64 bits.
+        TypeError: A token is not an integer.
+        ValueError: A token has more than 64 bits.
     """
     eos = config.eos_token_id
     if eos is None:

@@ -1,1 +1,1 @@
-"""Stopping criteria and streamers, which run beside the engine."""
+"""Run stopping criteria and streamers outside the engine."""

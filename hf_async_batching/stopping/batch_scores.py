@@ -14,13 +14,13 @@ Kind = Literal["scores", "logits"]
 def stack_steps(
     handles: list[GenerationHandle], kind: Kind, lengths: list[int], device: torch.device
 ) -> tuple[torch.Tensor, ...] | None:
-    """What `generate` returns: per step float32 [batch, vocab], 0 for rows that had ended; None if not asked for.
+    """What `generate` returns: float32 [batch, vocab] per step, 0 for rows that had ended; None if not requested.
 
     Args:
-        handles: One per row, with at least its entry of `lengths` tokens.
+        handles: One per row, each with at least its entry of `lengths` tokens.
         kind: Scores or logits.
-        lengths: Tokens of each row up to its end, without padding.
-        device: The result's device.
+        lengths: Number of tokens of each row up to its end, without padding.
+        device: Device of the result.
     """
     rows = [handle.made(kind) for handle in handles]
     if rows[0] is None:
@@ -29,11 +29,11 @@ def stack_steps(
 
 
 class BatchScores:
-    """The scores that `generate` shows its criteria: those of all steps so far.
+    """The scores of all steps so far, which `generate` shows its criteria.
 
     Args:
         handles: One per row.
-        device: The scores' device.
+        device: Device of the scores.
     """
 
     def __init__(self, handles: list[GenerationHandle], device: torch.device) -> None:

@@ -1,11 +1,11 @@
-"""Steps through a batch as `generate` does, over rows that the engine computes each at its own pace.
+"""Step through a batch as `generate` does, over rows that the engine computes independently.
 
-`generate` makes one token of every row, asks the criteria, shows the tokens to the streamer, and goes on until all
-rows have finished. The engine knows no such batch. Here the caller's thread lines up the tokens as they arrive, and
-does with them what `generate` would do. The engine does not wait for this thread.
+`generate` makes one token of every row, asks the criteria, shows the tokens to the streamer, and continues until all
+rows have finished. The engine has no such batch. Here the caller's thread lines up the tokens as they arrive, and
+treats them as `generate` would. The engine does not wait for this thread.
 
-The engine can run ahead up to `max_new_tokens`, where criteria are slower than it. The steps beyond a stop are wasted,
-but they cost no memory: a token is an integer. A row is cancelled as soon as the criteria have finished it.
+If criteria are slower than the engine, the engine can run ahead up to `max_new_tokens`. Steps beyond a stop are
+wasted, but need no memory: a token is an integer. A row is cancelled as soon as the criteria have finished it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def step_batch(
     Args:
         handles: One per row.
         checker: Called once per step, in this thread.
-        pad: The token with which a finished row goes on; None where it goes on with its own tokens, as in `generate`.
-        streamer: Gets the tokens [batch] of each step, after the checker has seen them.
+        pad: Token that continues a finished row; None if it continues with its own tokens, as in `generate`.
+        streamer: Gets the tokens [batch] of each step, after the checker.
 
     Returns:
-        The new tokens of each row, of one length for all rows; and how many of them are not padding.
+        The new tokens of each row, with the same length for all rows; and the number of them that are not padding.
 
     Raises:
-        Exception: What the checker, the streamer or the engine raises. The caller cancels the handles.
+        Exception: Any error of the checker, the streamer or the engine. The caller must cancel the handles.
     """
     rows = [iter(handle) for handle in handles]
     live = [True] * len(rows)

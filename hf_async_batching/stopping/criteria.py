@@ -1,7 +1,7 @@
-"""Stopping criteria: some the engine decides itself, some the host decides by integers, some are called.
+"""Stopping criteria: the engine decides some itself, the host decides some with integers, the others are called.
 
-Nothing here runs in the engine's thread. Criteria look at tokens after the engine has made them, in a thread of the
-caller or of the manager. The engine runs ahead; its tokens beyond a stop are dropped.
+None of this runs in the engine's thread. Criteria see tokens after the engine has made them, in a thread of the caller
+or of the manager. The engine runs ahead; its tokens beyond a stop are dropped.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class StopConditions:
     """The conditions that end the rows of a batch.
 
     Attributes:
-        eos: Tokens that end a row; the engine looks for them itself.
-        max_length: Tokens, padded prompt included, at which a row ends; known to the engine beforehand.
-        strings: Criteria that look for strings.
-        times: Criteria that look at the clock.
-        pads: Whether a finished row goes on with the pad token, and not with the model's tokens.
-        custom: Whether the list holds the caller's own criteria: the list is then called as a whole.
+        eos: Tokens that end a row; the engine checks them itself.
+        max_length: Length, padded prompt included, at which a row ends; the engine knows it in advance.
+        strings: Criteria that search for strings.
+        times: Criteria that check the clock.
+        pads: Whether a finished row continues with the pad token, and not with the model's tokens.
+        custom: Whether the list holds criteria of the caller: the list is then called as a whole.
     """
 
     eos: tuple[int, ...]
@@ -51,12 +51,12 @@ class StopConditions:
 
     @property
     def by_engine(self) -> bool:
-        """Whether the engine alone ends every row where it should."""
+        """Whether the engine alone ends every row in time."""
         return not (self.strings or self.times or self.custom)
 
 
 def read_criteria(criteria: StoppingCriteriaList) -> StopConditions:
-    """Sort the criteria that `generate` has prepared: decided by the engine, by the host, or called.
+    """Sort criteria that `generate` has prepared: decided by the engine, decided by the host, or called.
 
     Subclasses of transformers' classes count as the caller's own.
     """
@@ -81,13 +81,13 @@ def read_criteria(criteria: StoppingCriteriaList) -> StopConditions:
 
 
 class StopStrings:
-    """`StopStringCriteria` for one row at a time, on the host: the same decisions.
+    """Makes the decisions of `StopStringCriteria` on the host, for one row at a time.
 
-    A string can only be completed by a token that overlaps its end, which a table tells without a tensor; the
-    criterion itself is asked for those alone.
+    Only a token that overlaps the end of a string can complete it. A table tells such tokens without a tensor, and
+    only for them the criterion itself is called.
 
     Args:
-        criterion: Not changed, and not called: it is copied, since calling it moves its tables between devices.
+        criterion: It is copied, because calling it moves its tables between devices; the original is not changed.
     """
 
     def __init__(self, criterion: StopStringCriteria) -> None:
@@ -100,7 +100,7 @@ class StopStrings:
 
     def stops(self, tokens: Sequence[int]) -> bool:
         """Whether the last of `tokens` completes a string; only the last `window` of them matter."""
-        # Ids beyond the tokenizer's take the last entry of the table, as in the criterion.
+        # Ids beyond the tokenizer's use the last entry of the table, as in the criterion.
         if not self._completes[min(tokens[-1], len(self._completes) - 1)]:
             return False
         return bool(self._criterion(torch.tensor([tokens[-self.window :]]), None)[0])
@@ -110,11 +110,11 @@ _by_tokenizer: weakref.WeakKeyDictionary[Any, dict[Any, StopStringCriteria]] = w
 
 
 def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> StopStringCriteria:
-    """The criterion that `generate` makes for `stop_strings`; kept, because making it reads the whole vocabulary.
+    """The criterion that `generate` makes for `stop_strings`; cached, because making it reads the whole vocabulary.
 
     Raises:
-        TypeError: `strings` is no list.
-        ValueError: There is no tokenizer, or `strings` holds something else.
+        TypeError: `strings` is neither a string nor a list.
+        ValueError: There is no tokenizer, or `strings` holds something else than non-empty strings.
     """
     if not isinstance(strings, (str, Iterable)):
         raise TypeError(f"`stop_strings` must be a string or a list of strings, got {strings!r}")
@@ -139,19 +139,19 @@ def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> StopS
 
 
 class StopChecker(Protocol):
-    """Says, step by step, which rows of a batch have finished."""
+    """Reports, step by step, which rows of a batch have finished."""
 
     def step(self, tokens: list[int]) -> list[bool]:
-        """Take the next token of every row, and say whether it has finished with it."""
+        """Take the next token of every row; returns for each row whether it has finished."""
         ...
 
 
 class HostStopChecker:
-    """Decides transformers' own criteria by integers, as calling them would.
+    """Decides transformers' own criteria with integers, with the same results as calling them.
 
     Args:
-        prompts: The padded prompts, a row of token ids each.
-        stops: From `read_criteria`, without custom criteria.
+        prompts: The padded prompts, one list of token ids per row.
+        stops: Result of `read_criteria`, without custom criteria.
     """
 
     def __init__(self, prompts: list[list[int]], stops: StopConditions) -> None:
@@ -177,12 +177,12 @@ class HostStopChecker:
 
 
 class CriteriaListChecker:
-    """Calls the caller's list of criteria exactly as `generate` does: once a step, with the whole batch.
+    """Calls the caller's list of criteria exactly as `generate` does: once per step, with the whole batch.
 
     Args:
         input_ids: The padded prompts [batch, length]; criteria get int64 [batch, length + step] on their device.
-        criteria: As `generate` has prepared them, its own included.
-        scores: The batch's scores, which criteria see where `generate` returns them; else None.
+        criteria: Criteria as `generate` has prepared them, including its own.
+        scores: The batch's scores, which criteria see if `generate` returns them; otherwise None.
     """
 
     def __init__(
@@ -197,22 +197,22 @@ class CriteriaListChecker:
 
     def step(self, tokens: list[int]) -> list[bool]:
         """See `StopChecker`."""
-        # Made anew in each step, as in `generate`: a criterion may keep what it was given, or write to it.
+        # A new tensor in each step, as in `generate`: a criterion may keep its input, or write to it.
         new = torch.tensor(tokens, device=self._history.device)[:, None]
         self._history = torch.cat([self._history, new], dim=-1)
         scores: Any = self._scores.after(self._live) if self._scores is not None else None
         self._unfinished = self._unfinished & ~self._criteria(self._history, scores)
         live = [bool(unfinished) for unfinished in self._unfinished.tolist()]
-        if self._pads:  # else rows go on after they have finished
+        if self._pads:  # otherwise rows continue after they have finished
             self._live = live
         return [not one for one in live]
 
 
 def check_ends(stops: StopConditions, pad: torch.Tensor | None) -> None:
-    """Refuse ends after which there is nothing to fill rows with.
+    """Refuse criteria that end rows if there is no token to fill the rows with.
 
     Raises:
-        ValueError: Finished rows are to be padded, and no pad token is known.
+        ValueError: Finished rows are padded, but there is no pad token.
     """
     if stops.pads and pad is None:
         raise ValueError(
@@ -222,10 +222,10 @@ def check_ends(stops: StopConditions, pad: torch.Tensor | None) -> None:
 
 
 def check_other_ends(min_new_tokens: int) -> None:
-    """Refuse a least length, which counts for the config's end-of-sequence tokens, where a criterion has others.
+    """Refuse a minimum length if a criterion has other end-of-sequence tokens than the config, to which it applies.
 
     Raises:
-        UnsupportedArgumentError: There is a least length.
+        UnsupportedArgumentError: There is a minimum length.
     """
     if min_new_tokens:
         raise UnsupportedArgumentError(

@@ -1,9 +1,9 @@
-"""Handles of requests with stopping criteria: the caller sees a token only after the criteria have passed it.
+"""Handles of requests with stopping criteria: the caller sees a token only after the criteria have seen it.
 
-The engine fills an inner handle and knows no criteria. A relay takes the tokens from there, asks the criteria, and
-passes tokens on to the caller's handle. When the criteria say stop, the relay cancels the request and drops the rest.
-transformers' own criteria take microseconds and share one thread of the manager. A caller's criteria can take any
-time, so that each such request has its own thread.
+The engine fills an inner handle and does not know about criteria. A relay takes the tokens from it, asks the criteria,
+and passes tokens on to the caller's handle. When the criteria say stop, the relay cancels the request and drops the
+other tokens. transformers' own criteria take microseconds and share one thread of the manager. A caller's criteria can
+take any time, so each such request has its own thread.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CriteriaThread:
         renew_in_child(self)
 
     def renew(self) -> None:
-        """Begin anew in a forked process, which has no such thread."""
+        """Start again in a forked process, which does not have the thread."""
         leave_behind(self._loop)
         self._loop = self._thread = None
         self._live = 0
@@ -53,15 +53,15 @@ class CriteriaThread:
         device: torch.device,
         history: list[int],
     ) -> GenerationHandle:
-        """Make the caller's handle for a request, which ends where the criteria say so.
+        """Make the caller's handle for a request; the handle ends when the criteria say so.
 
         Args:
             handle: The handle that the engine fills.
             request: The request of the handle.
-            criteria: As for `generate`; a caller's own ones are called with int64 [1, prompt + new] and the scores
-                (None where they are not returned), once for each token.
-            device: Where the tensors for a caller's criteria lie.
-            history: The prompt's tokens as criteria see them.
+            criteria: As for `generate`; a caller's own criteria are called once per token, with int64 [1, prompt +
+                new] and the scores (None if they are not returned).
+            device: Device of the tensors for a caller's criteria.
+            history: Tokens of the prompt as criteria see them.
         """
         stops = read_criteria(criteria)
         checker: StopChecker
@@ -104,7 +104,7 @@ class CriteriaThread:
 
 
 class _CriteriaRelay:
-    """From the engine's handle to the caller's, past the stop checker.
+    """Passes tokens from the engine's handle through the stop checker to the caller's handle.
 
     Attributes:
         outer: The caller's handle.
@@ -116,7 +116,7 @@ class _CriteriaRelay:
         self._eos = {*request.eos_token_ids, *stops.eos}
         self._count = 0
         self._over = False
-        self._lock = threading.Lock()  # the caller may cancel while a criterion is being asked
+        self._lock = threading.Lock()  # the caller may cancel while a criterion runs
         self.outer = GenerationHandle(
             request.request_id,
             self._cancel,
@@ -127,13 +127,13 @@ class _CriteriaRelay:
         )
 
     def run(self) -> None:
-        """Relay until the end, in a thread of its own."""
+        """Relay until the end, in a separate thread."""
         try:
             for token in self._inner:
                 if self._take(token):
                     return
             self._end(self._inner.result().finish_reason)
-        except BaseException as error:  # an error of a criterion goes to its own caller
+        except BaseException as error:  # a criterion's error reaches its own caller
             self._fail(error)
 
     async def run_in_loop(self) -> None:
