@@ -1,4 +1,4 @@
-"""Which of torch's kernels the plain side of the attach check takes."""
+"""Which of torch's kernels the plain side of the parity check takes."""
 
 from __future__ import annotations
 

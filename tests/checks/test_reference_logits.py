@@ -1,4 +1,4 @@
-"""What the attach check takes for the truth: few forwards where it can, each prompt token by token elsewhere."""
+"""What the parity check takes for the truth: few forwards where it can, each prompt token by token elsewhere."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.forward.row_cache import RowCache
 
-# Beyond what the attach check's own prompts reach.
+# Beyond what the parity check's own prompts reach.
 FAR = 200
 
 needs_masks = pytest.mark.skipif(
@@ -121,7 +121,7 @@ def test_a_packed_route_that_is_wrong_beyond_a_threshold_is_caught(
         check.refuse("packed", PackedForward)
     module._verdicts.clear()
     plant(monkeypatch)
-    if threshold != "index_topk":  # there the attach check's own prompts reach beyond it
+    if threshold != "index_topk":  # there the parity check's own prompts reach beyond it
         check_parity(model, PackedForward(model), make_backend("auto", torch.device("cpu")))
     with pytest.raises(
         UnsupportedModelError, match=rf"beyond its thresholds .*{threshold.split('*')[0]}.*small model"

@@ -32,7 +32,7 @@ CPU_KERNELS = make_backend("auto", torch.device("cpu"))
 
 
 def experts(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A model whose router flips in bfloat16: the attach check finds 0.26, of 0.1 that it allows."""
+    """A model whose router flips in bfloat16: the parity check finds 0.26, of 0.1 that it allows."""
     return tiny_model("GptOssForCausalLM").to(dtype)  # type: ignore[no-any-return]
 
 

@@ -183,7 +183,7 @@ def test_streamers_stop_strings_and_criteria_go_along(model: Any, manager: Any, 
 
 @pytest.mark.parametrize("way", ["in place", "direct", "folder"])
 def test_models_that_are_refused(way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what they are, and by what the attach check finds; that is not looked for again in every call."""
+    """By what they are, and by what the parity check finds; that is not looked for again in every call."""
     config = transformers.T5Config(
         vocab_size=VOCAB, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
     )

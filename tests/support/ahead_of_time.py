@@ -156,7 +156,7 @@ def skinny(dtype: torch.dtype) -> None:
 
 
 def skinny_early(dtype: torch.dtype) -> None:
-    """As cards launch it that know early launches."""
+    """As cards with programmatic dependent launch run it."""
     from hf_async_batching.linear import skinny
 
     counters, x = torch.zeros(8192, dtype=torch.int32), torch.empty(32, 4096, dtype=dtype)
@@ -203,7 +203,7 @@ def sampling(dtype: torch.dtype) -> None:
 
 
 def prefill_early(dtype: torch.dtype) -> None:
-    """As cards launch it that know early launches."""
+    """As cards with programmatic dependent launch run it."""
     from hf_async_batching.attention import triton_kernels as kernels
 
     with mock.patch.object(kernels, "supports_pdl", return_value=True):

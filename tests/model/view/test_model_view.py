@@ -153,7 +153,7 @@ def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("wrong_attention")
 def test_wrong_logits_close_a_route(caplog: pytest.LogCaptureFixture) -> None:
-    """A model whose attention does something that the engine does not know of is caught by the attach check."""
+    """A model whose attention does something that the engine does not know of is caught by the parity check."""
     model = tiny_model("Llama")
     with caplog.at_level(logging.WARNING, "hf_async_batching"), GenerationManager(model, CONFIG) as manager:
         got = manager.submit(PROMPTS[1], max_new_tokens=6, **GREEDY).result(60).token_ids
