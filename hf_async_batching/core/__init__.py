@@ -1,1 +1,1 @@
-"""The values that all rooms speak: requests, plans, layouts, outcomes. No torch."""
+"""Values that all rooms use: requests, plans, layouts, outcomes. No torch."""

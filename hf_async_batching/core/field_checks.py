@@ -1,4 +1,4 @@
-"""Checks of a request's fields, which name the field; no torch."""
+"""Check a request's fields; messages name the field. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def check_integer(name: str, value: Any, least: int = 0, most: int = MAX_INT32) 
     """Refuse a value that is not an integer from `least` to `most`.
 
     Raises:
-        TypeError: It is no integer.
-        ValueError: It is out of range.
+        TypeError: The value is not an integer.
+        ValueError: The value is out of range.
     """
     if not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, got {value!r}")
@@ -26,18 +26,18 @@ def check_real(name: str, value: Any) -> None:
     """Refuse a value that is not a real number; NaN and infinities pass.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: The value is not a number.
     """
     if not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
 
 
 def check_length(name: str, value: Any) -> None:
-    """Refuse a value that is not a number of tokens; `generate` takes fractions.
+    """Refuse a value that is not a number of tokens; `generate` accepts fractions.
 
     Raises:
-        TypeError: It is no number.
-        ValueError: It is not finite.
+        TypeError: The value is not a number.
+        ValueError: The value is not finite.
     """
     check_real(name, value)
     if not math.isfinite(value):

@@ -13,7 +13,7 @@ from hf_async_batching.core.row_layout import ANY, MAX_INT32, MAX_NGRAM, MAX_PRE
 class Stage(enum.IntFlag):
     """Changes of the logits that few requests ask for, in the order in which `generate` applies them.
 
-    The repetition penalty and minimum lengths stand between them and have names of their own in `plan.Features`.
+    The repetition penalty and minimum lengths lie between these stages and have their own names in `plan.Features`.
     """
 
     SEQUENCE_BIAS = enum.auto()
@@ -38,7 +38,7 @@ FIELDS_OF_KIND = {
     RuleKind.FORCE: "forced_bos_token_id` or `forced_eos_token_id",
     RuleKind.SUPPRESS: "suppress_tokens` or `begin_suppress_tokens",
 }
-"""The arguments that rules come from, for messages."""
+"""The arguments from which rules are made, for messages."""
 
 _STAGE_OF_KIND = {
     RuleKind.BIAS: Stage.SEQUENCE_BIAS,
@@ -54,21 +54,21 @@ class LogitsParams:
 
     Attributes:
         rules: Biases, bans, forced and suppressed tokens.
-        repetition_penalty: Divides positive logits of tokens that the prompt or the completion holds, multiplies
-            negative ones; above 0.
-        encoder_repetition_penalty: The same for tokens of the prompt, its padding included.
-        no_repeat_ngram_size: No n-gram of this size occurs twice; up to `MAX_NGRAM`, 0 switches it off. (`submit` and
-            `generate` serve longer ones, by a processor.)
-        encoder_no_repeat_ngram_size: No n-gram of the prompt occurs in the completion; up to `MAX_NGRAM`, 0 switches
+        repetition_penalty: Divides positive logits of tokens in the prompt or the completion, and multiplies negative
+            ones; above 0.
+        encoder_repetition_penalty: The same for tokens of the prompt, including its padding.
+        no_repeat_ngram_size: No n-gram of this size occurs twice; up to `MAX_NGRAM`, 0 to switch it off. (`submit` and
+            `generate` serve larger sizes with a processor.)
+        encoder_no_repeat_ngram_size: No n-gram of the prompt occurs in the completion; up to `MAX_NGRAM`, 0 to switch
             it off.
-        decay_start: Length, prompt included, above which end-of-sequence tokens get more likely.
-        decay_factor: How much more with each token; 1 switches it off.
-        remove_invalid: NaN becomes 0, infinities the largest and smallest numbers.
-        renormalize: Scores are log-probabilities.
+        decay_start: Length, prompt included, above which end-of-sequence tokens become more likely.
+        decay_factor: Factor per token of this increase; 1 switches it off.
+        remove_invalid: Whether NaN becomes 0, and infinities the largest and smallest numbers.
+        renormalize: Whether scores are log-probabilities.
 
     Raises:
-        TypeError: A field is no number; the message names it.
-        ValueError: A field is out of its range; the message names it.
+        TypeError: A field is not a number; the message names it.
+        ValueError: A field is out of range; the message names it.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -106,7 +106,7 @@ class LogitsParams:
 
     @property
     def stages(self) -> Stage:
-        """Which of the stages the request needs."""
+        """The stages that the request needs."""
         stages = Stage(0)
         for rule in self.rules:
             stages |= _STAGE_OF_KIND[rule.kind]
@@ -124,15 +124,15 @@ class LogitsParams:
 
     @property
     def ngram(self) -> int:
-        """The longest n-gram that is looked for."""
+        """Size of the longest n-gram that is searched."""
         return max(self.no_repeat_ngram_size, self.encoder_no_repeat_ngram_size)
 
     @property
     def needs_memory(self) -> bool:
-        """Whether the row's memory on the device is read."""
+        """Whether the request reads the row's memory on the device."""
         return bool(self.rules) or self.ngram > 0
 
     @property
     def needs_seen(self) -> bool:
-        """Whether it matters which tokens have occurred."""
+        """Whether the request depends on which tokens have occurred."""
         return self.repetition_penalty != 1.0 or self.encoder_repetition_penalty != 1.0

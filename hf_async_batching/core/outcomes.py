@@ -1,20 +1,20 @@
-"""What becomes of a sampled position, as one integer: a token, or why there is none. No torch.
+"""The outcome of a sampled position as one integer: a token, or the reason why there is none. No torch.
 
-Whether a draw was possible, and whether the model's logits were finite, is known on the device only. It comes to the
-host where the token would stand, so that nothing else is read back. The row tables keep the token (0 where there is
-none), which is what steps in flight go on with.
+Only the device knows whether a draw was possible, and whether the model's logits were finite. The outcome reaches the
+host in the place of the token, so nothing else is read back. The row tables keep the token (0 if there is none), from
+which steps in flight continue.
 """
 
 from __future__ import annotations
 
 UNDRAWABLE = -1
-"""A draw from scores with NaN or inf, or that are all -inf, over finite logits of the model."""
+"""A draw from scores with NaN or inf, or that are all -inf, although the model's logits were finite."""
 
 UNDRAWABLE_UNSOUND = -2
-"""A draw from scores of which the model's logits were not finite themselves."""
+"""A draw from scores whose logits from the model were not finite."""
 
 FIRST_UNSOUND = -3
-"""Token t of logits whose largest is NaN or infinite is `FIRST_UNSOUND - t`."""
+"""`FIRST_UNSOUND - t` means token t, from logits whose largest is NaN or infinite."""
 
 
 def is_undrawable(outcome: int) -> bool:
@@ -23,10 +23,10 @@ def is_undrawable(outcome: int) -> bool:
 
 
 def is_unsound(outcome: int) -> bool:
-    """Whether the model's logits were not finite, so that what the step wrote for the row must not be used again."""
+    """Whether the model's logits were not finite, so that keys and values which the step wrote must not be reused."""
     return outcome <= UNDRAWABLE_UNSOUND
 
 
 def token_of(outcome: int) -> int:
-    """The token; 0 where there is none."""
+    """The token; 0 if there is none."""
     return outcome if outcome >= 0 else max(0, FIRST_UNSOUND - outcome)

@@ -9,10 +9,10 @@ from hf_async_batching.core.request import Request
 
 
 class Chunk(NamedTuple):
-    """A piece of a prompt: `tokens` go to the positions after those that the row has computed so far.
+    """A piece of a prompt: `tokens` go to the positions after those that the row has already computed.
 
-    `samples` counts the positions at its end that yield a token: 0; or 1 for the last piece of a prompt; or all, where
-    `tokens` are a request's last one and a draft.
+    `samples` is the number of positions at its end that yield a token: 0; 1 for the last piece of a prompt; or all, if
+    `tokens` are a request's last token and a draft.
     """
 
     row: int
@@ -23,9 +23,9 @@ class Chunk(NamedTuple):
 class NewRow(NamedTuple):
     """A row that a request takes over in this step; the device tables of the row are set from `request`.
 
-    `start` is how many of its tokens stand in its pages already: the first piece of its prompt begins there. `known`
-    holds them where the row's memory needs them. `again` is whether it is the row's own request, which goes on from
-    another place than the tables know.
+    `start` is the number of its tokens that its pages already hold: the first piece of its prompt starts there.
+    `known` holds these tokens if the row's memory needs them. `again` says that the row's own request continues from
+    another position than the tables hold.
     """
 
     row: int
@@ -44,21 +44,21 @@ class NewPage(NamedTuple):
 
 
 class Given(NamedTuple):
-    """`token` becomes the last token of `row`: a chooser outside of the engine has chosen it."""
+    """`token` becomes the last token of `row`: a chooser outside the engine has chosen it."""
 
     row: int
     token: int
 
 
 class Offer(NamedTuple):
-    """The logits at one sampled position go to the chooser of a request; `sampled` counts the step's positions."""
+    """The logits at one sampled position go to a request's chooser; `sampled` is the index of the position."""
 
     sampled: int
     request_id: str
 
 
 class Run(NamedTuple):
-    """Consecutive sampled positions from `start` up to `stop`, and whose they are."""
+    """Consecutive sampled positions from `start` up to `stop`, and their owner."""
 
     start: int
     stop: int
@@ -66,9 +66,9 @@ class Run(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Sizes that no sampled row of the step exceeds, so that nothing has to be read from the device.
+    """Sizes that no sampled row of the step exceeds, so that the device need not report them.
 
-    `history` counts tokens in front of the new one, padding included; `ngram` is the size of the longest n-gram.
+    `history` counts tokens before the new one, padding included; `ngram` is the size of the longest n-gram.
     """
 
     history: int = 0
@@ -81,24 +81,24 @@ NO_BOUNDS = Bounds()
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the sampler has to do beyond the arg-max.
+    """Work of the sampler beyond the arg-max.
 
-    Each combination that is run in its own way (see `Sampler.as_run`) is its own CUDA graph, except for those with
-    rare parts (`eager`): there the forward alone is captured.
+    Each combination with its own work (see `Sampler.as_run`) has its own CUDA graph. For combinations with rare parts
+    (`eager`) only the forward is captured.
 
     Attributes:
-        sampling: Some row draws.
-        candidates: How many of the largest logits decide every row's filters: 0 for none, -1 for all.
-        min_length: Some row must not end yet.
-        logprobs: Some row wants the log-probabilities of its tokens.
+        sampling: A row draws its token.
+        candidates: Number of largest logits that decide every row's filters: 0 for none, -1 for all.
+        min_length: A row may not end yet.
+        logprobs: A row wants the log-probabilities of its tokens.
         top_k: The largest `SamplingParams.top_k_class` of a row that draws; -1 is the largest of all.
-        seen: Some row of the step, sampled or not, keeps which tokens have occurred.
-        penalty: Some row has a repetition penalty.
+        seen: A row of the step, sampled or not, records which tokens have occurred.
+        penalty: A row has a repetition penalty.
         stages: Rare changes of the logits, as bits of `logits_params.Stage`.
-        memory: Some row of the step, sampled or not, keeps its history.
-        offers: The logits of some row go to a chooser outside of the engine.
-        scores: Some row wants its scores.
-        logits: Some row wants its logits.
+        memory: A row of the step, sampled or not, keeps its history.
+        offers: The logits of a row go to a chooser outside the engine.
+        scores: A row wants its scores.
+        logits: A row wants its logits.
     """
 
     sampling: bool = False
@@ -116,7 +116,7 @@ class Features:
 
     @property
     def eager(self) -> bool:
-        """Whether what follows the forward is too rare to be captured, or cannot be."""
+        """Whether the work after the forward is too rare to be captured, or cannot be captured."""
         return bool(self.stages) or self.memory or self.offers or self.scores or self.logits
 
 
@@ -127,16 +127,16 @@ class Plan:
     Attributes:
         step: Number of the step, counting from 0.
         decode_rows: Rows that decode one token each. Their input token is a placeholder: the device takes the token
-            that the sampler wrote for the row in an earlier step. The same tuple object as in the previous plan where
-            nothing changed, so that unchanged rows are not sent again.
+            that the sampler wrote for the row in an earlier step. If nothing changed, it is the same tuple object as
+            in the previous plan, so that unchanged rows are not sent again.
         chunks: Prompt pieces.
         new_rows: Rows that start with this step.
         new_pages: Page-table entries that start with this step.
-        features: What the sampler has to do.
-        given: Tokens that choosers outside of the engine have chosen for rows of this step.
-        offers: Whose logits go to a chooser, in the order of the sampled positions.
+        features: Work of the sampler.
+        given: Tokens that choosers outside the engine have chosen for rows of this step.
+        offers: Logits that go to choosers, in the order of the sampled positions.
         wanted: Sampled positions whose scores or logits are returned.
-        bounds: Sizes of what rare features look at.
+        bounds: Size limits for rare features.
         context_tokens: Tokens whose keys and values the step reads, over all of its rows.
     """
 
@@ -169,7 +169,7 @@ class Plan:
 
     @property
     def drafts(self) -> bool:
-        """Whether there are drafts in it."""
+        """Whether the step has drafts."""
         return any(chunk.samples > 1 for chunk in self.chunks)
 
     @property
@@ -190,7 +190,7 @@ class Launch:
     Attributes:
         plan: The step.
         events: The device's events by name (`h2d_start`, `h2d_done`, `compute_start`, `compute_done`, `d2h_start`,
-            `d2h_done`); the copy to the device is absent where there was nothing to send.
+            `d2h_done`); the events of the copy to the device are absent if there was nothing to send.
         planned_at: Host time in seconds at which planning of the step began.
         launched_at: Host time in seconds at which the last of the step's work was enqueued.
     """
@@ -204,9 +204,9 @@ class Launch:
 class Result(NamedTuple):
     """What a step sampled, in the order of `Plan.num_sampled`.
 
-    `tokens` are outcomes (see `outcomes`). `logprobs` is None where they were not asked for. `scores` and `logits`
-    hold one row of host memory per position of `Plan.wanted`, in order, where asked for. `offered` is float32
-    [offers, vocab] on the device, the logits of `Plan.offers`; None where there are none.
+    `tokens` are outcomes (see `outcomes`). `logprobs` is None if not requested. `scores` and `logits` hold one row of
+    host memory per position of `Plan.wanted`, in order, if requested. `offered` is float32 [offers, vocab] on the
+    device, the logits of `Plan.offers`; None if there are none.
     """
 
     step: int

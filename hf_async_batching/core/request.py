@@ -1,4 +1,4 @@
-"""What a caller asked for, in the caller's terms. Nothing here knows rows, pages or tensors."""
+"""A caller's request, in the caller's terms. This module does not know rows, pages or tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hf_async_batching.core.row_layout import MAX_PADDING, float32
 MAX_SEED = 2**63
 
 DEFAULT_NGRAM = 2
-"""`Request.lookup_ngram` where a caller gives none, as in transformers."""
+"""Default of `Request.lookup_ngram`, as in transformers."""
 
-# Few sizes, because each is a CUDA graph of its own.
+# Few sizes, because each needs its own CUDA graph.
 CANDIDATE_SIZES = (64, 1024)
 
 
@@ -30,7 +30,7 @@ class SamplingParams:
     epsilon, eta.
 
     Attributes:
-        do_sample: Draw at random; otherwise take the arg-max and ignore the other fields but `logprobs`.
+        do_sample: Draw at random; otherwise take the arg-max and ignore all other fields except `logprobs`.
         temperature: Divides the logits; a finite 32-bit number > 0.
         top_k: Keep the k most probable tokens (ties with the k-th are kept); 0 switches it off.
         top_p: Keep the smallest set of tokens whose probability exceeds `top_p`, in [0, 1], and tokens as probable as
@@ -46,7 +46,7 @@ class SamplingParams:
 
     Raises:
         TypeError: A field is not a number; the message names it.
-        ValueError: A field is out of its range; the message names it.
+        ValueError: A field is out of range; the message names it.
     """
 
     do_sample: bool = False
@@ -85,7 +85,7 @@ class SamplingParams:
 
     @property
     def candidates(self) -> int:
-        """How many of the largest logits decide the filters: 0 for none, -1 for the whole vocabulary."""
+        """Number of largest logits that decide the filters: 0 for none, -1 for the whole vocabulary."""
         if 0 < self.top_k <= CANDIDATE_SIZES[-1]:
             return next(size for size in CANDIDATE_SIZES if self.top_k <= size)
         if self.top_k or self.top_p < 1:
@@ -94,7 +94,7 @@ class SamplingParams:
 
     @property
     def top_k_class(self) -> int:
-        """The size that bounds `top_k`: 0 where it is off, -1 where it is larger than all of `CANDIDATE_SIZES`."""
+        """The size that bounds `top_k`: 0 if it is off, -1 if it is above all `CANDIDATE_SIZES`."""
         if not self.top_k:
             return 0
         return next((size for size in CANDIDATE_SIZES if self.top_k <= size), -1)
@@ -117,27 +117,27 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and the rules by which its completion is made and ends.
+    """One prompt, and the rules for its completion and its end.
 
     Attributes:
         request_id: Unique among the requests of one manager.
         prompt: Token ids, at least one.
-        max_new_tokens: Stop after so many new tokens ("length"); at least 1.
-        min_new_tokens: No end-of-sequence token before so many new tokens.
+        max_new_tokens: Number of new tokens after which the request stops ("length"); at least 1.
+        min_new_tokens: Number of new tokens before which no end-of-sequence token is chosen.
         eos_token_ids: Any of these ends the request ("eos"); the token itself is part of the output.
         sampling: How tokens are drawn.
         logits: Changes of the logits before that.
         padding: Tokens in front of the prompt that the model does not see but n-grams and rules do, as in `generate`;
             at most `row_layout.MAX_PADDING`, the last ones.
-        chooser: An object outside of the engine that chooses the request's tokens from each step's logits, in place of
+        chooser: An object outside the engine that chooses the request's tokens from each step's logits, in place of
             `logits` and `sampling`; opaque here (see `token_chooser`).
-        group: Names the requests of one call whose chooser needs the logits of all of them for each step; None where
-            the request advances by itself.
-        output_scores: Whether the scores that tokens are chosen by are returned.
-        output_logits: Whether the model's own logits are returned.
-        lookup_tokens: Tokens that a step may compute ahead, copied from earlier ones (see `prompt_lookup`); 0 is none.
-            The request's tokens do not depend on it.
-        lookup_ngram: How many of the last tokens must have stood before, at most; at least 1.
+        group: Name shared by the requests of one call whose chooser needs all their logits in each step; None if the
+            request advances independently.
+        output_scores: Whether to return the scores from which tokens are chosen.
+        output_logits: Whether to return the model's own logits.
+        lookup_tokens: Number of tokens that a step may draft by copying earlier ones (see `prompt_lookup`); 0 for
+            none. The request's tokens do not depend on it.
+        lookup_ngram: Largest number of last tokens that are searched in earlier tokens; at least 1.
         prompt_embeddings: Embeddings that the device computes with in place of the prompt's tokens; opaque here.
 
     Raises:

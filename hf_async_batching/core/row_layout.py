@@ -1,4 +1,4 @@
-"""What the device keeps of a row, word by word: the layout that host and device share. No torch.
+"""The device's data of a row, word by word: the layout that host and device share. No torch.
 
 A row has two lines of int32 words. Its *record* holds its parameters (`ROW_PARAMS`), floats as their bits. Its
 *memory* holds first its *rules* (biases and bans of tokens, `RULE_WORDS` words each), then its *history*: the token
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_EOS = 16
-"""End-of-sequence tokens that a record holds; a power of two, because Triton ranges need one."""
+"""Number of end-of-sequence tokens in a record; a power of two, because Triton ranges need one."""
 
 ROW_PARAMS = np.dtype(
     [
@@ -49,7 +49,7 @@ ROW_PARAMS = np.dtype(
 """A row's parameters. The host writes the fields; the device reads the same bytes as int32 columns."""
 
 NEW_ROW = np.dtype([("row", np.int32), *ROW_PARAMS.descr])
-"""What the host sends for a new row: the row, then its parameters."""
+"""The data that the host sends for a new row: the row, then its parameters."""
 
 
 def _column(field: str) -> int:
@@ -93,7 +93,7 @@ RULE_WORDS = 4 + MAX_PREFIX
 HISTORY_START = MAX_RULES * RULE_WORDS
 
 MAX_PADDING = 64
-"""Padding tokens that are kept in front of a history: as many as an n-gram or a rule's prefix can reach."""
+"""Number of padding tokens kept in front of a history: an n-gram or a rule's prefix reaches no more."""
 
 MAX_NGRAM = MAX_PADDING
 """The longest n-gram that the vectorised sampler compares: token by token, for all rows at once."""
@@ -102,13 +102,13 @@ MAX_INT32 = 2**31 - 1
 
 _LARGEST_FLOAT32 = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 
-# Columns of a rule; its prefix follows, the token next to the end first, filled with `ANY`.
+# Columns of a rule. Its prefix follows, from the token next to the end, filled up with `ANY`.
 KIND, POSITION, TOKEN, BIAS = range(4)
 ANY = -1
 
 
 class RuleKind(enum.IntEnum):
-    """What a rule does to its token, in the order in which the kinds apply; 0 is no rule."""
+    """The effect of a rule on its token, in the order in which the kinds apply; 0 is no rule."""
 
     BIAS = 1
     BAN = 2
@@ -117,13 +117,13 @@ class RuleKind(enum.IntEnum):
 
 
 class Rule(NamedTuple):
-    """A change of one token's logit, wherever it applies.
+    """A change of one token's logit at the positions where the rule applies.
 
     Attributes:
-        kind: `BIAS` and `BAN` add `bias`; `FORCE` leaves no tokens but those that are forced at the same position;
+        kind: `BIAS` and `BAN` add `bias`; `FORCE` allows only the tokens that are forced at the same position;
             `SUPPRESS` makes the token impossible.
         token: The token.
-        prefix: Tokens that must stand right before it, at most `MAX_PREFIX`.
+        prefix: Tokens that must directly precede it, at most `MAX_PREFIX`.
         bias: Added to the logit.
         position: The only position of the new token at which the rule applies, counted from the prompt's first token;
             `ANY` for all.
@@ -136,22 +136,22 @@ class Rule(NamedTuple):
     position: int = ANY
 
     def words(self) -> list[int]:
-        """The rule as it lies in a row's memory."""
+        """The rule in the layout of a row's memory."""
         bias: int = struct.unpack("<i", struct.pack("<f", float32(self.bias)))[0]
         prefix = list(reversed(self.prefix))
         return [int(self.kind), self.position, self.token, bias, *prefix, *[ANY] * (MAX_PREFIX - len(prefix))]
 
 
 def float32(value: float) -> float:
-    """The number as torch takes it over into float32: infinite beyond what that holds."""
+    """The number as float32: infinite if it is out of range."""
     return value if not abs(value) > _LARGEST_FLOAT32 else math.copysign(math.inf, value)
 
 
 def row_writes(padding: Sequence[int], known: Sequence[int], rules: Sequence[Rule]) -> tuple[list[int], list[int]]:
-    """What a new row needs in its memory, beside the tokens that its prompt pieces bring.
+    """The words that a new row needs in its memory, besides the tokens of its prompt pieces.
 
     Args:
-        padding: What stands in front of the prompt.
+        padding: Padding tokens in front of the prompt.
         known: Leading tokens of the row that no step computes, because their pages were found.
         rules: The row's rules.
 

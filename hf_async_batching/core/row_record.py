@@ -1,4 +1,4 @@
-"""A new row's record, as `row_layout` lays it out."""
+"""A new row's record, in the layout of `row_layout`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LEAST_TOP_P = 1e-9  # keeps the most probable token, as 0 does
 
 
 def check_encodable(request: Request) -> None:
-    """Refuse a request that does not fit in a record, before a step is made of it.
+    """Refuse a request that does not fit in a record, before a step uses it.
 
     Raises:
-        ValueError: A number is beyond the type of its field.
+        ValueError: A number is out of its field's range.
     """
     try:
         np.array([record_of(NewRow(0, request))], NEW_ROW)
@@ -36,9 +36,9 @@ def record_of(new_row: NewRow) -> tuple[Any, ...]:
     request = new_row.request
     sampling, logits = request.sampling, request.logits
     if request.chooser is None:
-        # The device does not need to know all of them. The host decides which token ends a request; a row that the
-        # device does not mark as finished is only computed once more in vain. An id outside of every vocabulary is
-        # never sampled.
+        # The device need not know all end tokens. The host decides which token ends a request; a row that the device
+        # does not mark as finished is only computed once more in vain. An id outside every vocabulary is never
+        # sampled.
         eos = [token for token in request.eos_token_ids if 0 <= token <= MAX_INT32][:MAX_EOS]
         choice = (
             min(max(sampling.temperature, _LEAST_TEMPERATURE), _LARGEST_TEMPERATURE),
@@ -49,7 +49,7 @@ def record_of(new_row: NewRow) -> tuple[Any, ...]:
         )
         min_length = len(request.prompt) + request.min_new_tokens
     else:
-        # A chooser outside of the engine draws by itself, and says itself when its request has ended.
+        # A chooser outside the engine draws by itself, and reports itself when its request has ended.
         eos, choice, min_length = [], (1.0, 0, 1.0, 0.0, False), 0
     return (
         new_row.row,

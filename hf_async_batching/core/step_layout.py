@@ -11,8 +11,8 @@ Section after section (sizes in `Sections`)::
     samples     [samples]                index into tokens of each sampled position
     tiles       [4, tiles]               row, first query, number of queries, offset within the row's piece
 
-Either the decode section is used (every row decodes one token) or the last three are (prompts are in the step). Where
-such a step is captured, these three are padded: with tokens of row 0, samples of these, and tiles without tokens.
+Either the decode section is used (every row decodes one token), or the last three are (the step has prompts). If such
+a step is captured, these three are padded: with tokens of row 0, samples of these tokens, and tiles without tokens.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import NamedTuple
 from hf_async_batching.core.row_layout import PARAMS
 
 CARRY_OVER = -1
-"""In place of a token id: the token that the device sampled last for the row."""
+"""Stands for a token id: the row's last token on the device."""
 
 
 class Padding(NamedTuple):
-    """What a step with prompts is padded to.
+    """The sizes to which a step with prompts is padded.
 
     Attributes:
-        tokens: Query tokens, more than the step has.
+        tokens: Query tokens; more than the step has.
         entries: Samples and tiles of its prompts.
-        decodes: Tokens, samples and tiles of the rows that decode, which are the first.
+        decodes: Tokens, samples and tiles of its decoding rows, which come first.
     """
 
     tokens: int
@@ -46,7 +46,7 @@ class Padding(NamedTuple):
 
 
 class Sections(NamedTuple):
-    """Sizes of the sections, in entries; of a padded step also how many of its tokens are kept for what decodes."""
+    """Sizes of the sections, in entries; for a padded step also the number of tokens reserved for decoding rows."""
 
     new_rows: int = 0
     new_pages: int = 0
@@ -60,7 +60,7 @@ class Sections(NamedTuple):
 
     @property
     def padding(self) -> Padding:
-        """What a step was padded to that has these sections."""
+        """The padding of a step with these sections."""
         return Padding(self.tokens, self.samples - self.decodes, self.decodes)
 
     @property
@@ -70,17 +70,17 @@ class Sections(NamedTuple):
 
     @property
     def writes_start(self) -> int:
-        """Where the writes to the rows' memories begin."""
+        """Index of the first write to the rows' memories."""
         return self.new_rows * (1 + PARAMS) + self.new_pages * 3
 
     @property
     def updates_end(self) -> int:
-        """Where the updates of the tables end, and the step's own inputs begin."""
+        """Index at which the updates of the tables end, and the step's own inputs begin."""
         return self.given_start + self.given * 2
 
     @property
     def given_start(self) -> int:
-        """Where the tokens begin that choosers have chosen."""
+        """Index of the first token that a chooser has chosen."""
         return self.writes_start + self.writes * 3
 
     @classmethod

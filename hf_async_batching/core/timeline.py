@@ -1,4 +1,4 @@
-"""When each step was planned, copied, computed and collected, and what follows from it."""
+"""When each step was planned, copied, computed and collected, and figures computed from these times."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StepRecord(NamedTuple):
         decode_rows: Rows that decoded a token.
         prompt_tokens: Prompt tokens computed.
         tokens: Tokens sampled.
-        context_tokens: Tokens whose keys and values the step's attention reads, those that it writes itself included.
+        context_tokens: Tokens whose keys and values the step's attention reads, including those that it writes itself.
         plan: Host: planning and launching.
         settle: Host: reading the result and handing tokens on.
         compute: Device: from the step's first kernel to its last.
-        h2d: Copy to the device; None where nothing was sent.
-        d2h: Copy from the device; None where nothing was sampled.
+        h2d: Copy to the device; None if nothing was sent.
+        d2h: Copy from the device; None if nothing was sampled.
     """
 
     step: int
@@ -126,7 +126,7 @@ class Timeline:
 
 
 def records_after(records: Sequence[StepRecord], step: int) -> tuple[StepRecord, ...]:
-    """Those of `records`, oldest first, whose number is larger than `step`. Costs no more than what it returns."""
+    """The records, oldest first, with a number above `step`. Its cost depends only on the length of the result."""
     count = 0
     for record in reversed(records):
         if record.step <= step:

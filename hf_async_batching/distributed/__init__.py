@@ -1,1 +1,1 @@
-"""The ranks over which one model is spread."""
+"""The ranks over which one model is sharded."""

@@ -1,8 +1,8 @@
 """Captures that succeed on all ranks of a model, or on none.
 
-NCCL wants a collective to be launched from a graph on every rank or on none (its user guide, "Using NCCL with CUDA
-Graphs"). And a rank that has given up capturing no longer pads its decode steps: its collectives would have other
-sizes than those of the rest.
+NCCL requires that a collective is launched from a graph on every rank or on none (its user guide, "Using NCCL with
+CUDA Graphs"). Also, a rank that has given up capturing no longer pads its decode steps, so its collectives would have
+other sizes than those of the other ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hf_async_batching.distributed.rank_group import RankGroup
 
 
 def with_agreed_captures(device: Device, group: RankGroup) -> Device:
-    """A rank's device whose captures fail on all ranks if they fail on one.
+    """Wrap a rank's device so that a capture fails on all ranks if it fails on one.
 
     Args:
         device: This rank's device.
@@ -37,7 +37,7 @@ class _AgreedCaptures:
             graph = self._device.capture(work)
             succeeded = 1
         finally:
-            # After a failure, too: the other ranks wait for the answer.
+            # Also after a failure, because the other ranks wait for the answer.
             everywhere = self._group.least(succeeded)
         if not everywhere:
             raise RuntimeError("another rank could not capture the step")

@@ -1,9 +1,9 @@
-"""The ranks over which transformers has spread a model, and how the first one tells the others what to do.
+"""The ranks over which transformers has sharded a model, and the messages from rank 0 to the others.
 
-A model that was loaded with `tp_plan="auto"` computes its layers with collectives: every rank has to run the same
-forwards in the same order. Rank 0 alone has requests and a scheduler. It broadcasts its plans over a Gloo group on the
-host, and every rank launches them on its own tables and pages. Logits are gathered by the model itself, so that all
-ranks sample the same tokens from the same numbers; nothing of that is sent.
+A model that was loaded with `tp_plan="auto"` computes its layers with collectives: every rank must run the same
+forwards in the same order. Only rank 0 has requests and a scheduler. It broadcasts its plans over a Gloo group on the
+host, and every rank launches them on its own tables and pages. The model itself gathers the logits, so all ranks
+sample the same tokens from the same numbers, and no tokens are sent.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from hf_async_batching.core.plan import Features, Plan
 from hf_async_batching.core.request import Request
 from hf_async_batching.errors import UnsupportedArgumentError, UnsupportedModelError
 
-# Most messages are a plan of a few hundred bytes: one broadcast is enough for them.
+# Most messages are plans of a few hundred bytes, for which one broadcast is enough.
 _BUFFER = 8192
 _LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Build an engine; all ranks do it at the same time, since its checks run the model."""
+    """Build an engine; all ranks do it at the same time, because its checks run the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class Step:
     """Launch a plan.
 
     Attributes:
-        plan: Without its decode rows where these are the last plan's.
-        rows_unchanged: Whether they are.
-        collected: Steps whose tokens rank 0 has read since, and checksums of these.
+        plan: The plan, without its decode rows if they are the previous plan's.
+        rows_unchanged: Whether the decode rows are the previous plan's.
+        collected: Steps whose tokens rank 0 has read since the last message, with checksums of the tokens.
     """
 
     plan: Plan
@@ -56,7 +56,7 @@ class Warm:
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """Measure kernel settings, and capture anew: a rank must not replay what another one runs as it is."""
+    """Measure kernel settings, and capture again: all ranks must replay a step, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +76,26 @@ class RankGroup:
     """The ranks of a model.
 
     Args:
-        size: How many there are: all processes of the default group.
+        size: Number of ranks: all processes of the default group.
 
     Attributes:
         rank: The rank of this process.
-        size: How many there are.
+        size: Number of ranks.
     """
 
     def __init__(self, size: int) -> None:
         self.rank = distributed.get_rank()
         self.size = size
-        # An engine may wait for work as long as it likes.
+        # The timeout is very long, because an engine may wait for work for any time.
         self._group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
         self._lock = threading.Lock()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> RankGroup | None:
-        """The ranks of a model; None for one that is whole. All ranks must call it at the same time.
+        """The ranks of a model; None for a model that is not sharded. All ranks must call it at the same time.
 
         Raises:
-            UnsupportedModelError: The model is spread in a way that is not served.
+            UnsupportedModelError: The model is sharded in a way that is not served.
         """
         size = getattr(model, "_tp_size", None) or 1
         sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
@@ -117,22 +117,22 @@ class RankGroup:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the rank that plans."""
+        """Whether this is rank 0, which plans."""
         return self.rank == 0
 
     def send(self, message: Message) -> None:
-        """Tell the other ranks; from rank 0."""
+        """Send a message from rank 0 to the other ranks."""
         content = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         with self._lock:
             self._broadcast(content)
 
     def receive(self) -> Message:
-        """Wait for what rank 0 says."""
+        """Wait for a message from rank 0."""
         message: Message = pickle.loads(self._broadcast(None))
         return message
 
     def least(self, value: int) -> int:
-        """The smallest value of all ranks; all of them must call it."""
+        """The smallest value of all ranks; all ranks must call it."""
         tensor = torch.tensor([value], dtype=torch.int64)
         with self._lock:
             distributed.all_reduce(tensor, distributed.ReduceOp.MIN, group=self._group)
@@ -161,13 +161,13 @@ def check_sendable(request: Request) -> None:
     """Refuse a request that cannot be sent to the other ranks.
 
     Raises:
-        UnsupportedArgumentError: It holds embeddings or an object that cannot be pickled.
+        UnsupportedArgumentError: The request holds embeddings, or an object that cannot be pickled.
     """
     if request.prompt_embeddings is not None:
         raise UnsupportedArgumentError("`inputs_embeds` are not served with tensor parallelism; pass token ids")
     try:
         pickle.dumps(request)
-    except Exception as error:  # objects of the caller's can raise anything
+    except Exception as error:  # a caller's object can raise any error
         raise UnsupportedArgumentError(
             f"a logits processor of this request cannot be sent to the other ranks ({error}); leave it out, or use "
             "plain `model.generate`"

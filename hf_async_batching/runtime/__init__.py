@@ -1,1 +1,1 @@
-"""What concerns the whole process: forks, threads that wait, its end, its caches."""
+"""State of the whole process: forks, waiting threads, process exit, caches."""

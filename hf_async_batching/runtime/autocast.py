@@ -1,7 +1,7 @@
-"""`torch.autocast` of the calling thread: captured when a request is submitted, entered around the view's forward.
+"""The calling thread's `torch.autocast`: captured when a request is submitted, entered around the view's forward.
 
-A thread inherits nothing of it. Keys and values have the lower precision under autocast, as attention casts them
-there, so that an engine belongs to one such state.
+A new thread does not inherit it. Under autocast keys and values have the lower precision, as attention casts them, so
+an engine belongs to one autocast state.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Autocast:
-    """What a thread had switched on for one type of device.
+    """A thread's autocast state for one type of device.
 
     Attributes:
-        device_type: "cuda", "cpu".
-        dtype: The lower precision; None where autocast is off.
+        device_type: "cuda" or "cpu".
+        dtype: The lower precision; None if autocast is off.
     """
 
     device_type: str
@@ -34,9 +34,9 @@ class Autocast:
     def __call__(self) -> AbstractContextManager[object]:
         """A context in which the calling thread has this state.
 
-        Weights are cast in each forward: torch's cache of casts is one for all threads, is emptied when any of them
-        leaves autocast, and would hide updates of the weights from an engine that never leaves it. Results are the
-        same with and without it.
+        Weights are cast in each forward. torch's cache of casts is shared by all threads, is emptied when any thread
+        leaves autocast, and would hide weight updates from an engine that never leaves it. Results are the same with
+        and without the cache.
         """
         if self == Autocast.of_this_thread(self.device_type) and self.dtype is None:
             return nullcontext()
@@ -49,7 +49,7 @@ class Autocast:
 def lowered(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values as attention takes them under the calling thread's autocast; unchanged where it is off.
+    """Cast queries, keys and values as attention does under the calling thread's autocast; unchanged if it is off.
 
     torch's own attention casts all three there (rotary positions leave queries and keys in float32).
     """

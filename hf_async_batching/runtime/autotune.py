@@ -1,7 +1,7 @@
-"""Kernel settings chosen by measurement on the card at hand, and remembered in the user's cache folder.
+"""Choose kernel settings by measurement on this card, and store them in the user's cache folder.
 
-Measuring happens only in `Tuning.tune`, which a warm-up calls; `Tuning.choose` looks up what was measured, by this or
-an earlier process, and else answers the rule's default.
+Only `Tuning.tune` measures, and a warm-up calls it. `Tuning.choose` looks up measurements of this or an earlier
+process, and otherwise returns the rule's default.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from hf_async_batching.runtime.forking import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 
-# A named tuple of numbers and flags: what JSON can hold, and what two runs can compare.
+# A named tuple of numbers and flags, which JSON can hold and two runs can compare.
 Config = TypeVar("Config", bound=tuple[Any, ...])
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept: `$HF_ASYNC_BATCHING_CACHE`, else `~/.cache/hf_async_batching`."""
+    """The folder of measurements: `$HF_ASYNC_BATCHING_CACHE`, or `~/.cache/hf_async_batching`."""
     named = os.environ.get("HF_ASYNC_BATCHING_CACHE")
     return Path(named) if named else Path("~/.cache/hf_async_batching").expanduser()
 
 
 def source_version(*files: str) -> str:
-    """A short name for the contents of source files, part of a kernel's name: a changed kernel is another one."""
+    """A short hash of source files, as a part of a kernel's name: a changed kernel gets a new name."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(Path(file).read_bytes())
@@ -40,7 +40,7 @@ def source_version(*files: str) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """The card and the compilers that a measurement is valid for."""
+    """The card and the compiler versions for which a measurement is valid."""
     try:
         import triton  # type: ignore[import-untyped,unused-ignore]
 
@@ -57,7 +57,7 @@ def describe(device: torch.device) -> dict[str, str]:
 def benchmark(launch: Callable[[], None]) -> float:
     """Seconds that `launch`'s work takes on the current CUDA device, in a captured graph, as decode steps run it.
 
-    Launched one by one, short kernels would be timed by how fast the host is.
+    If short kernels were launched one by one, the measurement would show the speed of the host.
     """
     from triton.testing import do_bench_cudagraph  # type: ignore[import-untyped,unused-ignore]
 
@@ -65,15 +65,15 @@ def benchmark(launch: Callable[[], None]) -> float:
 
 
 class Tuning:
-    """The best known settings on one kind of card. All methods may be called from any thread.
+    """The best known settings on one kind of card. Any thread may call its methods.
 
     Args:
-        device: Where the kernels run.
-        folder: Where measurements are kept; `cache_folder()` where None.
-        timer: Seconds that a launch takes; `benchmark` where None.
+        device: Device of the kernels.
+        folder: Folder of the measurements; None for `cache_folder()`.
+        timer: Measures a launch in seconds; None for `benchmark`.
 
     Attributes:
-        path: The file: one for each card and versions of the compilers.
+        path: The file; one per card and compiler versions.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Tuning:
         self._best: dict[str, Any] = self._read()
 
     def choose(self, kernel: str, key: str, candidates: Sequence[Config], default: Config) -> Config:
-        """The candidate that was measured to be the fastest.
+        """Return the candidate that was measured to be the fastest.
 
         Args:
             kernel: Name and version of the kernel; see `source_version`.
-            key: The problem: everything that the answer may depend on.
-            candidates: The settings that may be answered.
-            default: The answer where nothing was measured, or where the measured setting is no longer a candidate.
+            key: The problem: everything that the result may depend on.
+            candidates: The allowed settings.
+            default: Result if nothing was measured, or if the measured setting is no longer a candidate.
         """
         with self._lock:
             remembered = self._best.get(_entry(kernel, key))
@@ -111,14 +111,15 @@ class Tuning:
         run: Callable[[Config], Callable[[], None]],
         default: Config,
     ) -> Config:
-        """Measure the default and the candidates, unless this was done before, and remember the fastest.
+        """Measure the default and the candidates, unless this was done before, and store the fastest.
 
         Args:
             kernel: As in `choose`.
             key: As in `choose`.
-            candidates: The settings to try. One that raises, as it may where it does not fit the card, is left out.
-            run: Given a setting, returns what launches the work with it. The device must be idle otherwise.
-            default: What the rule says; the answer where every candidate fails.
+            candidates: The settings to try. A candidate that raises, for example because it does not fit the card, is
+                skipped.
+            run: Returns for a setting the function that launches the work. Nothing else may run on the device.
+            default: The rule's setting; the result if every candidate fails.
         """
         with self._lock:
             known = _entry(kernel, key) in self._best
@@ -151,7 +152,7 @@ class Tuning:
         return best if isinstance(best, dict) else {}
 
     def _write(self) -> None:
-        """Replace the file at once, with what other processes have added meanwhile."""
+        """Replace the file atomically, including entries that other processes have added in the meantime."""
         self._best = self._read() | self._best
         temporary = None
         try:
@@ -163,7 +164,7 @@ class Tuning:
                 json.dump({"about": self._about, "best": self._best}, file, indent=1)
             temporary.replace(self.path)
         except OSError as error:
-            # A read-only home must not stop the engine: the process keeps its measurements in memory.
+            # A read-only home folder must not stop the engine: the process keeps its measurements in memory.
             logger.warning("measured kernel settings cannot be kept in %s: %s", self.path, error)
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
@@ -174,5 +175,5 @@ def _entry(kernel: str, key: str) -> str:
 
 
 def _plain(config: tuple[Any, ...]) -> Any:
-    """As JSON gives it back."""
+    """The setting as JSON returns it."""
     return json.loads(json.dumps(config))

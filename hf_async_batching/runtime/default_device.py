@@ -1,4 +1,4 @@
-"""Independence of torch's default device, which belongs to the caller: tensors made here default to the CPU."""
+"""Independence from torch's default device, which belongs to the caller: tensors made here default to the CPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Forked processes: memory works in the child, threads and CUDA do not.
 
-`os.fork` copies locks as they are, also those that threads hold which the child does not have. A thread that has
-computed with several OpenMP threads waits for them in the child for ever; a thread that the child starts gets OpenMP
-threads of its own.
+`os.fork` copies locks in their current state, even if the threads that hold them do not exist in the child. A thread
+that has computed with several OpenMP threads waits for them forever in the child; a thread that the child starts gets
+OpenMP threads of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _forks = 0
 _cuda_in_parent = False
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 _renewed: weakref.WeakSet[Any] = weakref.WeakSet()
-# Objects that a child must not collect: freeing the memory of devices fails there.
+# Objects that a child must not collect, because freeing device memory fails in it.
 _left_behind: list[object] = []
 
 
@@ -44,7 +44,7 @@ class ForkSafeLock:
         self._lock.release()
 
     def renew(self) -> None:
-        """Free it in a child, where the thread that held it does not exist."""
+        """Free the lock in a child, in which the thread that held it does not exist."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
         else:
@@ -60,12 +60,12 @@ def forks() -> int:
 
 
 def renew_in_child(owner: Any) -> None:
-    """Have `owner.renew()` called in a child, once its locks are free; `owner` is not kept alive."""
+    """Call `owner.renew()` in a child after its locks are freed; `owner` is not kept alive."""
     _renewed.add(owner)
 
 
 def leave_behind(*parts: object) -> None:
-    """Keep objects of the parent alive for as long as the child lives, without touching them again."""
+    """Keep objects of the parent alive as long as the child lives, without using them again."""
     _left_behind.extend(parts)
 
 
@@ -73,7 +73,7 @@ def check_device(device: torch.device) -> None:
     """Refuse to compute on a GPU in a forked process whose parent has used one.
 
     Raises:
-        ForkedProcessError: It is one.
+        ForkedProcessError: This is such a process.
     """
     if _forks and _cuda_in_parent and device.type == "cuda":
         raise ForkedProcessError(
@@ -84,7 +84,7 @@ def check_device(device: torch.device) -> None:
 
 
 def in_fresh_thread(job: Callable[[], T]) -> T:
-    """What `job` returns or raises, run where OpenMP works: in a forked process in a thread of its own."""
+    """Run `job` where OpenMP works: in a forked process in a new thread. Returns or raises what `job` does."""
     if not _forks:
         return job()
     outcome: list[T] = []

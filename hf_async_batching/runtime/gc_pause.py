@@ -1,4 +1,4 @@
-"""Python's cycle collector, paused where it would do harm."""
+"""Pause Python's cycle collector while it would do harm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Collector:
                 gc.enable()
 
     def in_a_child(self) -> None:
-        """The threads that wanted it off are not in the forked process."""
+        """Forget threads that wanted it off: they do not exist in the forked process."""
         self._lock = threading.Lock()
         if self._wanted_off and self._was_on:
             gc.enable()
@@ -45,10 +45,10 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Python's collector of cycles waits meanwhile, for all threads of the process.
+    """Pause Python's cycle collector for all threads of the process.
 
-    What a start makes sets off a collection of everything, which with torch and transformers loaded stops all threads
-    for 0.2 to 0.4 s; and one that frees device memory ends the capture of a graph.
+    The objects that a start makes would trigger a full collection, which stops all threads for 0.2 to 0.4 s with torch
+    and transformers loaded. A collection that frees device memory also breaks the capture of a graph.
     """
     _collector.off()
     try:

@@ -1,7 +1,7 @@
-"""What compiles in the background ends with the process, without taking it along.
+"""End background compilations with the process, without crashing it.
 
-Python ends daemon threads where they stand, and a compiler's C++ code answers that with an abort; other threads it
-waits for, and a compiler takes half a minute.
+Python ends daemon threads at any point, and a compiler's C++ code then aborts. Python waits for other threads, and a
+compiler takes half a minute.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 
-# Seconds between two looks whether the process ends, and until a thread that was told so is told again.
+# Seconds between two checks whether the process ends, and before a thread is told again to end.
 _LOOK_AGAIN, _SAY_AGAIN = 0.1, 1.0
 _WARN_AFTER = 10
 
@@ -22,12 +22,12 @@ class ProcessEndsError(BaseException):
     """Raised in a thread whose work is no longer needed."""
 
 
-# The threads that are ended so.
+# The threads that end in this way.
 _watched: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def process_ends() -> bool:
-    """Whether Python only waits for threads that are ended here before it tears down what they use.
+    """Whether Python waits only for threads that this module ends, before it tears down modules that they use.
 
     A program can go on in other threads when its main thread has ended.
     """
@@ -39,13 +39,13 @@ def end_with_the_process(thread: threading.Thread, done: threading.Event) -> Non
     """Raise `ProcessEndsError` in a thread once the process ends; returns at once.
 
     Args:
-        thread: No daemon, running. It ends when it comes to its next line of Python, so that a compiler that hangs
-            holds the process up; a warning says so.
-        done: Set when nothing needs to be raised in it any more.
+        thread: A running thread that is not a daemon. It ends at its next line of Python. If a compiler hangs, the
+            process waits, and a warning says so.
+        done: Set when the thread no longer needs to be ended.
     """
     _watched.add(thread)
     name = f"{thread.name}_end"
-    # A daemon may: there is nothing but Python in it.
+    # This one may be a daemon, because it runs only Python code.
     threading.Thread(target=_watch, args=(thread, done), name=name, daemon=True).start()
 
 
@@ -53,7 +53,8 @@ def _watch(thread: threading.Thread, done: threading.Event) -> None:
     told = 0
     while not done.wait(_LOOK_AGAIN):
         if process_ends():
-            # Comes up before the thread's next line of Python. Again if need be: compilers may catch all there is.
+            # Raised at the thread's next line of Python. Repeated if necessary, because compilers may catch all
+            # errors.
             ident = ctypes.c_ulong(thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(ProcessEndsError))
             told += 1

@@ -1,9 +1,9 @@
-"""Refuses calls in which an engine's thread would wait for tokens that only it can produce.
+"""Refuse calls in which an engine's thread would wait for tokens that only it can produce.
 
-A caller's done-callbacks run in engines' threads. Where such code waits for the same engine, directly or by way of
-another engine that waits for it, the wait would never end, and every other request of the engine would wait with it.
-It gets an error instead. Logits processors run in other threads and may use the same engine; they get an error only
-where the engine would have to end first, since it waits for their own request before that.
+A caller's done-callbacks run in engine threads. If such code waits for the same engine, directly or through another
+engine that waits for it, the wait would never end, and every other request of the engine would wait with it. It gets
+an error instead. Logits processors run in other threads and may use the same engine. They get an error only if the
+engine would have to end first, because the engine waits for their own request before it ends.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from hf_async_batching.errors import ReentrantCallError
 from hf_async_batching.runtime.forking import ForkSafeLock
 
 _serving: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-# What the threads that serve wait for at the moment, where they wait for others at all.
+# The threads for which each serving thread waits at the moment, if it waits.
 _waits: dict[threading.Thread, tuple[threading.Thread, ...]] = {}
 _lock = ForkSafeLock()
 
 
 def serve_in_this_thread() -> None:
-    """Say that requests are served in the calling thread."""
+    """Register the calling thread as one that serves requests."""
     _serving.add(threading.current_thread())
 
 
@@ -32,7 +32,7 @@ _choosing = threading.local()
 
 @contextmanager
 def choosing_for(threads: tuple[threading.Thread, ...]) -> Iterator[None]:
-    """The calling thread chooses tokens of a request meanwhile, which the engines of these threads keep alive for."""
+    """Register that the calling thread chooses tokens of a request that the engines of these threads wait for."""
     before = getattr(_choosing, "threads", ())
     _choosing.threads = (*before, *threads)
     try:
@@ -42,16 +42,16 @@ def choosing_for(threads: tuple[threading.Thread, ...]) -> Iterator[None]:
 
 
 def chooses_for(thread: threading.Thread) -> bool:
-    """Whether the calling thread chooses tokens of a request of that thread's engine, and so holds up its end."""
+    """Whether the calling thread chooses tokens of a request of that thread's engine, and so delays its end."""
     return thread in getattr(_choosing, "threads", ())
 
 
 @contextmanager
 def waiting_for(threads: tuple[threading.Thread, ...], what: str) -> Iterator[None]:
-    """The calling thread waits for all of `threads` meanwhile.
+    """Register that the calling thread waits for all of `threads`.
 
     Raises:
-        ReentrantCallError: One of them is the calling thread, or waits for it.
+        ReentrantCallError: One of the threads is the calling thread, or waits for it.
     """
     own = threading.current_thread()
     if own in threads:

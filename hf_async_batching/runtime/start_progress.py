@@ -1,4 +1,4 @@
-"""Logs what a slow start is doing."""
+"""Log the progress of a slow start."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class _Start:
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """Log what this thread's start is doing each five seconds, until it ends.
+    """Log every five seconds what this thread's start is doing, until it ends.
 
     Args:
-        name: What starts, for the log.
+        name: Name of what starts, for the log.
     """
     start, before = _Start(name), getattr(_here, "start", None)
     with start:
@@ -53,7 +53,7 @@ def told(name: str) -> Iterator[None]:
 
 
 def stage(text: str) -> None:
-    """Say what this thread's start does from now on; nothing happens where none is `told`.
+    """Set the current stage of this thread's start; does nothing if no start is being logged.
 
     Args:
         text: A clause: "its layers are compiled".

@@ -1,7 +1,7 @@
-"""Starts Triton in threads of its own while the model is inspected.
+"""Start Triton in separate threads while the model is inspected.
 
 Before its first kernel Triton loads its languages, builds a library that talks to the driver, and hashes its own
-files. That takes more than a second, and each thread that compiles repeats it unless it was done before.
+files. This takes more than a second, and each compiling thread repeats it unless it was done before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _has_triton() -> bool:
 
 
 def start_compiler(device: torch.device) -> None:
-    """Begin, once in a process and where its kernels run; returns at once."""
+    """Start Triton once per process, if its kernels run on the device; returns at once."""
     if not runs_triton(device):
         return
     with _lock:
@@ -48,10 +48,10 @@ def start_compiler(device: torch.device) -> None:
 
 
 def after_compiler_start(job: Callable[[], object]) -> Callable[[], object]:
-    """The job, delayed until Triton is up; it begins at once where Triton was never started."""
+    """Delay a job until Triton has started; without a start, the job runs at once."""
 
     def run() -> object:
-        for thread in _starting:  # in a forked process they count as ended
+        for thread in _starting:  # in a forked process these threads count as ended
             thread.join()
         return job()
 
@@ -65,12 +65,12 @@ def _hash_files() -> None:
 def _connect(device: torch.device) -> None:
     with torch.cuda.device(device):
         import_module("triton.runtime").driver.active.get_current_target()
-    # What the first launch of any kernel imports.
+    # Modules that the first launch of any kernel imports.
     import_module("triton.experimental.gluon.nvidia.hopper")
 
 
 def _quietly(step: Callable[[], None]) -> None:
     try:
         step()
-    except Exception:  # another release keeps it elsewhere: the first kernel will tell
+    except Exception:  # another release has it elsewhere; then the first kernel starts Triton
         logger.debug("Triton did not come up early", exc_info=True)
