@@ -1,4 +1,4 @@
-"""What a caller holds while a request is served."""
+"""The caller's handle of a request, and its result."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FinishReason = Literal["eos", "length", "stop", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """How a request was served.
+    """Figures of a served request.
 
     Attributes:
-        queue_seconds: From `submit` to the first step that computes its prompt; None if it never got there.
-        time_to_first_token: From `submit` to the first token, in seconds; None without tokens.
-        tokens_per_second: New tokens over the time since the first one; None with fewer than two.
-        total_seconds: From `submit` to the end.
-        cached_prompt_tokens: Leading prompt tokens that were found in the prefix cache, and not computed.
+        queue_seconds: Time from `submit` to the first step that computes its prompt; None without such a step.
+        time_to_first_token: Time from `submit` to the first token, in seconds; None without tokens.
+        tokens_per_second: New tokens after the first one, over the time since the first one; None with fewer than two.
+        total_seconds: Time from `submit` to the end, in seconds.
+        cached_prompt_tokens: Leading prompt tokens that were found in the prefix cache and not computed.
     """
 
     queue_seconds: float | None
@@ -47,13 +47,13 @@ class GenerationResult:
     """A finished request.
 
     Attributes:
-        request_id: As in the handle.
-        token_ids: The new tokens, an end-of-sequence token included.
+        request_id: Id of the request.
+        token_ids: The new tokens, including an end-of-sequence token.
         finish_reason: "eos", "length", "stop" or "cancelled".
-        logprobs: Log-probabilities of the tokens, where asked for.
-        metrics: How it was served.
-        scores: Per new token what it was chosen by, float32 [vocab] on the CPU, where asked for.
-        logits: Per new token the model's own logits, float32 [vocab] on the CPU, where asked for.
+        logprobs: Log-probabilities of the tokens, if requested.
+        metrics: Figures of the request.
+        scores: Scores from which each new token was chosen, float32 [vocab] on the CPU, if requested.
+        logits: The model's own logits of each new token, float32 [vocab] on the CPU, if requested.
     """
 
     request_id: str
@@ -68,22 +68,22 @@ class GenerationResult:
 class GenerationHandle:
     """A request in the engine. Iterate over it (`for` or `async for`) to get tokens as they are made.
 
-    `text()` gives text instead of tokens, `result()` and `await handle` the end. Each iterator begins with the first
-    token. A wait that ends early (`asyncio.wait_for(anext(tokens), 1.0)`, Ctrl-C) loses no token: the next call
-    continues at the same token. An iteration or a wait that ends early, also because its task was cancelled, leaves
-    the request running: other code may read it. `cancel()` ends the request; with `submit(cancel_on_abandon=True)` a
-    task that is cancelled while it waits for the handle ends it too.
+    `text()` returns text instead of tokens; `result()` and `await handle` wait for the end. Each iterator starts with
+    the first token. A wait that ends early (`asyncio.wait_for(anext(tokens), 1.0)`, Ctrl-C) loses no token: the next
+    call continues at the same token. If an iteration or a wait ends early, for example because its task was cancelled,
+    the request continues, because other code may read it. `cancel()` ends the request. With
+    `submit(cancel_on_abandon=True)`, a task that is cancelled while it waits for the handle ends the request too.
 
     Args:
         request_id: Unique in its manager.
         cancel: Called with the handle to cancel the request.
-        logprobs: Whether log-probabilities were asked for.
-        scores: Whether scores were asked for.
-        logits: Whether logits were asked for.
-        threads: The threads that bring its tokens, which must not wait for them.
+        logprobs: Whether log-probabilities are returned.
+        scores: Whether scores are returned.
+        logits: Whether logits are returned.
+        threads: Threads that deliver its tokens, and so must not wait for them.
 
     Attributes:
-        request_id: As given.
+        request_id: The argument.
         cancel_on_abandon: Whether a task that is cancelled while it waits for the handle cancels the request.
     """
 
@@ -126,16 +126,16 @@ class GenerationHandle:
     def result(self, timeout: float | None = None) -> GenerationResult:
         """Wait for the end; `await handle` does the same without blocking an event loop.
 
-        A wait that is interrupted (Ctrl-C) ends nothing but itself: the engine goes on with the request and with all
-        others until `cancel()`, or until the manager is closed, as `with` closes it.
+        An interrupted wait (Ctrl-C) ends only itself: the engine continues with the request and all others until
+        `cancel()`, or until the manager is closed, as leaving its `with` block does.
 
         Args:
-            timeout: Seconds to wait; None waits for ever.
+            timeout: Seconds to wait; None waits forever.
 
         Raises:
-            TimeoutError: Not finished in time; the request goes on.
+            TimeoutError: The request has not finished in time; it continues.
             ReentrantCallError: Called in the engine's own thread, before the end.
-            HfAsyncBatchingError: What went wrong. Tokens made before are in `token_ids`.
+            HfAsyncBatchingError: The error that ended the request. Tokens made before are in `token_ids`.
         """
         if not self._done.is_set():
             self._check_process()
@@ -159,15 +159,16 @@ class GenerationHandle:
         )
 
     def cancel(self) -> None:
-        """End the request now; its row and pages are freed. Without effect on one that has ended."""
+        """End the request now; its row and pages are freed. Does nothing if it has ended."""
         if not self._done.is_set() and self._forks == forks():
             self._cancel(self)
 
     def add_done_callback(self, callback: Callable[[GenerationHandle], object]) -> None:
-        """Call `callback(handle)` when the request has ended, or now if it has.
+        """Call `callback(handle)` when the request ends, or now if it has ended.
 
-        The callback runs in the engine's thread, which waits for it: it should only pass the handle on. It may submit
-        further requests, but not wait for them. An exception of the callback is logged and ends nothing else.
+        The callback runs in the engine's thread, which waits for it, so it should only pass the handle on. It may
+        submit further requests, but must not wait for them. An exception of the callback is logged and has no other
+        effect.
         """
         if not self._done.is_set():
             self._check_process()
@@ -177,7 +178,7 @@ class GenerationHandle:
                     return
         try:
             callback(self)
-        except Exception:  # as in the engine's thread; Ctrl-C of this thread goes on
+        except Exception:  # as in the engine's thread; Ctrl-C in this thread is not caught
             self._log_callback()
 
     @property
@@ -187,7 +188,7 @@ class GenerationHandle:
 
     @property
     def started(self) -> bool:
-        """Whether the computation of its prompt has begun; before, it waits for a row."""
+        """Whether the computation of its prompt has begun; before that, it waits for a row."""
         return self._started is not None
 
     @property
@@ -197,22 +198,22 @@ class GenerationHandle:
 
     @property
     def has_scores(self) -> bool:
-        """Whether scores were asked for."""
+        """Whether scores were requested."""
         return self._scores is not None
 
     def made(self, kind: Literal["scores", "logits"]) -> list[torch.Tensor] | None:
-        """Scores or logits of the tokens so far, float32 [vocab] each, on the CPU; None if not asked for.
+        """Scores or logits of the tokens so far, float32 [vocab] each, on the CPU; None if not requested.
 
-        There can be one more than there are tokens, for a moment.
+        For a moment there can be one entry more than there are tokens.
         """
         return self._scores if kind == "scores" else self._logits
 
     def tokens_from(self, position: int) -> list[int]:
-        """The new tokens from `position` on: for readers that look from time to time, at no cost to the engine."""
+        """The new tokens from `position` on, for readers that poll: this costs the engine nothing."""
         return self._tokens[position:]
 
     def __iter__(self) -> Iterator[int]:
-        """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
+        """New tokens from the first on, each as soon as it arrives; raises the error that ends the request."""
         return TokenIterator(self)
 
     def __aiter__(self) -> AsyncIterator[int]:
@@ -225,16 +226,16 @@ class GenerationHandle:
         return self.result()
 
     def text(self, tokenizer: Any = None, **decode_arguments: Any) -> TextStream:
-        """The text as it is made, for `for` or `async for`; the pieces joined are `tokenizer.decode(token_ids)`.
+        """The text as it is generated, for `for` or `async for`; joined, it equals `tokenizer.decode(token_ids)`.
 
-        A piece ends with a whole code point: bytes that are no character yet wait for the next token. A combining
-        mark that is a code point of its own may come in the piece behind its letter.
+        A piece ends with a whole code point: incomplete bytes of a character wait for the next token. A combining mark
+        that is a separate code point may come in the piece after its letter.
 
         >>> for piece in handle.text(tokenizer, skip_special_tokens=True):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
 
         Args:
-            tokenizer: The model's; None takes that of `submit` or of the manager.
+            tokenizer: The model's tokenizer; None uses the one of `submit` or of the manager.
             decode_arguments: As for `tokenizer.decode`.
 
         Raises:
@@ -259,7 +260,7 @@ class GenerationHandle:
             self._started = time.perf_counter()
 
     def _keep(self, scores: torch.Tensor | None, logits: torch.Tensor | None) -> None:
-        """Append what the token that comes next was chosen by, where that was asked for."""
+        """Append the scores and logits from which the next token was chosen, if requested."""
         if self._scores is not None and scores is not None:
             self._scores.append(scores)
         if self._logits is not None and logits is not None:
@@ -286,14 +287,14 @@ class GenerationHandle:
 
     def _end(self) -> None:
         self._ended = time.perf_counter()
-        with self._changed:  # a callback that is added is added before this, or finds the request ended
+        with self._changed:  # a callback is either added before this, or finds that the request has ended
             self._done.set()
         if self._callbacks:
             self._call_back()
         wake((self,))
 
     def _call_back(self) -> None:
-        # A caller's code, which knows nothing of the engine's mode.
+        # A caller's code does not expect the engine's inference mode.
         with torch.inference_mode(False):
             for callback in self._callbacks:
                 try:
@@ -325,9 +326,9 @@ class GenerationHandle:
 
 
 def wake(handles: Iterable[GenerationHandle]) -> None:
-    """Wake the readers of `handles`; an event loop once for all of its handles, since each call costs it a write.
+    """Wake the readers of `handles`; an event loop only once for all its handles, because each call costs it a write.
 
-    No code of a caller runs here: woken threads and loops go on in their own time.
+    No code of a caller runs here: woken threads and loops continue later.
     """
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
     for handle in handles:
@@ -341,7 +342,7 @@ def wake(handles: Iterable[GenerationHandle]) -> None:
             loop.call_soon_threadsafe(_set_all, events)
         except RuntimeError:
             pass  # a closed loop has nothing left to wake
-        except BaseException:  # a loop of a caller's own making
+        except BaseException:  # a caller's own event loop class
             logger.exception("an event loop could not be told that tokens are there")
 
 

@@ -1,4 +1,4 @@
-"""`GenerationManager`: the way in for requests, and what a caller may ask an engine."""
+"""`GenerationManager` accepts requests, and lets callers control and observe the engine."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class GenerationManager:
     Args:
         model: A causal language model.
         config: Settings; the defaults suit most cases.
-        tokenizer: The model's, for prompts that are texts, for `stop_strings` and for `GenerationHandle.text`, where a
-            call brings none of its own.
+        tokenizer: The model's tokenizer, for prompts that are texts, for `stop_strings` and for
+            `GenerationHandle.text`, if a call passes none.
 
     Raises:
-        UnsupportedModelError: The model's attention cannot be routed to the paged cache.
+        UnsupportedModelError: The model cannot be served.
     """
 
     _tokenizer: Any = None
@@ -68,7 +68,7 @@ class GenerationManager:
 
     @classmethod
     def for_registry(cls, model: PreTrainedModel, config: BatchingConfig | None) -> GenerationManager:
-        """A manager that does not keep the model alive; used by `get_manager`."""
+        """Make a manager that does not keep the model alive; used by `get_manager`."""
         manager = cls.__new__(cls)
         manager._setup(weakref.ref(model), config, model)
         return manager
@@ -78,13 +78,13 @@ class GenerationManager:
     ) -> None:
         self._group = RankGroup.of(model)
         self.config = config or BatchingConfig()
-        # Refused here, before any memory is taken. The engine begins with what was found.
+        # Refused here, before any memory is taken. The engine starts from the result of this check.
         with told(type(model).__name__):
             hint = check_servable(model, self.config.max_sequence_length)
         self._engines = engines = EngineSupervisor(get_model, self.config, self._group, hint)
         self._criteria_thread = CriteriaThread()
         self._embeddings = EmbeddingsIntake()
-        # Neither holds the manager, which goes with the last reference of a caller's.
+        # Neither keeps the manager alive; it goes with the caller's last reference.
         self.inputs = InputProcessor(engines.model, lambda: make_view(engines.model(), None))
 
     def submit(
@@ -105,44 +105,46 @@ class GenerationManager:
         cancel_on_abandon: bool = False,
         **generate_arguments: Unpack[RequestArguments],
     ) -> GenerationHandle:
-        """Queue one prompt; from any thread, or from an event loop after `warmup()`.
+        """Queue one prompt. Any thread may call it; an event loop may call it after `warmup()`.
 
-        With `max_time`, `stop_strings` or `stopping_criteria` the handle shows a token after the criteria have passed
-        it, and no token behind the stop. The criteria run in threads of the manager. The engine does not wait for
-        them: it computes a request with slow criteria further than needed, up to `max_new_tokens`, and drops the rest.
+        With `max_time`, `stop_strings` or `stopping_criteria`, the handle shows a token only after the criteria have
+        seen it, and no token after the stop. The criteria run in threads of the manager. The engine does not wait for
+        them: it computes a request with slow criteria further than needed, up to `max_new_tokens`, and drops the
+        surplus tokens.
 
         Args:
             input_ids: The prompt: a text, which is tokenized as `tokenizer(text)` does it; or its token ids: a list of
                 ints, or an integer tensor or NumPy array [length] or [1, length]. None only with `inputs_embeds`.
-            generation_config: As for `model.generate`; the model's own where None.
-            logits_processor: Processors of your own, as for `model.generate`; they see a batch of one, in a thread of
-                the request's own, for which the engine does not wait.
+            generation_config: As for `model.generate`; None for the model's own.
+            logits_processor: Your own processors, as for `model.generate`. They see a batch of one, in a separate
+                thread of the request; the engine does not wait for it.
             prefix_allowed_tokens_fn: As for `model.generate`; its first argument is 0.
             negative_prompt_ids: As for `model.generate`, with `guidance_scale`: int64 [1, length].
             negative_prompt_attention_mask: As for `model.generate`: int64 [1, length].
-            seed: Makes a sampled request reproducible, whatever else is in the batch; an integer, or a
+            seed: Makes a sampled request reproducible, independent of the other requests; an integer, or a
                 `torch.Generator` from which one number is drawn.
             logprobs: Also return the log-probabilities of the chosen tokens.
-            request_id: Unique among the live requests; None makes one up.
-            stopping_criteria: As for `model.generate`: called once for each token, with int64 [1, prompt + new] on
-                the device of `input_ids` (the CPU for a list) and None. What one raises, `result()` raises.
-            tokenizer: For a prompt that is a text, `stop_strings` and the handle's `text()`; None takes the manager's.
-            inputs_embeds: Embeddings of the prompt [length, hidden], in place of its token ids or beside them;
-                copied.
-            cancel_on_abandon: An asyncio task that is cancelled while it waits for the handle (`await handle`,
-                `async for`) cancels the request too, as where the client of a server has gone. A time-out of
+            request_id: Unique among the live requests; None makes one.
+            stopping_criteria: As for `model.generate`. They are called once per token, with int64 [1, prompt + new] on
+                the device of `input_ids` (the CPU for a list) and None. `result()` raises an error that a criterion
+                raises.
+            tokenizer: For a prompt that is a text, `stop_strings` and the handle's `text()`; None uses the manager's.
+            inputs_embeds: Embeddings of the prompt [length, hidden], in place of its token ids or in addition to them;
+                they are copied.
+            cancel_on_abandon: If an asyncio task is cancelled while it waits for the handle (`await handle` or
+                `async for`), for example because a server's client has gone, cancel the request too. A timeout of
                 `asyncio.wait_for` is such a cancellation.
             generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
         Raises:
             ValueError: An argument is out of range, or the prompt is empty.
-            TypeError: An argument that `GenerationConfig` does not have.
-            RequestTooLongError: Prompt and new tokens exceed the context or the cache.
-            UnsupportedArgumentError: An argument that is not served.
-            QueueFullError: `max_waiting` requests wait already.
+            TypeError: `GenerationConfig` does not have an argument.
+            RequestTooLongError: The prompt and the new tokens exceed the context or the cache.
+            UnsupportedArgumentError: An argument is not served.
+            QueueFullError: `max_waiting` requests already wait.
             EngineClosedError: The manager was closed.
             ReentrantCallError: Called by a logits processor that this engine runs.
-            ForkedProcessError: This process was forked from one that has used CUDA, and the model is there.
+            ForkedProcessError: This process was forked from one that has used CUDA, and the model is on the GPU.
         """
         tokenizer = tokenizer if tokenizer is not None else self._tokenizer
         submission = self.inputs.read_submission(
@@ -179,10 +181,10 @@ class GenerationManager:
         tokenizer: Any = None,
         **generate_arguments: Unpack[RequestArguments],
     ) -> Request:
-        """The request that `submit` would queue, for `submit_requests`; see `submit` for arguments and errors.
+        """Make the request that `submit` would queue, for `submit_requests`; see `submit` for arguments and errors.
 
         Raises:
-            UnsupportedArgumentError: `stop_strings`, `max_time` and `stopping_criteria` are no part of a request.
+            UnsupportedArgumentError: `stop_strings`, `max_time` and `stopping_criteria` are not part of a request.
         """
         submission = self.inputs.read_submission(
             input_ids,
@@ -194,27 +196,27 @@ class GenerationManager:
         )
         if submission.criteria:
             raise UnsupportedArgumentError(
-                "`stop_strings`, `max_time` and `stopping_criteria` are no part of a request; pass them to `submit`"
+                "`stop_strings`, `max_time` and `stopping_criteria` are not part of a request; pass them to `submit`"
             )
         return submission.request
 
     def submit_request(self, request: Request) -> GenerationHandle:
-        """Queue a request that was made by hand; see `submit` for what it raises."""
+        """Queue a hand-made request; see `submit` for errors."""
         return self.submit_requests([request])[0]
 
     @cpu_by_default
     def submit_requests(self, requests: list[Request]) -> list[GenerationHandle]:
-        """Queue requests that arrive together, all of them or none; see `submit` for what it raises."""
+        """Queue requests that reach the engine together, all of them or none; see `submit` for errors."""
         autocast = Autocast.of_this_thread(self.model.device.type)
         return self._put(
             requests, lambda engine, ones: make_handles(ones, engine.cancel, engine.choose, engine.thread, autocast)
         )
 
     def submit_group(self, requests: list[Request]) -> list[LogitsHandle]:
-        """Queue the rows of one batch, whose tokens the caller chooses from the logits of all of them.
+        """Queue the rows of one batch, whose tokens the caller chooses from the logits of all rows.
 
         Raises:
-            UnsupportedArgumentError: The engine does not hold them all at the same time.
+            UnsupportedArgumentError: The engine cannot hold all rows at the same time.
         """
 
         def make(engine: EngineThread, ones: list[Request]) -> tuple[list[LogitsHandle], list[LogitsHandle]]:
@@ -225,7 +227,7 @@ class GenerationManager:
         return self._put(requests, make, check_group)
 
     def holds_group(self, requests: list[Request]) -> bool:
-        """Whether the engine holds these requests at the same time, so that they can be a group; starts it."""
+        """Whether the engine can hold these requests at the same time, so that they can be a group; starts it."""
         parts = self._engines.current().parts
         return parts is not None and group_fits(requests, parts)
 
@@ -235,12 +237,12 @@ class GenerationManager:
         make: Callable[[EngineThread, list[Request]], tuple[Sequence[GenerationHandle], list[Handle]]],
         check: Callable[[list[Request], EngineParts], None] | None = None,
     ) -> list[Handle]:
-        """Hand requests to the engine with the handles that `make` returns first; returns its second ones."""
+        """Pass requests to the engine with the first handles that `make` returns; returns the second ones."""
         while True:
             engine = self._engines.current()
             parts = engine.parts
             if parts is None:
-                continue  # the engine has just stopped on its own; `current` waits until it is gone
+                continue  # the engine has just stopped by itself; `current` waits until it is gone
             for request in requests:
                 check_limits(request, parts)
                 if self._group is not None:
@@ -260,18 +262,18 @@ class GenerationManager:
         seed: Seed | list[Seed] | None = None,
         on_unsupported: Literal["error", "generate"] = "error",
     ) -> Callable[..., Any]:
-        """A callable for `model.generate(..., custom_generate=...)` that uses this manager.
+        """Return a callable for `model.generate(..., custom_generate=...)` that uses this manager.
 
         Args:
             streamer: Gets the tokens.
-            tokenizer: For `stop_strings`; None takes the manager's.
+            tokenizer: For `stop_strings`; None uses the manager's.
             seed: As in `hf_async_batching.generate`.
             on_unsupported: As in `hf_async_batching.generate`.
 
         Raises:
             ValueError: `on_unsupported` is neither "error" nor "generate".
         """
-        # The one import against the order of the rooms: the drop-in is built upon managers.
+        # The only import against the order of the rooms, because the drop-in is built on managers.
         from hf_async_batching.drop_in.generate import bind
 
         tokenizer = tokenizer if tokenizer is not None else self._tokenizer
@@ -281,23 +283,23 @@ class GenerationManager:
     def warmup(self, requests: Iterable[Request] = (), *, tune: bool = False) -> None:
         """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
 
-        It captures steps for greedy decoding, for sampling where the model's own generation config asks for that, and
-        for what `requests` ask. Steps with few prompt tokens are captured later, when their sizes have come up a few
+        It captures steps for greedy decoding, for sampling if the model's own generation config asks for it, and for
+        the options of `requests`. Steps with few prompt tokens are captured later, when their sizes have come a few
         times.
 
         Args:
-            requests: Examples of requests to come; they are not run. See `make_request`.
-            tune: First measure the kernels' settings on this card. This takes some minutes, once: the results are kept
-                in the user's cache folder, and later engines use them with or without `tune`.
+            requests: Examples of coming requests; they are not run. See `make_request`.
+            tune: First measure the kernels' settings on this card. This takes some minutes, once: the results are
+                stored in the user's cache folder, and later engines use them with or without `tune`.
 
         Raises:
-            UnsupportedModelError: The model's outputs would not be right.
+            UnsupportedModelError: The model cannot be served.
             ReentrantCallError: Called in the engine's own thread.
         """
         if self.is_here:
             raise ReentrantCallError(
-                "warmup() was called in the engine's own thread (by a logits processor or a done-callback), which it "
-                "waits for: call it in another thread"
+                "warmup() was called in the engine's own thread (by a logits processor or a done-callback), for which "
+                "it would have to wait: call it in another thread"
             )
         usual = self.inputs.default_request()
         examples = [*([] if usual is None else [usual]), *requests]
@@ -307,7 +309,7 @@ class GenerationManager:
         if parts is None:
             return
         self._engines.wait_until_compiled()
-        # The step of a request adopts a compiled forward, and readies what no graph holds.
+        # A request's step switches to a compiled forward, and prepares the work outside graphs.
         longest = parts.config.max_sequence_length
         length = max(1, min(8, longest - 3, parts.config.max_batch_tokens))
         prompt = tuple((7 * i + 3) % parts.forward.vocab_size for i in range(length))
@@ -315,38 +317,39 @@ class GenerationManager:
         engine.warm(list(features), tune)
 
     def set_depth(self, depth: int | None) -> None:
-        """Change how many steps may be in flight from the next step on; tokens do not depend on it. From any thread.
+        """Set how many steps may be in flight from the next step on; tokens do not depend on it. From any thread.
 
-        For comparing synchronous (1) with asynchronous batching on one engine, with the same pages and graphs.
+        It allows comparing synchronous (1) with asynchronous batching on one engine, with the same pages and graphs.
 
         Args:
-            depth: From 1 to the engine's own depth, which is `BatchingConfig.depth` or its default; None for that.
+            depth: From 1 to the engine's own depth, which is `BatchingConfig.depth` or its default; None for that
+                depth.
 
         Raises:
-            ValueError: `depth` is out of its range.
+            ValueError: `depth` is out of range.
         """
         self._engines.set_depth(depth)
 
     def weights_updated(self) -> None:
-        """Say that the weights have changed in place: requests from now on find no keys and values computed before.
+        """Report that weights have changed in place: later requests use no keys and values computed before.
 
-        Live requests go on with the pages that they have. The next request notices changes that torch counts
-        (optimizers, `load_state_dict`) without this call. It does not notice writes through `.data`, by another
-        library's kernels or in replayed graphs, nor writes to tensors made in inference mode. From any thread.
+        Live requests continue with their pages. The next request notices changes that torch counts (optimizers,
+        `load_state_dict`) without this call. It does not notice writes through `.data`, by another library's kernels
+        or in replayed graphs, or writes to tensors made in inference mode. Any thread may call it.
         """
         self._engines.weights_updated()
 
     def model_changed(self) -> None:
-        """Say that the model computes otherwise than before: the next request starts an engine for what it is then.
+        """Report that the model now computes something else: the next request starts an engine for its new state.
 
-        Needed only for changes that a new request does not look for: tensors, dicts and objects in plain attributes of
-        modules, and values that the model's own code reads from elsewhere. Live requests end as they began. From any
-        thread.
+        It is needed only for changes that a new request does not check: tensors, dicts and objects in plain attributes
+        of modules, and values that the model's own code reads from elsewhere. Live requests finish on the old state.
+        Any thread may call it.
         """
         self._engines.model_changed()
 
     def stats(self) -> Stats:
-        """What the engine is doing now; zeros where it is not running."""
+        """Current figures of the engine; zeros if it is not running."""
         engine = self._engines.thread
         return read_stats(engine.parts, engine.num_inbox) if engine is not None else read_stats(None, 0)
 
@@ -354,14 +357,14 @@ class GenerationManager:
         """The last `BatchingConfig.timeline_steps` steps.
 
         Args:
-            after: Return only steps with a larger number, to read on from the last step seen. Numbers begin at 0 with
-                each start of the engine.
+            after: Return only steps with a larger number, to continue after the last step seen. Numbers start at 0
+                with each start of the engine.
         """
         return read_timeline(self._engines.parts, after)
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that is served.
+        """The served model.
 
         Raises:
             EngineClosedError: The manager was closed.
@@ -375,41 +378,42 @@ class GenerationManager:
 
     @property
     def is_here(self) -> bool:
-        """Whether this is called in the engine's own thread: by a processor that it runs, or by a done-callback."""
+        """Whether the caller runs in the engine's own thread: in a processor that it runs, or in a done-callback."""
         engine = self._engines.thread
         return engine is not None and engine.is_here
 
     @property
     def assembly(self) -> EngineParts | None:
-        """The running engine and its parts, for benchmarks; None where it is not running."""
+        """The running engine and its parts, for benchmarks; None if it is not running."""
         return self._engines.parts
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop the engine and return all its memory. Live requests fail with `EngineClosedError`.
+        """Stop the engine and free all its memory. Live requests fail with `EngineClosedError`.
 
-        In the engine's own thread (in a done-callback, say) it returns at once, and the engine stops right after.
+        In the engine's own thread (for example in a done-callback) it returns at once, and the engine stops right
+        after.
 
         Args:
-            timeout: Seconds to wait for the step that is running; None waits for it.
+            timeout: Seconds to wait for the running step; None waits for it.
         """
         self._engines.close(timeout)
 
     @property
     def leads(self) -> bool:
-        """Whether requests go to this manager: always, but on the ranks of a spread model other than 0."""
+        """Whether requests go to this manager: always, except on ranks other than 0 of a sharded model."""
         return self._group is None or self._group.leads
 
     @property
     def spread(self) -> bool:
-        """Whether the model is spread over ranks."""
+        """Whether the model is sharded over ranks."""
         return self._group is not None
 
     def follow(self) -> None:
-        """On the ranks of a spread model other than 0: do what rank 0's manager says, until it is closed.
+        """On a rank other than 0 of a sharded model: follow rank 0's manager until it is closed.
 
         Raises:
-            UnsupportedArgumentError: This is not such a rank.
-            EngineFailedError: The ranks do not compute the same.
+            UnsupportedArgumentError: This process is not such a rank.
+            EngineFailedError: The ranks sample different tokens.
         """
         self._engines.follow()
 

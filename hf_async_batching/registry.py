@@ -1,4 +1,4 @@
-"""One shared manager per model, for calls that name none."""
+"""One shared manager per model, for calls that pass no manager."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _managers: weakref.WeakKeyDictionary[PreTrainedModel, GenerationManager] = weakr
 
 
 def get_manager(model: PreTrainedModel, config: BatchingConfig | None = None) -> GenerationManager:
-    """The manager in which all `generate` calls on `model` meet, from any thread; made with the first call.
+    """Return the manager that all `generate` calls on `model` share, from any thread; the first call makes it.
 
     It lives as long as the model, stops when idle, and is replaced by a new one after `close()`.
 
     Args:
-        model: A causal language model, also inside `PeftModel` or `torch.compile`: the manager is that of the model
-            inside.
-        config: Settings for the first call; None takes whatever is there.
+        model: A causal language model, possibly inside `PeftModel` or `torch.compile`; the manager belongs to the
+            inner model.
+        config: Settings for the first call; None accepts an existing manager's settings.
 
     Raises:
         ValueError: The model has a manager with other settings.
@@ -42,7 +42,8 @@ def get_manager(model: PreTrainedModel, config: BatchingConfig | None = None) ->
                 _finalizers[model].detach()
             manager = GenerationManager.for_registry(model, config)
             _managers[model] = manager
-            # Not for ever: the collector may run this in any thread. At exit the managers close themselves.
+            # With a time limit, because the garbage collector may run this in any thread. At exit managers close
+            # themselves.
             _finalizers[model] = weakref.finalize(model, manager.close, _CLOSE_TIMEOUT)
             _finalizers[model].atexit = False
         elif config is not None and config != manager.config:

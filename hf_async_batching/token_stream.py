@@ -1,7 +1,7 @@
-"""Waiting for the tokens of a handle, and for its end.
+"""Wait for the tokens of a handle, and for its end.
 
-The iterators are objects and not generators: where a wait ends early (`asyncio.wait_for`, Ctrl-C, a signal's handler
-that raises), the next call goes on behind the last token that was taken.
+The iterators are objects and not generators: if a wait ends early (`asyncio.wait_for`, Ctrl-C, a signal handler that
+raises), the next call continues after the last token that was taken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_async_batching.runtime.reentrancy import waiting_for
 
 
 class TokenSource(Protocol):
-    """What the iterators read of a `GenerationHandle`."""
+    """The part of a `GenerationHandle` that the iterators read."""
 
     request_id: str
     _tokens: list[int]
@@ -42,12 +42,12 @@ class _TokenStream:
 
     def _waits(self) -> bool:
         """Whether the next call would have to wait."""
-        # In this order: once the end is set, all tokens are there.
+        # In this order: once the end is set, all tokens have arrived.
         ended = self._handle._done.is_set()
         return not ended and self._position == len(self._handle._tokens)
 
     def _take(self) -> int | None:
-        """The next token; None at the end, where what ended the request with an error is raised once."""
+        """The next token; None at the end. If an error ended the request, it is raised once."""
         tokens = self._handle._tokens
         if self._over:
             return None
@@ -65,7 +65,7 @@ class _TokenStream:
 
 
 class TokenIterator(_TokenStream):
-    """New tokens from the first on, each as soon as it is there; raises what ends the request with an error."""
+    """New tokens from the first on, each as soon as it arrives; raises the error that ends the request."""
 
     def __iter__(self) -> TokenIterator:
         return self
@@ -82,7 +82,7 @@ class TokenIterator(_TokenStream):
         handle = self._handle
         handle._check_process()
         with waiting_for(handle._threads, "iteration over a request's tokens"), handle._changed:
-            # Announced before looking: a token that is appended after the look finds a watcher to wake.
+            # Register before checking: a token that is appended after the check finds a watcher to wake.
             handle._watchers += 1
             try:
                 while self._waits():
@@ -106,7 +106,7 @@ class AsyncTokenIterator(_TokenStream):
         return token
 
     async def aclose(self) -> None:
-        """End the iteration; the request goes on."""
+        """End the iteration; the request continues."""
         self._over = True
 
     async def _wait(self) -> None:
@@ -116,7 +116,7 @@ class AsyncTokenIterator(_TokenStream):
 
 
 async def wait_for_end(handle: TokenSource) -> None:
-    """Wait until a request has ended, without blocking the event loop, and without being woken for each token."""
+    """Wait until a request has ended, without blocking the event loop or waking for each token."""
     if not handle._done.is_set():
         await _wait_in_loop(handle, handle._end_watchers, lambda: not handle._done.is_set(), "await of a handle")
 
@@ -129,10 +129,10 @@ async def _wait_in_loop(
 ) -> None:
     handle._check_process()
     with waiting_for(handle._threads, what):
-        pass  # the loop's thread runs other tasks meanwhile
+        pass  # the loop's thread runs other tasks in the meantime
     event = asyncio.Event()
     watcher = (asyncio.get_running_loop(), event)
-    # Announced before looking: what comes after the look finds a watcher to wake.
+    # Register before checking: anything that comes after the check finds a watcher to wake.
     watchers.append(watcher)
     try:
         while waits():

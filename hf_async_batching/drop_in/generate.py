@@ -1,7 +1,8 @@
-"""`generate`: the callable for `model.generate(..., custom_generate=...)`, and the same called directly.
+"""`generate`: the callable for `model.generate(..., custom_generate=...)`, which can also be called directly.
 
-transformers prepares everything (padding, lengths, special tokens, processors) and calls the function once; rows of
-the batch become requests of the model's shared manager, where they meet the rows of every other call.
+transformers prepares everything (padding, lengths, special tokens, processors) and calls the function once. The rows
+of the batch become requests of the model's shared manager, which serves them together with the rows of all other
+calls.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from hf_async_batching.model.view.unwrap import transformers_generate
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What `GenerationManager.bind` fixes for the calls of a callable."""
+    """The arguments that `GenerationManager.bind` fixes for a callable."""
 
     streamer: BaseStreamer | None = None
     tokenizer: Any = None
@@ -76,45 +77,45 @@ def generate(
     Use it in place, `model.generate(**inputs, custom_generate=hf_async_batching.generate)`, or directly,
     `hf_async_batching.generate(model, **inputs)`; the arguments are those of `model.generate`.
 
-    Stopping criteria and the streamer run in the calling thread, over tokens as they arrive. The engine does not wait
+    Stopping criteria and the streamer run in the calling thread, on tokens as they arrive. The engine does not wait
     for them; its tokens beyond a stop are dropped. A call from a done-callback, in the engine's own thread, goes to
-    plain `model.generate`; that is logged once.
+    plain `model.generate`; this is logged once.
 
     Args:
         model: A causal language model; not changed.
-        input_ids: Prompts [batch, length], padded on the left where `attention_mask` says so, by zeros and ones.
-            Padding on the right is refused: `generate` would go on behind it. Zeros between tokens are served where
-            all layers attend to all tokens.
-        logits_processor: As for `generate`. Custom ones see the rows of the call as one batch, in the calling thread,
-            for which other calls do not wait; those with an attribute `row_wise = True` are called row by row, in
-            threads of their own, one at a time.
+        input_ids: Prompts [batch, length], padded on the left according to `attention_mask`, which holds zeros and
+            ones. Padding on the right is refused: `generate` would continue after it. Zeros between tokens are served
+            if all layers attend to all tokens.
+        logits_processor: As for `generate`. Custom processors see the rows of the call as one batch, in the calling
+            thread; other calls do not wait for it. Processors with an attribute `row_wise = True` are called row by
+            row, in separate threads, one at a time.
         stopping_criteria: As for `generate`, and called as there: once per step with the whole batch.
-        generation_config: As for `generate`. In place, `stop_strings` cannot stand in it: pass them as an argument.
+        generation_config: As for `generate`. In place, it must not hold `stop_strings`: pass them as an argument.
         streamer: As for `generate`.
         tokenizer: For `stop_strings`.
         stop_strings: As for `generate`.
-        seed: Makes sampling reproducible whatever else is in the batch: one for the call, or one per sequence; each
-            an integer, or a `torch.Generator` from which one number is drawn.
+        seed: Makes sampling reproducible, independent of the rest of the batch: one for the call, or one per sequence;
+            each is an integer, or a `torch.Generator` from which one number is drawn.
         on_unsupported: For a call that the engine does not serve (beams, an assistant, an encoder, a model that was
             refused, ...): "error" (default) raises; "generate" passes it to plain `model.generate` and logs the
             reason once.
-        manager: The manager to use; the model's shared one where None.
-        batching_config: Settings for the model's shared manager, where this call is the one that makes it.
+        manager: The manager to use; None for the model's shared one.
+        batching_config: Settings for the model's shared manager, if this call makes it.
         bound: Set by `GenerationManager.bind`.
         inputs_tensor: Set by transformers.
-        kwargs: Everything else that `generate` takes.
+        kwargs: All other arguments of `generate`.
 
     Returns:
-        What `generate` returns: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
-        token, on the device of the prompts; or, with `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput`
-        whose `sequences` they are (there is no cache to return: it is shared). Its `scores` and
-        `logits`, where asked for, are those of `generate`, but 0 for rows that have ended.
+        The result of `generate`: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
+        token, on the device of the prompts. With `return_dict_in_generate=True`, a `GenerateDecoderOnlyOutput` with
+        these `sequences`, without a cache (it is shared). Its `scores` and `logits`, if requested, are those of
+        `generate`, but 0 for rows that have ended.
 
     Raises:
-        UnsupportedArgumentError: An argument that is not served; it names the argument and the remedy.
+        UnsupportedArgumentError: An argument is not served; the message names it and the remedy.
         UnsupportedModelError: The model is not served.
         ValueError: An argument is out of range.
-        RequestTooLongError: Prompt and new tokens exceed the context or the cache.
+        RequestTooLongError: The prompt and the new tokens exceed the context or the cache.
     """
     bound = bound or Bound()
     on_unsupported = on_unsupported if on_unsupported is not None else bound.on_unsupported
@@ -155,7 +156,7 @@ def bind(
     return partial(generate, manager=manager, bound=Bound(streamer, tokenizer, seed, on_unsupported))
 
 
-# Arguments of ours that `model.generate` does not know.
+# Names of our arguments that `model.generate` does not have.
 _OWN_NAMES = frozenset(inspect.signature(generate).parameters) - {
     *inspect.signature(GenerationMixin.generate).parameters,
     *("input_ids", "tokenizer", "stop_strings", "inputs_tensor"),
@@ -163,10 +164,10 @@ _OWN_NAMES = frozenset(inspect.signature(generate).parameters) - {
 
 
 def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallSettings) -> GenerateOutput:
-    """Have `model.generate` prepare the call, as it does for any `custom_generate`, but for what it would lose."""
+    """Let `model.generate` prepare the call, as for any `custom_generate`, without arguments that it would lose."""
     if arguments.pop("custom_generate", None) not in (None, generate):
         raise ValueError("`custom_generate` makes no sense here: this function is the custom generate")
-    # None means "not given" for named parameters only: as a field (eos_token_id=None) it is a value of its own.
+    # None means "not given" only for named parameters: as a field (eos_token_id=None) it is a value.
     named = {*inspect.signature(generate).parameters, *inspect.signature(GenerationMixin.generate).parameters}
     given = {name: value for name, value in arguments.items() if value is not None or name not in named}
     if "inputs" in given and "input_ids" in given:
@@ -197,7 +198,7 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
             given.pop("assistant_tokenizer", None)
             if settings.plain:
                 raise_if_refused(model)
-            refuse_unservable(model)  # before it has run for nothing
+            refuse_unservable(model)  # before its preparation runs in vain
             _refuse_token_healing(transformers_model, given)
             _take_stop_strings(transformers_model, given, settings)
             out: GenerateOutput = transformers_generate(transformers_model)(custom_generate=prepared, **given)
@@ -225,7 +226,7 @@ def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
 
 
 def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings) -> None:
-    """Remove `stop_strings` from the call: transformers would require the tokenizer that it does not pass on."""
+    """Remove `stop_strings` from the call: transformers would require the tokenizer, which it does not pass on."""
     config: GenerationConfig | None = given.get("generation_config")
     if settings.stop_strings is None:
         settings.stop_strings = getattr(config, "stop_strings", None)
@@ -236,17 +237,17 @@ def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings
         given["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
     if of_model is not None:
-        given["stop_strings"] = None  # unlike a field of the config, it overrides the model's own
+        given["stop_strings"] = None  # unlike a config field, it overrides the model's own setting
 
 
 def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.Tensor | None) -> GenerateOutput:
-    """Serve a call of `model.generate` that has reached us as its `custom_generate`."""
+    """Serve a call of `model.generate` that reached us as its `custom_generate`."""
     with _ending(settings):
         caller = read_caller_frame()
         if caller.streamer is not None and settings.streamer is not None and caller.streamer is not settings.streamer:
             caller.streamer.end()
             raise ValueError("two different streamers: one is bound, the other was given to `generate`; pass only one")
-        # transformers has shown the prompt to a streamer that went through its own argument.
+        # transformers has already shown the prompt to a streamer that was passed to `generate`.
         settings.prompt_shown = caller.streamer is not None
         settings.streamer = caller.streamer if caller.streamer is not None else settings.streamer
         settings.tokenizer = caller.tokenizer if caller.tokenizer is not None else settings.tokenizer
@@ -289,7 +290,7 @@ def _decode_plainly(
 
 @contextlib.contextmanager
 def _ending(settings: CallSettings) -> Iterator[None]:
-    """End the streamer where the call fails: a reader in another thread waits for the end, whatever went wrong."""
+    """End the streamer if the call fails: a reader in another thread waits for the end in any case."""
     try:
         yield
     except BaseException:
