@@ -1,4 +1,4 @@
-"""The text of a handle's tokens as they are made, in pieces that are whole characters."""
+"""The text of a handle's tokens as they are generated, in pieces of whole characters."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 from hf_async_batching.token_stream import AsyncTokenIterator, TokenIterator, TokenSource
 
-# What a decoder shows for bytes that are no character, or not yet. A character has at most four bytes.
+# What a decoder shows for bytes that are not a character, or not yet. A character has at most four bytes.
 _INCOMPLETE = "\ufffd"
 _MOST_HELD = 4
 
-# A window of the last tokens is decoded for each new one. It begins anew with a few tokens that were shown already.
+# A window of the last tokens is decoded for each new token. A new window starts with a few tokens already shown.
 _WINDOW = 48
 _CONTEXT = range(6, 13)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
-# Beginnings of what a tokenizer's clean-up shortens (" ' ", " n't", " 've", " ."): they may go away again.
+# Beginnings of texts that a tokenizer's clean-up shortens (" ' ", " n't", " 've", " ."): they may disappear again.
 _CLEANED = (" ", " n", " n'", " '", " 'v", " 'r")
 
 
 class TextDecoder:
-    """Makes text of tokens that come one by one; the pieces joined are what `tokenizer.decode` makes of all tokens.
+    """Makes text from tokens that come one by one; joined, it equals `tokenizer.decode` of all tokens.
 
-    A piece never ends inside of a code point: text whose last bytes can still become another character is held back.
-    The cost of a token does not depend on how many came before it, but for the last call.
+    A piece never ends inside a code point: text whose last bytes can still become another character is held back.
+    The cost of a token does not depend on the number of earlier tokens, except in the last call.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         arguments: As for `tokenizer.decode`.
     """
 
@@ -40,17 +40,17 @@ class TextDecoder:
         self._cleans_up = bool(arguments.get("clean_up_tokenization_spaces", own))
         self._ids: list[int] = []
         self._start = 0
-        self._decoded = ""  # of the window
-        self._shown = 0  # characters of it that were returned
+        self._decoded = ""  # text of the window
+        self._shown = 0  # number of its characters that were returned
         self._in_bytes = False
         self._pieces: list[str] = []
 
     def push(self, token: int) -> str:
-        """Take a token; return the text that is certain now and was not before, which may be empty."""
+        """Take a token; return the text that has become certain, which may be empty."""
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
         unchanged, self._decoded = text == self._decoded, text
-        # A run of byte tokens is decoded as a whole: one that is no text changes the characters before it too.
+        # A run of byte tokens is decoded as a whole: a run that is not text changes the characters before it too.
         self._in_bytes = self._is_byte(token) or (self._in_bytes and unchanged)
         if self._in_bytes:
             return ""
@@ -63,13 +63,13 @@ class TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return the rest, when all tokens are there; half a character is shown as `decode` shows it."""
+        """Return the rest, after the last token; an incomplete character is shown as `decode` shows it."""
         whole, shown = self._decode(self._ids), "".join(self._pieces)
         self._pieces = [whole]
         return whole[len(shown) :]
 
     def _certain(self, text: str) -> int:
-        """How many characters of a text will stay as they are, whatever comes."""
+        """Number of characters of a text that later tokens cannot change."""
         held = len(text) - len(text.rstrip(_INCOMPLETE))
         end = len(text) - min(held, _MOST_HELD)
         while self._cleans_up and (space := text.rfind(" ", 0, end)) >= 0 and text[space:end] in _CLEANED:
@@ -79,7 +79,7 @@ class TextDecoder:
     def _begin_anew(self, text: str) -> None:
         for context in _CONTEXT:
             begun = self._decode(self._ids[-context:])
-            if begun and text.endswith(begun):  # else the window would begin inside of a character
+            if begun and text.endswith(begun):  # otherwise the window would start inside a character
                 self._start, self._decoded, self._shown = len(self._ids) - context, begun, len(begun)
                 return
 
@@ -96,8 +96,8 @@ class TextStream:
     """Text to iterate over, with `for` or `async for`; each iterator begins with the first token.
 
     Args:
-        handle: Where the tokens come from.
-        tokenizer: The model's.
+        handle: Source of the tokens.
+        tokenizer: The model's tokenizer.
         arguments: As for `tokenizer.decode`.
     """
 
@@ -107,7 +107,7 @@ class TextStream:
         self._arguments = arguments
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of text as they are made; raises what ends the request with an error."""
+        """Pieces of text as they are generated; raises the error that ends the request."""
         return _TextIterator(TokenIterator(self._handle), TextDecoder(self._tokenizer, **self._arguments))
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -149,5 +149,5 @@ class _AsyncTextIterator:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """End the iteration; the request goes on."""
+        """End the iteration; the request continues."""
         await self._tokens.aclose()

@@ -1,4 +1,4 @@
-"""`generate_dataset`: its arguments, and which way a dataset goes."""
+"""`generate_dataset`: check its arguments, and choose how to serve a dataset."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ def generate_dataset(
     Args:
         model: A causal language model, or a manager that serves one.
         dataset: A `datasets` `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, a pandas DataFrame,
-            or any iterable of dictionaries or of prompts. Where a dataset has a transform (`set_transform`), the
+            or any iterable of dictionaries or of prompts. If a dataset has a transform (`set_transform`), the
             transformed rows are served.
-        tokenizer: The model's; None where prompts are token ids, and then there is no text.
+        tokenizer: The model's tokenizer; None if prompts are token ids, and then there is no text.
         prompt: A column, or a function of the row (a dictionary, as `dataset[i]` gives it; called in several threads
             at once). A text is tokenized, a list of messages goes through the chat template, a list of token ids is
-            taken as it is.
-        generation_config: As for `model.generate`, for all rows; the model's own where None.
-        row_parameters: Generation parameters that rows have of their own: `{"max_new_tokens": "budget"}`, parameter to
-            column, or a list of names that are both. Fields of `GenerationConfig`, "seed" and "stop". A None in a row
-            leaves it with what is common to all.
-        seed: Seed of the run: a request's own follows from it, the row's index and the completion's index. A
-            row's own seed is what `submit(seed=...)` would get.
-        resume_dir: A folder to which finished rows are written as they come. A run that ended early goes on from there
-            when it is called again with the same arguments, and ends with the same dataset.
+            used directly.
+        generation_config: As for `model.generate`, for all rows; None for the model's own.
+        row_parameters: Generation parameters that differ between rows: `{"max_new_tokens": "budget"}` maps a parameter
+            to a column; a list holds names that are both. Parameters are fields of `GenerationConfig`, "seed" and
+            "stop". A row with None uses the value common to all rows.
+        seed: Seed of the run. The seed of a request follows from it, the row's index and the completion's index. A
+            seed in a row is used as `submit(seed=...)` would use it.
+        resume_dir: A folder to which finished rows are written as they come. A run that ended early continues from
+            there when it is called again with the same arguments, and ends with the same dataset.
         on_error: A row that cannot be served (None, an empty prompt, one that is too long, ...) raises
-            `DatasetRowError`, or "record" keeps the error in a column and goes on.
+            `DatasetRowError`, or "record" keeps the error in a column and continues.
         logprobs: Also keep the log-probabilities of the chosen tokens.
         chat: Make a text the user's message of a chat.
         system_prompt: Begins every chat that has no system message; implies `chat`.
@@ -89,31 +89,32 @@ def generate_dataset(
             `finish_reason`, `prompt_tokens`, `completion_tokens`, `logprobs`: "completion_logprobs", `error`; None
             leaves one out. With several completions per row (`num_return_sequences`), all but `prompt_tokens` and
             `error` hold lists.
-        progress: Draw a bar; None: where standard error is a terminal.
+        progress: Whether to draw a bar; None for a bar if standard error is a terminal.
         callback: Gets a `DatasetProgress` about twice a second, in the calling thread.
-        window: Rows that may be unfinished at once. Bounds memory, and is what longest-first has to choose from.
-        shard_rows: Rows per Parquet file in `resume_dir`; chosen by itself where None.
+        window: Number of rows that may be unfinished at once. It bounds memory; longest-first chooses among these
+            rows.
+        shard_rows: Rows per Parquet file in `resume_dir`; None to choose automatically.
         tokenize_threads: Threads that tokenize; at most four by default.
         features: Features of a stream whose first rows do not show them.
         rank: Number of this process among those that share the dataset, each with a copy of the model, all with one
-            `resume_dir`. Found by itself under `accelerate launch` and `torchrun`.
+            `resume_dir`. Found automatically under `accelerate launch` and `torchrun`.
         world_size: Number of these processes.
-        batching_config: Settings of the model's shared manager, where this call is the one that makes it.
+        batching_config: Settings of the model's shared manager, if this call makes it.
         generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
 
     Returns:
-        What was given, with the new columns, in the same order and format: a `Dataset` for a `Dataset`, and so on; a
+        The dataset with the new columns, in the same order and format: a `Dataset` for a `Dataset`, and so on; a
         list of dictionaries for a list. For streams without `resume_dir`, and for other iterables, a stream: its rows
-        are completed while it is read. With a model that is spread over ranks by transformers' tensor parallelism, all
-        ranks call this; without `resume_dir` those other than 0 get None.
+        are completed while it is read. If transformers' tensor parallelism shards the model over ranks, all ranks must
+        call this function; without `resume_dir`, ranks other than 0 get None.
 
     Raises:
         DatasetRowError: A row cannot be served, and `on_error` is "raise".
         ResumeMismatchError: `resume_dir` holds a run with other arguments or data; the message names each difference.
-        ValueError: An argument is out of range, or a column is not there.
-        UnsupportedArgumentError: An argument that is not served.
+        ValueError: An argument is out of range, or a column does not exist.
+        UnsupportedArgumentError: An argument is not served.
         OSError: `resume_dir` cannot be written. What was written before is kept.
-        KeyboardInterrupt: What is finished has been written to `resume_dir`.
+        KeyboardInterrupt: The run was interrupted; finished rows have been written to `resume_dir`.
     """
     if on_error not in ("record", "raise"):
         raise ValueError(f"`on_error` must be 'record' or 'raise', got {on_error!r}")
