@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ FIRST, IN_PLACE, ENGINE, DATASET, COMPLETE = re.findall(r"```python\n(.*?)```", 
 
 
 @pytest.fixture(scope="module")
-def names() -> dict[str, Any]:
+def names() -> Iterator[dict[str, Any]]:
     model, tokenizer = load_smollm2()
     inputs = tokenizer("The capital of France is", return_tensors="pt")
-    return {"model": model, "tokenizer": tokenizer, "inputs": inputs, "input_ids": inputs["input_ids"][0]}
+    yield {"model": model, "tokenizer": tokenizer, "inputs": inputs, "input_ids": inputs["input_ids"][0]}
+    hf_async_batching.get_manager(model).close()
 
 
 def test_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +42,6 @@ def test_in_place(names: dict[str, Any]) -> None:
     assert code != IN_PLACE
     space = dict(names)
     exec(code, space)
-    hf_async_batching.get_manager(names["model"]).close()
     expected = names["model"].generate(**names["inputs"], max_new_tokens=5, do_sample=False)
     assert torch.equal(space["outputs"], expected)
 
@@ -56,7 +57,6 @@ def test_dataset(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
     prompts = ["The sun rises in the", "One, two, three,", "Water freezes at"]
     space = {**names, "dataset": Dataset.from_dict({"prompt": prompts})}
     exec(DATASET.replace("max_new_tokens=40", "max_new_tokens=6, do_sample=False"), space)
-    hf_async_batching.get_manager(names["model"]).close()
     assert space["dataset"].column_names[:2] == ["prompt", "completion"]
     for prompt, completion in zip(prompts, space["dataset"]["completion"], strict=True):
         ids = names["tokenizer"](prompt, return_tensors="pt")

@@ -15,7 +15,7 @@ from support.dataset_job import checksums, ended, in_child, rows_kept
 from support.real_texts import docstrings
 from support.smollm2 import load_smollm2
 
-from hf_async_batching import GenerationManager, generate_dataset
+from hf_async_batching import BatchingConfig, GenerationManager, generate_dataset
 
 NEW = {"max_new_tokens": 8, "do_sample": False}
 
@@ -38,7 +38,7 @@ def plain_loop(model: Any, tokenizer: Any, dataset: Any) -> list[str]:
 def test_as_a_plain_loop() -> None:
     model, tokenizer = load_smollm2()
     dataset = docstrings(8)
-    with GenerationManager(model) as manager:
+    with GenerationManager(model, BatchingConfig(attach_check=False)) as manager:
         done = generate_dataset(manager, dataset, tokenizer, prompt=chat, **NEW)
     assert done["completion"][:] == plain_loop(model, tokenizer, dataset)
     assert len(set(done["completion"])) > 4
