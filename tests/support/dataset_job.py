@@ -1,7 +1,8 @@
-"""A run of `generate_dataset` that can be killed: `python -m support.dataset_job '{"action": "kill", ...}'`.
+"""A run of `generate_dataset` that can be killed: `python -m support.dataset_job '[{"action": "kill", ...}]'`.
 
 Imports and models take seconds, runs do not: the program forks before anything has started a thread, and the child
-does the run. Prints one line of JSON: the checksums of the files in the folder, and of those of an undisturbed run.
+does the run. Prints a line of JSON for each job: the checksums of the files in its folder, and of those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -164,15 +165,15 @@ def kill_at_call(arguments: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     model = tiny_model("Llama")
-    undisturbed = {**arguments, "folder": f"{arguments['folder']}-undisturbed", "slow": 0}
-    if ended(in_child(lambda: run(undisturbed, model))):
-        raise SystemExit("a run that nothing disturbed has failed")
-    result = (kill_at_random if arguments["action"] == "kill" else kill_at_call)(arguments, model)
-    files = {"files": checksums(arguments["folder"]), "undisturbed": checksums(undisturbed["folder"])}
-    print(json.dumps({**result, **files}))
+    for arguments in json.loads(sys.argv[1]):
+        undisturbed = {**arguments, "folder": f"{arguments['folder']}-undisturbed", "slow": 0}
+        if ended(in_child(lambda undisturbed=undisturbed: run(undisturbed, model))):
+            raise SystemExit("a run that nothing disturbed has failed")
+        result = (kill_at_random if arguments["action"] == "kill" else kill_at_call)(arguments, model)
+        files = {"files": checksums(arguments["folder"]), "undisturbed": checksums(undisturbed["folder"])}
+        print(json.dumps({**result, **files}), flush=True)
 
 
 if __name__ == "__main__":

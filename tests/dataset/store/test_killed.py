@@ -16,25 +16,39 @@ from support.dataset_job import make_dataset
 ROOT = Path(__file__).parents[3]
 
 
-def job(action: str, folder: Path, **arguments: Any) -> dict[str, Any]:
+STREAMS = [(False, 10), (True, 4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    """What became of each run, by the name of its folder. One process forks all of them: imports take longer."""
+    work = {"rows": 120, "shard_rows": 25, "new": 4, "window": 24, "slow": 0.004, "action": "kill", "within": 0.05}
+    jobs = [
+        {**work, "folder": str(folder / f"stream {stream}"), "stream": stream, "kills": kills, "seed": kills}
+        for stream, kills in STREAMS
+    ]
+    jobs.append({"folder": str(folder / "calls"), "action": "calls", "rows": 40, "shard_rows": 15, "new": 2})
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder.parent / "cache"),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "support.dataset_job",
-        json.dumps({"action": action, "folder": str(folder), **arguments}),
-    ]
+    command = [sys.executable, "-m", "support.dataset_job", json.dumps(jobs)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert result["status"] == 0, done.stderr
-    return result
+    results = {
+        name: json.loads(line)
+        for name, line in zip(["stream False", "stream True", "calls"], done.stdout.splitlines()[-3:], strict=True)
+    }
+    assert [result["status"] for result in results.values()] == [0, 0, 0], done.stderr
+    return results
 
 
 def check_rows(folder: Path, rows: int) -> None:
@@ -46,22 +60,20 @@ def check_rows(folder: Path, rows: int) -> None:
     assert [error is None for error in errors] == [prompt is not None for prompt in given["prompt"]]
 
 
-@pytest.mark.parametrize(("stream", "kills"), [(False, 10), (True, 4)])
-def test_random_moments(tmp_path: Path, stream: bool, kills: int) -> None:
-    work = {"rows": 120, "shard_rows": 25, "new": 4, "window": 24, "stream": stream, "slow": 0.004}
-    killed = job("kill", tmp_path / "killed", kills=kills, within=0.05, seed=kills, **work)
+@pytest.mark.parametrize(("stream", "kills"), STREAMS)
+def test_random_moments(results: dict[str, Any], folder: Path, stream: bool, kills: int) -> None:
+    killed = results[f"stream {stream}"]
     assert killed["files"] == killed["undisturbed"]
     assert len(killed["files"]) == 5
-    check_rows(tmp_path / "killed", 120)
+    check_rows(folder / f"stream {stream}", 120)
     moments = killed["rows_at_kills"]
     assert moments == sorted(moments), "a kill cost rows that were kept"
     assert len(set(moments)) > kills // 2, "hardly any kill came while rows were finished"
     assert moments[-1] > 40
 
 
-def test_before_and_after_each_call_that_writes(tmp_path: Path) -> None:
-    work = {"rows": 40, "shard_rows": 15, "new": 2}
-    killed = job("calls", tmp_path / "killed", **work)
+def test_before_and_after_each_call_that_writes(results: dict[str, Any], folder: Path) -> None:
+    killed = results["calls"]
     assert killed["files"] == killed["undisturbed"]
     assert killed["kills"] > 8
-    check_rows(tmp_path / "killed", 40)
+    check_rows(folder / "calls", 40)

@@ -121,7 +121,7 @@ def test_a_stopped_run_goes_on_where_it_was(serving: Serving, tmp_path: Path) ->
     folder = tmp_path / "parts"
     folder.mkdir()
     parts = 0
-    slow = Settings(max_new_tokens=100, greedy=True)
+    slow = Settings(max_new_tokens=40, greedy=True)
     whole = complete_table(serving, table, "ask", slow, tmp_path, lambda _: True)
     while (done := complete_table(serving, table, "ask", slow, folder, lambda p: p.rows < p.resumed + 9)) is None:
         wait_until_idle(serving)
@@ -134,34 +134,37 @@ def test_a_stopped_run_goes_on_where_it_was(serving: Serving, tmp_path: Path) ->
 
 def test_the_tab_runs_stops_resumes_and_hands_out(serving: Serving, tmp_path: Path) -> None:
     runs = DatasetRuns(Backend(serving))
-    path = write(tmp_path, "a.jsonl", [{"ask": f"{i}?"} for i in range(60)])
-    knobs = ("", str(path), "ask", "", 120, True, "csv")
+    path = write(tmp_path, "a.jsonl", [{"ask": f"{i}?"} for i in range(20)])
+    knobs = ("", str(path), "ask", "", 60, True, "csv")
+    names: list[str] = []
 
-    async def run() -> None:
-        names = []
+    async def run_and_stop() -> None:
         async for page in runs.on_run(*knobs, request=VISITOR):
             name, progress, *_ = page
             names.append(name)
-            if "of 60 rows" in str(progress):
+            if "of 20 rows" in str(progress):
                 await runs.on_stop(VISITOR)
         assert "stopped" in page[1]
         assert (page[2]["visible"], page[3]["visible"], page[4]["visible"]) == (True, False, True)
         assert page[5]["visible"] is False
+
+    async def resume() -> None:
         job = runs.find(names[-1])
         assert job is not None
         again = await runs.on_load(job.name)
         assert again[4]["visible"], "a reload offers to go on"
         page = [page async for page in runs.on_resume(job.name, VISITOR)][-1]
-        assert "60 of 60 rows" in page[1]
+        assert "20 of 20 rows" in page[1]
         assert "done in" in page[1]
         assert (page[4]["visible"], page[5]["visible"]) == (False, True)
         with Path(page[5]["value"]).open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert [row["ask"] for row in rows] == [f"{i}?" for i in range(60)]
+        assert [row["ask"] for row in rows] == [f"{i}?" for i in range(20)]
         assert all(row["completion"] for row in rows)
 
     with slowed(serving.manager):
-        asyncio.run(run())
+        asyncio.run(run_and_stop())
+    asyncio.run(resume())
     wait_until_idle(serving)
 
 
