@@ -30,16 +30,39 @@ def environment() -> dict[str, str]:
     return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
-def compile_kernels(capabilities: list[int], dtypes: list[str], launches: list[str]) -> list[dict[str, object]]:
-    """In a process of its own: in this one Triton may interpret."""
-    command = [sys.executable, "-W", "ignore", "-m", "support.ahead_of_time", *map(str, capabilities)]
-    command += ["--dtypes", *dtypes]
-    if launches:
-        command += ["--launches", *launches]
+Job = tuple[list[int], list[str], list[str]]  # capabilities, dtypes, launches
+JOBS: dict[str, Job] = {
+    "attention": ([80, 89, 90, 100], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
+    # The oldest card; the one with the least shared memory.
+    "skinny": ([80, 89], ["bfloat16"], ["skinny"]),
+    "tables": ([90], ["bfloat16"], ["tables", "largest"]),
+    "sampling": ([90], ["bfloat16"], ["sampling odd"]),
+    "pdl": ([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"]),
+    "pdl apart": ([90], ["float16"], ["decode apart pdl"]),
+}
+
+
+def run_jobs(jobs: list[Job]) -> tuple[bool, list[list[dict[str, object]]]]:
+    """The kernels of each job, compiled in a process of its own: in this one Triton may interpret."""
+    command = [sys.executable, "-W", "ignore", "-m", "support.ahead_of_time", json.dumps(jobs)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     # A compiler that fails prints its whole input there, too.
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"launch"')]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('{"job"', '{"same code'))]
+    same = lines.pop(0)["same code beside prompts"]
+    return same, [[line for line in lines if line["job"] == job] for job in range(len(jobs))]
+
+
+@pytest.fixture(scope="module")
+def ran() -> tuple[bool, dict[str, list[dict[str, object]]]]:
+    same, compiled = run_jobs(list(JOBS.values()))
+    return same, dict(zip(JOBS, compiled, strict=True))
+
+
+@pytest.fixture(scope="module")
+def compiled(ran: tuple[bool, dict[str, list[dict[str, object]]]]) -> dict[str, list[dict[str, object]]]:
+    """The kernels of each job. One process compiles all of them: imports take seconds."""
+    return ran[1]
 
 
 def check(compiled: list[dict[str, object]], kernels: set[str]) -> None:
@@ -50,55 +73,41 @@ def check(compiled: list[dict[str, object]], kernels: set[str]) -> None:
     assert not too_large, too_large[:3]
 
 
-def test_representative_kernels() -> None:
-    launches = ["decode split llama", "prefill llama", "write llama"]
-    kernels = {"decode_kernel", "prefill_kernel", "write_kv_kernel"}
-    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], launches)
-    assert len(compiled) == 12
-    check(compiled, kernels)
+def test_representative_kernels(compiled: dict[str, list[dict[str, object]]]) -> None:
+    assert len(compiled["attention"]) == 12
+    check(compiled["attention"], {"decode_kernel", "prefill_kernel", "write_kv_kernel"})
 
 
-def test_kernels_of_other_modules() -> None:
-    compiled = compile_kernels([80, 89, 90, 100], ["bfloat16"], ["skinny", "tables", "largest"])
-    kernels = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
-    check(compiled, kernels)
+def test_kernels_of_other_modules(compiled: dict[str, list[dict[str, object]]]) -> None:
+    check(compiled["skinny"], {"skinny_linear_kernel"})
+    check(compiled["tables"], {"begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"})
 
 
-def test_sampling_kernels() -> None:
-    check(compile_kernels([90], ["bfloat16"], ["sampling"]), SAMPLING)
+def test_sampling_kernels(compiled: dict[str, list[dict[str, object]]]) -> None:
+    check(compiled["sampling"], SAMPLING)
 
 
-def test_programmatic_dependent_launch() -> None:
-    compiled = compile_kernels([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"])
-    check(compiled, {"decode_kernel", "prefill_kernel", "skinny_linear_kernel"})
-    assert all(kernel["lets"] == 1 and kernel["waits first"] for kernel in compiled)
+def test_programmatic_dependent_launch(compiled: dict[str, list[dict[str, object]]]) -> None:
+    early = compiled["pdl"]
+    check(early, {"decode_kernel", "prefill_kernel", "skinny_linear_kernel"})
+    assert all(kernel["lets"] == 1 and kernel["waits first"] for kernel in early)
     # At its start, or beside prompts before it stores. Prompts are launched the ordinary way.
     waits = {"decode_kernel": 2, "prefill_kernel": 0, "skinny_linear_kernel": 1}
-    assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in compiled)
-    # Whose programs without work store, too, where another kernel combines.
-    apart = compile_kernels([90], ["float16"], ["decode apart pdl"])
-    assert [kernel["waits"] for kernel in apart if kernel["kernel"] == "decode_kernel"] == [3]
+    assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in early)
+    # Programs without work store, too, where another kernel combines.
+    assert [kernel["waits"] for kernel in compiled["pdl apart"] if kernel["kernel"] == "decode_kernel"] == [3]
 
 
-def test_beside_prompts_the_same_code_runs() -> None:
+def test_beside_prompts_the_same_code_runs(ran: tuple[bool, dict[str, list[dict[str, object]]]]) -> None:
     """Nothing is compiled while requests are served."""
-    code = """
-import functools, torch
-from support.ahead_of_time import SHAPES, decode, recording
-with recording("x") as launches:
-    for beside in (False, True):
-        decode(SHAPES["llama"], torch.float16, splits=3, pdl=True, beside_prefill=beside)
-one, other = launches
-assert (one.signature, one.constants, one.attributes) == (other.signature, other.constants, other.attributes)
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment())
+    assert ran[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 def test_every_kernel(capability: int) -> None:
-    compiled = compile_kernels([capability], ["float16", "bfloat16"], [])
+    _, (compiled,) = run_jobs([([capability], ["float16", "bfloat16"], [])])
     attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
     others = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
     check(compiled, attention | others | SAMPLING)

@@ -1,15 +1,16 @@
 """Compiles the Triton kernels for cards that are not here: launches become compilations, with the same specialization.
 
 Run as a program, since Triton decides when it is imported whether it interprets:
-`python -m support.ahead_of_time 80 90 --dtypes bfloat16 --launches decode`. Prints one JSON object for each kernel.
+`python -m support.ahead_of_time '[[[80, 90], ["bfloat16"], ["decode llama"]]]'`, a list of jobs. No launch names stand
+for all. Prints one JSON object for each kernel, with the number of its job.
 A module that has kernels of its own adds a function to `LAUNCHES` that launches them on CPU tensors.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -179,7 +180,7 @@ def largest(dtype: torch.dtype) -> None:
     argmax_in_parts(torch.empty(32, 128256, dtype=dtype), 16)
 
 
-def sampling(dtype: torch.dtype) -> None:
+def sampling(vocab: int, dtype: torch.dtype) -> None:
     from hf_async_batching.core.plan import Features
     from hf_async_batching.core.row_layout import PARAMS
     from hf_async_batching.sampling import triton_sampler as fused
@@ -188,18 +189,17 @@ def sampling(dtype: torch.dtype) -> None:
 
     index = torch.zeros(4, dtype=torch.int32)
     params, positions = torch.zeros(4, PARAMS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
-    for vocab in (151936, 50257):
-        memory = TokenHistory(max_rows=4, max_length=8, vocab_size=vocab, device=torch.device("cpu"))
-        memory.ensure(words=False, seen=True)
-        rows = SamplingMetadata(params, positions, index, memory)
-        assert memory.seen is not None
-        fused.mark_seen(index, positions, memory.seen)
-        for features in (
-            Features(sampling=True, top_k=64, seen=True, penalty=True),
-            Features(sampling=True, top_k=1024),
-            Features(seen=True, penalty=True),
-        ):
-            fused.choose(torch.empty(4, vocab, dtype=dtype), rows, features)
+    memory = TokenHistory(max_rows=4, max_length=8, vocab_size=vocab, device=torch.device("cpu"))
+    memory.ensure(words=False, seen=True)
+    rows = SamplingMetadata(params, positions, index, memory)
+    assert memory.seen is not None
+    fused.mark_seen(index, positions, memory.seen)
+    for features in (
+        Features(sampling=True, top_k=64, seen=True, penalty=True),
+        Features(sampling=True, top_k=1024),
+        Features(seen=True, penalty=True),
+    ):
+        fused.choose(torch.empty(4, vocab, dtype=dtype), rows, features)
 
 
 def prefill_early(dtype: torch.dtype) -> None:
@@ -221,7 +221,8 @@ for _name, _shape in SHAPES.items():
 LAUNCHES["skinny"] = skinny
 LAUNCHES["tables"] = tables
 LAUNCHES["largest"] = largest
-LAUNCHES["sampling"] = sampling
+LAUNCHES["sampling"] = functools.partial(sampling, 151936)
+LAUNCHES["sampling odd"] = functools.partial(sampling, 50257)
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {
     "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
@@ -231,22 +232,27 @@ EXTRA = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("capabilities", type=int, nargs="+")
-    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"])
-    parser.add_argument("--launches", nargs="+", default=sorted(LAUNCHES))
-    arguments = parser.parse_args()
-    work = []
-    for name in arguments.launches:
-        for dtype in arguments.dtypes:
-            with recording(f"{name} {dtype}") as launches:
-                (LAUNCHES | EXTRA)[name](getattr(torch, dtype))
-            work += [(launch, capability) for launch in launches for capability in arguments.capabilities]
+def same_code_beside_prompts() -> bool:
+    """Whether decoding beside prompts launches what decoding alone launches."""
+    with recording("") as launches:
+        for beside in (False, True):
+            decode(SHAPES["llama"], torch.float16, splits=3, pdl=True, beside_prefill=beside)
+    one, other = launches
+    return (one.signature, one.constants, one.attributes) == (other.signature, other.constants, other.attributes)
 
-    def compiled(item: tuple[Launch, int]) -> str:
-        launch, capability = item
-        about = {"launch": launch.label, "kernel": launch.kernel.__name__, "capability": capability}
+
+def main() -> None:
+    work = []
+    for job, (capabilities, dtypes, names) in enumerate(json.loads(sys.argv[1])):
+        for name in names or sorted(LAUNCHES):
+            for dtype in dtypes:
+                with recording(f"{name} {dtype}") as launches:
+                    (LAUNCHES | EXTRA)[name](getattr(torch, dtype))
+                work += [(job, launch, capability) for launch in launches for capability in capabilities]
+
+    def compiled(item: tuple[int, Launch, int]) -> str:
+        job, launch, capability = item
+        about = {"job": job, "launch": launch.label, "kernel": launch.kernel.__name__, "capability": capability}
         try:
             kernel = launch.compile(capability)
             about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
@@ -257,6 +263,7 @@ def main() -> None:
             about["failed"] = f"{type(error).__name__}: {error}"
         return json.dumps(about)
 
+    print(json.dumps({"same code beside prompts": same_code_beside_prompts()}))
     with ThreadPoolExecutor(2) as pool:
         for line in pool.map(compiled, work):
             print(line, flush=True)
