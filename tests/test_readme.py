@@ -40,7 +40,7 @@ def test_first(capsys: pytest.CaptureFixture[str]) -> None:
 def test_in_place(names: dict[str, Any]) -> None:
     code = IN_PLACE.replace("max_new_tokens=200", "max_new_tokens=5, do_sample=False")
     assert code != IN_PLACE
-    space = dict(names)
+    space = {**names, "hf_async_batching": hf_async_batching}  # which the first example imports
     exec(code, space)
     expected = names["model"].generate(**names["inputs"], max_new_tokens=5, do_sample=False)
     assert torch.equal(space["outputs"], expected)
