@@ -31,6 +31,7 @@ from hf_async_batching.coverage.verdicts import UNFINISHED, Finding, Status, Ver
 # Seconds after its time limit in which a process writes its stack.
 _GRACE = 2.0
 _LOG_BYTES = 1 << 16
+_LINE_CHARACTERS = 2000
 _FRAMES = 3
 _PRELOADED = (
     "hf_async_batching.coverage.processes",
@@ -255,7 +256,8 @@ def _end_of(log: Path, lines: int = 60) -> str:
 
 def _told(log: Path) -> str:
     """The line of the log that describes a crash, formatted to follow a reason."""
-    text = _read(log)
+    # The patterns take the square of a line's length.
+    text = "\n".join(line[:_LINE_CHARACTERS] for line in _read(log).splitlines())
     for pattern in (r"\S*: .*Assertion .* failed", r"Fatal Python error: .*", r"CUDA error: .*", r"\w*Error: .*"):
         if found := re.search(pattern, text):
             line = found.group().strip()

@@ -7,6 +7,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
+from benchmarks import transformers_own_tests
+
 ROOT = Path(__file__).parents[2]
 
 MIXIN = """
@@ -93,14 +97,11 @@ def test_every_outcome_is_reported(tmp_path: Path) -> None:
     assert "1 failed, 3 not applicable, 1 passed" in page.read_text()
 
 
-def test_a_folder_without_tests_is_refused(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.transformers_own_tests", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert "give a clone of transformers" in run.stderr
+def test_a_folder_without_tests_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["transformers_own_tests", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        transformers_own_tests.main()
+    assert ended.value.code == 2
+    assert "give a clone of transformers" in capsys.readouterr().err

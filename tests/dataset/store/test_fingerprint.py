@@ -104,9 +104,8 @@ def test_functions_are_the_same_in_another_process() -> None:
         "from dataset.store.test_fingerprint import *\n"
         "print([fingerprint_of_function(function) for function in functions()])"
     )
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed, "PATH": ""}
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == str([fingerprint_of_function(function) for function in functions()])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "1", "PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([fingerprint_of_function(function) for function in functions()])
