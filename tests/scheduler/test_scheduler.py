@@ -921,6 +921,19 @@ def test_a_row_without_a_token_ends_and_others_go_on() -> None:
     assert scheduler.pages.prefixes.find(None, request("a", prompt=9).prompt).depth == 0
 
 
+def test_every_row_without_a_token_ends() -> None:
+    """One behind a row that has a token, or that ended before, too."""
+    scheduler = make()
+    for name in "abc":
+        scheduler.add(request(name))
+    step(scheduler)
+    plan = planned(scheduler)
+    scheduler.cancel("a")
+    assert [e[:2] for e in settle(scheduler, plan, UNDRAWABLE, 52, UNDRAWABLE)] == [("b", 52)]
+    assert scheduler.undrawable == ["c"]
+    assert state_of(scheduler, "c") is State.FINISHED
+
+
 @pytest.mark.parametrize("outcome", [50, UNDRAWABLE, UNDRAWABLE_UNSOUND, FIRST_UNSOUND - 50])
 def test_pages_of_unsound_logits_are_found_by_no_other(outcome: int) -> None:
     """Nor those that it shares, or what another that shares them enters later."""

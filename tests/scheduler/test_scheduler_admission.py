@@ -319,6 +319,10 @@ def test_a_request_waits_for_one_that_goes_on_from_the_same_pages() -> None:
     further = cache.enter(start, tokens, [1, 2, 3, 4, 5], 5)
     waits, computed = (Sequence(Request(name, tokens, 4), 0) for name in "ab")
     waits.pages.last_node = start
+    reached = 2 * page + WORTH_WAITING
+    for come, expected in ((reached - 1, False), (reached, True)):
+        computed.num_computed, computed.pages.last_node = come, start
+        assert found_a_step_later(waits, [computed], page) is expected
     computed.num_computed = 2 * WORTH_WAITING
     for own, expected in ((start, True), (further, True), (start.parent, False), (None, False)):
         computed.pages.last_node = own

@@ -49,6 +49,18 @@ def test_random_schedules(depth: int, changes: dict[str, Any], monkeypatch: pyte
     assert "num_pages" not in changes or preemptions > SCHEDULES / 10
 
 
+def test_nothing_changes_where_many_run() -> None:
+    """Else the running sequences would be sorted anew in every step."""
+    scheduler = Scheduler(num_pages=16, page_size=4, max_rows=4, max_batch_tokens=32, draft_rows=1)
+    for name in "ab":
+        scheduler.add(Request(name, (1, 2, 3, 1, 2, 3), 9, lookup_tokens=4))
+    assert scheduler.plan() is not None
+    drafters = [sequence for sequence in scheduler._live.values() if sequence.lookup is not None]
+    assert len(drafters) == 2
+    for _ in range(2):
+        assert not scheduler.drafting.choose(drafters, running=2, waiting=0)
+
+
 class KeepsWhatIsWrong(Drafting):
     """Takes one token more from each draft than was right."""
 
