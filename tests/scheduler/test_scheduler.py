@@ -921,6 +921,22 @@ def test_a_row_without_a_token_ends_and_others_go_on() -> None:
     assert scheduler.pages.prefixes.find(None, request("a", prompt=9).prompt).depth == 0
 
 
+def test_those_that_wait_for_choosers_make_way_while_others_wait() -> None:
+    """One after the other, also where some that wait have made way themselves; not for these alone."""
+    scheduler = make(max_rows=2)
+    for name in "ab":
+        scheduler.add(request(name, chooser=print))
+    step(scheduler)
+    assert not scheduler.make_way(), "no other waits"
+    scheduler.add(request("c"))
+    assert scheduler.make_way()
+    assert state_of(scheduler, "b") is State.WAITING
+    assert scheduler.make_way(), "b waits too, and c still does"
+    assert state_of(scheduler, "a") is State.WAITING
+    scheduler.cancel("c")
+    assert not scheduler.make_way(), "a and b wait for their choosers"
+
+
 def test_every_row_without_a_token_ends() -> None:
     """One behind a row that has a token, or that ended before, too."""
     scheduler = make()
