@@ -51,7 +51,8 @@ def _link(link: str, source: str, place: str, repository: str, files: Files) -> 
         files: What the site has.
     """
     # README.md has addresses in place of paths, so that PyPI shows them, too.
-    of_repository = re.match(rf"{re.escape(repository)}/(?:blob|tree)/main/(.+)", link)
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    of_repository = re.match(rf"(?:{re.escape(repository)}/(?:blob|tree)|{re.escape(raw)})/main/(.+)", link)
     if of_repository is None and re.match(r"[a-z]+:", link):
         return link
     target = of_repository[1] if of_repository else normpath(str(PurePosixPath(source).parent / link))
