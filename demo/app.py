@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ if not __package__:
     __package__ = _folder.name
     importlib.import_module(__package__)
 
+from .arguments import make_parser, port_problem
 from .chat.handlers import ChatHandlers
 from .chat.service import ChatService
 from .compare.handlers import CompareRuns
@@ -45,8 +45,6 @@ from .wall.handlers import WallRuns
 from .wall.prompts import read_prompts
 from .wall.zero_gpu import ZeroGpu, gpu_decorator
 
-MODEL_VARIABLE = "HF_ASYNC_BATCHING_MODEL"
-DEVICE_VARIABLE = "HF_ASYNC_BATCHING_DEVICE"
 # Streams of chats that run at once, and what waits beyond them with a place in Gradio's own queue.
 CONCURRENT_CHATS = 128
 _QUEUE_SIZE = 512
@@ -164,7 +162,10 @@ def build_app(backend: Backend) -> gr.Blocks:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until interrupted; the model comes up while it is there. Returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if problem := port_problem(arguments.host, arguments.port):
+        parser.exit(2, f"{parser.prog}: {problem}\n")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The engine's thread waits for this long until a thread of the page lets it run.
@@ -191,28 +192,6 @@ def _serve_on_zero_gpu(arguments: argparse.Namespace, decorator: Callable[..., A
     backend = Backend(zero=ZeroGpu(chat_model, decorator))
     build_app(backend).launch(server_name=arguments.host, server_port=arguments.port, **launch_options())
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m demo.app", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--model",
-        default=os.environ.get(MODEL_VARIABLE) or None,
-        help=f"a Hub id, a local folder, or random:SHAPE (default: ${MODEL_VARIABLE}, else SmolLM2-135M-Instruct)",
-    )
-    parser.add_argument("--host", help="address to listen on (default: this machine only; 0.0.0.0 for everyone)")
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="open a public Gradio link")
-    parser.add_argument(
-        "--depth", type=int, help="steps in flight; 1 is synchronous (default: 2 on a GPU, 1 on a CPU)"
-    )
-    parser.add_argument(
-        "--device",
-        default=os.environ.get(DEVICE_VARIABLE) or None,
-        help=f"cuda, cuda:1, cpu … (default: ${DEVICE_VARIABLE}, else the GPU when there is one)",
-    )
-    parser.add_argument("--dtype", help="float32, bfloat16 … (default: bfloat16 on a GPU, else float32)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from hf_async_batching.core.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 Admission = Literal["fcfs", "longest_first"]
 """The order in which waiting requests start."""
@@ -15,6 +20,27 @@ BackendName = Literal["auto", "torch", "triton"]
 """The implementation of attention."""
 
 
+def _suggests_names(cls: type[T]) -> type[T]:
+    """Have a dataclass answer an unknown argument with the one that was probably meant."""
+    construct: Any = cls.__init__
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+    @wraps(construct)
+    def init(self: T, *values: Any, **named: Any) -> None:
+        unknown = named.keys() - set(known)
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}() has no {', '.join(f'`{name}`' for name in sorted(unknown))}"
+                + (did_you_mean(sorted(unknown), known) or f"; it has {', '.join(known)}")
+            )
+        construct(self, *values, **named)
+
+    replaced: Any = init
+    cls.__init__ = replaced  # type: ignore[method-assign]
+    return cls
+
+
+@_suggests_names
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
     """Settings of a `GenerationManager`. A field that is None gets a default for the model and the device.

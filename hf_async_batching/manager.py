@@ -35,11 +35,18 @@ from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.unwrap import unwrap
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.default_device import cpu_by_default
+from hf_async_batching.runtime.size_text import size_text
 from hf_async_batching.runtime.start_progress import told
 from hf_async_batching.scheduler.step_features import features_of_request
 from hf_async_batching.stopping.criteria_relay import CriteriaThread
 
 Handle = TypeVar("Handle", bound=GenerationHandle)
+
+# Public to the other modules alone: `dir()` and an editor's completion leave them out.
+_FOR_THIS_PACKAGE = {
+    *("assembly", "for_registry", "holds_group", "inputs", "is_here", "leads", "spread"),
+    *("submit_group", "submit_request"),
+}
 
 
 class GenerationManager:
@@ -416,6 +423,22 @@ class GenerationManager:
             EngineFailedError: The ranks sample different tokens.
         """
         self._engines.follow()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "GenerationManager(closed)"
+        name = type(self.model).__name__
+        if self.assembly is None:
+            return f"GenerationManager({name}, engine not running)"
+        now = self.stats()
+        return (
+            f"GenerationManager({name}, {now.running} running, {now.waiting} waiting, "
+            f"{now.tokens_per_second:,.0f} tok/s, {now.pages_in_use:,} of {now.pages_total:,} pages, "
+            f"KV cache {size_text(now.cache_bytes)})"
+        )
+
+    def __dir__(self) -> list[str]:
+        return sorted(set(super().__dir__()) - _FOR_THIS_PACKAGE)
 
     def __enter__(self) -> GenerationManager:
         return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +78,13 @@ def test_settings_need_no_torch() -> None:
     )
     folder = str(Path(config_module.__file__).parent)
     assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0
+
+
+def test_an_unknown_setting_is_answered_with_what_was_meant() -> None:
+    with pytest.raises(TypeError, match=r"BatchingConfig\(\) has no `max_row`; did you mean `max_rows`\?"):
+        BatchingConfig(**{"max_row": 3})
+    with pytest.raises(TypeError, match="has no `colour`; it has depth, page_size, "):
+        BatchingConfig(**{"colour": 3})
+    assert list(inspect.signature(BatchingConfig).parameters)[:2] == ["depth", "page_size"]
+    config = BatchingConfig(2, max_rows=3)
+    assert pickle.loads(pickle.dumps(config)) == config == dataclasses.replace(BatchingConfig(2), max_rows=3)

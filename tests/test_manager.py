@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,7 @@ from hf_async_batching.core.plan import Features
 from hf_async_batching.core.request import Request
 from hf_async_batching.coverage.families import tiny_model as make_family
 from hf_async_batching.engine.engine_thread import EngineThread
+from hf_async_batching.runtime.size_text import size_text
 
 PROMPTS = ragged_prompts(8, 30, seed=5)
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -663,3 +665,53 @@ def test_a_task_that_is_cancelled_ends_its_request(model: Any, stop_strings: Any
         manager.warmup()
         with slowed(manager, 0.02):
             asyncio.run(main(manager))
+
+
+def test_repr_says_the_state_and_figures() -> None:
+    model = tiny_model("Llama")
+    manager = make(model, num_pages=40)
+    name = type(model).__name__
+    assert repr(manager) == f"GenerationManager({name}, engine not running)"
+    with manager:
+        manager.submit([5, 6], max_new_tokens=2, **GREEDY).result(60)
+        wait_until(lambda: manager.stats().rows_in_use == 0)
+        pattern = (
+            rf"GenerationManager\({name}, 0 running, 0 waiting, [\d,]+ tok/s, 0 of 40 pages, KV cache [\d.]+ [KM]iB\)"
+        )
+        assert re.fullmatch(pattern, repr(manager)), repr(manager)
+        figures = repr(manager.stats())
+        assert "running=0" in figures and "pages_total=40" in figures
+        assert not re.search(r"\d\.\d{5}", figures), "rounded"
+        assert repr(manager.timeline()).startswith("Timeline(CPU, ")
+    assert repr(manager) == "GenerationManager(closed)"
+
+
+def test_dir_shows_what_a_person_may_use(model: Any) -> None:
+    with make(model) as manager:
+        shown = {name for name in dir(manager) if not name.startswith("_")}
+    assert shown == {
+        *("submit", "submit_requests", "make_request", "bind", "warmup", "stats", "timeline", "config", "model"),
+        *("close", "closed", "set_depth", "weights_updated", "model_changed", "follow"),
+    }
+
+
+def test_a_second_engine_of_a_model_is_told_once(caplog: Any) -> None:
+    model = tiny_model("Llama")
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "a second engine" in record.getMessage()]
+
+    with caplog.at_level("WARNING"), make(model, num_pages=40) as first, make(model, num_pages=40) as second:
+        first.submit([5], max_new_tokens=1, **GREEDY).result(60)
+        assert told() == [], "a manager that serves nothing has no engine"
+        second.submit([5], max_new_tokens=1, **GREEDY).result(60)
+        (message,) = told()
+        size = size_text(first.stats().cache_bytes)
+        assert f"its KV cache takes {size} beside the other's {size}" in message
+        assert "custom_generate=manager.bind()" in message
+        with make(model, num_pages=40) as third:
+            third.submit([5], max_new_tokens=1, **GREEDY).result(60)
+        assert len(told()) == 1
+        with make(tiny_model("Llama"), num_pages=40) as other:
+            other.submit([5], max_new_tokens=1, **GREEDY).result(60)
+        assert len(told()) == 1, "another model"

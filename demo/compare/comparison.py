@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_async_batching.bench.measure import Pace
-from hf_async_batching.bench.timeline_picture import steady_window
 from hf_async_batching.core.timeline import StepRecord
+from hf_async_batching.core.timeline_picture import steady_window
 
 from ..chat.messages import Message
 from ..serving.backend import Backend

@@ -19,8 +19,6 @@ from hf_async_batching.devices.memory import return_memory
 
 logger = logging.getLogger(__name__)
 
-PEERS = ("generate_batch", "generate")
-
 
 def run_peer(
     name: str,
@@ -34,7 +32,7 @@ def run_peer(
     """Run a workload with a peer. Whatever goes wrong is part of the answer; the model is afterwards as it was before.
 
     Args:
-        name: One of `PEERS`.
+        name: One of `choices.PEERS`.
         model: The model; its attention and its generation config are set back in the end.
         make_workload: Makes the workload from a seed of its token ids.
         repeats: Counted passes; the median counts.

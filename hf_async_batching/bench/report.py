@@ -11,9 +11,9 @@ from hf_async_batching.bench.accuracy import Accuracy
 from hf_async_batching.bench.machine import Machine
 from hf_async_batching.bench.measure import BenchRun, Measured
 from hf_async_batching.bench.peer_run import PeerRun
-from hf_async_batching.bench.timeline_picture import SAVED_STEPS, Panel, steady_window
 from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.core.timeline import StepRecord
+from hf_async_batching.core.timeline_picture import SAVED_STEPS, Panel, steady_window
 
 # What was not measured.
 _NONE = "-"

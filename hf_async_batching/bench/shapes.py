@@ -9,12 +9,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_async_batching.bench.choices import QUANTIZATIONS
 from hf_async_batching.bench.quantized import nf4_model
 from hf_async_batching.bench.shape_configs import SHAPES, Shape
 
-__all__ = ["QUANTIZATIONS", "SHAPES", "Shape", "random_model", "shape_config"]
-
-QUANTIZATIONS = ("nf4",)
+__all__ = ["SHAPES", "Shape", "random_model", "shape_config"]
 
 # Fields that list the kind of each layer, and fields that count the dense layers in front of the sparse ones.
 _KINDS = ("layer_types", "layers_block_type")
@@ -37,7 +36,7 @@ def random_model(
         device: Where the weights are made and stay.
         dtype: Dtype of the weights; quantized layers compute in it.
         seed: Seed of the weights. The state of torch's own generators is the same before and after.
-        quantize: None, or one of `QUANTIZATIONS`: each linear layer is quantized as soon as it is drawn.
+        quantize: None, or one of `choices.QUANTIZATIONS`: each linear layer is quantized as soon as it is drawn.
         changes: Fields of the config that differ from the shape's; for `num_hidden_layers`, see `shape_config`.
 
     Raises:

@@ -1,9 +1,21 @@
-"""Types of the command line's arguments, and how a command's parser begins."""
+"""Types of the command line's arguments, how a command's parser begins, and how it says what is wrong."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
+
+
+class CommandError(Exception):
+    """What a person can put right; the message says how, in a line or two."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, and end with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n(`{self.prog} --help` lists the options)\n")
 
 
 def count(text: str) -> int:

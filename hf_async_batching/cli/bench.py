@@ -1,181 +1,71 @@
-"""`hf-async-batching bench`: its arguments, and the order of things."""
+"""`hf-async-batching bench`: the order of things; its arguments are in `bench_arguments`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-import textwrap
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_async_batching.bench import report
 from hf_async_batching.bench.accuracy import Accuracy, equal_fraction, equal_to_generate, sample, teacher_forced
+from hf_async_batching.bench.choices import SIZES, SWITCHES
 from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
 from hf_async_batching.bench.peer_run import PeerRun
-from hf_async_batching.bench.peers import PEERS, run_peer
+from hf_async_batching.bench.peers import run_peer
 from hf_async_batching.bench.quantized import nf4_config
 from hf_async_batching.bench.sampling_option import SamplingOption
-from hf_async_batching.bench.shapes import QUANTIZATIONS, SHAPES, random_model
-from hf_async_batching.bench.timeline_picture import draw
+from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload
-from hf_async_batching.cli.arguments import command_parser, count
+from hf_async_batching.cli.arguments import CommandError
 from hf_async_batching.config import Admission, BatchingConfig
+from hf_async_batching.core.timeline_picture import draw
 from hf_async_batching.errors import HfAsyncBatchingError
 
-SUMMARY = "measure speed, GPU use and accuracy, also against transformers itself"
 
-_EXAMPLES = f"""\
-examples:
-  synchronous against asynchronous batching, on random weights of a real model's shape:
-    hf-async-batching bench seed --shape llama-3.1-8b --depth 1 2 --out results
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command.
 
-  against transformers' own continuous batching and padded generate, on the same work in the same process:
-    hf-async-batching bench mix --shape llama-3.1-8b --peer generate_batch generate
-
-  requests in the order in which they came, and longest first:
-    hf-async-batching bench mix --shape llama-3.1-8b --depth 2 --admission fcfs longest_first
-
-  a small model, where the host is the bottleneck; the median of three runs:
-    hf-async-batching bench small --shape qwen3-0.6b --depth 1 2 --repeats 3
-
-  what drawing costs, with every usual filter on every row:
-    hf-async-batching bench small --shape qwen3-0.6b --depth 2 --repeats 3
-    hf-async-batching bench small --shape qwen3-0.6b --depth 2 --repeats 3 \\
-        --sampling temperature=0.8,top_k=50,top_p=0.95,repetition_penalty=1.1
-
-  conversations, with the prefix cache and without it:
-    hf-async-batching bench chat --shape qwen3-8b
-    hf-async-batching bench chat --shape qwen3-8b --no-prefix-cache
-
-  a mixture of experts, and a model whose linear layers are quantized to 4 bits (needs bitsandbytes):
-    hf-async-batching bench small --shape qwen3-30b-a3b
-    hf-async-batching bench small --shape qwen3-8b --quantize nf4
-
-  the first layers of a large model, some of each kind:
-    hf-async-batching bench small --shape nemotron-h-8b --layers 8
-
-  your own model, on a part of the work:
-    hf-async-batching bench mix small --model path/or/hub-name --rows 32 --new 64
-
-  a dry run in seconds, without a GPU:
-    hf-async-batching bench seed small mix chat --shape tiny --rows 4 --prompt 8 --new 8 --device cpu
-
-  the picture of a saved measurement, drawn again:
-    hf-async-batching bench --timeline results/seed-llama-3.1-8b.json
-
-workloads (greedy, random token ids, all requests there at the start, no end of sequence):
-  seed    32 requests of 32 prompt and 8,192 new tokens
-  small   256 requests of 64 prompt and 512 new tokens
-  mix     256 requests whose prompts and completions have 16 to 1,024 tokens each
-  chat    16 conversations of 8 turns behind a system prompt of 500 tokens that all share; each message comes with the
-          end of the answer before it
-
-shapes:
-{textwrap.fill(", ".join(SHAPES), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}
-
-The table: host ms/step is planning, launching and reading, without waiting. MBU is the bytes that the steps must read
-(all weights once per step, the live keys and values once) over their time, over the copy bandwidth measured in the
-same process. The first token's time counts from a request's arrival; warm-up is the start of a fresh engine until its
-first token, plus `GenerationManager.warmup()`. With --out, WORKLOAD-SHAPE.json holds everything that was measured and
-WORKLOAD-SHAPE.svg shows host and GPU in the same steps.
-"""
-
-# Switches that turn a setting of `BatchingConfig` off.
-_SWITCHES = {
-    "no_compile": "compile",
-    "no_fuse": "fuse_weights",
-    "no_graphs": "cuda_graphs",
-    "no_prefix_cache": "prefix_cache",
-}
-_SIZES = ("page_size", "max_batch_tokens", "max_rows")
-
-
-class BenchError(Exception):
-    """What a person can put right; the message says how."""
-
-
-def add_parser(commands: Any) -> None:
-    """Add `bench` to the sub-commands of an argument parser."""
-    parser = command_parser(commands, "bench", SUMMARY, _EXAMPLES)
-    add = parser.add_argument
-    add("workloads", nargs="*", metavar="WORKLOAD", help=f"what to serve: {', '.join(WORKLOADS)}")
-    add("--shape", metavar="NAME", help="random weights of this shape (see below)")
-    add("--model", metavar="NAME", help="a model's folder or its name on the Hub, instead of a shape")
-    add("--layers", type=count, metavar="N", help="of --shape: the first N layers, some of each kind where N allows")
-    add("--quantize", choices=QUANTIZATIONS, help="linear layers by bitsandbytes: 4-bit NormalFloat")
-    add("--depth", type=count, nargs="+", default=[1, 2], metavar="N", help="steps in flight, one run each (1 2)")
-    add("--engine", action="store_true", help="step the engine directly, without GenerationManager's thread")
-    add("--peer", nargs="+", default=[], choices=PEERS, metavar="NAME", help=f"also run: {', '.join(PEERS)}")
-    add("--peer-limit", type=float, default=300.0, metavar="S", help="give a peer's run up after S seconds (300)")
-    add("--repeats", type=count, default=1, metavar="N", help="counted runs; the one with the median time counts (1)")
-    add("--accuracy", type=int, default=2, metavar="N", help="check N requests against the plain forward (2; 0: none)")
-    add("--sampling", metavar="FIELDS", help="draw tokens, as in 'temperature=0.8,top_k=50'; not checked for accuracy")
-    add("--device", choices=("cuda", "cpu"), help="where to run (cuda where there is one)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (bfloat16; float32 on the CPU)")
-    add("--out", type=Path, metavar="DIR", help="write the JSON and the picture of each workload there")
-    add("--timeline", type=Path, metavar="FILE", help="draw the picture of a saved JSON, and do nothing else")
-    sizes = parser.add_argument_group("smaller work, for quick runs")
-    sizes.add_argument("--rows", type=count, metavar="N", help="requests; of chat: conversations")
-    sizes.add_argument("--prompt", type=count, metavar="N", help="prompt tokens; of mix: at most; of chat: shared")
-    sizes.add_argument("--new", type=count, metavar="N", help="new tokens; of mix and chat: at most")
-    sizes.add_argument("--turns", type=count, metavar="N", help="of chat: messages per conversation")
-    settings = parser.add_argument_group("settings of the engine (BatchingConfig), the defaults where not given")
-    for name in _SIZES:
-        settings.add_argument(f"--{name.replace('_', '-')}", type=count, metavar="N")
-    settings.add_argument(
-        "--admission",
-        nargs="+",
-        choices=get_args(Admission),
-        default=["fcfs"],
-        help="one run each, at each depth (fcfs)",
-    )
-    for switch, setting in _SWITCHES.items():
-        settings.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"{setting}=False")
-    parser.set_defaults(run=partial(_run, parser))
-
-
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    try:
-        if arguments.timeline is not None:
-            return _draw_again(arguments)
-        _check(arguments)
-        return _bench(arguments)
-    except BenchError as error:
-        parser.error(str(error))
+    Raises:
+        CommandError: An argument is wrong.
+    """
+    if arguments.timeline is not None:
+        return _draw_again(arguments)
+    _check(arguments)
+    return _bench(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if not arguments.workloads:
-        raise BenchError(f"name at least one WORKLOAD: {', '.join(WORKLOADS)}")
+        raise CommandError(f"name at least one WORKLOAD: {', '.join(WORKLOADS)}")
     for name in arguments.workloads:
         if name not in WORKLOADS:
-            raise BenchError(f"there is no workload {name!r}; choose from {', '.join(WORKLOADS)}")
+            raise CommandError(f"there is no workload {name!r}; choose from {', '.join(WORKLOADS)}")
     if (arguments.shape is None) == (arguments.model is None):
-        raise BenchError("name either a --shape or a --model")
+        raise CommandError("name either a --shape or a --model")
     if arguments.shape is not None and arguments.shape not in SHAPES:
-        raise BenchError(f"there is no shape {arguments.shape!r}; choose one of {', '.join(SHAPES)}")
+        raise CommandError(f"there is no shape {arguments.shape!r}; choose one of {', '.join(SHAPES)}")
     if arguments.layers is not None and arguments.shape is None:
-        raise BenchError("--layers belongs to --shape: a model of your own has the layers that it was trained with")
+        raise CommandError("--layers belongs to --shape: a model of your own has the layers that it was trained with")
     if arguments.turns is not None and "chat" not in arguments.workloads:
-        raise BenchError("--turns belongs to the workload chat")
+        raise CommandError("--turns belongs to the workload chat")
     if arguments.sampling is not None:
         if arguments.peer:
-            raise BenchError("--sampling is for our own engine: peers are greedy")
+            raise CommandError("--sampling is for our own engine: peers are greedy")
         try:
             SamplingOption.parse(arguments.sampling)
         except ValueError as error:
-            raise BenchError(f"--sampling: {error}") from error
+            raise CommandError(f"--sampling: {error}") from error
     if arguments.accuracy < 0:
-        raise BenchError(f"--accuracy must not be negative, got {arguments.accuracy}")
+        raise CommandError(f"--accuracy must not be negative, got {arguments.accuracy}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+        raise CommandError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -198,19 +88,19 @@ def _config(arguments: argparse.Namespace, depth: int, admission: Admission) -> 
     """The settings of a run.
 
     Raises:
-        BenchError: A setting is out of range, or this version does not have it.
+        CommandError: A setting is out of range, or this version does not have it.
     """
     known = {field.name for field in fields(BatchingConfig)}
-    values: dict[str, Any] = {name: getattr(arguments, name) for name in _SIZES}
-    for switch, setting in _SWITCHES.items():
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in SIZES}
+    for switch, setting in SWITCHES.items():
         if getattr(arguments, switch):
             if setting not in known:
-                raise BenchError(f"--{switch.replace('_', '-')}: BatchingConfig has no `{setting}` in this version")
+                raise CommandError(f"--{switch.replace('_', '-')}: BatchingConfig has no `{setting}` in this version")
             values[setting] = False
     try:
         return BatchingConfig(depth=depth, admission=admission, timeline_steps=KEPT_STEPS, idle_timeout=None, **values)
     except ValueError as error:
-        raise BenchError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def _model(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -220,12 +110,12 @@ def _model(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
         try:
             return random_model(arguments.shape, device, dtype, quantize=quantize, **changes)
         except ValueError as error:
-            raise BenchError(f"--shape {arguments.shape}: {error}") from error
+            raise CommandError(f"--shape {arguments.shape}: {error}") from error
     try:
         settings = {"quantization_config": nf4_config(dtype), "device_map": {"": device}} if quantize else {}
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **settings)
     except (OSError, ValueError) as error:
-        raise BenchError(f"--model {arguments.model}: {error}") from error
+        raise CommandError(f"--model {arguments.model}: {error}") from error
     model.generation_config.eos_token_id = None
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
@@ -283,7 +173,7 @@ def _bench_workload(
                 repeats=arguments.repeats,
             )
         except (HfAsyncBatchingError, ValueError) as error:
-            raise BenchError(f"{name}: {error}") from error
+            raise CommandError(f"{name}: {error}") from error
         measured.append(one)
         print(report.run_row(one, equal_fraction(one.tokens, measured[0].tokens)), flush=True)
     # Drawn tokens are no arg-max.
@@ -352,12 +242,12 @@ def _draw_again(arguments: argparse.Namespace) -> int:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BenchError(f"--timeline {path}: {error}") from error
+        raise CommandError(f"--timeline {path}: {error}") from error
     target = path.with_suffix(".svg")
     try:
         _draw(contents, arguments.out / target.name if arguments.out else target)
     except ValueError as error:
-        raise BenchError(f"--timeline {path}: {error}") from error
+        raise CommandError(f"--timeline {path}: {error}") from error
     return 0
 
 

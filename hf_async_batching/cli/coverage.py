@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_async_batching.coverage.check import LONGEST, check_model
-from hf_async_batching.coverage.verdicts import BAD, describe
+from hf_async_batching.cli.load_model import load_model
+from hf_async_batching.coverage.verdicts import BAD, LONGEST, describe
 
 _CHECK = """\
 Serve ragged prompts of random tokens together, through `submit` and as one padded batch through
@@ -38,6 +38,7 @@ def add_check_parser(commands: Any) -> None:
         metavar="N",
         help="tokens up to which prompts go beyond windows, chunks and the like of the config (default: %(default)s)",
     )
+    check.add_argument("--trust-remote-code", action="store_true", help="let code run that comes with the model")
     check.set_defaults(run=_check)
 
 
@@ -79,19 +80,25 @@ def add_coverage_parser(commands: Any) -> None:
     coverage.add_argument(
         "--limit-minutes", type=float, metavar="M", help="begin with no class after M minutes (default: no limit)"
     )
-    coverage.set_defaults(run=_coverage)
+    coverage.set_defaults(run=_coverage, go_on=_go_on)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from hf_async_batching.coverage.check import check_model
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(arguments.device).eval()
+    model = load_model(arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code)
+    model = model.to(arguments.device).eval()
     verdict = check_model(model, new_tokens=arguments.new_tokens, longest=arguments.longest)
     print(f"{type(model).__name__}: {describe(verdict)}")
     return 0 if verdict.served else 1
+
+
+def _go_on(arguments: argparse.Namespace) -> str:
+    return "the same again with --resume goes on" if arguments.out is not None and arguments.out.exists() else ""
 
 
 def _cannot_write(out: Path | None) -> str:

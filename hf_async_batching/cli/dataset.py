@@ -1,135 +1,45 @@
-"""`hf-async-batching dataset`: its arguments, and the order of things."""
+"""`hf-async-batching dataset`: the order of things; its arguments are in `dataset_arguments`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_async_batching.cli.arguments import command_parser, count
+from hf_async_batching.cli.arguments import CommandError
+from hf_async_batching.cli.load_model import load_model, load_tokenizer
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.dataset.generate import generate_dataset
 from hf_async_batching.dataset.input_files import InputError, input_problem, read_input
 from hf_async_batching.dataset.output_files import OutputError, check_columns, check_output, write_output
+from hf_async_batching.dataset.preview import preview
 from hf_async_batching.dataset.store.ranks import find_ranks
 from hf_async_batching.errors import HfAsyncBatchingError
 from hf_async_batching.manager import GenerationManager
 
-SUMMARY = "complete every row of a dataset, and lose nothing"
 
-_EXAMPLES = """\
-examples:
-  every question of a CSV file, as a chat; a folder of Parquet files that load_dataset("answers") reads:
-    hf-async-batching dataset questions.csv --model HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --prompt-column question --chat --max-new-tokens 200 --output answers
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Returns the exit status.
 
-  it was interrupted, killed, or the disk was full: the same again, and
-    ... --resume
-
-  a split of a dataset on the Hub whose column holds messages; the first 1,000 rows; one JSONL file:
-    hf-async-batching dataset HuggingFaceH4/ultrachat_200k --split test_sft --limit 1000 \\
-        --model Qwen/Qwen3-0.6B --messages-column messages --output out.jsonl
-
-  four sampled answers for each prompt, with their log-probabilities, to the Hub:
-    hf-async-batching dataset prompts.jsonl --model M --num-return-sequences 4 --do-sample \\
-        --temperature 0.8 --seed 1 --logprobs --output samples --push-to-hub me/samples --private
-
-  rows that say themselves how long and how warm: columns max_new_tokens and temperature:
-    hf-async-batching dataset rows.parquet --model M --row-parameters max_new_tokens temperature \\
-        --output out.parquet
-
-  rows that cannot be served (None, empty, too long) get an error in a column instead of ending the run:
-    hf-async-batching dataset rows.jsonl --model M --output out --on-error record
-
-  a dataset that does not fit the disk, read as a stream:
-    hf-async-batching dataset HuggingFaceFW/fineweb --split train --streaming --limit 100000 \\
-        --prompt-column text --model M --max-new-tokens 32 --output summaries
-
-  two GPUs, each with a copy of the model and its share of the rows:
-    accelerate launch --num_processes 2 --module hf_async_batching dataset rows.jsonl --model M --output out
-
-INPUT is a CSV, TSV, JSON, JSONL, text or Parquet file (or several, with a pattern in quotes: 'part-*.jsonl'; all but
-Parquet also with .gz), a folder that `load_dataset` or `save_to_disk` knows, or a dataset's name on the Hub. OUT is a
-folder, or a .parquet, .jsonl, .csv or .tsv file (all but .parquet also with .gz); in CSV lists are JSON. The new
-columns are completion, completion_ids, finish_reason, prompt_tokens, completion_tokens, and completion_logprobs
-and error where they are asked for. While it runs, finished rows are kept in OUTPUT.unfinished (--work-dir), which goes
-away at the end.
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """Add `dataset` to the sub-commands of an argument parser."""
-    parser = command_parser(commands, "dataset", SUMMARY, _EXAMPLES)
-    add = parser.add_argument
-    add("input", metavar="INPUT", help="files, a folder, or a dataset's name on the Hub")
-    add("--model", required=True, metavar="NAME", help="a model's folder or its name on the Hub")
-    add(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="OUT",
-        help="a folder, or a .parquet, .jsonl, .csv or .tsv file",
-    )
-    add("--resume", action="store_true", help="go on with a run that ended early")
-    add("--work-dir", type=Path, metavar="DIR", help="where finished rows are kept meanwhile (OUT.unfinished)")
-    add("--push-to-hub", metavar="REPO", help="also upload the result to this dataset repository")
-    add("--private", action="store_true", help="make that repository private")
-    rows = parser.add_argument_group("which rows")
-    rows.add_argument("--config", metavar="NAME", help="of a dataset with several configurations")
-    rows.add_argument("--split", metavar="NAME", help="train where there is one; otherwise the only one")
-    rows.add_argument("--limit", type=count, metavar="N", help="the first N rows")
-    rows.add_argument("--streaming", action="store_true", help="do not download or convert the dataset first")
-    prompts = parser.add_argument_group("their prompts")
-    column = prompts.add_mutually_exclusive_group()
-    column.add_argument(
-        "--prompt-column",
-        metavar="C",
-        help="text (or messages, or token ids); the default is prompt, of a .txt file text",
-    )
-    column.add_argument("--messages-column", metavar="C", help="a list of messages with role and content")
-    column.add_argument("--token-ids-column", metavar="C", help="a list of token ids")
-    prompts.add_argument("--chat", action="store_true", help="make a text the user's message of a chat")
-    prompts.add_argument("--system-prompt", metavar="TEXT", help="begin every chat with it; implies --chat")
-    making = parser.add_argument_group("their completions")
-    making.add_argument("--max-new-tokens", type=count, metavar="N", help="per completion")
-    making.add_argument("--num-return-sequences", type=count, metavar="N", help="completions per row (1)")
-    making.add_argument(
-        "--do-sample", action=argparse.BooleanOptionalAction, help="draw at random; as the model's own config says"
-    )
-    making.add_argument("--temperature", type=float, metavar="T")
-    making.add_argument("--top-k", type=int, metavar="K")
-    making.add_argument("--top-p", type=float, metavar="P")
-    making.add_argument("--min-p", type=float, metavar="P")
-    making.add_argument("--stop", nargs="+", metavar="TEXT", help="end a completion where one of these appears")
-    making.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (0)")
-    making.add_argument("--row-parameters", nargs="+", default=[], metavar="C", help="columns that rows have them in")
-    making.add_argument("--logprobs", action="store_true", help="keep the tokens' log-probabilities")
-    making.add_argument("--on-error", choices=("raise", "record"), default="raise", help="of a row (raise)")
-    making.add_argument("--completion-column", metavar="C", help="name of the new text column (completion)")
-    engine = parser.add_argument_group("the engine")
-    engine.add_argument("--device", metavar="D", help="cuda, cuda:1, cpu, ... (cuda where there is one)")
-    engine.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    engine.add_argument("--max-rows", type=count, metavar="N", help="rows that are computed at once")
-    engine.add_argument("--window", type=count, default=8192, metavar="N", help="unfinished rows in memory (8192)")
-    parser.set_defaults(run=partial(_run, parser))
-
-
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    Raises:
+        CommandError: An argument is wrong, or the input cannot be read.
+    """
     # A scheduler that takes the machine away says so with SIGTERM; it gets what Ctrl-C gets.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _dataset(arguments)
     except (InputError, OutputError) as error:
-        parser.error(str(error))
+        raise CommandError(str(error)) from error
+    except CommandError:
+        raise
     except Exception as error:
         # What is wrong with a file comes to light late where it is a stream, and where its bytes are no text.
         late = isinstance(error, UnicodeDecodeError) or (
@@ -167,6 +77,7 @@ def _work_dir(arguments: argparse.Namespace) -> Path:
 def _dataset(arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         _draw_no_bars()
+        _log_progress()
     # Everything that can be wrong without a model, first.
     work = _work_dir(arguments)
     ranks = find_ranks(None, None)
@@ -184,11 +95,9 @@ def _dataset(arguments: argparse.Namespace) -> int:
         streaming=arguments.streaming,
     )
     check_columns(arguments.output, dataset.features)
+    prompt = _prompt_column(arguments, list(dataset.features or ()))
     model, tokenizer = _model(arguments)
     config = BatchingConfig(max_rows=arguments.max_rows)
-    prompt = arguments.prompt_column or arguments.messages_column or arguments.token_ids_column
-    if prompt is None:
-        prompt = "text" if list(dataset.features or ()) == ["text"] else "prompt"
     with GenerationManager(model, config) as manager:
         done = generate_dataset(
             manager,
@@ -201,6 +110,7 @@ def _dataset(arguments: argparse.Namespace) -> int:
             on_error=arguments.on_error,
             logprobs=arguments.logprobs,
             chat=arguments.chat,
+            tools=arguments.tools_column,
             system_prompt=arguments.system_prompt,
             output_columns={"text": arguments.completion_column} if arguments.completion_column else None,
             window=arguments.window,
@@ -209,6 +119,7 @@ def _dataset(arguments: argparse.Namespace) -> int:
     if ranks.rank == 0:
         written = write_output(done, work, arguments.output, drop_errors=arguments.on_error == "raise")
         print(f"wrote {written.num_rows:,} rows to {arguments.output}", flush=True)
+        print(preview(written.with_format(None), prompt, arguments.completion_column or "completion"), flush=True)
         if arguments.push_to_hub:
             written.push_to_hub(arguments.push_to_hub, private=arguments.private)
             print(f"uploaded them to {arguments.push_to_hub}", flush=True)
@@ -217,6 +128,25 @@ def _dataset(arguments: argparse.Namespace) -> int:
         else:
             print(f"{work} can be deleted once all processes have ended", flush=True)
     return 0
+
+
+def _prompt_column(arguments: argparse.Namespace, names: list[str]) -> str:
+    """The column of prompts, which is there where the names of the columns are known.
+
+    Raises:
+        CommandError: Names a column that is not there, and those that are.
+    """
+    options = ("prompt_column", "messages_column", "token_ids_column")
+    option = next((option for option in options if getattr(arguments, option) is not None), None)
+    default = "text" if names == ["text"] else "prompt"
+    prompt: str = default if option is None else getattr(arguments, option)
+    wanted = {f"--{(option or options[0]).replace('_', '-')}": [prompt], "--row-parameters": arguments.row_parameters}
+    wanted["--tools-column"] = [] if arguments.tools_column is None else [arguments.tools_column]
+    for name, columns in wanted.items():
+        for column in columns:
+            if names and column not in names:
+                raise CommandError(f"{name}: INPUT has no column {column!r}; it has {', '.join(map(repr, names))}")
+    return prompt
 
 
 def _draw_no_bars() -> None:
@@ -228,6 +158,16 @@ def _draw_no_bars() -> None:
         from datasets.utils import disable_progress_bars
 
         disable_progress_bars()
+
+
+def _log_progress() -> None:
+    """Write the lines that a run logs where it draws no bar."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("hf_async_batching.dataset.run.progress")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _generation(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -245,10 +185,11 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
+        raise CommandError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {arguments.model}: {error}") from error
-    return model.to(device).eval(), tokenizer
+        torch.device(device)
+    except RuntimeError as error:
+        raise CommandError(f"--device {device}: torch knows no such device; use cuda, cuda:1 or cpu") from error
+    trust = arguments.trust_remote_code
+    model = load_model(arguments.model, dtype=arguments.dtype, trust_remote_code=trust)
+    return model.to(device).eval(), load_tokenizer(arguments.model, trust_remote_code=trust)

@@ -6,34 +6,47 @@ The page is built on this package, so the package does not import it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 _PAGE = "demo.app"
+_CHECKOUT = Path(__file__).parents[2]
 
 SUMMARY = "start the web page that chats"
 
-_REMEDY = """\
-the page is not part of the installed package; get a checkout of the repository and run `make demo` there, or
-`python -m hf_async_batching demo` from its folder once its requirements are there: pip install -e '.[demo]'"""
+_NO_PAGE = """\
+the page is not part of the installed package; get a checkout of the repository and run `make demo` there"""
+_NO_GRADIO = "the page needs packages that are not installed: pip install -e '.[demo]' in the checkout, or `make demo`"
 
 
 def add_parser(commands: Any) -> None:
-    """Add `demo` to the sub-commands of an argument parser."""
-    parser: argparse.ArgumentParser = commands.add_parser("demo", help=SUMMARY, add_help=False)
+    """Add `demo` to the sub-commands of an argument parser; it is listed where the page is there."""
+    listed = {"help": SUMMARY} if _find_page() else {}
+    parser: argparse.ArgumentParser = commands.add_parser("demo", add_help=False, **listed)
     parser.set_defaults(run=_run, takes_rest=True)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _find_page() -> bool:
+    """Whether the page can be imported, also from elsewhere where this file is part of a checkout."""
+    if (_CHECKOUT / "demo" / "app.py").exists() and str(_CHECKOUT) not in sys.path:
+        sys.path.append(str(_CHECKOUT))
     try:
-        found = importlib.util.find_spec(_PAGE) is not None and importlib.util.find_spec("gradio") is not None
+        return importlib.util.find_spec(_PAGE) is not None
     except ImportError:
-        found = False
-    if not found:
-        print(f"hf-async-batching demo: {_REMEDY}", file=sys.stderr)
-        return 1
+        return False
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if not _find_page():
+        return _cannot(_NO_PAGE)
+    # The page's own parser, without the page: `--help` and mistakes need no Gradio.
+    importlib.import_module("demo.arguments").make_parser("hf-async-batching demo").parse_args(arguments.rest)
+    if importlib.util.find_spec("gradio") is None:
+        return _cannot(_NO_GRADIO)
     before, sys.argv = sys.argv, ["hf-async-batching demo", *arguments.rest]
     try:
         runpy.run_module(_PAGE, run_name="__main__")
@@ -42,3 +55,8 @@ def _run(arguments: argparse.Namespace) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _cannot(why: str) -> int:
+    print(f"hf-async-batching demo: {why}", file=sys.stderr)
+    return 1

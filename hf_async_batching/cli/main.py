@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hf_async_batching.cli import bench, coverage, dataset, demo
+import hf_async_batching
+from hf_async_batching.cli import bench_arguments, coverage, dataset_arguments, demo
 from hf_async_batching.cli import compatibility as compatibility_command
+from hf_async_batching.cli.arguments import CommandError, CommandParser
 
 _EXAMPLES = """\
 
@@ -45,26 +50,49 @@ class _DeveloperCommands:
         return "commands for developers:\n" + "".join(lines)
 
 
+class _Version(argparse.Action):
+    """Prints the versions that a report of a problem needs; reads them, and imports nothing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        versions = [f"Python {platform.python_version()}"]
+        for name in ("torch", "transformers"):
+            try:
+                versions.append(f"{name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:
+                versions.append(f"no {name}")
+        print(f"{parser.prog} {hf_async_batching.__version__} ({', '.join(versions)})")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` is what follows the program's name. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-async-batching",
         description="Asynchronous continuous batching for Hugging Face generate.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions, and end")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     developers = _DeveloperCommands(commands)
-    dataset.add_parser(commands)
+    dataset_arguments.add_parser(commands)
     coverage.add_check_parser(commands)
     demo.add_parser(commands)
-    bench.add_parser(developers)
+    bench_arguments.add_parser(developers)
     coverage.add_coverage_parser(developers)
     compatibility_command.add_parser(developers)
     parser.epilog = f"{developers.listed()}{_EXAMPLES}"
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     arguments.argv = None if argv is None else list(argv)
-    status: int = arguments.run(arguments)
+    name = f"{parser.prog} {arguments.command}"
+    try:
+        status: int = arguments.run(arguments)
+    except CommandError as error:
+        parser.exit(2, f"{name}: {error}\n")
+    except KeyboardInterrupt:
+        go_on = getattr(arguments, "go_on", lambda _: None)(arguments)
+        print(f"{name}: interrupted{f'; {go_on}' if go_on else ''}", file=sys.stderr)
+        return 130
     return status

@@ -1,4 +1,4 @@
-"""When each step was planned, copied, computed and collected, and figures computed from these times."""
+"""The last steps of an engine, and what follows from their times."""
 
 from __future__ import annotations
 
@@ -6,43 +6,21 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-Span = tuple[float, float]
+from hf_async_batching.core.step_record import Span, StepRecord
+from hf_async_batching.core.timeline_picture import Panel, draw
 
+_SHOWN = 16
 
-class StepRecord(NamedTuple):
-    """The life of one step; times in seconds of `time.perf_counter`.
-
-    Attributes:
-        step: Number of the step.
-        decode_rows: Rows that decoded a token.
-        prompt_tokens: Prompt tokens computed.
-        tokens: Tokens sampled.
-        context_tokens: Tokens whose keys and values the step's attention reads, including those that it writes itself.
-        plan: Host: planning and launching.
-        settle: Host: reading the result and handing tokens on.
-        compute: Device: from the step's first kernel to its last.
-        h2d: Copy to the device; None if nothing was sent.
-        d2h: Copy from the device; None if nothing was sampled.
-    """
-
-    step: int
-    decode_rows: int
-    prompt_tokens: int
-    tokens: int
-    context_tokens: int
-    plan: Span
-    settle: Span
-    compute: Span
-    h2d: Span | None
-    d2h: Span | None
+__all__ = ["Span", "StepRecord", "Timeline", "records_after"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Timeline:
-    """The last steps of an engine, oldest first.
+    """The last steps of an engine, oldest first. A notebook draws some of them.
 
     Attributes:
         steps: The records.
@@ -78,6 +56,22 @@ class Timeline:
     def tokens_per_second(self) -> float:
         """Sampled tokens over `seconds`."""
         return sum(record.tokens for record in self.steps) / self.seconds if self.seconds else 0.0
+
+    def __repr__(self) -> str:
+        count = len(self.steps)
+        if not count:
+            return f"Timeline({self.device_name}, no steps)"
+        return (
+            f"Timeline({self.device_name}, {count} step{'' if count == 1 else 's'}, {self.seconds:.3g} s, "
+            f"device busy {100 * self.busy_fraction:.1f} %, {self.ms_per_step:.2f} ms/step, host "
+            f"{self.host_ms_per_step:.2f} ms/step, {self.tokens_per_second:,.0f} tok/s)"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figures, and a drawing of a few steps in the middle."""
+        shown = self.steps[max(0, len(self.steps) // 2 - _SHOWN // 2) :][:_SHOWN]
+        picture = draw([Panel(self.device_name, shown)]) if len(shown) > 1 else ""
+        return f"<div>{escape(repr(self))}</div>{picture}"
 
     def to_chrome_trace(self) -> dict[str, Any]:
         """The steps in the Trace Event Format, which Perfetto and chrome://tracing open."""

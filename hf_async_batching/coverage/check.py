@@ -19,15 +19,12 @@ from transformers import PreTrainedModel
 from hf_async_batching.config import BatchingConfig
 from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.plain_reference import LENGTHS, NEW_TOKENS, Reference, make_prompts, reference
-from hf_async_batching.coverage.verdicts import SERVED, Finding, Padded, Verdict
+from hf_async_batching.coverage.verdicts import LONGEST, SERVED, Finding, Padded, Verdict
 from hf_async_batching.devices.failure import why_lost
 from hf_async_batching.drop_in.generate import generate
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError, UnsupportedModelError
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.model.small.length_thresholds import length_thresholds
-
-LONGEST = 512
-"""Length in tokens up to which prompts cross the thresholds at which a model's computation changes."""
 
 _LATE = 4
 _PAGE_SIZE = 16

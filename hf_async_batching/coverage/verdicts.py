@@ -18,6 +18,9 @@ Status = Literal[
 ]
 Padded = Literal["", "the same", "other tokens", "fails"]
 
+LONGEST = 512
+"""Length in tokens up to which prompts cross the thresholds at which a model's computation changes."""
+
 BAD: frozenset[Status] = frozenset({"wrong", "failed", "crashed", "timed out"})
 """Statuses of a mistake: the model is served but not exactly, or it fails without a refusal."""
 SERVED: frozenset[Status] = frozenset({"exact", "within rounding"})

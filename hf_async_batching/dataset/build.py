@@ -40,6 +40,7 @@ def make_run(
         settings.row_parameters,
         chat=settings.chat,
         system_prompt=settings.system_prompt,
+        tools=settings.tools,
         chat_template_arguments=settings.chat_template_arguments,
     )
     decode = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -19,12 +20,13 @@ from hf_async_batching.dataset.rows.row import OnError
 from hf_async_batching.dataset.rows.source import DatasetSource, PlainSource, StreamSource
 from hf_async_batching.dataset.rows.tables import check_no_table, is_data_frame, rows_of_data_frame
 from hf_async_batching.dataset.run.progress import DatasetProgress
-from hf_async_batching.dataset.run.row_requests import split_arguments
+from hf_async_batching.dataset.run.row_requests import check_names, split_arguments
 from hf_async_batching.dataset.settings import DatasetSettings, row_parameter_columns
 from hf_async_batching.dataset.store.ranks import Ranks, find_ranks
 from hf_async_batching.dataset.to_folder import load_folder, through_folder
 from hf_async_batching.dataset.to_memory import completed_dataset, completed_rows, completed_stream
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError
+from hf_async_batching.inputs.generate_arguments import DatasetArguments
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.registry import get_manager
 
@@ -43,6 +45,7 @@ def generate_dataset(
     logprobs: bool = False,
     chat: bool = False,
     system_prompt: str | None = None,
+    tools: str | None = None,
     chat_template_arguments: Mapping[str, Any] | None = None,
     skip_special_tokens: bool = True,
     output_columns: Mapping[str, str | None] | None = None,
@@ -55,7 +58,7 @@ def generate_dataset(
     rank: int | None = None,
     world_size: int | None = None,
     batching_config: BatchingConfig | None = None,
-    **generate_arguments: Any,
+    **generate_arguments: Unpack[DatasetArguments],
 ) -> Any:
     """Complete every row of a dataset, and return it with the completions as new columns.
 
@@ -83,13 +86,16 @@ def generate_dataset(
         logprobs: Also keep the log-probabilities of the chosen tokens.
         chat: Make a text the user's message of a chat.
         system_prompt: Begins every chat that has no system message; implies `chat`.
+        tools: A column with the tools that a row's chat template is shown: a list of JSON schemas, or that list as
+            JSON text; None in a row for no tools. Implies `chat`.
         chat_template_arguments: Arguments of the chat template, such as `{"enable_thinking": False}`.
         skip_special_tokens: Whether special tokens are left out of the text.
         output_columns: Names of the new columns in place of `text`: "completion", `token_ids`: "completion_ids",
             `finish_reason`, `prompt_tokens`, `completion_tokens`, `logprobs`: "completion_logprobs", `error`; None
             leaves one out. With several completions per row (`num_return_sequences`), all but `prompt_tokens` and
             `error` hold lists.
-        progress: Whether to draw a bar; None for a bar if standard error is a terminal.
+        progress: Whether to draw a bar; None for a bar if standard error is a terminal or this is a notebook, and
+            otherwise a logged line each 30 seconds (INFO).
         callback: Gets a `DatasetProgress` about twice a second, in the calling thread.
         window: Number of rows that may be unfinished at once. It bounds memory; longest-first chooses among these
             rows.
@@ -123,9 +129,10 @@ def generate_dataset(
     for name, value in (("window", window), ("shard_rows", shard_rows), ("tokenize_threads", tokenize_threads)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    if tokenizer is None and (chat or system_prompt is not None):
-        raise ValueError("`chat` and `system_prompt` need a `tokenizer`")
+    if tokenizer is None and (chat or system_prompt is not None or tools is not None):
+        raise ValueError("`chat`, `system_prompt` and `tools` need a `tokenizer`")
     count, arguments = split_arguments(generation_config, generate_arguments)
+    check_names(arguments, generation_config, inspect.signature(generate_dataset).parameters)
     with _managed(model, batching_config) as manager:
         if manager.is_here:
             raise ReentrantCallError(
@@ -153,6 +160,7 @@ def generate_dataset(
             logprobs=logprobs,
             chat=chat,
             system_prompt=system_prompt,
+            tools=tools,
             chat_template_arguments=dict(chat_template_arguments or {}),
             skip_special_tokens=skip_special_tokens,
             columns=OutputColumns(output_columns, several=count > 1, text=tokenizer is not None, logprobs=logprobs),

@@ -42,6 +42,7 @@ class DatasetSettings:
     logprobs: bool
     chat: bool
     system_prompt: str | None
+    tools: str | None
     chat_template_arguments: Mapping[str, Any]
     skip_special_tokens: bool
     columns: OutputColumns
@@ -58,7 +59,10 @@ class DatasetSettings:
     @property
     def needed_columns(self) -> list[str] | None:
         """The columns from which prompts and parameters are made; None for whole rows."""
-        return [self.prompt, *self.row_parameters.values()] if isinstance(self.prompt, str) else None
+        if not isinstance(self.prompt, str):
+            return None
+        columns = [self.prompt, *self.row_parameters.values(), *([] if self.tools is None else [self.tools])]
+        return list(dict.fromkeys(columns))
 
     def folder(self, split: str) -> Path:
         """The folder to which a split's rows are written."""
@@ -72,6 +76,7 @@ class DatasetSettings:
             ValueError: Names the column and what there is.
         """
         wanted = [("prompt", self.prompt)] if isinstance(self.prompt, str) else []
+        wanted += [("tools", self.tools)] if self.tools is not None else []
         wanted += [(f"row_parameters[{name!r}]", column) for name, column in self.row_parameters.items()]
         for argument, column in wanted:
             if column not in column_names:
@@ -101,6 +106,7 @@ class DatasetSettings:
             "output_columns": dict(self.columns.names),
             "split": split,
             "rows": num_rows,
+            **({} if self.tools is None else {"tools": self.tools}),
             **({} if transform is None else {"transform": fingerprint_of_function(transform)}),
         }
 

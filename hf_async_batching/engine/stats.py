@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hf_async_batching.core.timeline import Timeline, records_after
 from hf_async_batching.engine.builder import EngineParts
@@ -11,7 +11,7 @@ from hf_async_batching.engine.builder import EngineParts
 WINDOW_SECONDS = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Stats:
     """Current figures; rates cover the last two seconds.
 
@@ -63,6 +63,15 @@ class Stats:
     cache_bytes: int = 0
     graphs: int = 0
     graph_bytes: int = 0
+
+    def __repr__(self) -> str:
+        figures = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return f"Stats({', '.join(f'{name}={_rounded(value)}' for name, value in figures)})"
+
+
+def _rounded(value: float) -> str:
+    """Four digits, and all digits before the point."""
+    return str(value) if isinstance(value, int) else f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def read_stats(parts: EngineParts | None, inbox: int) -> Stats:

@@ -18,6 +18,7 @@ So no batch and no cache ever holds requests of two states, and a model never ha
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 import weakref
@@ -42,6 +43,7 @@ from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.forking import ForkSafeLock, check_device, in_fresh_thread, leave_behind, renew_in_child
 from hf_async_batching.runtime.gc_pause import no_collections
 from hf_async_batching.runtime.reentrancy import chooses_for, waiting_for
+from hf_async_batching.runtime.size_text import size_text
 from hf_async_batching.runtime.start_progress import told
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 _EXIT_TIMEOUT = 5.0
 
 _open: weakref.WeakSet[EngineSupervisor] = weakref.WeakSet()
+_warned: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class ModelState(NamedTuple):
@@ -282,11 +285,28 @@ class EngineSupervisor:
             first_step=first_step,
             on_stop=lambda stopped: _call_if_alive(forget, stopped),
         )
+        self._warn_of_another(model, parts)
         if self._finalizer is not None:
             self._finalizer.detach()
         self._finalizer = weakref.finalize(self, thread.drain)
         self._finalizer.atexit = False
         return thread
+
+    def _warn_of_another(self, model: PreTrainedModel, parts: EngineParts) -> None:
+        """Log, once for a model, that another manager serves it too: each has a cache, and batches do not meet."""
+        with contextlib.suppress(RuntimeError):  # another thread makes a manager meanwhile
+            others = [one.parts for one in _open if one is not self and one._get_model() is model]
+            running = [one for one in others if one is not None]
+            if running and model not in _warned:
+                _warned.add(model)
+                logger.warning(
+                    "a second engine serves this %s: its KV cache takes %s beside the other's %s, and requests of the "
+                    "two never share a batch. For one engine pass custom_generate=manager.bind() to model.generate, "
+                    "or manager=... to hf_async_batching.generate; get_manager(model).close() ends the shared one",
+                    type(model).__name__,
+                    size_text(parts.cache.num_bytes),
+                    size_text(sum(one.cache.num_bytes for one in running)),
+                )
 
     def _snapshot_of(self, model: PreTrainedModel) -> ModelSnapshot:
         # While layers of a sharded model run, they replace their weights by this rank's shards.

@@ -115,7 +115,7 @@ class InputProcessor:
             raise TypeError(
                 f"submit() got arguments that GenerationConfig does not have: {sorted(unknown)}; "
                 "for a padded batch or model inputs other than token ids call hf_async_batching.generate"
-                + did_you_mean(unknown, _known_arguments())
+                + did_you_mean(unknown, known_arguments())
             )
         check_fields(config)
         if (config.num_return_sequences or 1) != 1:
@@ -237,7 +237,7 @@ class InputProcessor:
         return _called_spec(own, [prompt], config, [seed], history, logprobs)
 
 
-def _known_arguments() -> list[str]:
+def known_arguments() -> list[str]:
     """The keyword arguments of `submit`."""
     own = inspect.signature(InputProcessor.read_submission).parameters.values()
     named = [parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]

@@ -10,7 +10,8 @@ from support.tiny_models import greedy_alone
 from transformers import PreTrainedModel
 
 from hf_async_batching.bench import peer_generate, peer_generate_batch
-from hf_async_batching.bench.peers import PEERS, run_peer
+from hf_async_batching.bench.choices import PEERS
+from hf_async_batching.bench.peers import run_peer
 from hf_async_batching.bench.shapes import random_model
 from hf_async_batching.bench.workloads import Workload, make_workload
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import platform
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -18,12 +20,14 @@ import pytest
 from setuptools import find_packages
 
 from hf_async_batching import BatchingConfig, __version__
+from hf_async_batching.bench.choices import SWITCHES
 from hf_async_batching.bench.measure import BenchRun, Measured, Pace, measure
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.workloads import WORKLOADS
 from hf_async_batching.cli import bench as command
 from hf_async_batching.cli.main import main
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--shape", "tiny", "--device", "cpu", "--rows", "3", "--prompt", "8", "--new", "6"]
 
 
@@ -49,6 +53,92 @@ def test_help_lists_what_developers_need_apart(capsys: pytest.CaptureFixture[str
         "check",
         "demo",
     ]
+
+
+COMMANDS = ("dataset", "check", "demo", "bench", "coverage", "compatibility")
+HEAVY = {"torch", "transformers", "datasets", "gradio", "pyarrow", "triton", "tokenizers", "safetensors"}
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_comes_at_once(arguments: list[str]) -> None:
+    """It imports nothing that takes seconds."""
+    program = (
+        "import sys\nfrom hf_async_batching.cli.main import main\n"
+        f"try: main({arguments})\nfinally: print('IMPORTED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    text, _, imported = done.stdout.partition("IMPORTED ")
+    assert not HEAVY & set(imported.split())
+    assert "hf-async-batching" in text
+    if arguments != ["--version"]:
+        assert text.startswith(f"usage: {' '.join(['hf-async-batching', *arguments[:-1]])}")
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, hf_async_batching as h\n"
+        f"assert not {HEAVY!r} & set(sys.modules)\n"
+        "h.BatchingConfig()\n"
+        f"assert not {HEAVY!r} & set(sys.modules)\n"
+        "assert set(h.__all__) <= set(dir(h))\n"
+        "from hf_async_batching import *\n"
+        "assert all(name in globals() for name in h.__all__)\n"
+        "assert h.manager.GenerationManager is GenerationManager\n"
+        "try: h.no_such_name\nexcept AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "module 'hf_async_batching' has no attribute 'no_such_name'\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    version = importlib.metadata.version
+    assert capsys.readouterr().out == (
+        f"hf-async-batching {__version__} (Python {platform.python_version()}, torch {version('torch')}, "
+        f"transformers {version('transformers')})\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--what"], "the following arguments are required"),
+        (["datset"], "invalid choice: 'datset'"),
+        (["check", "/no/such/folder"], "check: --model /no/such/folder: there is no such folder"),
+        (["check", "no-such-owner/no-such-model"], "check: --model no-such-owner/no-such-model: "),
+        (["check", "x", "--new-tokens", "many"], "invalid int value: 'many'"),
+        (["compatibility", "--what"], "compatibility: unrecognized arguments: --what"),
+        (["demo", "--depth", "deep"], "demo: argument --depth: invalid int value: 'deep'"),
+    ],
+)
+def test_mistakes_are_answered_in_a_line_or_two(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error and "usage:" not in error
+    assert len(error.splitlines()) <= 2
+
+
+def test_a_taken_port_is_told_before_the_page_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio")
+    from demo.app import main as page
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            page(["--port", str(port)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--port {port}: 127.0.0.1 cannot be listened on (Address already in use)" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_as_a_module() -> None:
@@ -162,15 +252,15 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
 def test_a_switch_for_a_setting_that_is_not_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(command._SWITCHES, "no_compile", "a_setting_of_another_version")
+    monkeypatch.setitem(SWITCHES, "no_compile", "a_setting_of_another_version")
     with pytest.raises(SystemExit):
         main(["bench", "seed", *SMALL, "--no-compile"])
     assert "--no-compile: BatchingConfig has no `a_setting_of_another_version`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("switch", command._SWITCHES)
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_turn_a_setting_off_where_it_is(switch: str, tmp_path: Path) -> None:
-    setting = command._SWITCHES[switch]
+    setting = SWITCHES[switch]
     if setting not in {field.name for field in fields(BatchingConfig)}:
         pytest.skip(f"no `{setting}` yet")
     arguments = ["bench", "small", *SMALL, f"--{switch.replace('_', '-')}", "--depth", "1", "--out", str(tmp_path)]
@@ -207,22 +297,10 @@ def test_what_is_measured_is_kept_when_a_peer_is_interrupted(
         return PeerRun(name, error="RuntimeError: broken")
 
     monkeypatch.setattr(command, "run_peer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(
-            [
-                "bench",
-                "seed",
-                *SMALL,
-                "--accuracy",
-                "0",
-                "--peer",
-                "generate",
-                "generate_batch",
-                "--out",
-                str(tmp_path),
-            ]
-        )
-    shown = capsys.readouterr().out
+    peers = ["--peer", "generate", "generate_batch"]
+    assert main(["bench", "seed", *SMALL, "--accuracy", "0", *peers, "--out", str(tmp_path)]) == 130
+    shown, said = capsys.readouterr()
+    assert said.splitlines()[-1] == "hf-async-batching bench: interrupted"
     assert all(
         name in shown for name in ("| hf_async_batching, depth 1", "| hf_async_batching, depth 2", "| generate ")
     )
@@ -264,7 +342,10 @@ def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main(["bench", *arguments])
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 2
+    assert "usage:" not in error
 
 
 def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

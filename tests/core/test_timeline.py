@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,24 @@ def test_save(tmp_path: Path) -> None:
     for path in (tmp_path / "trace.json", str(tmp_path / "other.json")):
         timeline.save(path)
         assert json.loads(Path(path).read_text(encoding="utf-8")) == trace_of(timeline)
+
+
+def test_repr_says_figures() -> None:
+    assert repr(Timeline(())) == "Timeline(device, no steps)"
+    assert repr(Timeline(STEPS, "CUDA")) == (
+        "Timeline(CUDA, 3 steps, 0.5 s, device busy 80.0 %, 166.67 ms/step, host 1.50 ms/step, 20 tok/s)"
+    )
+
+
+def test_a_notebook_draws_steps() -> None:
+    html = Timeline(STEPS, "A<B")._repr_html_()
+    tree = ET.fromstring(f"<body>{html}</body>")
+    assert "device busy 80.0 %" in (tree[0].text or "")
+    svg = tree.find("{http://www.w3.org/2000/svg}svg")
+    assert svg is not None
+    drawn = [one for one in svg.iter("{http://www.w3.org/2000/svg}rect") if one.get("class") == "compute"]
+    assert len(drawn) == 2, "the last step closes the gap before it"
+    for steps in ((), STEPS[:1]):
+        assert "<svg" not in Timeline(steps)._repr_html_()
+    many = tuple(record(i, 1.0 + i, 1.5 + i) for i in range(500))
+    assert len(Timeline(many)._repr_html_()) < 20_000

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_dataset
 from support.tiny_models import greedy_alone
+from transformers import PreTrainedTokenizerFast
 
 from hf_async_batching.cli.main import main
 from hf_async_batching.dataset.text_files import write_text
@@ -36,7 +37,7 @@ def expected(model: Any, tokenizer: Any) -> list[list[int]]:
 
 
 def command(model_dir: Path, *arguments: Any) -> int:
-    given = ["dataset", *arguments, "--model", model_dir, "--device", "cpu", "--max-rows", "4", "--no-do-sample"]
+    given = ["dataset", "--model", model_dir, "--device", "cpu", *arguments, "--max-rows", "4", "--no-do-sample"]
     return main([str(argument) for argument in given])
 
 
@@ -138,6 +139,15 @@ def test_push_to_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["in.jsonl", "--output", "out.xlsx"], "files are .parquet, .jsonl"),
         (["empty.jsonl", "--output", "out"], "INPUT empty.jsonl: the file is empty"),
         (["bad.jsonl", "--output", "out"], "INPUT bad.jsonl, line 2: Expecting value"),
+        (
+            ["in.jsonl", "--output", "out", "--prompt-column", "q"],
+            "--prompt-column: INPUT has no column 'q'; it has 'p",
+        ),
+        (["in.jsonl", "--output", "out", "--tools-column", "t"], "--tools-column: INPUT has no column 't'"),
+        (["in.jsonl", "--output", "out", "--row-parameters", "k"], "--row-parameters: INPUT has no column 'k'"),
+        (["in.jsonl", "--output", "out", "--model", "/no/such"], "--model /no/such: there is no such folder"),
+        (["in.jsonl", "--output", "out", "--model", "."], "--model .: "),
+        (["in.jsonl", "--output", "out", "--device", "toaster"], "--device toaster: torch knows no such device"),
         (["bytes.parquet", "--output", "out.csv"], "column 'picture' has them; write a .parquet file or a folder"),
     ],
 )
@@ -153,7 +163,10 @@ def test_what_a_person_can_put_right(
     with pytest.raises(SystemExit) as ended:
         command(model_dir, *arguments)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 2
+    assert "usage:" not in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -228,6 +241,41 @@ def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in text
 
 
+def test_three_rows_are_shown_at_the_end(model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    assert command(model_dir, written("jsonl", tmp_path / "in"), "--output", tmp_path / "out.jsonl",
+                   "--max-new-tokens", 2) == 0  # fmt: skip
+    done = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    shown = capsys.readouterr().out
+    for i in range(3):
+        assert f"row {i}, prompt: {done[i]['prompt']}\nrow {i}, completion: {done[i]['completion']}" in shown
+    assert "row 3" not in shown
+
+
+def test_tools_and_code_of_the_model(model_dir: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    rows = [{"prompt": "Hi", "tools": [{"type": "function", "function": {"name": "f"}}]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: list[Any] = []
+    own = PreTrainedTokenizerFast.apply_chat_template
+
+    def apply_chat_template(self: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append(named.get("tools"))
+        return own(self, *arguments, **named)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", apply_chat_template)
+    arguments = [tmp_path / "in.jsonl", "--output", tmp_path / "out", "--tools-column", "tools", "--max-new-tokens", 2]
+    assert command(model_dir, *arguments, "--trust-remote-code") == 0
+    assert seen == [rows[0]["tools"]]
+    own_code = tmp_path / "own"
+    own_code.mkdir()
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}}
+    (own_code / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        command(model_dir, tmp_path / "in.jsonl", "--output", tmp_path / "out2", "--model", own_code)
+    error = capsys.readouterr().err
+    assert "--trust-remote-code lets it run" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_demo_goes_to_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from hf_async_batching.cli import demo as demo_command
 
@@ -245,9 +293,19 @@ def test_demo_goes_to_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert main(["demo", "--depth", "2"]) == code
         assert seen.pop() == ("demo.app", "__main__", ["--depth", "2"])
         assert sys.argv is before
+    find_spec = demo_command.importlib.util.find_spec
+    monkeypatch.setattr(
+        demo_command.importlib.util, "find_spec", lambda name: None if name == "gradio" else find_spec(name)
+    )
+    assert main(["demo"]) == 1
+    error = capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in error and len(error.splitlines()) == 1
     monkeypatch.setattr(demo_command.importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 1
     assert "make demo" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "start the web page" not in capsys.readouterr().out, "it is listed where it works"
     with pytest.raises(SystemExit):
         main(["bench", "mix", "--what"])
     assert "unrecognized arguments: --what" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import pytest
@@ -138,6 +140,47 @@ def test_plain_rows(manager: Any, tokenizer: Any, rows: list[dict[str, Any]]) ->
     assert [next(lazy) for _ in range(3)] == rows[:3]
     lazy.close()
     assert generate_dataset(manager, [], tokenizer, **NEW) == []
+
+
+def test_texts_frames_and_generators(manager: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    pandas = pytest.importorskip("pandas")
+    new = [{name: row[name] for name in ("prompt", *ADDED)} for row in rows]
+    assert generate_dataset(manager, list(TEXTS), tokenizer, **NEW) == new
+    assert list(generate_dataset(manager, (text for text in TEXTS), tokenizer, **NEW)) == new
+    frame = pandas.DataFrame({"prompt": TEXTS, "n": range(len(TEXTS))}, index=range(100, 100 + len(TEXTS)))
+    done = generate_dataset(manager, frame, tokenizer, **NEW)
+    assert list(done.index) == list(frame.index)
+    assert done.to_dict("records") == rows
+    assert list(frame.columns) == ["prompt", "n"], "the frame that was given stays as it is"
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"a": {"type": "string"}}}}]
+
+
+def test_tools_of_a_row_reach_the_chat_template(model: Any, manager: Any, tokenizer: Any) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% if tools %}{{ tools | tojson | length }}{{ tools[0].function.name }}{% endif %}" + str(
+        tokenizer.chat_template
+    )
+    user = [{"role": "user", "content": "Hi"}]
+    other = [{"type": "function", "function": {"name": "go", "parameters": {"b": {"type": "number"}}}}]
+    expected = [
+        greedy(model, own.apply_chat_template(user, tools=tools, add_generation_prompt=True)["input_ids"])
+        for tools in (TOOLS, other, None)
+    ]
+    assert expected[0] != expected[2]
+    columns = {"prompt": ["Hi"] * 3}
+    for given in ([TOOLS, other, None], [json.dumps(TOOLS), json.dumps(other), ""]):
+        for rows in (
+            Dataset.from_dict({**columns, "t": given}),
+            [{"prompt": "Hi", "t": tools} for tools in given],
+        ):
+            done = generate_dataset(manager, rows, own, tools="t", **NEW)
+            assert [row["completion_ids"] for row in done] == expected
+    with pytest.raises(ValueError, match="`tools`: the dataset has no column 'u'"):
+        generate_dataset(manager, Dataset.from_dict(columns), own, tools="u", **NEW)
+    with pytest.raises(DatasetRowError, match="list of JSON schemas"):
+        generate_dataset(manager, [{"prompt": "Hi", "t": '{"type": "function"}'}], own, tools="t", **NEW)
 
 
 def test_empty_dataset(manager: Any, tokenizer: Any, dataset: Dataset) -> None:
@@ -403,6 +446,9 @@ def test_other_bad_arguments(manager: Any, tokenizer: Any, dataset: Dataset) -> 
 
     with pytest.raises(TypeError, match="wished"):
         generate_dataset(manager, dataset, tokenizer, wished=1)
+    for wrong, meant in (("max_new_token", "max_new_tokens"), ("resume_dirs", "resume_dir")):
+        with pytest.raises(TypeError, match=rf"\['{wrong}'\]; did you mean `{meant}`\?"):
+            generate_dataset(manager, dataset, tokenizer, **{wrong: 1})
     with pytest.raises(UnsupportedArgumentError, match="callback"):
         generate_dataset(manager, dataset, tokenizer, streamer=print)
     with pytest.raises(UnsupportedArgumentError, match="num_beams"):

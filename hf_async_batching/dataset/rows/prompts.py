@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
@@ -27,6 +28,7 @@ class PromptMaker:
         row_parameters: Generation parameter to the column that holds it.
         chat: Make a text the user's message of a chat.
         system_prompt: Begins every chat that has no system message.
+        tools: The column with the tools that the chat template is shown; makes a text a chat.
         chat_template_arguments: Further arguments of `apply_chat_template`.
     """
 
@@ -38,6 +40,7 @@ class PromptMaker:
         *,
         chat: bool = False,
         system_prompt: str | None = None,
+        tools: str | None = None,
         chat_template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
@@ -45,6 +48,7 @@ class PromptMaker:
         self._row_parameters = dict(row_parameters)
         self._chat = chat
         self._system_prompt = system_prompt
+        self._tools = tools
         self._template_arguments = dict(chat_template_arguments or {})
         self._local = threading.local()
         self._copying = threading.Lock()
@@ -64,7 +68,7 @@ class PromptMaker:
                 if isinstance(value, str) and not self._as_chat:
                     texts.append((row, value))
                 else:
-                    row.prompt = self._tokens(value)
+                    row.prompt = self._tokens(value, data)
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:  # functions, templates and native tokenizers can raise anything
@@ -77,7 +81,7 @@ class PromptMaker:
 
     @property
     def _as_chat(self) -> bool:
-        return self._chat or self._system_prompt is not None
+        return self._chat or self._system_prompt is not None or self._tools is not None
 
     def _read_parameters(self, row: PreparedRow, data: Mapping[str, Any]) -> None:
         for name, column in self._row_parameters.items():
@@ -102,7 +106,7 @@ class PromptMaker:
         prompt: Prompt = tolist() if tolist is not None else value
         return prompt
 
-    def _tokens(self, value: Prompt) -> Sequence[int]:
+    def _tokens(self, value: Prompt, data: Mapping[str, Any]) -> Sequence[int]:
         if isinstance(value, str):
             value = [{"role": "user", "content": value}]
         if isinstance(value, Sequence) and all(isinstance(item, Integral) for item in value):
@@ -110,17 +114,19 @@ class PromptMaker:
             return [int(token) for token in tokens]
         if isinstance(value, Sequence) and all(isinstance(item, Mapping) and "role" in item for item in value):
             # Structures of a column have all its fields; what a message does not have is None there.
-            return self._chat_tokens([{k: v for k, v in m.items() if v is not None} for m in value])  # type: ignore[union-attr]
+            return self._chat_tokens([{k: v for k, v in m.items() if v is not None} for m in value], data)  # type: ignore[union-attr]
         raise TypeError(
             f"the prompt ({self._what}) is {type(value).__name__}; it must be a text, a list of messages with 'role' "
             "and 'content', or a list of token ids"
         )
 
-    def _chat_tokens(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _chat_tokens(self, messages: list[dict[str, Any]], data: Mapping[str, Any]) -> list[int]:
         if self._system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system_prompt}, *messages]
         goes_on = messages[-1]["role"] == "assistant"
-        arguments = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        arguments: dict[str, Any] = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        if self._tools is not None and (tools := _read_tools(data[self._tools])):
+            arguments["tools"] = tools
         encoded = self._own_tokenizer().apply_chat_template(
             messages, **{**arguments, **self._template_arguments}, tokenize=True, return_dict=True
         )
@@ -155,6 +161,32 @@ class PromptMaker:
             with self._copying:
                 own = self._local.tokenizer = copy.deepcopy(self._tokenizer)
         return own
+
+
+def _read_tools(value: Any) -> list[Any] | None:
+    """The tools of a row, from a list or from its JSON text; fields that only other rows' tools have are left out.
+
+    Raises:
+        ValueError: It is no list.
+    """
+    tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
+    tools = getattr(tools, "tolist", lambda: tools)()
+    if isinstance(tools, Mapping) and all(
+        isinstance(fields, list) for fields in tools.values()
+    ):  # a list of structures that `datasets` keeps as a structure of lists
+        tools = [dict(zip(tools, fields)) for fields in zip(*tools.values())]
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(
+            f"the tools are {type(tools).__name__}; they must be a list of JSON schemas, or its JSON text"
+        )
+    return None if tools is None else [_without_none(tool) for tool in tools]
+
+
+def _without_none(value: Any) -> Any:
+    """Without the fields that Arrow gives a structure because another row has them."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(field) for name, field in value.items() if field is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_structure_of_lists(value: Mapping[str, Any]) -> bool:

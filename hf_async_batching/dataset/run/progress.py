@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from typing import Any
 
 from hf_async_batching.manager import GenerationManager
 
+logger = logging.getLogger(__name__)
+
 SECONDS = 0.5
+LOG_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,15 @@ class DatasetProgress:
 
 
 class Progress:
-    """Counts rows, draws a bar on a terminal, and calls back at most twice a second.
+    """Counts rows, draws a bar on a terminal or in a notebook, and calls back at most twice a second.
+
+    Where there is neither, it logs a line each 30 seconds.
 
     Args:
         manager: The manager whose figures are shown.
         total: Rows; None for streams.
         split: Name of the split of a `DatasetDict`.
-        bar: Whether to draw one; None: where standard error is a terminal.
+        bar: Whether to draw one; None: where standard error is a terminal, and in a notebook.
         callback: Called in the caller's thread.
     """
 
@@ -71,7 +77,10 @@ class Progress:
         self._rows = self._resumed = self._failed = self._tokens = 0
         self._began = self._last = time.perf_counter()
         self._bar: Any = None
-        if bar or (bar is None and sys.stderr.isatty()):
+        draws = bar if bar is not None else sys.stderr.isatty() or in_notebook()
+        self._logs = bar is None and not draws
+        self._logged = self._began
+        if draws:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, desc=split or None, unit=" rows", dynamic_ncols=True)
@@ -93,6 +102,9 @@ class Progress:
     def show(self, *, at_once: bool = False) -> None:
         """Tell how far the run is, if that is due."""
         now = time.perf_counter()
+        if self._logs and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            logger.info("%s", describe(self.state()))
         if (self._bar is None and self._callback is None) or (now - self._last < SECONDS and not at_once):
             return
         self._last = now
@@ -135,3 +147,27 @@ class Progress:
         self.show(at_once=True)
         if self._bar is not None:
             self._bar.close()
+
+
+def describe(state: DatasetProgress) -> str:
+    """How far a run is, in one line."""
+    total = "" if state.total is None else f" of {state.total:,}"
+    parts = [
+        f"{f'{state.split}: ' if state.split else ''}{state.rows:,}{total} rows",
+        f"{state.tokens_per_second:,.0f} tok/s",
+        f"{state.running} running",
+        f"{state.waiting} waiting",
+    ]
+    if state.failed:
+        parts.append(f"{state.failed} failed")
+    if state.remaining_seconds is not None:
+        minutes, seconds = divmod(round(state.remaining_seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts.append(f"{hours}:{minutes:02}:{seconds:02} left")
+    return ", ".join(parts)
+
+
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs this."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter's and Colab's

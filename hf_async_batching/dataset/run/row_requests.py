@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig
 
 from hf_async_batching.core.request import MAX_SEED, Request
+from hf_async_batching.core.suggestions import did_you_mean
 from hf_async_batching.dataset.rows.row import PreparedRow
 from hf_async_batching.dataset.run.ordering import RowJob
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.inputs.generate_arguments import RequestArguments
+from hf_async_batching.inputs.generation_fields import INSTALLED
+from hf_async_batching.inputs.input_processor import known_arguments
 from hf_async_batching.inputs.request_builder import new_request_id, seeds_of_rows
 from hf_async_batching.manager import GenerationManager
 
@@ -175,3 +179,23 @@ def split_arguments(
     if count is not None and (not isinstance(count, int) or count < 1):
         raise ValueError(f"`num_return_sequences` must be an integer of at least 1, got {count!r}")
     return count or 1, rest
+
+
+def check_names(arguments: Iterable[str], config: GenerationConfig | None, own: Iterable[str]) -> None:
+    """Refuse arguments that neither `submit` nor a generation config has.
+
+    Args:
+        arguments: Their names.
+        config: May have fields of its own.
+        own: The names that `generate_dataset` itself has.
+
+    Raises:
+        TypeError: Names them, and what was probably meant.
+    """
+    fields = {*INSTALLED, *(vars(config) if config is not None else ())}
+    unknown = sorted(set(arguments) - fields - set(known_arguments()))
+    if unknown:
+        raise TypeError(
+            f"generate_dataset() got arguments that neither it nor GenerationConfig has: {unknown}"
+            + did_you_mean(unknown, [*RequestArguments.__annotations__, *own])
+        )

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from hf_async_batching.core.timeline import Span, StepRecord
+from hf_async_batching.core.step_record import Span, StepRecord
 
 # Steps in a picture, and in a saved file, which also holds what runs beside the first and the last one shown.
 SHOWN_STEPS = 6

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from hf_async_batching.bench.timeline_picture import Panel, draw, steady_window
 from hf_async_batching.core.timeline import StepRecord
+from hf_async_batching.core.timeline_picture import Panel, draw, steady_window
 
 
 def steps(count: int, compute: float, gap: float, first: int = 0) -> list[StepRecord]:

@@ -1,0 +1,20 @@
+"""What the command `bench` lets one choose from; imports no torch."""
+
+from __future__ import annotations
+
+QUANTIZATIONS = ("nf4",)
+"""Kinds of quantized linear layers."""
+
+PEERS = ("generate_batch", "generate")
+"""Other ways of serving the same work."""
+
+SWITCHES = {
+    "no_compile": "compile",
+    "no_fuse": "fuse_weights",
+    "no_graphs": "cuda_graphs",
+    "no_prefix_cache": "prefix_cache",
+}
+"""Switches that turn a setting of `BatchingConfig` off."""
+
+SIZES = ("page_size", "max_batch_tokens", "max_rows")
+"""Settings of `BatchingConfig` that are options of the same name."""
