@@ -127,6 +127,20 @@ def test_mistakes_are_answered_in_a_line_or_two(
     assert len(error.splitlines()) <= 2
 
 
+def test_an_interrupted_coverage_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_async_batching.coverage.processes.check_families", interrupted)
+    out = tmp_path / "table.md"
+    for hint in ("", "; the same again with --resume goes on"):
+        assert main(["coverage", "GPT2LMHeadModel", "--out", str(out)]) == 130
+        assert capsys.readouterr().err == f"hf-async-batching coverage: interrupted{hint}\n"
+        out.touch()
+
+
 def test_a_taken_port_is_told_before_the_page_is_made(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio")
     from demo.app import main as page
