@@ -46,6 +46,8 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
             f"the command needs the package `datasets` ({error}): pip install 'hf_async_batching[datasets]'"
         ) from error
     files = find_files(name)
+    if not files and not Path(name).exists() and _is_path(name):
+        raise InputError(f"INPUT {name}: there is no such file or folder")
     loaded: Any
     try:
         if files:
@@ -74,6 +76,11 @@ def find_files(name: str) -> list[str]:
     if Path(name).is_file():
         return [name]
     return sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be one on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or _kind(name) in _BUILDERS
 
 
 def input_problem(name: str) -> str | None:

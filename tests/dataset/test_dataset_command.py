@@ -130,7 +130,7 @@ def test_push_to_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.csv", "--output", "out"], "INPUT nowhere.csv"),
+        (["nowhere.csv", "--output", "out"], "INPUT nowhere.csv: there is no such file or folder"),
         (["in.jsonl", "--output", "in.jsonl"], "is there already"),
         (["in.jsonl", "--output", "out", "--split", "test"], "no split 'test'; choose one of train"),
         (["in.jsonl", "--output", "out", "--private"], "--push-to-hub"),
@@ -160,6 +160,7 @@ def test_what_a_person_can_put_right(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops}\n')
     Dataset.from_dict({"prompt": ["a"], "picture": [b"\x00"]}).to_parquet("bytes.parquet")
+    capsys.readouterr()  # bars of what was written
     with pytest.raises(SystemExit) as ended:
         command(model_dir, *arguments)
     assert ended.value.code == 2
