@@ -31,7 +31,7 @@ from .compare.handlers import CompareRuns
 from .dataset.handlers import DatasetRuns
 from .page.endpoints import add_endpoints
 from .page.layout import chat_parts, compare_parts, dataset_parts, wall_parts
-from .page.style import FOCUS_JS, TITLE, launch_options
+from .page.style import FOCUS_JS, TITLE, WALL_IDLE_JS, launch_options
 from .page.sweeper import FILE_SECONDS
 from .serving.assets import asset
 from .serving.backend import Backend
@@ -133,6 +133,8 @@ def build_app(backend: Backend) -> gr.Blocks:
         wall_page = [wall.wall, wall.start, wall.stop, wall.add]
         wall.start.click(walls.on_start, wall.knobs, wall_page, **quiet)
         wall.stop.click(walls.on_stop, None, None, queue=False, **quiet)
+        # The page says so itself where the server has forgotten a wall.
+        wall.wall.stop(None, None, wall_page[1:], js=WALL_IDLE_JS, api_visibility="private")
         wall.add.click(walls.on_add, None, None, queue=False, **quiet)
 
         compare_page = [compare.view, compare.run, compare.stop]
@@ -140,7 +142,8 @@ def build_app(backend: Backend) -> gr.Blocks:
         compare.stop.click(comparisons.on_stop, None, None, queue=False, **quiet)
 
         table = [dataset.source, dataset.file]
-        dataset_page = [job, dataset.progress, dataset.run, dataset.stop, dataset.resume, dataset.download]
+        dataset_page = [job, dataset.progress, dataset.run, dataset.stop, dataset.resume]
+        dataset_page += [dataset.download, dataset.rows]
         looked = [dataset.source.change, dataset.file.upload, dataset.file.clear]
         gr.on(looked, datasets.on_table, table, [dataset.column, dataset.about], **quiet)
         dataset.column.input(datasets.on_column, [*table, dataset.column], dataset.about, **quiet)

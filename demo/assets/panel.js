@@ -114,6 +114,7 @@ hfab.panel = function (root, server) {
         now = pulse.now;
         history.push(...pulse.history);
         history = history.filter(point => point[0] > now - 62);
+        if (failures) document.dispatchEvent(new Event("hfab:back"));
         root.classList.remove("lost");
         failures = 0;
         line(pulse.facts);

@@ -1,5 +1,7 @@
 // The chat wall: applies the changes that come as one stream of frames, and draws all tiles in one go per frame.
-hfab.wall = function (root, props, watch, server) {
+hfab.wall = function (root, props, watch, server, trigger) {
+  const WORDS = { soon: "to come", waiting: "waiting", prefill: "reading", decoding: "writing" };
+  const reader = hfab.reader(root.querySelector("dialog"));
   const grid = root.querySelector("[data-grid]"), sum = root.querySelector("[data-sum]");
   let run = "", seen = 0, tiles = new Map(), missing = false, last = null, due = false;
   let queue = [], times = [], told = "";
@@ -14,12 +16,11 @@ hfab.wall = function (root, props, watch, server) {
   function tile(index) {
     let one = tiles.get(index);
     if (one) return one;
-    const box = element("article", "tile"), head = element("header"), talk = element("div", "talk"), inner = element("div");
+    const box = element("div", "tile"), head = element("div", "head"), talk = element("div", "talk"), inner = element("div");
     box.setAttribute("role", "listitem");
-    box.tabIndex = 0;
     one = {
-      box, inner, state: "", shown: {},
-      number: element("b", "", `${index + 1}`), badge: element("span", "state"), first: element("span", "first"), speed: element("span", "speed"),
+      box, inner, index, state: "", shown: {}, turns: [],
+      open: element("button", "open", `${index + 1}`), badge: element("span", "state"), first: element("span", "first"), speed: element("span", "speed"),
       close: element("button", "close", "×"),
     };
     one.first.title = "Time to the first token";
@@ -27,9 +28,15 @@ hfab.wall = function (root, props, watch, server) {
     one.close.type = "button";
     one.close.title = `Stop chat ${index + 1}`;
     one.close.setAttribute("aria-label", `Stop chat ${index + 1}`);
-    one.close.addEventListener("click", () => server.stop_one([run, index]));
+    one.close.addEventListener("click", event => { event.stopPropagation(); server.stop_one([run, index]); });
+    one.open.type = "button";
+    one.open.setAttribute("aria-label", `Open chat ${index + 1}`);
+    // One chat of the wall is reached with Tab, the others with the arrow keys from there.
+    one.open.tabIndex = one.close.tabIndex = tiles.size ? -1 : 0;
+    box.addEventListener("click", () => { reach(one); reader.show(one); });
+    box.addEventListener("focusin", () => reach(one));
     const figures = element("div", "paces");
-    head.append(one.number, one.badge, one.close);
+    head.append(one.open, one.badge, one.close);
     figures.append(one.speed, one.first);
     talk.append(inner);
     box.append(head, figures, talk);
@@ -38,7 +45,24 @@ hfab.wall = function (root, props, watch, server) {
     return one;
   }
 
+  function reach(one) {
+    for (const other of tiles.values()) other.open.tabIndex = other.close.tabIndex = other === one ? 0 : -1;
+  }
+
+  grid.addEventListener("keydown", event => {
+    const all = [...tiles.values()], at = all.findIndex(one => one.box.contains(event.target));
+    if (at < 0) return;
+    const across = Math.max(1, getComputedStyle(grid).gridTemplateColumns.split(" ").length);
+    const next = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + across, ArrowUp: at - across, Home: 0, End: all.length - 1 }[event.key];
+    if (next === undefined || !all[next]) return;
+    event.preventDefault();
+    reach(all[next]);
+    all[next].open.focus();
+    all[next].box.scrollIntoView({ block: "nearest" });
+  });
+
   function question(one, text) {
+    one.turns.push([text, ""]);
     one.inner.append(element("p", "question", text));
     one.answer = document.createTextNode("");
     const answer = element("p", "answer");
@@ -48,19 +72,20 @@ hfab.wall = function (root, props, watch, server) {
 
   function change(one, index, c) {
     // In this order: the end of an answer and the next question may come together.
-    if (c.t !== undefined && one.answer) one.answer.appendData(c.t);
+    if (c.t !== undefined && one.answer) { one.answer.appendData(c.t); one.turns[one.turns.length - 1][1] += c.t; }
     if (c.q !== undefined) question(one, c.q);
     for (const key of ["s", "n", "p", "f", "v", "e"]) if (c[key] !== undefined) one.shown[key] = c[key];
     const { s: state, n: tokens, p: place, f: first, v: speed, e: problem } = one.shown;
     if (c.s !== undefined || c.p !== undefined) {
       one.box.dataset.state = state;
-      one.badge.textContent = state === "waiting" && place ? `place ${place}` : state;
+      one.badge.textContent = WORDS[state] ? (state === "waiting" && place ? `place ${place}` : WORDS[state]) : state;
       one.close.disabled = ["done", "stopped", "failed"].includes(state);
     }
     if (c.f !== undefined) one.first.textContent = `${first.toFixed(2)} s`;
     if (c.v !== undefined) one.speed.textContent = speed >= 100 ? Math.round(speed) : speed.toFixed(1);
     if (c.e !== undefined) one.inner.append(element("p", "problem", problem));
-    if (c.s !== undefined) one.box.setAttribute("aria-label", `Chat ${index + 1}, ${state}, ${tokens} tokens`);
+    if (c.s !== undefined) one.box.setAttribute("aria-label", `Chat ${index + 1}, ${WORDS[state] || state}, ${tokens} tokens`);
+    if (reader.one === one) reader.draw();
   }
 
   function clear() {
@@ -81,7 +106,7 @@ hfab.wall = function (root, props, watch, server) {
     clear();
     for (const { i, turns, ...rest } of whole.tiles) {
       const one = tile(i);
-      for (const [asked, answer] of turns) { question(one, asked); one.answer.appendData(answer); }
+      for (const [asked, answer] of turns) { question(one, asked); one.answer.appendData(answer); one.turns[one.turns.length - 1][1] = answer; }
       change(one, i, rest);
     }
     seen = whole.n;
@@ -105,6 +130,7 @@ hfab.wall = function (root, props, watch, server) {
 
   function summary({ sum: s, over }) {
     const parts = [`${s.chats} chats`];
+    if (s.soon) parts.push(`${s.soon} to come`);
     if (s.running) parts.push(`${s.running} running`);
     if (s.waiting) parts.push(`${s.waiting} waiting`);
     for (const kind of ["done", "stopped", "failed"]) if (s[kind]) parts.push(`${s[kind]} ${kind}`);
@@ -126,6 +152,19 @@ hfab.wall = function (root, props, watch, server) {
     root.dataset.frames = Number(root.dataset.frames || 0) + 1;
     root.dataset.fps = (times.length > 1 ? ((times.length - 1) * 1000) / (now - times[0]) : 0).toFixed(1);
   }
+
+  // After an outage: what was written stays; the page says that nothing more comes, and can start anew.
+  document.addEventListener("hfab:back", async () => {
+    if (!run || root.dataset.over === "true") return;
+    let whole = {};
+    try { whole = await server.whole(run); } catch { /* another server: it knows nothing of the wall */ }
+    if (whole.run === run) { resync(); return; }
+    for (const [index, one] of tiles) if (!["done", "stopped", "failed"].includes(one.shown.s)) change(one, index, { s: "stopped" });
+    sum.textContent = "The connection was lost, and the server has ended these chats. What was written stays.";
+    sum.classList.add("problem");
+    root.dataset.over = true;
+    trigger("stop");
+  });
 
   watch("value", () => {
     const value = props.value;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from ..serving.visitor import owner_of, visitor_of
 from .messages import Message, read_messages
 from .service import ChatService
 
+# Seconds between two times that the browser keeps an answer that is being written.
+_KEEP_SECONDS = 1.0
+_CUT = "\n\n*The page was left before this answer was complete. Retry writes it anew.*"
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
 Page = tuple[Any, Any, Any, Any, Any, Any]
 # What the controls say, in the order in which they are laid out.
@@ -37,7 +41,7 @@ class ChatHandlers:
             return
         asked = [*read_messages(history), Message(role="user", content=text)]
         settings = Settings.within_bounds(*knobs)
-        yield _page(drawn=_waiting(asked), box="", note="", running=True)
+        yield _page(messages=_cut(asked), drawn=_waiting(asked), box="", note="", running=True)
         async for page in self._answer(asked, settings, request):
             yield page
 
@@ -97,20 +101,24 @@ class ChatHandlers:
         if not messages:
             yield _page()
             return
-        yield _page(drawn=_waiting(messages), note="", running=True)
+        yield _page(messages=_cut(messages), drawn=_waiting(messages), note="", running=True)
         async for page in self._answer(messages, Settings.within_bounds(*knobs), request):
             yield page
 
     async def _answer(self, messages: list[Message], settings: Settings, request: gr.Request) -> AsyncIterator[Page]:
         """Write the assistant's next message: the one path that submit, examples, retry and edit all take."""
         drawn = draw(messages)
+        kept_at = time.monotonic()
         # Gradio sends the last page of a generator twice, the second time perhaps after the page of another event. So
         # the last page must still be right then: after Clear, this one shows a cleared chat, too.
         async for reply in self._service.reply(visitor_of(request), messages, settings, owner_of(request)):
             if reply.note is None:
                 growing = [*drawn, _answer_bubble(display_markdown(reply.text) or reply.waiting)]
+                # The browser keeps a long conversation anew each time: now and then is often enough.
+                due = time.monotonic() - kept_at > _KEEP_SECONDS
+                kept_at = time.monotonic() if due else kept_at
                 # The buttons again each time: of pages that arrive together, the page may only see the last.
-                yield _page(drawn=growing, running=True)
+                yield _page(messages=_cut(messages, reply.text) if due else None, drawn=growing, running=True)
             elif reply.discarded:
                 yield _page(messages=[], note="", running=False)
             else:
@@ -122,7 +130,13 @@ class ChatHandlers:
 
 def draw(messages: list[Message]) -> list[dict[str, str]]:
     """Return a conversation as the Chatbot takes it."""
-    return [{"role": message["role"], "content": display_markdown(message["content"])} for message in messages]
+    return [
+        {
+            "role": message["role"],
+            "content": display_markdown(message["content"]) + (_CUT if message.get("cut") else ""),
+        }
+        for message in messages
+    ]
 
 
 def _page(
@@ -145,6 +159,11 @@ def _page(
         same if running is None else gr.update(visible=not running),
         same if running is None else gr.update(visible=running),
     )
+
+
+def _cut(messages: list[Message], answer: str = "") -> list[Message]:
+    """Return what the browser keeps of a conversation whose last answer is still being written."""
+    return [*messages, Message(role="assistant", content=answer, cut=True)]
 
 
 def _waiting(messages: list[Message]) -> list[dict[str, str]]:

@@ -13,18 +13,22 @@ LONGEST_HISTORY = 100_000
 
 
 class Message(TypedDict):
-    """One message of a conversation, as it was written. Failed ones are shown but never sent to the model."""
+    """One message of a conversation, as it was written.
+
+    A failed answer is shown and never sent to the model. A cut one was still being written when the browser kept it.
+    """
 
     role: str
     content: str
     failed: NotRequired[bool]
+    cut: NotRequired[bool]
 
 
 def sendable(messages: list[Message]) -> list[Message]:
     """Leave out failed answers and the questions they belong to: chat templates insist on alternating roles."""
     kept: list[Message] = []
     for message in messages:
-        if message.get("failed"):
+        if message.get("failed") or (message.get("cut") and not message["content"].strip()):
             if kept and kept[-1]["role"] == "user":
                 kept.pop()
         else:
@@ -44,6 +48,8 @@ def read_messages(value: Any) -> list[Message]:
             message = Message(role=role, content=item["content"][:LONGEST_TEXT])
             if item.get("failed"):
                 message["failed"] = True
+            if item.get("cut") and role == "assistant":
+                message["cut"] = True
             messages.append(message)
     if len(messages) % 2:
         messages.pop()

@@ -47,10 +47,11 @@ def complete_table(
     """
 
     def look(progress: DatasetProgress) -> None:
-        if not wanted(progress):
+        # A run whose last row is done is over, whatever the visitor pressed meanwhile.
+        if not wanted(progress) and (progress.total is None or progress.rows < progress.total):
             raise _StoppedError
 
-    names: dict[str, str | None] = {kind: _free(name, table) for kind, name in _COLUMNS.items()}
+    names: dict[str, str | None] = {**column_names(table)}
     try:
         completed: Dataset = generate_dataset(
             serving.manager,
@@ -74,6 +75,11 @@ def complete_table(
     except _StoppedError:
         return None
     return completed
+
+
+def column_names(table: Dataset) -> dict[str, str]:
+    """Return the names of the new columns, by what they hold."""
+    return {kind: _free(name, table) for kind, name in _COLUMNS.items()}
 
 
 def rows_of_a_table(serving: Serving) -> int:

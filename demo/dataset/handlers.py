@@ -25,7 +25,8 @@ from ..serving.problems import explain
 from ..serving.serving import Serving
 from ..serving.settings import Settings
 from ..serving.visitor import owner_of, visitor_of
-from .completion import complete_table, rows_of_a_table
+from .completion import column_names, complete_table, rows_of_a_table
+from .finished import FinishedRows
 from .table import (
     BUILT_IN,
     FORMATS,
@@ -48,8 +49,10 @@ RUN_SECONDS = 1800.0
 # As many as `pools.DATASETS` has threads: an owner never takes the last of them.
 _RUNNING, _WAITING = 3, 8
 _SHOWN_PROMPTS = 3
-# The job's id, progress, Run, Stop, Resume, download.
-Page = tuple[Any, Any, Any, Any, Any, Any]
+# Rows of the live table, the newest first, and characters of a cell.
+_SHOWN_ROWS, _SHOWN_CHARACTERS = 40, 240
+# The job's id, progress, Run, Stop, Resume, download, rows.
+Page = tuple[Any, Any, Any, Any, Any, Any, Any]
 
 
 def _make_folder() -> TemporaryDirectory[str]:
@@ -78,6 +81,12 @@ class TableJob:
     error: str = ""
     place: int = 0
     folder_bytes: int = 0
+    finished: FinishedRows = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = column_names(self.table)
+        names = {"text": names["text"], "finish_reason": names["finish_reason"], "error": names["error"]}
+        self.finished = FinishedRows(self.folder / "done", names)
 
     @property
     def folder(self) -> Path:
@@ -91,8 +100,9 @@ class TableJob:
         return sum(int(table.data.nbytes) for table in tables) + self.folder_bytes
 
     def wanted(self, progress: DatasetProgress) -> bool:
-        """Take note of how far it is."""
+        """Take note of how far it is, and of the rows that are new."""
         self.progress = progress
+        self.finished.read()
         return not self.stopped
 
 
@@ -261,15 +271,15 @@ class DatasetRuns:
         job = self.find(name)
         if job is None or job.progress is None:
             return _page(None)
-        return _page(progress_html(job), running=False, resume=job.result is None, file=job.file)
+        return _page(progress_html(job), running=False, job=job)
 
     async def _pages(self, job: TableJob, request: gr.Request) -> AsyncIterator[Page]:
         page = _page(None)
         try:
             async for _ in self.run(job, visitor_of(request), owner_of(request)):
-                page = _page(progress_html(job), name=job.name, running=True)
+                page = _page(progress_html(job), name=job.name, running=True, job=job)
                 yield page
-            page = _page(progress_html(job), name=job.name, running=False, resume=job.result is None, file=job.file)
+            page = _page(progress_html(job), name=job.name, running=False, job=job)
         except Exception as error:
             told = str(error) if isinstance(error, TableError) else explain(error).plain()
             page = _page(problem_html(told), running=False)
@@ -279,9 +289,12 @@ class DatasetRuns:
 def _work(serving: Serving, job: TableJob) -> None:
     try:
         result = complete_table(serving, job.table, job.column, job.settings, job.folder, job.wanted)
+        job.finished.read()
         if result is not None:
             job.file = write_table(result, job.folder, job.kind)
             job.result = result
+        elif job.finished.rows:
+            job.file = write_table(job.finished.table(job.table), job.folder, job.kind)
     finally:
         job.folder_bytes = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
 
@@ -313,6 +326,31 @@ def progress_html(job: TableJob) -> str:
     )
 
 
+def rows_html(job: TableJob) -> str:
+    """Return the finished rows as a table, the newest first."""
+    rows = sorted(job.finished.rows.items(), reverse=True)[:_SHOWN_ROWS]
+    if not rows:
+        return ""
+    prompts = job.table.select([index for index, _ in rows])[job.column]
+
+    def cell(text: str | None) -> str:
+        text = text or ""
+        return escape(text[:_SHOWN_CHARACTERS] + ("…" if len(text) > _SHOWN_CHARACTERS else ""))
+
+    body = "".join(
+        f"<tr><th scope=row>{index + 1}</th><td>{cell(prompt)}</td>"
+        + (f'<td class="problem">{cell(row.error)}</td></tr>' if row.error else f"<td>{cell(row.text)}</td></tr>")
+        for (index, row), prompt in zip(rows, prompts, strict=True)
+    )
+    more = len(job.finished.rows) - len(rows)
+    note = f"<p>and {more:,} rows before these, in the download</p>" if more else ""
+    return (
+        '<div class="hfab rows" tabindex="0" role="region" aria-label="Finished rows"><table><thead><tr>'
+        f"<th scope=col>Row</th><th scope=col>Prompt</th><th scope=col>Completion</th></tr></thead>"
+        f"<tbody>{body}</tbody></table>{note}</div>"
+    )
+
+
 def problem_html(text: str) -> str:
     """What went wrong."""
     return f'<p role="alert" class="problem">{escape(text)}</p>'
@@ -324,7 +362,8 @@ def table_html(table: Dataset, column: str | None, more: bool) -> str:
     first = [str(prompt or "")[:120] for prompt in table[:_SHOWN_PROMPTS][column]] if column else []
     items = "".join(f"<li>{escape(prompt)}</li>" for prompt in first)
     bounds = f"CSV, JSONL and Parquet files are read up to {MAX_BYTES >> 20} MB and {MAX_ROWS:,} rows."
-    return f'<p role="status">{size} {bounds}</p><ul class="first">{items}</ul>'
+    heading = f"The first prompts, from the column <b>{escape(str(column))}</b>:" if first else ""
+    return f'<p role="status">{size} {bounds}</p><p>{heading}</p><ul class="first">{items}</ul>'
 
 
 def _open(source: str, file: str | None) -> tuple[Dataset, bool]:
@@ -340,19 +379,25 @@ def _page(
     *,
     name: str | None = None,
     running: bool | None = None,
-    resume: bool = False,
-    file: Path | None = None,
+    job: TableJob | None = None,
 ) -> Page:
     same = gr.skip()
     if running is None:
-        return same, same if progress is None else progress, same, same, same, same
+        return same, same if progress is None else progress, same, same, same, same, same
+    file = job.file if job is not None and not running else None
+    whole = job is not None and job.result is not None
     return (
         same if name is None else name,
         same if progress is None else progress,
         gr.update(visible=not running),
         gr.update(visible=running),
-        gr.update(visible=resume and not running),
-        gr.update(visible=file is not None, value=str(file) if file is not None else None),
+        gr.update(visible=job is not None and not whole and not running),
+        gr.update(
+            visible=file is not None,
+            value=str(file) if file is not None else None,
+            label="Download" if whole else "Download what is done",
+        ),
+        same if job is None else rows_html(job),
     )
 
 

@@ -63,6 +63,7 @@ class DatasetParts(NamedTuple):
     stop: gr.Button
     resume: gr.Button
     progress: gr.HTML
+    rows: gr.HTML
     download: gr.DownloadButton
 
 
@@ -146,7 +147,7 @@ def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> Wall
     wall = gr.HTML(
         value="",
         html_template=asset("wall.html"),
-        js_on_load="hfab.wall(element.querySelector('.wall'), props, watch, server)",
+        js_on_load="hfab.wall(element.querySelector('.wall'), props, watch, server, trigger)",
         apply_default_css=False,
         server_functions=server_functions,
         elem_id="wall",
@@ -187,7 +188,7 @@ def dataset_parts() -> DatasetParts:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=240):
             source = gr.Dropdown(list(BUILT_IN), value=first, label="Dataset")
-            column = gr.Dropdown(text_columns(table), value="prompt", label="Prompt column")
+            column = gr.Dropdown(text_columns(table), value="prompt", label="Column with the prompts")
         file = gr.File(
             label="Or your own file",
             file_types=[".csv", ".jsonl", ".ndjson", ".json", ".parquet"],
@@ -207,5 +208,6 @@ def dataset_parts() -> DatasetParts:
         resume = gr.Button("Resume", visible=False, elem_id="resume", min_width=_BUTTON_WIDTH)
         download = gr.DownloadButton("Download", visible=False, elem_id="download", min_width=_BUTTON_WIDTH)
     progress = gr.HTML('<p role="status"></p>', elem_id="progress")
+    rows = gr.HTML("", elem_id="rows")
     knobs: list[gr.components.Component] = [source, file, column, system, longest, greedy, kind]
-    return DatasetParts(source, file, column, about, knobs, run, stop, resume, progress, download)
+    return DatasetParts(source, file, column, about, knobs, run, stop, resume, progress, rows, download)

@@ -25,7 +25,7 @@ MAX_UPLOAD = 20 << 20
 _SESSIONS = 500
 # Events that may run at once: a stream holds a place for as long as it lasts.
 _MAX_EVENTS = 400
-_SCRIPTS = ("hero.js", "lanes.js", "panel.js", "wall.js", "race.js", "picture.js", "compare.js")
+_SCRIPTS = ("hero.js", "lanes.js", "panel.js", "reader.js", "wall.js", "race.js", "picture.js", "compare.js")
 _FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 _MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -34,6 +34,10 @@ FOCUS_JS = """() => {
   if (matchMedia("(min-width: 900px)").matches)
     document.querySelector("#message textarea")?.focus({ preventScroll: true });
 }"""
+
+# Start, Stop and Add of a wall that is over.
+WALL_IDLE_JS = """() => [{ __type__: "update", visible: true }, { __type__: "update", visible: false },
+  { __type__: "update", interactive: false }]"""
 
 # Gradio makes a table of all events with pandas whenever one ends, for a page that is not shown here.
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")

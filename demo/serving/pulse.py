@@ -79,7 +79,8 @@ class Pulse:
         stats = serving.manager.stats()
         while self._history and self._history[0].at < now - HISTORY_SECONDS:
             self._history.popleft()
-        self._history.append(_Point(now, stats.tokens_per_second, stats.running, stats.waiting, stats.finished))
+        waiting = len(serving.roster.places())
+        self._history.append(_Point(now, stats.tokens_per_second, stats.running, waiting, stats.finished))
         records = serving.manager.timeline().steps
         self._figures = figures_of(stats, serving, records, now) | {"requests_per_second": self._requests_per_second()}
         self._steps = drawn_steps(records[-SHOWN_STEPS:])
@@ -108,7 +109,7 @@ def figures_of(stats: Stats, serving: Serving, records: Sequence[StepRecord], no
     return {
         "tokens_per_second": round(stats.tokens_per_second, 1),
         "running": stats.running,
-        "waiting": stats.waiting,
+        "waiting": len(serving.roster.places()),
         "rows": assembly.config.max_rows if assembly is not None else 0,
         "busy": round(100 * stats.busy_fraction, 1),
         "busy_of": "GPU" if serving.on_gpu else "CPU",

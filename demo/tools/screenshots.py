@@ -17,7 +17,7 @@ QUESTION = "Write a Python function that reverses a list, and explain it."
 # The first answer may have to wait for the engine to start.
 _WAIT_MS = 300_000
 # Where a picture is worth more bytes than this, it becomes a JPEG.
-_LARGEST_PNG = 290_000
+_LARGEST_PNG = 250_000
 
 
 class View(NamedTuple):
@@ -54,6 +54,7 @@ def take(browser: Browser, url: str, folder: Path, view: View) -> list[Path]:
         "document.querySelector('[data-loading]')?.hidden && document.querySelector('[data-facts] b')"
     )
     desktop = view.width > 640
+    page.get_by_role("tab", name="Chat wall").click()
     set_numbers(page, {"Chats at once": view.chats})
     page.get_by_role("button", name=re.compile("^Start")).click()
     if desktop:
@@ -83,6 +84,10 @@ def take(browser: Browser, url: str, folder: Path, view: View) -> list[Path]:
 def _shoot(page: Page, folder: Path, name: str) -> Path:
     path = folder / f"demo-{name}.png"
     page.screenshot(path=path)
+    from PIL import Image
+
+    # A page has few colours: 256 of them look the same and take a third of the bytes.
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     if path.stat().st_size > _LARGEST_PNG:
         path.unlink()
         path = folder / f"demo-{name}.jpg"

@@ -7,7 +7,7 @@ import secrets
 from collections import deque
 from typing import Any
 
-from .wall import DECODING, DONE, FAILED, OVER, PREFILL, STOPPED, WAITING, Wall
+from .wall import DECODING, DONE, FAILED, OVER, PREFILL, SOON, STOPPED, WAITING, Wall
 
 # A page sees only the last of the values that reach it together. Each frame repeats the changes of the ones before.
 _REPEATED = 4
@@ -49,7 +49,8 @@ class Frames:
         wall = self.wall
         return {
             "chats": len(wall.tiles),
-            "waiting": wall.count(WAITING, ""),
+            "soon": wall.count(SOON, ""),
+            "waiting": wall.count(WAITING),
             "running": wall.count(PREFILL, DECODING),
             "done": wall.count(DONE),
             "stopped": wall.count(STOPPED),

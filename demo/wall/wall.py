@@ -30,7 +30,8 @@ _KEPT_CHARACTERS = 6000
 FOLLOW_UPS = ("Say that again in one sentence.", "Give me one example.", "Explain it to a child.")
 
 # What a tile can be doing; the page draws them by these words.
-WAITING, PREFILL, DECODING, DONE, STOPPED, FAILED = "waiting", "prefill", "decoding", "done", "stopped", "failed"
+SOON, WAITING, PREFILL, DECODING = "soon", "waiting", "prefill", "decoding"
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
 OVER = frozenset((DONE, STOPPED, FAILED))
 
 Change = dict[str, Any]
@@ -234,7 +235,7 @@ class Wall:
                 tile.state = STOPPED
                 return tile.changes()
             if not tile.state:
-                tile.state = WAITING
+                tile.state = SOON
                 return tile.changes()
             return {}
         done = handle.done  # looked at before the tokens: all of them are there once it is set
@@ -278,7 +279,7 @@ class Wall:
         if result.finish_reason == "cancelled":
             tile.state = STOPPED
         elif len(tile.token_ids) < len(tile.questions):
-            tile.state = WAITING
+            tile.state = SOON
         else:
             tile.state = DONE
 

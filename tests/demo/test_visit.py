@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from support.demo import Served
-from support.demo_page import answer, ask, send, wait_for_end, wait_for_wall
+from support.demo_page import ANSWER_MS, answer, ask, send, start_wall, wait_for_end, wait_for_wall, wait_for_words
+from support.pace import slowed
 
 from demo.tools.browser import set_numbers
 
@@ -125,3 +127,95 @@ def test_the_first_screen_says_what_this_is_and_starts_a_wall(open_page: Callabl
     page.wait_for_function("document.querySelectorAll('.tile').length > 1")
     page.get_by_role("button", name="Stop all").click()
     wait_for_wall(page)
+
+
+def test_a_reload_keeps_a_question_and_what_was_answered(open_page: Callable[..., Page], served: Served) -> None:
+    page = open_page()
+    with slowed(served.serving.manager, 0.03):
+        ask(page, "Tell me a very long story.", 1000)
+        wait_for_words(page, 8)
+        page.wait_for_timeout(1300)  # the browser keeps the answer about once a second
+        early = answer(page)[:8]
+        open_page.forgiven += ("signal is aborted", "Connection errored out")  # type: ignore[attr-defined]
+        page.reload()
+        page.locator("#chat .bot.message", has_text="The page was left before this answer was complete").wait_for()
+    assert page.locator("#chat .user.message").inner_text().strip() == "Tell me a very long story."
+    assert answer(page).startswith(early)
+
+
+def test_a_chat_of_the_wall_opens_and_the_wall_is_one_stop_of_the_keyboard(
+    open_page: Callable[..., Page], served: Served
+) -> None:
+    page = open_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    start_wall(page, 6, 24, prompts="Hello, wall.")
+    wait_for_wall(page)
+    stops = "[...document.querySelectorAll('.tile button:enabled')].filter(e => e.tabIndex === 0).length"
+    assert page.evaluate(stops) == 1
+    page.locator(".tile .open").first.focus()
+    page.keyboard.press("ArrowRight")
+    outline = "getComputedStyle(document.activeElement.closest('.tile')).outlineStyle"
+    assert page.evaluate(outline) == "solid", "the focus is seen"
+    page.keyboard.press("Enter")
+    assert page.locator("dialog h2").inner_text() == "Chat 2"
+    assert page.locator("dialog h3").inner_text() == "Hello, wall."
+    whole = page.locator("dialog p").inner_text()
+    assert whole.split() == (page.locator(".tile .answer").nth(1).text_content() or "").split()
+    page.get_by_role("button", name="Copy", exact=True).click()
+    page.locator("dialog [data-said]", has_text="Copied.").wait_for()
+    assert whole in page.evaluate("navigator.clipboard.readText()")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.innerText") == "2"
+    # As after an outage in which the server has forgotten the wall.
+    page.evaluate("document.querySelector('.wall').dataset.over = 'false'")
+    page.evaluate("document.dispatchEvent(new Event('hfab:back'))")
+    page.locator(".wall .sum", has_text="The connection was lost").wait_for()
+    page.get_by_role("button", name="Start 6 chats").wait_for()
+
+
+def test_a_table_shows_its_rows_while_they_are_completed(
+    open_page: Callable[..., Page], served: Served, tmp_path: Path
+) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Dataset").click()
+    path = tmp_path / "mine.csv"
+    path.write_text("id,ask\n" + "".join(f"{i},Question {i}?\n" for i in range(40)))
+    page.locator("#upload input[type=file]").set_input_files(path)
+    page.locator("#about", has_text="from the column ask").wait_for()
+    with slowed(served.serving.manager, 0.02):
+        page.get_by_role("button", name="Complete all rows").click()
+        page.locator(".rows tbody tr").first.wait_for(timeout=ANSWER_MS)
+        page.get_by_role("button", name="Stop rows").click()
+        page.locator("#progress", has_text="stopped").wait_for()
+    number, prompt, completion = page.locator(".rows tbody tr").last.locator("th, td").all_inner_texts()
+    assert prompt == f"Question {int(number) - 1}?"
+    assert completion
+    with page.expect_download() as download:
+        page.locator("#download", has_text="Download what is done").click()
+    download.value.save_as(tmp_path / "part.jsonl")
+    assert 0 < len((tmp_path / "part.jsonl").read_text().splitlines()) < 40
+    page.get_by_role("button", name="Resume").click()
+    page.locator("#progress", has_text="done in").wait_for(timeout=ANSWER_MS)
+    assert "stopped" not in page.locator("#progress").inner_text()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_nothing_serious(open_page: Callable[..., Page], width: int, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.base")
+    page = open_page(width, 844, scheme)
+    page.evaluate(axe.AXE_SCRIPT)
+    for tab in ("Race", "Chat wall", "Dataset", *(("Your chat",) if width == 390 else ())):
+        page.get_by_role("tab", name=tab).click()
+        if tab == "Chat wall":
+            page.get_by_role("button", name="Start 16 chats").click()
+            page.locator(".tile[data-state=decoding]").first.wait_for()
+        # The list of example questions is Gradio's own.
+        found = page.evaluate(
+            """async () => (await axe.run({ exclude: ["#chat .examples"] })).violations
+                .filter(v => ["serious", "critical"].includes(v.impact))
+                .map(v => [v.id, v.nodes.map(node => node.html.slice(0, 120))])"""
+        )
+        assert found == [], tab
+        if tab == "Chat wall":
+            page.get_by_role("button", name="Stop all").click()
+            wait_for_wall(page)

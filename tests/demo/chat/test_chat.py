@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from demo.chat.handlers import draw
 from demo.chat.messages import Message, read_messages, sendable
 from demo.chat.service import ChatService, Reply
 from demo.serving.backend import Backend
@@ -234,3 +235,12 @@ def test_a_conversation_comes_back_from_the_browser() -> None:
         {"role": "user", "content": "1"},
         {"role": "assistant", "content": "one", "failed": True},
     ]
+
+
+def test_a_cut_answer_is_sent_with_what_it_has_and_an_empty_one_is_left_out() -> None:
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel", "cut": True}]
+    kept = read_messages(asked)
+    assert kept[1].get("cut")
+    assert len(sendable(kept)) == 2
+    assert sendable(read_messages([asked[0], {"role": "assistant", "content": "", "cut": True}])) == []
+    assert "before this answer was complete" in draw(kept)[1]["content"]

@@ -15,7 +15,7 @@ from support.demo import wait_until_idle
 from support.pace import slowed
 
 from demo.dataset.completion import complete_table, rows_of_a_table
-from demo.dataset.handlers import DatasetRuns, TableJob, problem_html, table_html
+from demo.dataset.handlers import DatasetRuns, TableJob, problem_html, progress_html, rows_html, table_html
 from demo.dataset.table import BUILT_IN, MAX_ROWS, TableError, built_in, read_table, text_columns, write_table
 from demo.serving.backend import Backend
 from demo.serving.errors import LineFullError
@@ -146,7 +146,9 @@ def test_the_tab_runs_stops_resumes_and_hands_out(serving: Serving, tmp_path: Pa
                 await runs.on_stop(VISITOR)
         assert "stopped" in page[1]
         assert (page[2]["visible"], page[3]["visible"], page[4]["visible"]) == (True, False, True)
-        assert page[5]["visible"] is False
+        job = runs.find(names[-1])
+        assert job is not None
+        assert page[5]["visible"] == bool(job.finished.rows), "what is done can be had"
 
     async def resume() -> None:
         job = runs.find(names[-1])
@@ -260,3 +262,43 @@ def test_jobs_are_forgotten_by_what_they_take(serving: Serving, monkeypatch: pyt
         runs._keep(job)
     assert [runs.find(job.name) is not None for job in jobs] == [False, False, False, True, True, True]
     assert [job.folder.exists() for job in jobs] == [False, False, False, True, True, True]
+
+
+def test_a_stopped_table_shows_and_gives_out_what_is_done(serving: Serving) -> None:
+    runs = DatasetRuns(Backend(serving))
+    rows = [{"ask": f"<b>{i}</b>", "completion": "mine"} for i in range(60)]
+    job = TableJob(Dataset.from_list(rows), "ask", GREEDY, "jsonl")
+
+    async def run() -> None:
+        with slowed(serving.manager, 0.02):
+            async for _ in runs.run(job, "visitor"):
+                if len(job.finished.rows) >= 4:
+                    runs.stop("visitor")
+
+    asyncio.run(run())
+    assert job.result is None
+    assert 4 <= len(job.finished.rows) < 60
+    assert "stopped" in progress_html(job)
+    assert job.file is not None
+    done = [json.loads(line) for line in job.file.read_text().splitlines()]
+    assert len(done) == len(job.finished.rows)
+    assert all(row["completion"] == "mine" and row["completion_"] for row in done), "a visitor's column stays"
+    shown = rows_html(job)
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+
+    async def resume() -> None:
+        async for _ in runs.run(job, "visitor"):
+            pass
+
+    asyncio.run(resume())
+    assert len(job.finished.rows) == 60
+    assert "done in" in progress_html(job)
+    assert "stopped" not in progress_html(job)
+    assert "and 20 rows before these" in rows_html(job)
+    wait_until_idle(serving)
+
+
+def test_a_stop_after_the_last_row_leaves_nothing(serving: Serving, tmp_path: Path) -> None:
+    table = Dataset.from_list(ROWS[:4])
+    assert complete_table(serving, table, "ask", GREEDY, tmp_path, lambda progress: progress.rows < 4) is not None

@@ -14,6 +14,7 @@ from support.step_records import record
 from demo.serving.backend import STAGES, Backend
 from demo.serving.errors import BackendFailedError
 from demo.serving.pulse import Pulse, drawn_steps, figures_of
+from demo.serving.roster import Roster
 from demo.serving.serving import Serving
 from demo.serving.settings import Settings
 from hf_async_batching.bench.measure import Traffic
@@ -45,7 +46,7 @@ def test_mbu_is_what_steps_read_over_the_time_over_the_bandwidth() -> None:
         traffic = Traffic(weight_bytes=10**9, bytes_per_context_token=10**6)
 
     assembly = SimpleNamespace(config=SimpleNamespace(max_rows=8))
-    serving: Any = Fake(machine=MACHINE, on_gpu=False, manager=SimpleNamespace(assembly=assembly))
+    serving: Any = Fake(machine=MACHINE, on_gpu=False, manager=SimpleNamespace(assembly=assembly), roster=Roster())
     records = [record(0, 1.0, 5.0), record(1, 9.0, 9.5), record(2, 9.5, 10.0)]
     figures = figures_of(Stats(prefix_query_tokens=200, prefix_hit_tokens=50), serving, records, now=10.0)
     # Two steps in the last two seconds, from the start of the first of them: 2.06 GB in 1 s, of 5 GB/s.
