@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import textwrap
 import time
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.engine_threads import engine_threads
+from support.forked_python import run_python
 from support.pace import slowed
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
@@ -298,13 +296,7 @@ def test_exit_waits_for_no_long_step() -> None:
         time.sleep(0.3)
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
 
 

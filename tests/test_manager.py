@@ -7,8 +7,6 @@ import gc
 import json
 import math
 import re
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support.engine_threads import engine_threads
+from support.forked_python import run_python
 from support.pace import held, slowed
 from support.tiny_models import EOS, VOCAB, greedy_alone, ragged_prompts, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
@@ -588,13 +587,7 @@ def test_interpreter_exit_never_hangs() -> None:
         print("leaving")
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "leaving\n"
 

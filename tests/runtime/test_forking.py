@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forked_python import run_python
 
 from hf_async_batching import ForkedProcessError
 from hf_async_batching.runtime import forking
@@ -47,19 +48,23 @@ def in_child(job, seconds=90):
 
 def run(code: str, threads: int = 1) -> None:
     """Run in a process of its own: what forks has few threads then."""
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
-        env={
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]),
-            "PATH": "/usr/bin:/bin",
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    code = PREAMBLE + textwrap.dedent(code)
+    if threads == 1:
+        done = run_python(code)
+    else:  # torch reads the number when it is imported
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]),
+                "PATH": "/usr/bin:/bin",
+                "OMP_NUM_THREADS": str(threads),
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from support.dataset_job import checksums
+from support.forked_python import run_python
 from support.tiny_models import tiny_model
 
 from hf_async_batching import (
@@ -230,19 +227,8 @@ with GenerationManager(model, BatchingConfig(max_rows=4, page_size=16, max_batch
 """
 
 
-def run_code(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[3]
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1", **environment},
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
-    done = run_code(INTERRUPTED, str(tmp_path / "run"))
+    done = run_python(INTERRUPTED, str(tmp_path / "run"))
     # Usually by the signal; libraries that run code of their own at exit make it a plain failure.
     assert done.returncode in (-signal.SIGINT, 1), done.stderr
     assert "KeyboardInterrupt" in done.stderr
@@ -274,7 +260,7 @@ for name, limit in (("whole", 0), ("full", 9000), ("full", 0)):
 def test_a_full_disk(tmp_path: Path) -> None:
     """The system refuses to let files grow: an error that says so, nothing that was written is lost."""
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = run_code(FULL, str(tmp_path), **cache)
+    done = run_python(FULL, str(tmp_path), **cache)
     _, whole, full, again = done.stdout.split("---\n")
     assert whole.startswith("120\n"), done.stderr
     assert "the disk of `resume_dir` is full" in full
