@@ -29,7 +29,14 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Files that take a minute or more: begun first, they are not what one process still does while the other has ended.
-_LONG = ("test_smollm2.py", "test_readme.py", "test_app.py", "test_killed.py", "test_resume.py", "test_two_ranks.py")
+_LONG = (
+    "test_smollm2.py",
+    "test_app.py",
+    "test_readme.py",
+    "test_ahead_of_time.py",
+    "test_two_ranks.py",
+    "test_api.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
