@@ -68,6 +68,19 @@ def _little_free_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's tracing and guards with its operators run as they are: Inductor would take a minute on a CPU."""
+    from hf_async_batching.engine import background_compile
+
+    compile_checked = background_compile.compile_checked
+    monkeypatch.setattr(
+        background_compile,
+        "compile_checked",
+        lambda forward, backend, **options: compile_checked(forward, backend, "eager", **options),
+    )
+
+
 # A time limit of pytest-timeout is an exception in the main thread. Code that waits inside of a library never sees it,
 # and code that waits again while it cleans up has used it up. So many seconds later the process ends, with its stacks.
 _GRACE = 120

@@ -300,17 +300,24 @@ def test_a_warm_up_captures_for_the_requests_that_it_is_shown(model: Any, monkey
     assert steps < 8, "examples are not run"
 
 
+def threads_that_order(manager: GenerationManager) -> list[str]:
+    """The threads, by name, that order later steps after what they have enqueued; it grows from now on."""
+    assert manager.assembly is not None
+    pipeline, calls = manager.assembly.engine.pipeline, []
+    ordered = pipeline.order_after_caller
+
+    def order_after_caller() -> None:
+        calls.append(threading.current_thread().name)
+        ordered()
+
+    pipeline.order_after_caller = order_after_caller  # type: ignore[method-assign]
+    return calls
+
+
 def test_steps_run_after_what_the_caller_has_enqueued(model: Any) -> None:
     with make(model) as manager:
         manager.warmup()
-        assembly = manager.assembly
-        assert assembly is not None
-        calls: list[str] = []
-        ordered = assembly.engine.pipeline.order_after_caller
-        assembly.engine.pipeline.order_after_caller = lambda: (  # type: ignore[method-assign]
-            calls.append(threading.current_thread().name),
-            ordered(),
-        )
+        calls = threads_that_order(manager)
         manager.submit([5], max_new_tokens=1, **GREEDY).result(30)
         assert calls == [threading.current_thread().name], "each submission marks its caller's stream, in its thread"
 
@@ -489,14 +496,7 @@ def test_saying_it_frees_pages_at_once_and_orders_later_steps_after_the_change(m
     with make(model) as manager:
         manager.submit(LONG, max_new_tokens=8, **GREEDY).result(60)
         assert manager.stats().prefix_pages == 2
-        assembly = manager.assembly
-        assert assembly is not None
-        calls: list[str] = []
-        ordered = assembly.engine.pipeline.order_after_caller
-        assembly.engine.pipeline.order_after_caller = lambda: (  # type: ignore[method-assign]
-            calls.append(threading.current_thread().name),
-            ordered(),
-        )
+        calls = threads_that_order(manager)
         manager.weights_updated()
         assert calls == [threading.current_thread().name]
         wait_until(lambda: manager.stats().prefix_pages == 0)

@@ -14,7 +14,6 @@ from torch import nn
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.coverage.families import tiny_model as coverage_model
-from hf_async_batching.engine import background_compile
 from hf_async_batching.engine.route import check_servable, choose_route
 from hf_async_batching.model.forward import attention_probe
 from hf_async_batching.model.forward.cache_forward import CacheForward
@@ -47,16 +46,6 @@ class Counts:
         counted = self._copies, self._probes
         self._copies = self._probes = 0
         return counted
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_checked = background_compile.compile_checked
-    monkeypatch.setattr(
-        background_compile,
-        "compile_checked",
-        lambda forward, backend, **options: compile_checked(forward, backend, "eager", **options),
-    )
 
 
 def greedy(model: Any, new: int = 6) -> list[int]:

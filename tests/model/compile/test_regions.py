@@ -34,17 +34,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo's tracing and guards with its operators run as they are: Inductor would take a minute on a CPU."""
-    compile_checked = background_compile.compile_checked
-    monkeypatch.setattr(
-        background_compile,
-        "compile_checked",
-        lambda forward, backend, **options: compile_checked(forward, backend, "eager", **options),
-    )
-
-
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
