@@ -265,7 +265,7 @@ def test_what_cannot_be_told_is_logged(
         SmallCopyCheck(model).refuse("packed", PackedForward)
     assert "is not checked beyond sliding_window" in caplog.text
     reason = {
-        "its own way": "how to make a Own",
+        "its own way": "no rule makes a small Own",
         "too large": "parameters",
         "does not generate": "ZeroDivisionError",
         "not finite": "are not finite",

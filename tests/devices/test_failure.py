@@ -113,7 +113,7 @@ def test_the_attach_check_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PackedForward, "__call__", fails)
     monkeypatch.setattr(module, "is_lost", lambda _: True)
     with pytest.raises(
-        DeviceFailedError, match=r"LlamaForCausalLM, served as packed, failed on cpu in the attach"
+        DeviceFailedError, match=r"LlamaForCausalLM, served as packed, failed on cpu in the parity check"
     ) as caught:
         check_parity(model, forward, make_backend("auto", torch.device("cpu")))
     assert "step 2: 0 chunks, 1 rows that decode" in str(caught.value)
