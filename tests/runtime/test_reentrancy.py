@@ -75,7 +75,8 @@ def test_the_plug_inside_a_processor_of_the_same_engine(
     hf_async_batching.get_manager(model).close()
     assert torch.equal(got, expected)
     assert innocent.result(60).token_ids == greedy_alone(model, OTHER, 30, eos_token_id=None, pad_token_id=0)
-    assert not caplog.records
+    others = [record.getMessage() for record in caplog.records]
+    assert not [said for said in others if not (shared and said.startswith("a second engine"))]
 
 
 @pytest.mark.parametrize("batch", [False, True])

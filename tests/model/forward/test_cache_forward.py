@@ -108,7 +108,7 @@ def test_padding_rows_are_not_computed() -> None:
 
 def test_what_a_route_cannot_do_is_said() -> None:
     model, _ = known("RwkvForCausalLM")
-    with pytest.raises(UnsupportedModelError, match="RwkvForCausalLM is not served: it makes its cache by itself"):
+    with pytest.raises(UnsupportedModelError, match="RwkvForCausalLM is not served: it makes its own cache"):
         CacheForward(model, "padded", False)
 
 
