@@ -7,6 +7,18 @@ hfab.panel = function (root, server) {
   const plot = $("[data-plot]");
   let history = [], now = 0, facts = "";
 
+  // Gradio mounts what stands above the panel late and in pieces, which would push the panel about before a visitor's
+  // eyes: it is seen once it has stood still for a while.
+  const begun = performance.now();
+  let place = NaN, placed = begun;
+  function settle() {
+    const now = performance.now(), top = root.getBoundingClientRect().top;
+    if (top !== place || !document.querySelector("#compare")?.offsetHeight) [place, placed] = [top, now];
+    if (now - placed < 600 && now - begun < 8000) requestAnimationFrame(settle);
+    else root.classList.remove("settling");
+  }
+  settle();
+
   const put = (name, text) => { if (cells[name] && cells[name].textContent !== text) cells[name].textContent = text; };
   const number = hfab.number;
 
