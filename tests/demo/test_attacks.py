@@ -86,8 +86,24 @@ def first_word(url: str) -> float:
 def test_a_second_visitor_is_answered_at_once(
     served: Served, attack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # A page that stands still does so each time; a machine that does something else in one of the tests does not.
+    tried = []
+    for _ in range(2):
+        waited, allowed = latencies(served, attack, tmp_path, capsys)
+        tried.append((waited, allowed))
+        wait_until_idle(served.serving, 30)
+        # One of the four may meet what else the machine does; a page that stands still would show in all of them.
+        if sorted(waited)[-2] <= allowed and max(waited) <= 3 * allowed:
+            return
+    raise AssertionError(f"seconds to the first word, and how many are allowed: {tried}")
+
+
+def latencies(
+    served: Served, attack: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[list[float], float]:
+    """Seconds to four first words of a second visitor, the last one after the attack; how many are allowed."""
     alone = sorted(first_word(served.url) for _ in range(3))[1]
-    with attacking(attack, served.url, tmp_path) as process:
+    with attacking(attack, served.url, folder) as process:
         time.sleep(0.3)
         waited = [first_word(served.url) for _ in range(3)]
         statuses, _ = process.communicate(timeout=120)
@@ -96,11 +112,7 @@ def test_a_second_visitor_is_answered_at_once(
     with capsys.disabled():
         times = ", ".join(f"{second:.2f}" for second in waited)
         print(f"\n  first word alone {alone:.2f} s, beside {attack} {times} s; statuses {statuses.strip()}")
-    allowed = SECONDS * min(MOST_SLACK, max(1.0, alone / IDLE_SECONDS))
-    # One of the four may meet what else the machine does; a page that stands still would show in all of them.
-    assert sorted(waited)[-2] <= allowed
-    assert max(waited) <= 3 * allowed
-    wait_until_idle(served.serving, 30)
+    return waited, SECONDS * min(MOST_SLACK, max(1.0, alone / IDLE_SECONDS))
 
 
 def test_what_is_too_much_is_refused_by_name(attacker: Attacker) -> None:
