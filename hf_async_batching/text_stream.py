@@ -43,7 +43,7 @@ class TextDecoder:
         self._decoded = ""  # text of the window
         self._shown = 0  # number of its characters that were returned
         self._in_bytes = False
-        self._pieces: list[str] = []
+        self._returned = 0  # characters, of all windows
 
     def push(self, token: int) -> str:
         """Take a token; return the text that has become certain, which may be empty."""
@@ -59,14 +59,14 @@ class TextDecoder:
         self._shown = max(self._shown, end)
         if end == len(text) and len(self._ids) - self._start >= _WINDOW:
             self._begin_anew(text)
-        self._pieces.append(piece)
+        self._returned += len(piece)
         return piece
 
     def flush(self) -> str:
         """Return the rest, after the last token; an incomplete character is shown as `decode` shows it."""
-        whole, shown = self._decode(self._ids), "".join(self._pieces)
-        self._pieces = [whole]
-        return whole[len(shown) :]
+        rest = self._decode(self._ids)[self._returned :]
+        self._returned += len(rest)
+        return rest
 
     def _certain(self, text: str) -> int:
         """Number of characters of a text that later tokens cannot change."""
