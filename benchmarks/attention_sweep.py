@@ -1,8 +1,8 @@
 """Checks and times every candidate configuration of the paged attention kernels on the shapes that matter.
 
-Each candidate first runs on fresh random data into an output full of NaN, and its relative error against float32 torch
-stands beside its time. A time is the median over replays of one CUDA graph that goes through enough KV caches to leave
-the L2 cache behind. Prints the best configuration of each case last, and writes every row as JSON to `--out`.
+Each candidate first runs on fresh random data into an output full of NaN. Its relative error against float32 torch is
+shown beside its time. A time is the median over replays of one CUDA graph, which reads more KV caches than the L2
+cache holds. Prints the best configuration of each case last, and writes every row as JSON to `--out`.
 
     python -m benchmarks.attention_sweep --out sweep.json      on a GPU, under 100 s
     python -m benchmarks.attention_sweep --quick               a dry run of tiny shapes in Triton's interpreter
@@ -34,7 +34,7 @@ PREFILL_SIZES = [
     *((128, 32, 8, 5, 128), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3, 168)),
     *((64, 64, 4, 3, 128), (64, 64, 4, 5), (64, 32, 4, 3, 128), (64, 32, 4, 5, 128), (64, 128, 4, 3)),
 ]
-# Cached tokens, warps, stages (an even number of stages does what one less does).
+# Cached tokens, warps, stages (an even number of stages compiles as the odd number below it).
 DECODE_SIZES = [(32, 2, 3), (32, 2, 5), (64, 4, 3), (64, 4, 5), (32, 2, 7), (32, 4, 5), (16, 1, 5), (128, 4, 3)]
 
 
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
 
 
 class Candidate(NamedTuple):
-    """A configuration: what is shown, the keyword arguments that ask for it, and the names of its compiled kernels."""
+    """A configuration: its label, the keyword arguments that select it, and a key of its compiled kernel."""
 
     label: str
     arguments: dict[str, Any]
@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
 
 
 class Timer:
-    """Seconds of one piece of work, as the median over replays of a graph of them all."""
+    """Measures the seconds of one launch: the median over replays of a graph with many launches."""
 
     def __init__(self, replays: int, cuda: bool) -> None:
         self.replays, self.cuda = replays, cuda
@@ -91,13 +91,13 @@ class Timer:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The worst head of the worst query, so that a wrong one can't hide in the norm of the others; NaN counts."""
+    """Return the error of the worst head of the worst query; NaN counts. A norm over all heads would hide it."""
     error = (actual.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(error.nan_to_num(nan=float("inf")).max())
 
 
 class Pages:
-    """Several KV caches of `rows` rows over one shuffled page table; row and page 0 are scratch."""
+    """Several KV caches of `rows` rows with one shuffled page table; row 0 and page 0 are scratch."""
 
     def __init__(self, rows: int, context: int, kv_heads: int, size: int, dtype: torch.dtype, device: str, fill: int):
         per_row = -(-context // PAGE_SIZE)
@@ -154,9 +154,9 @@ class DecodeCase:
             if torch.cuda.get_device_capability()[0] >= 9:
                 every += [(splits, *sizes, 64, True, True) for splits in wanted[:4] for sizes in DECODE_SIZES[:6]]
         configs = [("", kernels.DecodeConfig(*values)) for values in every]
-        for label, config in [("default", rule), *configs, ("default again", rule)]:  # shows what order does
+        for label, config in [("default", rule), *configs, ("default again", rule)]:  # shows the effect of the order
             shown = label or " ".join(f"{name} {value}" for name, value in config._asdict().items())
-            # One split has no parts to combine, and how many splits there are is no matter to the compiler.
+            # One split has no parts to combine. The compiled kernel does not depend on the number of splits.
             compiled = (config.splits > 1, config.splits > 1 and config.fused, config.pdl, *config[1:4])
             yield Candidate(shown, {"config": config}, compiled)
 
@@ -170,7 +170,7 @@ class DecodeCase:
         )  # fmt: skip
 
     def error(self, arguments: dict[str, Any]) -> float:
-        """On lengths that end inside of pages, for a few of the rows."""
+        """Return the error for a few rows, with lengths that end inside pages."""
         self.query.normal_()
         self.output.fill_(float("nan"))
         lengths = self.lengths - torch.arange(self.rows, dtype=torch.int32, device=self.ids.device) % 19
@@ -244,7 +244,7 @@ class PrefillCase:
         row = int(torch.randint(self.rows, ()))
         key, value = self.pages.gathered(pair, row + 1, self.position + self.tokens)
         worst = 0.0 if actual.isfinite().all() else float("inf")
-        # A few queries of the row: their whole matrix of scores would not fit.
+        # Only a few queries of the row are checked: the scores of all would not fit into memory.
         for token in {0, 1, self.tokens // 2, self.tokens - 1, int(torch.randint(self.tokens, ()))}:
             query = self.query[row * self.tokens + token].float().view(self.kv_heads, -1, self.size)
             visible = self.position + token + 1
@@ -254,7 +254,7 @@ class PrefillCase:
         return worst
 
     def baselines(self) -> dict[str, Callable[[], object]]:
-        """Torch's own attention on the same lengths, without pages; heads repeated beforehand where it needs that."""
+        """Return torch's attention on the same lengths, without pages. Heads are repeated before, if it needs that."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.attention.bias import causal_lower_right
 
@@ -310,7 +310,7 @@ def make_cases(arguments: argparse.Namespace, device: str) -> list[Case]:
 
 
 def compile_all(cases: list[Case], limit: float) -> None:
-    """Compiles the candidates, many at a time, within `limit` seconds; what fails now is reported when measured."""
+    """Compile the candidates in parallel within `limit` seconds. The measurement reports those that fail here."""
     wanted: dict[object, Callable[[], object]] = {}
     for case in cases:
         for candidate in case.candidates():
@@ -368,7 +368,7 @@ def measure(case: Case, timer: Timer, copy: float, deadline: float) -> list[Row]
 
 
 def show(case: Case, rows: list[Row], tolerance: float, best: int = 3) -> None:
-    """The default, the best few that are right, and torch, of one case."""
+    """Print the default, the best few correct candidates, and torch, for one case."""
     rows = [row for row in rows if row["case"] == case.name]
     timed = [row for row in rows if "us" in row]
     right = [row for row in timed if row["error"] is not None and row["error"] < tolerance]
@@ -396,7 +396,7 @@ def main() -> None:
     arguments = parse()
     begin = time.perf_counter()
     if arguments.quick and os.environ.get("TRITON_INTERPRET") != "1":
-        # Read when Triton is imported, which others do early.
+        # Triton reads the variable at its import, which can happen early.
         os.environ["TRITON_INTERPRET"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.attention_sweep", *sys.argv[1:]])
     if not arguments.quick and not torch.cuda.is_available():

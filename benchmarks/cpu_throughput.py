@@ -1,7 +1,8 @@
 """SmolLM2 on a CPU: this engine, one padded `model.generate` batch, and transformers' own continuous batching.
 
-16 ragged requests (prompts of 16 to 256 tokens, 16 to 128 new tokens, greedy, no end-of-sequence), all there at the
-start; the same requests for everyone, in the same process, each after a warm-up; median of `--repeats`.
+16 requests of different lengths (prompts of 16 to 256 tokens, 16 to 128 new tokens, greedy, no end of sequence) arrive
+together at the start. All three serve the same requests in the same process, each after a warm-up. Times are medians
+of `--repeats`.
 
     python -m benchmarks.cpu_throughput
 """
@@ -25,7 +26,7 @@ from hf_async_batching.core.request import Request
 
 
 def make_requests(count: int, vocab: int, seed: int) -> Workload:
-    """The same lengths for every seed, and other tokens, so that no prefix is known from an earlier run."""
+    """Make requests. Each seed has the same lengths and other tokens, so that no run finds an earlier run's prefix."""
     rng = random.Random(0)
     requests = [
         Request(
@@ -50,7 +51,7 @@ def main() -> None:
     workload = make(0)
     machine = look_at(model.device)
     print(f"{machine}; {workload.num_requests} requests, {workload.prompt_tokens} prompt, {workload.new_tokens} new")
-    # Every repeat computes its prompts, as the others do.
+    # Without a prefix cache every repeat computes its prompts, as the peers do.
     config = BatchingConfig(page_size=arguments.page_size, timeline_steps=KEPT_STEPS, prefix_cache=False)
     ours = measure(model, make, config, machine.copy_bandwidth, repeats=arguments.repeats)
     print(row("hf_async_batching", ours.run.seconds, ours.run.output_tokens), flush=True)

@@ -1,16 +1,16 @@
-"""`generate_dataset` against the bare engine, and against a padded loop of `model.generate`, on the same lengths.
+"""Compares `generate_dataset` with the bare engine, and with a padded loop of `model.generate`, on the same lengths.
 
 python -m benchmarks.dataset_speed --out results               # about four minutes on an H100
 python -m benchmarks.dataset_speed --shape tiny --device cpu --rows 40 --plain-rows 8
 
-Rows are texts of words that each are one token, so that tokenizing, decoding and row parameters are all in what is
-measured. Lengths are log-normal, as in chats: prompts of 150 tokens (median; 8 to 1,024), completions of 140 (8 to
-640). Random weights, greedy, no end of sequence. With the package `datasets` the rows are a `Dataset` and are written
-to a `resume_dir` as they finish; that needs `datasets` and what it stands on (pyarrow, dill, multiprocess, xxhash,
-pandas, fsspec, huggingface-hub). Without it, or with --no-datasets, they are a list of dictionaries.
+Rows are texts, and each word is one token. The measured time includes tokenizing, decoding and row parameters. Lengths
+are log-normal, as in chats: prompts of 150 tokens (median; 8 to 1,024), completions of 140 (8 to 640). Random weights,
+greedy, no end of sequence. With the package `datasets`, the rows are a `Dataset` and are written to a `resume_dir` as
+they finish; that also needs the packages that `datasets` requires (pyarrow, dill, multiprocess, xxhash, pandas,
+fsspec, huggingface-hub). Without `datasets`, or with --no-datasets, the rows are a list of dictionaries.
 
-The padded loop takes --plain-rows rows in the order in which they come, at the batch size that made most tokens per
-second in a short trial of each of --plain-batches.
+The padded loop serves --plain-rows rows in their order. A short trial of each of --plain-batches finds the batch size
+with most tokens per second, and the loop uses that size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRIAL_STEPS = 12
 
 
 def lengths(rows: int, longest_prompt: int, longest_new: int) -> list[tuple[int, int]]:
-    """Prompt and new tokens of each row."""
+    """Draw the numbers of prompt and new tokens of each row."""
     draw = random.Random(0)
 
     def one(median: float, longest: int) -> int:
@@ -47,20 +47,20 @@ def lengths(rows: int, longest_prompt: int, longest_new: int) -> list[tuple[int,
 
 
 def prompts(sizes: list[tuple[int, int]], vocab: int, seed: int) -> list[list[int]]:
-    """Token ids; another seed shares no prefix with them."""
+    """Draw the token ids; prompts of another seed share no prefix with them."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocab) for _ in range(length)] for length, _ in sizes]
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Word "w17" is token 17."""
+    """Make a tokenizer whose token 17 is the word "w17"."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0")
 
 
 def bare_engine(manager: GenerationManager, sizes: list[tuple[int, int]], ids: list[list[int]]) -> float:
-    """All requests there at the start, as the bench serves a workload. Returns seconds."""
+    """Serve requests that all arrive at the start, as the bench does. Returns seconds."""
     requests = [Request(f"bare-{i}", tuple(p), new) for i, (p, (_, new)) in enumerate(zip(ids, sizes, strict=True))]
     began = time.perf_counter()
     results = [handle.result() for handle in manager.submit_requests(requests)]
@@ -72,7 +72,7 @@ def bare_engine(manager: GenerationManager, sizes: list[tuple[int, int]], ids: l
 def over_dataset(
     manager: GenerationManager, sizes: list[tuple[int, int]], ids: list[list[int]], tokenizer: Any, with_datasets: bool
 ) -> float:
-    """Texts in, texts out. Returns seconds."""
+    """Complete texts with `generate_dataset`. Returns seconds."""
     rows = [
         {"prompt": " ".join(f"w{token}" for token in prompt), "max_new_tokens": new}
         for prompt, (_, new) in zip(ids, sizes, strict=True)
@@ -94,7 +94,7 @@ def over_dataset(
 
 
 def padded(model: Any, sizes: list[tuple[int, int]], ids: list[list[int]], batch: int, new: int | None) -> float:
-    """`model.generate` over left-padded batches; each runs to its longest completion, or `new`. Returns seconds."""
+    """Run `model.generate` over left-padded batches, each to its longest completion or `new`. Returns seconds."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -110,7 +110,7 @@ def padded(model: Any, sizes: list[tuple[int, int]], ids: list[list[int]], batch
 
 
 def best_batch(model: Any, sizes: list[tuple[int, int]], ids: list[list[int]], batches: list[int]) -> dict[int, float]:
-    """Tokens per second of a few steps at each batch size that fits, the prompts' computation not counted."""
+    """Return the tokens per second of a few steps, without the prompts, at each batch size that fits into memory."""
     found = {}
     for batch in batches:
         part = [(ids * (1 + batch // len(ids)))[i] for i in range(batch)]

@@ -1,4 +1,4 @@
-"""A stream of many short rows on a tiny random model: does memory stay flat?
+"""Checks that memory stays flat over a stream of many short rows on a tiny random model.
 
 python -m benchmarks.dataset_stream                      # 100,000 rows, printed every 10,000
 python -m benchmarks.dataset_stream --resume-dir FOLDER  # the same, written to shards

@@ -1,9 +1,9 @@
-"""One GPU: correctness first, then the table of depths; prints everything and writes JSON.
+"""Checks correctness on one GPU, then prints the table of depths. Prints all results and writes them as JSON.
 
 python -m benchmarks.gpu_verify tiny                      # families in float32, token for token, captured or not
 python -m benchmarks.gpu_verify smollm2 --model DIR       # real text in bfloat16, contract 2
 python -m benchmarks.gpu_verify llama8b                   # random Llama-3.1-8B shape: depth 1, 2, 3
-python -m benchmarks.gpu_verify syncs                     # synchronising calls in the loop, by the profiler
+python -m benchmarks.gpu_verify syncs                     # synchronizing calls in the loop, from the profiler
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hf_async_batching.core.request import Request
 def run_engine(
     model: PreTrainedModel, requests: list[Request], config: BatchingConfig, bandwidth: float
 ) -> tuple[Measured, dict[str, list[int]]]:
-    """Serve given requests, after a warm-up with them, and without a thread in between."""
+    """Serve the requests without the engine's thread, after a warm-up with the same requests."""
     given = Workload("given", tuple(requests))
     measured = measure(model, lambda _: given, config, bandwidth, through_engine=True)
     return measured, measured.tokens[0]
@@ -85,7 +85,7 @@ def tiny(device: torch.device, only: list[str]) -> dict[str, Any]:
 
 
 def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
-    """Prompt lookup that is told what follows, wrong now and then: captured steps with drafts, token for token."""
+    """Compare captured steps with drafts token for token; the drafts are the expected tokens, with some errors."""
     from support.tiny_models import ragged_prompts, tiny_model
 
     import hf_async_batching.scheduler.sequence as sequences
@@ -126,7 +126,7 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
                     if compiled:
                         manager.warmup()
                     got: list[list[int]] = []
-                    for rows in (1, 4):  # each of them twice, so that its steps are captured
+                    for rows in (1, 4):  # each request twice, so that its steps are captured
                         for _ in range(2):
                             handles = [
                                 manager.submit(
@@ -154,10 +154,10 @@ def _drafts(device: torch.device, families: list[str]) -> dict[str, Any]:
 
 
 def _grown_contexts(device: torch.device, families: list[str]) -> dict[str, Any]:
-    """Graphs captured at contexts of some 8 tokens, replayed up to 600: past page borders and every bound at capture.
+    """Capture graphs at contexts of about 8 tokens; replay them up to 600, past page borders and bounds at capture.
 
-    In float32, token for token; a sliding window, a row that ends by an end-of-sequence token beside one that goes
-    on, and rows that join when the graphs are long captured.
+    Tokens are compared in float32, token for token. The requests include a sliding window, a row that ends with an
+    end-of-sequence token while another row continues, and rows that join long after the capture.
     """
     from support.tiny_models import ragged_prompts, tiny_model
 
@@ -167,7 +167,7 @@ def _grown_contexts(device: torch.device, families: list[str]) -> dict[str, Any]
         prompts = ragged_prompts(6, 8, seed=11)
         news = [600 - len(prompt) - 40 * i for i, prompt in enumerate(prompts)]
         want = [_generate_alone(model, p, new, eos_token_id=None) for p, new in zip(prompts, news, strict=True)]
-        # Two of them end by a token that comes late in their own text, if there is one.
+        # Two rows end with a token that comes late in their own text, if there is one.
         eos = [_late_token(tokens) if i in (1, 2) else None for i, tokens in enumerate(want)]
         want = [t[: t.index(e) + 1] if e is not None else t for t, e in zip(want, eos, strict=True)]
         for depth in (1, 2, 3):
@@ -197,7 +197,7 @@ def _grown_contexts(device: torch.device, families: list[str]) -> dict[str, Any]
 
 
 def _late_token(tokens: list[int]) -> int | None:
-    """A token that appears for the first time in the last two thirds of `tokens`, as early as possible there."""
+    """Find the earliest token in the last two thirds of `tokens` that does not occur in the first third."""
     start = len(tokens) // 3
     return next((token for token in tokens[start:] if token not in tokens[:start]), None)
 
@@ -250,7 +250,7 @@ def smollm2(device: torch.device, path: str) -> dict[str, Any]:
 
 
 def _same_at_every_depth(model: PreTrainedModel, requests: list[Request], bandwidth: float) -> dict[str, Any]:
-    """Without an end-of-sequence token the batches are the same at every depth, and so are the tokens."""
+    """Compare the tokens of all depths. Without an end-of-sequence token, all depths have the same batches."""
     fixed = [Request(r.request_id, r.prompt, 512) for r in requests[:32]]
     first: dict[str, list[int]] | None = None
     out: dict[str, Any] = {}
@@ -265,7 +265,7 @@ def _same_at_every_depth(model: PreTrainedModel, requests: list[Request], bandwi
 
 
 def _threads(model: PreTrainedModel, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
-    """64 threads through the drop-in while their owner generates with the same model; then the memory comes back."""
+    """Call the drop-in from 64 threads while the owner generates with the same model; check that memory comes back."""
     expected = [_generate_alone(model, prompt, 8 + i % 17) for i, prompt in enumerate(prompts)]
     got: list[list[int]] = [[] for _ in prompts]
     gc.collect()
@@ -334,7 +334,7 @@ def llama8b(device: torch.device, layers: int, prompt: int, new: int, rows: int)
 
 
 def syncs(device: torch.device) -> dict[str, Any]:
-    """Counts CUDA calls that make the host wait, in a run whose kernels and graphs are warm."""
+    """Count CUDA calls that make the host wait, in a run with warm kernels and graphs."""
     model = random_model("llama-3.1-8b", device, torch.bfloat16, num_hidden_layers=4)
     requests = make_workload("seed", model.config.vocab_size, rows=32, prompt=64, new=64).first
     from hf_async_batching.engine.builder import build_engine
@@ -390,7 +390,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["tiny", "smollm2", "llama8b", "syncs"])
     parser.add_argument("--model", help="folder of SmolLM2 for `smollm2`")
-    parser.add_argument("--families", nargs="*", default=[], help="for `tiny`; all of them by default")
+    parser.add_argument("--families", nargs="*", default=[], help="families for `tiny` (all)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=512)

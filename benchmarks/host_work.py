@@ -1,12 +1,12 @@
-"""What a decode step costs the host: the real scheduler, pipeline, engine and worker over a device that does nothing.
+"""Measures the host's work for a decode step, with the real scheduler, pipeline, engine and worker on an idle device.
 
     python -m benchmarks.host_work
 
-Microseconds per step, by part, for steps in which all rows decode, at short and at long sequences: a part that grows
-with the length of the sequences is a mistake. The rows' prompts differ in length, so that their pages come due at
-different steps. `engine` runs without a thread; `worker` adds the thread, its inbox and one handle per row. CUDA's own
-launch calls are not in it: nothing is launched. Processor time of the engine's thread, the mean over `--steps` steps;
-best of `--repeats`.
+Prints microseconds per step, by part, for steps in which all rows decode, with short and with long sequences. A part
+that grows with the length of the sequences is a mistake. The rows' prompts differ in length, so that rows need their
+next pages at different steps. `engine` runs without a thread; `worker` adds the thread, its inbox and one handle per
+row. CUDA's launch calls are not included, because nothing is launched. A time is the processor time of the engine's
+thread: the mean over `--steps` steps, and the best of `--repeats`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from hf_async_batching.scheduler.scheduler import Scheduler
 
 PAGE_SIZE = 16
 MAX_BATCH_TOKENS = 2048
-EOS = 2  # checked for each token, and never sampled: the device's answer is always 0
+EOS = 2  # checked for each token, but never sampled: the device always answers 0
 PARTS = ("plan", "launch", "complete", "deliver")
 
 
 class IdleDevice(CpuDevice):
-    """Takes work and does none of it; every event is over when it is recorded."""
+    """A device that accepts work and does none; every event is complete when it is recorded."""
 
     supports_graphs = True
     runs_inline = False
@@ -79,7 +79,7 @@ def make_requests(rows: int, length: int, new: int) -> list[Request]:
 
 
 class Clock:
-    """Time spent in wrapped methods, in seconds, while `running`."""
+    """Adds up the seconds spent in wrapped methods while `running`."""
 
     def __init__(self) -> None:
         self.spent = dict.fromkeys(PARTS, 0.0)
@@ -105,7 +105,7 @@ class Clock:
 
 
 def engine_alone(rows: int, length: int, steps: int) -> dict[str, float]:
-    """Microseconds per step; "other" is what `Engine.step` spends outside of its parts."""
+    """Return microseconds per step; "other" is the time of `Engine.step` outside of its parts."""
     prefill = -(-rows * (length + PAGE_SIZE) // MAX_BATCH_TOKENS)
     new = steps + 2 * prefill + 8
     engine, clock = make_engine(rows, length + PAGE_SIZE + new), Clock()
@@ -124,14 +124,14 @@ def engine_alone(rows: int, length: int, steps: int) -> dict[str, float]:
 
 
 def worker_and_handles(rows: int, length: int, steps: int) -> dict[str, float]:
-    """The same with the worker's thread and a handle per row, whose callers wait in `result()`."""
+    """Return microseconds per step with the worker's thread and a handle per row; callers wait in `result()`."""
     prefill = -(-rows * (length + PAGE_SIZE) // MAX_BATCH_TOKENS)
     new = steps + 2 * prefill + 8
     engine, clock = make_engine(rows, length + PAGE_SIZE + new), Clock()
     total = 0.0
 
     def marks() -> Iterator[None]:
-        """Advanced before each step: from one of all rows to `steps` later, delivery included."""
+        """Advance before each step. Time `steps` steps from the first step of all rows on, with delivery."""
         nonlocal total
         while engine.scheduler.num_waiting or not engine.records or engine.records[-1].decode_rows < rows:
             yield

@@ -1,11 +1,11 @@
-"""Skinny matrix products on one GPU: each setting checked and timed, beside the vendor's library.
+"""Checks and times each setting of the skinny matrix products on one GPU, beside the vendor's library.
 
 python -m benchmarks.linear_sweep --out sweep.json
 python -m benchmarks.linear_sweep --rows 64 128 192 256 264 384 512 2048   # the library's steps
 
-A product is timed in a CUDA graph over weights that no L2 cache holds, as a decode step reads them. The library is
-asked without a bias, and with one of zeros (see `hf_async_batching.linear.library`); beyond our kernel's rows it is
-alone.
+A product is timed in a CUDA graph over more weights than the L2 cache holds, as in a decode step. The library is timed
+without a bias, and with a bias of zeros (see `hf_async_batching.linear.library`). Above our kernel's largest number of
+rows, only the library is timed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHAPES = {
 
 
 def timed(launch: Callable[[torch.Tensor], Any], weights: list[torch.Tensor]) -> float:
-    """Seconds per weight of one replay of a graph over all of them, median of ten."""
+    """Replay a graph over all weights; return the seconds per weight, as the median of ten replays."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         launch(weights[0])
@@ -69,7 +69,7 @@ def timed(launch: Callable[[torch.Tensor], Any], weights: list[torch.Tensor]) ->
 def checked(
     x: torch.Tensor, weights: list[torch.Tensor], counters: torch.Tensor, setting: SkinnySetting
 ) -> tuple[float, float]:
-    """Relative error against float64, and seconds."""
+    """Return the relative error against float64, and the seconds."""
     want = x.double() @ weights[0].double().T
     got = skinny_linear(x, weights[0], None, counters, setting)
     error = ((got.double() - want).norm() / want.norm()).item()

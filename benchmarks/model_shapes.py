@@ -1,20 +1,20 @@
-"""Which route each shape of `bench` takes, how fast it is, and whether its tokens are those of plain `generate`.
+"""Shows the route and the speed of each shape of `bench`, and compares its tokens with those of plain `generate`.
 
 python -m benchmarks.model_shapes --shapes qwen3-8b,gpt-oss-20b --rows 1,32 --limit 120 --out FILE.json
 python -m benchmarks.model_shapes --shapes nemotron-h-8b --layers 8 --device cuda
 python -m benchmarks.model_shapes --shapes qwen3-8b --quantize nf4
 
-Each shape has a process of its own, with random weights. What is measured is printed as lines of JSON, one a phase:
+Each shape runs in its own process, with random weights. Each phase prints its results as a line of JSON:
 
 - start: seconds until the model is made, and from the first `submit` to its first token (nothing compiled or captured
   yet); the route by which the model is served;
 - warmup: seconds until everything is compiled and captured;
-- rows N: N greedy requests at once, all there at the start: seconds, new tokens per second, first tokens;
-- generate: a few of these requests by plain `model.generate`, each alone, and what share of its tokens is ours at the
-  same place. Rounding changes tokens in bfloat16, and after the first other token the rest differs.
+- rows N: N greedy requests that arrive together: seconds, new tokens per second, times of the first tokens;
+- generate: a few of these requests by plain `model.generate`, one at a time, and the share of its tokens that equal
+  ours at the same position. In bfloat16, rounding changes tokens, and all tokens after the first change differ.
 
-Warnings of the library are lines too. An exception is a line with the phase in which it was raised, and so is a
-process that ended too early; after `--limit` seconds a process writes the stacks of all threads to stderr and ends.
+The library's warnings are lines, too. An exception is a line with the phase that raised it, and so is the early end of
+a process. After `--limit` seconds a process writes the stacks of all threads to stderr and ends.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _GRACE = 15  # seconds after the limit in which a process may write its stacks
 
 
 class ModelShape:
-    """What one process does for one shape: `say` is called with each line."""
+    """The work of one process for one shape; it calls `say` with each line."""
 
     def __init__(self, arguments: argparse.Namespace, say: Callable[[Line], None]) -> None:
         self._arguments = arguments
@@ -49,7 +49,7 @@ class ModelShape:
         self._tokens: list[list[int]] = []
 
     def run(self) -> None:
-        """All phases; those after a failed start are left out."""
+        """Run all phases; if the start fails, skip the others."""
         self._phase("start", self._start)
         try:
             self._phase("warmup", self._warm_up)
@@ -163,10 +163,10 @@ class _Warnings(logging.Handler):
 
 
 def one_process(shape: str, arguments: argparse.Namespace) -> Iterator[Line]:
-    """The lines of one shape, from a process that ends at the limit."""
+    """Run one shape in a process that ends at the limit, and yield its lines."""
     missing = ["start", "warmup", *(f"rows {rows}" for rows in arguments.rows), *["generate"][: arguments.compare]]
     with tempfile.TemporaryDirectory() as folder:
-        # A file, not a pipe: processes that a compiler leaves behind would hold a pipe open.
+        # The output goes to a file: processes that a compiler leaves behind would hold a pipe open.
         lines = Path(folder, "lines")
         lines.touch()
         command = [
@@ -202,7 +202,7 @@ def one_process(shape: str, arguments: argparse.Namespace) -> Iterator[Line]:
             process.wait()
     if missing and process.returncode:
         late = time.monotonic() > killed - _GRACE
-        why = f"no end within {arguments.limit:g} s" if late else f"the process ended with {process.returncode}"
+        why = f"not finished in {arguments.limit:g} s" if late else f"the process ended with {process.returncode}"
         yield {"shape": shape, "phase": missing[0], "error": f"{why}; see stderr"}
 
 
@@ -216,12 +216,12 @@ def parser() -> argparse.ArgumentParser:
     add("--rows", type=counts, default=[1, 32], metavar="N,N", help="requests at once, one run each (1,32)")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of each prompt (64)")
     add("--new", type=int, default=256, metavar="N", help="new tokens of each request (256)")
-    add("--compare", type=int, default=2, metavar="N", help="rows that plain generate computes too (2; 0: none)")
-    add("--limit", type=float, default=120.0, metavar="S", help="seconds that each shape has (120)")
-    add("--layers", type=int, metavar="N", help="the first N layers, some of each kind where N allows")
-    add("--quantize", choices=("nf4",), help="linear layers by bitsandbytes")
-    add("--device", choices=("cuda", "cpu"), help="where to run (cuda where there is one)")
-    add("--out", type=Path, metavar="FILE", help="all lines as one list")
+    add("--compare", type=int, default=2, metavar="N", help="rows to compare with plain generate (2; 0: none)")
+    add("--limit", type=float, default=120.0, metavar="S", help="time limit of each shape in seconds (120)")
+    add("--layers", type=int, metavar="N", help="only the first N layers, some of each kind if N allows")
+    add("--quantize", choices=("nf4",), help="quantize linear layers with bitsandbytes")
+    add("--device", choices=("cuda", "cpu"), help="device to run on (cuda if available)")
+    add("--out", type=Path, metavar="FILE", help="write all lines to FILE as one list")
     add("--one", help=argparse.SUPPRESS)
     add("--lines", type=Path, help=argparse.SUPPRESS)
     return made

@@ -1,9 +1,9 @@
-"""Prompt lookup: a text that repeats itself and one that does not, alone and together, with drafts and without.
+"""Measures prompt lookup on a text that repeats itself and on one that does not, with drafts and without.
 
     python -m benchmarks.prompt_lookup [--model DIR] [--dtype bfloat16] [--tokens 10] [--new 128]
 
-Greedy; each line is the median of `--repeats`, after a warm-up. `generate` is transformers' own prompt lookup, which
-takes one sequence at a time.
+Greedy. Each line is the median of `--repeats`, after a warm-up. `generate` is transformers' own prompt lookup, which
+serves one sequence at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TASKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="a chat model; the embedded SmolLM2 where left out")
+    parser.add_argument("--model", default=None, help="a chat model (the embedded SmolLM2)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--new", type=int, default=128)
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def measure(run: Any, rows: int, extra: dict[str, Any], repeats: int) -> tuple[float, list[list[int]]]:
-    """Median seconds, and the tokens."""
+    """Return the median of the seconds, and the tokens."""
     tokens = run(rows, extra)
     seconds = []
     for _ in range(repeats):

@@ -1,9 +1,10 @@
-"""What choosing tokens costs, in microseconds a step, and whether the kernels draw what the torch code draws.
+"""Measures sampling in microseconds per step, and checks that the kernels draw the same tokens as the torch code.
 
     python -m benchmarks.sampling_speed [--rows 256] [--vocab 151936] [--out results/sampling.json]
 
-Logits are random. Rows of a step differ in their seeds; of the mixed check in everything. A time is the median of
-replayed CUDA graphs, as steps are served; without a GPU, of plain calls (with TRITON_INTERPRET=1, a dry run).
+Logits are random. The rows of a timed step differ only in their seeds; the rows of the check differ in all parameters.
+A time is the median of replayed CUDA graphs, as in served steps. Without a GPU it is the median of plain calls (with
+TRITON_INTERPRET=1, a dry run).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "top-p 0.1": {"top_p": 0.1},
     "min-p 0.05": {"min_p": 0.05},
 }
-# A flat distribution as of random weights, one like a language model's, one that is nearly sure.
+# A flat distribution as from random weights, one like a language model's, and one with a nearly certain token.
 SPREADS = {"flat": 0.5, "usual": 3.0, "peaked": 8.0}
 
 
@@ -55,7 +56,7 @@ def request(fields: dict[str, Any] | None, seed: int) -> Request:
 
 
 def rows_of(requests: list[Request], vocab: int, device: torch.device) -> tuple[SamplingMetadata, Features]:
-    """Rows with random positions, each with 500 tokens that have occurred."""
+    """Make rows at random positions, each with 500 tokens in its history."""
     count = len(requests)
     plan = Plan(0, (), new_rows=tuple(NewRow(i + 1, one) for i, one in enumerate(requests)))
     staged = np.zeros(100 * count, np.int32)
@@ -91,7 +92,7 @@ def mixed(count: int) -> list[Request]:
 
 
 def check(logits: torch.Tensor, requests: list[Request], steps: int) -> tuple[int, int]:
-    """How many tokens of the kernels are those of the torch code, of how many; by positions that move on."""
+    """Compare the kernels' tokens with those of the torch code at `steps` positions; return equal tokens and all."""
     rows, features = rows_of(requests, logits.shape[1], logits.device)
     same = 0
     for step in range(steps):
@@ -107,7 +108,7 @@ def check(logits: torch.Tensor, requests: list[Request], steps: int) -> tuple[in
 
 
 def microseconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of `work`, as a replayed graph where there is a GPU."""
+    """Return the median time of `work`; on a GPU it is a replayed graph."""
     work()
     if device.type != "cuda":
         times = []
@@ -168,7 +169,7 @@ def main() -> int:
         ):
             same, of = check(made[: arguments.check_rows], requests, arguments.steps)
             results["check"][f"{kind}, {spread}"] = [same, of]
-            # Races that are decided by the last bits may differ.
+            # If two tokens are equal up to the last bits, the draws may differ.
             right = right and same >= of - max(1, of // 500)
             print(f"check, {kind}, {spread}: {same} of {of} tokens are those of the torch code")
     columns = [f"{spread}{way}" for spread in SPREADS for way in (("", ", torch") if arguments.torch else ("",))]

@@ -1,11 +1,11 @@
-"""Short prompts that join rows which decode: steps with them captured as CUDA graphs, and not.
+"""Measures short prompts that join decoding rows, with their steps captured as CUDA graphs and without.
 
 python -m benchmarks.short_prompts --shape qwen3-0.6b --context 512
 python -m benchmarks.short_prompts --shape llama-3.1-8b --context 2048
 python -m benchmarks.short_prompts --shape tiny --device cpu --rows 2 --context 16 --joins 3   # nothing is captured
 
---joins prompts of 20 to 219 tokens come one behind the other, each asking for 4 tokens, while --rows requests go on.
-The first of the runs also captures.
+--joins prompts of 20 to 219 tokens arrive one after the other, each for 4 new tokens, while --rows requests decode.
+The first run also captures the graphs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_async_batching.bench.shapes import SHAPES, random_model
 
 
 def join(manager: GenerationManager, rows: int, context: int, joins: int, first: int) -> tuple[float, float]:
-    """Mean seconds of a join, and the median of the times to its first token. `first` makes prompts differ."""
+    """Return the mean seconds of a join, and the median time to its first token. `first` makes prompts differ."""
     vocab: int = manager.model.config.vocab_size
     greedy = {"do_sample": False, "eos_token_id": None}
     base = [manager.submit([i % vocab] * context, max_new_tokens=40 * joins, **greedy) for i in range(rows)]

@@ -1,4 +1,4 @@
-"""Where all threads of a process are: a start runs in several, and a profiler of calls slows them unevenly."""
+"""Samples the stacks of all threads. A start runs in several threads, and a call profiler slows them unevenly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Stack = tuple[str, ...]
 
 
 class StackSamples:
-    """Samples the stacks of every thread while it is entered.
+    """A context manager that samples the stacks of all threads.
 
     Args:
         interval: Seconds between two samples.
 
     Attributes:
-        seconds: By thread (name and identity) and stack, outermost function first.
+        seconds: Seconds by thread (name and identity) and stack, with the outermost function first.
     """
 
     def __init__(self, interval: float = 0.005) -> None:
@@ -49,7 +49,7 @@ class StackSamples:
             before = now
 
     def report(self, least: float = 0.05) -> str:
-        """An indented tree of what took at least so many seconds."""
+        """Return an indented tree of the functions that took at least `least` seconds."""
         totals: Counter[Stack] = Counter()
         for stack, seconds in self.seconds.items():
             for depth in range(1, len(stack) + 1):

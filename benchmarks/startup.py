@@ -1,9 +1,9 @@
-"""How long a loaded model takes to its first token, and to full speed: with empty kernel caches, then with warm ones.
+"""Measures the time of a loaded model to its first token and to full speed, with empty and with warm kernel caches.
 
 python -m benchmarks.startup --shape llama-3.1-8b --out DIR
 
-Each start is a process of its own, which makes the model, waits for the device, and starts the clock with its first
-`submit`. Then 32 requests run until the engine's decode steps take their final time.
+Each start is its own process. It makes the model, waits for the device, and starts the clock at its first `submit`.
+Then 32 requests run until the engine's decode steps have reached their final time.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--new", type=int, default=3000, help="tokens of the 32 requests: enough to reach full speed")
-    parser.add_argument("--profile", action="store_true", help="where the starts' time goes, into DIR")
+    parser.add_argument("--profile", action="store_true", help="write stack samples of the starts into DIR")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.profile and arguments.out is None:
-        parser.error("--profile writes its samples into a folder: name it with --out DIR")
+        parser.error("--profile writes its samples into a folder: pass --out DIR")
     if arguments.one:
         name = f"startup-{arguments.one.replace(' ', '-')}.profile"
         profile = arguments.out / name if arguments.profile else None

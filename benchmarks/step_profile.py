@@ -1,12 +1,12 @@
-"""Where the steps of a workload spend their time: by kind of step, and by kernel within a few of them.
+"""Shows where the steps of a workload spend their time, by kind of step, and by kernel for a few steps.
 
 python -m benchmarks.step_profile mix --shape llama-3.1-8b --admission fcfs longest_first --kernels 100 700
 python -m benchmarks.step_profile mix --shape tiny --device cpu --rows 6 --prompt 40 --new 20 --dtype float32
 
-The workload is served twice per admission; the second pass counts, and its requests share no prefix with those of the
-first. A step's time is from the end of the one before to its own end, so that gaps count; its floor is the bytes that
-it must read over the copy bandwidth measured in the same process. --kernels names steps: from each on, ten are watched
-by torch's profiler in a third pass.
+The workload is served twice for each admission order. The second pass counts, and its requests share no prefix with
+those of the first. A step's time is from the end of the step before to its own end, so that gaps count. Its floor is
+the bytes that it must read, over the copy bandwidth measured in the same process. --kernels names steps: in a third
+pass, torch's profiler watches ten steps from each of them on.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def kind(step: StepRecord, buckets: Sequence[int]) -> tuple[str, int]:
-    """What a step is counted with: decode steps by their bucket, others by their size; the largest by tokens."""
+    """Return the group of a step: decode steps by bucket, others by padded size, and the largest by their tokens."""
     if not step.prompt_tokens:
         return "decode", next(bucket for bucket in buckets if bucket >= step.decode_rows)
     tokens = step.decode_rows + step.prompt_tokens
@@ -79,7 +79,7 @@ def kind(step: StepRecord, buckets: Sequence[int]) -> tuple[str, int]:
 
 
 def by_kind(records: Sequence[StepRecord], traffic: Traffic, bandwidth: float) -> None:
-    """Print steps, their time and their floor, kind by kind."""
+    """Print the steps of each kind, with their time and their floor."""
     kinds: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     buckets = decode_buckets(max([1, *[step.decode_rows for step in records]]))
     for before, after in itertools.pairwise(records):
@@ -98,7 +98,7 @@ def by_kind(records: Sequence[StepRecord], traffic: Traffic, bandwidth: float) -
 
 @torch.inference_mode()
 def watch(driver: ThroughEngine, workload: Any, firsts: Sequence[int]) -> None:
-    """Print the kernels of `WATCHED` steps from each of these on."""
+    """Print the kernels of `WATCHED` steps, from each step in `firsts` on."""
     engine = driver.assembly.engine
     for request in workload.first:
         engine.add(request)

@@ -3,9 +3,9 @@
     pip install parameterized timeout-decorator
     python -m benchmarks.transformers_own_tests CHECKOUT [--families llama gemma2] [--out PAGE.md --tests-of TEXT]
 
-CHECKOUT is a clone of transformers at the installed release: its wheels hold no tests. Nothing of transformers is
-patched: each family's own test class is subclassed, and its models are subclasses whose `generate` names the plug.
-Every test also runs without the plug; one that does not pass there says nothing about it.
+CHECKOUT is a clone of transformers at the installed release, because its wheels hold no tests. Nothing of transformers
+is patched: each family's own test class is subclassed, and its models are subclasses whose `generate` calls the plug.
+A test that fails also runs without the plug. If it fails there too, it says nothing about the plug.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FAMILIES = [
     "qwen3_moe",
     "starcoder2",
 ]
-# Those that search otherwise, or ask for the cache itself, are not for us.
+# Tests of other search methods, or of the cache object itself, are left out.
 WANTED = re.compile(
     r"test_((greedy|sample)_generate"
     r"|prompt_lookup_decoding"
@@ -60,7 +60,7 @@ Outcome = tuple[str, str]
 
 
 def served(model_class: type) -> type:
-    """A subclass of a model class whose `generate` goes through the plug; it keeps its name."""
+    """Make a subclass of a model class, with the same name, whose `generate` calls the plug."""
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         return model_class.generate(self, *args, custom_generate=hf_async_batching.generate, **kwargs)
@@ -70,7 +70,7 @@ def served(model_class: type) -> type:
 
 
 def through_the_plug(test_class: type) -> type:
-    """A family's test class, over served models."""
+    """Make a subclass of a family's test class that tests served models."""
 
     class Served(test_class):  # type: ignore[misc]
         @property
@@ -86,7 +86,7 @@ def through_the_plug(test_class: type) -> type:
 
 
 def test_classes(family: str) -> Iterator[type]:
-    """The classes of a family's module that have the generation tests."""
+    """Yield the classes with generation tests in a family's module."""
     module = importlib.import_module(f"tests.models.{family}.test_modeling_{family}")
     for value in vars(module).values():
         if (
@@ -99,7 +99,7 @@ def test_classes(family: str) -> Iterator[type]:
 
 
 def run(test_class: type, name: str) -> Outcome:
-    """ "passed", "not applicable" or "failed", and why."""
+    """Run a test; return "passed", "not applicable" or "failed", and the reason."""
     result = unittest.TestResult()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,7 +116,7 @@ def run(test_class: type, name: str) -> Outcome:
 
 
 def outcomes(families: list[str]) -> Iterator[tuple[str, str, Outcome]]:
-    """Family, test and outcome of every test that applies."""
+    """Yield family, test and outcome of every test."""
     for family in families:
         try:
             classes = list(test_classes(family))
@@ -135,7 +135,7 @@ def outcomes(families: list[str]) -> Iterator[tuple[str, str, Outcome]]:
 
 
 def report(found: list[tuple[str, str, Outcome]], tests_of: str) -> str:
-    """The outcomes as a page; `tests_of` says where the tests are from."""
+    """Write the outcomes as a page; `tests_of` says where the tests come from."""
     counts = Counter(outcome[0] for _, _, outcome in found)
     lines = [
         "# transformers' own generation tests through the plug",
@@ -158,10 +158,10 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tests-of", default="", help="where CHECKOUT is from, for the page")
+    parser.add_argument("--tests-of", default="", help="origin of CHECKOUT, for the page")
     arguments = parser.parse_args()
     if not (arguments.checkout / "tests" / "generation" / "test_utils.py").exists():
-        parser.error(f"{arguments.checkout} holds no tests/generation/test_utils.py; give a clone of transformers")
+        parser.error(f"{arguments.checkout} holds no tests/generation/test_utils.py; pass a clone of transformers")
     sys.path.insert(0, str(arguments.checkout.resolve()))
     found = []
     for family, name, outcome in outcomes(arguments.families):

@@ -1,17 +1,17 @@
-"""One model on two GPUs: data parallel over a dataset, and tensor parallel.
+"""Measures one model on two GPUs: data parallel over a dataset, and tensor parallel.
 
 python -m benchmarks.two_gpus data --out results        # four minutes on two H100s
 python -m benchmarks.two_gpus tensor --out results      # two minutes on two H100s; writes the weights to --folder
 python -m benchmarks.two_gpus data --shape tiny --device cpu --rows 60 --longest-prompt 60 --longest-new 20
 python -m benchmarks.two_gpus tensor --shape tiny --device cpu --new 20
 
-`data` runs the rows of `benchmarks.dataset_speed` through `generate_dataset` with a `resume_dir`, by one process and
-by two that `accelerate launch` starts; every process has the whole model. Timed is from when all of them are warm to
-when the merged dataset is there.
+`data` runs the rows of `benchmarks.dataset_speed` through `generate_dataset` with a `resume_dir`, in one process and
+in two that `accelerate launch` starts. Every process has the whole model. The time runs from the end of the last
+warm-up to the merged dataset.
 
 `tensor` compares greedy tokens of a small shape in float32 on one device and on two (`tp_plan="auto"` under
-torchrun), at depth 1 and 2, with captured graphs and without. Then it times --shape in bfloat16, 32 rows, on one and
-on two. Needs memory for the weights in --folder (/dev/shm where there is one).
+torchrun), at depth 1 and 2, with captured graphs and without. Then it times --shape in bfloat16, with 32 rows, on one
+and on two devices. It needs space for the weights in --folder (/dev/shm if it exists).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hf_async_batching import BatchingConfig, GenerationManager, generate_datase
 from hf_async_batching.bench.shapes import SHAPES, random_model
 
 ROWS, PROMPT = 32, 128
-# The small shape: all sizes can be divided by two ranks, and its tokens come from float32 sums of hundreds.
+# The small shape. All its sizes can be divided by two ranks, and its float32 sums have hundreds of terms.
 SMALL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192}
 
 
@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("what", choices=["data", "tensor"])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", type=int, default=4000, help="of the dataset")
+    parser.add_argument("--rows", type=int, default=4000, help="rows of the dataset")
     parser.add_argument("--longest-prompt", type=int, default=1024)
     parser.add_argument("--longest-new", type=int, default=640)
     parser.add_argument("--new", type=int, default=256, help="tokens of each timed row of `tensor`")
-    parser.add_argument("--folder", type=Path, help="for weights and datasets; a temporary one")
+    parser.add_argument("--folder", type=Path, help="folder for weights and datasets (a temporary one)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--process", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def start(launcher: Sequence[str], process: str, folder: Path) -> dict[str, Any]:
-    """Run this module again; what its first process has written."""
+    """Run this module again with `launcher`; return the results of its first process."""
     command = [sys.executable, *launcher, "-m", "benchmarks.two_gpus", *sys.argv[1:]]
     subprocess.run([*command, "--process", process, "--folder", str(folder)], check=True)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -79,7 +79,7 @@ def start(launcher: Sequence[str], process: str, folder: Path) -> dict[str, Any]
 
 
 def here(arguments: argparse.Namespace) -> torch.device:
-    """The device of this process."""
+    """Return the device of this process."""
     if arguments.device == "cpu":
         torch.set_num_threads(1)
         return torch.device("cpu")
@@ -107,7 +107,7 @@ def data(folder: Path) -> dict[str, Any]:
 
 
 def data_process(arguments: argparse.Namespace) -> None:
-    """A process of `data`, alone or with another."""
+    """Run a process of `data`, alone or with another one."""
     from datasets import Dataset
 
     device, rank = here(arguments), int(os.environ.get("RANK", "0"))
@@ -159,7 +159,7 @@ def tensor(folder: Path) -> dict[str, Any]:
 
 
 def one_process(arguments: argparse.Namespace) -> None:
-    """The model on one device, whose weights are left in the folder."""
+    """Run the model on one device, and leave its weights in the folder."""
     device = here(arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     small = random_model("llama-3.1-8b", device, torch.float32, num_attention_heads=8, head_dim=64, **SMALL)
@@ -176,7 +176,7 @@ def one_process(arguments: argparse.Namespace) -> None:
 
 
 def two_processes(arguments: argparse.Namespace) -> None:
-    """A rank of the model on two devices."""
+    """Run a rank of the model on two devices."""
     device, path = here(arguments), arguments.folder / "result.json"
     join(arguments)
     small = AutoModelForCausalLM.from_pretrained(arguments.folder / "small", tp_plan="auto", dtype=torch.float32)
@@ -208,7 +208,7 @@ def small_config(depth: int, **changes: Any) -> BatchingConfig:
 
 
 def small_tokens(manager: GenerationManager) -> list[list[int]]:
-    """Greedy tokens of ragged prompts, more than there are rows."""
+    """Return greedy tokens of prompts of different lengths, more prompts than the engine has rows."""
     ids = prompts([(9 + 17 * i % 300, 0) for i in range(24)], SMALL["vocab_size"], 3)
     handles = [manager.submit(prompt, max_new_tokens=100, do_sample=False) for prompt in ids]
     return [handle.result().token_ids for handle in handles]
@@ -220,7 +220,7 @@ def timed_config(arguments: argparse.Namespace, **changes: Any) -> BatchingConfi
 
 
 def timed(manager: GenerationManager, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the first `submit` to the last token, after a run that warms up."""
+    """Return the seconds from the first `submit` to the last token, after a warm-up run."""
     manager.warmup()
     for seed, new in ((1, 8), (2, arguments.new)):
         ids = prompts([(PROMPT, 0)] * ROWS, manager.model.config.vocab_size, seed)

@@ -1,4 +1,4 @@
-"""A streaming HTTP server in one event loop: its requests share a batch, and a client that leaves ends its own.
+"""A streaming HTTP server in one event loop. Its requests share a batch; a request ends when its client disconnects.
 
 Run: python examples/asyncio_server.py [--port 8000] [--model NAME_OR_FOLDER]; curl -Nd "Hello!" localhost:8000"""
 
@@ -30,7 +30,7 @@ async def serve(reader, writer):
             writer.write((text.step(tokenizer.backend_tokenizer, token) or "").encode())
             await writer.drain()
     finally:
-        handle.cancel()  # has no effect on a request that has ended
+        handle.cancel()  # does nothing if the request has ended
         writer.close()
 
 

@@ -1,4 +1,4 @@
-"""A logits processor of your own, as for plain `generate`: no answer has a given letter in it.
+"""Your own logits processor, as for plain `generate`: it keeps a letter out of the answer.
 
 Run: python examples/custom_logits_processor.py [--model NAME_OR_FOLDER] [--letter e] [--max-new-tokens 40]
 """
@@ -18,7 +18,7 @@ arguments = parser.parse_args()
 
 
 class WithoutLetter(LogitsProcessor):
-    """Sees token ids [1, length] and scores [1, vocabulary], in a thread for which no other request waits."""
+    """Gets token ids [1, length] and scores [1, vocabulary]. No other request waits for the thread that calls it."""
 
     def __init__(self, letter, tokenizer, vocabulary, device):
         texts = [tokenizer.decode([token]).lower() for token in range(vocabulary)]

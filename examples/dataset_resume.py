@@ -1,4 +1,4 @@
-"""A model over a dataset. Kill it and run it again: it goes on where it stopped, and ends with the same rows.
+"""A model over a dataset. Kill it and run it again: it continues where it stopped, and ends with the same rows.
 
 Run: python examples/dataset_resume.py [--model NAME_OR_FOLDER] [--rows 200] [--folder run]
 Needs: pip install -e ".[datasets]"
@@ -31,7 +31,7 @@ answers = generate_dataset(
     chat=True,
     system_prompt="Answer with a number only.",
     max_new_tokens=12,
-    do_sample=True,  # each row has a seed of its own, so the answers are the same in every run
+    do_sample=True,  # each row has its own seed, so the answers are the same in every run
     resume_dir=arguments.folder,
 )
 for row in answers.take(3):

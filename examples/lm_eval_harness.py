@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with the engine behind it: one argument more in the one place that calls `generate`.
+"""lm-evaluation-harness, with completions from the engine: one more argument in the only call of `generate`.
 
 Run: python examples/lm_eval_harness.py [--model NAME_OR_FOLDER] [--tasks gsm8k] [--limit 100] [--batch-size 64]
 Needs: pip install "lm_eval>=0.4.9"
@@ -17,14 +17,14 @@ from hf_async_batching import generate
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--tasks", nargs="+", default=["gsm8k"])
-parser.add_argument("--include-path", help="a folder with tasks of your own")
-parser.add_argument("--limit", type=int, help="questions per task; all where it is left out")
-parser.add_argument("--batch-size", type=int, default=64, help="large: a batch ends with its longest row")
+parser.add_argument("--include-path", help="a folder with your own tasks")
+parser.add_argument("--limit", type=int, help="questions per task (all)")
+parser.add_argument("--batch-size", type=int, default=64, help="choose a large one: a batch ends with its longest row")
 arguments = parser.parse_args()
 
 
 class AsyncHFLM(HFLM):
-    """HFLM as it is, and its answers through the engine."""
+    """HFLM with completions from the engine."""
 
     def _model_generate(self, context, max_length, stop, **others):
         return super()._model_generate(context, max_length, stop, custom_generate=generate, **others)

@@ -29,7 +29,7 @@ def answer(question: str) -> str:
         **inputs,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=False,
-        custom_generate=hf_async_batching.generate,  # the one argument more
+        custom_generate=hf_async_batching.generate,  # the only new argument
     )
     return tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

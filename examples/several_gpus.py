@@ -1,10 +1,10 @@
-"""Data parallel over a dataset: each process has a copy of the model and takes its share of the shards.
+"""Data parallel over a dataset: each process has a copy of the model and completes its share of the shards.
 
 Run: torchrun --nproc_per_node 4 examples/several_gpus.py     (or: accelerate launch --num_processes 4 ...)
      python examples/several_gpus.py                          (one process, also on a CPU)
 Needs: pip install -e ".[datasets]"
 
-A process that dies ends the launch, and the same command goes on, also with another number of processes.
+If a process dies, the launch ends. The same command then continues the run, also with another number of processes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from hf_async_batching import generate_dataset
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--rows", type=int, default=2000)
-parser.add_argument("--folder", default="run-of-several", help="a folder that all processes see")
+parser.add_argument("--folder", default="run-of-several", help="a folder that all processes can reach")
 arguments = parser.parse_args()
 
 rank = int(os.environ.get("RANK", "0"))
@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device).eval()
 
 questions = [f"Write one sentence about the number {number}." for number in range(arguments.rows)]
 dataset = Dataset.from_dict({"prompt": questions})
-# The ranks come from RANK and WORLD_SIZE. Every process passes the whole dataset, and gets the whole dataset.
+# RANK and WORLD_SIZE give the ranks. Every process passes the whole dataset, and gets the whole dataset back.
 dataset = generate_dataset(model, dataset, tokenizer, chat=True, max_new_tokens=40, resume_dir=arguments.folder)
 if rank == 0:
     print(dataset)

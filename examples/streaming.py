@@ -1,4 +1,4 @@
-"""Submit a request to an engine of your own, print its text as it is made, and see how it was served.
+"""Submit a request to your own engine, print its text as it is generated, and see how it was served.
 
 Run: python examples/streaming.py [--model NAME_OR_FOLDER] [--prompt TEXT] [--max-new-tokens 100]
 """
@@ -27,7 +27,7 @@ with GenerationManager(model) as manager:
     handle = manager.submit(
         prompt, max_new_tokens=arguments.max_new_tokens, do_sample=True, temperature=0.7, top_p=0.9, seed=1
     )
-    text = DecodeStream(skip_special_tokens=True)  # holds a character back until all of its tokens are there
+    text = DecodeStream(skip_special_tokens=True)  # holds a character back until all of its tokens have arrived
     for token in handle:
         print(text.step(tokenizer.backend_tokenizer, token) or "", end="", flush=True)
     result = handle.result()

@@ -23,7 +23,7 @@ arguments = parser.parse_args()
 gpu = torch.cuda.is_available()
 model = AutoModelForCausalLM.from_pretrained(arguments.model).to("cuda" if gpu else "cpu")
 get_manager(model, BatchingConfig(memory_fraction=0.2))  # the cache shares the memory with training
-model.generate = functools.partial(model.generate, custom_generate=generate)  # the object is yours
+model.generate = functools.partial(model.generate, custom_generate=generate)  # only on this object
 config = GRPOConfig(
     output_dir=arguments.folder, max_steps=arguments.steps, per_device_train_batch_size=8, num_generations=4,
     max_completion_length=32, learning_rate=1e-5, use_cpu=not gpu, bf16=gpu, report_to="none", logging_steps=1,

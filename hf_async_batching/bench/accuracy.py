@@ -1,4 +1,4 @@
-"""The gate beside every speed: are the tokens those of the plain model?"""
+"""Checks that the tokens of a measured run are those of the plain model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.core.request import Request
 from hf_async_batching.model.forward.generate_loop import CACHE_NAMES
 
-# Positions whose logits are in memory at once: 512 of a vocabulary of 128K take 0.25 GiB in float32.
+# Positions whose logits are in memory at once. For a vocabulary of 128K, 512 positions take 0.25 GiB in float32.
 _SLICE = 512
 
-# New tokens up to which completions are compared with plain generate.
+# Completions are compared with plain generate up to this many new tokens.
 _ALONE = 256
 
-# A gap beyond this share of the largest logit is no rounding. Steps of another batch round otherwise, in every layer.
+# Rounding does not explain a gap beyond this share of the largest logit. In another batch, every layer rounds
+# differently.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -31,11 +32,12 @@ class Accuracy:
     Attributes:
         requests: Requests checked.
         tokens: Tokens checked.
-        distinct: Different tokens among them; few of them check little.
+        distinct: Number of different tokens among them. A run with few different tokens proves little.
         argmax_percent: Tokens that are the plain forward's arg-max.
         largest_gap: Largest distance of a token's logit to that of the arg-max.
-        tolerance: What the gap must not exceed: rounding of the model's dtype can explain that much.
-        generate_equal: Completions equal to `model.generate` alone, and how many were compared; only in float32.
+        tolerance: The largest gap that rounding in the model's dtype can explain.
+        generate_equal: Completions equal to `model.generate` with one prompt, and how many were compared; only in
+            float32.
     """
 
     requests: int
@@ -48,7 +50,7 @@ class Accuracy:
 
     @property
     def holds(self) -> bool:
-        """Whether every token is right as far as rounding lets one say."""
+        """Whether every token is right, up to rounding."""
         same, compared = self.generate_equal or (0, 0)
         return self.largest_gap <= self.tolerance and same == compared
 
@@ -80,7 +82,7 @@ def teacher_forced(
         model: The model that the tokens came from, with its own attention.
         requests: The requests whose tokens are checked.
         tokens: New tokens by request id.
-        slice_size: Positions computed at once, over a cache of those before: bounds the memory of the logits.
+        slice_size: Positions computed at once, over a cache of the earlier ones. It bounds the memory of the logits.
     """
     same = total = 0
     worst = largest = 0.0
@@ -89,7 +91,7 @@ def teacher_forced(
     cache_name = next((name for name in CACHE_NAMES if name in taken), "past_key_values")
     for request in requests:
         new = tokens[request.request_id]
-        # The last token predicts nothing that was generated.
+        # No generated token follows the last one, so it is no input.
         ids = torch.tensor([*request.prompt, *new], device=model.device)[None, :-1]
         wanted = torch.tensor(new, device=model.device)
         cache = {cache_name: DynamicCache(config=model.config)}
@@ -115,7 +117,10 @@ def teacher_forced(
 def equal_to_generate(
     model: PreTrainedModel, requests: Sequence[Request], tokens: Mapping[str, Sequence[int]]
 ) -> tuple[int, int]:
-    """Completions equal to plain `model.generate` alone, up to 256 new tokens each, and how many were compared."""
+    """Count completions equal to plain `model.generate` with one prompt, and all that were compared.
+
+    Each completion is compared up to 256 new tokens.
+    """
     same = 0
     for request in requests:
         count = min(request.max_new_tokens, _ALONE)
@@ -128,7 +133,10 @@ def equal_to_generate(
 
 
 def sample(workload: Workload, tokens: Mapping[str, Sequence[int]], count: int) -> list[Request]:
-    """Up to `count` requests, spread over the workload; of a conversation its last turn, which holds the others."""
+    """Pick up to `count` requests, spread over the workload.
+
+    A conversation is represented by its last turn, whose prompt holds all earlier turns.
+    """
     users = len(workload.first)
     count = min(count, users)
     chosen = []
@@ -141,6 +149,6 @@ def sample(workload: Workload, tokens: Mapping[str, Sequence[int]], count: int) 
 
 
 def equal_fraction(one: Sequence[Mapping[str, Sequence[int]]], other: Sequence[Mapping[str, Sequence[int]]]) -> float:
-    """Share of completions, over all passes, that are the same token for token."""
+    """Return the share of completions, over all passes, that are equal token for token."""
     pairs = [(left[name], right.get(name)) for left, right in zip(one, other, strict=True) for name in left]
     return sum(left == right for left, right in pairs) / len(pairs)

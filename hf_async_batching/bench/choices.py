@@ -1,4 +1,4 @@
-"""What the command `bench` lets one choose from; imports no torch."""
+"""The choices of the command `bench`; imports no torch."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ SWITCHES = {
 """Switches that turn a setting of `BatchingConfig` off."""
 
 SIZES = ("page_size", "max_batch_tokens", "max_rows")
-"""Settings of `BatchingConfig` that are options of the same name."""
+"""Settings of `BatchingConfig` that have options with their names."""

@@ -1,4 +1,4 @@
-"""Two ways to put a workload through our engine: as users do, and without a thread in between."""
+"""Two ways to run a workload on our engine: through the manager, as users do, and without the engine's thread."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Driver(Protocol):
     """An engine that a measurement starts, warms up, uses and closes, in this order."""
 
     def start(self, request: Request) -> None:
-        """Start the engine and return with the first token of `request`, which is the only one."""
+        """Start the engine, serve `request` for its only token, and return."""
 
     def warmup(self) -> None:
-        """Do everything that is done once: kernels, graphs."""
+        """Compile all kernels and capture all graphs."""
 
     def serve(self, workload: Workload) -> Served:
         """Serve a workload to its end."""
@@ -80,7 +80,7 @@ class ThroughManager:
         self._manager.warmup()
 
     def serve(self, workload: Workload) -> Served:
-        """All first requests arrive together; each user waits for an answer and sends the next message at once."""
+        """Serve a workload. All first requests arrive together; a user's next message follows the answer at once."""
         served, before = Served(), _last_step(self.assembly)
         started = time.perf_counter()
         handles = self._manager.submit_requests(list(workload.first))
@@ -120,7 +120,7 @@ class ThroughManager:
 
 
 class ThroughEngine:
-    """The engine is stepped by the caller's thread, so that plans do not depend on timing."""
+    """The caller's thread steps the engine, so that plans do not depend on timing."""
 
     def __init__(self, model: PreTrainedModel, config: BatchingConfig) -> None:
         self._model = model
@@ -142,7 +142,7 @@ class ThroughEngine:
 
     @torch.inference_mode()
     def serve(self, workload: Workload) -> Served:
-        """All first requests arrive together; each user sends the next message with the step after the answer."""
+        """Serve a workload. All first requests arrive together; a next message joins the step after the answer."""
         engine, served, before = self.assembly.engine, Served(), _last_step(self.assembly)
         arrived: dict[str, float] = {}
         live: dict[str, Request] = {}

@@ -1,4 +1,4 @@
-"""What a figure was measured on: the card, its bandwidth, the versions."""
+"""The machine of a measurement: the card, its bandwidth, the versions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _UNCOUNTED_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Facts that stand beside every figure.
+    """The machine that produced a figure.
 
     Attributes:
         card: The GPU's name, or the CPU's.
         copy_bandwidth: Bytes per second, read plus written, of a large copy in this process.
-        versions: Versions by name; None where something is absent.
+        versions: Versions by name; None for a package that is absent.
     """
 
     card: str
@@ -66,16 +66,16 @@ def look_at(device: torch.device) -> Machine:
 
 
 def copy_bandwidth(device: torch.device, gib: float | None = None) -> float:
-    """Bytes per second, read plus written, of a large copy on `device`; median of 20.
+    """Return the bytes per second, read plus written, of a large copy on `device`; the median of 20 copies.
 
     Args:
-        device: Where both ends of the copy are.
-        gib: Size of what is copied; by default 2 on CUDA and 1/8 on the CPU: far more than the caches hold.
+        device: The device that holds both ends of the copy.
+        gib: Size of the copy; by default 2 on CUDA and 1/8 on the CPU, far more than the caches hold.
     """
     size = int((gib or (2.0 if device.type == "cuda" else 0.125)) * (1 << 30)) // 4
     source = torch.ones(size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    # Made after the tensors: what was enqueued before a device is made runs before what is enqueued on it.
+    # The device is made after the tensors: its streams wait for all work that was enqueued before.
     streams = make_device(device)
     events = []
 

@@ -1,4 +1,4 @@
-"""One measured run of our engine: what every figure is computed from, and how."""
+"""One measured run of our engine, and how every figure is computed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hf_async_batching.devices.memory import return_memory
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.engine.stats import read_stats
 
-# More than any workload takes: the records of a whole run are kept.
+# No workload takes more steps, so the records of a whole run are kept.
 KEPT_STEPS = 1 << 20
 
-# Seeds of the token ids of what is not counted: they share no prefix with the counted runs, whose seeds count from 0.
+# Seeds of the token ids in uncounted runs. Counted runs have seeds from 0, so they share no prefix with these.
 _START_SEED = -1
 _WARM_SEED = -2
 
@@ -36,7 +36,7 @@ MakeWorkload = Callable[[int], Workload]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a time per request is spread, in seconds. `p95` is the smallest that 95 % of the requests do not exceed."""
+    """The distribution of a time per request, in seconds. `p95` is the smallest time that 95 % do not exceed."""
 
     mean: float
     median: float
@@ -44,7 +44,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """None without values."""
+        """Summarize `values`; None without values."""
         if not values:
             return None
         ordered = sorted(values)
@@ -53,9 +53,9 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a step must read, in bytes: all weights once, and the live keys and values of its rows once.
+    """The bytes that a step must read: all weights once, and the live keys and values of its rows once.
 
-    What a step writes, and layers that look at a window of the context only, are not taken into account.
+    Writes are not counted. Layers with a sliding window count as if they read the whole context.
     """
 
     weight_bytes: int
@@ -75,20 +75,21 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Figures that follow from the times of steps.
+    """Figures computed from the times of steps.
 
     Attributes:
         steps: Steps of the run.
         ms_per_step: Mean over all steps, idle gaps included.
-        decode_ms_per_step: Mean over steps that only decode and follow such a step: from the end of that one's compute
-            to the end of their own, so that gaps count.
+        decode_ms_per_step: Mean over decode-only steps that follow a decode-only step. A step's time is from the end
+            of the earlier step's compute to the end of its own, so that gaps count.
         median_decode_ms_per_step: Median over the same steps.
-        busy_percent: Share of the time from the first step's start to the last one's end in which one was computed.
-        host_ms_per_step: Planning, launching and settling; no waiting. Mean over all steps.
-        decode_host_ms_per_step: The same over the steps that only decode.
-        mbu_decode_percent: Memory bandwidth utilization (the term is Databricks'; the measure gpt-fast reports) over
-            the steps of `decode_ms_per_step`: `Traffic` over their time, over the copy bandwidth.
-        mbu_run_percent: The same over all steps and the whole time of the run, with everything in it.
+        busy_percent: Share of the time, from the start of the first step to the end of the last one, in which a step
+            was computed.
+        host_ms_per_step: Planning, launching and settling, without waiting. Mean over all steps.
+        decode_host_ms_per_step: The same over the decode-only steps.
+        mbu_decode_percent: Memory bandwidth utilization (Databricks' term; gpt-fast reports the same figure) over the
+            steps of `decode_ms_per_step`: `Traffic` over their time, over the copy bandwidth.
+        mbu_run_percent: The same over all steps and the whole time of the run.
     """
 
     steps: int
@@ -103,12 +104,12 @@ class Pace:
 
     @classmethod
     def of(cls, records: Sequence[StepRecord], seconds: float, traffic: Traffic, bandwidth: float) -> Pace:
-        """Figures of the steps of a run.
+        """Compute the figures of a run.
 
         Args:
             records: The steps, oldest first.
-            seconds: What the run took, as its caller saw it.
-            traffic: What the steps must read.
+            seconds: The time of the run, as its caller saw it.
+            traffic: The bytes that the steps must read.
             bandwidth: Bytes per second that the device can copy, read plus written.
         """
         timeline = Timeline(tuple(records))
@@ -134,13 +135,13 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class BenchRun:
-    """A workload at one depth; the pass with the median time of `all_seconds`.
+    """The figures of a workload at one depth, from the pass with the median time of `all_seconds`.
 
     Attributes:
         depth: Steps in flight.
-        driver: "manager", as users see it, or "engine", without a thread in between.
-        settings: The engine's configuration, its automatic fields filled.
-        switched_off: Settings that the caller turned off, as opposed to those that are off by themselves.
+        driver: "manager", as users run it, or "engine", without the engine's thread.
+        settings: The engine's configuration, with its automatic fields filled in.
+        switched_off: Settings that the caller turned off; settings that the engine itself turned off are not listed.
         requests: Requests served.
         prompt_tokens: Tokens of their prompts.
         output_tokens: Tokens generated.
@@ -148,22 +149,22 @@ class BenchRun:
         all_seconds: Seconds of every counted pass.
         output_tokens_per_second: Generated tokens over `seconds`.
         total_tokens_per_second: Prompt and generated tokens over `seconds`.
-        pace: What follows from the times of the steps.
-        start_seconds: A fresh engine: from its making to the first token of its first request.
-        warmup_seconds: What `GenerationManager.warmup()` took after that.
-        full_speed_seconds: From the engine's making until the warm-up was over: nothing is compiled or captured later.
-        graphs_captured_late: Graphs that were captured after the warm-up all the same.
+        pace: Figures computed from the times of the steps.
+        start_seconds: From the creation of a fresh engine to the first token of its first request.
+        warmup_seconds: The time of `GenerationManager.warmup()` after that.
+        full_speed_seconds: From the engine's creation to the end of the warm-up, after which nothing is compiled.
+        graphs_captured_late: Graphs that were captured after the warm-up nevertheless.
         first_token_seconds: From a request's arrival to its first token.
         queue_seconds: From a request's arrival to the first step that computes its prompt.
         weight_bytes: All weights and buffers of the model.
         cache_bytes: The KV cache.
-        peak_extra_bytes: Largest memory allocated, beyond weights and KV cache, from the engine's making to the end of
-            the run; None on the CPU.
-        peak_extra_reserved_bytes: The same of the memory that torch reserved.
+        peak_extra_bytes: Peak of the allocated memory, beyond weights and KV cache, from the engine's creation to the
+            end of the run; None on the CPU.
+        peak_extra_reserved_bytes: The same for the memory that torch reserved.
         graphs: Captured graphs.
         graph_bytes: Memory that they hold.
-        preemptions: Requests that gave their pages up.
-        prefix_hit_tokens: Prompt tokens found in the prefix cache; None where there is no such cache.
+        preemptions: How many times a request gave up its pages.
+        prefix_hit_tokens: Prompt tokens found in the prefix cache; None without a prefix cache.
     """
 
     depth: int
@@ -200,7 +201,7 @@ class BenchRun:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A run and what it made: tokens by request id, per counted pass, and the steps of the pass of `run`."""
+    """A run and its output: the tokens by request id in each counted pass, and the steps of the pass in `run`."""
 
     run: BenchRun
     tokens: list[dict[str, list[int]]]
@@ -219,11 +220,11 @@ def measure(
     """Start an engine, warm it up, and serve a workload `repeats` times.
 
     Args:
-        model: Served as it is; nothing of it changes.
+        model: The model to serve; the measurement does not change it.
         make_workload: Makes the workload from a seed of its token ids.
         config: Settings; `timeline_steps` must hold a whole run (`KEPT_STEPS` does).
         bandwidth: Bytes per second of a copy, read plus written.
-        through_engine: Leave the manager and its thread out.
+        through_engine: Step the engine directly, without the manager and its thread.
         repeats: Counted passes, each with other token ids.
     """
     device = model.device

@@ -22,11 +22,11 @@ def padded_generate(
     repeats: int,
     limit: float,
 ) -> list[Pass]:
-    """One left-padded batch per turn, or as many rows at once as fit."""
+    """Serve each turn as one left-padded batch, or in smaller batches that fit into memory."""
     workload = make_workload(0)
     run.attention = model.config._attn_implementation
     if any(len({new for _, new in wave}) > 1 for wave in _waves(workload)):
-        run.notes.append("every row runs as long as the longest of its batch; only tokens that were asked for count")
+        run.notes.append("every row runs as long as the longest row of its batch; only requested tokens count")
     rows = len(workload.first)
     _padded(model, list(make_workload(-2).brief().first[: min(rows, 4)]), time.perf_counter() + limit)
     while True:
@@ -45,7 +45,7 @@ def padded_generate(
 
 
 def _waves(workload: Workload) -> list[list[tuple[int, int]]]:
-    """Lengths (prompt, new) turn by turn."""
+    """List the lengths (prompt, new) of each turn."""
     per_user, users = workload.lengths(), len(workload.first)
     turns = len(per_user) // users
     return [[per_user[user * turns + turn] for user in range(users)] for turn in range(turns)]
@@ -80,5 +80,5 @@ def _padded(model: Any, requests: list[Request], deadline: float) -> dict[str, l
     )
     rows = out[:, width:].tolist()
     if len(rows[0]) < longest:
-        raise TimeoutError(f"given up at the time limit after {len(rows[0])} of {longest} tokens")
+        raise TimeoutError(f"stopped at the time limit after {len(rows[0])} of {longest} tokens")
     return {request.request_id: row[: request.max_new_tokens] for request, row in zip(requests, rows, strict=True)}

@@ -1,4 +1,4 @@
-"""transformers' own continuous batching, set up as well as the machine allows."""
+"""transformers' own continuous batching, with the fastest settings that work on this machine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hf_async_batching.devices.memory import return_memory
 
 logger = logging.getLogger(__name__)
 
-# Which attention is tried first. transformers turns "sdpa" and "eager" into their paged forms where it needs them.
+# Attention implementations in the order of the attempts. transformers turns "sdpa" and "eager" into their paged forms.
 _ON_CUDA = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 _ON_CPU = ("sdpa", "eager")
 
-# Tokens per block of its cache, by default.
+# Tokens per block of its cache; this is its default.
 _CPU_BLOCK = 256
 
-# Tokens per step on the CPU: our own engine's default there.
+# Tokens per step on the CPU, the same as our engine's default there.
 _CPU_BATCH_TOKENS = 256
 
 
@@ -40,7 +40,10 @@ def generate_batch(
     *,
     prefix_cache: bool,
 ) -> list[Pass]:
-    """The best way that works: attention by attention, first asynchronous and with CUDA graphs, then without."""
+    """Serve the workload with the first setup that works.
+
+    Each attention implementation is tried asynchronously with CUDA graphs, then with graphs alone, then without both.
+    """
     if not hasattr(model, "continuous_batching_context_manager"):
         raise NotImplementedError("this release of transformers has no continuous batching")
     cuda = model.device.type == "cuda"
@@ -50,7 +53,7 @@ def generate_batch(
         for wish in wishes if cuda else [{}]:
             settings = {**wish, "auto_switch_to_flash": False, "allow_block_sharing": prefix_cache}
             if not cuda:
-                # By default its tables take most of the machine's memory, and writing them once takes minutes.
+                # Its default tables take most of the machine's memory, and filling them once takes minutes.
                 workload = make_workload(0)
                 settings["num_blocks"] = len(workload.first) * (2 + workload.longest // _CPU_BLOCK)
                 settings["max_batch_tokens"] = max(_CPU_BATCH_TOKENS, len(workload.first))
@@ -63,7 +66,7 @@ def generate_batch(
                 logger.warning("generate_batch with %s %s failed: %s", attention, wish, short(error))
                 run.notes.append(f"{' '.join([attention, *wish])}: {short(error)}")
                 model.set_attn_implementation(original)
-                # What failed may have left its cache behind.
+                # A failed attempt may have left its cache behind.
                 gc.collect()
                 return_memory(model.device)
                 if isinstance(error, ImportError):
@@ -79,7 +82,7 @@ def _batches(
     repeats: int,
     limit: float,
 ) -> list[Pass]:
-    # Not through `generate_batch` itself, which has one length for all, but through the manager that it makes.
+    # `generate_batch` has one length for all requests, so this uses the manager that it makes.
     enter = model.continuous_batching_context_manager
     fields: Any = GenerationConfig
     generation = fields(do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -97,14 +100,14 @@ def _batches(
             _converse(manager, make_workload(-2).brief(), limit)
             return [_converse(manager, make_workload(seed), limit) for seed in range(repeats)]
         except BaseException:
-            # Leaving the context would let it finish what is live first.
+            # Leaving the context would wait until all live requests are finished.
             if _takes(manager.stop, "hard_stop"):
                 manager.stop(block=True, timeout=60, hard_stop=True)
             raise
 
 
 def _hints(workload: Workload) -> Any:
-    """What `generate_batch` tells its manager of the work, so that it can size its tables."""
+    """Make the hints that `generate_batch` gives its manager, so that the manager can size its tables."""
     hints = import_module("transformers.generation.continuous_batching.utils").WorkloadHints
     lengths = workload.lengths()
     return hints(
@@ -121,7 +124,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 def _converse(manager: Any, workload: Workload, limit: float) -> Pass:
     done, live = Pass(), {}
     stamps = {"record_timestamps": True} if _takes(manager.add_request, "record_timestamps") else {}
-    # The manager makes up ids: ours come again in every pass.
+    # The manager makes the ids, because ours repeat in every pass.
     own_ids: dict[str, str] = {}
 
     def add(request: Request) -> None:
@@ -129,7 +132,7 @@ def _converse(manager: Any, workload: Workload, limit: float) -> Pass:
             list(request.prompt), max_new_tokens=request.max_new_tokens, eos_token_id=-1, **stamps
         )
         if own is None:
-            raise RuntimeError("the manager takes no requests")
+            raise RuntimeError("transformers' manager refused the requests")
         own_ids[own] = request.request_id
         live[request.request_id] = request
 
@@ -139,11 +142,11 @@ def _converse(manager: Any, workload: Workload, limit: float) -> Pass:
     while live:
         output = manager.get_result(timeout=1)
         if time.perf_counter() - started > limit:
-            raise TimeoutError(f"given up after {limit:.0f} s with {len(done.tokens)} requests done")
+            raise TimeoutError(f"stopped after {limit:.0f} s with {len(done.tokens)} requests finished")
         if output is None:
             if not manager.is_running():
                 cause = getattr(getattr(manager, "background_thread_status", None), "fatal_error", None)
-                raise RuntimeError(f"the manager's thread ended before its requests did: {cause!r}")
+                raise RuntimeError(f"the thread of transformers' manager ended before its requests: {cause!r}")
             continue
         if not output.is_finished():
             continue

@@ -1,4 +1,4 @@
-"""What a peer's run of a workload comes back with."""
+"""The outcome of a peer's run of a workload."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hf_async_batching.bench.measure import Spread
 
 @dataclass(slots=True)
 class PeerRun:
-    """A peer's run of a workload, or why there is none.
+    """A peer's run of a workload, or the reason why it failed.
 
     Attributes:
         name: "generate_batch" or "generate".
-        attention: What the model's attention was set to while it ran; None where nothing ran.
-        settings: How it was set up.
-        notes: What a reader must know of the figure: attempts that failed, tokens that were made for nothing.
+        attention: The attention implementation of the model during the run; None if nothing ran.
+        settings: The peer's settings.
+        notes: What a reader must know about the figure: failed attempts, and generated tokens that were not requested.
         error: Why there is no figure.
         seconds: From the first request to the last token, of the median pass.
-        output_tokens: Tokens that were asked for and generated.
-        output_tokens_per_second: These over `seconds`.
-        total_tokens_per_second: Prompt tokens included.
-        first_token_seconds: From a request's arrival to its first token, where the peer tells.
-        peak_bytes: Largest memory allocated, everything included; None on the CPU.
-        equal_to_first_run: Share of completions that our first run made too, token for token, once they were compared.
+        output_tokens: Generated tokens that were requested.
+        output_tokens_per_second: `output_tokens` over `seconds`.
+        total_tokens_per_second: Prompt and output tokens over `seconds`.
+        first_token_seconds: From a request's arrival to its first token; None if the peer does not report it.
+        peak_bytes: Peak of all allocated memory; None on the CPU.
+        equal_to_first_run: Share of completions equal to those of our first run, token for token; None until compared.
         tokens: New tokens by request id; not part of the JSON.
     """
 
@@ -49,7 +49,7 @@ class PeerRun:
 
 @dataclass(slots=True)
 class Pass:
-    """One pass of a workload: as `Served`, of what a peer tells."""
+    """One pass of a workload by a peer: the fields of `Served` that a peer reports."""
 
     seconds: float = 0.0
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -57,6 +57,6 @@ class Pass:
 
 
 def short(error: BaseException) -> str:
-    """An error on one line."""
+    """Write an error on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"

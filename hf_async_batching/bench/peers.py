@@ -1,4 +1,4 @@
-"""What transformers itself makes of the same work, in the same process: `generate_batch` and padded `generate`."""
+"""Runs the same workload with transformers itself, in the same process: `generate_batch` and padded `generate`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def run_peer(
     limit: float = 300.0,
     prefix_cache: bool = True,
 ) -> PeerRun:
-    """Run a workload with a peer. Whatever goes wrong is part of the answer; the model is afterwards as it was before.
+    """Run a workload with a peer. An error becomes part of the outcome. The model's settings are restored afterwards.
 
     Args:
         name: One of `choices.PEERS`.
-        model: The model; its attention and its generation config are set back in the end.
+        model: The model; its attention and its generation config are restored in the end.
         make_workload: Makes the workload from a seed of its token ids.
-        repeats: Counted passes; the median counts.
-        limit: Seconds after which a pass is given up.
+        repeats: Number of counted passes; the median pass is reported.
+        limit: Seconds after which a pass is stopped.
         prefix_cache: Whether `generate_batch` may share prefixes.
     """
     run = PeerRun(name)
@@ -61,7 +61,7 @@ def run_peer(
             run.first_token_seconds = Spread.of(middle.first_token_seconds)
             if model.device.type == "cuda":
                 run.peak_bytes = torch.cuda.max_memory_allocated(model.device)
-        except Exception as error:  # a peer that fails is a line of the table
+        except Exception as error:  # a failed peer is a line of the table
             logger.debug("%s failed", name, exc_info=True)
             run.error = short(error)
     gc.collect()
@@ -71,7 +71,7 @@ def run_peer(
 
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Nothing ends a completion inside; attention and generation config are set back outside."""
+    """Disable the end-of-sequence token inside; restore attention and generation config afterwards."""
     attention, generation = model.config._attn_implementation, model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
     try:

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings of 4-bit NormalFloat weights, scales not quantized, whose layers compute in `dtype`.
+    """Make the settings of 4-bit NormalFloat weights. Layers compute in `dtype`; scales are not quantized.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -25,15 +25,15 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def nf4_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights whose `nn.Linear` layers are `bitsandbytes` `Linear4bit`.
+    """Make a model with random weights whose `nn.Linear` layers are `bitsandbytes` `Linear4bit`.
 
-    The weights are drawn one layer at a time, so that never more than one layer is there in `dtype`. The output layer
-    stays in `dtype`, as in transformers, and so do experts whose weights are one tensor.
+    The weights are drawn one layer at a time, so that memory never holds more than one layer in `dtype`. The output
+    layer stays in `dtype`, as in transformers, and so do experts whose weights are one tensor.
 
     Args:
         config: The model's config.
-        device: Where the weights are drawn, by torch's own generator, and stay.
-        dtype: Dtype of what is not quantized; quantized layers compute in it.
+        device: The device of the weights; torch's default generator draws them there.
+        dtype: Dtype of the weights that are not quantized; quantized layers compute in it.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -61,18 +61,18 @@ def nf4_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 
 
 def _draw(module: Any, scale: float, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a `Linear4bit` on the meta device its weights."""
+    """Draw the weights of a `Linear4bit` that is on the meta device."""
     old = module.weight
     weight = torch.empty(old.shape, dtype=dtype, device=device).normal_(std=scale)
     module.weight = type(old)(weight, requires_grad=False, **vars(old)).to(device)
     if module.bias is not None:
         module.bias = nn.Parameter(torch.zeros(module.bias.shape, dtype=dtype, device=device), requires_grad=False)
-    # `initialize_weights` passes these by, also where a layer around them draws some of its parts again.
+    # `initialize_weights` skips these modules, even if a layer around them draws some of its parts again.
     module._is_hf_initialized = module.weight._is_hf_initialized = True
 
 
 def _allocate(module: nn.Module, made: dict[int, torch.Tensor], device: torch.device) -> None:
-    """Give a module memory for its own parameters and buffers, to be initialized."""
+    """Allocate a module's own parameters and buffers without values."""
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
             if tensor is None or not tensor.is_meta:

@@ -1,4 +1,4 @@
-"""The table on the screen, and the JSON with everything."""
+"""The table on the screen, and the JSON with all results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_async_batching.bench.workloads import Workload
 from hf_async_batching.core.timeline import StepRecord
 from hf_async_batching.core.timeline_picture import SAVED_STEPS, Panel, steady_window
 
-# What was not measured.
+# Stands in the table for a figure that was not measured.
 _NONE = "-"
 
 _COLUMNS = (
@@ -37,7 +37,7 @@ _COLUMNS = (
 
 
 def header() -> str:
-    """The first two lines of the table."""
+    """Return the first two lines of the table."""
     return f"{_line(_COLUMNS)}\n{_line(('---',) * len(_COLUMNS))}"
 
 
@@ -46,7 +46,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def run_row(measured: Measured, equal: float) -> str:
-    """The line of a run of ours; `equal` is the share of its completions that the first run made too."""
+    """Return the line of one of our runs; `equal` is the share of completions equal to those of the first run."""
     run, pace = measured.run, measured.run.pace
     first = run.first_token_seconds
     cells = (
@@ -69,7 +69,7 @@ def run_row(measured: Measured, equal: float) -> str:
 
 
 def _variant(run: BenchRun) -> list[str]:
-    """What is unusual about a run."""
+    """List the settings of a run that differ from the usual ones."""
     off = [f"no {name.replace('_', ' ')}" for name in run.switched_off]
     if run.settings["admission"] == "longest_first":
         off.append("longest first")
@@ -77,7 +77,7 @@ def _variant(run: BenchRun) -> list[str]:
 
 
 def peer_row(peer: PeerRun) -> str:
-    """The line of a peer's run; of one that failed it says why."""
+    """Return the line of a peer's run; if the run failed, the line says why."""
     name = _cell(f"{peer.name}, {peer.attention}" if peer.attention else peer.name)
     blank = (_NONE,) * (len(_COLUMNS) - 2)
     if peer.error is not None or peer.seconds is None:
@@ -115,7 +115,7 @@ def document(
     accuracy: Accuracy | None,
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything that was measured, ready for JSON; a few steps of each run are in it for the picture."""
+    """Collect all results for JSON, with a few steps of each run for the picture."""
     return {
         "command": ["hf-async-batching", *arguments],
         "workload": {
@@ -148,13 +148,13 @@ def _range(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def write(path: Path, contents: dict[str, Any]) -> None:
-    """Write JSON, with its folder."""
+    """Write a JSON file; its folder is made if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(contents, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def save_steps(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
-    """Steps as plain values; times in seconds since the first step was planned, to the tenth of a microsecond."""
+    """Turn steps into plain values; times are seconds since the first step's planning, rounded to 0.1 microseconds."""
     origin = records[0].plan[0] if records else 0.0
 
     def plain(value: Any) -> Any:
@@ -164,7 +164,7 @@ def save_steps(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
 
 
 def load_steps(saved: Sequence[dict[str, Any]]) -> tuple[StepRecord, ...]:
-    """The steps that `save_steps` made plain."""
+    """Read the steps that `save_steps` has turned into plain values."""
     plain: Any = StepRecord
     return tuple(
         plain(**{name: tuple(value) if isinstance(value, list) else value for name, value in step.items()})
@@ -173,10 +173,10 @@ def load_steps(saved: Sequence[dict[str, Any]]) -> tuple[StepRecord, ...]:
 
 
 def panels(contents: dict[str, Any]) -> list[Panel]:
-    """What there is to draw in a document.
+    """Return the panels of a document's picture.
 
     Raises:
-        ValueError: It is no document of this command.
+        ValueError: The document is not one of this command.
     """
     try:
         return [

@@ -1,4 +1,4 @@
-"""`--sampling`: requests that draw their tokens, as a person writes it: `temperature=0.8,top_k=50`."""
+"""The option `--sampling`, such as `temperature=0.8,top_k=50`: requests then sample their tokens."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class SamplingOption:
 
     @classmethod
     def parse(cls, text: str) -> SamplingOption:
-        """Read the option.
+        """Parse the option's text.
 
         Raises:
-            ValueError: A name that does not exist, or a value that is out of range.
+            ValueError: A name does not exist, or a value is out of range.
         """
         drawing: dict[str, float] = {}
         logits: dict[str, float] = {}
@@ -45,14 +45,14 @@ class SamplingOption:
                 raise ValueError(f"{part!r} is not NAME=VALUE with one of {', '.join((*_DRAWING, *_LOGITS))}")
             (drawing if known is _DRAWING else logits)[name] = known[name](value)
         if not drawing and not logits:
-            raise ValueError("nothing is asked for")
+            raise ValueError("the option is empty; write NAME=VALUE, such as temperature=0.8")
         return cls(
             SamplingParams(do_sample=bool(drawing), **drawing),  # type: ignore[arg-type]
             LogitsParams(**logits),  # type: ignore[arg-type]
         )
 
     def of(self, workload: Workload) -> Workload:
-        """The workload with this sampling; requests have seeds of their own, the same in every run."""
+        """Apply this sampling to a workload. Each request has its own seed, which is the same in every run."""
         first = [
             replace(request, sampling=replace(self.sampling, seed=self.sampling.seed + index), logits=self.logits)
             for index, request in enumerate(workload.first)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
-    """A class of config by name, and its fields."""
+    """The name of a config class, and its fields."""
 
     config: str
     fields: dict[str, Any]
@@ -32,7 +32,7 @@ def _nemotron_layers(pattern: str) -> list[str]:
     return [names[letter] for letter in pattern]
 
 
-# The fields are those of each model's public config.json, by the names that transformers 5.17 and 5.24 both know.
+# The fields are from each model's public config.json. transformers 5.17 and 5.24 both know their names.
 SHAPES: dict[str, Shape] = {
     "llama-3.1-8b": Shape(
         "LlamaConfig",
@@ -279,7 +279,7 @@ SHAPES: dict[str, Shape] = {
             "tie_word_embeddings": True,
         },
     ),
-    # The released config.json says "mamba" and "attention", which transformers reads as these.
+    # The released config.json says "mamba" and "attention", which transformers reads as these layer types.
     "granite-4-h-tiny": Shape(
         "GraniteMoeHybridConfig",
         {
@@ -350,7 +350,7 @@ SHAPES: dict[str, Shape] = {
             "tie_word_embeddings": True,
         },
     ),
-    # For tests: large weights, so that greedy outputs do not settle into one token.
+    # For tests. Its weights are large, so that greedy outputs do not settle into one token.
     "tiny": Shape(
         "LlamaConfig",
         {

@@ -1,4 +1,4 @@
-"""Models of real shapes by name, with random weights: speed depends on shapes, not on what a model has learnt."""
+"""Models of real shapes by name, with random weights. Speed depends on shapes, not on what a model has learnt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_async_batching.bench.shape_configs import SHAPES, Shape
 
 __all__ = ["SHAPES", "Shape", "random_model", "shape_config"]
 
-# Fields that list the kind of each layer, and fields that count the dense layers in front of the sparse ones.
+# Fields that list the kind of each layer, and fields that count the dense layers before the sparse ones.
 _KINDS = ("layer_types", "layers_block_type")
 _DENSE = ("num_dense_layers", "first_k_dense_replace")
 
@@ -29,18 +29,19 @@ def random_model(
     quantize: str | None = None,
     **changes: Any,
 ) -> PreTrainedModel:
-    """A model of `shape` in evaluation mode whose weights are drawn on `device`; nothing ends its completions.
+    """Make a model of `shape` in evaluation mode, with weights drawn on `device`. It has no end-of-sequence token.
 
     Args:
         shape: A key of `SHAPES`.
-        device: Where the weights are made and stay.
+        device: The device of the weights.
         dtype: Dtype of the weights; quantized layers compute in it.
         seed: Seed of the weights. The state of torch's own generators is the same before and after.
-        quantize: None, or one of `choices.QUANTIZATIONS`: each linear layer is quantized as soon as it is drawn.
+        quantize: None, or one of `choices.QUANTIZATIONS`. Each linear layer is quantized as soon as it is drawn.
         changes: Fields of the config that differ from the shape's; for `num_hidden_layers`, see `shape_config`.
 
     Raises:
-        ValueError: No such shape, layers or quantization, also where a package for it is missing or too old.
+        ValueError: The shape, the number of layers or the quantization does not exist, or a package for it is missing
+            or too old.
     """
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ValueError(f"there is no quantization {quantize!r}; choose one of {', '.join(QUANTIZATIONS)}")
@@ -58,15 +59,15 @@ def random_model(
 
 
 def shape_config(shape: str, **changes: Any) -> PreTrainedConfig:
-    """The config of `shape`, without special tokens.
+    """Make the config of `shape`, without special tokens.
 
     Args:
         shape: A key of `SHAPES`.
-        changes: Fields that differ. Fewer layers (`num_hidden_layers`) are the first ones; a kind of layer that comes
-            later takes the place of the last layer whose kind stays, where there is one.
+        changes: Fields that differ. Fewer layers (`num_hidden_layers`) are the first layers of the shape. If one of
+            its kinds of layers would be lost, it replaces the last layer whose kind is there twice.
 
     Raises:
-        ValueError: No such shape, more layers than it has, or the installed transformers does not have the model.
+        ValueError: The shape does not exist or has fewer layers, or the installed transformers lacks the model.
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}")
@@ -80,7 +81,7 @@ def shape_config(shape: str, **changes: Any) -> PreTrainedConfig:
     layers = changes.pop("num_hidden_layers", None)
     if layers is not None:
         fields = _fewer_layers(shape, fields, layers)
-    # No token means anything here: one that ends a completion would only make runs shorter at random.
+    # The tokens are random, so an end-of-sequence token would only end completions at random.
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config: PreTrainedConfig = config_class(**{**fields, **special, **changes})
     return config

@@ -1,6 +1,6 @@
-"""What is served in a measurement: random prompts, fixed numbers of new tokens, greedy, no end of sequence.
+"""The workloads of measurements: random prompts, fixed numbers of new tokens, greedy, no end of sequence.
 
-The lengths of a workload are always the same; a seed only changes the token ids, so that repeated runs find nothing
+The lengths of a workload are always the same. A seed changes only the token ids, so that repeated runs find no prefix
 of each other in a prefix cache.
 """
 
@@ -15,19 +15,19 @@ from hf_async_batching.core.request import Request
 # Small ids are special tokens in most vocabularies.
 _FIRST_TOKEN = 3
 
-# New tokens per request of the runs that are not counted.
+# New tokens per request in the runs that are not counted.
 _BRIEF = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests, some there at the start and some that follow from answers.
+    """Requests that arrive at the start, and requests that follow from answers.
 
     Attributes:
         name: One of `WORKLOADS`.
         first: Requests that arrive together at the start. Ids are "0", "1", ...
-        messages: Per first request, what its user says in later turns: token ids and the length of the answer. Empty
-            where every request stands alone.
+        messages: For each first request, its user's messages in later turns: token ids, and the length of the answer.
+            Empty if no request is part of a conversation.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Workload:
     messages: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
 
     def after(self, request: Request, answer: Sequence[int]) -> Request | None:
-        """The request that its user sends once `request` was answered with `answer`, or None at the end.
+        """Return the next request of the same user after `answer`, or None at the end of the conversation.
 
-        Its prompt is everything that was said so far and the new message; the second turn of "3" has the id "3.1".
+        Its prompt is the conversation so far and the new message. The second turn of "3" has the id "3.1".
         """
         conversation, _, turn = request.request_id.partition(".")
         turns = self.messages[int(conversation)] if self.messages else ()
@@ -50,26 +50,26 @@ class Workload:
 
     @property
     def num_requests(self) -> int:
-        """Requests, all turns counted."""
+        """Number of requests in all turns."""
         return len(self.first) + sum(map(len, self.messages))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts; in a conversation each prompt holds everything before it."""
+        """Tokens of all prompts; in a conversation each prompt contains all earlier turns."""
         return sum(prompt for prompt, _ in self.lengths())
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that are generated."""
+        """Number of tokens to generate."""
         return sum(new for _, new in self.lengths())
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request, prompt and completion."""
+        """Tokens of the longest request, prompt and completion together."""
         return max(prompt + new for prompt, new in self.lengths())
 
     def lengths(self) -> list[tuple[int, int]]:
-        """Prompt and new tokens of every request, in no order that means anything."""
+        """Return prompt and new tokens of every request, in arbitrary order."""
         found = []
         for index, request in enumerate(self.first):
             prompt, new = len(request.prompt), request.max_new_tokens
@@ -80,7 +80,7 @@ class Workload:
         return found
 
     def brief(self) -> Workload:
-        """The first requests with answers of a few tokens: what runs before anything is counted."""
+        """Return the first requests with answers of a few tokens, for the runs that are not counted."""
         short = [replace(request, max_new_tokens=min(request.max_new_tokens, _BRIEF)) for request in self.first]
         return Workload(self.name, tuple(short))
 
@@ -95,19 +95,19 @@ def make_workload(
     new: int | None = None,
     turns: int | None = None,
 ) -> Workload:
-    """A workload by name.
+    """Make a workload by name.
 
     Args:
         name: "seed", "small", "mix" or "chat".
-        vocab: Token ids are below.
+        vocab: Size of the vocabulary; token ids are smaller.
         seed: Seed of the token ids.
-        rows: Requests; of "chat", conversations.
-        prompt: Tokens per prompt; of "mix", at most; of "chat", tokens of the system prompt that all share.
-        new: New tokens per request; of "mix" and "chat", at most.
+        rows: Number of requests; for "chat", of conversations.
+        prompt: Tokens per prompt; for "mix", the largest number; for "chat", tokens of the shared system prompt.
+        new: New tokens per request; for "mix" and "chat", the largest number.
         turns: Messages per conversation of "chat".
 
     Raises:
-        ValueError: No such workload, or a size below 1.
+        ValueError: The workload does not exist, or a size is below 1.
     """
     for label, size in (("rows", rows), ("prompt", prompt), ("new", new), ("turns", turns)):
         if size is not None and size < 1:
@@ -149,7 +149,7 @@ def _chat(ids: random.Random, vocab: int, rows: int, system_length: int, longest
 
 
 def _draw(r: random.Random, least: int, most: int) -> int:
-    """A length; of small work from a quarter of the most."""
+    """Draw a length from `least` to `most`. If `most` is small, lengths begin at a quarter of it."""
     return r.randint(max(1, min(least, most // 4)), most)
 
 

@@ -1,1 +1,1 @@
-"""The command line `hf-async-batching`, one file for each command."""
+"""The command line `hf-async-batching`; each command has its own file."""

@@ -1,4 +1,4 @@
-"""Types of the command line's arguments, how a command's parser begins, and how it says what is wrong."""
+"""What all commands share: argument types, the start of a command's parser, and its errors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any, NoReturn
 
 
 class CommandError(Exception):
-    """What a person can put right; the message says how, in a line or two."""
+    """A mistake that the user can correct; the message says how, in a line or two."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says what is wrong without the list of all options."""
+    """Reports an error without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong, and end with status 2."""
+        """Print the error, and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n(`{self.prog} --help` lists the options)\n")
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1.
+    """Read a whole number of at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: It is smaller.
+        argparse.ArgumentTypeError: The number is smaller.
     """
     value = int(text)
     if value < 1:
@@ -31,13 +31,13 @@ def count(text: str) -> int:
 
 
 def command_parser(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    """The parser of a sub-command, added to the others.
+    """Add a sub-command, and return its parser.
 
     Args:
         commands: Sub-commands of an argument parser.
-        name: What a person types.
-        summary: One sentence, which begins in lower case and has no full stop.
-        examples: Text behind the options; its lines stay as they are.
+        name: The name that users type.
+        summary: One sentence, in lower case and without a full stop.
+        examples: Text after the options; its line breaks are kept.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,

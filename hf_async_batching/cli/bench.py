@@ -1,4 +1,4 @@
-"""`hf-async-batching bench`: the order of things; its arguments are in `bench_arguments`."""
+"""Runs `hf-async-batching bench`; its arguments are in `bench_arguments`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    # Before the model is made, which can take minutes.
+    # Making the model can take minutes, so wrong settings are reported before.
     configs = [_config(arguments, depth, order) for order in arguments.admission for depth in arguments.depth]
     model = _model(arguments, device, dtype)
     machine = look_at(device)
@@ -85,10 +85,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace, depth: int, admission: Admission) -> BatchingConfig:
-    """The settings of a run.
+    """Make the settings of a run.
 
     Raises:
-        CommandError: A setting is out of range, or this version does not have it.
+        CommandError: A setting is out of range, or does not exist in this version.
     """
     known = {field.name for field in fields(BatchingConfig)}
     values: dict[str, Any] = {name: getattr(arguments, name) for name in SIZES}
@@ -153,11 +153,11 @@ def _bench_workload(
         f"{workload.new_tokens:,} new tokens{f', {arguments.sampling}' if arguments.sampling else ''}\n",
         flush=True,
     )
-    # Line by line, as they are made: who stops a long run keeps what it has shown.
+    # Each line is printed when it is ready, so that an interrupted run has shown its results so far.
     print(report.header(), flush=True)
     measured: list[Measured] = []
     for config in configs:
-        # As long as the longest request and no longer; a warm-up request has some 16 tokens.
+        # The limit is the longest request of the workload. A warm-up request has about 16 tokens.
         config = replace(
             config,
             max_sequence_length=max(16, workload.longest),
@@ -176,7 +176,7 @@ def _bench_workload(
             raise CommandError(f"{name}: {error}") from error
         measured.append(one)
         print(report.run_row(one, equal_fraction(one.tokens, measured[0].tokens)), flush=True)
-    # Drawn tokens are no arg-max.
+    # Sampled tokens need not be the arg-max, so they are not checked.
     checked = arguments.accuracy if arguments.sampling is None else 0
     accuracy = _accuracy(model, workload, measured[0], checked)
     peers: list[PeerRun] = []

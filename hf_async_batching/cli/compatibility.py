@@ -1,4 +1,4 @@
-"""`hf-async-batching compatibility`: the table of what becomes of each argument, as a page."""
+"""`hf-async-batching compatibility`: a page that says how each argument of `generate` is handled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hf_async_batching.inputs.compatibility import page
 
 def add_parser(commands: Any) -> None:
     """Add `compatibility` to the sub-commands of an argument parser."""
-    summary = "print what becomes of every generate argument"
+    summary = "print how each argument of generate is handled"
     parser: argparse.ArgumentParser = commands.add_parser(
         "compatibility", help=summary, description=f"{summary[0].upper()}{summary[1:]}."
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there instead")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page to FILE instead")
     parser.set_defaults(run=_run)
 
 

@@ -14,21 +14,21 @@ from hf_async_batching.cli.load_model import load_model
 from hf_async_batching.coverage.verdicts import BAD, LONGEST, describe
 
 _CHECK = """\
-Serve ragged prompts of random tokens together, through `submit` and as one padded batch through
-`generate(custom_generate=...)`, and compare every token and log-probability with plain `generate`, one prompt at a
-time. The exit status is 0 where all are equal, or differ by rounding.
+Serve random prompts of different lengths together, through `submit` and as one padded batch through
+`generate(custom_generate=...)`. Compare every token and log-probability with plain `generate`, one prompt at a time.
+The exit status is 0 if all are equal or differ only by rounding.
 """
 
 
 def add_check_parser(commands: Any) -> None:
     """Add `check` to the sub-commands of an argument parser."""
-    check = commands.add_parser("check", help="whether a model is served exactly", description=_CHECK)
-    check.add_argument("model", metavar="MODEL", help="name on the Hub, or folder")
-    check.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
+    check = commands.add_parser("check", help="check that a model is served exactly", description=_CHECK)
+    check.add_argument("model", metavar="MODEL", help="a model's folder or its name on the Hub")
+    check.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     check.add_argument(
         "--dtype",
         default="float32",
-        help="of the weights (default: float32; others are compared as far as rounding lets one say)",
+        help="dtype of the weights (default: float32; for others, the comparison allows for rounding)",
     )
     check.add_argument("--new-tokens", type=int, default=12, metavar="N", help="tokens per prompt (default: 12)")
     check.add_argument(
@@ -36,9 +36,9 @@ def add_check_parser(commands: Any) -> None:
         type=int,
         default=LONGEST,
         metavar="N",
-        help="tokens up to which prompts go beyond windows, chunks and the like of the config (default: %(default)s)",
+        help="longest prompt; prompts go beyond windows and chunks of the config up to this (default: %(default)s)",
     )
-    check.add_argument("--trust-remote-code", action="store_true", help="let code run that comes with the model")
+    check.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the model to run")
     check.set_defaults(run=_check)
 
 
@@ -52,33 +52,37 @@ def add_coverage_parser(commands: Any) -> None:
     coverage.add_argument(
         "classes", nargs="*", metavar="CLASS", help="only these classes, or variants (CLASS+VARIANT)"
     )
-    coverage.add_argument("--device", default="cpu", help="where to run them, cpu or cuda (default: cpu)")
+    coverage.add_argument("--device", default="cpu", help="device to run on, cpu or cuda (default: cpu)")
     coverage.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights"
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the weights"
     )
     coverage.add_argument(
         "--out",
         type=Path,
         metavar="FILE.md",
-        help="table that is to have the results, with FILE.json beside; what it has of other devices, dtypes, "
-        "releases of transformers and classes stays",
+        help="write the results into this table, and FILE.json beside it; results of other devices, dtypes, releases "
+        "of transformers and classes stay in it",
     )
     coverage.add_argument(
         "--merge",
         type=Path,
         nargs="+",
         metavar="FILE.json",
-        help="check nothing: put what these files have into the table (--out)",
+        help="check nothing; only merge the results in these files into the table (--out)",
     )
     coverage.add_argument(
-        "--resume", action="store_true", help="check what FILE.json lacks of this device, dtype and release, or failed"
+        "--resume",
+        action="store_true",
+        help="check only classes that failed or are missing in FILE.json for this device, dtype and release",
     )
     coverage.add_argument(
         "--workers", type=int, metavar="N", help="classes at a time (default: 2; on a GPU one per CPU, up to 16)"
     )
-    coverage.add_argument("--timeout", type=float, metavar="SECONDS", help="per class (default: 600; on a GPU 120)")
     coverage.add_argument(
-        "--limit-minutes", type=float, metavar="M", help="begin with no class after M minutes (default: no limit)"
+        "--timeout", type=float, metavar="SECONDS", help="time limit of a class (default: 600; on a GPU 120)"
+    )
+    coverage.add_argument(
+        "--limit-minutes", type=float, metavar="M", help="start no class after M minutes (default: no limit)"
     )
     coverage.set_defaults(run=_coverage, go_on=_go_on)
 
@@ -98,22 +102,22 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _go_on(arguments: argparse.Namespace) -> str:
-    return "the same again with --resume goes on" if arguments.out is not None and arguments.out.exists() else ""
+    return "the same command with --resume continues" if arguments.out is not None and arguments.out.exists() else ""
 
 
 def _cannot_write(out: Path | None) -> str:
-    """What keeps the table from being written, which is to be known before hours of checks; its folder is made."""
+    """Say why the table cannot be written, before hours of checks; make its folder. Empty if it can be written."""
     if out is None:
         return ""
     if out.suffix == ".json":
-        return f"--out names the table, and FILE.json is put beside it: --out {out.with_suffix('.md')}"
+        return f"--out names the table, and FILE.json is written beside it: pass --out {out.with_suffix('.md')}"
     if out.is_dir():
-        return f"--out names a file, and {out} is a folder: --out {out / 'model-coverage.md'}"
+        return f"--out names a file, and {out} is a folder: pass --out {out / 'model-coverage.md'}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"--out {out}: its folder cannot be made: {error}"
-    return "" if os.access(out.parent, os.W_OK) else f"--out {out}: nothing can be written into its folder"
+    return "" if os.access(out.parent, os.W_OK) else f"--out {out}: its folder is not writable"
 
 
 def _cannot_read(paths: Iterable[Path]) -> str:
@@ -153,7 +157,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     if method != "forkserver":
-        print("something that is imported touches the GPU: each class starts a Python of its own", flush=True)
+        print("an imported package uses the GPU, so each class starts its own Python process", flush=True)
 
     kind = arguments.device.partition(":")[0]
     run = CoverageRun(kind, arguments.dtype, transformers.__version__, str(torch.__version__), card)
@@ -186,7 +190,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
         print(line)
     left = len(names) - len(run.classes)
     if left:
-        print(f"{left} were not begun within the limit: --resume goes on with them")
+        print(f"{left} were not started within the limit: --resume checks them")
     print(f"{time.monotonic() - begun:.0f} seconds")
     statuses = {each for verdict in run.classes.values() for each in (verdict.status, verdict.generate.status)}
     return 1 if statuses & BAD else 0

@@ -1,4 +1,4 @@
-"""`hf-async-batching dataset`: the order of things; its arguments are in `dataset_arguments`."""
+"""Runs `hf-async-batching dataset`; its arguments are in `dataset_arguments`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: An argument is wrong, or the input cannot be read.
     """
-    # A scheduler that takes the machine away says so with SIGTERM; it gets what Ctrl-C gets.
+    # A cluster's scheduler sends SIGTERM before it takes the machine away. SIGTERM ends the run as Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _dataset(arguments)
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     except CommandError:
         raise
     except Exception as error:
-        # What is wrong with a file comes to light late where it is a stream, and where its bytes are no text.
+        # A bad file is noticed only here if it is a stream, or if its bytes are not text.
         late = isinstance(error, UnicodeDecodeError) or (
             arguments.streaming and not isinstance(error, HfAsyncBatchingError)
         )
@@ -65,7 +65,9 @@ def _interrupt(*_: Any) -> NoReturn:
 
 def _say_how_to_go_on(arguments: argparse.Namespace) -> None:
     if (_work_dir(arguments) / "manifest.json").exists():
-        print(f"finished rows are in {_work_dir(arguments)}; the same again with --resume goes on", file=sys.stderr)
+        print(
+            f"finished rows are in {_work_dir(arguments)}; the same command with --resume continues", file=sys.stderr
+        )
 
 
 def _work_dir(arguments: argparse.Namespace) -> Path:
@@ -78,15 +80,15 @@ def _dataset(arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         _draw_no_bars()
         _log_progress()
-    # Everything that can be wrong without a model, first.
+    # Errors that need no model are found first.
     work = _work_dir(arguments)
     ranks = find_ranks(None, None)
     check_output(arguments.output)
-    # Where several processes share the run, another may have begun already.
+    # If several processes share the run, another one may have made the folder already.
     if work.exists() and not arguments.resume and ranks.size == 1:
-        raise OutputError(f"{work} is there: --resume goes on with it; delete it to start anew")
+        raise OutputError(f"{work} exists: continue its run with --resume, or delete it to start anew")
     if arguments.private and not arguments.push_to_hub:
-        raise OutputError("--private belongs to --push-to-hub")
+        raise OutputError("--private needs --push-to-hub")
     dataset = read_input(
         arguments.input,
         config=arguments.config,
@@ -122,19 +124,19 @@ def _dataset(arguments: argparse.Namespace) -> int:
         print(preview(written.with_format(None), prompt, arguments.completion_column or "completion"), flush=True)
         if arguments.push_to_hub:
             written.push_to_hub(arguments.push_to_hub, private=arguments.private)
-            print(f"uploaded them to {arguments.push_to_hub}", flush=True)
+            print(f"uploaded the rows to {arguments.push_to_hub}", flush=True)
         if ranks.size == 1:
             shutil.rmtree(work)
         else:
-            print(f"{work} can be deleted once all processes have ended", flush=True)
+            print(f"you can delete {work} when all processes have ended", flush=True)
     return 0
 
 
 def _prompt_column(arguments: argparse.Namespace, names: list[str]) -> str:
-    """The column of prompts, which is there where the names of the columns are known.
+    """Return the column of prompts. If the names of the input's columns are known, check all columns of the options.
 
     Raises:
-        CommandError: Names a column that is not there, and those that are.
+        CommandError: A column does not exist; the message names it, and the columns that exist.
     """
     options = ("prompt_column", "messages_column", "token_ids_column")
     option = next((option for option in options if getattr(arguments, option) is not None), None)
@@ -150,7 +152,7 @@ def _prompt_column(arguments: argparse.Namespace, names: list[str]) -> str:
 
 
 def _draw_no_bars() -> None:
-    """Those of the libraries; ours looks for itself."""
+    """Turn off the progress bars of the libraries. Our own bar decides for itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -161,7 +163,7 @@ def _draw_no_bars() -> None:
 
 
 def _log_progress() -> None:
-    """Write the lines that a run logs where it draws no bar."""
+    """Print the lines that a run logs if it draws no bar."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("hf_async_batching.dataset.run.progress")
@@ -181,7 +183,7 @@ def _generation(arguments: argparse.Namespace) -> dict[str, Any]:
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     device = arguments.device
     if device is None:
-        # Under `accelerate launch` and `torchrun` each process has a GPU of its own.
+        # Under `accelerate launch` and `torchrun` each process has its own GPU.
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -189,7 +191,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     try:
         torch.device(device)
     except RuntimeError as error:
-        raise CommandError(f"--device {device}: torch knows no such device; use cuda, cuda:1 or cpu") from error
+        raise CommandError(f"--device {device}: torch has no such device; use cuda, cuda:1 or cpu") from error
     trust = arguments.trust_remote_code
     model = load_model(arguments.model, dtype=arguments.dtype, trust_remote_code=trust)
     return model.to(device).eval(), load_tokenizer(arguments.model, trust_remote_code=trust)

@@ -1,4 +1,4 @@
-"""`hf-async-batching demo`: starts the page as a program of its own, if its code is there.
+"""`hf-async-batching demo`: starts the page as a program of its own, if its code is available.
 
 The page is built on this package, so the package does not import it.
 """
@@ -24,14 +24,14 @@ _NO_GRADIO = "the page needs packages that are not installed: pip install -e '.[
 
 
 def add_parser(commands: Any) -> None:
-    """Add `demo` to the sub-commands of an argument parser; it is listed where the page is there."""
+    """Add `demo` to the sub-commands of an argument parser; it is listed if the page's code is available."""
     listed = {"help": SUMMARY} if _find_page() else {}
     parser: argparse.ArgumentParser = commands.add_parser("demo", add_help=False, **listed)
     parser.set_defaults(run=_run, takes_rest=True)
 
 
 def _find_page() -> bool:
-    """Whether the page can be imported, also from elsewhere where this file is part of a checkout."""
+    """Whether the page can be imported. In a checkout, that is possible from any working folder."""
     if (_CHECKOUT / "demo" / "app.py").exists() and str(_CHECKOUT) not in sys.path:
         sys.path.append(str(_CHECKOUT))
     try:
@@ -43,7 +43,7 @@ def _find_page() -> bool:
 def _run(arguments: argparse.Namespace) -> int:
     if not _find_page():
         return _cannot(_NO_PAGE)
-    # The page's own parser, without the page: `--help` and mistakes need no Gradio.
+    # The page's own parser runs without the page: `--help` and mistakes need no Gradio.
     importlib.import_module("demo.arguments").make_parser("hf-async-batching demo").parse_args(arguments.rest)
     if importlib.util.find_spec("gradio") is None:
         return _cannot(_NO_GRADIO)

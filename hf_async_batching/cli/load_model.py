@@ -1,4 +1,4 @@
-"""Loads the model that a command names, or says in one line why it cannot."""
+"""Loads the model that a command names, or says in one line why loading failed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _MOST_CHARACTERS = 300
 
 
 def load_model(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> Any:
-    """The causal language model of a name.
+    """Load the causal language model with this name.
 
     Args:
         name: A folder, or a name on the Hub.
         trust_remote_code: Whether code that comes with the model may run.
-        arguments: As for `AutoModelForCausalLM.from_pretrained`.
+        arguments: Arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        CommandError: It cannot be loaded.
+        CommandError: The model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -27,10 +27,10 @@ def load_model(name: str, *, trust_remote_code: bool = False, **arguments: Any) 
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model's name; see `load_model`.
+    """Load the tokenizer of the model with this name; see `load_model`.
 
     Raises:
-        CommandError: It cannot be loaded.
+        CommandError: The tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -47,9 +47,9 @@ def _loaded(loader: Any, name: str, **arguments: Any) -> Any:
 
 
 def _said(error: BaseException) -> str:
-    """The first sentence of an error that transformers words over many lines."""
+    """Return the first sentence of an error; transformers' errors have many lines."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
-        return "the model comes with code of its own; --trust-remote-code lets it run, which you should read first"
+        return "the model comes with its own code; read it, then allow it to run with --trust-remote-code"
     sentence, dot, _ = text.partition(". ")
     return (sentence + dot.strip())[:_MOST_CHARACTERS]

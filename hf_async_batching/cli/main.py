@@ -23,12 +23,12 @@ examples:
   hf-async-batching check path/or/hub-name
   hf-async-batching demo
 
-`hf-async-batching COMMAND --help` has more of them.
+`hf-async-batching COMMAND --help` shows more examples.
 """
 
 
 class _DeveloperCommands:
-    """Adds sub-commands that `--help` lists apart from those for users.
+    """Adds sub-commands that `--help` lists after those for users.
 
     Args:
         commands: The sub-commands of the parser.
@@ -39,19 +39,19 @@ class _DeveloperCommands:
         self._summaries: dict[str, str] = {}
 
     def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
-        """Add a sub-command, with the arguments of argparse's own `add_parser`."""
+        """Add a sub-command; the arguments are those of argparse's `add_parser`."""
         self._summaries[name] = help
         parser: argparse.ArgumentParser = self._commands.add_parser(name, **options)
         return parser
 
     def listed(self) -> str:
-        """The commands and their summaries, one to a line, below a heading."""
+        """Return a heading, and a line with name and summary for each command."""
         lines = [f"  {name:<20}  {summary}\n" for name, summary in self._summaries.items()]
         return "commands for developers:\n" + "".join(lines)
 
 
 class _Version(argparse.Action):
-    """Prints the versions that a report of a problem needs; reads them, and imports nothing."""
+    """Prints the versions that a bug report needs. It reads them from the metadata and imports no package."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         versions = [f"Python {platform.python_version()}"]
@@ -65,13 +65,13 @@ class _Version(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; `argv` is what follows the program's name. Returns the exit status."""
+    """Run the command line with the arguments `argv`, without the program's name. Returns the exit status."""
     parser = CommandParser(
         prog="hf-async-batching",
         description="Asynchronous continuous batching for Hugging Face generate.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions, and end")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     developers = _DeveloperCommands(commands)
     dataset_arguments.add_parser(commands)

@@ -62,7 +62,7 @@ def test_generate_batch_tells_when_first_tokens_came(model: PreTrainedModel) -> 
 
 
 def test_tokens_for_nothing_are_mentioned(model: PreTrainedModel) -> None:
-    assert any("longest of its batch" in note for note in run_peer("generate", model, mix).notes)
+    assert any("longest row of its batch" in note for note in run_peer("generate", model, mix).notes)
     same = run_peer("generate", model, lambda seed: make_workload("seed", 211, seed=seed, rows=2, prompt=4, new=3))
     assert same.notes == []
 
@@ -105,7 +105,7 @@ def test_a_slow_peer_is_given_up(model: PreTrainedModel, name: str) -> None:
     run = run_peer(
         name, model, lambda seed: make_workload("seed", 211, seed=seed, rows=2, prompt=4, new=2000), limit=0.3
     )
-    assert run.error is not None and "TimeoutError: given up" in run.error
+    assert run.error is not None and "TimeoutError: stopped" in run.error
 
 
 def test_the_next_attention_is_tried(

@@ -43,7 +43,7 @@ def test_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_the_limit_names_the_phase(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(monkeypatch, capsys, "--shapes", "tiny", *SMALL, "--limit", "0.2")
-    assert lines == [{"shape": "tiny", "phase": "start", "error": "no end within 0.2 s; see stderr"}]
+    assert lines == [{"shape": "tiny", "phase": "start", "error": "not finished in 0.2 s; see stderr"}]
 
 
 def test_warnings_and_errors_are_lines_of_their_phase(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,4 +104,4 @@ def test_a_folder_without_tests_is_refused(
     with pytest.raises(SystemExit) as ended:
         transformers_own_tests.main()
     assert ended.value.code == 2
-    assert "give a clone of transformers" in capsys.readouterr().err
+    assert "pass a clone of transformers" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_an_interrupted_coverage_says_how_to_go_on(
 
     monkeypatch.setattr("hf_async_batching.coverage.processes.check_families", interrupted)
     out = tmp_path / "table.md"
-    for hint in ("", "; the same again with --resume goes on"):
+    for hint in ("", "; the same command with --resume continues"):
         assert main(["coverage", "GPT2LMHeadModel", "--out", str(out)]) == 130
         assert capsys.readouterr().err == f"hf-async-batching coverage: interrupted{hint}\n"
         out.touch()

@@ -119,7 +119,7 @@ def test_a_run_goes_on_where_one_ended(
     assert read(out) == [replace(OWN, classes={**verdicts, "GPT2LMHeadModel": ROUNDED}), GPU]
     shown = capsys.readouterr().out
     assert "2/3 GPT2LMHeadModel: within rounding (single) 2 of 72 through submit; exact through generate" in shown
-    assert "1 were not begun within the limit" in shown
+    assert "1 were not started within the limit" in shown
 
 
 def test_what_is_bad_is_said_with_its_log_and_by_the_exit_status(
@@ -191,15 +191,15 @@ def test_what_cannot_be_read_or_written_is_said_before_classes_run(
     absent, table = tmp_path / "absent.json", str(tmp_path / "table.md")
     for arguments, said in (
         (["--out", str(tmp_path / "file" / "table.md")], "its folder cannot be made: "),
-        (["--out", str(tmp_path)], f"is a folder: --out {tmp_path / 'model-coverage.md'}"),
-        (["--out", str(tmp_path / "table.json")], f"put beside it: --out {table}"),
+        (["--out", str(tmp_path)], f"is a folder: pass --out {tmp_path / 'model-coverage.md'}"),
+        (["--out", str(tmp_path / "table.json")], f"written beside it: pass --out {table}"),
         (["--out", table, "--merge", str(absent)], f"--merge: there is no file {absent}"),
     ):
         assert main(["coverage", "OPTForCausalLM", *arguments]) == 2
         assert said in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert main(["coverage", "OPTForCausalLM", "--out", table]) == 2
-    assert "nothing can be written into its folder" in capsys.readouterr().err
+    assert "its folder is not writable" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

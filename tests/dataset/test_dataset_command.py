@@ -206,7 +206,7 @@ def test_a_bad_row_and_resume(model_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert command(model_dir, *arguments) == 1
     error = capsys.readouterr().err
     assert "row 2: the prompt is None" in error
-    assert "the same again with --resume goes on" in error
+    assert "the same command with --resume continues" in error
     with pytest.raises(SystemExit):
         command(model_dir, *arguments)
     assert "--resume goes on with it" in capsys.readouterr().err
