@@ -2,6 +2,7 @@
 
 import atexit
 import faulthandler
+import gc
 import os
 import shutil
 import tempfile
@@ -20,11 +21,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
     atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
-import torch
-
-# Triton decides when it is imported whether its kernels run on the GPU or in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Nothing in the tests needs the Hub; without this each look for it waits for a time-out where there is none.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -87,8 +83,28 @@ _GRACE = 120
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the standard error that pytest is about to capture."""
+    """Keep the standard error that pytest is about to capture, and prepare a process that runs tests."""
     config.stash[_STDERR] = os.dup(2)
+    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None):
+        return  # it only hands tests out, and what it imports delays their start
+    # The imports make a million objects that live on. Each collection would look through all of them again.
+    gc.disable()
+    import torch
+
+    # Triton decides when it is imported whether its kernels run on the GPU or in its interpreter.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Spare collections what the imports made: a full one looks at the objects of the tests, and takes no second."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let the end of the process find what is no longer used: nanobind reports the rest as leaked."""
+    gc.unfreeze()
 
 
 _STDERR = pytest.StashKey[int]()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,8 +33,8 @@ class SimulatedEvent:
 
 
 class _Operation(NamedTuple):
-    ready: Callable[[], bool]
-    run: Callable[[], None]
+    run: Callable[[], object]
+    after: SimulatedEvent | None
 
 
 class SimulatedDevice:
@@ -52,7 +53,7 @@ class SimulatedDevice:
         self.without = without
         self._random = random.Random(seed)
         self._queues: dict[Stream, deque[_Operation]] = {stream: deque() for stream in Stream}
-        self._weights = [self._random.choice((0.02, 0.3, 1.0)) for _ in Stream]
+        self._weighted = [(queue, self._random.choice((0.02, 0.3, 1.0))) for queue in self._queues.values()]
         self._eagerness = self._random.choice((0.0, 0.3, 0.8))
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,7 +82,7 @@ class SimulatedDevice:
 
     def wait(self, stream: Stream, event: SimulatedEvent | None, guard: Guard) -> None:
         if event is not None and guard is not self.without:
-            self._enqueue(stream, lambda: None, lambda: event.happened)
+            self._enqueue(stream, lambda: None, event)
 
     def synchronize(self, event: SimulatedEvent | None, guard: Guard) -> None:
         if event is not None and guard is not self.without:
@@ -103,8 +104,8 @@ class SimulatedDevice:
         while any(self._queues.values()):
             self._advance()
 
-    def _enqueue(self, stream: Stream, run: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
-        self._queues[stream].append(_Operation(ready, run))  # type: ignore[arg-type]
+    def _enqueue(self, stream: Stream, run: Callable[[], object], after: SimulatedEvent | None = None) -> None:
+        self._queues[stream].append(_Operation(run, after))
         self._interlude()
 
     def _interlude(self) -> None:
@@ -114,16 +115,16 @@ class SimulatedDevice:
                 return
 
     def _advance(self, idle_ok: bool = False) -> bool:
-        ready = [
-            (stream, weight)
-            for stream, weight in zip(Stream, self._weights, strict=True)
-            if self._queues[stream] and self._queues[stream][0].ready()
-        ]
+        ready, bounds, total = [], [], 0.0
+        for queue, weight in self._weighted:
+            if queue and ((event := queue[0].after) is None or event.happened):
+                total += weight
+                ready.append(queue)
+                bounds.append(total)
         if not ready:
             if idle_ok:
                 return False
             raise RuntimeError("deadlock: every stream waits for an event that nothing left to run can record")
-        streams, weights = zip(*ready, strict=True)
-        stream = self._random.choices(streams, weights)[0]
-        self._queues[stream].popleft().run()
+        queue = ready[bisect(bounds, self._random.random() * total, 0, len(ready) - 1)]
+        queue.popleft().run()
         return True

@@ -17,6 +17,7 @@ from hf_async_batching.kv_cache.sequence_pages import SequencePages
 from hf_async_batching.scheduler.scheduler import Scheduler
 from hf_async_batching.scheduler.sequence import Sequence
 
+# Without any one wait, a token is wrong in 1 of 20 schedules or more.
 SCHEDULES = 500
 
 
@@ -31,14 +32,14 @@ def _wrong_token(depth: int, seed: int, conversations: bool = False, **changes: 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_random_schedules(depth: int) -> None:
     preemptions = cancels = 0
-    for seed in range(SCHEDULES):
+    for seed in range(SCHEDULES // 2):
         engine = ToyEngine(depth, seed)
         requests = run_random_schedule(engine, seed)
         verify(engine, requests)
         preemptions += engine.scheduler.preemptions
         cancels += list(engine.reasons.values()).count("cancelled")
-    assert preemptions > SCHEDULES / 10, "page shortage was hardly exercised"
-    assert cancels > SCHEDULES / 10, "cancelling was hardly exercised"
+    assert preemptions > SCHEDULES / 20, "page shortage was hardly exercised"
+    assert cancels > SCHEDULES / 20, "cancelling was hardly exercised"
 
 
 @pytest.mark.parametrize("depth", [2, 3])
