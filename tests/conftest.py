@@ -28,10 +28,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _LONG = (
     "test_smollm2.py",
     "test_app.py",
+    "test_asynchrony.py",
     "test_readme.py",
     "test_ahead_of_time.py",
+    "test_triton_kernels.py",
+    "test_attacks.py",
+    "test_visit.py",
     "test_two_ranks.py",
     "test_api.py",
+    "test_regions.py",
+    "test_manager.py",
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.forked_python import run_python
 
 from hf_async_batching.runtime import process_exit as process_end
 from hf_async_batching.runtime.process_exit import ProcessEndsError, end_with_the_process
@@ -31,14 +30,7 @@ _SCRIPT = textwrap.dedent(
 
 @pytest.mark.parametrize("seconds", [0, 1.5])
 def test_a_script_that_ends_while_its_model_compiles(seconds: float, tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(seconds)],
-        env={**environment, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(_SCRIPT, str(seconds), TORCHINDUCTOR_CACHE_DIR=str(tmp_path), HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr  # it aborted
     assert done.stdout == "2\n"
     assert "Traceback" not in done.stderr and "uncompiled" not in done.stderr, done.stderr
@@ -63,10 +55,7 @@ _LIVES_ON = textwrap.dedent(
 
 
 def test_a_program_may_serve_when_its_main_thread_has_ended() -> None:
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", _LIVES_ON], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(_LIVES_ON)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "False\na job\n2\n", done.stderr
 

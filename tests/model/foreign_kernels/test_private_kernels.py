@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.forked_python import run_python
 
 from hf_async_batching.model.foreign_kernels import private_kernels
 
@@ -80,11 +79,7 @@ def run(folder: Path, files: dict[str, str]) -> str:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    root = str(Path(private_kernels.__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), root])}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(f"import sys\nsys.path.insert(0, {str(folder)!r})\n{SCRIPT}")
     assert not done.returncode, done.stderr
     return done.stdout
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.forked_python import run_python
 
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.foreign_kernels import reference_kernels
@@ -40,11 +38,7 @@ def test_kernels_of_other_packages_are_left_out(tmp_path: Path) -> None:
     for folder in (package, package / "ops", package / "ops" / "gated_delta_rule"):
         folder.mkdir()
         (folder / "__init__.py").write_text("".join(KERNEL.format(name=name) for name in names))
-    root = str(Path(reference_kernels.__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{SCRIPT}")
     assert "installed: Pointer argument" in done.stdout, done.stderr
     assert "verdicts: [None]" in done.stdout, done.stdout + done.stderr
 
