@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,10 +60,19 @@ def word_pieces() -> Any:
     )
 
 
+def cleaned_word_pieces() -> Any:
+    """With the clean-up inside the decoder, as BERT's."""
+    tokenizer = word_pieces()
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
 MAKERS = {
     "byte level": byte_level,
     "byte fallback": byte_fallback,
     "word pieces": word_pieces,
+    "cleaned word pieces": cleaned_word_pieces,
     "letters": tiny_tokenizer,
     "SmolLM2": lambda: AutoTokenizer.from_pretrained(embedded_model_dir()),
 }
@@ -73,12 +83,22 @@ def tokenizer(request: Any) -> Any:
     return MAKERS[request.param]()
 
 
-def pieces_of(tokenizer: Any, ids: list[int], **arguments: Any) -> list[str]:
-    """The pieces, where each is checked to be a part of the whole in its place."""
+def pieces_of(tokenizer: Any, ids: list[int], size: Callable[[], int] = lambda: 1, **arguments: Any) -> list[str]:
+    """The pieces, where each is checked to be a part of the whole in its place.
+
+    Args:
+        tokenizer: What decodes.
+        ids: All tokens.
+        size: Says how many tokens the decoder gets next.
+        arguments: As for `decode`.
+    """
     decoder, whole = TextDecoder(tokenizer, **arguments), tokenizer.decode(ids, **arguments)
     pieces: list[str] = []
-    for token in ids:
-        pieces.append(decoder.push(token))
+    at = 0
+    while at < len(ids):
+        count = size()
+        pieces.append(decoder.push(*ids[at : at + count]))
+        at += count
         assert whole.startswith("".join(pieces)), "what was shown would have to be taken back"
     return [*pieces, decoder.flush()]
 
@@ -107,6 +127,52 @@ def test_any_tokens(tokenizer: Any, seed: int, skip: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_tokens_in_any_pieces(tokenizer: Any, seed: int, skip: bool) -> None:
+    draw = random.Random(seed)
+    words = tokenizer(TEXTS[seed % len(TEXTS)] * 4, add_special_tokens=False).input_ids
+    drawn = [draw.randrange(min(len(tokenizer), 300)) for _ in range(100)]
+    ids = [tokenizer.eos_token_id if draw.random() < 0.05 else token for token in [*words[:200], *drawn, *words[:60]]]
+    longest = draw.choice([2, 4, 9, 40, 400])
+    pieces = pieces_of(tokenizer, ids, lambda: draw.randrange(longest + 1), skip_special_tokens=skip)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 40])
+@pytest.mark.parametrize("name", ["byte level", "byte fallback", "SmolLM2"])
+def test_many_tokens_at_once_are_not_held_back(name: str, size: int) -> None:
+    tokenizer = MAKERS[name]()
+    text = "Grüße und 日本 oder 👩! " * 20
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = pieces_of(tokenizer, ids, lambda: size)
+    assert "".join(pieces) == text.lstrip() == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces), "a character came in parts"
+    assert size < 8 or all(pieces[:-1]), "what is certain is not held back"
+
+
+def test_special_tokens_are_shown_or_not() -> None:
+    tokenizer = byte_level()
+    ids = [*tokenizer("yes").input_ids, tokenizer.eos_token_id]
+    assert "".join(pieces_of(tokenizer, ids)) == "yes<eos>"
+    assert "".join(pieces_of(tokenizer, ids, skip_special_tokens=True)) == "yes"
+
+
+class OwnDecode(PreTrainedTokenizerFast):
+    """A class that decodes in its own way, as Whisper's."""
+
+    def decode(self, token_ids: Any, **arguments: Any) -> str:
+        return str(super().decode(token_ids, **arguments)).upper()
+
+
+def test_a_tokenizer_of_another_make_is_asked_itself() -> None:
+    plain = byte_level()
+    own = OwnDecode(tokenizer_object=plain.backend_tokenizer, eos_token="<eos>")
+    ids = plain("grüße").input_ids
+    assert "".join(pieces_of(own, ids)) == "GRÜSSE" != plain.decode(ids)
+    assert "".join(pieces_of(Counting(plain), ids)) == "grüße"
+
+
 @pytest.mark.parametrize("name", ["byte level", "byte fallback"])
 def test_a_text_that_ends_within_a_character(name: str) -> None:
     tokenizer = MAKERS[name]()
@@ -132,8 +198,11 @@ class Counting:
         self.longest = max(self.longest, len(ids))
         return str(self.tokenizer.decode(ids, **arguments))
 
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(token))
+    def convert_ids_to_tokens(self, tokens: Any) -> Any:
+        return self.tokenizer.convert_ids_to_tokens(tokens)
+
+    def convert_tokens_to_ids(self, names: Any) -> Any:
+        return self.tokenizer.convert_tokens_to_ids(names)
 
 
 def test_a_token_costs_the_same_in_a_long_text(tokenizer: Any) -> None:
@@ -142,6 +211,17 @@ def test_a_token_costs_the_same_in_a_long_text(tokenizer: Any) -> None:
     for token in tokenizer("is it really " * 300, add_special_tokens=False).input_ids:
         decoder.push(token)
     assert 0 < counting.longest <= 64
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_bytes_that_are_no_text_make_the_window_no_longer(size: int) -> None:
+    tokenizer = byte_level()
+    counting = Counting(tokenizer)
+    decoder = TextDecoder(counting)
+    rubbish = tokenizer("👩").input_ids[:1] * 600
+    pieces = [decoder.push(*rubbish[at : at + size]) for at in range(0, len(rubbish), size)]
+    assert 0 < counting.longest <= 64
+    assert "".join([*pieces, decoder.flush()]) == tokenizer.decode(rubbish)
 
 
 def ended(ids: list[int], tokenizer: Any = None) -> GenerationHandle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -19,8 +19,6 @@ _KEEP_SECONDS = 1.0
 _CUT = "\n\n*The page was left before this answer was complete. Retry writes it anew.*"
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
 Page = tuple[Any, Any, Any, Any, Any, Any]
-# What the controls say, in the order in which they are laid out.
-Knobs = tuple[str, float, float, float, float, bool, str | None]
 
 
 class ChatHandlers:
@@ -33,7 +31,7 @@ class ChatHandlers:
     def __init__(self, service: ChatService) -> None:
         self._service = service
 
-    async def submit(self, request: gr.Request, text: str, history: Any, *knobs: *Knobs) -> AsyncIterator[Page]:
+    async def submit(self, request: gr.Request, text: str, history: Any, *knobs: Any) -> AsyncIterator[Page]:
         """Ask what stands in the message box."""
         visitor, text = visitor_of(request), str(text or "").strip()[:LONGEST_TEXT]
         if not text or not await self._service.ready(visitor):
@@ -46,21 +44,19 @@ class ChatHandlers:
             yield page
 
     async def example(
-        self, event: gr.SelectData, request: gr.Request, history: Any, *knobs: *Knobs
+        self, event: gr.SelectData, request: gr.Request, history: Any, *knobs: Any
     ) -> AsyncIterator[Page]:
         """Ask the example that was clicked."""
         async for page in self.submit(request, event.value["text"], history, *knobs):
             yield page
 
-    async def retry(
-        self, event: gr.RetryData, request: gr.Request, history: Any, *knobs: *Knobs
-    ) -> AsyncIterator[Page]:
+    async def retry(self, event: gr.RetryData, request: gr.Request, history: Any, *knobs: Any) -> AsyncIterator[Page]:
         """Answer a question again, and forget what came after it."""
         messages = read_messages(history)
         async for page in self._again(messages[: _question(messages, event.index) + 1], knobs, request):
             yield page
 
-    async def edit(self, event: gr.EditData, request: gr.Request, history: Any, *knobs: *Knobs) -> AsyncIterator[Page]:
+    async def edit(self, event: gr.EditData, request: gr.Request, history: Any, *knobs: Any) -> AsyncIterator[Page]:
         """Answer a question that was rewritten, and forget what came after it."""
         messages = read_messages(history)
         index, text = _question(messages, event.index), str(event.value or "").strip()[:LONGEST_TEXT]
@@ -95,7 +91,7 @@ class ChatHandlers:
         """Free what a closed tab was still using."""
         self._service.stop(visitor_of(request))
 
-    async def _again(self, messages: list[Message], knobs: Knobs, request: gr.Request) -> AsyncIterator[Page]:
+    async def _again(self, messages: list[Message], knobs: Sequence[Any], request: gr.Request) -> AsyncIterator[Page]:
         visitor = visitor_of(request)
         await self._service.settle(visitor)
         if not messages:

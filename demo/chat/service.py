@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hf_async_batching.text_stream import TextDecoder
+
 from ..serving.backend import Backend
 from ..serving.pools import PROMPTS
 from ..serving.problems import explain
 from ..serving.serving import Serving
 from ..serving.settings import Settings, ends_of
-from ..serving.text import Detokenizer, build_prompt
+from ..serving.text import build_prompt
 from .messages import LONGEST_HISTORY, Message, sendable
 
 if TYPE_CHECKING:
@@ -179,12 +181,12 @@ class ChatService:
                 yield Reply("*Stopped before the first word.*", note="", failed=True, discarded=turn.discarded)
                 return
             handle = await PROMPTS.run(self._submit, serving, turn, request)
-            detokenizer, position = Detokenizer(serving.chat_model.tokenizer), 0
+            decoder, position = TextDecoder(serving.chat_model.tokenizer, skip_special_tokens=True), 0
             while True:
                 done = handle.done  # looked at before the tokens: all of them are there once it is set
                 tokens = handle.tokens_from(position)
                 position += len(tokens)
-                new = detokenizer.push(*tokens) if tokens else ""
+                new = decoder.push(*tokens)
                 text += new
                 if done:
                     break
@@ -195,7 +197,7 @@ class ChatService:
                     if told != waiting:
                         yield Reply("", waiting=waiting)
                 await asyncio.sleep(self._pause(owner) + (drawing if text else 0.0))
-            text += detokenizer.flush()
+            text += decoder.flush()
             result = handle.result()
             if text.strip() or turn.discarded:
                 yield Reply(text, note=describe(result), discarded=turn.discarded)

@@ -248,7 +248,7 @@ class DatasetRuns:
         except (TableError, BusyError) as error:
             yield _page(problem_html(str(error)), running=False)
             return
-        settings = Settings.within_bounds(system, max_new_tokens, greedy=greedy)
+        settings = Settings.within_bounds(system=system, max_new_tokens=max_new_tokens, greedy=greedy)
         job = TableJob(table, str(column), settings, kind if isinstance(kind, str) and kind in FORMATS else FORMATS[0])
         async for page in self._pages(job, request):
             yield page

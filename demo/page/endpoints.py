@@ -24,7 +24,7 @@ from ..serving.backend import Backend
 from ..serving.pools import TABLES, TRACES
 from ..serving.problems import explain
 from ..serving.pulse import Pulse
-from ..serving.settings import LONGEST_TEXT, MAX_NEW_TOKENS, MOST_SEED, Settings, number, shown, whole_number
+from ..serving.settings import LONGEST_TEXT, Settings, number, shown, whole_number
 from ..serving.visitor import owner_of
 from ..wall.handlers import WallRuns
 from ..wall.prompts import read_prompts
@@ -32,6 +32,7 @@ from ..wall.wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS
 
 # Gradio looks at every part of a result in the event loop: what is downloaded from the page has many more steps.
 _TRACED_STEPS = 200
+_DEFAULT = Settings()
 
 
 def add_endpoints(
@@ -50,11 +51,11 @@ def add_endpoints(
         message: str,
         history: list[dict[str, str]] | None = None,
         system: str = "",
-        max_new_tokens: int = 256,
-        temperature: float = 0.7,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        greedy: bool = False,
+        max_new_tokens: int = _DEFAULT.max_new_tokens,
+        temperature: float = _DEFAULT.temperature,
+        top_p: float = _DEFAULT.top_p,
+        top_k: int = _DEFAULT.top_k,
+        greedy: bool = _DEFAULT.greedy,
         seed: int | None = None,
     ) -> AsyncIterator[str]:
         """Answer a message; streams the answer as it grows. Cancel the job to free its place in the batch.
@@ -72,7 +73,16 @@ def add_endpoints(
         """
         _check(isinstance(message, str) and message.strip(), "`message` is empty: say something.")
         _check(history is None or isinstance(history, list), "`history` must be a list of messages")
-        settings = _settings(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
+        with _told():
+            settings = Settings.checked(
+                system=system,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                greedy=greedy,
+                seed=seed,
+            )
         asked = [*read_messages(history), Message(role="user", content=message.strip()[:LONGEST_TEXT])]
         # Every call has a turn of its own: a client may have many at once.
         async for reply in service.reply(f"api-{secrets.token_hex(8)}", asked, settings, owner_of(request)):
@@ -104,7 +114,7 @@ def add_endpoints(
             chats = whole_number("chats", chats, 1, MOST_CHATS)
             turns = whole_number("turns", turns, 1, MOST_TURNS)
             stagger = number("stagger", stagger, 0.0, MOST_STAGGER)
-        settings = _settings(max_new_tokens=max_new_tokens, greedy=greedy)
+            settings = Settings.checked(max_new_tokens=max_new_tokens, greedy=greedy)
         visitor = f"api-{secrets.token_hex(8)}"
         questions = _prompts(prompts, default_prompts)
         last: dict[str, Any] = {}
@@ -142,7 +152,7 @@ def add_endpoints(
         """
         with _told():
             chats = whole_number("chats", chats, 1, MOST_CHATS)
-            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+            max_new_tokens = Settings.checked(max_new_tokens=max_new_tokens).max_new_tokens
         wanted = depths or [1, 2]
         _check(wanted in ([1], [2], [1, 2], [2, 1]), "`depths` must be of 1 and 2, each once")
         questions = _prompts(prompts, default_prompts)
@@ -176,7 +186,8 @@ def add_endpoints(
             max_new_tokens: Longest answer, 1 to 1024.
             greedy: Always the likeliest token; otherwise with the page's usual sampling.
         """
-        settings = _settings(system, max_new_tokens, greedy=greedy)
+        with _told():
+            settings = Settings.checked(system=system, max_new_tokens=max_new_tokens, greedy=greedy)
         _check(isinstance(rows, list), "`rows` must be a list of objects")
         try:
             table = await TABLES.run_for(owner_of(request), table_of, rows)
@@ -230,27 +241,6 @@ def _documented(function: Callable[..., Any]) -> Callable[..., Any]:
     function.__annotations__ = types
     function.__doc__ = inspect.getdoc(function)
     return function
-
-
-def _settings(
-    system: str = "",
-    max_new_tokens: int = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    greedy: bool = False,
-    seed: int | None = None,
-) -> Settings:
-    """Unlike the page, which has sliders, the API refuses what is out of bounds."""
-    _check(isinstance(system, str), "`system` must be a text")
-    with _told():
-        whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-        number("temperature", temperature, 0.1, 2.0)
-        number("top_p", top_p, 0.05, 1.0)
-        whole_number("top_k", top_k, 0, 1000)
-        if seed is not None:
-            whole_number("seed", seed, 0, MOST_SEED)
-    return Settings.within_bounds(system, max_new_tokens, temperature, top_p, top_k, greedy, seed)
 
 
 def _prompts(prompts: Any, default: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from ..compare.handlers import RACE_QUESTIONS, RACE_TOKENS
 from ..dataset.handlers import table_html
 from ..dataset.table import BUILT_IN, FORMATS, built_in, text_columns
 from ..serving.assets import asset
-from ..serving.settings import LONGEST_TEXT, MAX_NEW_TOKENS, Settings
+from ..serving.settings import BOUNDS, KNOBS, LONGEST_TEXT, MAX_NEW_TOKENS, Settings
 from ..wall.prompts import LONGEST_PROMPTS
 from ..wall.wall import MOST_CHATS, MOST_TURNS
 from .style import EXAMPLES, PLACEHOLDER
@@ -104,12 +104,13 @@ def chat_parts() -> ChatParts:
             max_lines=5,
             max_length=LONGEST_TEXT,
         )
-        longest = gr.Slider(
-            8, MAX_NEW_TOKENS, value=default.max_new_tokens, step=8, label="Max new tokens", buttons=[]
-        )
-        greedy = gr.Checkbox(default.greedy, label="Greedy", info="Always the likeliest token; no sampling.")
-        temperature = gr.Slider(0.1, 2.0, value=default.temperature, step=0.05, label="Temperature", buttons=[])
-        top_p = gr.Slider(0.05, 1.0, value=default.top_p, step=0.05, label="Top-p", buttons=[])
+        longest = _longest(default.max_new_tokens, "Max new tokens")
+        greedy = _greedy(default.greedy, "Greedy")
+        least, most, _ = BOUNDS["temperature"]
+        temperature = gr.Slider(least, most, value=default.temperature, step=0.05, label="Temperature", buttons=[])
+        least, most, _ = BOUNDS["top_p"]
+        top_p = gr.Slider(least, most, value=default.top_p, step=0.05, label="Top-p", buttons=[])
+        # The API takes more: a slider of 1,000 steps is hard to set.
         top_k = gr.Slider(0, 200, value=default.top_k, step=1, label="Top-k (0 is off)", buttons=[])
         # A text: for a number box that was emptied, the browser sends 0.
         seed = gr.Textbox("", label="Seed", placeholder="empty: a new one for each answer", max_length=10, lines=1)
@@ -121,7 +122,16 @@ def chat_parts() -> ChatParts:
         js="on => Array(4).fill({__type__: 'update', interactive: !on})",
         api_visibility="private",
     )
-    return ChatParts(chatbot, box, send, stop, note, [system, longest, temperature, top_p, top_k, greedy, seed])
+    knobs: dict[str, gr.components.Component] = {
+        "system": system,
+        "max_new_tokens": longest,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "greedy": greedy,
+        "seed": seed,
+    }
+    return ChatParts(chatbot, box, send, stop, note, [knobs[name] for name in KNOBS])
 
 
 def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> WallParts:
@@ -141,9 +151,9 @@ def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> Wall
             elem_id="prompts",
         )
         turns = gr.Slider(1, MOST_TURNS, value=2, step=1, label="Questions per chat", buttons=[])
-        longest = gr.Slider(8, MAX_NEW_TOKENS, value=120, step=8, label="Max new tokens per answer", buttons=[])
+        longest = _longest(120, "Max new tokens per answer")
         stagger = gr.Slider(0, 2, value=0.15, step=0.05, label="Seconds between two starts", buttons=[])
-        greedy = gr.Checkbox(False, label="Greedy", info="Always the likeliest token; no sampling.")
+        greedy = _greedy(False, "Greedy")
     wall = gr.HTML(
         value="",
         html_template=asset("wall.html"),
@@ -199,8 +209,8 @@ def dataset_parts() -> DatasetParts:
     about = gr.HTML(table_html(table, "prompt", False), elem_id="about")
     with gr.Accordion("Settings", open=False), gr.Group(elem_classes="knobs"):
         system = gr.Textbox(label="System prompt for every row", lines=2, max_lines=5, max_length=LONGEST_TEXT)
-        longest = gr.Slider(8, MAX_NEW_TOKENS, value=64, step=8, label="Max new tokens per row", buttons=[])
-        greedy = gr.Checkbox(True, label="Greedy rows", info="Always the likeliest token; no sampling.")
+        longest = _longest(64, "Max new tokens per row")
+        greedy = _greedy(True, "Greedy rows")
         kind = gr.Radio(list(FORMATS), value=FORMATS[0], label="Format of the result")
     with gr.Row(elem_id="datasets", equal_height=False):
         run = gr.Button("Complete all rows", variant="primary", elem_id="complete", min_width=130)
@@ -211,3 +221,11 @@ def dataset_parts() -> DatasetParts:
     rows = gr.HTML("", elem_id="rows")
     knobs: list[gr.components.Component] = [source, file, column, system, longest, greedy, kind]
     return DatasetParts(source, file, column, about, knobs, run, stop, resume, progress, rows, download)
+
+
+def _longest(value: int, label: str) -> gr.Slider:
+    return gr.Slider(8, MAX_NEW_TOKENS, value=value, step=8, label=label, buttons=[])
+
+
+def _greedy(value: bool, label: str) -> gr.Checkbox:
+    return gr.Checkbox(value, label=label, info="Always the likeliest token; no sampling.")

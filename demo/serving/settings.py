@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.inputs.request_builder import eos_token_ids, new_request_id
@@ -15,9 +15,25 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 1024
 LONGEST_TEXT = 20_000
-_LARGEST_TOP_K = 1000
 _SEEDS = 2**31
 MOST_SEED = _SEEDS - 1
+
+
+class Bounds(NamedTuple):
+    """What a number may be."""
+
+    least: float
+    most: float
+    whole: bool = False
+
+
+# The only place with the bounds of a setting: the page's sliders, the API's checks and `Settings` read them here.
+BOUNDS = {
+    "max_new_tokens": Bounds(1, MAX_NEW_TOKENS, whole=True),
+    "temperature": Bounds(0.1, 2.0),
+    "top_p": Bounds(0.05, 1.0),
+    "top_k": Bounds(0, 1000, whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -43,26 +59,38 @@ class Settings:
     seed: int | None = None
 
     @classmethod
-    def within_bounds(
-        cls,
-        system: str = "",
-        max_new_tokens: float = 256,
-        temperature: float = 0.7,
-        top_p: float = 0.9,
-        top_k: float = 0,
-        greedy: bool = False,
-        seed: float | str | None = None,
-    ) -> Settings:
-        """The controls' values within the bounds that the page shows, whatever a browser sent."""
-        return cls(
-            system=str(system or "")[:LONGEST_TEXT],
-            max_new_tokens=int(clamp(max_new_tokens, 1, MAX_NEW_TOKENS)),
-            temperature=clamp(temperature, 0.1, 2.0),
-            top_p=clamp(top_p, 0.05, 1.0),
-            top_k=int(clamp(top_k, 0, _LARGEST_TOP_K)),
-            greedy=bool(greedy),
-            seed=read_seed(seed),
-        )
+    def within_bounds(cls, *controls: Any, **named: Any) -> Settings:
+        """Return the settings nearest to what a browser sent, whatever that is.
+
+        Args:
+            controls: Values in the order of `KNOBS`.
+            named: Values by name. What is left out keeps its default.
+        """
+        asked = dict(zip(KNOBS, controls)) | named
+        for name, (least, most, whole) in BOUNDS.items():
+            if name in asked:
+                asked[name] = clamp(asked[name], least, most)
+                asked[name] = int(asked[name]) if whole else asked[name]
+        asked["system"] = str(asked.get("system") or "")[:LONGEST_TEXT]
+        asked["greedy"] = bool(asked.get("greedy"))
+        asked["seed"] = read_seed(asked.get("seed"))
+        return cls(**asked)
+
+    @classmethod
+    def checked(cls, **named: Any) -> Settings:
+        """Return the settings that a client of the API sent.
+
+        Raises:
+            ValueError: One is of another type or out of bounds.
+        """
+        if not isinstance(named.get("system", ""), str):
+            raise ValueError("`system` must be a text")
+        for name, (least, most, whole) in BOUNDS.items():
+            if name in named:
+                (whole_number if whole else number)(name, named[name], least, most)
+        if named.get("seed") is not None:
+            whole_number("seed", named["seed"], 0, MOST_SEED)
+        return cls.within_bounds(**named)
 
     def generate_arguments(self) -> dict[str, Any]:
         """What these settings are as arguments of `generate`, without system prompt and seed."""
@@ -82,6 +110,10 @@ class Settings:
         return Request(new_request_id(), tuple(prompt), self.max_new_tokens, eos_token_ids=eos, sampling=sampling)
 
 
+# The settings in the order in which the page's controls are sent.
+KNOBS = tuple(field.name for field in fields(Settings))
+
+
 def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
     """The tokens that end an answer of this model."""
     model: Any = chat_model.model
@@ -99,7 +131,7 @@ def read_seed(value: Any) -> int | None:
     return int(clamp(seed, 0, MOST_SEED)) if seed == seed else None
 
 
-def whole_number(name: str, value: Any, least: int, most: int) -> int:
+def whole_number(name: str, value: Any, least: float, most: float) -> int:
     """Return a number that a client sent for an argument.
 
     Raises:

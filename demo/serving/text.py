@@ -1,4 +1,4 @@
-"""Text in and out of the model: incremental detokenising, safe display, prompts that users cannot forge."""
+"""Text in and out of the model: safe display, prompts that users cannot forge."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_INCOMPLETE = "\ufffd"
-# A UTF-8 character has at most four bytes, so at most four tokens: more than that is no half character but rubbish.
-_MOST_BYTE_TOKENS = 4
-_WINDOW = 24
-_CONTEXT = 6
-
 # Fenced code (an open fence runs to the end while the answer is being written) and code spans stay as they are.
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
 _INDENT = re.compile(r"[ \t]*")
@@ -22,57 +16,6 @@ _TICKS = re.compile(r"`+")
 # A run of backslashes is read once, from its first one on: visitors can send thousands of them.
 _TAG = re.compile(r"(?<!\\)(\\*+)<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
-
-
-class Detokenizer:
-    """Turns a stream of token ids into a stream of text, never breaking a character in two.
-
-    Only a short window of the last tokens is decoded again for each new one, so a token costs the same however long
-    the answer already is. The window begins with tokens that were shown before: tokenizers that treat the first
-    token of a text specially (a dropped leading space) treat it alike before and after, and the difference is right.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        # What a fast tokenizer wraps takes half the time: the wrapper looks at every token.
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._shown = ""
-        self._held = 0
-
-    def push(self, *tokens: int) -> str:
-        """Take more tokens; return the text that they complete (what follows the last complete character is held)."""
-        self._window += tokens
-        text = self._decode(self._window)
-        if text.endswith(_INCOMPLETE) and self._held < _MOST_BYTE_TOKENS:
-            self._held += 1
-            if len(tokens) == 1:
-                return ""
-            # Many at once: show what is certain, which is all but the end.
-            text = text.rstrip(_INCOMPLETE)
-            new, self._shown = text[len(self._shown) :], max(text, self._shown, key=len)
-            self._held = 1 if new else self._held
-            return new
-        self._held = 0
-        new = text[len(self._shown) :]
-        self._shown = text
-        if len(self._window) >= _WINDOW:
-            self._window = self._window[-_CONTEXT:]
-            self._shown = self._decode(self._window)
-        return new
-
-    def flush(self) -> str:
-        """Return what is still held back, without the half character that the answer may have ended on."""
-        text = self._decode(self._window)
-        new = text[len(self._shown) :].rstrip(_INCOMPLETE)
-        self._window, self._shown, self._held = [], "", 0
-        return new
-
-    def _decode(self, tokens: list[int]) -> str:
-        if self._backend is not None:
-            return str(self._backend.decode(tokens, skip_special_tokens=True))
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text if isinstance(text, str) else "".join(text)
 
 
 def display_markdown(text: str) -> str:

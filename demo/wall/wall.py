@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from hf_async_batching.text_stream import TextDecoder
+
 from ..chat.messages import Message
 from ..serving.problems import explain
 from ..serving.serving import Serving
 from ..serving.settings import Settings, ends_of
-from ..serving.text import Detokenizer, build_prompt
+from ..serving.text import build_prompt
 
 if TYPE_CHECKING:
     from hf_async_batching import GenerationHandle
@@ -66,7 +68,7 @@ class Tile:
     messages: list[Message] = field(default_factory=list)
     request: Request | None = None
     handle: GenerationHandle | None = None
-    detokenizer: Detokenizer | None = None
+    decoder: TextDecoder | None = None
     asked_at: float = 0.0
     waited: float = 0.0
     first_at: float = 0.0
@@ -241,18 +243,18 @@ class Wall:
         done = handle.done  # looked at before the tokens: all of them are there once it is set
         new = handle.tokens_from(len(tile.token_ids[-1]))
         text = ""
-        assert tile.detokenizer is not None
+        assert tile.decoder is not None
         if new:
             if not tile.token_ids[-1]:
                 tile.first_at = now
                 tile.first = tile.first if tile.first is not None else tile.waited + now - tile.asked_at
             tile.token_ids[-1] += new
             tile.tokens += len(new)
-            text = tile.detokenizer.push(*new)
+            text = tile.decoder.push(*new)
             if now > tile.first_at:
                 tile.speed = (len(tile.token_ids[-1]) - 1) / (now - tile.first_at)
         if done:
-            text += tile.detokenizer.flush()
+            text += tile.decoder.flush()
         shown = tile.segments[-1]
         shown[1] = (shown[1] + text)[-_KEPT_CHARACTERS:]
         if done:
@@ -329,8 +331,11 @@ class Wall:
     def _attach(self, tiles: list[Tile], handles: list[GenerationHandle], now: float) -> None:
         self._serving.roster.add(*handles)
         for tile, handle in zip(tiles, handles, strict=True):
-            tile.handle, tile.detokenizer = handle, Detokenizer(self._serving.chat_model.tokenizer)
+            tile.handle, tile.decoder = handle, self._decoder()
             tile.waited, tile.asked_at = now - tile.asked_at, now
             tile.state = PREFILL if handle.started else WAITING
             if self._stopped or tile.index in self._unwanted:
                 handle.cancel()
+
+    def _decoder(self) -> TextDecoder:
+        return TextDecoder(self._serving.chat_model.tokenizer, skip_special_tokens=True)

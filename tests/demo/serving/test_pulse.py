@@ -85,6 +85,9 @@ def test_the_pulse_of_a_real_engine(serving: Serving) -> None:
     while (figures := pulse.read()["figures"])["running"] != 1 or not figures["tokens_per_second"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    while serving.manager.stats().steps < 24:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     handle.cancel()
     wait_until_idle(serving)
     deadline = time.monotonic() + 60

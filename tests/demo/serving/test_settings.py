@@ -9,7 +9,19 @@ import pytest
 from transformers import GenerationConfig
 
 from demo.serving.random_words import word_tokenizer
-from demo.serving.settings import MAX_NEW_TOKENS, MOST_SEED, Settings, clamp, ends_of, number, read_seed, whole_number
+from demo.serving.settings import (
+    BOUNDS,
+    KNOBS,
+    MAX_NEW_TOKENS,
+    MOST_SEED,
+    Bounds,
+    Settings,
+    clamp,
+    ends_of,
+    number,
+    read_seed,
+    whole_number,
+)
 
 
 def test_settings_stay_within_bounds() -> None:
@@ -17,7 +29,27 @@ def test_settings_stay_within_bounds() -> None:
     assert (settings.max_new_tokens, settings.temperature, settings.top_p) == (MAX_NEW_TOKENS, 0.1, 1.0)
     assert (settings.top_k, settings.greedy, settings.seed) == (1000, True, 0)
     empty: Any = None
-    assert Settings.within_bounds(empty, empty, empty, empty, empty, empty, empty).max_new_tokens == 1
+    assert Settings.within_bounds(*[empty] * 7).max_new_tokens == 1
+    assert Settings.within_bounds() == Settings.checked() == Settings(), "what is left out keeps its default"
+
+
+def test_controls_are_read_in_the_order_in_which_the_page_sends_them() -> None:
+    assert KNOBS == ("system", "max_new_tokens", "temperature", "top_p", "top_k", "greedy", "seed")
+    sent = ("Be brief.", 64, 0.5, 0.8, 40, True, 7)
+    assert Settings.within_bounds(*sent) == Settings(*sent)
+
+
+@pytest.mark.parametrize("name", [*BOUNDS, "seed"])
+def test_the_api_refuses_what_the_page_brings_within_bounds(name: str) -> None:
+    least, most, whole = BOUNDS.get(name, Bounds(0, MOST_SEED, whole=True))
+    for value in (least, most):
+        assert getattr(Settings.checked(**{name: value}), name) == value
+    for wrong in (least - 1, most + 1, "much", True, [], *([least + 0.5] if whole else [])):
+        with pytest.raises(ValueError, match=f"`{name}` must be a"):
+            Settings.checked(**{name: wrong})
+    assert getattr(Settings.within_bounds(**{name: most + 1}), name) == most
+    with pytest.raises(ValueError, match="`system` must be a text"):
+        Settings.checked(system=7)
 
 
 def test_a_seed_is_kept_and_a_missing_one_drawn() -> None:

@@ -1,4 +1,4 @@
-"""Detokenising, display and prompts."""
+"""Display and prompts."""
 
 from __future__ import annotations
 
@@ -8,67 +8,8 @@ from typing import Any
 
 import pytest
 
-from demo.serving.text import Detokenizer, build_prompt, disarm, display_markdown
+from demo.serving.text import build_prompt, disarm, display_markdown
 from demo.wall.prompts import read_prompts
-
-
-def stream(tokenizer: Any, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer)
-    return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
-
-
-@pytest.mark.parametrize(
-    "text", ["plain words", "Grüße, 日本語 👩‍🚀!", " leading and trailing ", "a\n\n    b", "é" * 200]
-)
-def test_streamed_text_is_the_text_and_never_breaks_a_character(byte_tokenizer: Any, text: str) -> None:
-    pieces = stream(byte_tokenizer, byte_tokenizer(text).input_ids)
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-@pytest.mark.parametrize("size", [2, 3, 7, 40])
-def test_many_tokens_at_once_make_the_same_text(byte_tokenizer: Any, size: int) -> None:
-    text = "Grüße, 日本語 👩‍🚀! " * 20
-    ids = byte_tokenizer(text).input_ids
-    detokenizer = Detokenizer(byte_tokenizer)
-    pieces = [detokenizer.push(*ids[i : i + size]) for i in range(0, len(ids), size)]
-    assert "".join([*pieces, detokenizer.flush()]) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert size < 7 or all(pieces), "what is complete is not held back"
-
-
-def test_half_a_character_at_the_end_is_dropped(byte_tokenizer: Any) -> None:
-    ids = byte_tokenizer("ok 👩").input_ids[:-1]
-    assert "".join(stream(byte_tokenizer, ids)) == "ok "
-
-
-def test_bytes_that_are_no_text_do_not_stall_the_stream(byte_tokenizer: Any) -> None:
-    rubbish = byte_tokenizer("👩").input_ids[:1] * 12
-    text = "".join(stream(byte_tokenizer, [*rubbish, *byte_tokenizer("and on").input_ids]))
-    assert text.endswith("and on")
-
-
-def test_special_tokens_are_not_shown(byte_tokenizer: Any) -> None:
-    ids = byte_tokenizer("yes<|end|>").input_ids
-    assert ids[-1] == byte_tokenizer.eos_token_id
-    assert "".join(stream(byte_tokenizer, ids)) == "yes"
-
-
-class CountingTokenizer:
-    """Has no backend, as tokenizers written in Python."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.longest = tokenizer, 0
-
-    def decode(self, ids: list[int], **options: Any) -> str:
-        self.longest = max(self.longest, len(ids))
-        return str(self.tokenizer.decode(ids, **options))
-
-
-def test_a_token_costs_the_same_in_a_long_answer(byte_tokenizer: Any) -> None:
-    tokenizer, text = CountingTokenizer(byte_tokenizer), "word " * 400
-    assert "".join(stream(tokenizer, byte_tokenizer(text).input_ids)) == text
-    assert 0 < tokenizer.longest <= 32
 
 
 @pytest.mark.parametrize(
