@@ -84,11 +84,11 @@ def test_the_time_for_a_visitor_s_text_is_linear(byte_tokenizer: Any, name: str)
     def seconds(text: str) -> float:
         best = float("inf")
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.thread_time()
             display_markdown(text)
             disarm(text, control)
             read_prompts(text)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
         return best
 
     short, long = seconds(HOSTILE[name](20_000)), seconds(HOSTILE[name](200_000))
