@@ -90,14 +90,14 @@ class CallRow:
 
 @dataclass(slots=True)
 class _Draft:
-    """The parameters that have been read so far."""
+    """The parameters that have been read so far; `reads_padding` if a processor reads all tokens of the padding."""
 
     do_sample: bool
     sampling: dict[str, Any] = field(default_factory=dict)
     logits: dict[str, Any] = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
     min_new_tokens: int = 0
-    needs_padding: int = 0
+    reads_padding: bool = False
 
 
 def read_processors(
@@ -129,10 +129,14 @@ def read_processors(
         return None
     logits = LogitsParams(tuple(draft.rules), **draft.logits)
     padding: tuple[int, ...] = ()
-    if row.padding and (draft.needs_padding or any(rule.prefix for rule in draft.rules)):
-        if not row.left_padded or draft.needs_padding > MAX_PADDING:
+    if row.padding and (draft.reads_padding or any(rule.prefix for rule in draft.rules)):
+        if not row.left_padded:
             return None
-        padding = tuple(row.shown[max(0, row.padding - MAX_PADDING) : row.padding])
+        whole = row.shown[: row.padding]
+        # The last tokens stand for all only if all are the same; a rule looks at no others.
+        if draft.reads_padding and len(whole) > MAX_PADDING and len(set(whole)) > 1:
+            return None
+        padding = tuple(whole[-MAX_PADDING:])
     if not row.eos:
         draft.min_new_tokens = 0
     sampling = SamplingParams(logprobs=logprobs)
@@ -162,8 +166,7 @@ def _encoder_repetition(processor: Any, row: CallRow, draft: _Draft) -> bool:
     if not _divides(ids.shape[0], row) or ids[row.of(ids.shape[0])].tolist() != row.shown:
         return False
     draft.logits["encoder_repetition_penalty"] = float(processor.penalty)
-    if row.padding:
-        draft.needs_padding = max(draft.needs_padding, 1)
+    draft.reads_padding = True
     return True
 
 
@@ -181,7 +184,7 @@ def _repetition(processor: Any, row: CallRow, draft: _Draft) -> bool:
 
 def _ngram(processor: Any, row: CallRow, draft: _Draft) -> bool:  # noqa: ARG001
     draft.logits["no_repeat_ngram_size"] = int(processor.ngram_size)
-    draft.needs_padding = max(draft.needs_padding, processor.ngram_size)
+    draft.reads_padding = True
     return bool(processor.ngram_size <= MAX_NGRAM)
 
 
@@ -195,7 +198,7 @@ def _encoder_ngram(processor: Any, row: CallRow, draft: _Draft) -> bool:
     if processor.generated_ngrams[row.of(batch)] != following:
         return False
     draft.logits["encoder_no_repeat_ngram_size"] = int(size)
-    draft.needs_padding = max(draft.needs_padding, size)
+    draft.reads_padding = True
     return True
 
 

@@ -20,3 +20,7 @@ def test_every_served_field_has_a_type() -> None:
 def test_no_field_is_an_argument_of_its_own_too() -> None:
     for method in (GenerationManager.submit, GenerationManager.make_request):
         assert not RequestArguments.__annotations__.keys() & inspect.signature(method).parameters.keys()
+
+
+def test_no_argument_must_be_given() -> None:
+    assert RequestArguments.__required_keys__ == DatasetArguments.__required_keys__ == frozenset()

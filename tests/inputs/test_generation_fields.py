@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from hf_async_batching.errors import UnsupportedArgumentError
 from hf_async_batching.inputs import generation_fields
 from hf_async_batching.inputs.compatibility import FIELDS
-from hf_async_batching.inputs.generation_fields import INSTALLED, check_fields
+from hf_async_batching.inputs.generation_fields import INSTALLED, bound_encoder_ngrams, check_fields
 
 REFUSED = sorted(name for name, entry in FIELDS.items() if entry.status == "refused")
 
@@ -77,3 +77,20 @@ def test_a_field_that_nobody_knows_is_refused_when_it_is_set(monkeypatch: pytest
     check_fields(GenerationConfig())
     with pytest.raises(UnsupportedArgumentError, match="`low_memory=True` is not served yet"):
         check_fields(with_field("low_memory", True))
+
+
+@pytest.mark.parametrize(("size", "length", "bounded"), [(3, 5, 3), (5, 5, 5), (6, 5, 6), (2**40, 5, 6), (0, 5, 0)])
+def test_n_grams_longer_than_the_prompt_are_all_the_same(size: int, length: int, bounded: int) -> None:
+    config = with_field("encoder_no_repeat_ngram_size", size)
+    bound_encoder_ngrams(config, length)
+    assert config.encoder_no_repeat_ngram_size == bounded
+
+
+def test_a_list_of_n_grams_is_bounded_by_its_tokens() -> None:
+    """As many n-grams as each has tokens, which is 2**26 tokens, and one n-gram more."""
+    size = 1 << 13
+    config = with_field("encoder_no_repeat_ngram_size", size)
+    bound_encoder_ngrams(config, 2 * size - 1)
+    with pytest.raises(UnsupportedArgumentError, match=r"`encoder_no_repeat_ngram_size=8192` .* 16384 tokens"):
+        bound_encoder_ngrams(config, 2 * size)
+    assert config.encoder_no_repeat_ngram_size == size

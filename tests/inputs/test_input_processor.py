@@ -213,4 +213,5 @@ def test_the_models_own_way_of_drawing(model: Any) -> None:
     finally:
         model.generation_config.repetition_penalty = before
     assert isinstance(request, Request) and request.logits.repetition_penalty == 1.4
+    assert not request.sampling.logprobs, "most requests want none"
     assert request.eos_token_ids == (EOS,) and request.max_new_tokens == 1
