@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -462,9 +464,16 @@ def test_a_victim_takes_no_page_in_the_step_that_preempts_it() -> None:
     assert scheduler.pages.available == 1
 
 
-def test_pages_on_their_way_back_spare_a_victim() -> None:
+def with_groups(groups: int, num_pages: int) -> Scheduler:
+    """The pages are those of each group; all groups but the first have a window that nothing here reaches."""
+    sizes = {"groups": groups, "full_attention_groups": 1, "window": 99} if groups > 1 else {}
+    return make(num_pages=num_pages * groups, page_size=4, max_batch_tokens=16, **sizes)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pages_on_their_way_back_spare_a_victim(groups: int) -> None:
     """Where a retired request's pages return with the next step, nobody is thrown out for them."""
-    scheduler = make(num_pages=3, page_size=4, max_batch_tokens=16)
+    scheduler = with_groups(groups, 3)
     scheduler.add(request("a", prompt=3, new=6))
     scheduler.add(request("b", prompt=1, new=9))
     scheduler.add(request("c", prompt=1, new=9, eos_token_ids=(EOS,)))
@@ -479,9 +488,10 @@ def test_pages_on_their_way_back_spare_a_victim() -> None:
     assert scheduler.preemptions == 0
 
 
-def test_a_page_on_its_way_back_is_promised_once() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_page_on_its_way_back_is_promised_once(groups: int) -> None:
     """Two rows want a page and one is on its way: for the other one the youngest makes room."""
-    scheduler = make(num_pages=4, page_size=4, max_batch_tokens=16)
+    scheduler = with_groups(groups, 4)
     for name, prompt in (("a", 3), ("b", 3), ("c", 1), ("d", 1)):
         scheduler.add(request(name, prompt=prompt, new=9, eos_token_ids=(EOS,)))
     first, second = planned(scheduler), planned(scheduler)
@@ -493,7 +503,7 @@ def test_a_page_on_its_way_back_is_promised_once() -> None:
     settle(scheduler, second)
     third = planned(scheduler)
     assert third.decode_rows == (1, 2)
-    assert len(third.new_pages) == 2
+    assert len(third.new_pages) == 2 * groups
     assert scheduler.preemptions == 1
 
 
@@ -935,6 +945,91 @@ def test_those_that_wait_for_choosers_make_way_while_others_wait() -> None:
     assert state_of(scheduler, "a") is State.WAITING
     scheduler.cancel("c")
     assert not scheduler.make_way(), "a and b wait for their choosers"
+
+
+def test_the_head_of_the_queue_gets_a_row_where_no_chooser_can_go_on() -> None:
+    """Its group waits for it; the youngest of another group makes way, and only where nothing else can happen."""
+    scheduler = make(max_rows=3, max_batch_tokens=6)
+    for name, group in (("a", "one"), ("b", "two"), ("c", "one"), ("d", "one"), ("e", "two")):
+        scheduler.add(request(name, new=2, chooser=print, group=group))
+    first, second = planned(scheduler), planned(scheduler)
+    assert (started(first), started(second)) == (["a", "b"], ["c"])
+    for plan in (first, second):
+        assert scheduler.plan() is None and scheduler.preemptions == 0, "a step is in flight"
+        settle(scheduler, plan)
+    third = planned(scheduler)
+    assert (started(third), scheduler.preemptions) == (["d"], 1)
+    assert [state_of(scheduler, name) for name in "abc"] == [State.DECODING, State.WAITING, State.DECODING]
+    settle(scheduler, third)
+    assert scheduler.plan() is None and scheduler.preemptions == 1, "the first group has all its logits"
+    for name in "acd":
+        assert scheduler.choose(name, 60) is None
+    assert planned(scheduler).decode_rows == (1, 3, 2)
+
+
+def test_any_row_makes_way_for_a_head_without_a_group() -> None:
+    scheduler = make(max_rows=2)
+    for name in "ab":
+        scheduler.add(request(name, chooser=print, group="one" if name == "a" else "two"))
+    scheduler.add(request("c", chooser=print, group="one"))
+    scheduler.add(request("d", chooser=print, group="two"))
+    step(scheduler)
+    scheduler.cancel("c")
+    scheduler.cancel("d")
+    scheduler.add(request("e"))
+    assert scheduler.plan() is None, "each group has all its logits"
+    scheduler.add(request("f", chooser=print, group="one"))
+    scheduler.add(request("g", chooser=print, group="two"))
+    assert started(planned(scheduler)) == ["e"]
+    assert [state_of(scheduler, name) for name in "ab"] == [State.DECODING, State.WAITING]
+
+
+def test_a_chooser_chooses_the_last_token_too() -> None:
+    scheduler = make()
+    scheduler.add(request("a", new=2, chooser=print))
+    assert not scheduler.waits_outside
+    assert scheduler.choose("a", 60) is None and scheduler.choose("z", 60) is None, "nothing was offered"
+    step(scheduler)
+    assert scheduler.waits_outside and list(scheduler.offered) == ["a"]
+    assert scheduler.plan() is None
+    assert scheduler.choose("a", 60) is None
+    assert scheduler.choose("a", 61) is None, "it has chosen"
+    assert not scheduler.waits_outside
+    plan, _ = step(scheduler)
+    assert [(given.row, given.token) for given in plan.given] == [(1, 60)]
+    assert scheduler.choose("a", 62) == TokenOutput("a", None, None, "length")
+    assert not scheduler.has_live and scheduler.pages.in_use == 0
+
+
+def test_there_is_room_where_a_row_is_free_and_none_waits_for_it() -> None:
+    scheduler = make(max_rows=2)
+    assert scheduler.has_room
+    scheduler.add(request("a"))
+    assert not scheduler.has_room, "it waits until the next step"
+    step(scheduler)
+    assert scheduler.has_room and (scheduler.num_running, scheduler.num_waiting) == (1, 0)
+    scheduler.add(request("b"))
+    step(scheduler)
+    assert not scheduler.has_room
+    scheduler.cancel("a")
+    assert scheduler.has_room
+
+
+def test_requests_that_have_ended_are_let_go_of() -> None:
+    class Opaque:
+        pass
+
+    scheduler, given = make(), Opaque()
+    kept = weakref.ref(given)
+    scheduler.add(request("a", new=3, prompt_embeddings=given))
+    del given
+    while scheduler.has_live:
+        scheduler.let_go()  # while it is live, nothing happens
+        step(scheduler)
+    assert kept() is not None, "a step's lists are kept for the next one"
+    scheduler.let_go()
+    gc.collect()
+    assert kept() is None
 
 
 def test_every_row_without_a_token_ends() -> None:

@@ -177,6 +177,21 @@ def test_who_was_held_for_nothing_goes_on() -> None:
     assert (plan.decode_rows, plan.chunks) == ((1,), ())
 
 
+def test_who_is_held_for_nothing_again_and_again_is_held_ever_less() -> None:
+    """A draft that is dropped costs a step, as one that is wrong does: it rests for 1, 2, 4 and 8 tokens."""
+    scheduler = make(page_size=64)
+    scheduler.add(request("a", (1, 2, 3, 4, 5), new=40))
+    current, held = planned(scheduler), []
+    for position in range(24):
+        ahead = scheduler.plan()
+        if ahead is None:
+            held.append(position)
+        # Something followed 2 before; nothing followed the others.
+        settle(scheduler, current, 60 + position if position % 2 else 2)
+        current = ahead or planned(scheduler)
+    assert held == [1, 3, 7, 13, 23]
+
+
 def test_nobody_drafts_among_many_or_while_others_wait() -> None:
     prompt = (1, 2, 3, 4, 5)
     many = make(draft_rows=2)
