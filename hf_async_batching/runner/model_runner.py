@@ -22,7 +22,7 @@ from hf_async_batching.core.graph_buckets import (
     padded_tokens,
 )
 from hf_async_batching.core.plan import Features, Plan
-from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
+from hf_async_batching.core.step_layout import Padding, Sections
 from hf_async_batching.devices.base import Device
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.cuda_graphs import FORWARD, Captured, GraphCache
@@ -70,8 +70,8 @@ class ModelRunner:
         device: Device,
         *,
         max_rows: int,
-        largest: Padding = NO_PADDING,
-        spread: bool = False,
+        largest: Padding,
+        spread: bool,
         graphs: bool,
         autocast: Autocast | None = None,
     ) -> None:

@@ -65,7 +65,7 @@ class Pipeline:
         depth: int,
         limits: Sections,
         tile_size: int,
-        logit_size: int = 0,
+        logit_size: int,
     ) -> None:
         max_samples = limits.samples
         self._device = device

@@ -215,8 +215,16 @@ def _tensors(inputs: StepInputs) -> Iterator[torch.Tensor]:
     yield from (inputs.token_ids, inputs.position_ids, context.rows, context.positions, context.context_lengths)
 
 
-def test_kernels_are_for_cuda() -> None:
-    assert not RowTables(max_rows=1, max_pages_per_row=1, device=torch.device("cpu"))._fused
+@pytest.mark.parametrize("runs", [False, True])
+def test_kernels_are_for_devices_that_run_them_or_where_a_caller_says_so(
+    runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    assert RowTables(max_rows=1, max_pages_per_row=1, device=device)._fused is False
+    monkeypatch.setattr("hf_async_batching.runner.row_tables.runs_triton", lambda _: runs)
+    assert RowTables(max_rows=1, max_pages_per_row=1, device=device)._fused is runs
+    for fused in (False, True):
+        assert make_state(fused)._fused is fused
 
 
 def mixed(state: RowTables) -> StepInputs:

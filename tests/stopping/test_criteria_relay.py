@@ -17,6 +17,9 @@ from support.tiny_tokenizer import tiny_tokenizer
 from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.core.request import Request
+from hf_async_batching.handle import GenerationHandle, wake
+from hf_async_batching.stopping.criteria_relay import CriteriaThread
 
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
 PROMPTS = ragged_prompts(5, 30, seed=3)
@@ -247,3 +250,82 @@ def test_mistakes_are_told_before_anything_is_queued(manager: Any, tokenizer: An
             manager.submit([5], stop_strings=bad, tokenizer=tokenizer, max_new_tokens=3)
     time.sleep(0.05)
     assert manager.stats().steps == steps
+
+
+# -- without an engine: a test fills the inner handle ----------------------------------------------------------------
+
+
+def relayed(inner: GenerationHandle, *criteria: Any, threads: CriteriaThread | None = None) -> GenerationHandle:
+    request = Request(inner.request_id, (5, 6), 9)
+    return (threads or CriteriaThread()).relay(
+        inner, request, StoppingCriteriaList(criteria), torch.device("cpu"), [5, 6]
+    )
+
+
+def push(inner: GenerationHandle, token: int) -> None:
+    inner._push(token, None, time.perf_counter())
+    wake((inner,))
+
+
+@pytest.mark.parametrize("criterion", [RowWise(set()), MaxTimeCriteria(1e9)], ids=["own thread", "shared thread"])
+def test_an_error_of_the_engine_ends_the_callers_handle(criterion: Any) -> None:
+    inner = GenerationHandle("a", lambda _: None)
+    outer = relayed(inner, criterion)
+    assert all(thread.daemon for thread in outer._threads), "the process may end without it"
+    push(inner, 7)
+    inner._fail(RuntimeError("the engine's own mistake"))
+    with pytest.raises(RuntimeError, match="engine's own mistake"):
+        outer.result(20)
+    assert outer.token_ids == [7]
+
+
+@pytest.mark.parametrize("error", [True, False], ids=["error", "stop"])
+def test_an_end_and_a_cancel_at_the_same_time_are_one_end(error: bool) -> None:
+    """The criterion comes to its end while the caller's cancel is on its way to the engine."""
+    cancelled: list[GenerationHandle] = []
+    ended: list[GenerationHandle] = []
+
+    def cancel(handle: GenerationHandle) -> None:
+        cancelled.append(handle)
+        if len(cancelled) == 1:
+            push(handle, 7)
+            deadline = time.monotonic() + 20
+            while not outer.done and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+    inner = GenerationHandle("a", cancel)
+    outer = relayed(inner, Raises(1) if error else RowWise({7}))
+    outer.add_done_callback(ended.append)
+    outer.cancel()
+    if error:
+        with pytest.raises(ZeroDivisionError):
+            outer.result(0)
+    else:
+        assert (outer.result(0).token_ids, outer.result(0).finish_reason) == ([7], "stop")
+    assert ended == [outer]
+    assert cancelled == [inner, inner], "the one who ended it told the engine, too"
+
+
+def test_what_was_cancelled_ends_no_second_time() -> None:
+    """The engine's handle ends after the caller's."""
+    inner, ended = GenerationHandle("a", lambda _: None), list[GenerationHandle]()
+    outer = relayed(inner, RowWise(set()))
+    outer.add_done_callback(ended.append)
+    outer.cancel()
+    push(inner, 7)
+    inner._finish("length")
+    outer._threads[0].join(20)
+    assert (outer.result(0).token_ids, outer.result(0).finish_reason) == ([], "cancelled")
+    assert ended == [outer]
+
+
+def test_a_forked_process_counts_its_own_requests() -> None:
+    threads = CriteriaThread()
+    threads._live = 3  # of the parent
+    threads.renew()
+    inner = GenerationHandle("a", lambda _: None)
+    outer = relayed(inner, MaxTimeCriteria(1e9), threads=threads)
+    inner._finish("length")
+    assert outer.result(20).finish_reason == "length"
+    outer._threads[0].join(20)
+    assert not outer._threads[0].is_alive(), "no request needs it"
