@@ -166,7 +166,7 @@ def _encoder_repetition(processor: Any, row: CallRow, draft: _Draft) -> bool:
     if not _divides(ids.shape[0], row) or ids[row.of(ids.shape[0])].tolist() != row.shown:
         return False
     draft.logits["encoder_repetition_penalty"] = float(processor.penalty)
-    draft.reads_padding = True
+    draft.reads_padding |= processor.penalty != 1.0
     return True
 
 

@@ -187,6 +187,15 @@ def test_all_of_the_padding_counts_where_it_is_read(kind: str) -> None:
     assert given([3] * MAX_PADDING + [4]) is None
 
 
+def test_a_penalty_that_changes_nothing_reads_no_padding() -> None:
+    """A step's writes are counted for rows that need their memory, and padding would be written for others too."""
+    ids = torch.tensor([[3, 3, 5, 6, 7]])
+    spec = read_all(EncoderRepetitionPenaltyLogitsProcessor(1.0, ids), padding=2)
+    assert spec is not None and spec.padding == () and not spec.logits.needs_seen
+    spec = read_all(EncoderRepetitionPenaltyLogitsProcessor(1.0, ids), NoRepeatNGramLogitsProcessor(2), padding=2)
+    assert spec is not None and spec.padding == (3, 3)
+
+
 def test_a_rule_reads_the_last_of_the_padding() -> None:
     tokens, padding = [5, 6, 7], list(range(10, 11 + MAX_PADDING))
     for sequence, kept in (((8, 9), tuple(padding[1:])), ((9,), ())):

@@ -27,11 +27,10 @@ def sequence(prompt: int = 5, new: int = 9, **changes: Any) -> Sequence:
         ({}, 0),
         ({"sampling": DRAWS}, 0),
         ({"output_scores": True}, 0),
-        ({"sampling": DRAWS, "output_scores": True, "padding": (0,) * 7}, 0),
         ({"logits": PENALTY}, 3),
         ({"logits": NGRAM, "padding": (0,) * 7}, 7 + 3),
         ({"logits": TWO_RULES, "padding": (0,) * 7}, 7 + 2 * RULE_WORDS + 3),
-        ({"logits": NGRAM, "padding": (0,) * 7, "chooser": print}, 0),
+        ({"chooser": print}, 0),
     ],
     ids=str,
 )
