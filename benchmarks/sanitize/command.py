@@ -1,12 +1,12 @@
-"""Every tool over every scenario, a table, one JSON, and an exit status.
+"""Runs every tool over every scenario, prints a table, writes one JSON file, and returns an exit status.
 
 python -m benchmarks.sanitize --out results
 python -m benchmarks.sanitize --tools memcheck --scenarios decode mixed
 python -m benchmarks.sanitize --device cpu          # the scenarios alone; kernels in Triton's interpreter
 
-Each scenario first runs alone. Then memcheck and initcheck watch it with each tensor in an allocation of its own and
-steps that are not captured; memcheck also with captured ones; racecheck watches each of our kernels once.
-Exit status 1: an error that is ours to look at. 2: none found, but something could not be run to its end.
+Each scenario first runs alone. Then memcheck and initcheck watch it with each tensor in its own allocation and without
+captured steps. memcheck also watches it with captured steps. racecheck watches each of our kernels once.
+Exit status 1: an error that is ours to fix. 2: no error, but a process could not run to its end.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--scenarios",
         nargs="+",
         choices=SCENARIOS,
-        help="all where left out; racecheck then skips those without kernels of their own",
+        help="scenarios to run (all; racecheck then skips those without kernels of their own)",
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--side-by-side", type=int, metavar="N", help="6, and on a CPU 1")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds for one process")
-    parser.add_argument("--all-kernels", action="store_true", help="racecheck looks at libraries' kernels, too")
-    parser.add_argument("--without-pdl", action="store_true", help="launch no kernel before the one ahead has ended")
-    parser.add_argument("--out", type=Path, help="folder for sanitize.json and the logs; else logs are deleted")
+    parser.add_argument("--side-by-side", type=int, metavar="N", help="processes at a time (6; on a CPU 1)")
+    parser.add_argument("--limit", type=float, default=240.0, help="time limit of a process in seconds (240)")
+    parser.add_argument("--all-kernels", action="store_true", help="racecheck checks libraries' kernels, too")
+    parser.add_argument("--without-pdl", action="store_true", help="launch no kernel before the last one has ended")
+    parser.add_argument("--out", type=Path, help="folder for sanitize.json and the logs; without it, logs are deleted")
     parser.add_argument("--scenario", choices=SCENARIOS, help="run this one in this process, without a tool")
     given = parser.parse_args(arguments)
     if given.scenario is not None:
@@ -105,7 +105,7 @@ def _on_termination(number: int, _: FrameType | None) -> None:
 
 
 def verdict(outcomes: Sequence[SanitizerOutcome]) -> int:
-    """The exit status: 1 for an error of ours, 2 for what was not run to its end, else 0."""
+    """Return the exit status: 1 for an error of ours, 2 if a process did not run to its end, and 0 otherwise."""
     if any(outcome.ours for outcome in outcomes):
         return 1
     return 2 if any(outcome.status not in ("clean", "errors") for outcome in outcomes) else 0

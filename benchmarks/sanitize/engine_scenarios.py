@@ -1,4 +1,4 @@
-"""Small models behind a whole engine, for a few steps of each kind."""
+"""Scenarios with small models in a whole engine, for a few steps of each kind."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_async_batching.devices.pdl import supports_pdl
 from hf_async_batching.engine.builder import EngineParts
 
 VOCAB = 4112
-"""The models' vocabulary: a multiple of 16, as the products want it, and of no block of the sampling kernels."""
+"""The models' vocabulary: a multiple of 16, which the products need, but not of any block of the sampling kernels."""
 
 _HYBRIDS = ("Lfm2ForCausalLM", "Qwen3_5ForCausalLM", "FalconH1ForCausalLM", "BambaForCausalLM")
 _SECONDS = 300.0
 
 
 def decode(device: torch.device) -> None:
-    """Rows decode in buckets of 1, 2 and 4, each of them captured."""
+    """Decode rows in buckets of 1, 2 and 4, each of them captured."""
     with GenerationManager(_llama(device), _config(fuse_weights=device.type == "cuda")) as manager:
         for rows in (1, 2, 4):
             _finish([manager.submit(_prompt(5 + 9 * i), **_greedy(6)) for i in range(rows)])
@@ -28,7 +28,7 @@ def decode(device: torch.device) -> None:
 
 
 def mixed(device: torch.device) -> None:
-    """Pieces of prompts come beside rows that decode, often enough for their steps to be captured."""
+    """Compute pieces of prompts beside decoding rows, often enough to capture their steps."""
     with GenerationManager(_llama(device), _config(max_batch_tokens=24, max_rows=6)) as manager:
         handles = []
         for i in range(8):
@@ -38,7 +38,7 @@ def mixed(device: torch.device) -> None:
 
 
 def draws(device: torch.device) -> None:
-    """Rows that draw in every usual way, alone and together, and one whose sampling is not captured."""
+    """Sample rows in every usual way, alone and together, and one row whose sampling is not captured."""
     ways: list[dict[str, Any]] = [
         {"do_sample": True, "temperature": 0.7},
         {"do_sample": True, "top_k": 20, "top_p": 0.9},
@@ -59,7 +59,7 @@ def draws(device: torch.device) -> None:
 
 
 def drafts(device: torch.device) -> None:
-    """Prompts that repeat themselves, whose rows compute drafts."""
+    """Compute drafts for prompts that repeat themselves."""
     with GenerationManager(_llama(device), _config(prompt_lookup_rows=4)) as manager:
         for rows in (1, 3, 3):
             prompts = [_prompt(7, seed=i) * 4 for i in range(rows)]
@@ -70,7 +70,7 @@ def drafts(device: torch.device) -> None:
 
 
 def windows(device: torch.device) -> None:
-    """Contexts that outgrow a window, with pages given back behind it; heads of 256."""
+    """Decode beyond a window, so that pages before it are released; with head size 256."""
     model = _model(
         "Gemma2", device, hidden_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=256,
         query_pre_attn_scalar=256, sliding_window=24, attn_logit_softcapping=20.0,
@@ -82,7 +82,7 @@ def windows(device: torch.device) -> None:
 
 
 def compiled(device: torch.device) -> None:
-    """Layers that Inductor compiled, captured; on a card that can, their kernels and ours are launched early."""
+    """Capture layers that Inductor has compiled; with PDL if the card supports it, for their kernels and ours."""
     cuda = device.type == "cuda"
     config = _config(compile=cuda, fuse_weights=cuda, max_rows=2)
     with GenerationManager(_llama(device), config) as manager:
@@ -97,7 +97,7 @@ def compiled(device: torch.device) -> None:
 
 
 def hybrid(device: torch.device) -> None:
-    """A family with recurrent or convolution states, through its own cache class."""
+    """Serve a family with recurrent or convolution states through its own cache class."""
     from hf_async_batching.coverage.families import tiny_model
 
     name = next((name for name in _HYBRIDS if hasattr(transformers, name)), None)
@@ -112,7 +112,7 @@ def hybrid(device: torch.device) -> None:
 
 
 def _config(**changes: Any) -> BatchingConfig:
-    """Small tables; nothing compiled, packed or checked unless a scenario is about that."""
+    """Make a config with small tables; compiling, packing and checks are off unless a scenario needs them."""
     fields: dict[str, Any] = {
         "page_size": 16, "num_pages": 64, "max_rows": 4, "max_sequence_length": 160, "max_batch_tokens": 64,
         "compile": False, "fuse_weights": False, "attach_check": False, "prefix_cache": False,
@@ -128,7 +128,7 @@ def _llama(device: torch.device) -> PreTrainedModel:
 
 
 def _model(family: str, device: torch.device, **fields: Any) -> PreTrainedModel:
-    """Two layers with random weights, in bfloat16 on a GPU; made on the CPU, so that initcheck sees them written."""
+    """Make two layers with random weights, in bfloat16 on a GPU. The CPU makes them, so that initcheck sees writes."""
     torch.manual_seed(11)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB, intermediate_size=512, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -170,7 +170,7 @@ def _assembly(manager: GenerationManager) -> EngineParts:
 
 
 def _check(manager: GenerationManager, device: torch.device) -> None:
-    """Steps must have been captured on a GPU, or there was nothing to look at that other scenarios do not have."""
+    """Check that steps were captured on a GPU; otherwise the scenario adds nothing to the others."""
     graphs = manager.stats().graphs
     print(f"{graphs} graphs", flush=True)
     if device.type == "cuda" and not graphs:

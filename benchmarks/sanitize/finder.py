@@ -1,4 +1,4 @@
-"""Where compute-sanitizer is."""
+"""Finds the program compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class SanitizerNotFoundError(Exception):
 
 
 def find_sanitizer(environment: Mapping[str, str] = os.environ, toolkits: str = "/usr/local/cuda*") -> Path:
-    """The program, from `PATH`, a toolkit or a package of pip, in this order.
+    """Find the program on `PATH`, in a toolkit or in a package of pip, in this order.
 
     Args:
-        environment: Variables; `PATH`, `CUDA_HOME` and `CUDA_PATH` are read.
+        environment: Environment variables; `PATH`, `CUDA_HOME` and `CUDA_PATH` are read.
         toolkits: Pattern of the folders where toolkits are installed; the newest comes first.
 
     Raises:
-        SanitizerNotFoundError: There is none.
+        SanitizerNotFoundError: The program was not found.
     """
     on_path = shutil.which(NAME, path=environment.get("PATH", ""))
     if on_path is not None:
@@ -42,7 +42,7 @@ def find_sanitizer(environment: Mapping[str, str] = os.environ, toolkits: str = 
 
 def _candidates(environment: Mapping[str, str], toolkits: str) -> Iterator[Path]:
     homes = [environment[name] for name in ("CUDA_HOME", "CUDA_PATH") if environment.get(name)]
-    # The link /usr/local/cuda sorts behind the versions that it points to one of.
+    # The link /usr/local/cuda points to one of the versions, and it sorts behind them.
     for home in [*homes, *sorted(glob.glob(toolkits), reverse=True)]:
         yield Path(home) / "bin" / NAME
         yield Path(home) / "compute-sanitizer" / NAME

@@ -1,4 +1,4 @@
-"""The names of the package's Triton functions, read from its sources: triton need not be installed."""
+"""Reads the names of the package's Triton functions from its sources, so that triton need not be installed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 GENERATED = "triton_"
-"""How the names of the kernels begin that Inductor generates from the model's layers."""
+"""Prefix of the names of the kernels that Inductor generates from the model's layers."""
 
 
 def package_kernels(folder: Path | None = None) -> frozenset[str]:
-    """Names of all functions under `triton.jit`, those that kernels call among them.
+    """Return the names of all functions under `triton.jit`, with those that kernels call.
 
     Args:
-        folder: Of the sources; the package's own where None.
+        folder: Folder of the sources; None for the package's own.
     """
     if folder is None:
-        # Not imported: torch would come with it, into a process that only starts others.
+        # The package is not imported: that would import torch into a process that only starts others.
         spec = find_spec("hf_async_batching")
         assert spec is not None and spec.origin is not None
         folder = Path(spec.origin).parent
@@ -37,8 +37,8 @@ def is_ours(function: str, names: frozenset[str]) -> bool:
     """Whether a function in a log is one of the package, or a kernel that Inductor made for it.
 
     Args:
-        function: As the log has it: a plain name for Triton, with arguments and namespaces for C++.
-        names: The package's own.
+        function: Name in the log: a plain name for Triton, with arguments and namespaces for C++.
+        names: The package's own functions.
     """
     # Triton appends the types of the arguments to the names of functions that are not inlined.
     return function in names or function.partition("__")[0] in names or function.startswith(GENERATED)

@@ -1,4 +1,4 @@
-"""The package's kernels, launched one by one on small inputs. Memory that no launch should read is never written."""
+"""Launches the package's kernels one by one on small inputs. Memory that no launch should read is never written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNWRITTEN_PAGE = 1
 
 @dataclass(frozen=True)
 class Attention:
-    """A layer to try: sizes of its heads, and what its scores go through."""
+    """A layer to try: the sizes of its heads, and the options of its scores."""
 
     head_dim: int
     heads: int
@@ -51,11 +51,11 @@ ATTENTIONS = (
     Attention(128, 8, 2, page_size=32, options=(("sliding_window", 24),)),
     Attention(256, 4, 2, page_size=32, options=(("sliding_window", 24), ("softcap", 20.0))),
 )
-"""Groups of query heads that are no power of two, head sizes that are none, and each option once."""
+"""Layers whose groups of query heads or head sizes are not powers of two; each option occurs once."""
 
 
 def attention(device: torch.device) -> None:
-    """Prompts are written and computed, then rows decode: beside prompts, and by one program or several."""
+    """Write and compute prompts, then decode rows: beside prompts, and with one program or several."""
     for case in ATTENTIONS:
         _attend(case, device)
 
@@ -128,7 +128,7 @@ def _attend(case: Attention, device: torch.device) -> None:
 
 
 def linear(device: torch.device) -> None:
-    """Skinny products by each kind of setting."""
+    """Compute skinny products with each kind of setting."""
     dtype = _half(device)
     torch.manual_seed(3)
     counters = torch.zeros(MAX_STRIPS, dtype=torch.int32, device=device)
@@ -148,7 +148,7 @@ def linear(device: torch.device) -> None:
 
 
 def sampling(device: torch.device) -> None:
-    """Rows of all kinds in one step, in both dtypes and sizes of the groups of logits."""
+    """Sample rows of all kinds in one step, in both dtypes and with both sizes of the groups of logits."""
     torch.manual_seed(5)
     for vocab, dtype, top_k in ((4112, torch.float32, 50), (9001, _half(device), 300), (97, torch.float32, 5)):
         logits = (3 * torch.randn(7, vocab)).to(device, dtype)
@@ -180,7 +180,7 @@ def _request(number: int, sampling: SamplingParams | None = None, penalty: float
 
 @torch.inference_mode()
 def _sample(requests: list[Request], logits: torch.Tensor, device: torch.device) -> None:
-    """A decode step whose logits are given: tables, memory, sampler, commit."""
+    """Run a decode step with given logits: tables, memory, sampler, commit."""
     sequences = [Sequence(request, 0) for request in requests]
     for sequence in sequences:
         sequence.num_computed = 1
@@ -206,7 +206,7 @@ def _sample(requests: list[Request], logits: torch.Tensor, device: torch.device)
 
 @torch.inference_mode()
 def tables(device: torch.device) -> None:
-    """A batch that starts with prompts, decodes in parts of several programs, and ends row by row."""
+    """Run a batch that starts with prompts, decodes in parts of several programs, and ends row by row."""
     count = 130
     requests = [Request(f"r{i}", (3, 4, 5), 4 + i % 5, eos_token_ids=(2, 7)) for i in range(count)]
     for groups in (1, 2):
@@ -235,12 +235,12 @@ def tables(device: torch.device) -> None:
 def _staged(plan: Plan, device: torch.device, bucket: int = 0) -> tuple[torch.Tensor, step_layout.Sections]:
     out = np.zeros(1 << 14, np.int32)
     sections = staging.encode(plan, out, bucket=bucket, send_decode_rows=True, tile_size=PREFILL_TILE)
-    # As large as what is sent: a kernel that reads beyond it is found.
+    # The array is exactly as large as the data, so that a read beyond it is found.
     return torch.from_numpy(out[: sections.total].copy()).to(device), sections
 
 
 def _half(device: torch.device) -> torch.dtype:
-    """Triton's interpreter multiplies bfloat16 as integers."""
+    """Return the 16-bit dtype of the device; Triton's interpreter multiplies bfloat16 as integers."""
     return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: which tool looks at which scenario, and how each is started and judged."""
+"""The processes of a run: which tool watches which scenario, and how each process is started and judged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.sanitize.sanitizer_log import Report, SanitizerLog, read_log
 from benchmarks.sanitize.scenarios import ONE_BY_ONE, SCENARIOS, WITHOUT_PDL
 
 ALONE = "alone"
-"""In place of a tool: the scenario as it is, which also fills the caches of the compilers."""
+"""Stands for no tool: the scenario runs alone, which also fills the caches of the compilers."""
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DEFAULT_TOOLS = TOOLS[:3]
 ERRORS_FOUND = 86
@@ -28,7 +28,7 @@ ERRORS_FOUND = 86
 _UNSET = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", ONE_BY_ONE, WITHOUT_PDL)
 _FIRST_PORT, _PORTS = 49152, 16
 _TOOL_OPTIONS = {
-    # A kernel that was ended leaves the context as it is, so that the next error is found, too.
+    # Ending only the kernel keeps the context alive, so that the next error is found, too.
     "memcheck": ("--destroy-on-device-error", "kernel", "--report-api-errors", "no"),
 }
 
@@ -39,7 +39,7 @@ class SanitizerRun(NamedTuple):
     Attributes:
         tool: One of `TOOLS`, or `ALONE`.
         scenario: One of `SCENARIOS`.
-        one_by_one: Whether each tensor is an allocation of its own, and no step is captured.
+        one_by_one: Whether each tensor has its own allocation and no step is captured.
     """
 
     tool: str
@@ -65,16 +65,16 @@ class SanitizerFinding:
 
 @dataclass(slots=True)
 class SanitizerOutcome:
-    """What became of a process.
+    """The outcome of a process.
 
     Attributes:
-        run: Which one.
+        run: The process.
         status: "clean", "errors", "failed", "too long", or "not run".
-        seconds: How long it took.
-        ours: ProbeResult in kernels that the package answers for.
-        others: ProbeResult in other libraries' kernels.
-        copies: ProbeResult outside of kernels: copies of memory that was not written.
-        note: Why it failed, or what the tool did not see.
+        seconds: Time of the process.
+        ours: Findings in kernels that are ours to fix.
+        others: Findings in other libraries' kernels.
+        copies: Findings outside of kernels: copies of memory that was not written.
+        note: Why the process failed, or what the tool did not see.
     """
 
     run: SanitizerRun
@@ -86,7 +86,7 @@ class SanitizerOutcome:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of results."""
+        """Return the outcome for the file of results."""
         found = {
             name: [
                 {slot: getattr(finding, slot) for slot in SanitizerFinding.__slots__}
@@ -104,10 +104,10 @@ class SanitizerOutcome:
 
 
 def plan_runs(tools: Sequence[str], scenarios: Sequence[str], *, all_races: bool) -> list[SanitizerRun]:
-    """The processes with a tool, those that take longest first.
+    """List the processes with a tool, the longest ones first.
 
-    Races within a block do not depend on what launches a kernel, so that racecheck and synccheck look at each kernel
-    once; `all_races` lets them look at all scenarios.
+    Races within a block do not depend on how a kernel is launched, so racecheck and synccheck watch each kernel once;
+    with `all_races` they watch all scenarios.
     """
     runs: list[SanitizerRun] = []
     for tool in sorted(tools, key=("racecheck", "memcheck", "initcheck", "synccheck").index):
@@ -132,16 +132,16 @@ def command_of(
     names: Collection[str],
     limit: float,
 ) -> list[str]:
-    """The command line of a process.
+    """Return the command line of a process.
 
     Args:
-        run: What it runs.
-        sanitizer: The program; not needed where there is no tool.
-        log: Where the tool writes to.
-        device: Where the scenario runs.
-        slot: A number that no process has that runs at the same time.
-        names: Kernels that racecheck looks at, beside generated ones; all where empty.
-        limit: Seconds after which the process will be ended. Shortly before, it writes all stacks to its output.
+        run: The process.
+        sanitizer: The program compute-sanitizer; not needed without a tool.
+        log: The file to which the tool writes.
+        device: The device of the scenario.
+        slot: A number that is unique among the processes that run at the same time.
+        names: Kernels that racecheck watches, beside generated ones; empty for all.
+        limit: Seconds after which the process is ended. Shortly before, it writes all stacks to its output.
     """
     scenario = [
         sys.executable, "-m", "benchmarks.sanitize", "--scenario", run.scenario, "--device", device,
@@ -153,7 +153,7 @@ def command_of(
     if run.one_by_one and run.tool == "memcheck":
         options += ["--padding", "512"]
     if run.tool == "racecheck" and names:
-        # Never for initcheck: what kernels write that it does not look at would count as unwritten.
+        # initcheck must watch all kernels: memory that an unwatched kernel has written would count as unwritten.
         options += [word for name in sorted(names) for word in ("--kernel-name", f"kne={name}")]
         options += ["--kernel-name", f"kns={GENERATED}"]
     return [
@@ -166,20 +166,20 @@ def command_of(
 def environment_of(
     run: SanitizerRun, base: Mapping[str, str], *, device: str, settings: Path, pdl: bool = True
 ) -> dict[str, str]:
-    """The variables of a process.
+    """Return the environment variables of a process.
 
     Args:
-        run: What it runs.
-        base: The variables of this one.
-        device: Where the scenario runs.
-        settings: An empty folder, in place of the one with measured settings of kernels.
-        pdl: Whether kernels may be launched before the one ahead of them has ended.
+        run: The process.
+        base: The variables of this process.
+        device: The device of the scenario.
+        settings: An empty folder, used instead of the folder with measured settings of kernels.
+        pdl: Whether kernels may be launched before the previous kernel has ended.
     """
     environment = {name: value for name, value in base.items() if name not in _UNSET}
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "HF_ASYNC_BATCHING_CACHE": str(settings),
-        # Compilers in processes of their own would be watched, too.
+        # The tool would watch compilers in their own processes, too.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -196,7 +196,7 @@ _running: set[subprocess.Popen[bytes]] = set()
 
 
 def end_all() -> None:
-    """End every process that runs now: sanitizers that outlive their command would go on using the GPU."""
+    """End every running process. A sanitizer that outlives its command would continue to use the GPU."""
     for process in list(_running):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -226,7 +226,7 @@ def execute(
             pass
         finally:
             if code is None:
-                # The tool and what it watches: they are a session of their own.
+                # The tool and its program have their own session, which is ended as a whole.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             _running.discard(process)
@@ -241,16 +241,15 @@ def execute(
 
 
 def judge(run: SanitizerRun, code: int | None, log: SanitizerLog | None, names: frozenset[str]) -> SanitizerOutcome:
-    """What a process came to.
+    """Judge a process.
 
-    Kernels of torch and the libraries below it write outside of their memory only where what they are given makes
-    them, so that memcheck's errors are all for us to look at. Racecheck and initcheck are known to report their
-    kernels for nothing.
+    Kernels of torch and its libraries write outside of their memory only if they get wrong arguments, so all errors of
+    memcheck are ours to fix. racecheck and initcheck are known to report false errors in those kernels.
 
     Args:
-        run: Which process.
-        code: Its exit status; None where it was ended for its limit.
-        log: What the tool wrote; None where it wrote nothing.
+        run: The process.
+        code: The exit status; None if the process was ended at its limit.
+        log: The tool's log; None without a log.
         names: The package's Triton functions.
     """
     outcome = SanitizerOutcome(run, "clean")
@@ -264,7 +263,7 @@ def judge(run: SanitizerRun, code: int | None, log: SanitizerLog | None, names: 
         if log.not_printed:
             notes[f"{log.not_printed} more were not printed"] = None
         outcome.note = "; ".join(notes)
-    # A log without a summary is of a tool that did not come to its end; nor has one that left a kernel out.
+    # A tool that wrote no summary, or that left a kernel out, did not run to its end.
     complete = run.tool == ALONE or (
         log is not None
         and log.summary is not None

@@ -1,4 +1,4 @@
-"""What compute-sanitizer wrote, as reports that can be counted."""
+"""Reads the log of compute-sanitizer into reports that can be counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\(\d+,\s*\d+,\s*\d+\)")
 
 
 class Frame(NamedTuple):
-    """A place in device code: the function, and file and line where the log knows them."""
+    """A place in device code: the function, and the file and line if the log has them."""
 
     function: str
     place: str
@@ -37,10 +37,10 @@ class Report:
     """One error.
 
     Attributes:
-        kind: Its headline, without addresses.
+        kind: The headline, without addresses.
         severity: "error" or "warning".
-        frames: Where, the innermost first; empty for what is no kernel's.
-        hazards: Of a race, how many it stands for; else 1.
+        frames: Places in the code, the innermost first; empty outside of kernels.
+        hazards: Number of hazards that a race stands for; 1 for other errors.
     """
 
     kind: str
@@ -50,24 +50,24 @@ class Report:
 
     @property
     def kernel(self) -> str:
-        """The function that was launched; empty where none was."""
+        """The launched function; empty without one."""
         return self.frames[-1].function if self.frames else ""
 
     @property
     def place(self) -> str:
-        """File and line of the access; empty where unknown."""
+        """File and line of the access; empty if unknown."""
         return next((frame.place for frame in self.frames if frame.place), "")
 
 
 @dataclass(frozen=True, slots=True)
 class SanitizerLog:
-    """A log, read.
+    """The contents of a log.
 
     Attributes:
         reports: Errors and warnings, in their order.
-        summary: What the tool says it found, printed or not; None where the log ends without that.
-        not_printed: How many of them it left out.
-        troubles: What the tool says of itself: kernels that it did not watch, a process that did not end well.
+        summary: Number of errors that the tool has found, printed or not; None if the log ends without it.
+        not_printed: Number of errors that the tool did not print.
+        troubles: The tool's messages about itself: kernels that it did not watch, a process that did not end well.
     """
 
     reports: tuple[Report, ...]
@@ -77,7 +77,7 @@ class SanitizerLog:
 
 
 def read_log(text: str) -> SanitizerLog:
-    """Parse what `--log-file` holds, from any tool."""
+    """Parse the contents of `--log-file`, from any tool."""
     reports: list[Report] = []
     troubles: list[str] = []
     summary: int | None = None
@@ -101,7 +101,7 @@ def read_log(text: str) -> SanitizerLog:
 
 
 def _records(lines: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Headlines with the lines that belong to them; what the program itself printed is left out."""
+    """Return the headlines with their lines, without the program's own output."""
     records: list[tuple[str, list[str]]] = []
     for line in lines:
         match = _PREFIX.match(line)
@@ -134,7 +134,7 @@ def _report(headline: str, severity: str, details: list[str]) -> Report:
 
 
 def _race(match: re.Match[str], severity: str, details: list[str]) -> Report:
-    """A race has one place for each access; the first is the one that the others run against."""
+    """Make the report of a race. A race has one place for each access; the others race against the first."""
     hazards, seen, accesses = 0, [match["place"]], [match["access"]]
     for line in details:
         other = re.match(r"^and (?P<access>\w+) access at\s*(?P<place>.*)$", line)
@@ -151,7 +151,7 @@ def _race(match: re.Match[str], severity: str, details: list[str]) -> Report:
 
 
 def _frame(text: str) -> Frame:
-    """The function and the place, from `NAME+0xOFFSET in FILE:LINE`, `0xOFFSET in NAME` or `NAME [0xOFFSET]`."""
+    """Read function and place from `NAME+0xOFFSET in FILE:LINE`, `0xOFFSET in NAME` or `NAME [0xOFFSET]`."""
     text = _HAZARDS.sub("", text).strip()
     if match := _NAME_FIRST.match(text) or _OFFSET_FIRST.match(text):
         return Frame(match["name"].strip(), match["place"] or "")

@@ -1,4 +1,4 @@
-"""What is run under the sanitizer, by name, each in a process of its own."""
+"""The scenarios for the sanitizer, by name; each runs in its own process."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     import torch
 
 ONE_BY_ONE = "PYTORCH_NO_CUDA_MEMORY_CACHING"
-"""With 1, each tensor is an allocation of its own, whose bounds and bytes the sanitizer knows; and torch cannot
+"""With 1, each tensor has its own allocation, so that the sanitizer knows its bounds and bytes; torch then cannot
 capture graphs."""
 
 WITHOUT_PDL = "SANITIZE_WITHOUT_PDL"
-"""With 1, no kernel is launched before the one ahead of it has ended."""
+"""With 1, no kernel is launched before the previous one has ended."""
 
 
 class Scenario(NamedTuple):
-    """What one process runs.
+    """The work of one process.
 
     Attributes:
-        module: Where its function is, which has the scenario's name.
-        about: For the list on the command line.
-        captured: Whether it captures CUDA graphs, where the allocator lets it.
-        races: Whether kernels with shared memory run in it that run in no other scenario.
+        module: Module of the scenario's function, which has the scenario's name.
+        about: Description for the list on the command line.
+        captured: Whether the scenario captures CUDA graphs, if the allocator allows it.
+        races: Whether the scenario runs kernels with shared memory that no other scenario runs.
     """
 
     module: str
@@ -47,14 +47,14 @@ SCENARIOS = {
     "linear": Scenario("kernel", "skinny products: shapes that fill no block, shares, residuals", races=True),
     "tables": Scenario("kernel", "row tables: updates, carry-over, commit", races=True),
 }
-"""The slowest first, so that none of them is left alone at the end."""
+"""The slowest scenarios come first, so that none of them runs alone at the end."""
 
 
 def run_scenario(name: str, device: torch.device) -> None:
-    """Run one in this process.
+    """Run one scenario in this process.
 
     Raises:
-        Exception: What the scenario raises; the engine's own checks are part of it.
+        Exception: The error of the scenario, or of the engine's own checks.
     """
     if os.environ.get(ONE_BY_ONE) == "1":
         _replay_by_running()
@@ -70,7 +70,7 @@ def run_scenario(name: str, device: torch.device) -> None:
 
 
 def _replay_by_running() -> None:
-    """Let a captured step be the step itself, so that padded and decode steps run as they are without graphs."""
+    """Run steps directly instead of capturing them, so that padded and decode steps run without graphs."""
     from hf_async_batching.devices.cuda import CudaDevice
 
     class Repeated:
@@ -84,7 +84,7 @@ def _replay_by_running() -> None:
 
 
 def _launch_in_turn() -> None:
-    """Launch no kernel early: what a tool reports then is not of early launches."""
+    """Launch no kernel early, so that early launches cause no report."""
     for name in ("attention.triton_kernels", "engine.background_compile", "linear.skinny"):
         module = import_module(f"hf_async_batching.{name}")
         assert hasattr(module, "supports_pdl")

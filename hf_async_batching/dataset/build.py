@@ -1,4 +1,4 @@
-"""The parts of a run, put together from its settings."""
+"""Builds the parts of a run from its settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_async_batching.dataset.run.progress import Progress
 from hf_async_batching.dataset.run.row_requests import RowRequests
 from hf_async_batching.dataset.settings import DatasetSettings
 
-# Finished rows may be so many windows ahead of the oldest unfinished one.
+# Finished rows may be this many windows ahead of the oldest unfinished row.
 _SPAN_WINDOWS = 8
 
 
@@ -65,12 +65,12 @@ def make_progress(settings: DatasetSettings, total: int | None, split: str) -> P
 
 
 def where(split: str) -> str:
-    """The split's name as a part of a message; empty where there is none."""
+    """Return the split's name as a part of a message; empty without a split."""
     return f" of split {split!r}" if split else ""
 
 
 def without_unused(settings: DatasetSettings, columns: dict[str, Any]) -> dict[str, Any]:
-    """Drop the column of errors where errors are raised instead."""
+    """Drop the error column if errors are raised instead."""
     if settings.on_error == "raise":
         columns.pop(settings.columns.names.get("error", ""), None)
     return columns

@@ -137,16 +137,16 @@ def generate_dataset(
         if manager.is_here:
             raise ReentrantCallError(
                 "generate_dataset was called in the engine's own thread (by a logits processor or a done-callback), "
-                "which it waits for: call it in another thread"
+                "where it would wait for itself: call it in another thread"
             )
         ranks = find_ranks(rank, world_size)
         if manager.spread:
-            # All processes are ranks of one model, which does the rows one after the other.
+            # All processes are ranks of one model, and together they serve all rows.
             ranks = Ranks()
         elif ranks.size > 1 and resume_dir is None:
             raise ValueError(
                 f"{ranks.size} processes share this dataset (WORLD_SIZE): pass `resume_dir`, a folder that all of "
-                "them see, in which their shares meet; or world_size=1, rank=0 for each to do everything"
+                "them can reach, to collect their rows; or pass world_size=1, rank=0 to complete all rows in each"
             )
         settings = DatasetSettings(
             manager=manager,
@@ -186,15 +186,15 @@ def _managed(model: Any, config: BatchingConfig | None) -> Iterator[GenerationMa
     if isinstance(model, GenerationManager):
         if config is not None and config != model.config:
             raise UnsupportedArgumentError(
-                "`batching_config` has no effect on a manager that is there; pass it to GenerationManager"
+                "`batching_config` has no effect on an existing manager; pass it to GenerationManager"
             )
         if model.spread:
             raise UnsupportedArgumentError(
-                "give generate_dataset a model that is spread over ranks itself, not its manager, on every rank"
+                "pass a model that is spread over ranks to generate_dataset on every rank, not its manager"
             )
         yield model
     elif (getattr(model, "_tp_size", None) or 1) > 1:
-        # Closed at the end: until then the other ranks do what this one says.
+        # The manager is closed at the end. Until then, the other ranks follow this one.
         with GenerationManager(model, config) as manager:
             yield manager
     else:
@@ -208,7 +208,7 @@ def _of_each_split(dataset: Any, complete: Callable[[Any, str], Any]) -> Any:
 
 
 def _followed(settings: DatasetSettings, dataset: Any, split: str) -> Any:
-    """Load, on a rank of a spread model that does not lead, what the leading rank has written."""
+    """Load what the leading rank has written; for the other ranks of a model that is spread over ranks."""
     kind = _kind(dataset)
     if settings.resume_dir is None or kind not in ("Dataset", "IterableDataset"):
         return None
@@ -217,7 +217,7 @@ def _followed(settings: DatasetSettings, dataset: Any, split: str) -> Any:
 
 
 def _kind(dataset: Any) -> str:
-    """The name of a class of `datasets`, which need not be installed for plain rows."""
+    """Return the name of the dataset's class in `datasets`. Plain rows do not need that package."""
     names = ("DatasetDict", "IterableDatasetDict", "Dataset", "IterableDataset")
     for base in type(dataset).__mro__:
         if base.__name__ in names and base.__module__.partition(".")[0] == "datasets":
@@ -239,7 +239,7 @@ def _generate(settings: DatasetSettings, dataset: Any, split: str) -> Any:
         source = PlainSource(dataset, settings.prompt if isinstance(settings.prompt, str) else "prompt")
     else:
         raise ValueError(
-            "`dataset` must be of one of `datasets`' classes, a pandas DataFrame, or an iterable of dictionaries or "
+            "`dataset` must be a dataset of `datasets`, a pandas DataFrame, or an iterable of dictionaries or "
             f"prompts, got {type(dataset).__name__}"
         )
     if source.column_names is not None:

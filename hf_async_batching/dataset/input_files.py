@@ -1,4 +1,4 @@
-"""What INPUT of the command line can be."""
+"""Reads INPUT of the command line: files, folders, and names on the Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_async_batching.dataset.text_files import first_bad_line
 
-# Ending to the builder of `datasets` and its arguments; `.gz` may follow each but Parquet.
+# From a file's ending to a builder of `datasets` and its arguments. `.gz` may follow each ending but Parquet's.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
@@ -23,21 +23,21 @@ _MOST_CHARACTERS = 1000
 
 
 class InputError(Exception):
-    """What a person can put right; the message says how."""
+    """A mistake that the user can correct; the message says how."""
 
 
 def read_input(name: str, *, config: str | None, split: str | None, limit: int | None, streaming: bool) -> Any:
-    """A `Dataset`, or an `IterableDataset` where `streaming`.
+    """Read a `Dataset`, or an `IterableDataset` if `streaming`.
 
     Args:
         name: A file or a pattern of files, a folder, or a name on the Hub.
         config: Configuration of a dataset that has several.
-        split: "train", or the only one, where None.
-        limit: The first rows only.
-        streaming: Read while rows are served.
+        split: Name of the split; None for "train", or for the only split.
+        limit: Number of rows to read from the start; None for all.
+        streaming: Whether rows are read while earlier rows are served.
 
     Raises:
-        InputError: There is no such dataset or split, or it cannot be read.
+        InputError: The dataset or split does not exist, or it cannot be read.
     """
     try:
         from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
@@ -72,27 +72,27 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
 
 
 def find_files(name: str) -> list[str]:
-    """The files of a name or a pattern; a file whose name looks like a pattern is itself."""
+    """Find the files of a name or a pattern. A name that is an existing file is never a pattern."""
     if Path(name).is_file():
         return [name]
     return sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name cannot be one on the Hub."""
+    """Whether a name must be a path and cannot be a name on the Hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or _kind(name) in _BUILDERS
 
 
 def input_problem(name: str) -> str | None:
-    """What is wrong with the files of an input, in one line: which file, and which of its lines where that is known.
+    """Say in one line which file of an input is damaged, and at which of its lines if that is known.
 
-    None where the files are as they should be, or where the input is no file.
+    None if all files are good, or if the input is not a file.
     """
     return next((f"INPUT {text}" for file in find_files(name) if (text := _problem(Path(file))) is not None), None)
 
 
 def _message(error: BaseException) -> str:
-    """In one line, of the first cause that says anything."""
+    """Write an error in one line, from its first cause that has a message."""
     text = ""
     cause: BaseException | None = error
     while cause is not None:
@@ -102,14 +102,14 @@ def _message(error: BaseException) -> str:
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with one file; None where that cannot be told."""
+    """Say what is wrong with one file; None if nothing is found."""
     if not path.stat().st_size:
         return f"{path}: the file is empty"
     builder, _ = _builder([str(path)])
     if builder == "json":
         try:
             bad = first_bad_line(path)
-        except (OSError, EOFError) as error:  # not what gzip has written
+        except (OSError, EOFError) as error:  # a damaged gzip file
             return f"{path}: {error}"
         if bad is None or _is_whole_json(path):
             return None
@@ -137,7 +137,7 @@ def _load_files(files: list[str], streaming: bool) -> Any:
     paths = [str(Path(path).absolute()) for path in files]
     listed: Any = {"train": paths}
     if any(glob.has_magic(path) for path in paths):
-        # These are files; `datasets` would take their names for patterns.
+        # `datasets` would read these files' names as patterns.
         if any(path.lower().endswith(".gz") for path in paths):
             raise InputError(f"INPUT: `datasets` cannot read a .gz file with one of * ? [ in its path: {paths[0]}")
         states = [(path, *_state(path)) for path in paths]
@@ -162,7 +162,7 @@ def _builder(files: list[str]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _kind(path: str) -> str:
-    """A file's ending, without the one of gzip."""
+    """Return a file's ending, without gzip's."""
     plain = Path(path)
     if plain.suffix.lower() == ".gz" and Path(plain.stem).suffix.lower() != ".parquet":
         plain = Path(plain.stem)

@@ -1,4 +1,4 @@
-"""What `--output` of the command line can be."""
+"""Writes `--output` of the command line: a folder or a file."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _NAMES = ".parquet, .jsonl, .json, .csv and .tsv, the last four also with .gz"
 
 
 class OutputError(Exception):
-    """What a person can put right; the message says how."""
+    """A mistake that the user can correct; the message says how."""
 
 
 def check_output(output: Path) -> None:
-    """Refuse what cannot be written, before anything is computed.
+    """Refuse an output that cannot be written, before anything is computed.
 
     Raises:
-        OutputError: Says why.
+        OutputError: The output exists, its kind is unknown, or its folder is not writable.
     """
     ending = output.suffix.lower()
     if _is_file(output):
@@ -61,14 +61,14 @@ def check_output(output: Path) -> None:
 
 
 def check_columns(output: Path, features: Mapping[str, Any] | None) -> None:
-    """Refuse columns that the output has no place for, before anything is computed.
+    """Refuse columns that the output cannot hold, before anything is computed.
 
     Args:
         output: A folder or a file.
-        features: Features of the input's columns; None where they are not known.
+        features: Features of the input's columns; None if unknown.
 
     Raises:
-        OutputError: Names the columns.
+        OutputError: The output cannot hold some columns; the message names them.
     """
     binary = binary_columns(features or {}) if text_kind(output) else []
     if binary:
@@ -83,18 +83,18 @@ def _is_file(output: Path) -> bool:
 
 
 def write_output(dataset: Any, work: Path, output: Path, *, drop_errors: bool) -> Any:
-    """Write a finished run. Returns what was written, as a `Dataset`.
+    """Write a finished run. Returns the written rows as a `Dataset`.
 
     Args:
-        dataset: What `generate_dataset` returned.
-        work: Its folder.
+        dataset: The result of `generate_dataset`.
+        work: The folder of the run.
         output: A folder or a file.
-        drop_errors: Whether the column of errors, which is None throughout, is left out.
+        drop_errors: Whether to leave out the error column, which then has only None.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     finished = dataset
     if not hasattr(dataset, "num_rows"):
-        # A stream's shards are finished files by now.
+        # The shards of a stream are complete files now.
         finished = load_finished(work)
         finished = finished.remove_columns("error") if drop_errors and "error" in finished.column_names else finished
     kind = text_kind(output)
@@ -113,7 +113,7 @@ def _write_parquet(dataset: Any, path: Path) -> None:
 
 
 def _write_folder(dataset: Any, output: Path) -> None:
-    """Parquet files named as `load_dataset` expects them, all or none."""
+    """Write Parquet files with the names that `load_dataset` expects: all of them or none."""
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     draft.mkdir()
     try:

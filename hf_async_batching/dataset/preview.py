@@ -1,4 +1,4 @@
-"""The first rows of a finished dataset in a few lines, so that a person sees at once whether they make sense."""
+"""Shows the first rows of a finished dataset in a few lines, so that users see at once whether they make sense."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDTH = 100
 
 
 def preview(rows: Any, prompt: str, completion: str) -> str:
-    """Prompt and completion of the first rows, two lines for each; empty where a row has neither.
+    """Write prompt and completion of the first rows, two lines for each row; empty if a row has neither.
 
     Args:
         rows: A `Dataset`, or rows as dictionaries.
@@ -33,7 +33,7 @@ def _short(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """What a person reads of a value: of messages the last one, of several completions the first."""
+    """Return the text to show for a value: the last of several messages, or the first of several completions."""
     if isinstance(value, Mapping):
         return _text(value.get("content"))
     if isinstance(value, Sequence) and not isinstance(value, str) and value and not isinstance(value[0], int):

@@ -1,4 +1,4 @@
-"""The arguments of `generate_dataset`, checked, with their defaults filled in."""
+"""The checked arguments of `generate_dataset`, with their defaults filled in."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ class DatasetSettings:
 
     @property
     def needed_columns(self) -> list[str] | None:
-        """The columns from which prompts and parameters are made; None for whole rows."""
+        """Columns from which prompts and parameters are made; None for whole rows."""
         if not isinstance(self.prompt, str):
             return None
         columns = [self.prompt, *self.row_parameters.values(), *([] if self.tools is None else [self.tools])]
         return list(dict.fromkeys(columns))
 
     def folder(self, split: str) -> Path:
-        """The folder to which a split's rows are written."""
+        """Return the folder to which a split's rows are written."""
         assert self.resume_dir is not None
         return self.resume_dir / split if split else self.resume_dir
 
     def check_columns(self, column_names: list[str]) -> None:
-        """Refuse columns that are not there, and names of new ones that are.
+        """Refuse columns that do not exist, and names of new columns that exist.
 
         Raises:
-            ValueError: Names the column and what there is.
+            ValueError: A column is refused; the message names it.
         """
         wanted = [("prompt", self.prompt)] if isinstance(self.prompt, str) else []
         wanted += [("tools", self.tools)] if self.tools is not None else []
@@ -88,7 +88,7 @@ class DatasetSettings:
     def fingerprint(
         self, split: str, num_rows: int | None, transform: Callable[..., Any] | None = None
     ) -> Fingerprint:
-        """Everything that decides the outputs; `transform` is the dataset's own."""
+        """Return the fingerprint of all settings that decide the outputs; `transform` is the dataset's own."""
         prompt = self.prompt if isinstance(self.prompt, str) else f"function {fingerprint_of_function(self.prompt)}"
         return {
             "model": fingerprint_of_model(self.manager.model),
@@ -112,10 +112,10 @@ class DatasetSettings:
 
 
 def row_parameter_columns(given: Mapping[str, str] | list[str] | None) -> dict[str, str]:
-    """Generation parameter to column, from a mapping or from names that both share.
+    """Map generation parameters to columns, from a mapping, or from a list of names that are both.
 
     Raises:
-        ValueError: A parameter that rows cannot have.
+        ValueError: Rows cannot have such a parameter.
     """
     mapping = dict(given) if isinstance(given, Mapping) else {name: name for name in given or ()}
     columns = {_ALIASES.get(name, name): column for name, column in mapping.items()}

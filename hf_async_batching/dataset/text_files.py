@@ -1,6 +1,6 @@
-"""Rows as lines of text: JSON Lines, CSV and TSV, compressed or not; nothing of a row is cut or rounded.
+"""Rows as lines of text: JSON Lines, CSV and TSV, compressed or not. No value is cut or rounded.
 
-A cell of CSV is the value's text; lists and dictionaries are JSON, and None is empty.
+A cell of CSV is the value's text; lists and dictionaries are JSON, and None is an empty cell.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _BATCH_ROWS = 1000
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 KINDS = (".jsonl", ".ndjson", ".json", *_DELIMITERS)
-"""Endings of names; `.gz` may follow each."""
+"""Endings of file names; `.gz` may follow each."""
 
 
 def text_kind(path: Path) -> str | None:
-    """The ending that says which kind of text a file is, without `.gz`; None for any other."""
+    """Return the ending that names a file's kind of text, without `.gz`; None for any other file."""
     name = path.name.lower().removesuffix(".gz")
     return next((kind for kind in KINDS if name.endswith(kind)), None)
 
 
 def binary_columns(features: Mapping[str, Any]) -> list[str]:
-    """Columns that hold bytes, images or sounds, for which text has no place."""
+    """Return the columns with bytes, images or sounds, which text files cannot hold."""
     return [name for name, feature in features.items() if _holds_bytes(feature)]
 
 
@@ -36,7 +36,7 @@ def _holds_bytes(feature: Any) -> bool:
         return any(map(_holds_bytes, feature.values()))
     if isinstance(feature, (list, tuple)):
         return any(map(_holds_bytes, feature))
-    if hasattr(feature, "feature"):  # a list's
+    if hasattr(feature, "feature"):  # a list
         return _holds_bytes(feature.feature)
     kind = str(getattr(feature, "dtype", ""))
     return "binary" in kind or type(feature).__name__ in ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
@@ -46,10 +46,10 @@ def write_text(dataset: Any, path: Path, kind: str, *, compressed: bool) -> None
     """Write all rows of a `Dataset`.
 
     Args:
-        dataset: Its rows are written as `dataset[i]` shows them without a format.
+        dataset: The dataset; its rows are written as `dataset[i]` shows them without a format.
         path: The file.
         kind: One of `KINDS`.
-        compressed: By gzip.
+        compressed: Whether to compress with gzip.
 
     Raises:
         OSError: The file cannot be written.
@@ -82,14 +82,14 @@ def _cell(value: Any) -> str:
 
 
 def _line(cells: Iterable[str], delimiter: str) -> str:
-    # The module csv leaves a carriage return without quotes, at which a reader ends the row.
+    # The module csv does not quote a carriage return, and a reader would end the row there.
     special = {delimiter, '"', "\n", "\r"}
     quoted = ['"' + cell.replace('"', '""') + '"' if special & set(cell) else cell for cell in cells]
     return (delimiter.join(quoted) or '""') + "\n"
 
 
 def _as_json(value: Any) -> str:
-    # Dates, decimals and the like are texts.
+    # Values such as dates and decimals are written as text.
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -99,7 +99,7 @@ def _open(path: Path, compressed: bool) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8", newline="") as file:
             yield file
         return
-    # Without a time and a name the same rows are the same bytes.
+    # The header has no time and no name, so that the same rows give the same bytes.
     with (
         path.open("wb") as raw,
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
@@ -109,7 +109,7 @@ def _open(path: Path, compressed: bool) -> Iterator[TextIO]:
 
 
 def first_bad_line(path: Path) -> tuple[int, str] | None:
-    """The number of the first line that is not JSON, and what is wrong with it; 0 where there is no line at all."""
+    """Return the number of the first line that is not JSON, and its error; number 0 if the file has no line."""
     with gzip.open(path, "rb") if _is_gzip(path) else path.open("rb") as file:
         return _first_bad_line(file)
 
@@ -122,7 +122,7 @@ def _first_bad_line(lines: Iterable[bytes]) -> tuple[int, str] | None:
         found = True
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except ValueError as error:  # also of the encoding
+        except ValueError as error:  # bad JSON or bad encoding
             return number, str(error)
         if not isinstance(row, dict):
             return number, f"a row is an object, not {_as_json(row)[:40]}"

@@ -1,4 +1,4 @@
-"""Runs that write to a folder, and go on from what is in it."""
+"""Runs that write to a folder, and continue from its contents."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 def through_folder(
     settings: DatasetSettings, dataset: Any, source: DatasetSource | StreamSource, split: str, kind: str
 ) -> Any:
-    """Complete what is missing in `resume_dir`, and load all of it.
+    """Complete the rows that are missing in `resume_dir`, and load all rows.
 
     Args:
-        settings: The call's settings; with a `resume_dir`.
-        dataset: The dataset as the caller gave it.
+        settings: The call's settings, with a `resume_dir`.
+        dataset: The caller's dataset.
         source: The rows.
         split: Name of a split of a dictionary of datasets, and of its folder in `resume_dir`.
-        kind: "Dataset" or "IterableDataset", which is what comes back.
+        kind: "Dataset" or "IterableDataset", the class of the result.
     """
     from datasets import Features
 
@@ -77,7 +77,7 @@ def through_folder(
             raise
         total = f" of {source.num_rows}" if source.num_rows is not None else ""
         logger.warning(
-            "%s: %d%s rows%s are kept in %s; call again with the same arguments and resume_dir=%r to go on",
+            "%s: %d%s rows%s are kept in %s; call again with the same arguments and resume_dir=%r to continue",
             "interrupted" if isinstance(error, KeyboardInterrupt) else f"ended by {type(error).__name__}",
             kept,
             total,
@@ -104,10 +104,10 @@ def load_folder(
 
 
 def load_finished(folder: Path) -> Any:
-    """A finished run as a `Dataset`, all of its columns.
+    """Load a finished run as a `Dataset` with all columns.
 
     Raises:
-        HfAsyncBatchingError: It is not finished.
+        HfAsyncBatchingError: The run is not finished.
     """
     from datasets import Dataset, Features
 
@@ -143,7 +143,7 @@ def _loaded(settings: DatasetSettings, dataset: Any, files: list[ShardFile], fea
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the bar of `datasets` where standard error is no terminal."""
+    """Suppress the bar of `datasets` if standard error is not a terminal."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or sys.stderr.isatty():

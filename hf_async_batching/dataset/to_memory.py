@@ -1,4 +1,4 @@
-"""Runs that write nothing: rows come back as they are finished, in order."""
+"""Runs that write no files and return finished rows in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TABLE_ROWS = 1024
 
 
 def completed_rows(settings: DatasetSettings, source: PlainSource, split: str) -> Iterator[dict[str, Any]]:
-    """Plain rows with the new entries."""
+    """Yield plain rows with the new entries."""
     waiting: dict[int, Mapping[str, Any]] = {}
 
     def wanted(chunk: RowBlock) -> range:
@@ -35,7 +35,7 @@ def completed_rows(settings: DatasetSettings, source: PlainSource, split: str) -
 def _results(
     settings: DatasetSettings, source: Source, split: str, wanted: Callable[[RowBlock], range]
 ) -> Iterator[RowResult]:
-    """Finished rows in order."""
+    """Yield finished rows in order."""
     run = make_run(settings, source.chunks(), split, wanted)
     progress = make_progress(settings, source.num_rows, split)
     with Consumer(run, progress, settings.on_error, where(split)) as finished:
@@ -43,8 +43,8 @@ def _results(
             yield from in_order(finished, run.release)
         except KeyboardInterrupt:
             logger.warning(
-                "interrupted: completions are lost that were not taken; with resume_dir='a/folder' they are kept, and "
-                "a later run goes on from them"
+                "interrupted: completions that were not taken are lost; with resume_dir='a/folder' they are kept, and "
+                "a later run continues from them"
             )
             raise
 
@@ -54,7 +54,7 @@ def _whole_chunk(chunk: RowBlock) -> range:
 
 
 def completed_dataset(settings: DatasetSettings, dataset: Any, source: DatasetSource, split: str) -> Any:
-    """The dataset as it is stored, and the new columns in memory."""
+    """Return the dataset as it is stored, with the new columns in memory."""
     import pyarrow as pa
     from datasets import Dataset, Features, concatenate_datasets
 
@@ -81,7 +81,7 @@ def completed_dataset(settings: DatasetSettings, dataset: Any, source: DatasetSo
 
 
 def completed_stream(settings: DatasetSettings, dataset: Any, source: StreamSource, split: str) -> Any:
-    """A stream whose rows are completed while it is read."""
+    """Return a stream whose rows are completed while it is read."""
     from datasets import DatasetInfo, Features, IterableDataset
     from datasets.iterable_dataset import ExamplesIterable
 

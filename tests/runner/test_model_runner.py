@@ -55,6 +55,46 @@ class FakeGraphDevice(CpuDevice):
         return FakeGraph(work, self)
 
 
+def wide_runner(device: FakeGraphDevice | None = None) -> ModelRunner:
+    """A runner with many rows and large steps, so that all sizes of steps with prompts come up."""
+    return ToyEngine(1, 0, device=device or FakeGraphDevice(), max_batch_tokens=1024, max_rows=40).runner
+
+
+def spreading_engine(device: FakeGraphDevice, admission: Any = "longest_first") -> ToyEngine:
+    """An engine whose steps are just large enough that `longest_first` spreads prompts among them."""
+    return ToyEngine(2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission=admission)
+
+
+def submit(engine: ToyEngine, *requests: Request) -> None:
+    for request in requests:
+        engine.requests[request.request_id] = request
+        engine.engine.add(request)
+
+
+def run_to_end(engine: ToyEngine) -> None:
+    while engine.engine.has_work:
+        engine.step()
+
+
+def decoding_engine(device: FakeGraphDevice, *, max_rows: int, new_tokens: int, steps: int) -> ToyEngine:
+    """An engine with four requests, after `steps` steps."""
+    engine = ToyEngine(2, 3, device=device, max_rows=max_rows, num_pages=24, max_batch_tokens=16)
+    submit(engine, *(Request(str(i), (i + 1, 7, 9), new_tokens) for i in range(4)))
+    for _ in range(steps):
+        engine.step()
+    return engine
+
+
+def captured_paddings(runner: ModelRunner) -> set[Padding]:
+    """The sizes of the captured steps with prompts or drafts."""
+    return {key.size for key in runner.graphs.captured if isinstance(key.size, Padding)}
+
+
+def padded_like(runner: ModelRunner, prompt: int, decodes: int = 0) -> Padding | None:
+    """The padding of a step with one prompt of `prompt` tokens beside `decodes` decoding rows."""
+    return runner.padding_for(Plan(0, tuple(range(1, 1 + decodes)), (Chunk(99, (7,) * prompt, 1),)), 128)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("failures", [0, 1, 100])
 def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
@@ -67,7 +107,7 @@ def test_captured_steps_give_the_same_tokens(depth: int, failures: int) -> None:
         replays += device.replays
         captures += device.captures
         if failures == 100:
-            # Of decode steps, and of those with prompts.
+            # Decode steps and steps with prompts each fail this often.
             assert device.captures <= 2 * MAX_FAILED_CAPTURES
             assert engine.runner.buckets == [] or device.captures < 2 * MAX_FAILED_CAPTURES
         else:
@@ -106,7 +146,7 @@ def test_small_steps_with_prompts_or_drafts_are_captured_too(
         engine = ToyEngine(depth, seed, device=device, draft_rows=draft_rows, max_batch_tokens=24, num_pages=24)
         verify(engine, run_random_schedule(engine, seed, conversations=seed % 3 == 0))
         assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
-        prompts = {key.size for key in engine.runner.graphs.captured if isinstance(key.size, Padding)}
+        prompts = captured_paddings(engine.runner)
         captured |= prompts
         assert engine.runner.buckets, "decode steps keep their graphs"
         if isinstance(device, OnlyDecodeSteps):
@@ -122,18 +162,14 @@ def test_a_step_with_prompts_is_captured_when_its_size_has_come_up_a_few_times()
     device = FakeGraphDevice()
     engine = ToyEngine(1, 0, device=device, max_batch_tokens=24)
     for i in range(PADDED_USES + 2):
-        request = Request(str(i), (1, 2, 3 + i), 1)
-        engine.requests[request.request_id] = request
-        engine.engine.add(request)
-        engine.step()
-        while engine.engine.has_work:
-            engine.step()
+        submit(engine, Request(str(i), (1, 2, 3 + i), 1))
+        run_to_end(engine)
         assert (device.captures, device.replays) == ((0, 0) if i < PADDED_USES else (1, i + 1 - PADDED_USES))
     verify(engine, engine.requests)
 
 
 def test_a_graph_finds_its_inputs_where_they_always_are() -> None:
-    """Not in the staged array, of which there are two, and in which they begin elsewhere each time."""
+    """Not in the staged array: there are two of them, and the inputs begin elsewhere in it each time."""
     state = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=24).state
     padding = Padding(8, 8)
     for staged in (torch.arange(100, dtype=torch.int32) % 4, torch.arange(100, dtype=torch.int32) % 3):
@@ -150,7 +186,7 @@ def test_a_graph_finds_its_inputs_where_they_always_are() -> None:
 
 
 def test_which_steps_with_prompts_are_captured() -> None:
-    runner = ToyEngine(1, 0, device=FakeGraphDevice(), max_batch_tokens=1024, max_rows=40).runner
+    runner = wide_runner()
     assert runner.paddings[0] == 8
     assert runner.paddings[-1] == MOST_PADDED
 
@@ -190,13 +226,12 @@ def test_which_steps_with_prompts_are_captured() -> None:
 @pytest.mark.parametrize("admission", ["fcfs", "longest_first"])
 def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission: Any) -> None:
     device = FakeGraphDevice()
-    engine = ToyEngine(2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission=admission)
+    engine = spreading_engine(device, admission)
     runner = engine.runner
     assert padded_like(runner, SPREAD_TOKENS - 33, 32) == Padding(SPREAD_TOKENS, 16, 32), "what `spread_room` leaves"
     engine.state.padded.fill_(3)
     runner.warm(Features())
-    prompts = {key.size for key in runner.graphs.captured if isinstance(key.size, Padding)}
-    assert prompts == (
+    assert captured_paddings(runner) == (
         {Padding(SPREAD_TOKENS, 16, size) for size in (0, 8, 32, 40)} if admission == "longest_first" else set()
     )
     assert int(engine.state.lengths.sum()) == 0
@@ -223,16 +258,10 @@ def test_which_steps_are_captured_in_advance() -> None:
 
 def test_what_cannot_be_captured_is_not_run_in_advance() -> None:
     device = FakeGraphDevice(failures=99)
-    runner = ToyEngine(
-        2, 0, device=device, max_batch_tokens=400, max_rows=40, num_pages=200, admission="longest_first"
-    ).runner
+    runner = spreading_engine(device).runner
     runner.warm(Features())
     assert runner.buckets == runner.paddings == [], "given up with the decode steps"
     assert device.captures == MAX_FAILED_CAPTURES
-
-
-def padded_like(runner: ModelRunner, prompt: int, decodes: int) -> Padding | None:
-    return runner.padding_for(Plan(0, tuple(range(1, 1 + decodes)), (Chunk(99, (7,) * prompt, 1),)), 128)
 
 
 def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,12 +270,12 @@ def test_there_are_only_so_many_graphs_of_steps_with_prompts(monkeypatch: pytest
         device = FakeGraphDevice()
         if full:
             monkeypatch.setattr(device, "graph_bytes", lambda: 1 << 30)
-        runner = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=40).runner
+        runner = wide_runner(device)
         for tokens in runner.paddings[:4] * (PADDED_USES + 2):
             runner._padded(Padding(tokens, min(tokens, 16)), Features())
         assert len(runner.graphs.captured) == (0 if full else min(most, 4))
         # What is captured goes on, what will never be is not padded.
-        going = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) is not None for n in (4, 12, 20, 28)]
+        going = [padded_like(runner, prompt) is not None for prompt in (4, 12, 20, 28)]
         assert going == [not full] * 2 + [most > 2 and not full] * 2
 
 
@@ -276,7 +305,7 @@ def test_steps_that_run_alike_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_failed_capture_is_not_counted_for_ever() -> None:
     """What worked is kept, and a capture that succeeds begins the count anew."""
     device = FakeGraphDevice()
-    runner = ToyEngine(1, 0, device=device, max_batch_tokens=1024, max_rows=40).runner
+    runner = wide_runner(device)
 
     def use(tokens: int, times: int = PADDED_USES + 1) -> None:
         for _ in range(times):
@@ -296,9 +325,8 @@ def test_a_failed_capture_is_not_counted_for_ever() -> None:
     assert device.captures == MAX_FAILED_CAPTURES
     assert runner.buckets
     assert len(runner.graphs.captured) == 3
-    padded = [runner.padding_for(Plan(0, (), (Chunk(1, (7,) * n, 1),)), 128) for n in (4, 12, 20, 28)]
-    assert padded[0] == Padding(8, 8), "what was captured goes on"
-    assert padded[3] is None
+    assert padded_like(runner, 4) == Padding(8, 8), "what was captured goes on"
+    assert padded_like(runner, 28) is None
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -368,34 +396,20 @@ def test_a_mixed_step_is_told_which_of_its_tokens_decode(monkeypatch: pytest.Mon
     assert any(told)
 
 
-def test_warming_captures_every_bucket_and_disturbs_nobody() -> None:
+def test_warming_captures_every_bucket_and_disturbs_no_request() -> None:
     device = FakeGraphDevice()
-    engine = ToyEngine(2, 3, device=device, max_rows=7, num_pages=24, max_batch_tokens=16)
-    requests = {str(i): Request(str(i), (i + 1, 7, 9), 12) for i in range(4)}
-    for request in requests.values():
-        engine.requests[request.request_id] = request
-        engine.engine.add(request)
-    for _ in range(4):
-        engine.step()
+    engine = decoding_engine(device, max_rows=7, new_tokens=12, steps=4)
     engine.engine.pipeline.warm(Features())
     assert {key.size for key in engine.runner.graphs.captured if key.features == Features()} == {1, 2, 4, 7}
     before = device.captures
-    while engine.engine.has_work:
-        engine.step()
-    verify(engine, requests)
+    run_to_end(engine)
+    verify(engine, engine.requests)
     assert device.captures == before
     assert int(engine.state.lengths[0]) == int(engine.state.last_token[0]) == 0
 
 
 def test_another_forward_is_adopted_between_steps() -> None:
-    device = FakeGraphDevice()
-    engine = ToyEngine(2, 3, device=device, max_rows=4, num_pages=24, max_batch_tokens=16)
-    requests = {str(i): Request(str(i), (i + 1, 7, 9), 20) for i in range(4)}
-    for request in requests.values():
-        engine.requests[request.request_id] = request
-        engine.engine.add(request)
-    for _ in range(6):
-        engine.step()
+    engine = decoding_engine(FakeGraphDevice(), max_rows=4, new_tokens=20, steps=6)
     first_graphs = list(engine.runner.graphs.captured.values())
     assert first_graphs
     calls = []
@@ -406,9 +420,8 @@ def test_another_forward_is_adopted_between_steps() -> None:
 
     engine.runner.offer(other)
     assert not calls
-    while engine.engine.has_work:
-        engine.step()
-    verify(engine, requests)
+    run_to_end(engine)
+    verify(engine, engine.requests)
     assert calls
     assert not set(map(id, first_graphs)) & set(map(id, engine.runner.graphs.captured.values()))
     assert engine.runner.graphs.captured, "captured anew"
@@ -457,7 +470,7 @@ def test_tuning_measures_for_the_buckets_and_captures_anew() -> None:
     fails = True
     with pytest.raises(RuntimeError, match="no memory"):
         runner.tune()
-    assert not runner.graphs.captured, "of several ranks all capture anew, also where one could not measure"
+    assert not runner.graphs.captured, "all ranks capture anew, even if one of them could not measure"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

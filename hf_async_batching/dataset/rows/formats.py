@@ -1,4 +1,4 @@
-"""The formats of `datasets`: what a dataset shows of its rows, and the same for a result with more columns."""
+"""The formats of `datasets`: how a dataset shows its rows, and how its result, with more columns, shows them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class WithColumns:
-    """A dataset's transform, beside columns that it does not know.
+    """A dataset's transform for rows with more columns.
 
     Args:
-        transform: Takes a batch, a dictionary of lists, and gives another one.
-        columns: Names of columns that are handed on as they are.
+        transform: Turns a batch, which is a dictionary of lists, into another one.
+        columns: Names of columns that stay as they are.
     """
 
     def __init__(self, transform: Transform, columns: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class WithColumns:
 
 
 def transform_of(dataset: Any) -> Transform | None:
-    """The function that `Dataset.set_transform` was given; None without one."""
+    """Return the function passed to `Dataset.set_transform`, or None."""
     if dataset.format["type"] != "custom":
         return None
     transform: Transform = dataset.format["format_kwargs"]["transform"]
@@ -36,12 +36,12 @@ def transform_of(dataset: Any) -> Transform | None:
 
 
 def with_format_of(dataset: Any, result: Any, added: Sequence[str]) -> Any:
-    """A `Dataset` or `IterableDataset` in the format of another one, as `map` leaves it.
+    """Give a `Dataset` or `IterableDataset` the format of another one, as `map` does.
 
     Args:
-        dataset: The dataset whose format is taken.
-        result: Its rows with more columns.
-        added: Names of these columns.
+        dataset: The dataset that has the format.
+        result: The rows of `dataset` with more columns.
+        added: Names of the new columns.
     """
     if not hasattr(dataset, "format"):
         formatting = getattr(dataset, "_formatting", None)

@@ -1,4 +1,4 @@
-"""The columns that a run adds: their names, their types, and how finished rows become values of them."""
+"""The columns that a run adds: their names, their types, and their values from finished rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = {
     "logprobs": "completion_logprobs",
     "error": "error",
 }
-"""What a run tells of a row, and the column that holds it unless it is renamed."""
+"""Each value that a run adds to a row, and the default name of its column."""
 
 _OF_ROWS = ("prompt_tokens", "error")
 
@@ -26,17 +26,17 @@ _OF_ROWS = ("prompt_tokens", "error")
 class OutputColumns:
     """Turns results into columns.
 
-    With one completion per row, a column holds its value; with several, a list of values in the completions' order.
-    Rows that failed have None.
+    With one completion per row, a column holds one value; with several, a list of values in the completions' order.
+    Failed rows have None.
 
     Args:
-        names: What to its column's name; None leaves the column out.
+        names: From the key of a value to its column's name; None leaves the column out.
         several: Whether rows have several completions.
-        text: Whether there are texts.
-        logprobs: Whether there are log-probabilities.
+        text: Whether rows have texts.
+        logprobs: Whether rows have log-probabilities.
 
     Attributes:
-        names: What to its column, of the columns that there are.
+        names: From the key of a value to its column's name, for the columns of this run.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class OutputColumns:
         self._several = several
 
     def check(self, column_names: Sequence[str]) -> None:
-        """Refuse names that the dataset has already.
+        """Refuse names of columns that the dataset has already.
 
         Raises:
-            ValueError: Names the column and the remedy.
+            ValueError: The dataset has a column of this name; the message names the column and the remedy.
         """
         for what, name in self.names.items():
             if name in column_names:
                 raise ValueError(
                     f"the dataset has a column {name!r} already; pass output_columns={{{what!r}: 'another name'}}, or "
-                    "None in its place to leave it out"
+                    "None instead of a name to leave it out"
                 )
 
     def features(self) -> dict[str, Any]:
-        """The types of the columns, for `datasets.Features`."""
+        """Return the types of the columns, for `datasets.Features`."""
         from datasets import List, Value
 
         kinds = {
@@ -87,17 +87,17 @@ class OutputColumns:
         }
 
     def row(self, result: RowResult) -> dict[str, Any]:
-        """The values of one row."""
+        """Return the values of one row."""
         return {name: self._value(what, result) for what, name in self.names.items()}
 
     def arrays(self, results: Sequence[RowResult]) -> dict[str, Any]:
-        """The columns of several rows, as `pyarrow` arrays."""
+        """Return the columns of several rows, as `pyarrow` arrays."""
         import pyarrow as pa
 
         columns = {}
         for (what, name), feature in zip(self.names.items(), self.features().values(), strict=True):
             values = [self._value(what, result) for result in results]
-            # NumPy's arrays are copied as they are; lists of numbers would be looked at one by one.
+            # Arrow copies a NumPy array at once, but reads a list number by number.
             if what in ("token_ids", "logprobs"):
                 dtype = np.int32 if what == "token_ids" else np.float32
                 values = [_as_numpy(value, dtype, self._several) for value in values]
@@ -123,7 +123,7 @@ def _of_completion(what: str, completion: Completion) -> Any:
 
 
 def _storable(text: str | None) -> str | None:
-    """A text without halves of surrogate pairs, which Arrow does not store."""
+    """Replace halves of surrogate pairs in a text, which Arrow cannot store."""
     return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""From rows to token ids."""
+"""Turns rows into token ids."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PromptFunction = Callable[[dict[str, Any]], Prompt]
 class PromptMaker:
     """Makes the prompts and the parameters of rows; called from several threads at once.
 
-    A prompt is what the column or the function gives: a text, which is tokenized as the tokenizer does by default; a
-    list of messages, to which the chat template is applied; or a list of token ids, which is taken as it is. Messages
-    that end with the assistant's are continued (as transformers' text-generation pipeline does).
+    The column or the function gives the prompt. A text is tokenized with the tokenizer's default arguments. A list of
+    messages goes through the chat template. A list of token ids is used directly. If the last message is the
+    assistant's, the completion continues it (as in transformers' text-generation pipeline).
 
     Args:
-        tokenizer: May be None where all prompts are token ids.
+        tokenizer: May be None if all prompts are token ids.
         prompt: A column, or a function of the row.
-        row_parameters: Generation parameter to the column that holds it.
+        row_parameters: From generation parameters to the columns that hold them.
         chat: Make a text the user's message of a chat.
         system_prompt: Begins every chat that has no system message.
-        tools: The column with the tools that the chat template is shown; makes a text a chat.
+        tools: The column with the tools for the chat template; makes a text a chat.
         chat_template_arguments: Further arguments of `apply_chat_template`.
     """
 
@@ -55,7 +55,7 @@ class PromptMaker:
         self._what = f"column {prompt!r}" if isinstance(prompt, str) else "`prompt` function"
 
     def __call__(self, chunk: RowBlock, wanted: Sequence[int]) -> list[PreparedRow]:
-        """Prepare the rows of a chunk whose indices are `wanted`; what goes wrong with one is its `error`."""
+        """Prepare the rows of a chunk whose indices are `wanted`; an error in a row becomes its `error`."""
         prepared: list[PreparedRow] = []
         texts: list[tuple[PreparedRow, str]] = []
         for index in wanted:
@@ -99,7 +99,7 @@ class PromptMaker:
         value: Any = data[self._prompt] if isinstance(self._prompt, str) else self._prompt(dict(data))
         if value is None:
             raise ValueError(f"the prompt is None ({self._what})")
-        # A list of structures that `datasets` keeps as a structure of lists.
+        # `datasets` keeps a list of structures as a structure of lists.
         if isinstance(value, Mapping) and _is_structure_of_lists(value):
             value = [dict(zip(value, fields)) for fields in zip(*value.values())]
         tolist = getattr(value, "tolist", None)
@@ -113,7 +113,7 @@ class PromptMaker:
             tokens: Any = value
             return [int(token) for token in tokens]
         if isinstance(value, Sequence) and all(isinstance(item, Mapping) and "role" in item for item in value):
-            # Structures of a column have all its fields; what a message does not have is None there.
+            # All structures of a column have the same fields; a field that a message lacks is None.
             return self._chat_tokens([{k: v for k, v in m.items() if v is not None} for m in value], data)  # type: ignore[union-attr]
         raise TypeError(
             f"the prompt ({self._what}) is {type(value).__name__}; it must be a text, a list of messages with 'role' "
@@ -138,7 +138,7 @@ class PromptMaker:
             return
         try:
             tokenizer = self._own_tokenizer()
-            # One call for all: a fast tokenizer then works on them in parallel, outside of the interpreter's lock.
+            # In one call a fast tokenizer tokenizes all texts in parallel, without the interpreter's lock.
             encoded = tokenizer([text for _, text in texts], return_attention_mask=False)["input_ids"]
         except (SystemExit, KeyboardInterrupt):
             raise
@@ -153,9 +153,9 @@ class PromptMaker:
             row.prompt = tokens
 
     def _own_tokenizer(self) -> Any:
-        """This thread's copy: a fast tokenizer sets padding and truncation on itself in every call."""
+        """Return this thread's copy, because a call of a fast tokenizer sets padding and truncation on it."""
         if self._tokenizer is None:
-            raise ValueError("`tokenizer` is None, and the prompt is no list of token ids; pass the model's tokenizer")
+            raise ValueError("`tokenizer` is None and the prompt is not a list of token ids; pass the tokenizer")
         own = getattr(self._local, "tokenizer", None)
         if own is None:
             with self._copying:
@@ -164,16 +164,16 @@ class PromptMaker:
 
 
 def _read_tools(value: Any) -> list[Any] | None:
-    """The tools of a row, from a list or from its JSON text; fields that only other rows' tools have are left out.
+    """Read the tools of a row from a list or its JSON text, without fields that only other rows' tools have.
 
     Raises:
-        ValueError: It is no list.
+        ValueError: The tools are not a list.
     """
     tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
     tools = getattr(tools, "tolist", lambda: tools)()
     if isinstance(tools, Mapping) and all(
         isinstance(fields, list) for fields in tools.values()
-    ):  # a list of structures that `datasets` keeps as a structure of lists
+    ):  # `datasets` keeps a list of structures as a structure of lists
         tools = [dict(zip(tools, fields)) for fields in zip(*tools.values())]
     if tools is not None and not isinstance(tools, list):
         raise ValueError(
@@ -183,7 +183,7 @@ def _read_tools(value: Any) -> list[Any] | None:
 
 
 def _without_none(value: Any) -> Any:
-    """Without the fields that Arrow gives a structure because another row has them."""
+    """Remove the fields that Arrow adds to a structure because another row has them."""
     if isinstance(value, Mapping):
         return {name: _without_none(field) for name, field in value.items() if field is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

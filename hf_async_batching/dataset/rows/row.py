@@ -1,4 +1,4 @@
-"""One row on its way through a run: as it was read, as it goes to the engine, as it comes back."""
+"""A row in the stages of a run: as read, as prepared for the engine, and as finished."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 OnError = Literal["record", "raise"]
-"""What becomes of a row that cannot be served."""
+"""How a run handles a row that cannot be served."""
 
 
 class RowBlock(NamedTuple):
@@ -15,7 +15,7 @@ class RowBlock(NamedTuple):
 
     Attributes:
         start: Index of the first row in the dataset.
-        rows: What the prompt and the row's parameters are made from: the columns that are needed, or all.
+        rows: The columns from which prompts and row parameters are made, or all columns.
         table: All columns as a `pyarrow.Table`; None for plain Python rows.
     """
 
@@ -30,9 +30,9 @@ class PreparedRow:
 
     Attributes:
         index: Index of the row in the dataset.
-        prompt: Token ids; empty where `error` says why.
-        parameters: `GenerationConfig` fields of this row alone.
-        seed: The row's own seed, where a column gives one.
+        prompt: Token ids; empty if the row has an `error`.
+        parameters: `GenerationConfig` fields of this row only.
+        seed: The row's own seed, if a column gives one.
         error: What is wrong with the row.
     """
 
@@ -50,7 +50,7 @@ class Completion:
     Attributes:
         token_ids: New tokens.
         finish_reason: "eos", "length" or "stop".
-        logprobs: Log-probabilities of the tokens, where asked for.
+        logprobs: Log-probabilities of the tokens, if requested.
         text: The tokens decoded; None without a tokenizer.
     """
 
@@ -66,8 +66,8 @@ class RowResult:
 
     Attributes:
         index: Index of the row in the dataset.
-        prompt_tokens: Length of the prompt; None where there was none.
-        completions: In the order of their indices; empty where `error` says why.
+        prompt_tokens: Length of the prompt; None without a prompt.
+        completions: Completions in the order of their indices; empty if the row has an `error`.
         error: What went wrong.
     """
 
@@ -78,5 +78,5 @@ class RowResult:
 
     @property
     def num_tokens(self) -> int:
-        """New tokens of all completions."""
+        """Number of new tokens in all completions."""
         return sum(len(completion.token_ids) for completion in self.completions)

@@ -1,4 +1,4 @@
-"""Where rows come from: `datasets` objects, or any iterable of dictionaries; read once, in order, in chunks."""
+"""Sources of rows: `datasets` objects, or any iterable of dictionaries. A source is read once, in order, in chunks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CHUNK_ROWS = 64
 
 
 class Source(Protocol):
-    """Rows, and what is known of them before they are read.
+    """Rows, and what is known about them before they are read.
 
     Attributes:
-        num_rows: None for streams.
-        column_names: None where only the rows themselves would tell.
+        num_rows: Number of rows; None for streams.
+        column_names: Names of the columns; None if only the rows show them.
     """
 
     num_rows: int | None
@@ -28,14 +28,14 @@ class Source(Protocol):
 
 
 class PlainSource:
-    """Rows that are dictionaries, or prompts without one: texts, lists of messages, lists of token ids.
+    """Rows that are dictionaries or prompts: texts, lists of messages, lists of token ids.
 
     Args:
         rows: A list, a generator, ...
-        prompt: The column that a prompt without a dictionary is put into.
+        prompt: The column that gets a prompt without a dictionary.
 
     Raises:
-        ValueError: The first row of a list is neither.
+        ValueError: The first row of a list is neither a dictionary nor a prompt.
     """
 
     def __init__(self, rows: Iterable[Any], prompt: str = "prompt") -> None:
@@ -48,7 +48,7 @@ class PlainSource:
         """All rows from the first one on.
 
         Raises:
-            ValueError: A row is no dictionary and no prompt.
+            ValueError: A row is neither a dictionary nor a prompt.
         """
         numbered = (self._row(index, row) for index, row in enumerate(self._rows))
         for start, batch in _batches(numbered):
@@ -69,12 +69,12 @@ class DatasetSource:
     """A `datasets.Dataset`.
 
     Args:
-        dataset: Prompts are made of its rows as `dataset[i]` shows them: decoded, and, where the dataset has a
-            transform (`set_transform`), transformed. Output columns stand beside the stored rows.
-        columns: What prompts and parameters are made of; None for whole rows, as the dataset's format gives them.
+        dataset: The dataset. Prompts are made from its rows as `dataset[i]` shows them: decoded, and transformed if
+            the dataset has a transform (`set_transform`). Output columns are added to the stored rows.
+        columns: Columns from which prompts and parameters are made; None for whole rows in the dataset's format.
 
     Attributes:
-        transform: The dataset's, or None.
+        transform: The dataset's transform, or None.
 
     Raises:
         Exception: The transform raises at the first row.
@@ -91,7 +91,7 @@ class DatasetSource:
             if len(dataset):
                 self.column_names = list(dataset[0:1])
         elif columns is not None:
-            # Python's own values, also where the format would give tensors.
+            # Rows are Python values, even if the dataset's format has tensors.
             present = [name for name in dict.fromkeys(columns) if name in dataset.column_names]
             self._shown = dataset.select_columns(present).with_format(None)
         elif dataset.format["type"] in ("arrow", "pandas", "polars"):
@@ -101,7 +101,7 @@ class DatasetSource:
         """All rows from the first one on.
 
         Raises:
-            Exception: The transform raises; the rows before have been given.
+            Exception: The transform raises at a row; all earlier rows have been yielded.
         """
         stored = self._dataset.with_format("arrow")
         schema = self.features.arrow_schema
@@ -111,7 +111,7 @@ class DatasetSource:
             try:
                 rows = self._rows(start, end)
             except Exception:
-                # A transform fails at one row: give those before it.
+                # The transform failed at one row, so the rows before it are yielded.
                 for index in range(start, end):
                     yield RowBlock(index, self._rows(index, index + 1), table.slice(index - start, 1))
                 raise
@@ -128,9 +128,9 @@ class StreamSource:
     """A `datasets.IterableDataset`.
 
     Args:
-        dataset: Read from its beginning; its format does not matter.
-        columns: What prompts and parameters are made of; None for whole rows.
-        features: Features of the rows; those that the dataset knows, or that its first rows show, where None.
+        dataset: The dataset, which is read from its beginning. Its format is ignored.
+        columns: Columns from which prompts and parameters are made; None for whole rows.
+        features: Features of the rows; None for those that the dataset knows, or that its first rows show.
     """
 
     def __init__(self, dataset: Any, columns: Sequence[str] | None, features: Any = None) -> None:
@@ -159,7 +159,7 @@ class StreamSource:
             start += table.num_rows
 
     def _inferred_chunks(self) -> Iterator[RowBlock]:
-        """Without features `datasets` infers each batch's types anew, and they may differ."""
+        """Yield chunks of a stream without features. `datasets` would infer different types for different batches."""
         import pyarrow as pa
 
         for start, batch in _batches(self._dataset.with_format(None)):
@@ -172,7 +172,7 @@ class StreamSource:
                 return pa.Table.from_pylist(encoded, schema=self.features.arrow_schema)
 
             table = self._checked(start, convert)
-            # The rows as they come: Arrow would give each structure the fields of all others.
+            # The rows are used directly, because Arrow would give each structure the fields of all others.
             yield RowBlock(start, [{n: row.get(n) for n in self.features} for row in batch], table)
 
     def _checked(self, start: int, convert: Any) -> Any:
@@ -191,7 +191,7 @@ def _features_of_first_rows(dataset: Any) -> Any:
 
     rows = list(itertools.islice(dataset.with_format(None), CHUNK_ROWS))
     if not rows:
-        raise ValueError("the stream is empty, and has no features; nothing is known of its columns")
+        raise ValueError("the stream is empty and has no features, so its columns are unknown; pass `features`")
     columns = dict.fromkeys(name for row in rows for name in row)
     try:
         resolved = dataset._resolve_features().features
@@ -205,7 +205,7 @@ def _features_of_first_rows(dataset: Any) -> Any:
             inferred[name] = _any_json(name)
         else:
             inferred[name] = Features.from_arrow_schema(table.schema)[name]
-            # `datasets` knows images and the like; a column of None in the few rows that it looks at may have values
+            # `datasets` recognizes types such as images. A column that is None in the first rows may have values
             # later.
             if not _is_null(resolved.get(name)):
                 inferred[name] = resolved[name]
@@ -226,7 +226,7 @@ def _is_null(feature: Any) -> bool:
 
 
 def _batches(rows: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """Index of the first row and rows; those before an error are given before it is raised."""
+    """Yield batches as the index of the first row, and rows. Rows before an error are yielded before it is raised."""
     start, batch = 0, []
     try:
         for row in rows:

@@ -1,4 +1,4 @@
-"""Tables of other libraries, which are told by their classes' names: the libraries need not be installed."""
+"""Recognizes tables of other libraries by the names of their classes, so that no library need be installed."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def is_data_frame(table: Any) -> bool:
 
 
 def rows_of_data_frame(frame: Any) -> list[dict[str, Any]]:
-    """The rows of a pandas DataFrame; missing values are None.
+    """Return the rows of a pandas DataFrame; missing values are None.
 
     Raises:
-        ValueError: Two columns have one name.
+        ValueError: Two columns have the same name.
     """
     names = [str(name) for name in frame.columns]
     if len(set(names)) != len(names):
-        raise ValueError(f"`dataset`: the DataFrame has two columns of one name: {names}")
+        raise ValueError(f"`dataset`: two columns of the DataFrame have the same name: {names}; rename one")
     present = frame.astype(object).where(frame.notna(), None)
     return [dict(zip(names, row, strict=True)) for row in present.itertuples(index=False, name=None)]
 
 
 def check_no_table(table: Any) -> None:
-    """Refuse a table whose iteration gives columns, or values without their column.
+    """Refuse a table that iterates over columns, or over values without their column.
 
     Raises:
-        ValueError: Names the remedy.
+        ValueError: The dataset is such a table; the message names the remedy.
     """
     library, name = _kind(type(table))
     remedy = _REMEDIES.get((library, name))

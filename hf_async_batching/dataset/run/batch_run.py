@@ -1,4 +1,4 @@
-"""Rows in, finished rows out: a reader, tokenizing threads, the engine, a decoding thread, and one thread that leads.
+"""Serves rows with a reader, tokenizing threads, the engine, a decoding thread, and one leading thread.
 
 ::
 
@@ -6,8 +6,8 @@
        ▲                                                          │
        └─────────────── window: rows that are not finished ◀──────┘
 
-All state belongs to the leading thread; the others tell it what happened through one queue. The window is what bounds
-memory: the reader waits until rows have left it, and they leave it when the caller has taken them.
+All state belongs to the leading thread; the others send it events through one queue. The window bounds memory: the
+reader waits until rows have left the window, and a row leaves it when the caller has taken the row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.runtime.forking import forks
 
-# Completions that an engine's failure took along are tried again so often before the run gives up.
+# The run ends at this many failures of the engine. Before that, lost completions are submitted again.
 MAX_ENGINE_FAILURES = 3
 
 _DECODE_BATCH = 32
@@ -50,7 +50,7 @@ Decode = Callable[[list[list[int]]], list[str]]
 
 
 class Failed(NamedTuple):
-    """The run cannot go on; `decoding` is 1 where decoding a batch of rows has failed."""
+    """The run cannot continue; `decoding` is 1 if decoding a batch of rows has failed."""
 
     error: BaseException
     decoding: int = 0
@@ -67,7 +67,7 @@ class _ReadAll(NamedTuple):
 
 @dataclass(slots=True)
 class _Live:
-    """A row of which completions are in the engine or wait for it."""
+    """A row whose completions are in the engine or wait for it."""
 
     row: PreparedRow
     missing: int
@@ -79,14 +79,14 @@ class BatchRun:
     """Serves rows until there are no more.
 
     Args:
-        manager: Serves them.
+        manager: Serves the rows.
         chunks: The rows, in order.
-        prompts: Makes prompts of them.
-        requests: Makes requests of these.
-        decode: Token ids of several completions to their texts; None where no text is wanted.
-        wanted: Indices of the rows of a chunk that are to be served; called in the reader's thread.
-        window: Rows that may be unfinished at once.
-        span: Distance between the oldest unfinished row and the newest one.
+        prompts: Makes prompts from rows.
+        requests: Makes requests from prompts.
+        decode: Turns the token ids of several completions into texts; None if no text is wanted.
+        wanted: Returns the indices of the rows of a chunk that are to be served; called in the reader's thread.
+        window: Number of rows that may be unfinished at once.
+        span: Largest distance between the oldest unfinished row and the newest one.
         threads: Number of threads that tokenize.
     """
 
@@ -138,17 +138,17 @@ class BatchRun:
         self._leader.start()
 
     def result(self, timeout: float | None = None) -> RowResult | None:
-        """The next finished row, in no order that means anything; None after the last one.
+        """Return the next finished row, in arbitrary order; None after the last one.
 
         Raises:
-            queue.Empty: There is none within `timeout` seconds.
+            queue.Empty: No row was finished within `timeout` seconds.
             ForkedProcessError: The run was started before this process was forked.
-            Exception: Why the run cannot go on.
+            Exception: The error that ended the run.
         """
         if self._forks != forks():
             raise ForkedProcessError(
-                "this run over a dataset was started before this process was forked, and goes on in the parent alone: "
-                "call generate_dataset again in this process"
+                "this run over a dataset was started before this process was forked, and it continues only in the "
+                "parent: call generate_dataset again in this process"
             )
         result = self._results.get(timeout=timeout)
         if isinstance(result, Failed):
@@ -156,14 +156,14 @@ class BatchRun:
         return result
 
     def release(self, index: int) -> None:
-        """The caller has done with a row, so that another one may be read."""
+        """Take a row out of the window when the caller has used it, so that another one may be read."""
         if self._forks == forks():
             self._window.leave(index)
 
     def stop(self) -> list[RowResult]:
-        """End the run now. Returns the rows that were finished and not taken yet.
+        """End the run now. Returns the finished rows that were not taken yet.
 
-        In a forked process nothing happens: threads of the parent may have held the run's locks at the fork.
+        Does nothing in a forked process, because threads of the parent may have held the run's locks at the fork.
         """
         if self._forks != forks():
             return []
@@ -191,7 +191,7 @@ class BatchRun:
                     chunk = next(self._chunks, None)
                 except HfAsyncBatchingError:
                     raise
-                except Exception as error:  # the dataset's own code; the rows before are served
+                except Exception as error:  # from the dataset's own code; earlier rows are served
                     self._events.put(_ReadAll(count, error))
                     return
                 if chunk is None:
@@ -252,7 +252,7 @@ class BatchRun:
         return everything_prepared and not (self._live_rows or self._to_decode or self._decoding)
 
     def _take_events(self) -> None:
-        """Wait for news, and take all there is."""
+        """Wait for events, and handle all of them."""
         event = self._events.get()
         while True:
             self._take(event)
@@ -294,9 +294,9 @@ class BatchRun:
         self._admission.add(jobs)
 
     def _feed(self) -> None:
-        """Give the engine work, in batches, while it has less than it can compute at once and some to choose from."""
+        """Submit requests in batches until the engine has a full step and some waiting requests to choose from."""
         rows = self._engine_rows()
-        # Rows are read in chunks, which may be larger than the window: the engine gets no more than the window holds.
+        # A chunk of rows may be larger than the window, but the engine gets no more rows than the window holds.
         most = min(rows + max(8, rows // 2), self._window_rows)
         room = most - len(self._jobs)
         if room < max(1, min(rows, most) // 16) or not self._admission:
@@ -311,7 +311,7 @@ class BatchRun:
         return self._manager.config.max_rows or (256 if self._manager.model.device.type == "cuda" else 32)
 
     def _submit(self, jobs: list[RowJob]) -> None:
-        # A row may have failed with another of its completions.
+        # Another completion may have failed the row already.
         jobs = [job for job in jobs if job.row.index in self._live_rows]
         if not jobs or self._stopped.is_set():
             return
@@ -327,7 +327,7 @@ class BatchRun:
             else:
                 handles = self._manager.submit_requests([job.request for job in jobs])
         except QueueFullError:
-            # Others use the manager too, or its bound is below what the engine computes at once.
+            # Other callers use the manager too, or its limit is smaller than the engine's step.
             if len(jobs) == 1:
                 time.sleep(_QUEUE_FULL_SECONDS)
                 self._admission.add_again(jobs[0])
@@ -339,7 +339,7 @@ class BatchRun:
         except EngineClosedError:
             raise
         except Exception as error:
-            # All of them or none were taken: find the one at fault.
+            # The manager takes all requests or none, so they are tried one by one to find the bad one.
             if len(jobs) > 1:
                 for job in jobs:
                     self._submit([job])
@@ -366,7 +366,7 @@ class BatchRun:
         except (EngineFailedError, EngineClosedError) as error:
             self._lost(job, error)
             return
-        except BaseException as error:  # what a processor or a criterion raised
+        except BaseException as error:  # raised by a processor or a criterion
             self._fail_row(job.row, error)
             return
         live.completions[job.completion] = Completion(result.token_ids, result.finish_reason, result.logprobs)
@@ -377,7 +377,7 @@ class BatchRun:
             self._to_decode.append(RowResult(job.row.index, len(job.row.prompt), completions))
 
     def _lost(self, job: RowJob, error: EngineFailedError | EngineClosedError) -> None:
-        """An engine's failure is its callers' to see once; the next request starts a fresh one."""
+        """Submit a completion again that was lost with its engine; the next request starts a fresh engine."""
         if self._manager.closed or self._stopped.is_set():
             raise error
         if not any(error.__cause__ is cause for cause in self._engine_failures):
@@ -395,7 +395,7 @@ class BatchRun:
         self._results.put(RowResult(row.index, len(row.prompt), error=str(error) or type(error).__name__))
 
     def _send_to_decode(self) -> None:
-        """Decode many at once, unless there is nothing else to wait for."""
+        """Send finished completions to the decoding thread when it is idle, or when there are many."""
         if not self._to_decode:
             return
         if self._decode is None:
@@ -410,7 +410,7 @@ class BatchRun:
             self._detokenizing.submit(self._decode_rows, rows)
 
     def _take_what_is_made(self) -> None:
-        """A run that fails keeps what was made before its leader has come to know."""
+        """After a failure, take the rows that were finished before the leading thread noticed it."""
         while True:
             try:
                 event = self._events.get_nowait()
@@ -423,7 +423,7 @@ class BatchRun:
                     self._take(event)
 
     def _decode_the_rest(self) -> None:
-        """A run that is stopped keeps the rows that the engine has finished."""
+        """Decode the completions that the engine finished before the run was stopped."""
         if self._to_decode:
             rows, self._to_decode = self._to_decode, []
             self._decoding += 1
@@ -440,5 +440,5 @@ class BatchRun:
 
 
 def make_decode(tokenizer: Any, skip_special_tokens: bool) -> Decode:
-    """A decoder with a tokenizer of its own, for one thread."""
+    """Make a decoder with its own tokenizer, for one thread."""
     return partial(copy.deepcopy(tokenizer).batch_decode, skip_special_tokens=skip_special_tokens)

@@ -1,4 +1,4 @@
-"""The caller's side of a run: takes finished rows, shows progress, and ends the run whatever happens."""
+"""The caller's side of a run: takes finished rows, shows progress, and ends the run in every case."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hf_async_batching.errors import DatasetRowError
 class Consumer:
     """Iterates over the finished rows of a run, in the order in which they finish.
 
-    A context manager: leaving it ends the run.
+    It is a context manager; leaving it ends the run.
 
     Args:
-        run: Not started yet.
-        progress: Told of every row.
-        on_error: "raise" raises at the first row that failed; "record" hands it on.
+        run: The run, which is not started yet.
+        progress: Counts every row.
+        on_error: "raise" raises at the first failed row; "record" yields failed rows, too.
         where: Name of the split, as a part of a message.
 
     Attributes:
-        left: Rows that were finished and not taken when the run ended.
+        left: Finished rows that were not taken when the run ended.
     """
 
     def __init__(self, run: BatchRun, progress: Progress, on_error: OnError, where: str = "") -> None:
@@ -65,7 +65,7 @@ class Consumer:
 
 
 def in_order(results: Iterable[RowResult], release: Callable[[int], object]) -> Iterator[RowResult]:
-    """Rows by their indices, which count from 0 without a gap; each is released once it was taken."""
+    """Yield rows in the order of their indices, which count from 0 without a gap. Each row is released after use."""
     following = 0
     early: dict[int, RowResult] = {}
     for result in results:

@@ -1,4 +1,4 @@
-"""In which order rows go to the engine, where the caller does not see it."""
+"""The order in which rows go to the engine; callers do not see it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 from hf_async_batching.core.request import Request
 from hf_async_batching.dataset.rows.row import PreparedRow
 
-# Two buckets for each doubling: close enough for the tail of a run, and wide enough to leave room for prefixes.
+# Two buckets for each doubling of the length: fine enough for the end of a run, and coarse enough to group prefixes.
 _BUCKETS_PER_OCTAVE = 2
 _PREFIX_TOKENS = 64
 
 
 class RowJob(NamedTuple):
-    """One completion of a row, as the engine gets it.
+    """One completion of a row, as it goes to the engine.
 
     Attributes:
-        row: Which has it.
-        completion: Its index among the row's.
-        request: What is asked for.
-        arguments: Of `GenerationManager.submit`, which looks after criteria that are no part of a request; None where
-            the request is all.
+        row: The row.
+        completion: Index of the completion in its row.
+        request: The request.
+        arguments: Arguments of `GenerationManager.submit`, which handles criteria that are not part of a request; None
+            if the request says everything.
     """
 
     row: PreparedRow
@@ -36,13 +36,13 @@ class RowJob(NamedTuple):
 class RowOrdering:
     """The rows that wait for the engine, longest first.
 
-    Long requests that start last leave the engine half empty at the end of a run; so they start first (the rule of
-    longest processing time, Graham 1969). Rows of similar length are sorted by their first tokens, so that rows that
-    share a prompt's beginning follow each other and find it in the prefix cache. A further completion of a row waits
-    until the engine has been given a step's worth of other prompts: by then the first one's pages can be found.
+    Long requests that start last would leave the engine half empty at the end of a run, so they start first (the rule
+    of longest processing time, Graham 1969). Rows of similar length are sorted by their first tokens. Rows with the
+    same beginning then follow each other and find it in the prefix cache. A further completion of a row waits until
+    the engine has got a step's worth of other prompts. By then it finds the pages of the first completion.
 
     Args:
-        block: Rows of an earlier block of this size go before rows of a later one, so that no row waits for ever.
+        block: Rows of an earlier block of this size go before rows of a later block, so that no row waits forever.
         step_tokens: Prompt tokens that the engine computes in one step.
     """
 
@@ -55,18 +55,18 @@ class RowOrdering:
         self._given = 0
 
     def add(self, jobs: list[RowJob]) -> None:
-        """All completions of one row."""
+        """Add all completions of one row."""
         row, request = jobs[0].row, jobs[0].request
         bucket = int(math.log2(len(request.prompt) + request.max_new_tokens) * _BUCKETS_PER_OCTAVE)
         prefix = array("i", request.prompt[:_PREFIX_TOKENS]).tobytes()
         heapq.heappush(self._waiting, (row.index // self._block, -bucket, prefix, row.index, jobs))
 
     def add_again(self, job: RowJob) -> None:
-        """A completion that the engine lost; it goes first."""
+        """Add a completion that the engine lost; it goes first."""
         self._again.append(job)
 
     def take(self, count: int) -> list[RowJob]:
-        """The next `count` completions, or fewer where there are no more now."""
+        """Take the next `count` completions, or fewer if no more are ready."""
         taken: list[RowJob] = []
         while len(taken) < count:
             if self._again:
@@ -83,7 +83,7 @@ class RowOrdering:
         return taken
 
     def __len__(self) -> int:
-        """Completions that wait."""
+        """Return the number of waiting completions."""
         return sum(len(entry[-1]) for entry in self._waiting) + len(self._followers) + len(self._again)
 
     def __bool__(self) -> bool:

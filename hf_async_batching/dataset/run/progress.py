@@ -1,4 +1,4 @@
-"""How far a run is, for people and for programs."""
+"""The progress of a run, for people and for programs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ LOG_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class DatasetProgress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         split: Name of the split of a `DatasetDict`; empty otherwise.
-        rows: Finished ones, those of earlier runs included.
+        rows: Finished rows, with those of earlier runs.
         total: All rows; None for streams.
         resumed: Rows that earlier runs had finished.
         failed: Finished rows with an error.
         tokens: New tokens of this run's finished rows.
-        tokens_per_second: New tokens of all of the engine's requests, over the last two seconds.
+        tokens_per_second: New tokens of all requests of the engine, over the last two seconds.
         running: Requests that the engine computes.
         waiting: Requests that wait for a place.
-        seconds: Since the run began.
-        remaining_seconds: An estimate; None where none can be made.
+        seconds: Seconds since the run began.
+        remaining_seconds: An estimate of the remaining time; None if no estimate is possible.
     """
 
     split: str
@@ -51,14 +51,14 @@ class DatasetProgress:
 class Progress:
     """Counts rows, draws a bar on a terminal or in a notebook, and calls back at most twice a second.
 
-    Where there is neither, it logs a line each 30 seconds.
+    Without a bar, it logs a line each 30 seconds.
 
     Args:
         manager: The manager whose figures are shown.
         total: Rows; None for streams.
         split: Name of the split of a `DatasetDict`.
-        bar: Whether to draw one; None: where standard error is a terminal, and in a notebook.
-        callback: Called in the caller's thread.
+        bar: Whether to draw a bar; None for a bar on a terminal (standard error) and in a notebook.
+        callback: Called with a `DatasetProgress`, in the caller's thread.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Progress:
             self._bar = tqdm(total=total, desc=split or None, unit=" rows", dynamic_ncols=True)
 
     def resumed(self, rows: int) -> None:
-        """Rows that an earlier run has finished."""
+        """Count rows that an earlier run has finished."""
         self._resumed += rows
         self._rows += rows
         if self._bar is not None:
@@ -94,13 +94,13 @@ class Progress:
             self._bar.update(rows)
 
     def finished(self, tokens: int, failed: bool) -> None:
-        """One row is finished."""
+        """Count a finished row."""
         self._rows += 1
         self._tokens += tokens
         self._failed += failed
 
     def show(self, *, at_once: bool = False) -> None:
-        """Tell how far the run is, if that is due."""
+        """Show the progress, if that is due."""
         now = time.perf_counter()
         if self._logs and now - self._logged >= LOG_SECONDS:
             self._logged = now
@@ -121,7 +121,7 @@ class Progress:
             self._callback(state)
 
     def state(self) -> DatasetProgress:
-        """How far the run is."""
+        """Return the progress of the run."""
         stats = self._manager.stats()
         seconds = time.perf_counter() - self._began
         done = self._rows - self._resumed
@@ -150,7 +150,7 @@ class Progress:
 
 
 def describe(state: DatasetProgress) -> str:
-    """How far a run is, in one line."""
+    """Describe the progress of a run in one line."""
     total = "" if state.total is None else f" of {state.total:,}"
     parts = [
         f"{f'{state.split}: ' if state.split else ''}{state.rows:,}{total} rows",
@@ -168,6 +168,6 @@ def describe(state: DatasetProgress) -> str:
 
 
 def in_notebook() -> bool:
-    """Whether a notebook's kernel runs this."""
+    """Whether this code runs in a notebook's kernel."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter's and Colab's

@@ -1,4 +1,4 @@
-"""From prepared rows to requests: the common generation config, what a row changes in it, and its seeds."""
+"""Turns prepared rows into requests, from the common generation config, the row's changes, and the row's seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_async_batching.manager import GenerationManager
 
 _MAX_TEMPLATES = 4096
 
-# Fields of which nothing in a request follows from the prompt itself, other than from its length.
+# Fields that read nothing of a prompt but its length. Rows with only these fields can share a template.
 _PROMPTLESS = {
     "max_length",
     "max_new_tokens",
@@ -42,7 +42,7 @@ _PROMPTLESS = {
     "transformers_version",
     "_from_model_config",
 }
-# Fields that `GenerationManager.submit` looks after, beside the engine.
+# Fields that `GenerationManager.submit` handles outside of the engine.
 _BESIDE = {"stop_strings", "max_time"}
 
 
@@ -51,13 +51,13 @@ class RowRequests:
 
     Args:
         manager: The manager that will serve the requests.
-        generation_config: Common to all rows; the model's own where None.
-        arguments: Fields of `GenerationConfig` over it, common to all rows.
-        num_completions: Requests per row.
-        seed: Seed of the whole run: with the row's index and the completion's it decides each request's own.
+        generation_config: The generation config of all rows; None for the model's own.
+        arguments: Fields of `GenerationConfig` that replace the config's, for all rows.
+        num_completions: Number of requests per row.
+        seed: Seed of the run. A request's seed follows from it, the row's index and the completion's index.
         tokenizer: The model's tokenizer, which stop strings need.
-        scope: What tells this run's rows from others with the same indices: the name of a split.
-        logprobs: Whether log-probabilities are wanted.
+        scope: Name of the split. Rows of two splits with the same index get different seeds.
+        logprobs: Whether completions have log-probabilities.
     """
 
     def __init__(
@@ -86,16 +86,16 @@ class RowRequests:
         self._given = {name for name, value in self._common.items() if value is not None}
 
     def check(self) -> None:
-        """Refuse common arguments that no row could be served with.
+        """Refuse common arguments with which no row can be served.
 
         Raises:
             ValueError: An argument is out of range.
-            UnsupportedArgumentError: An argument that is not served.
-            TypeError: An argument that `GenerationConfig` does not have.
+            UnsupportedArgumentError: An argument is not served.
+            TypeError: `GenerationConfig` does not have an argument.
         """
         if "stop_strings" in self._given and self._tokenizer is None:
             raise ValueError("`stop_strings` need a `tokenizer`")
-        # Lengths that a prompt's own length decides are each row's.
+        # Limits that depend on a prompt's length are checked for each row.
         request = self._make([0], {"max_new_tokens": 1, "min_new_tokens": 0, "min_length": 0})
         if self._num_completions > 1 and not request.sampling.do_sample:
             raise ValueError(
@@ -104,10 +104,10 @@ class RowRequests:
             )
 
     def jobs(self, row: PreparedRow) -> list[RowJob]:
-        """The completions of a row.
+        """Make the completions of a row.
 
         Raises:
-            Exception: What is wrong with the row's parameters, as `GenerationManager.submit` says it.
+            Exception: The row's parameters are wrong; the error is that of `GenerationManager.submit`.
         """
         template = self._template(row)
         seed = row_seed(self._seed, self._scope, row.index) if row.seed is None else row.seed
@@ -126,11 +126,11 @@ class RowRequests:
 
     @staticmethod
     def again(request: Request) -> Request:
-        """The same request under another id."""
+        """Copy a request, with another id."""
         return replace(request, request_id=new_request_id())
 
     def _template(self, row: PreparedRow) -> Request:
-        """A request whose prompt and seed need not be this row's: preparing a config costs more than all the rest."""
+        """Return a request that fits the row except for prompt and seed. Preparing a config is slow."""
         if (self._given | row.parameters.keys()) - _PROMPTLESS:
             return self._make(row.prompt, row.parameters)
         fields = {**self._common, **row.parameters}
@@ -156,7 +156,7 @@ class RowRequests:
 
 
 def row_seed(seed: int, scope: str, index: int) -> int:
-    """The seed of a row: a function of the run's seed, the split and the row's index, and of nothing else."""
+    """Return the seed of a row. It depends only on the run's seed, the split and the row's index."""
     digest = hashlib.blake2b(f"{seed} {index} {scope}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % MAX_SEED
 
@@ -164,10 +164,10 @@ def row_seed(seed: int, scope: str, index: int) -> int:
 def split_arguments(
     generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> tuple[int, dict[str, Any]]:
-    """Completions per row, and the arguments without their number.
+    """Return the number of completions per row, and the arguments without that number.
 
     Raises:
-        UnsupportedArgumentError: An argument that a batch over a dataset gives in another way.
+        UnsupportedArgumentError: `generate_dataset` has another argument for this purpose.
     """
     rest = dict(arguments)
     for name, remedy in (("streamer", "use `callback`"), ("input_ids", "name the column with `prompt`")):
@@ -185,12 +185,12 @@ def check_names(arguments: Iterable[str], config: GenerationConfig | None, own: 
     """Refuse arguments that neither `submit` nor a generation config has.
 
     Args:
-        arguments: Their names.
-        config: May have fields of its own.
-        own: The names that `generate_dataset` itself has.
+        arguments: Names of the arguments.
+        config: A generation config, which may have more fields.
+        own: Names of `generate_dataset`'s own parameters.
 
     Raises:
-        TypeError: Names them, and what was probably meant.
+        TypeError: Some arguments are unknown; the message names them, and the probable names.
     """
     fields = {*INSTALLED, *(vars(config) if config is not None else ())}
     unknown = sorted(set(arguments) - fields - set(known_arguments()))

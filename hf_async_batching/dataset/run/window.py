@@ -1,4 +1,4 @@
-"""The window of unfinished rows: how far reading may run ahead."""
+"""The window of unfinished rows, which limits how far reading runs ahead."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class RowWindow:
     """Holds the reader back, so that the memory of a run does not grow with its length.
 
     Args:
-        rows: Rows that may be unfinished at once.
-        span: Distance between the oldest unfinished row and the last one that was read, in rows.
+        rows: Number of rows that may be unfinished at once.
+        span: Largest distance in rows between the oldest unfinished row and the last row that was read.
     """
 
     def __init__(self, rows: int, span: int) -> None:
@@ -25,7 +25,8 @@ class RowWindow:
     def enter(self, indices: list[int]) -> bool:
         """Wait until there is room for these rows, which follow all that entered before.
 
-        More rows than the window holds enter once it is empty. Returns False when the run was stopped.
+        A larger number of rows than the window holds enters when the window is empty. Returns False if the run was
+        stopped.
         """
         with self._changed:
             while not (self._closed or self._fits(indices)):
@@ -34,7 +35,7 @@ class RowWindow:
             return not self._closed
 
     def leave(self, index: int) -> None:
-        """Take out a row that is finished and that its consumer has taken."""
+        """Remove a finished row that its consumer has taken."""
         with self._changed:
             self._left.add(index)
             while self._order and self._order[0] in self._left:
@@ -48,7 +49,7 @@ class RowWindow:
             self._changed.notify_all()
 
     def __len__(self) -> int:
-        """Unfinished rows."""
+        """Return the number of unfinished rows."""
         return len(self._order) - len(self._left)
 
     def _fits(self, indices: list[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, also after the power went."""
+"""Writes files that exist in full or not at all, even after a power failure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# What file systems answer that cannot do a thing at all: exFAT, FUSE, SMB, ...
+# Errors of file systems that lack an operation: exFAT, FUSE, SMB, ...
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOLCK}
 
 
 def is_not_supported(error: OSError) -> bool:
-    """Whether a file system has refused a kind of call rather than this one."""
+    """Whether a file system lacks an operation, rather than failing at this call."""
     return error.errno in _NOT_SUPPORTED
 
 
 def sync_file(descriptor: int) -> None:
-    """Bring a file to the disk, where its file system can.
+    """Write a file through to the disk, if its file system can do so.
 
     Raises:
-        OSError: It could not be written.
+        OSError: The file could not be written.
     """
     try:
         os.fsync(descriptor)
@@ -30,10 +30,10 @@ def sync_file(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a crash of the machine, where its file system can."""
+    """Make the names in a folder survive a crash of the machine, if its file system can do so."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # folders cannot be opened everywhere
+    except PermissionError:  # some systems cannot open folders
         return
     try:
         os.fsync(descriptor)
@@ -45,10 +45,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, bring it to the disk, and give it its name in one step.
+    """Let `write` make a file beside `path`, write it through to the disk, and rename it to `path` in one step.
 
     Raises:
-        OSError: It could not be written; nothing of it is left.
+        OSError: The file could not be written; no part of it is left.
     """
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -63,12 +63,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_if_first(path: Path, content: str) -> None:
-    """Write a file in full, unless another process has done so, whose content stays.
+    """Write a file in full, unless another process has written it first; then that process's content stays.
 
-    A file system without hard links cannot tell which of two processes was first: there the last one's content stays.
+    A file system without hard links cannot tell which of two processes was first. There, the later content stays.
 
     Raises:
-        OSError: It could not be written.
+        OSError: The file could not be written.
     """
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -92,7 +92,7 @@ def write_if_first(path: Path, content: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, and bring their names to the disk."""
+    """Make a folder and its parents, and write their names through to the disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

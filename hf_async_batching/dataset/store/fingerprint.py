@@ -1,6 +1,7 @@
-"""What decides a run's outputs, so that a later run can tell whether it goes on with the same.
+"""Fingerprints of everything that decides a run's outputs. A later run continues only with an equal fingerprint.
 
-A fingerprint is a dictionary of plain values; two are compared entry by entry, so that a difference has a name.
+A fingerprint is a dictionary of plain values. Fingerprints are compared entry by entry, so that a difference has a
+name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Fingerprint = dict[str, Any]
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """The differences, one line each: the entry's name, its earlier value, its value now."""
+    """List the differences, one line each: the entry's name, its earlier value, and its value now."""
     lines = []
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)
@@ -35,7 +36,7 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def digest(*parts: bytes | str) -> str:
-    """A short checksum of content."""
+    """Return a short checksum of the parts."""
     checksum = hashlib.blake2b(digest_size=12)
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -45,9 +46,9 @@ def digest(*parts: bytes | str) -> str:
 
 
 def fingerprint_of_model(model: PreTrainedModel) -> Fingerprint:
-    """Class, config, dtype, and a checksum of a few values of each weight."""
+    """Return class, config, dtype, and a checksum of a few values of each weight."""
     config = model.config.to_diff_dict()
-    # Some of these are set by loading and saving.
+    # Loading and saving sets some of these fields.
     for name in ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     return {
@@ -59,7 +60,7 @@ def fingerprint_of_model(model: PreTrainedModel) -> Fingerprint:
 
 
 def fingerprint_of_tokenizer(tokenizer: Any) -> Fingerprint | None:
-    """Class, vocabulary and rules, chat template; None without a tokenizer."""
+    """Return class, vocabulary, rules and chat template; None without a tokenizer."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -73,7 +74,7 @@ def fingerprint_of_tokenizer(tokenizer: Any) -> Fingerprint | None:
 
 
 def fingerprint_of_config(model: PreTrainedModel, config: GenerationConfig | None, arguments: Any) -> Fingerprint:
-    """The fields of the generation config that a row without parameters of its own is served with."""
+    """Return the fields of the generation config for a row without its own parameters."""
     used = (config if config is not None else model.generation_config).to_diff_dict()
     used.update({name: value for name, value in arguments.items() if value is not None})
     for name in ("transformers_version", "_from_model_config"):
@@ -82,7 +83,7 @@ def fingerprint_of_config(model: PreTrainedModel, config: GenerationConfig | Non
 
 
 def fingerprint_of_function(function: Callable[..., Any]) -> str:
-    """A checksum of a function's code, defaults and captured values; equal in every process."""
+    """Return a checksum of a function's code, defaults and captured values. It is equal in every process."""
     return digest(*_parts_of_function(function))
 
 
@@ -93,7 +94,7 @@ def _parts_of_function(function: Any) -> list[str | bytes]:
         return [*_parts_of_function(function.__func__), _plain(function.__self__)]
     code = getattr(function, "__code__", None)
     if code is None:
-        # An object with __call__, or a function in C.
+        # The callable is an object with __call__, or a C function.
         call = vars(type(function)).get("__call__")
         own = _parts_of_function(call) if hasattr(call, "__code__") else []
         return [getattr(function, "__qualname__", type(function).__qualname__), *own, _plain(function)]
@@ -109,7 +110,7 @@ def _parts_of_function(function: Any) -> list[str | bytes]:
 def _part_of_captured(value: Any) -> list[str | bytes]:
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
-    # What else a function holds (a tokenizer, a lock, a counter) may change while it is the same function.
+    # Other captured objects (a tokenizer, a lock, a counter) may change while the function stays the same.
     return [_plain(value) if isinstance(value, _VALUES) else type(value).__qualname__]
 
 
@@ -128,7 +129,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _plain(value: Any) -> str:
-    """A text that is the same in every process: no addresses, and no order that hashing made."""
+    """Write a value as a text that is the same in every process, without addresses and without hash order."""
     if isinstance(value, Mapping):
         return "{" + ",".join(sorted(f"{_plain(k)}:{_plain(v)}" for k, v in value.items())) + "}"
     if isinstance(value, (set, frozenset)):
@@ -151,7 +152,7 @@ def _weights(model: PreTrainedModel) -> str:
     for parameter in model.parameters():
         local = getattr(parameter, "_local_tensor", parameter)  # a weight that is spread over ranks: this rank's part
         flat = local.detach().reshape(-1) if local.is_contiguous() else local.detach()[:1].reshape(-1)
-        # Any few elements do: a change of weights changes all of them.
+        # A few elements are enough, because a change of the weights changes all elements.
         samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double().cpu())
     return digest(torch.cat(samples).numpy().tobytes()) if samples else digest()
 

@@ -1,6 +1,6 @@
-"""Checksums of the rows as they were read, so that a run never goes on with other data.
+"""Checksums of the rows that were read, so that a run never continues with other data.
 
-One record for each chunk and column, written before any row of the chunk is served.
+There is one record for each chunk and column. It is written before any row of the chunk is served.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _LOG = re.compile(r"inputs-\d+\.log")
 
 
 class InputLog:
-    """Compares chunks with those that earlier runs have read, and remembers new ones.
+    """Compares chunks with those that earlier runs have read, and records new ones.
 
     Args:
-        folder: Where the logs of all ranks are.
+        folder: The folder of all ranks' logs.
         rank: Rank whose log is written.
 
     Attributes:
-        num_rows: All rows, once some run has read the last one.
+        num_rows: Number of all rows, known when a run has read the last one.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -42,10 +42,10 @@ class InputLog:
         self._journal = Journal(folder / f"inputs-{rank}.log")
 
     def check(self, chunk: RowBlock) -> None:
-        """Compare a chunk, or remember it.
+        """Compare a chunk with an earlier run's, or record it.
 
         Raises:
-            ResumeMismatchError: It is not what an earlier run has read; names rows and columns.
+            ResumeMismatchError: An earlier run has read other data; the message names rows and columns.
         """
         count = chunk.table.num_rows
         record = {
@@ -74,10 +74,10 @@ class InputLog:
             )
 
     def end(self, num_rows: int) -> None:
-        """All rows have been read.
+        """Record that all rows have been read.
 
         Raises:
-            ResumeMismatchError: There were more before.
+            ResumeMismatchError: An earlier run has read another number of rows.
         """
         if self.num_rows is None:
             self._journal.append([{"end": num_rows}])
@@ -86,7 +86,7 @@ class InputLog:
             raise ResumeMismatchError(f"the data has another number of rows: {self.num_rows} before, {num_rows} now")
 
     def sync(self) -> None:
-        """Bring the log to the disk."""
+        """Write the log through to the disk."""
         self._journal.sync()
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class InputLog:
 
 
 def _digest(column: Any) -> str:
-    """A checksum of a column's values: of their Arrow buffers, laid out anew so that equal values are equal bytes."""
+    """Return a checksum of a column's Arrow buffers, which are copied first so that equal values have equal bytes."""
     import pyarrow as pa
 
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -103,7 +103,7 @@ def _digest(column: Any) -> str:
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    # `take` copies: no offset, no bytes beyond the values. The type is part of it.
+    # `take` copies the values without an offset and without further bytes. The checksum includes the type.
     column = column.take(pa.array(np.arange(len(column))))
     sink = pa.BufferOutputStream()
     schema = pa.schema([pa.field("column", column.type)])

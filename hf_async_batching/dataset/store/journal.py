@@ -1,7 +1,7 @@
-"""An append-only file of records. What a crash leaves of the last ones is recognized, and cut off.
+"""An append-only file of records. Incomplete records after a crash are recognized and cut off.
 
-A record is its length, the CRC-32 of its content, and the content, which is JSON. Reading stops at the first record
-that is not whole: nothing after it was ever synced before it.
+A record is its length, the CRC-32 of its content, and the content, which is JSON. Reading stops at the first
+incomplete record, because no later record was ever synced before it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _HEADER = struct.Struct("<II")
 
 
 def read_journal(path: Path) -> Iterator[Any]:
-    """The whole records of a journal; none where there is no file."""
+    """Yield the complete records of a journal; none if the file does not exist."""
     yield from (record for record, _ in _records(path))
 
 
 class Journal:
-    """Appends to a file, of which everything but whole records is cut off first.
+    """Appends records to a file. Everything but complete records is cut off first.
 
     Args:
-        path: Made where it does not exist.
+        path: The file; made if it does not exist.
 
     Raises:
         OSError: The file cannot be written.
@@ -41,7 +41,7 @@ class Journal:
         self.path = path
         self._unsynced = 0
         exists = path.exists()
-        # Unbuffered: `append` writes whole batches, and what a process has written outlives it.
+        # The file is unbuffered: `append` writes whole batches, and they survive the process.
         self._file: BinaryIO = path.open("r+b" if exists else "w+b", buffering=0)
         if end:
             self._file.truncate(end)
@@ -57,14 +57,14 @@ class Journal:
 
     @property
     def unsynced(self) -> int:
-        """Bytes that a crash of the machine would lose; one of the process loses none."""
+        """Number of bytes that a crash of the machine would lose; a crash of the process loses none."""
         return self._unsynced
 
     def append(self, records: list[Any]) -> None:
         """Write records.
 
         Raises:
-            OSError: They could not be written; none of them counts.
+            OSError: The records could not be written; none of them counts.
         """
         batch = bytearray()
         for record in records:
@@ -73,7 +73,7 @@ class Journal:
         try:
             _write(self._file, batch)
         except OSError:
-            # Half a record would hide those that a later attempt writes after it.
+            # An incomplete record would hide the records that a later attempt writes after it.
             self._file.truncate(self._end)
             self._file.seek(self._end)
             raise
@@ -102,7 +102,7 @@ def _write(file: BinaryIO, content: bytes | bytearray) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[Any, int]]:
-    """Records and the positions at which they end."""
+    """Yield the records and the positions of their ends."""
     try:
         file = path.open("rb")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a folder of a run says about itself: what it was made from, how its rows are cut into shards, its schema."""
+"""The manifest of a run's folder: what the run is made from, how its rows are cut into shards, and its schema."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NAME = "manifest.json"
 
 @dataclass(slots=True)
 class Manifest:
-    """Written before the first row is served.
+    """The contents of a manifest, which is written before the first row is served.
 
     Attributes:
-        fingerprint: Arguments, model, tokenizer, and what is known of the data in advance.
-        shard_rows: Rows per shard: shard k holds the rows from k * shard_rows on.
+        fingerprint: Arguments, model, tokenizer, and what is known about the data in advance.
+        shard_rows: Rows per shard; shard k holds the rows from k * shard_rows on.
         features: Features of the finished dataset, as `datasets.Features.to_dict` gives them.
-        num_rows: Length of the whole dataset; None for streams, until it is complete.
-        shards: Names of the shards' files, in order; None until all are there.
-        checksums: Checksums of these files' content, by name; None until all are there.
-        made_with: Versions, for people.
-        signed: Whether the shards' files say which run and which shard they are.
+        num_rows: Length of the whole dataset; None for streams until the run is complete.
+        shards: Names of the shards' files, in order; None until all exist.
+        checksums: Checksums of the files' contents, by name; None until all exist.
+        made_with: Versions of the packages, for information only.
+        signed: Whether the shards' files say to which run they belong and which shard they are.
         version: Version of the folder's layout.
     """
 
@@ -42,25 +42,25 @@ class Manifest:
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
-        """Put it into its place, in full or not at all."""
+        """Write the manifest into a folder, in full or not at all."""
         content = json.dumps(asdict(self), indent=1)
         write_whole(folder / NAME, lambda path: path.write_text(content, encoding="utf-8"))
 
     def write_if_first(self, folder: Path) -> None:
-        """Put it into its place unless another process has done so, which is then as good."""
+        """Write the manifest into a folder, unless another process was first; its manifest then counts."""
         write_if_first(folder / NAME, json.dumps(asdict(self), indent=1))
 
     @property
     def run(self) -> str:
-        """A checksum that tells this run's shards from another's."""
+        """A checksum that distinguishes this run's shards from another run's."""
         return digest(json.dumps([self.fingerprint, self.features, self.shard_rows], sort_keys=True))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None where there is none.
+    """Read the manifest of a folder; None if there is none.
 
     Raises:
-        ResumeMismatchError: It is not a run's folder, or one of another version.
+        ResumeMismatchError: The file is not a manifest, or has another version.
     """
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
@@ -77,10 +77,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_same(folder: Path, before: Manifest, now: Manifest) -> None:
-    """Refuse to go on with another run's folder.
+    """Refuse to continue in another run's folder.
 
     Raises:
-        ResumeMismatchError: Names each difference.
+        ResumeMismatchError: The manifests differ; the message names each difference.
     """
     lines = differences(before.fingerprint, now.fingerprint)
     if before.features != now.features:
@@ -89,5 +89,5 @@ def check_same(folder: Path, before: Manifest, now: Manifest) -> None:
         raise ResumeMismatchError(
             f"`resume_dir`: {folder} holds a run with other arguments or data:\n  "
             + "\n  ".join(lines)
-            + "\nPass the same ones to go on with it, or another folder to start anew."
+            + "\nPass the same arguments and data to continue it, or another folder to start anew."
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 TOUCHED_SECONDS = 120.0
-"""How long the file of a process on another machine counts after it was touched last."""
+"""How long an owner file of another machine counts after it was last touched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class Owner:
     """A process that holds a lock.
 
     Attributes:
-        host: Its machine.
-        process: Its id there.
-        started: When it was started, in seconds: ids are used again.
-        path: The file that names it.
+        host: The machine of the process.
+        process: The process's id on that machine.
+        started: The process's start time in seconds, because ids are reused.
+        path: The file that names the process.
     """
 
     host: str
@@ -35,7 +35,7 @@ class Owner:
         return f"process {self.process} on {self.host}"
 
     def lives(self) -> bool:
-        """Whether it still runs; on another machine, whether it has touched its file lately."""
+        """Whether the process still runs; on another machine, whether it has touched its file recently."""
         if self.host == socket.gethostname():
             try:
                 return abs(psutil.Process(self.process).create_time() - self.started) < 1
@@ -60,7 +60,7 @@ class OwnerFile:
         self.path = path
 
     def touch(self) -> None:
-        """Show that this process lives."""
+        """Show that this process is alive."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
@@ -70,10 +70,10 @@ class OwnerFile:
 
 
 def take_owner_file(lock: Path) -> OwnerFile | None:
-    """Take a lock; None where a process that lives holds it.
+    """Take a lock; None if a live process holds it.
 
     Args:
-        lock: The file that would be locked; the file that names the owner is beside it.
+        lock: The file that would be locked; the file that names its owner is beside it.
 
     Raises:
         OSError: The file cannot be written.
@@ -95,7 +95,7 @@ def take_owner_file(lock: Path) -> OwnerFile | None:
 
 
 def read_owner(lock: Path) -> Owner | None:
-    """Which process holds a lock; None where none does, or where it has not said so in full yet."""
+    """Return the process that holds a lock; None if no process does, or if its file is not complete yet."""
     path = owner_path(lock)
     try:
         return Owner(**{**json.loads(path.read_text(encoding="utf-8")), "path": path})
@@ -104,12 +104,12 @@ def read_owner(lock: Path) -> Owner | None:
 
 
 def owner_path(lock: Path) -> Path:
-    """The file that names the owner of a lock."""
+    """Return the path of the file that names the owner of a lock."""
     return lock.with_suffix(".owner")
 
 
 def _now(beside: Path) -> float:
-    """The time by the clock of the file system."""
+    """Return the time of the file system's clock."""
     probe = beside.with_name(f".{beside.name}.{os.getpid()}.tmp")
     probe.touch()
     try:

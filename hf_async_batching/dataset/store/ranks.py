@@ -1,4 +1,4 @@
-"""Several processes on one dataset: which shards are whose, and who is still alive."""
+"""Several processes on one dataset: the shards of each process, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _TRY_SECONDS = 0.05
 
 
 class Ranks(NamedTuple):
-    """This process among those that share the work."""
+    """This process's rank among the processes that share the work."""
 
     rank: int = 0
     size: int = 1
 
     def owns(self, shard: int) -> bool:
-        """Whether the rows of a shard are this process's."""
+        """Whether this process serves the rows of a shard."""
         return shard % self.size == self.rank
 
 
 def find_ranks(rank: int | None, world_size: int | None) -> Ranks:
-    """This process's rank: as given, or as `torch.distributed`, `accelerate launch` or `torchrun` have set it.
+    """Return this process's rank: as given, or from `torch.distributed`, `accelerate launch` or `torchrun`.
 
     Raises:
         ValueError: Only one of the two is given, or the rank is out of range.
@@ -47,23 +47,23 @@ def find_ranks(rank: int | None, world_size: int | None) -> Ranks:
 
 
 class RankLock:
-    """Held by a process for as long as it works on its share of a folder.
+    """A lock that a process holds while it works on its share of a folder.
 
-    The system lets it go if the process dies. Where the file system has no locks (`flock`), a file names the process
-    that holds it, and counts for as long as that process lives; on another machine, for as long as it is touched.
+    The operating system releases the lock if the process dies. On a file system without locks (`flock`), a file names
+    the process that holds the lock. The file counts while that process lives; on another machine, while it is touched.
 
     Args:
-        folder: Where the locks are.
-        rank: This process's.
+        folder: The folder of the locks.
+        rank: This process's rank.
 
     Raises:
-        ResumeMismatchError: Another process has it.
+        ResumeMismatchError: Another process holds the lock.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         path = _path(folder, rank)
         self._held = _try_lock(path)
-        for _ in range(_TRIES):  # another rank may be looking whether this one is alive
+        for _ in range(_TRIES):  # another rank may just be checking whether this one is alive
             if self._held is not None:
                 break
             time.sleep(_TRY_SECONDS)
@@ -72,12 +72,12 @@ class RankLock:
             owner, named = read_owner(path), owner_path(path)
             raise ResumeMismatchError(
                 f"`resume_dir`: another process{f' ({owner})' if owner else ''} works in {folder.parent} as rank "
-                f"{rank}; wait for its end, or choose another folder"
+                f"{rank}; wait until it ends, or choose another folder"
                 + (f"; if it has ended, delete {named}" if named.exists() else "")
             )
 
     def touch(self) -> None:
-        """Show other machines that this process lives."""
+        """Show other machines that this process is alive."""
         if isinstance(self._held, OwnerFile):
             self._held.touch()
 

@@ -1,15 +1,15 @@
-"""A run's folder: finished rows go in as they come, and a later run goes on from what is there.
+"""A run's folder: finished rows are written to it as they come, and a later run continues from them.
 
 ::
 
     manifest.json              what the run is made from; names the shards at the end
     data/part-000000.parquet   rows 0 to shard_rows - 1, input and output columns: written once, when all are finished
-    work/part-000003.journal   finished rows of a shard that is not
+    work/part-000003.journal   finished rows of a shard that is not finished
     work/inputs-0.log          checksums of the rows that were read
     work/shards-0.log          checksums of the files that were written
 
-Which rows make a shard, and everything in it, depends on nothing but the rows: a run that was killed and goes on ends
-with the same bytes as one that was not.
+The rows of a shard, and all its contents, depend only on the dataset's rows. A run that was killed and continued ends
+with the same bytes as a run that was not.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from hf_async_batching.errors import HfAsyncBatchingError
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
-"""How much of a run a crash of the machine may cost; that of a process costs nothing that was finished."""
+"""The time of a run that a crash of the machine may lose. A crash of a process loses no finished row."""
 
 SYNC_BYTES = 8 << 20
 
 DEAD_SECONDS = 120.0
-"""How long a rank whose shards are missing may not be there, before the others give up waiting for it."""
+"""How long the other ranks wait for a rank that is gone and whose shards are missing."""
 
 _QUEUED = 1024
 _WAIT_SECONDS, _MOST_WAIT_SECONDS = 0.1, 1.0
@@ -64,19 +64,19 @@ class _End(NamedTuple):
 
 
 class ResumeStore:
-    """Keeps a run's rows in a folder. One thread writes; the callers only wait where it falls behind.
+    """Keeps a run's rows in a folder. One thread writes; callers wait only if it falls behind.
 
     Args:
-        folder: Made where it does not exist.
+        folder: The folder; made if it does not exist.
         fingerprint: Fingerprint of the run.
         features: Features of the input and output columns together (`datasets.Features`).
         columns: Columns that the run adds.
-        num_rows: None for streams.
-        shard_rows: Rows per shard; a folder that has a manifest says it itself.
-        ranks: This process among those that share the run.
+        num_rows: Number of rows; None for streams.
+        shard_rows: Rows per shard. If the folder has a manifest, the manifest's number is used.
+        ranks: This process's rank among the processes that share the run.
 
     Raises:
-        ResumeMismatchError: The folder is another run's, or another process works in it.
+        ResumeMismatchError: The folder belongs to another run, or another process works in it.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ResumeStore:
             assert manifest is not None
         check_same(folder, manifest, wanted)
         if shard_rows is not None and shard_rows != manifest.shard_rows:
-            raise ValueError(f"`shard_rows` is {manifest.shard_rows} in {folder}; pass that, or None")
+            raise ValueError(f"`shard_rows` is {manifest.shard_rows} in {folder}; pass the same number, or None")
         self.manifest = manifest
         make_folder(self._data)
         make_folder(self._work)
@@ -136,10 +136,10 @@ class ResumeStore:
     # -- the reader's thread --------------------------------------------------------------------------------------
 
     def read(self, chunk: RowBlock) -> list[int]:
-        """Take note of rows that were read. Returns the indices of those that this process is to serve.
+        """Record rows that were read. Returns the indices of the rows that this process must serve.
 
         Raises:
-            ResumeMismatchError: They are not those of an earlier run.
+            ResumeMismatchError: The rows differ from those of an earlier run.
             OSError: The folder cannot be written.
         """
         self._inputs.check(chunk)
@@ -152,10 +152,10 @@ class ResumeStore:
         return wanted
 
     def read_all(self, num_rows: int) -> None:
-        """All rows have been read.
+        """Record that all rows have been read.
 
         Raises:
-            ResumeMismatchError: There were more, or fewer, before.
+            ResumeMismatchError: An earlier run has read more or fewer rows.
         """
         self._inputs.end(num_rows)
         self._put(_End(num_rows))
@@ -166,12 +166,12 @@ class ResumeStore:
         """Keep a finished row.
 
         Raises:
-            OSError: The folder cannot be written; says what is kept and how to go on.
+            OSError: The folder cannot be written; the message says what is kept and how to continue.
         """
         self._put(result)
 
     def finish(self) -> list[ShardFile]:
-        """Wait until all is written, then until the other processes have written their shards. Returns all, in order.
+        """Wait until this process and all others have written their shards. Returns all shards, in order.
 
         Raises:
             OSError: The folder cannot be written.
@@ -195,10 +195,10 @@ class ResumeStore:
             if dead:
                 raise HfAsyncBatchingError(
                     f"{len(missing)} of {count} shards in {self.folder} are missing, and there is no process "
-                    f"of rank {', '.join(map(str, dead))}; start again with the same arguments to go on"
+                    f"of rank {', '.join(map(str, dead))}; start again with the same arguments to continue"
                 )
             time.sleep(pause)
-            pause = min(1.1 * pause, _MOST_WAIT_SECONDS)  # a shared disk is asked less and less
+            pause = min(1.1 * pause, _MOST_WAIT_SECONDS)  # a shared disk is read less and less often
         self._files.name_strays()
         files = self._files.files(count)
         if self._ranks.rank == 0:
@@ -209,12 +209,12 @@ class ResumeStore:
         return files
 
     def abort(self, left: list[RowResult]) -> int:
-        """Write what is finished, the rows that are `left` too, and stop. Returns how many rows are kept."""
+        """Write all finished rows, with those in `left`, and stop. Returns how many rows are kept."""
         try:
             for result in left:
                 self._put(result)
             self._stop_writer()
-        except Exception as error:  # whatever ended the run is told to the caller; this comes on top of it
+        except Exception as error:  # the caller gets the error that ended the run; this one is only logged
             logger.warning("not all finished rows could be written: %s", error)
         for shard in list(self._shards.values()):
             with contextlib.suppress(OSError):
@@ -224,13 +224,13 @@ class ResumeStore:
 
     @property
     def rows_kept(self) -> int:
-        """Finished rows in the folder: of this process's shards, and of all that are complete."""
+        """Number of finished rows in the folder: those of this process's shards, and those of all complete shards."""
         return self._files.rows_present() + sum(len(shard.done) for shard in list(self._shards.values()))
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _pieces(self, chunk: RowBlock) -> list[tuple[int, int, int]]:
-        """A chunk cut at the borders of shards: number, first row, end."""
+        """Cut a chunk at the borders of shards; return each piece as shard number, first row and end."""
         pieces, start, end = [], chunk.start, chunk.start + chunk.table.num_rows
         while start < end:
             number = start // self._shard_rows
@@ -328,8 +328,8 @@ class ResumeStore:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             explained = OSError(
                 error.errno,
-                f"the disk of `resume_dir` is full ({error.strerror}); what was written before is kept: make room and "
-                "start again with the same arguments to go on",
+                f"the disk of `resume_dir` is full ({error.strerror}); rows written before are kept: free some space "
+                "and start again with the same arguments to continue",
                 str(self.folder),
             )
             explained.__cause__ = error
@@ -349,7 +349,7 @@ class ResumeStore:
         self._lock.release()
 
     def _remove_drafts(self) -> None:
-        """Remove unfinished files of a killed process, and journals of shards that are written."""
+        """Remove unfinished files of a killed process, and journals of written shards."""
         for folder in (self._data, self._work):
             for path in folder.iterdir():
                 draft = _DRAFT.fullmatch(path.name)
@@ -380,7 +380,7 @@ class ResumeStore:
 
 
 def _shard_rows(num_rows: int | None, ranks: int) -> int:
-    """Enough shards for each process's share to be of the same length, and no more than a person can look at."""
+    """Choose the rows per shard. Each of several processes gets many shards, so that their shares are about equal."""
     if num_rows is None:
         return _MOST_SHARD_ROWS
     if ranks == 1:

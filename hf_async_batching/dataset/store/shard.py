@@ -1,4 +1,4 @@
-"""A range of rows that becomes one Parquet file: what was read of it, what is finished of it."""
+"""A range of rows that becomes one Parquet file, with the rows that were read and the rows that are finished."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hf_async_batching.dataset.store.shard_files import shard_name
 
 
 class Shard:
-    """One shard that is not written yet. Finished rows go to a journal, and all of them to a file at the end.
+    """A shard that is not written yet. Finished rows go to a journal; at the end, all rows go to a file.
 
     Args:
         number: Number of the shard.
-        rows: Indices of its rows, if it is not the last one.
+        rows: Indices of the shard's rows; the last shard may have fewer.
         work: The folder of the journals.
         columns: Columns that the run adds.
 
     Attributes:
         done: Results by row.
-        num_rows: Length of the shard, once that is known.
+        num_rows: Length of the shard; None until it is known.
     """
 
     def __init__(self, number: int, rows: range, work: Path, columns: OutputColumns) -> None:
@@ -37,19 +37,19 @@ class Shard:
         self._journal: Journal | None = None
         self.done: dict[int, RowResult] = {}
         for record in read_journal(self._journal_path):
-            # A journal that was given another one's name is of no use, and does no harm.
+            # Records of other rows are ignored, so that a journal under another shard's name does no harm.
             if record["index"] in rows:
                 self.done[record["index"]] = _result(record)
 
     def put_inputs(self, start: int, table: Any) -> None:
-        """Rows from `start` on as they were read, all columns."""
+        """Add rows as they were read, from row `start` on, with all columns."""
         self._inputs[start] = table
 
     def add(self, results: list[RowResult]) -> None:
-        """Remember finished rows.
+        """Add finished rows, and write them to the journal.
 
         Raises:
-            OSError: They could not be written.
+            OSError: The rows could not be written.
         """
         if self._journal is None:
             self._journal = Journal(self._journal_path)
@@ -58,11 +58,11 @@ class Shard:
 
     @property
     def unsynced(self) -> int:
-        """Bytes that a crash of the machine would lose."""
+        """Number of bytes that a crash of the machine would lose."""
         return self._journal.unsynced if self._journal is not None else 0
 
     def sync(self) -> None:
-        """Bring the finished rows to the disk."""
+        """Write the finished rows through to the disk."""
         if self._journal is not None:
             self._journal.sync()
 
@@ -75,7 +75,7 @@ class Shard:
         """Write the shard's file, and remove the journal.
 
         Raises:
-            OSError: It could not be written; the journal is still there.
+            OSError: The file could not be written; the journal still exists.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -84,7 +84,7 @@ class Shard:
         inputs = pa.concat_tables([self._inputs[start] for start in sorted(self._inputs)])
         added = self._columns.arrays([self.done[self._first + i] for i in range(self.num_rows)])
         arrays = {name: inputs.column(name) for name in inputs.column_names} | added
-        # In one piece, so that the file does not depend on the pieces in which the rows were read.
+        # The rows are written in one piece, so that the file does not depend on the chunks in which they were read.
         table = pa.table([arrays[name] for name in schema.names], schema=schema).combine_chunks()
         write_whole(path, lambda draft: pq.write_table(table, draft))
         self.forget()
@@ -96,7 +96,7 @@ class Shard:
         self._journal_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Bring the journal to the disk and close it."""
+        """Write the journal through to the disk and close it."""
         if self._journal is not None:
             self._journal.close()
 

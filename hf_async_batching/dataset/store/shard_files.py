@@ -1,7 +1,7 @@
-"""The shards' files of a run's folder: which of them are whole, and are what this run has written.
+"""The shards' files of a run's folder, with a check that a file is intact and was written by this run.
 
-A file's name proves nothing: a copy, a file of another run, or half a file can have it. Each file says in its metadata
-which run and which shard it is, and the run keeps a checksum of each file that it has written.
+A file's name proves nothing: a copy, a file of another run, or half a file can have it. Each file's metadata name its
+run and its shard, and the run keeps a checksum of each file that it has written.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _METADATA = b"hf_async_batching"
 
 
 def shard_name(number: int) -> str:
-    """The name of a shard's file; sorted by name, shards are in order."""
+    """Return the name of a shard's file; names sort in the order of the shards."""
     return f"part-{number:06d}.parquet"
 
 
 def shard_number(name: str) -> int | None:
-    """The number of the shard that has this file; None for any other file."""
+    """Return the number of the shard with this file name; None for any other file."""
     match = _NAME.fullmatch(name)
     number = int(match[1]) if match else None
     return number if number is not None and shard_name(number) == name else None
 
 
 class ShardFile(NamedTuple):
-    """A file that is whole.
+    """An intact file.
 
     Attributes:
-        path: Where it is.
+        path: Path of the file.
         checksum: Checksum of its content.
     """
 
@@ -50,19 +50,19 @@ class ShardFile(NamedTuple):
 
 
 class ShardFiles:
-    """Knows the shards that are written.
+    """Tracks the written shards.
 
     Args:
         data: The folder of the shards.
         work: The folder of the logs.
         rank: Rank whose log is written.
-        run: What tells this run from others.
-        shard_rows: Rows per shard; the last one has the rest.
-        signed: Whether each file says which run and which shard it is, as those of earlier versions do not.
+        run: Checksum that distinguishes this run from others.
+        shard_rows: Rows per shard; the last shard has the rest.
+        signed: Whether each file names its run and its shard. Files of earlier versions do not.
         checksums: Checksums of a finished run's files, by name.
 
     Attributes:
-        num_rows: Length of the whole dataset, where that is known.
+        num_rows: Length of the whole dataset; None if unknown.
     """
 
     def __init__(
@@ -85,51 +85,51 @@ class ShardFiles:
         self._logged: dict[int, set[str]] = {}
 
     def metadata(self, number: int) -> dict[bytes, bytes]:
-        """What a shard's schema says of it."""
+        """Return the metadata for a shard's schema."""
         return {_METADATA: json.dumps({"run": self._run, "shard": number}).encode()}
 
     def path(self, number: int) -> Path:
-        """Where a shard's file belongs."""
+        """Return the path of a shard's file."""
         return self._data / shard_name(number)
 
     def written(self, number: int) -> None:
-        """Take note of a file that this process has just written."""
+        """Record a file that this process has just written."""
         checksum = _checksum(self.path(number))
         self._whole[number] = ShardFile(self.path(number), checksum)
         self._journal.append([{"shard": number, "checksum": checksum}])
 
     def look(self, numbers: Iterable[int]) -> None:
-        """Read shards' files that may be there; those that are damaged are named in a warning."""
+        """Read shards' files if they exist; a warning names the damaged ones."""
         self._read_logs()
         for number in numbers:
             if number not in self._whole:
                 self._look_at(number)
 
     def whole(self, number: int) -> bool:
-        """Whether a shard was found to be whole."""
+        """Whether a shard's file was found to be intact."""
         return number in self._whole
 
     def files(self, count: int) -> list[ShardFile]:
-        """The first `count` shards, all of which are whole."""
+        """Return the files of the first `count` shards, which must all be intact."""
         return [self._whole[number] for number in range(count)]
 
     def present(self) -> Iterator[int]:
-        """Shards of which there is a file, whole or not."""
+        """Yield the shards that have a file, intact or not."""
         return (number for path in self._data.iterdir() if (number := self._number(path)) is not None)
 
     def name_strays(self) -> None:
-        """Warn of files that are no shards of this run; they are not read."""
+        """Warn about files that are not shards of this run; they are not read."""
         files = (path for path in self._data.iterdir() if not path.name.startswith("."))
         names = sorted(path.name for path in files if self._number(path) is None)
         if names:
             logger.warning(
-                "%s: %s: no shards of this run, ignored here; remove them before others read the folder",
+                "%s: %s: not shards of this run, ignored here; remove them before other programs read the folder",
                 self._data,
                 ", ".join(names),
             )
 
     def rows_present(self) -> int:
-        """Rows of the shards that are there, other processes' too, and not known to be damaged."""
+        """Number of rows in existing shards of all processes, without shards that are known to be damaged."""
         import pyarrow.parquet as pq
 
         rows = sum(self._rows(number) for number in self._whole)
@@ -140,7 +140,7 @@ class ShardFiles:
         return rows
 
     def sync(self) -> None:
-        """Bring the log to the disk."""
+        """Write the log through to the disk."""
         self._journal.sync()
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ class ShardFiles:
             return "it is another shard, or another run's"
         known = self._logged.get(number)
         if known is None:
-            # Its writer was killed before it could note the checksum.
+            # The process that wrote the file was killed before it recorded the checksum.
             return None if said is not None or not self._signed else "it was not written by this run"
         return None if checksum in known else "its content has changed"
 
@@ -208,17 +208,17 @@ def _checksum(path: Path) -> str:
 
 
 def load_files(files: list[ShardFile], features: Any, *, streaming: bool) -> Any:
-    """The rows of shards, in order.
+    """Load the rows of shards, in order.
 
     Args:
-        files: At least one.
+        files: Files of the shards, at least one.
         features: Features of the rows (`datasets.Features`).
-        streaming: Give an `IterableDataset`.
+        streaming: Whether to return an `IterableDataset`.
     """
     from datasets import Dataset, IterableDataset
     from datasets.data_files import DataFilesDict, DataFilesList
 
-    # A list of names would be taken for patterns; these are files. What `datasets` keeps of them goes by the content.
+    # `datasets` would read a list of names as patterns. It caches these files by their contents.
     listed = DataFilesList([str(file.path.absolute()) for file in files], [(file.checksum,) for file in files])
     found = DataFilesDict({"train": listed})
     loaded: Any = (IterableDataset if streaming else Dataset).from_parquet(found, split="train", features=features)

@@ -229,7 +229,7 @@ def test_a_data_frame(manager: Any, tokenizer: Any) -> None:
         generate_dataset(manager, frame, tokenizer, prompt="q", **NEW)
     with pytest.raises(ValueError, match="from_pandas"):
         generate_dataset(manager, frame, tokenizer, resume_dir="run", **NEW)
-    with pytest.raises(ValueError, match="two columns of one name"):
+    with pytest.raises(ValueError, match="two columns of the DataFrame have the same name"):
         generate_dataset(manager, pd.concat([frame, frame], axis=1), tokenizer, **NEW)
     assert lengths(manager, frame["prompt"][:2], tokenizer) == [3, 2]
 
