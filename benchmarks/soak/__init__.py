@@ -1,1 +1,1 @@
-"""A random load of every kind of request for minutes: is everything right, and is nothing left behind?"""
+"""Runs a random load of all kinds of requests for minutes; checks every result, and that nothing is left behind."""

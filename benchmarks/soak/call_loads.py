@@ -1,4 +1,4 @@
-"""What callers of `model.generate(custom_generate=...)` and of `generate_dataset` do."""
+"""Loads that call `model.generate(custom_generate=...)` and `generate_dataset`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.soak.job import EOS, SoakJob
 from benchmarks.soak.loads import AddsByHistory
 from hf_async_batching.errors import UnsupportedArgumentError
 
-# Share of processors of a caller's own that look at all rows of a batch.
+# Share of the callers' own processors that look at all rows of a batch.
 _TOGETHER = 0.5
 
 
 def _batch(job: SoakJob) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Ragged prompts, and the same as a batch that is padded on the left."""
+    """Make prompts of different lengths, and the same prompts as a left-padded batch."""
     prompts = [job.prompt() for _ in range(job.rng.randint(1, 5))]
     longest = max(map(len, prompts))
     ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -39,7 +39,7 @@ def _generate(job: SoakJob, **arguments: Any) -> Any:
 
 
 def padded_batch(job: SoakJob) -> None:
-    """A padded batch through the drop-in, greedy, at times with end-of-sequence tokens."""
+    """Call the drop-in with a padded batch, greedy, sometimes with end-of-sequence tokens."""
     prompts, batch = _batch(job)
     count = job.new_tokens(32)
     eos = job.rng.choice([None, [EOS, 5, 6, 7]])
@@ -54,13 +54,13 @@ def padded_batch(job: SoakJob) -> None:
 
 
 def _to_end(row: list[int], eos: list[int]) -> list[int]:
-    """Tokens up to the first end of sequence."""
+    """Return the tokens up to the first end of sequence."""
     at = next((i for i, token in enumerate(row) if token in eos), len(row) - 1)
     return row[: at + 1]
 
 
 def drawn_batch(job: SoakJob) -> None:
-    """Several drawn sequences per prompt, with scores and logits."""
+    """Sample several sequences per prompt, with scores and logits."""
     prompts, batch = _batch(job)
     count, each = job.new_tokens(12), job.rng.randint(1, 3)
     out = _generate(
@@ -78,29 +78,29 @@ def drawn_batch(job: SoakJob) -> None:
     )
     shape = (len(prompts) * each, batch["input_ids"].shape[1] + count)
     if tuple(out.sequences.shape) != shape or len(out.scores) != count or len(out.logits) != count:
-        job.wrong(f"sequences of shape {tuple(out.sequences.shape)} and not {shape}")
+        job.wrong(f"sequences of shape {tuple(out.sequences.shape)}, not {shape}")
     else:
         job.done(count * shape[0])
 
 
 class Kept(BaseStreamer):
-    """Keeps what `generate` puts."""
+    """A streamer that keeps its tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Prompt first, then each token."""
+        """Receive the prompt first, then each token."""
         self.tokens += value.flatten().tolist()
 
     def end(self) -> None:
-        """After the last token."""
+        """Receive the end, after the last token."""
         self.ended = True
 
 
 def streamer(job: SoakJob) -> None:
-    """A streamer, which sees what is returned."""
+    """Call with a streamer, which must see the returned tokens."""
     prompt, kept = job.prompt(), Kept()
     ids = torch.tensor([prompt], device=job.subject.device)
     out = _generate(
@@ -113,13 +113,13 @@ def streamer(job: SoakJob) -> None:
         streamer=kept,
     )
     if kept.tokens != out[0].tolist() or not kept.ended:
-        job.wrong("the streamer saw something else than was returned")
+        job.wrong("the streamer saw other tokens than the returned ones")
     else:
         job.done(out.shape[1] - len(prompt))
 
 
 class AcrossTheBatch(LogitsProcessor):
-    """Looks at all rows at once: their mean moves each, and the call is counted."""
+    """A processor that looks at all rows at once: it moves each row by their mean, and counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -132,7 +132,7 @@ class AcrossTheBatch(LogitsProcessor):
 
 
 def batch_processors(job: SoakJob) -> None:
-    """Processors of the caller's own over a padded batch: of each row, or of all rows together."""
+    """Call with the caller's own processors on a padded batch, for each row or for all rows together."""
     prompts, batch = _batch(job)
     count, together = job.new_tokens(12), job.rng.random() < _TOGETHER
 
@@ -180,7 +180,7 @@ def _compare_batch(
 
 
 def dataset(job: SoakJob) -> None:
-    """A list of rows through `generate_dataset`, at times into a folder."""
+    """Complete a list of rows with `generate_dataset`, sometimes with a folder."""
     rows = [{"ids": job.prompt(20), "number": i} for i in range(job.rng.randint(1, 24))]
     count = job.new_tokens(8)
     arguments: dict[str, Any] = {"prompt": "ids", "max_new_tokens": count, "do_sample": False, "eos_token_id": None}
@@ -204,5 +204,5 @@ def dataset(job: SoakJob) -> None:
 
 
 def dataset_missing() -> str | None:
-    """Why datasets are left out here; None where they are not."""
+    """Say why datasets are left out here; None if they are not."""
     return None if importlib.util.find_spec("datasets") else "the datasets package is not installed"

@@ -1,4 +1,4 @@
-"""Clients in threads, changes of weights and engines meanwhile, a report each half minute, and a verdict.
+"""Runs clients in threads, changes weights and engines meanwhile, reports each half minute, and gives a verdict.
 
 python -m benchmarks.soak --minutes 15
 python -m benchmarks.soak --minutes 15 --device cuda --dtype bfloat16
@@ -32,7 +32,7 @@ from benchmarks.soak.watch import Held, held, known_objects, return_freed_memory
 
 Load = Callable[[SoakJob], None]
 
-# How often each is chosen, relative to the others.
+# How often each load is chosen, relative to the others.
 LOADS: dict[Load, int] = {
     loads.greedy: 8,
     loads.drawing: 6,
@@ -59,8 +59,8 @@ LOADS: dict[Load, int] = {
     faulty_loads.faulty_callback: 1,
 }
 
-# Torch keeps a workspace of cuBLAS for each pair of a thread's handle and a stream as long as the process lives. On
-# Hopper it has 32 MiB or more. A soak makes dozens of such pairs; small workspaces let a leak of ours show.
+# For each pair of a thread's handle and a stream, torch keeps a workspace of cuBLAS until the process ends. On Hopper
+# it has 32 MiB or more. A soak makes dozens of such pairs, and small workspaces make our own leaks visible.
 _SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
 
 _JOIN_SECONDS = 240.0
@@ -69,15 +69,15 @@ _TURN_SECONDS, _AT_RANDOM = 4.0, 0.2
 
 
 class Client(threading.Thread):
-    """One load after the other, until told to stop.
+    """A thread that runs one load after the other until it is told to stop.
 
     Args:
-        number: Of the client; seeds its choices.
+        number: Number of the client; seeds its choices.
         subjects: Models to choose from.
         chosen: Loads with their weights.
-        tally: Counts.
+        tally: Counts the outcomes.
         stop: Set at the end.
-        arguments: Of the command line.
+        arguments: Arguments of the command line.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Client(threading.Thread):
         self.doing = ""
 
     def run(self) -> None:
-        """Until told to stop."""
+        """Run loads until told to stop."""
         while not self._stop_event.is_set():
             awake = [subject for subject in self._subjects if subject.awake]
             if not awake:
@@ -113,12 +113,12 @@ class Client(threading.Thread):
                 load(job)
             except Exception as error:
                 outcome, tokens, detail = loads.outcome_of(error)
-                # Nothing closes an engine under a request that is compared.
+                # No engine is closed while one of its requests is compared.
                 self._tally.add(job.load, outcome, tokens, f"{job.subject.name}: {detail}")
         self.doing = ""
 
     def _subject(self, awake: Sequence[Subject]) -> Subject:
-        """Mostly the one that all clients turn to for some seconds, so that its rows and pages run out."""
+        """Choose a model: mostly the one that all clients use for some seconds, so that its rows and pages run out."""
         if self._rng.random() < _AT_RANDOM:
             return self._rng.choice(awake)
         return awake[int(time.perf_counter() / _TURN_SECONDS) % len(awake)]
@@ -156,13 +156,13 @@ def _report(began: float, tally: Tally, subjects: Sequence[Subject], now: Held, 
 
 
 def run(arguments: argparse.Namespace) -> SoakVerdict:
-    """The soak; prints as it goes."""
+    """Run the soak, and print reports meanwhile."""
     if arguments.device != "cpu":
         for name, value in _SMALL_WORKSPACES.items():
             os.environ.setdefault(name, value)
     chosen, subjects = _what(arguments)
     tally, stop = Tally(), threading.Event()
-    for subject in subjects:  # libraries load, pools of threads begin
+    for subject in subjects:  # loads libraries and starts thread pools
         subject.manager.warmup()
         subject.manager.close()
         subject.new_manager()
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> SoakVerdict:
 
 
 def _what(arguments: argparse.Namespace) -> tuple[dict[Load, int], list[Subject]]:
-    """Loads and models of this environment; says what is left out."""
+    """Return the loads and models for this environment, and print what is left out."""
     chosen = dict(LOADS)
     if (why := call_loads.dataset_missing()) is not None:
         print(f"left out: datasets, {why}")
@@ -225,7 +225,7 @@ def _what(arguments: argparse.Namespace) -> tuple[dict[Load, int], list[Subject]
 
 
 def _joined(threads: Sequence[threading.Thread]) -> list[str]:
-    """What has not come to its end; empties where all have."""
+    """Wait for the threads; return the names of those that did not end."""
     deadline = time.perf_counter() + _JOIN_SECONDS
     for thread in threads:
         thread.join(max(0.1, deadline - time.perf_counter()))
@@ -237,22 +237,22 @@ def _joined(threads: Sequence[threading.Thread]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15.0, help="how long (default: 15)")
+    parser.add_argument("--minutes", type=float, default=15.0, help="length of the soak (default: 15)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="float32 is compared exactly")
+    parser.add_argument("--dtype", default="float32", help="dtype of the models; float32 is compared exactly")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="some of %(default)s")
-    parser.add_argument("--clients", type=int, default=12, help="threads that ask (default: 12)")
-    parser.add_argument("--checks", type=float, default=0.2, help="share that is compared (default: 0.2)")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="families to serve (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=12, help="threads with requests (default: 12)")
+    parser.add_argument("--checks", type=float, default=0.2, help="share of compared requests (default: 0.2)")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between reports (default: 30)")
     parser.add_argument("--change-every", type=float, default=2.0, help="seconds between changes (default: 2)")
-    parser.add_argument("--flat", type=float, default=2.0, help="MiB a minute that memory may grow (default: 2)")
+    parser.add_argument("--flat", type=float, default=2.0, help="MiB per minute that memory may grow (default: 2)")
     parser.add_argument("--compile", action="store_true", help="let engines compile their layers")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0 where all is well."""
+    """Run the command line; the exit status is 0 if all is well."""
     arguments = _parser().parse_args(argv)
     unknown = set(arguments.families.split(",")) - FAMILIES.keys()
     if unknown:
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Let libraries log less meanwhile: many requests are bad on purpose."""
+    """Make libraries log less meanwhile, because many requests are bad on purpose."""
     levels = {"hf_async_batching": logging.CRITICAL, "transformers": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():

@@ -1,4 +1,4 @@
-"""What callers do wrong: each error reaches its own caller, and no other request notices."""
+"""Loads with mistakes of callers: each error must reach its own caller, and no other request may notice."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ BAD_ARGUMENTS: tuple[dict[str, Any], ...] = (
     {"guidance_scale": math.nan},
     {"watermarking_config": {"greenlist_ratio": 5.0}},
 )
-"""Arguments of `submit` of which most must be refused; those that are served must end."""
+"""Arguments of `submit`. Most of them must be refused; those that are served must end."""
 
 BAD_PROMPTS: tuple[Any, ...] = ([], [[1, 2]], [-1], [10**9], [2**40], [1.5], "text", None, [None], [5] * 5_000)
 
 
 def refused(job: SoakJob) -> None:
-    """Arguments and prompts that mean nothing."""
+    """Submit meaningless arguments and prompts."""
     if job.rng.random() < 0.2:
         prompt, arguments = job.rng.choice(BAD_PROMPTS), {"max_new_tokens": 3}
     else:
@@ -102,7 +102,7 @@ def refused(job: SoakJob) -> None:
 
 
 def _plain_raises(job: SoakJob, prompt: Any, arguments: dict[str, Any], kind: type[Exception]) -> bool:
-    """Whether plain `generate` has the same to say to the same."""
+    """Whether plain `generate` raises the same kind of error for the same arguments."""
     try:
         job.plain(prompt, **{"eos_token_id": None, **arguments})
     except kind:
@@ -113,7 +113,7 @@ def _plain_raises(job: SoakJob, prompt: Any, arguments: dict[str, Any], kind: ty
 
 
 class Faulty(LogitsProcessor):
-    """Goes wrong at a later token, in one of many ways."""
+    """A processor that fails at a later token, in one of many ways."""
 
     def __init__(self, way: str, at: int) -> None:
         self.way = way
@@ -143,14 +143,14 @@ class Faulty(LogitsProcessor):
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException, which is no `Exception`."""
+    """An error like pyo3's PanicException, which is not an `Exception`."""
 
 
 WAYS = ("raises", "panics", "exits", "wrong shape", "nothing", "slow", "changes its input")
 
 
 def faulty_processor(job: SoakJob) -> None:
-    """A processor that goes wrong."""
+    """Submit with a processor that fails."""
     way = job.rng.choice(WAYS)
     handle = job.submit(
         job.prompt(), max_new_tokens=6, do_sample=False, logits_processor=[Faulty(way, job.rng.randint(1, 4))]
@@ -169,7 +169,7 @@ def faulty_processor(job: SoakJob) -> None:
 
 
 def faulty_callback(job: SoakJob) -> None:
-    """A callback that raises when its request has ended."""
+    """Add a callback that raises when its request has ended."""
 
     def raises(_: Any) -> None:
         raise RuntimeError("a callback of the soak raises")
@@ -178,5 +178,5 @@ def faulty_callback(job: SoakJob) -> None:
     try:
         handle.add_done_callback(raises)
     except RuntimeError:
-        job.tally.note("callbacks that raised in the caller's thread")  # it had ended before
+        job.tally.note("callbacks that raised in the caller's thread")  # the request had ended before
     job.done(len(handle.result(SECONDS).token_ids))

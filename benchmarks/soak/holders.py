@@ -1,4 +1,4 @@
-"""What keeps an object alive: the shortest way from it to a root, by types and attributes."""
+"""Finds what keeps an object alive: the shortest way from it to a root, by types and attributes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _PLAIN = (list, tuple, set, frozenset, deque)
 
 
 def holders(one: object, own: list[Any]) -> str:
-    """The shortest chain from an object to a module, a class or a running function, the nearest first.
+    """Return the shortest chain from an object to a module, a class or a running function, the nearest first.
 
     Args:
         one: The object.
-        own: Lists of the caller that hold the object and do not count.
+        own: The caller's lists that hold the object; they do not count.
 
     Returns:
         For instance "tuple in deque in EngineThread._choices in local engine of close, which runs".
@@ -78,7 +78,7 @@ def _running() -> list[types.FrameType]:
     return frames
 
 
-# Functions that look for what is left hold it themselves meanwhile.
+# Functions that search for remaining objects hold them meanwhile.
 _MODULES = {__name__, "benchmarks.soak.watch", "benchmarks.soak.verdict"}
 
 
@@ -95,7 +95,7 @@ def _is_ours(holder: Any) -> bool:
 
 
 def _told(last: Any, objects: dict[int, Any], below: dict[int, int], root: str) -> str:
-    """The chain in words, from the object to the root."""
+    """Write the chain in words, from the object to the root."""
     words: list[str] = [root] if root else []
     holder, outer = last, None
     while id(holder) in below:
@@ -104,7 +104,7 @@ def _told(last: Any, objects: dict[int, Any], below: dict[int, int], root: str) 
         if outer is not None and getattr(outer, "__dict__", None) is holder:
             # An object and the dict of its attributes are one link.
             words[-1] = f"{_root(outer) or _type(outer)}.{_key(holder, inner)}"
-        elif not words or words[-1] != word:  # frames of a traceback, say
+        elif not words or words[-1] != word:  # for example frames of a traceback
             words.append(word)
         holder, outer = inner, holder
     return " in ".join(reversed(words))
@@ -123,7 +123,7 @@ def _type(holder: Any) -> str:
 
 
 def _name(holder: Any, inner: Any) -> str:
-    """Which attribute, key or local of `holder` the other is; empty where that says nothing."""
+    """Return the attribute, key or local by which `holder` holds the other object; empty if that says nothing."""
     if isinstance(holder, _PLAIN):
         return ""
     named: Any = None

@@ -1,4 +1,4 @@
-"""One request, or one call, of a soak: random prompts, where it goes, and how its outcome is compared."""
+"""A request or call of a soak: its random prompt, its model, and the check of its outcome."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hf_async_batching.bench.accuracy import teacher_forced
 from hf_async_batching.core.request import Request
 
 SECONDS = 180.0
-"""After which a request that has not ended counts as stuck."""
+"""Seconds after which a request that has not ended counts as stuck."""
 EOS = 2
 
-# A gap of scores up to this share of the largest one is rounding: sums of another batch run in another order.
+# A gap of scores up to this share of the largest score is rounding, because another batch sums in another order.
 _TIE = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 class SoakJob:
-    """What a load is given.
+    """The tools of a load.
 
     Args:
         subject: The model.
-        rng: Chooses.
-        tally: Counts.
+        rng: Makes the random choices.
+        tally: Counts the outcomes.
         checks: Share of requests that are compared with plain `generate`.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
 
     Attributes:
-        load: Name of the load that runs.
-        checked: Whether this one is compared: the weights stay as they are meanwhile.
+        load: Name of the running load.
+        checked: Whether the request is compared. The weights do not change meanwhile.
     """
 
     def __init__(self, subject: Subject, rng: random.Random, tally: Tally, checks: float, tokenizer: Any) -> None:
@@ -48,7 +48,7 @@ class SoakJob:
 
     @contextmanager
     def maybe_checked(self) -> Iterator[bool]:
-        """Decides whether the outcome is compared, and keeps the weights as they are if so."""
+        """Decide whether the outcome is compared, and if so, keep the weights unchanged meanwhile."""
         if self.rng.random() >= self._checks:
             yield False
             return
@@ -60,7 +60,7 @@ class SoakJob:
                 self.checked = False
 
     def prompt(self, longest: int = 70) -> list[int]:
-        """Random tokens; every other prompt begins like many before it."""
+        """Make a prompt of random tokens; every other prompt begins like many earlier ones."""
         length = self.rng.randint(1, longest)
         tokens = [self.rng.randrange(3, self.subject.vocab_size) for _ in range(length)]
         if self.rng.random() < 0.5:
@@ -69,28 +69,28 @@ class SoakJob:
         return tokens
 
     def new_tokens(self, most: int = 48) -> int:
-        """How many tokens to make."""
+        """Choose the number of new tokens."""
         return self.rng.randint(1, most)
 
     def submit(self, prompt: Any, **arguments: Any) -> Any:
-        """A handle of the manager of now."""
+        """Submit a request to the present manager, and return its handle."""
         return self.subject.manager.submit(prompt, **arguments)
 
     def done(self, tokens: int) -> None:
-        """Count what was served."""
+        """Count a served request."""
         self.tally.add(self.load, "done", tokens)
 
     def wrong(self, detail: str) -> None:
-        """Count what differs."""
+        """Count a wrong result."""
         self.tally.add(self.load, "wrong", 0, f"{self.subject.name}: {detail}")
 
     def compare(self, prompt: list[int], got: list[int], **arguments: Any) -> None:
-        """Count one completion, compared with what plain `generate` makes of the prompt alone.
+        """Compare a completion with plain `generate` on the prompt alone, and count the outcome.
 
         Args:
             prompt: Token ids.
             got: New tokens.
-            arguments: Of `generate`, which choose no token at random.
+            arguments: Arguments of `generate`, without sampling.
         """
         plain = self.plain(prompt, **arguments)
         want = plain.sequences[0, len(prompt) :].tolist()
@@ -98,17 +98,17 @@ class SoakJob:
         at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
         if at is None:
             if len(got) != len(want):
-                self.wrong(f"{len(got)} tokens and not {len(want)} for {arguments}, prompt {prompt}")
+                self.wrong(f"{len(got)} tokens, not {len(want)}, for {arguments}, prompt {prompt}")
                 return
         elif self.is_tie(plain.scores[at][0], want[at], got[at]):
             self.tally.note("ties")
         else:
-            self.wrong(f"token {at} is {got[at]} and not {want[at]} for {arguments}, prompt {prompt}")
+            self.wrong(f"token {at} is {got[at]}, not {want[at]}, for {arguments}, prompt {prompt}")
             return
         self.done(len(got))
 
     def plain(self, prompt: list[int], **arguments: Any) -> Any:
-        """What plain `generate` returns for a prompt alone, with scores."""
+        """Return the result of plain `generate` for a prompt alone, with scores."""
         ids = torch.tensor([prompt], device=self.subject.device)
         with self.subject.plain:
             return self.subject.model.generate(
@@ -127,7 +127,7 @@ class SoakJob:
         return bool(gap <= _TIE[self.subject.dtype] * finite)
 
     def compare_greedy(self, prompt: list[int], got: list[int], count: int) -> None:
-        """Count a greedy completion: in float32 the tokens of `generate`; else tokens near the plain arg-max."""
+        """Check and count a greedy completion: equal to `generate` in float32, else near the plain arg-max."""
         if self.subject.dtype == torch.float32:
             self.compare(prompt, got, max_new_tokens=count)
             return

@@ -1,4 +1,4 @@
-"""What callers of `submit` do."""
+"""Loads that call `submit`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_async_batching.errors import EngineClosedError, QueueFullError, Unsuppor
 
 
 def greedy(job: SoakJob) -> None:
-    """The most probable tokens."""
+    """Submit a greedy request."""
     prompt, count = job.prompt(), job.new_tokens()
     with job.maybe_checked() as checked:
         tokens = job.submit(prompt, max_new_tokens=count, do_sample=False, eos_token_id=None).result(SECONDS).token_ids
@@ -42,7 +42,7 @@ def _random_filters(job: SoakJob) -> dict[str, Any]:
 
 
 def drawing(job: SoakJob) -> None:
-    """Drawn with filters and a seed; checked ones twice, in another company."""
+    """Sample with filters and a seed. Checked requests run twice, in different batches."""
     prompt, count, filters = job.prompt(), job.new_tokens(), _random_filters(job)
     arguments = {"max_new_tokens": count, "do_sample": True, "eos_token_id": None, "seed": job.rng.randrange(1 << 40)}
     with job.maybe_checked() as checked:
@@ -50,14 +50,14 @@ def drawing(job: SoakJob) -> None:
         if checked and job.subject.dtype == torch.float32:
             again = job.submit(prompt, **arguments, **filters).result(SECONDS).token_ids
             job.tally.note("drawn twice", len(tokens))
-            # Where a sum's rounding moves a filter's edge, another token can be drawn: rarely.
+            # Rarely, the rounding of a sum moves the edge of a filter, and another token is drawn.
             if again != tokens:
                 job.tally.note("drawn otherwise")
         job.done(len(tokens))
 
 
 def processed(job: SoakJob) -> None:
-    """Penalties, n-grams, biases, forced and suppressed tokens, lengths, several at a time."""
+    """Combine penalties, n-grams, biases, forced and suppressed tokens, and lengths."""
     rng, vocab = job.rng, job.subject.vocab_size
     prompt, count = job.prompt(), job.new_tokens(32)
     some = [rng.randrange(3, vocab) for _ in range(4)]
@@ -92,7 +92,7 @@ def processed(job: SoakJob) -> None:
 
 
 def outputs(job: SoakJob) -> None:
-    """Scores, logits and log-probabilities of each token."""
+    """Request scores, logits and log-probabilities of each token."""
     prompt, count = job.prompt(), job.new_tokens(16)
     with job.maybe_checked() as checked:
         result = job.submit(
@@ -107,7 +107,7 @@ def outputs(job: SoakJob) -> None:
             repetition_penalty=1.1,
         ).result(SECONDS)
         if not len(result.scores) == len(result.logits) == len(result.logprobs) == len(result.token_ids) == count:
-            job.wrong("not one of each output per token")
+            job.wrong("not each output has one entry per token")
         elif not checked:
             job.done(count)
         else:
@@ -122,7 +122,7 @@ def outputs(job: SoakJob) -> None:
 
 
 def prompt_lookup(job: SoakJob) -> None:
-    """Drafts from a prompt that repeats itself."""
+    """Draft from a prompt that repeats itself."""
     prompt = (job.prompt(12) * 5)[:60]
     count, words = job.new_tokens(), job.rng.randint(1, 6)
     with job.maybe_checked() as checked:
@@ -140,7 +140,7 @@ def prompt_lookup(job: SoakJob) -> None:
 
 
 def stop_strings(job: SoakJob) -> None:
-    """Ends of text that cross tokens."""
+    """Stop at strings that span several tokens."""
     prompt, count = job.prompt(), job.new_tokens()
     stops = ["".join(job.rng.choices("abcdefgh", k=2)) for _ in range(6)]
     arguments = {"max_new_tokens": count, "stop_strings": stops, "tokenizer": job.tokenizer}
@@ -153,7 +153,7 @@ def stop_strings(job: SoakJob) -> None:
 
 
 class EndsAt(StoppingCriteria):
-    """Ends where the sum of all tokens is a multiple of a number."""
+    """A criterion that stops when the sum of all tokens is a multiple of a number."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -163,7 +163,7 @@ class EndsAt(StoppingCriteria):
 
 
 def criteria(job: SoakJob) -> None:
-    """A stopping criterion of the caller's own."""
+    """Submit with the caller's own stopping criterion."""
     prompt, count = job.prompt(), job.new_tokens()
     arguments: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([EndsAt(job.rng.randint(5, 40))])}
     with job.maybe_checked() as checked:
@@ -176,13 +176,13 @@ def criteria(job: SoakJob) -> None:
 
 
 def max_time(job: SoakJob) -> None:
-    """As many tokens as a moment allows."""
+    """Submit with a short time limit."""
     handle = job.submit(job.prompt(), max_new_tokens=80, do_sample=False, max_time=job.rng.uniform(0.001, 0.2))
     job.done(len(handle.result(SECONDS).token_ids))
 
 
 class AddsByHistory(LogitsProcessor):
-    """Changes scores by the tokens before; works on any batch."""
+    """A processor that changes scores by the earlier tokens; it works on any batch."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -193,7 +193,7 @@ class AddsByHistory(LogitsProcessor):
 
 
 def processors(job: SoakJob) -> None:
-    """A logits processor of the caller's own."""
+    """Submit with the caller's own logits processor."""
     prompt, count = job.prompt(), job.new_tokens(24)
     arguments = {"logits_processor": [AddsByHistory(job.rng.choice([0.5, 1.0]))]}
     with job.maybe_checked() as checked:
@@ -206,7 +206,7 @@ def processors(job: SoakJob) -> None:
 
 
 def prefix_allowed(job: SoakJob) -> None:
-    """A function that says which tokens may come next."""
+    """Submit with a function that returns the allowed next tokens."""
     prompt, count, step = job.prompt(), job.new_tokens(24), job.rng.randint(2, 5)
 
     def allowed(_: int, sentence: torch.Tensor) -> list[int]:
@@ -224,14 +224,14 @@ def prefix_allowed(job: SoakJob) -> None:
 
 
 def embeddings(job: SoakJob) -> None:
-    """A prompt of embeddings in place of tokens."""
+    """Submit embeddings instead of tokens."""
     prompt, count = job.prompt(), job.new_tokens(24)
     with job.maybe_checked() as checked:
         with torch.no_grad():
             given = job.subject.model.get_input_embeddings()(torch.tensor(prompt, device=job.subject.device))
         try:
             handle = job.submit(None, inputs_embeds=given, max_new_tokens=count, do_sample=False, eos_token_id=None)
-        except UnsupportedModelError:  # families that are served through a cache class of their own
+        except UnsupportedModelError:  # families that are served through their own cache class
             job.tally.add(job.load, "refused")
             return
         tokens = handle.result(SECONDS).token_ids
@@ -242,7 +242,7 @@ def embeddings(job: SoakJob) -> None:
 
 
 def streaming(job: SoakJob) -> None:
-    """Tokens one by one, by a reader who is slow at times."""
+    """Read tokens one by one, sometimes slowly."""
     prompt, count = job.prompt(), job.new_tokens()
     pause = job.rng.choice([0.0, 0.0, 0.01])
     with job.maybe_checked() as checked:
@@ -257,7 +257,7 @@ def streaming(job: SoakJob) -> None:
 
 
 def coroutines(job: SoakJob) -> None:
-    """Several coroutines of an event loop; some stop waiting, and some cancel."""
+    """Run several coroutines in an event loop; some stop waiting, and some cancel."""
     job.subject.manager.warmup()
 
     async def read(prompt: list[int], seconds: float | None) -> tuple[int, bool]:
@@ -284,7 +284,7 @@ def coroutines(job: SoakJob) -> None:
 
 
 def cancelled(job: SoakJob) -> None:
-    """Cancelled sooner or later, at times before it began."""
+    """Cancel a request sooner or later, sometimes before it has started."""
     arguments = {"max_new_tokens": 60, "do_sample": job.rng.random() < 0.5, "eos_token_id": None}
     handles = [job.submit(job.prompt(), **arguments) for _ in range(job.rng.randint(1, 4))]
     time.sleep(job.rng.choice([0.0, 0.0, 0.01, 0.1]))
@@ -297,13 +297,13 @@ def cancelled(job: SoakJob) -> None:
 
 
 def forgotten(job: SoakJob) -> None:
-    """Submitted, and dropped without a look."""
+    """Submit a request, and drop its handle."""
     job.submit(job.prompt(), max_new_tokens=job.new_tokens(16), do_sample=False, eos_token_id=None)
     job.done(0)
 
 
 def outcome_of(error: BaseException) -> tuple[Any, int, str]:
-    """How an error counts that is no part of the load's own plan: outcome, tokens, detail."""
+    """Return outcome, tokens and detail of an error that the load did not cause on purpose."""
     if isinstance(error, EngineClosedError):
         return "closed", 0, ""
     if isinstance(error, QueueFullError):

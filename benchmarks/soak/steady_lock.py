@@ -1,4 +1,4 @@
-"""Many who need the weights as they are, or one who changes them."""
+"""A lock for many readers, which need unchanged weights, or one writer, which changes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class SteadyLock:
-    """A lock for readers and a writer; a writer that waits goes before readers that come later."""
+    """A lock for readers and a writer; a waiting writer goes before readers that come later."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -18,7 +18,7 @@ class SteadyLock:
 
     @contextmanager
     def steady(self) -> Iterator[None]:
-        """Nothing is changed meanwhile."""
+        """Hold the lock as a reader: nothing changes meanwhile."""
         with self._changed:
             self._changed.wait_for(lambda: not self._writing and not self._writers_waiting)
             self._readers += 1
@@ -31,7 +31,7 @@ class SteadyLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No reader, and no other writer."""
+        """Hold the lock as the writer, without readers and other writers."""
         with self._changed:
             self._writers_waiting += 1
             self._changed.wait_for(lambda: not self._writing and not self._readers)

@@ -1,4 +1,4 @@
-"""The models that are served during a soak, each by a small engine that is short of pages."""
+"""The models of a soak, each served by a small engine with too few pages."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FAMILIES = {
     "experts": "Qwen3MoeForCausalLM",
     "adapters": "LlamaForCausalLM",
 }
-"""Names for the command line; those without a model in the installed transformers are left out."""
+"""Names for the command line; families that the installed transformers lacks are left out."""
 
 LONGEST = 160
-"""Tokens that a request may reach."""
+"""Largest number of tokens of a request."""
 IDLE = 1.0
 """Seconds without work after which an engine stops."""
 ADAPTERS = ("first", "second")
@@ -39,18 +39,18 @@ class Subject:
 
     Args:
         name: One of `FAMILIES`.
-        device: Where it runs.
-        dtype: Of the weights.
-        compiled: Whether engines compile.
+        device: Device of the model.
+        dtype: Dtype of the weights.
+        compiled: Whether engines compile their layers.
 
     Attributes:
-        name: As given.
-        model: What users call: for "adapters" a `PeftModel`.
-        vocab_size: Token ids are below.
-        lock: Held while answers are compared with plain `generate`, and by who changes what they depend on.
-        plain: Held around plain `generate`: some families' modules are not for two threads.
+        name: Name of the family.
+        model: The model that callers use; for "adapters" a `PeftModel`.
+        vocab_size: Size of the vocabulary; token ids are smaller.
+        lock: Held while answers are compared with plain `generate`, and while weights, adapters or managers change.
+        plain: Held around plain `generate`, because some families' modules do not allow two threads.
         rests_until: Nothing is submitted before this `time.perf_counter()`, so that the engine stops by itself.
-        changes: What was changed how often.
+        changes: Number of changes of each kind.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> None:
@@ -78,18 +78,18 @@ class Subject:
 
     @property
     def manager(self) -> GenerationManager:
-        """The manager of now; another thread may close it."""
+        """The present manager; another thread may close it."""
         return self._manager
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The model's device."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """The dtype of the weights."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
@@ -103,7 +103,7 @@ class Subject:
         self.rests_until = time.perf_counter() + seconds
 
     def step_weights(self) -> None:
-        """A step of an optimizer: weights move in place, at random and not far from where they began."""
+        """Change the weights in place as an optimizer step does, at random and close to their first values."""
         with self.lock.alone():
             generator = torch.Generator(device="cpu").manual_seed(self.changes)
             self.changes += 1
@@ -115,13 +115,13 @@ class Subject:
                 parameter.grad = None
 
     def switch_adapter(self) -> None:
-        """The other adapter, or none, for requests from now on."""
+        """Switch to the other adapter, or to none, for later requests."""
         with self.lock.alone():
             self.changes += 1
             self.model.set_adapter(ADAPTERS[self.changes % len(ADAPTERS)])
 
     def new_manager(self) -> None:
-        """Close the manager, with what it is doing, and make another."""
+        """Close the manager with its live requests, and make another one."""
         with self.lock.alone():
             old, self._manager = self._manager, GenerationManager(self.model, self._config)
             old.close()
@@ -140,7 +140,7 @@ def _with_adapters(model: PreTrainedModel) -> Any:
 
 
 def missing(name: str) -> str | None:
-    """Why a family is left out here; None where it is not."""
+    """Say why a family is left out here; None if it is not."""
     if not hasattr(transformers, FAMILIES[name]):
         return f"transformers {transformers.__version__} has no {FAMILIES[name]}"
     if name == "adapters" and importlib.util.find_spec("peft") is None:
@@ -149,7 +149,7 @@ def missing(name: str) -> str | None:
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer of the tiny models: each token is two letters, so that stop strings cross tokens."""
+    """Make a tokenizer for the tiny models. Each token is two letters, so that stop strings span tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What became of all requests, counted over threads."""
+"""Counts the outcomes of all requests, from all threads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MOST_KEPT = 20
 
 
 class Tally:
-    """Counts; from any thread.
+    """Counts that any thread may change.
 
     Attributes:
-        wrong: What differed from plain `generate`, up to 20 of them.
-        failed: Errors that are neither a refusal nor the end of an engine that was asked to end, up to 20 of them.
+        wrong: Up to 20 differences from plain `generate`.
+        failed: Up to 20 errors that are neither refusals nor caused by closing an engine.
     """
 
     def __init__(self) -> None:
@@ -37,24 +37,24 @@ class Tally:
                 kept.append(f"{load}: {detail}")
 
     def note(self, what: str, count: int = 1) -> None:
-        """Count something that is no outcome."""
+        """Count something that is not an outcome."""
         with self._lock:
             self._notes[what] += count
 
     @property
     def tokens(self) -> int:
-        """New tokens that callers were given."""
+        """Number of new tokens that callers got."""
         with self._lock:
             return self._tokens
 
     @property
     def notes(self) -> Counter[str]:
-        """What `note` counted."""
+        """The counts of `note`."""
         with self._lock:
             return Counter(self._notes)
 
     def outcomes(self) -> Counter[Outcome]:
-        """What all loads came to, together."""
+        """Outcomes of all loads together."""
         with self._lock:
             return sum(self._outcomes.values(), Counter())
 

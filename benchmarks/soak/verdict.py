@@ -1,4 +1,4 @@
-"""Whether a soak went well."""
+"""The verdict on a soak."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from benchmarks.soak.tally import Tally
 from benchmarks.soak.watch import Growth, Held, growth, held, held_objects, live_objects
 
 _QUIET_SECONDS = 60.0
-# The same draw in another company: rounding moves the edge of a filter once in so many tokens, at most.
+# In another batch, rounding moves the edge of a filter at most once in this many drawn tokens.
 _DRAWN_OTHERWISE = 1 / 20_000
-# Threads that other libraries keep for the process.
+# Threads that other libraries keep until the process ends.
 _OTHERS = {"tqdm_monitor"}
 
 
 @dataclass(frozen=True, slots=True)
 class SoakVerdict:
-    """What is wrong, and how memory moved.
+    """The problems of a soak, and the course of its memory.
 
     Attributes:
-        problems: One sentence each; empty where all is well.
-        memory: How it moved after the warm-up.
+        problems: One sentence for each problem; empty if all is well.
+        memory: Course of the memory after the warm-up.
     """
 
     problems: tuple[str, ...]
@@ -53,12 +53,12 @@ def judge(
     objects_before: frozenset[int],
     bound: float,
 ) -> SoakVerdict:
-    """Wait until nothing runs, look at what is held, close the managers, and look again.
+    """Wait until nothing runs, check what is held, close the managers, and check again.
 
     Args:
-        subjects: Whose clients have ended.
-        tally: What became of requests.
-        samples: Of memory, in the order of time.
+        subjects: The models; their clients have ended.
+        tally: Outcomes of the requests.
+        samples: Samples of memory, in the order of time.
         stuck: Threads that did not end.
         before: What was held before the first request.
         threads_before: The same for threads.
@@ -74,7 +74,7 @@ def judge(
         problems.append("nothing was compared")
     otherwise, drawn = tally.notes["drawn otherwise"], tally.notes["drawn twice"]
     if otherwise > 1 + _DRAWN_OTHERWISE * drawn:
-        problems.append(f"{otherwise} draws came out otherwise the second time, of {drawn} tokens")
+        problems.append(f"{otherwise} draws of {drawn} tokens differed the second time")
     problems += _rows_and_pages(subjects)
     for subject in subjects:
         subject.manager.close()
@@ -83,7 +83,7 @@ def judge(
 
 
 def _rows_and_pages(subjects: Sequence[Subject]) -> list[str]:
-    """Rows and pages that are held though no request is."""
+    """List the rows and pages that are held without a request."""
     deadline = time.perf_counter() + _QUIET_SECONDS
     problems: list[str] = []
     for subject in subjects:
@@ -104,7 +104,7 @@ def _rows_and_pages(subjects: Sequence[Subject]) -> list[str]:
 
 
 def _left_behind(before: Held, threads_before: set[threading.Thread], objects_before: frozenset[int]) -> list[str]:
-    """Threads, descriptors, requests and handles that are there after the last engine."""
+    """List the threads, descriptors, requests and handles that remain after the last engine."""
     deadline = time.perf_counter() + 10.0
     while True:
         threads = [one.name for one in set(threading.enumerate()) - threads_before if one.name not in _OTHERS]

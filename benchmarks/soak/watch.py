@@ -1,4 +1,4 @@
-"""What the process holds: memory, threads and open descriptors, and whether memory stays flat."""
+"""Measures the memory, threads and open descriptors of the process, and checks that memory stays flat."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.host_decoding.logits_handle import LogitsHandle
 
 MIB = 1 << 20
-# Allocators keep what they had at their fullest: growth below this says nothing, however long it takes.
+# Allocators keep their largest memory, so growth below this says nothing, however long it takes.
 NOISE_MIB = 32.0
 ENOUGH_MINUTES = 2.0
 _MOST_SHOWN = 3
-# Samples before this share of the time, or these seconds, are of an allocator that still fills.
+# Before this share of the time, and in these first seconds, allocators still fill.
 _WARM_SHARE, _WARM_SECONDS = 0.35, 240.0
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a process holds at a moment.
+    """The resources of a process at one moment.
 
     Attributes:
         at: `time.perf_counter()`.
         rss: Resident memory in bytes.
-        allocated: Memory of tensors on the CUDA device in bytes; 0 without one.
-        reserved: Memory that torch's allocator has there.
+        allocated: Memory of tensors on the CUDA device in bytes; 0 without a device.
+        reserved: Memory that torch's allocator holds on the device.
         threads: Python's threads.
         os_threads: All threads of the process.
         descriptors: Open files, pipes and sockets.
@@ -61,7 +61,7 @@ class Held:
 
 
 def held() -> Held:
-    """What this process holds now; on Linux."""
+    """Measure this process now; on Linux only."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return Held(
@@ -76,32 +76,32 @@ def held() -> Held:
 
 
 def return_freed_memory() -> None:
-    """Let the C library return what is free: with many threads it keeps much, and that would look like a leak."""
+    """Make the C library return free memory. With many threads it keeps much, and that would look like a leak."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-# What a request is to its caller and to the engine.
+# The objects of a request, for its caller and for the engine.
 _KINDS = (GenerationHandle, LogitsHandle, Request)
 
 
 def known_objects() -> frozenset[int]:
-    """Requests and handles that are there already, by identity: others in the process may hold some."""
+    """Return the identities of existing requests and handles, which other code in the process may hold."""
     gc.collect()
     return frozenset(id(one) for one in gc.get_objects() if type(one) in _KINDS)
 
 
 def live_objects(known: frozenset[int]) -> dict[str, int]:
-    """How many requests and handles something still refers to, after a collection, by their types.
+    """Count the requests and handles that are still referenced after a collection, by type.
 
     Args:
-        known: Those that were there before.
+        known: Identities of objects that existed before.
     """
     return {name: len(alive) for name, alive in _alive(known).items()}
 
 
 def held_objects(known: frozenset[int]) -> dict[str, int]:
-    """As `live_objects`, by what keeps some of them alive; takes a second or more where there are any."""
+    """Count as `live_objects`, and name what holds some of the objects; with any, this takes a second or more."""
     found: Counter[str] = Counter()
     for name, alive in _alive(known).items():
         shown = alive[:_MOST_SHOWN]
@@ -123,7 +123,7 @@ def _alive(known: frozenset[int]) -> dict[str, list[object]]:
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """The median of the slopes between samples (Theil and Sen): a few peaks do not move it.
+    """Return the median of the slopes between samples (Theil and Sen); a few peaks do not change it.
 
     Args:
         samples: Times and values.
@@ -143,13 +143,13 @@ def slope(samples: list[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How memory moved after the warm-up.
+    """The growth of memory after the warm-up.
 
     Attributes:
-        name: Which memory.
-        per_minute: MiB per minute.
-        minutes: Time that was looked at.
-        bound: MiB per minute that are allowed.
+        name: Kind of memory.
+        per_minute: Growth in MiB per minute.
+        minutes: Measured time in minutes.
+        bound: Allowed growth in MiB per minute.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Growth:
 
     @property
     def flat(self) -> bool:
-        """Whether it grew by less than the bound, or by no more than an allocator's noise, or nothing can be said."""
+        """Whether growth is below the bound or within an allocator's noise; also true if the time is too short."""
         return self.minutes < ENOUGH_MINUTES or self.per_minute * self.minutes <= max(
             NOISE_MIB, self.bound * self.minutes
         )
@@ -172,11 +172,11 @@ class Growth:
 
 
 def growth(samples: list[Held], bound: float) -> list[Growth]:
-    """How resident memory moved after the warm-up, and allocated memory on a CUDA device.
+    """Return the growth of resident memory after the warm-up, and of allocated memory on a CUDA device.
 
     Args:
-        samples: In the order of time.
-        bound: MiB per minute that are allowed.
+        samples: Samples in the order of time.
+        bound: Allowed growth in MiB per minute.
     """
     if not samples:
         return []

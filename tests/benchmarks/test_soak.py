@@ -99,7 +99,7 @@ def test_a_wrong_token_is_found(job: SoakJob) -> None:
     job.compare(prompt, tokens[:7], max_new_tokens=8)
     problems = _judged(job)
     assert "token 5 is" in problems
-    assert "7 tokens and not 8" in problems
+    assert "7 tokens, not 8" in problems
 
 
 def test_a_wrong_token_is_found_in_16_bit() -> None:

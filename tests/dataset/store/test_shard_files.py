@@ -148,7 +148,7 @@ def test_a_stream(manager: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.L
     shutil.copy(shard(tmp_path / "run", 1), shard(tmp_path / "run", 3))
     assert go() == before
     assert "part-000002.parquet is damaged" in caplog.text
-    assert "part-000003.parquet: no shards" in caplog.text
+    assert "part-000003.parquet: not shards" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run*", "run?", "[!a]", "{a,b}", "a b#%20", "x[7]", "**"])
