@@ -70,7 +70,7 @@ hfab.Lanes = class {
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
-  // Steps that come while somebody looks at one are not drawn.
+  // While a visitor looks at a step, newer steps are not drawn.
   show(steps, span) {
     if (this.held) return;
     this.bars = hfab.bars(steps);

@@ -1,3 +1,19 @@
+// The smallest round number that is not below a value: the end of an axis.
+hfab.ceiling = function (value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find(factor => factor * power >= value);
+};
+
+// The parts of a history without a pause in which nothing was measured: no line may bridge one.
+hfab.stretches = function (history) {
+  const parts = [];
+  history.forEach((point, i) => {
+    if (!i || point[0] - history[i - 1][0] > 4) parts.push([]);
+    parts[parts.length - 1].push(point);
+  });
+  return parts;
+};
+
 // The engine's live panel: asks for the pulse a few times a second while the page is seen, and draws it.
 hfab.panel = function (root, server) {
   const $ = selector => root.querySelector(selector);
@@ -72,41 +88,49 @@ hfab.panel = function (root, server) {
   function draw() {
     const fitted = hfab.fit(plot);
     if (!fitted) return;
-    const { context, width, height } = fitted, base = height - 14;
-    const at = seconds => width + ((seconds - now) / 60) * width;
-    const top = Math.max(1, ...history.map(point => point[1])) * 1.08;
-    const most = Math.max(1, ...history.map(point => point[2] + point[3])) * 1.08;
-    const path = (index, value, scale) => {
-      context.beginPath();
-      history.forEach((point, i) => {
-        // Nobody looked for a while: the line must not bridge what was never measured.
-        const gap = !i || point[0] - history[i - 1][0] > 4;
-        context[gap ? "moveTo" : "lineTo"](at(point[0]), base - (value(point) / scale) * (base - 4));
-      });
-    };
+    const { context, width, height } = fitted, base = height - 14, top = 6, left = 34, right = width - 26;
+    const at = seconds => right + ((seconds - now) / 60) * (right - left);
+    const speed = hfab.ceiling(Math.max(10, ...history.map(point => point[1])));
+    const batch = hfab.ceiling(Math.max(4, ...history.map(point => point[2])));
+    const y = (value, scale) => base - (value / scale) * (base - top);
     context.strokeStyle = hfab.color(plot, "track");
     context.lineWidth = 1;
     context.beginPath();
-    for (const part of [0, 0.5, 1]) { context.moveTo(0, Math.round(base - part * (base - 4)) + 0.5); context.lineTo(width, Math.round(base - part * (base - 4)) + 0.5); }
+    for (const part of [0, 0.5, 1]) { context.moveTo(left, Math.round(y(part, 1)) + 0.5); context.lineTo(right, Math.round(y(part, 1)) + 0.5); }
     context.stroke();
-    if (history.length) {
+    context.save();
+    context.beginPath();
+    context.rect(left, 0, right - left, height);
+    context.clip();
+    for (const part of hfab.stretches(history)) {
       context.fillStyle = hfab.color(plot, "batch");
-      path(2, point => point[2], most);
-      context.lineTo(at(history[history.length - 1][0]), base);
-      context.lineTo(at(history[0][0]), base);
+      context.beginPath();
+      context.moveTo(at(part[0][0]), base);
+      for (const point of part) context.lineTo(at(point[0]), y(point[2], batch));
+      context.lineTo(at(part[part.length - 1][0]), base);
       context.fill();
       context.strokeStyle = hfab.color(plot, "compute");
       context.lineWidth = 2;
       context.lineJoin = "round";
-      path(1, point => point[1], top);
+      context.beginPath();
+      for (const point of part) context.lineTo(at(point[0]), y(point[1], speed));
       context.stroke();
     }
+    context.restore();
     context.fillStyle = hfab.color(plot, "faint");
     context.font = "11px system-ui, sans-serif";
+    const compact = value => value.toLocaleString("en", { notation: "compact" });
+    for (const [align, x, most] of [["right", left - 5, speed], ["left", right + 5, batch]]) {
+      context.textAlign = align;
+      context.fillText(compact(most), x, top + 5);
+      context.fillText("0", x, base + 2);
+    }
     context.textAlign = "left";
-    context.fillText("60 s ago", 0, height - 2);
+    context.fillText("60 s ago", left, height - 1);
     context.textAlign = "right";
-    context.fillText("now", width, height - 2);
+    context.fillText("now", right, height - 1);
+    // What is drawn, for readers of the screen and for tests.
+    plot.dataset.scale = `${speed} tokens/s, ${batch} rows`;
   }
 
   // The last steps, but none from before a long pause.
@@ -139,6 +163,7 @@ hfab.panel = function (root, server) {
       }
     } catch {
       failures += 1;
+      if (failures === 2) document.dispatchEvent(new Event("hfab:lost"));
       pause = Math.min(5000, 700 * failures);
       root.classList.add("lost");
     }

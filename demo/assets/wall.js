@@ -98,17 +98,19 @@ hfab.wall = function (root, props, watch, server, trigger) {
     if (grid.dataset.density !== want) grid.dataset.density = want;
   }
 
+  function restore(index, turns, shown) {
+    const one = tile(index);
+    for (const [asked, answer] of turns) { question(one, asked); one.answer.appendData(answer); one.turns[one.turns.length - 1][1] = answer; }
+    change(one, index, shown);
+  }
+
   async function resync() {
     missing = true;
     const whole = await server.whole(run);
     missing = false;
     if (!whole || whole.run !== run) return;
     clear();
-    for (const { i, turns, ...rest } of whole.tiles) {
-      const one = tile(i);
-      for (const [asked, answer] of turns) { question(one, asked); one.answer.appendData(answer); one.turns[one.turns.length - 1][1] = answer; }
-      change(one, i, rest);
-    }
+    for (const { i, turns, ...rest } of whole.tiles) restore(i, turns, rest);
     seen = whole.n;
   }
 
@@ -153,18 +155,52 @@ hfab.wall = function (root, props, watch, server, trigger) {
     root.dataset.fps = (times.length > 1 ? ((times.length - 1) * 1000) / (now - times[0]) : 0).toFixed(1);
   }
 
-  // After an outage: what was written stays; the page says that nothing more comes, and can start anew.
+  const over = state => ["done", "stopped", "failed"].includes(state);
+
+  // The server has ended the chats of this wall: say so. What was written stays.
+  function ended(text) {
+    for (const [index, one] of tiles) if (!over(one.shown.s)) change(one, index, { s: "stopped", p: 0 });
+    sum.textContent = told = text;
+    sum.classList.add("problem");
+    root.dataset.over = true;
+  }
+  const LOST = "The connection was lost, and the server has ended these chats. What was written stays.";
+  const LEFT = "The page was loaded again, which has ended these chats. What was written stays.";
+
+  let lost = false;
+  document.addEventListener("hfab:lost", () => {
+    lost = true;
+    if (!run || root.dataset.over === "true") return;
+    sum.textContent = told = "The connection is lost. Trying again …";
+    sum.classList.add("problem");
+  });
   document.addEventListener("hfab:back", async () => {
+    lost = false;
     if (!run || root.dataset.over === "true") return;
     let whole = {};
     try { whole = await server.whole(run); } catch { /* another server: it knows nothing of the wall */ }
-    if (whole.run === run) { resync(); return; }
-    for (const [index, one] of tiles) if (!["done", "stopped", "failed"].includes(one.shown.s)) change(one, index, { s: "stopped" });
-    sum.textContent = "The connection was lost, and the server has ended these chats. What was written stays.";
-    sum.classList.add("problem");
-    root.dataset.over = true;
+    if (whole.run === run) { sum.classList.remove("problem"); resync(); return; }
+    ended(LOST);
     trigger("stop");
   });
+
+  // A server that has started again makes Gradio load the page anew. What this tab showed is kept until then.
+  const KEY = "hf_async_batching.wall";
+  addEventListener("pagehide", () => {
+    if (!run || root.dataset.over === "true") return;
+    const kept = [...tiles.values()].map(one => ({ index: one.index, turns: one.turns, shown: one.shown }));
+    try { sessionStorage.setItem(KEY, JSON.stringify({ lost, kept })); } catch { /* private windows keep nothing */ }
+  });
+  try {
+    const left = JSON.parse(sessionStorage.getItem(KEY));
+    sessionStorage.removeItem(KEY);
+    if (left?.kept.length) {
+      grid.replaceChildren();
+      density(left.kept.length);
+      for (const { index, turns, shown } of left.kept) restore(index, turns, shown);
+      ended(left.lost ? LOST : LEFT);
+    }
+  } catch { /* as above */ }
 
   watch("value", () => {
     const value = props.value;

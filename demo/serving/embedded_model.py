@@ -138,7 +138,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 def publish(converted: Path, target: Path) -> None:
     """Put a finished folder in its place in one step. A complete copy that is already there stays."""
     if target.exists() and not _is_complete(target):
-        # Someone deleted a file of it: move it away first, because a folder can only replace an empty one.
+        # A file of it was deleted: move the folder away first, because a folder can only replace an empty one.
         broken = converted.parent / "broken"
         os.replace(target, broken)
         shutil.rmtree(broken, ignore_errors=True)

@@ -79,10 +79,11 @@ class Pulse:
         stats = serving.manager.stats()
         while self._history and self._history[0].at < now - HISTORY_SECONDS:
             self._history.popleft()
-        waiting = len(serving.roster.places())
-        self._history.append(_Point(now, stats.tokens_per_second, stats.running, waiting, stats.finished))
         records = serving.manager.timeline().steps
-        self._figures = figures_of(stats, serving, records, now) | {"requests_per_second": self._requests_per_second()}
+        figures = figures_of(stats, serving, records, now)
+        running, waiting = figures["running"], figures["waiting"]
+        self._history.append(_Point(now, stats.tokens_per_second, running, waiting, stats.finished))
+        self._figures = figures | {"requests_per_second": self._requests_per_second()}
         self._steps = drawn_steps(records[-SHOWN_STEPS:])
 
     def _requests_per_second(self) -> float:
@@ -105,11 +106,13 @@ def figures_of(stats: Stats, serving: Serving, records: Sequence[StepRecord], no
         elapsed = now - max(now - _WINDOW_SECONDS, recent[0].compute[0])
         mbu = 100 * traffic.of_steps(recent) / elapsed / serving.machine.copy_bandwidth
     assembly = serving.manager.assembly
+    waiting, entered = serving.roster.waiting()
     looked_up = stats.prefix_query_tokens
     return {
         "tokens_per_second": round(stats.tokens_per_second, 1),
-        "running": stats.running,
-        "waiting": len(serving.roster.places()),
+        # A request that has a row but has not begun waits: it is counted once, as on the wall.
+        "running": max(0, min(stats.running, stats.running + stats.waiting - entered)),
+        "waiting": waiting,
         "rows": assembly.config.max_rows if assembly is not None else 0,
         "busy": round(100 * stats.busy_fraction, 1),
         "busy_of": "GPU" if serving.on_gpu else "CPU",

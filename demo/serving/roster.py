@@ -104,14 +104,22 @@ class Roster:
         pages for others is left out.
         """
         with self._lock:
-            self._drop_done()
-            waiting = [
-                request_id
-                for request_id, entry in self._live.items()
-                if entry.handle is not None and not entry.handle.started
-            ]
-            waiting += self._waiting
+            waiting = [*self._not_started(), *self._waiting]
         return {request_id: place for place, request_id in enumerate(waiting, 1)}
+
+    def waiting(self) -> tuple[int, int]:
+        """Return how many requests have a place, and how many of them are in the engine."""
+        with self._lock:
+            entered = len(self._not_started())
+            return entered + len(self._waiting), entered
+
+    def _not_started(self) -> list[str]:
+        self._drop_done()
+        return [
+            request_id
+            for request_id, entry in self._live.items()
+            if entry.handle is not None and not entry.handle.started
+        ]
 
     def _drop_done(self) -> None:
         for name in [name for name, entry in self._live.items() if entry.handle is not None and entry.handle.done]:
