@@ -1001,6 +1001,29 @@ def test_a_chooser_chooses_the_last_token_too() -> None:
     assert not scheduler.has_live and scheduler.pages.in_use == 0
 
 
+def test_a_cancelled_request_gets_nothing_of_the_steps_in_flight() -> None:
+    """Also where the steps before were all alike, and were settled the short way."""
+    scheduler = make()
+    for name in "ab":
+        scheduler.add(request(name, new=12))
+    for _ in range(5):
+        step(scheduler)
+    plan, ahead = planned(scheduler), planned(scheduler)
+    assert scheduler.cancel("a") == TokenOutput("a", None, None, "cancelled")
+    assert settle(scheduler, plan, 60, 61) == [TokenOutput("b", 61)]
+    assert settle(scheduler, ahead, 62, 63) == [TokenOutput("b", 63)]
+
+
+def test_a_new_request_with_a_chooser_waits_for_room_as_any_other() -> None:
+    scheduler = make(max_rows=1)
+    for name in "ab":
+        scheduler.add(request(name, chooser=print))
+    step(scheduler)
+    assert scheduler.make_way(), "b has no logits yet"
+    assert started(step(scheduler)[0]) == ["b"]
+    assert not scheduler.make_way(), "a waits for its chooser"
+
+
 def test_there_is_room_where_a_row_is_free_and_none_waits_for_it() -> None:
     scheduler = make(max_rows=2)
     assert scheduler.has_room
