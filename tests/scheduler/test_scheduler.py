@@ -967,6 +967,16 @@ def test_the_head_of_the_queue_gets_a_row_where_no_chooser_can_go_on() -> None:
     assert planned(scheduler).decode_rows == (1, 3, 2)
 
 
+def test_a_chooser_of_one_row_waits_for_no_other() -> None:
+    """It can go on, so it does not make way, whatever waits for its row."""
+    scheduler = make(max_rows=1)
+    scheduler.add(request("a", chooser=print))
+    scheduler.add(request("b"))
+    step(scheduler)
+    assert scheduler.plan() is None
+    assert scheduler.preemptions == 0
+
+
 def test_any_row_makes_way_for_a_head_without_a_group() -> None:
     scheduler = make(max_rows=2)
     for name in "ab":
@@ -986,7 +996,7 @@ def test_any_row_makes_way_for_a_head_without_a_group() -> None:
 
 def test_a_chooser_chooses_the_last_token_too() -> None:
     scheduler = make()
-    scheduler.add(request("a", new=2, chooser=print))
+    scheduler.add(request("a", new=3, chooser=print))
     assert not scheduler.waits_outside
     assert scheduler.choose("a", 60) is None and scheduler.choose("z", 60) is None, "nothing was offered"
     step(scheduler)
@@ -997,7 +1007,10 @@ def test_a_chooser_chooses_the_last_token_too() -> None:
     assert not scheduler.waits_outside
     plan, _ = step(scheduler)
     assert [(given.row, given.token) for given in plan.given] == [(1, 60)]
-    assert scheduler.choose("a", 62) == TokenOutput("a", None, None, "length")
+    assert scheduler.choose("a", 62) is None
+    plan, _ = step(scheduler)
+    assert [(given.row, given.token) for given in plan.given] == [(1, 62)], "each is given once"
+    assert scheduler.choose("a", 63) == TokenOutput("a", None, None, "length")
     assert not scheduler.has_live and scheduler.pages.in_use == 0
 
 
@@ -1022,6 +1035,20 @@ def test_a_new_request_with_a_chooser_waits_for_room_as_any_other() -> None:
     assert scheduler.make_way(), "b has no logits yet"
     assert started(step(scheduler)[0]) == ["b"]
     assert not scheduler.make_way(), "a waits for its chooser"
+
+
+def test_a_sequence_that_made_way_is_computed_again_with_its_choice() -> None:
+    """In pieces, so that it does not decode at once."""
+    scheduler = make(max_rows=1, max_batch_tokens=2)
+    scheduler.add(request("a", chooser=print))
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(request("b", prompt=1, new=1))
+    assert scheduler.make_way()
+    assert scheduler.choose("a", 60) is None
+    assert scheduler.cancel("b") is not None
+    assert [step(scheduler)[0].chunks[0].tokens for _ in range(2)] == [(1000, 1001), (1002, 60)]
+    assert scheduler.waits_outside
 
 
 def test_there_is_room_where_a_row_is_free_and_none_waits_for_it() -> None:
