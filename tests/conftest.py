@@ -1,10 +1,12 @@
 """Settings that must be made before anything else is imported."""
 
 import atexit
+import ctypes
 import faulthandler
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Nothing in the tests needs the Hub; without this each look for it waits for a time-out where there is none.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _has_gpu() -> bool:
+    """Whether torch can use a GPU; where there is no driver, torch need not be imported to know."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# Triton decides when it is imported whether its kernels run on the GPU or in its interpreter. The conftest of a folder
+# may import it before any hook of this file runs.
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Files that take a minute or more: begun first, they are not what one process still does while the other has ended.
 _LONG = (
@@ -95,11 +115,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # it only hands tests out, and what it imports delays their start
     # The imports make a million objects that live on. Each collection would look through all of them again.
     gc.disable()
-    import torch
-
-    # Triton decides when it is imported whether its kernels run on the GPU or in its interpreter.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    import torch  # noqa: F401  # a warning of its import is not an error of the first test file
 
 
 def pytest_collection_finish() -> None:

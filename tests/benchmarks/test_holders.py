@@ -38,6 +38,15 @@ class Slotted:
 _kept: list[Any] = []
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_frozen() -> Any:
+    """Let the collector see this module, which froze with all that was imported."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Any:
     yield

@@ -147,7 +147,7 @@ def test_push_to_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["in.jsonl", "--output", "out", "--row-parameters", "k"], "--row-parameters: INPUT has no column 'k'"),
         (["in.jsonl", "--output", "out", "--model", "/no/such"], "--model /no/such: there is no such folder"),
         (["in.jsonl", "--output", "out", "--model", "."], "--model .: "),
-        (["in.jsonl", "--output", "out", "--device", "toaster"], "--device toaster: torch knows no such device"),
+        (["in.jsonl", "--output", "out", "--device", "toaster"], "--device toaster: torch has no such device"),
         (["bytes.parquet", "--output", "out.csv"], "column 'picture' has them; write a .parquet file or a folder"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_bad_row_and_resume(model_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert "the same command with --resume continues" in error
     with pytest.raises(SystemExit):
         command(model_dir, *arguments)
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "continue its run with --resume" in capsys.readouterr().err
     assert command(model_dir, *arguments, "--resume", "--on-error", "record") == 0
     assert [bool(json.loads(line)["error"]) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
         False, False, True, False,
@@ -231,7 +231,7 @@ def test_sigterm_is_an_interrupt(model_dir: Path, tmp_path: Path) -> None:
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 130, error
     assert "interrupted" in error
-    assert "--resume goes on" in error
+    assert "the same command with --resume continues" in error
 
 
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +273,7 @@ def test_tools_and_code_of_the_model(model_dir: Path, tmp_path: Path, monkeypatc
     with pytest.raises(SystemExit):
         command(model_dir, tmp_path / "in.jsonl", "--output", tmp_path / "out2", "--model", own_code)
     error = capsys.readouterr().err
-    assert "--trust-remote-code lets it run" in error
+    assert "allow it to run with --trust-remote-code" in error
     assert len(error.splitlines()) == 1
 
 
