@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forked_python import run_python
 from support.tiny_models import tiny_model
 
 from hf_async_batching import BatchingConfig
@@ -115,3 +116,10 @@ def test_it_begins_before_the_model_is_looked_at(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(route, "_packed_forward", look)
     builder.build_engine(tiny_model("Llama"), BatchingConfig()).engine.close()
     assert order == [CPU, "model"]
+
+
+def test_the_first_conftest_chooses_the_kernels_interpreter() -> None:
+    """Before any hook: the conftest of a folder may import Triton as soon as the first one is imported."""
+    done = run_python("import os, conftest; print(os.environ.get('TRITON_INTERPRET'))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("None\n" if torch.cuda.is_available() else "1\n")
