@@ -14,17 +14,26 @@ PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker
 
 .PHONY: demo test quality style docs env clean
 
-# Set up anew when the project's requirements change.
-$(VENV)/.ready: pyproject.toml Makefile
+# Set up anew when the project's requirements change. The page alone needs a part of what the tests need.
+PIP := $(BIN)/python -m pip install --quiet
+
+$(VENV)/.torch: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(PIP) --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch
+	$(PIP) --editable ".[$(EXTRAS)]"
+	touch $@ $(VENV)/.ready-demo
+
+$(VENV)/.ready-demo: $(VENV)/.torch
+	$(PIP) --editable ".[demo]"
 	touch $@
 
 env: $(VENV)/.ready
 
-demo: env
+demo: $(VENV)/.ready-demo
 	$(BIN)/python -m demo.app $(ARGS)
 
 test: env

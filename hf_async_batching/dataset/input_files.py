@@ -42,9 +42,7 @@ def read_input(name: str, *, config: str | None, split: str | None, limit: int |
     try:
         from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
     except ImportError as error:
-        raise InputError(
-            f"the command needs the package `datasets` ({error}): pip install 'hf_async_batching[datasets]'"
-        ) from error
+        raise InputError(f"the command needs the package `datasets` ({error}): pip install datasets") from error
     files = find_files(name)
     if not files and not Path(name).exists() and _is_path(name):
         raise InputError(f"INPUT {name}: there is no such file or folder")
