@@ -218,7 +218,7 @@ def size_engine(
         groups,
     )
     # A packed row can continue from any of its tokens. A row with a recurrent state cannot.
-    drafted = MAX_DRAFTED if packed else 0
+    drafted = MAX_DRAFTED if packed and not forward.state_bytes else 0
     padding = NO_PADDING
     if packed and padded:
         samples = resolved.max_rows + drafted

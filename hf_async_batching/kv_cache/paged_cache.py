@@ -1,10 +1,13 @@
-"""Keys and values in pages."""
+"""Keys and values in pages, and the states of rows beside them."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
 
 import torch
 
 from hf_async_batching.kv_cache.layer_groups import LayerGroups, LayerShape
+from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 
 
 class PagedCache:
@@ -44,3 +47,16 @@ class PagedCache:
         self.values = [values[place] for place in place_of]
         self.group_of = groups.group_of if groups is not None and groups.count > 1 else None
         self.num_bytes = sum(tensor.nbytes for tensor in (*keys, *values))
+        self._device = device
+        self._states: StateTables | None = None
+
+    def states(self, num_rows: int, shapes: Mapping[Hashable, StateShape]) -> StateTables:
+        """The tables of the rows' states; made in the first call, and anew for another number of rows.
+
+        Args:
+            num_rows: Rows of the tables, the padding row included.
+            shapes: The states.
+        """
+        if self._states is None or self._states.num_rows != num_rows:
+            self._states = StateTables(num_rows, self._device, shapes)
+        return self._states

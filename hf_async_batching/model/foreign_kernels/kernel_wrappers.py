@@ -35,10 +35,11 @@ def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Ca
             wrappers = {name: found for name, value in called.items() if (found := _wrapper(value)) is not None}
             replaced = {name: made for name, found in wrappers.items() if (made := replace(found)) is not None}
             if replaced:
-                setattr(module, name, types.MethodType(_with_globals(method, replaced), module))
+                setattr(module, name, types.MethodType(with_globals(method, replaced), module))
 
 
-def _with_globals(method: types.FunctionType, changed: dict[str, Any]) -> types.FunctionType:
+def with_globals(method: types.FunctionType, changed: dict[str, Any]) -> types.FunctionType:
+    """A copy of a function that finds other values under some names of its globals."""
     made = types.FunctionType(
         method.__code__, {**method.__globals__, **changed}, method.__name__, method.__defaults__, method.__closure__
     )

@@ -51,12 +51,13 @@ _recorder = _Recorder()
 _CONTEXT = object()
 
 
-def probe(model_name: str, forward: Callable[..., Any]) -> ProbeResult:
+def probe(model_name: str, forward: Callable[..., Any], *, may_lack_attention: bool = False) -> ProbeResult:
     """Run `forward(paged=...)`, a forward of the view over `PROBE_TOKENS` tokens, and report its attention calls.
 
     Args:
         model_name: Name of the model, for messages.
         forward: Runs the model and passes its keyword argument on.
+        may_lack_attention: Whether a model without any attention is served.
 
     Raises:
         UnsupportedModelError: Attention does not go through transformers' interface, or asks for something that is
@@ -83,7 +84,7 @@ def probe(model_name: str, forward: Callable[..., Any]) -> ProbeResult:
         ) from error
     finally:
         _recorder.__init__()  # type: ignore[misc]
-    if not layers:
+    if not layers and not may_lack_attention:
         raise UnsupportedModelError(
             f"{model_name} is not served: its attention does not go through transformers' `AttentionInterface`. "
             "Use plain `model.generate` for this model."

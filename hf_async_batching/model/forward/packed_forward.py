@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Hashable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -13,19 +14,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_async_batching.attention import hf_interface as interface
-from hf_async_batching.attention.base import AttentionBackend
+from hf_async_batching.attention.base import AttentionBackend, AttentionContext, DecodeContext
 from hf_async_batching.attention.hf_interface import PagedCall, attach_tags
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
+from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model.compile.regions import Region, compile_regions, remove_regions
 from hf_async_batching.model.forward import attention_probe
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refuse_states
+from hf_async_batching.model.forward.state_mixers import Mixers
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable, set_attention
 from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
+from hf_async_batching.recurrent import step as recurrent
+from hf_async_batching.recurrent.calls import READING_BACK
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -47,6 +52,11 @@ class PackedForward:
         logit_size: Width of the logits; it can differ from `vocab_size`.
         device: Device of the weights.
         packed_groups: Groups of projections that share a product; None if weights are not fused.
+        states: Shapes of the states that a row has besides its pages, by name.
+        state_bytes: Memory of these states, in bytes per row.
+        capturable: Whether its steps can be captured as graphs.
+        prefix_cacheable: Whether pages hold all that is known of a prefix.
+        route: How the model is served, for messages.
         regions: Compiled regions of the view.
 
     Raises:
@@ -54,12 +64,8 @@ class PackedForward:
     """
 
     # Constants that `CacheForward` has as attributes.
-    route = "packed"
-    capturable = True
     whole_prompts = False
     recomputes = True
-    prefix_cacheable = True
-    state_bytes = 0
     tile_size: int | None = None
     takes_embeddings = True
 
@@ -74,9 +80,17 @@ class PackedForward:
         self.vocab_size, self.embedding_size = embedding_shape(self.view)
         self.logit_size = self.vocab_size
         self._cache_argument: str | None = None
+        self._mixers = Mixers(self.view)
+        self.states: dict[Hashable, StateShape] = {}
+        self.dtype: torch.dtype = torch.float32
         findings, seen = self._probe()
         self.layers: list[LayerShape] = findings.shapes
-        self.dtype: torch.dtype = self.layers[0].dtype
+        if self.layers:
+            self.dtype = self.layers[0].dtype
+        self.state_bytes = sum(state.num_bytes for state in self.states.values())
+        self.route = "packed, row states" if self.states else "packed"
+        self.capturable = not self._mixers.names & READING_BACK
+        self.prefix_cacheable = not self.states
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
         self._parallel = parallel_projections(self.view, seen)
@@ -108,34 +122,49 @@ class PackedForward:
         made.view = view
         made._paged_layers = {id(other[key]): layer for key, layer in self._paged_layers.items()}
         made._parallel = [[cast(nn.Linear, other[id(module)]) for module in group] for group in self._parallel]
+        made._mixers = Mixers(view)
         made._begin()
         return made
 
     def _probe(self) -> tuple[attention_probe.ProbeResult, LinearCalls]:
         tokens = torch.arange(1, attention_probe.PROBE_TOKENS + 1, device=self.device) % self.vocab_size
+        positions = torch.arange(len(tokens), device=self.device)
+        # For layers with states, each token is the first one of a row.
+        rows = torch.arange(1, len(tokens) + 1, device=self.device, dtype=torch.int32)
+        each_alone = DecodeContext(rows[:0], rows, torch.zeros_like(rows), torch.ones_like(rows))
+        tables = StateTables(len(tokens) + 1, self.device)
+
+        def call(tokens: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+            with recurrent.active(self._recurrent_step(each_alone, tables)):
+                return self._call(tokens, positions, None, kwargs)
 
         def forward(**context: Any) -> None:
             seen.calls.clear()
-            logits = self._call(tokens, torch.arange(len(tokens), device=self.device), None, context)
-            self.logit_size = logits.shape[-1]
+            logits = call(tokens, context)
+            self.logit_size, self.dtype = logits.shape[-1], logits.dtype
 
         def run(tokens: torch.Tensor) -> torch.Tensor:
-            positions = torch.arange(len(tokens), device=self.device)
-            return attention_probe.without_attention(lambda: self._call(tokens, positions, None, {}))
+            return attention_probe.without_attention(lambda: call(tokens, {}))
 
+        stateful = bool(self._mixers.modules)
         with torch.inference_mode():
             with watch_linears(self.view) as seen:
-                findings = attention_probe.probe(self.name, forward)
+                findings = attention_probe.probe(self.name, forward, may_lack_attention=stateful)
                 layers = [module for module in self.view.modules() if id(module) in findings.layers]
                 self._cache_argument = cache_argument(self.view, layers)
                 if self._cache_argument is not None:
                     findings = attention_probe.probe(self.name, forward)
+            self.states = dict(tables.shapes)
             try:
-                refuse_states(self.view)
+                if not stateful:
+                    refuse_states(self.view)
                 refuse_mixing(run, tokens, self.vocab_size)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{self.name} is not served: {error}") from error
         return findings, seen
+
+    def _recurrent_step(self, context: AttentionContext, tables: StateTables) -> recurrent.RecurrentStep:
+        return recurrent.RecurrentStep(context, tables, self._mixers.layers)
 
     def fuse(self, *, skinny: bool = False) -> None:
         """Let projections of one input share a product; their weights are packed, see `linear.packing`.
@@ -193,7 +222,12 @@ class PackedForward:
         # Compiled code would check every attribute of a keyword argument in each call.
         passed = self._passes_context and not self._compiled
         kwargs = {"paged": call} if passed else {}
-        with nullcontext() if passed else interface.active(call):
+        with ExitStack() as stack:
+            if not passed:
+                stack.enter_context(interface.active(call))
+            if self.states:
+                tables = self._cache.states(inputs.context.page_table.shape[-2], self.states)
+                stack.enter_context(recurrent.active(self._recurrent_step(inputs.context, tables)))
             logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs, inputs.embeddings)
         if inputs.sample_index is not None and not self._takes_logits_to_keep:
             logits = logits[inputs.sample_index]
