@@ -105,7 +105,7 @@ def build_engine(
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, sizes.config)
-    compiles = isinstance(forward, PackedForward) and sizes.config.settings.compile
+    compiles = isinstance(forward, PackedForward) and forward.compilable and sizes.config.settings.compile
     view = route.view if compiles else None
     return EngineParts(engine, sizes.config, forward, runner, cache, autocast, view, rope_limit(model))
 
@@ -154,6 +154,8 @@ def _bound_cache(route: Route, sizes: EngineSizes) -> PagedCache:
         device=route.forward.device,
         groups=sizes.groups,
     )
+    if isinstance(route.forward, PackedForward) and route.forward.states:
+        cache.states(sizes.config.max_rows + 1, route.forward.states)
     route.forward.bind(cache, route.backend)
     return cache
 

@@ -185,7 +185,7 @@ def _mark(values: Any) -> None:
 
 def compile_regions(
     view: PreTrainedModel,
-    attention_modules: set[int],
+    mixing_modules: set[int],
     run_example: Callable[[], Any],
     backend: str | Compiler = "inductor",
     *,
@@ -195,7 +195,7 @@ def compile_regions(
 
     Args:
         view: A view that no other thread runs.
-        attention_modules: Identities of its attention modules.
+        mixing_modules: Identities of its modules that mix tokens: attention, and layers with states.
         run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
         backend: Backend of `torch.compile`.
         pdl: Use programmatic dependent launch; see `pdl_check`.
@@ -208,7 +208,7 @@ def compile_regions(
         Exception: Any error of the compiler; the layers have their own forwards again.
     """
     compiler = _with_residual_sums(backend, pdl)
-    regions = [Region(modules, compiler) for modules in region_modules(view, attention_modules)]
+    regions = [Region(modules, compiler) for modules in region_modules(view, mixing_modules)]
     for region in regions:
         region.marking = True
     try:
@@ -250,12 +250,12 @@ def _with_residual_sums(backend: str | Compiler, pdl: bool) -> Compiler:
     return compiler
 
 
-def region_modules(view: PreTrainedModel, attention_modules: set[int]) -> list[list[nn.Module]]:
-    """Modules to compile, grouped by class: layers that hold attention, and small modules next to the layer list."""
+def region_modules(view: PreTrainedModel, mixing_modules: set[int]) -> list[list[nn.Module]]:
+    """Modules to compile, grouped by class: layers that mix tokens, and small modules next to the layer list."""
     groups: dict[type, list[nn.Module]] = {}
     for owner in view.modules():
         for child in owner.children():
-            if isinstance(child, nn.ModuleList) and _holds(child, attention_modules):
+            if isinstance(child, nn.ModuleList) and _holds(child, mixing_modules):
                 for layer in child:
                     groups.setdefault(type(layer), []).append(layer)
                 for beside in owner.children():
@@ -265,8 +265,8 @@ def region_modules(view: PreTrainedModel, attention_modules: set[int]) -> list[l
     return []
 
 
-def _holds(modules: nn.ModuleList, attention_modules: set[int]) -> bool:
-    return any(id(module) in attention_modules for layer in modules for module in layer.modules())
+def _holds(modules: nn.ModuleList, mixing_modules: set[int]) -> bool:
+    return any(id(module) in mixing_modules for layer in modules for module in layer.modules())
 
 
 def inductor_options(pdl: bool = False) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def rebind_wrappers(model: nn.Module, replace: Callable[[types.FunctionType], Ca
 
 def with_globals(method: types.FunctionType, changed: dict[str, Any]) -> types.FunctionType:
     """A copy of a function that finds other values under some names of its globals."""
-    made = types.FunctionType(
-        method.__code__, {**method.__globals__, **changed}, method.__name__, method.__defaults__, method.__closure__
-    )
-    made.__kwdefaults__ = method.__kwdefaults__
+    values = {**method.__globals__, **changed}
+    # By this name the compiler would look up the module's own values.
+    values.pop("__name__", None)
+    made = types.FunctionType(method.__code__, values, method.__name__, method.__defaults__, method.__closure__)
+    made.__kwdefaults__, made.__module__ = method.__kwdefaults__, method.__module__
     vars(made)[_MARK] = True
     return made
 

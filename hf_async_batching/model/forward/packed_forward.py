@@ -55,6 +55,7 @@ class PackedForward:
         states: Shapes of the states that a row has besides its pages, by name.
         state_bytes: Memory of these states, in bytes per row.
         capturable: Whether its steps can be captured as graphs.
+        compilable: Whether its layers can be compiled.
         prefix_cacheable: Whether pages hold all that is known of a prefix.
         route: How the model is served, for messages.
         regions: Compiled regions of the view.
@@ -89,7 +90,7 @@ class PackedForward:
             self.dtype = self.layers[0].dtype
         self.state_bytes = sum(state.num_bytes for state in self.states.values())
         self.route = "packed, row states" if self.states else "packed"
-        self.capturable = not self._mixers.names & READING_BACK
+        self.capturable = self.compilable = not self._mixers.names & READING_BACK
         self.prefix_cacheable = not self.states
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
@@ -192,7 +193,8 @@ class PackedForward:
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
-        self.regions = compile_regions(self.view, set(self._paged_layers), run_example, backend, pdl=pdl)
+        mixing = {*self._paged_layers, *map(id, self._mixers.modules)}
+        self.regions = compile_regions(self.view, mixing, run_example, backend, pdl=pdl)
         ready_products(self.view, (16, 32, 64))
 
     def uncompile(self) -> None:
