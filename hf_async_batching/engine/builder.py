@@ -21,6 +21,7 @@ from hf_async_batching.engine.sizing import EngineSizes, ResolvedConfig, size_en
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.small.length_thresholds import makes_choices
 from hf_async_batching.model.view.model_view import batch_dependent_rope, context_length, rope_limit
 from hf_async_batching.model.view.module_calls import runs_user_code
 from hf_async_batching.runner.leading_pipeline import LeadingPipeline
@@ -84,12 +85,15 @@ def build_engine(
     sizes = size_engine(config, forward, context_length(model), _free_bytes(forward, group), padded=group is None)
     cache = _bound_cache(route, sizes)
     tables = _row_tables(forward, sizes)
+    compiles = isinstance(forward, PackedForward) and forward.compilable and sizes.config.settings.compile
     runner = ModelRunner(
         forward,
         tables,
         device if group is None else with_agreed_captures(device, group),
         max_rows=sizes.config.max_rows,
         largest=sizes.padding,
+        # The padding row's token would ask for experts of its own.
+        least_rows=2 if compiles and not makes_choices(model.config) else 1,
         spread=config.admission == "longest_first",
         graphs=_captures(config, model, route, device),
         autocast=autocast,
@@ -105,7 +109,6 @@ def build_engine(
         debug=config.debug,
     )
     logger.info("serving %s on %s: %s", forward.name, forward.device, sizes.config)
-    compiles = isinstance(forward, PackedForward) and forward.compilable and sizes.config.settings.compile
     view = route.view if compiles else None
     return EngineParts(engine, sizes.config, forward, runner, cache, autocast, view, rope_limit(model))
 

@@ -113,7 +113,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
 """Ours by the name of transformers' function."""
 
 READING_BACK = frozenset({"mamba_selective_scan"})
-"""Functions without a kernel of ours: a step with prompts reads its pieces on the host, so that nothing is captured."""
+"""Functions without a kernel of ours: a step with prompts reads its pieces on the host, and nothing is captured."""
 
 
 def _no_state(out: torch.Tensor) -> torch.Tensor:
@@ -156,9 +156,7 @@ def _delta_rule(
 
         return row_delta_rule(step, (layer, "scan"), query, key, value, g, beta, normalize=normalize)
     original = _original(functions, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
-    return reference.delta_rule(
-        step, (layer, "scan"), original, query, key, value, g, beta, normalize=normalize
-    )
+    return reference.delta_rule(step, (layer, "scan"), original, query, key, value, g, beta, normalize=normalize)
 
 
 def _mamba2_scan(

@@ -54,6 +54,7 @@ class ModelRunner:
         device: Device that captures graphs.
         max_rows: Rows of the largest decode step.
         largest: The largest step with prompts that is captured; its tokens are 0 if none is.
+        least_rows: Rows of the smallest decode step.
         spread: Whether prompts are spread over decode steps, so that these steps are captured in advance.
         graphs: Whether steps are captured.
         autocast: Autocast state of the forward.
@@ -70,8 +71,14 @@ class ModelRunner:
         device: Device,
         *,
         max_rows: int,
+<<<<<<< HEAD
         largest: Padding,
         spread: bool,
+=======
+        largest: Padding = NO_PADDING,
+        least_rows: int = 1,
+        spread: bool = False,
+>>>>>>> bbdba81 (One kernel for any number of tiles; a single row decodes in compiled code)
         graphs: bool,
         autocast: Autocast | None = None,
     ) -> None:
@@ -82,7 +89,7 @@ class ModelRunner:
         self._sampler = Sampler(runs_triton(state.page_table.device))
         self._state = state
         self.graphs = GraphCache(device, enabled=graphs)
-        self._buckets = decode_buckets(max_rows)
+        self._buckets = decode_buckets(max_rows, least_rows)
         self._paddings = padded_tokens(largest)
         self._most_entries = largest.entries
         self._padded_decodes = padded_decodes(max_rows)

@@ -21,6 +21,9 @@ from hf_async_batching.core.step_layout import Padding
 def test_buckets_grow_to_the_largest_step() -> None:
     assert decode_buckets(1) == [1]
     assert decode_buckets(6) == [1, 2, 4, 6]
+    assert decode_buckets(6, least=2) == [2, 4, 6]
+    assert decode_buckets(2, least=2) == [2]
+    assert decode_buckets(1, least=2) == [1]
     assert decode_buckets(40) == [1, 2, 4, 8, 16, 24, 32, 40]
     for largest in (1, 5, 64, 100, 256):
         buckets = decode_buckets(largest)

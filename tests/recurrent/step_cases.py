@@ -14,7 +14,7 @@ NO_PAGES = torch.zeros(1, 1, dtype=torch.int32)
 
 
 class Case(NamedTuple):
-    """Decoding rows and pieces of prompts, each (row, tokens, first position); None for a step of decoding rows only."""
+    """Rows that decode (row, position), and pieces of prompts (row, tokens, position); None where there are none."""
 
     decodes: list[tuple[int, int]]
     pieces: list[tuple[int, int, int]] | None = None
@@ -52,9 +52,7 @@ def context_of(case: Case, tile_size: int = 4) -> DecodeContext | MixedContext:
     positions += [0] * case.padding
     tiles += [(0, 0, 0, 0)] * min(case.padding, 2)
     columns = [ints([tile[i] for tile in tiles]) for i in range(4)]
-    return MixedContext(
-        NO_PAGES, ints(rows), ints(positions), *columns, lengths
-    )
+    return MixedContext(NO_PAGES, ints(rows), ints(positions), *columns, lengths)
 
 
 def step_of(context: DecodeContext | MixedContext, states: dict[object, torch.Tensor]) -> RecurrentStep:

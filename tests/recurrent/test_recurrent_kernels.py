@@ -1,4 +1,4 @@
-"""The Triton kernels of layers with states compute what the reference in PyTorch computes, and leave the same states."""
+"""The Triton kernels of layers with states compute what the reference in PyTorch does, and leave the same states."""
 
 from __future__ import annotations
 

@@ -1,0 +1,30 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""Device side of `triton_tiles`."""
+
+import triton  # type: ignore[import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+
+
+@triton.jit
+def tokens_of_program(rows, tile_rows, tile_queries, tile_lengths, tiles, DECODES: tl.constexpr, TILES: tl.constexpr):
+    """Row, first token and number of tokens of a program.
+
+    The program of a row's first tile takes all tiles of the row; programs of its other tiles, of the padding row and
+    of tiles without tokens take no token.
+    """
+    tile = tl.program_id(0)
+    if DECODES:
+        row = tl.load(rows + tile)
+        first = tile
+        length = 1
+    else:
+        row = tl.load(tile_rows + tile)
+        first = tl.load(tile_queries + tile)
+        all_tiles = tl.arange(0, TILES)
+        owner = tl.load(tile_rows + all_tiles, mask=all_tiles < tiles, other=-1)
+        counts = tl.load(tile_lengths + all_tiles, mask=all_tiles < tiles, other=0)
+        mine = owner == row
+        length = tl.sum(tl.where(mine, counts, 0), 0)
+        earlier = tl.sum(tl.where(mine & (all_tiles < tile), 1, 0), 0)
+        length = tl.where((row > 0) & (earlier == 0), length, 0)
+    return row, first, length
