@@ -37,13 +37,14 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     "compiled": Scenario("engine", "compiled layers, launched early where the card can", captured=True, races=True),
     "attention": Scenario("kernel", "write, decode, prefill and mixed; windows, caps, chunks, sinks", races=True),
-    "hybrid": Scenario("engine", "recurrent states beside attention: the padded route"),
+    "hybrid": Scenario("engine", "recurrent states beside attention, over packed tokens"),
     "windows": Scenario("engine", "soft caps, windows and full attention in turn: two groups of pages", captured=True),
     "decode": Scenario("engine", "decode steps, packed projections and skinny products", captured=True),
     "mixed": Scenario("engine", "pieces of prompts beside rows that decode, padded and not", captured=True),
     "draws": Scenario("engine", "temperature, top-k, top-p, min-p, penalties, log-probabilities", captured=True),
     "drafts": Scenario("engine", "prompt lookup", captured=True),
     "sampling": Scenario("kernel", "the sampling and arg-max kernels over a large vocabulary", races=True),
+    "states": Scenario("state", "convolutions, delta rules and scans: decode, and prompts beside it", races=True),
     "linear": Scenario("kernel", "skinny products: shapes that fill no block, shares, residuals", races=True),
     "tables": Scenario("kernel", "row tables: updates, carry-over, commit", races=True),
 }

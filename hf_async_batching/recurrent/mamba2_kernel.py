@@ -79,10 +79,11 @@ def mamba2_kernel(
         x = tl.load(hidden + token * hidden_token + head * hidden_head + channel, mask=in_head, other=0.0)
         b = tl.load(B + token * B_token + group * B_group + place_in_state, mask=in_state, other=0.0)
         c = tl.load(C + token * C_token + group * C_group + place_in_state, mask=in_state, other=0.0)
-        time = tl.load(dt + token * dt_token + head * dt_head)
+        time = tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
         if HAS_BIAS:
-            time = (time + tl.load(dt_bias + head).to(dt.dtype.element_ty)).to(dt.dtype.element_ty)
-        time = time.to(tl.float32)
+            # Rounded where torch rounds.
+            time += tl.load(dt_bias + head).to(dt.dtype.element_ty).to(tl.float32)
+            time = time.to(dt.dtype.element_ty).to(tl.float32)
         if SOFTPLUS:
             # torch's softplus is the identity above 20, and rounds its result.
             time = tl.where(time > 20.0, time, _log1p(tl.exp(tl.minimum(time, 20.0))))

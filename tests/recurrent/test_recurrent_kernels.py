@@ -12,6 +12,7 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
+from hf_async_batching.linear.rounding import relative_error
 from hf_async_batching.recurrent import reference
 from hf_async_batching.recurrent.step import RecurrentStep
 
@@ -32,15 +33,20 @@ def compare(case: Case, states: dict[object, torch.Tensor], plain: Run, kernel: 
     assert got.dtype == want.dtype
     token_dim = 2 if want.dim() == 3 else 1
     assert got.isfinite().all()
-    torch.testing.assert_close(
-        got.movedim(token_dim, 0)[mine], want.movedim(token_dim, 0)[mine], atol=tolerance, rtol=tolerance
-    )
+    assert_near(got.movedim(token_dim, 0)[mine], want.movedim(token_dim, 0)[mine], tolerance)
     for key, state in states_of(steps[0]).items():
-        torch.testing.assert_close(states_of(steps[1])[key], state, atol=tolerance, rtol=tolerance)
+        assert_near(states_of(steps[1])[key], state, tolerance)
     frozen = step_of(context, states)
     frozen.frozen = True
     assert kernel(frozen).equal(got)
     assert all(state.equal(states[key][1:]) for key, state in states_of(frozen).items())
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    if got.dtype is torch.float32 and tolerance < 1e-2:
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    else:  # Triton's interpreter cuts bfloat16 off where a GPU rounds
+        assert relative_error(got.float(), want.float()) < tolerance
 
 
 def tokens_in(case: Case) -> int:
@@ -108,16 +114,19 @@ def test_delta_rules(case: Case, per_channel: bool, normalize: bool) -> None:
 
 
 @each_case
-@pytest.mark.parametrize(("has_d", "has_bias", "softplus"), [(True, True, True), (False, False, False)])
-def test_mamba2_scans(case: Case, has_d: bool, has_bias: bool, softplus: bool) -> None:
+@pytest.mark.parametrize(
+    ("has_d", "has_bias", "softplus", "dtype"),
+    [(True, True, True, torch.float32), (True, True, True, torch.bfloat16), (False, False, False, torch.float32)],
+)
+def test_mamba2_scans(case: Case, has_d: bool, has_bias: bool, softplus: bool, dtype: torch.dtype) -> None:
     from hf_async_batching.recurrent.triton_mamba2 import row_mamba2_scan
 
     torch.manual_seed(3)
     tokens, heads, dim, groups, size = tokens_in(case), 4, 10, 2, 6
-    hidden = torch.randn(1, tokens, heads, dim)
+    hidden = torch.randn(1, tokens, heads, dim).to(dtype)
     dt = torch.randn(1, tokens, 2 * heads)[..., :heads]
-    dt = dt * 3 if softplus else dt.abs() * 0.3
-    B, C = (torch.randn(1, tokens, groups, size) for _ in range(2))
+    dt = (dt * 3 if softplus else dt.abs() * 0.3).to(dtype)
+    B, C = (torch.randn(1, tokens, groups, size).to(dtype) for _ in range(2))
     A = -torch.rand(heads)
     options: Any = {
         "D": torch.randn(heads) if has_d else None,
@@ -132,5 +141,5 @@ def test_mamba2_scans(case: Case, has_d: bool, has_bias: bool, softplus: bool) -
             chunk_size=4, dt_limit=(0.01, 2.0), **options,
         ),
         lambda step: row_mamba2_scan(step, "scan", hidden, dt, A, B, C, limit=(0.01, 2.0), **options),
-        tolerance=1e-4,
+        tolerance=1e-4 if dtype is torch.float32 else 2e-2,
     )  # fmt: skip
