@@ -94,7 +94,9 @@ def check_parity(
     def run_plain() -> None:
         try:
             steps.append("plain forwards")
-            view = make_view(model, None)
+            # flash-linear-attention multiplies float32 in TensorFloat-32, by more than the tolerance of float32.
+            stateful = isinstance(forward, PackedForward) and bool(forward.states)
+            view = make_view(model, None, reference_kernels=stateful)
             views.append(view)
             prepare_view(view)
             # Other routes use the same kernels as `generate`, so their comparison is stricter and keeps these kernels.

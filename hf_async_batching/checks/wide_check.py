@@ -41,6 +41,8 @@ def agrees_in_wide_dtype(
     backend: AttentionBackend,
     page_size: int,
     error: LogitsDifferError,
+    *,
+    stateful: bool = False,
 ) -> PreTrainedModel | None:
     """Check whether logits that differ too much in the model's own dtype agree in a wider one.
 
@@ -50,6 +52,8 @@ def agrees_in_wide_dtype(
         backend: The attention kernels of that forward.
         page_size: Page size of the engine.
         error: The error of the check in the model's own dtype.
+        stateful: Whether rows have recurrent states. Rounding adds up there from token to token, in other ways where
+            tokens come one by one than where they come at once.
 
     Returns:
         A view of the model as it was checked; None if the logits differ in the wider dtype too, or cannot be compared
@@ -60,8 +64,8 @@ def agrees_in_wide_dtype(
     """
     parameter = next(model.parameters())
     dtype, device = parameter.dtype, parameter.device
-    # Infinite differences, and differences of a model that makes no choices, are not rounding.
-    if dtype not in _WIDER or not error.finite or not makes_choices(model.config):
+    # Infinite differences, and those of a model without choices and states, are not rounding.
+    if dtype not in _WIDER or not error.finite or not (stateful or makes_choices(model.config)):
         return None
     if is_quantized(model) or runs_user_code(model) or parallel_modules(model):
         return None
@@ -69,7 +73,7 @@ def agrees_in_wide_dtype(
     exact = _WIDER[dtype] == torch.float64
     if torch.is_autocast_enabled(device.type) or (exact and device.type != "cpu"):
         return None
-    wide = make_view(model, None)
+    wide = make_view(model, None, reference_kernels=True)
     widen_weights(wide, _WIDER[dtype])
     if exact:
         _loop_over_experts(wide)
@@ -97,7 +101,7 @@ def agrees_in_wide_dtype(
         logger.info("%s cannot be compared in %s: %s", name, _WIDER[dtype], failure)
         return None
     logger.info(
-        "%s: %s; in %s they agree, so the cause is rounding (of choices among experts or keys)",
+        "%s: %s; in %s they agree, so the cause is rounding (of choices among experts or keys, or of states)",
         name,
         error.short,
         _WIDER[dtype],

@@ -275,7 +275,8 @@ def _checked(
         fused = isinstance(forward, PackedForward) and forward.packed_groups is not None
         if fused and not products_agree(forward.view):
             raise
-        view = agrees_in_wide_dtype(model, make, backend, page_size, error)
+        stateful = isinstance(forward, PackedForward) and bool(forward.states)
+        view = agrees_in_wide_dtype(model, make, backend, page_size, error, stateful=stateful)
         if view is None:
             raise
         return Route(forward, backend, view)

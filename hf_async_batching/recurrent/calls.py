@@ -21,17 +21,13 @@ def causal_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
-    *,
-    state_tag: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """In place of `causal_conv1d_fn`; see `reference.causal_conv`."""
     if torch.compiler.is_dynamo_compiling():
-        out: torch.Tensor = torch.ops.hf_async_batching.row_conv(
-            hidden_states, weight, bias, activation or "", state_tag
-        )
+        out: torch.Tensor = torch.ops.hf_async_batching.row_conv(hidden_states, weight, bias, activation or "")
         return out
-    return _conv(hidden_states, weight, bias, activation or "", current_tag() if state_tag is None else state_tag)
+    return _conv(hidden_states, weight, bias, activation or "")
 
 
 def chunk_gated_delta_rule(
@@ -125,18 +121,18 @@ def _original(functions: dict[str, Callable[..., Any]], *names: str) -> Callable
     return next(functions[name] for name in names if name in functions)
 
 
-def _conv(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, tag: torch.Tensor
-) -> torch.Tensor:
+def _conv(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     step = current_step()
-    layer, functions = step.layer(tag)
-    # A layer may convolve more than once, with another weight each time.
-    key = (layer, "conv", weight.data_ptr())
+    # Its weight names a convolution: some layers convolve more than once, and some pass no keyword arguments on.
+    key = ("conv", weight.data_ptr())
     if hidden.is_cuda:
         from hf_async_batching.recurrent.triton_conv import row_conv
 
         return row_conv(step, key, hidden, weight, bias, activation)
-    original = _original(functions, "causal_conv1d_fn")
+    # Families have the same function.
+    original = next(
+        functions["causal_conv1d_fn"] for _, functions in step.mixers.values() if "causal_conv1d_fn" in functions
+    )
     return reference.causal_conv(step, key, original, hidden, weight, bias, activation=activation or None)
 
 
@@ -191,7 +187,7 @@ def _mamba2_scan(
 
 # The schemas do not say that the operators write to states. Nothing else in compiled code reads these.
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("row_conv(Tensor hidden, Tensor weight, Tensor? bias, str activation, Tensor tag) -> Tensor")
+_library.define("row_conv(Tensor hidden, Tensor weight, Tensor? bias, str activation) -> Tensor")
 _library.define(
     "row_delta_rule(Tensor query, Tensor key, Tensor value, Tensor g, Tensor beta, bool normalize, Tensor tag)"
     " -> Tensor"

@@ -17,7 +17,7 @@ from hf_async_batching.recurrent.step import RecurrentStep
 from hf_async_batching.recurrent.triton_tiles import tiles_of
 
 # Value columns and warps of a program. One warp needs no synchronization from token to token.
-_DECODE, _PROMPT = (32, 4), (8, 1)
+_DECODE, _PROMPT = (32, 4), (16, 1)
 
 
 def row_delta_rule(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model.foreign_kernels.private_kernels import use_private_kernels
+from hf_async_batching.model.foreign_kernels.reference_kernels import use_reference_kernels
 from hf_async_batching.model.small.length_thresholds import follows_length, original_length, rope_dicts
 from hf_async_batching.model.view.module_calls import (
     CALL_HOOKS,
@@ -52,7 +53,9 @@ _OWN_CALLS = (
 )
 
 
-def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTrainedModel:
+def make_view(
+    model: PreTrainedModel, attn_implementation: str | None, *, reference_kernels: bool = False
+) -> PreTrainedModel:
     """Return a copy of `model` in eval mode that shares its weights.
 
     The copy shares every tensor, including the tensors of quantized layers. It keeps the forwards and hooks that are
@@ -62,6 +65,8 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
         model: The user's model. It is not changed, except that weights which its own forward would rescale are
             rescaled first; see `rescaling`.
         attn_implementation: Name of the attention for the copy's config; None keeps the model's own.
+        reference_kernels: Whether the copy computes with transformers' torch code in place of kernels of other
+            packages.
 
     Raises:
         UnsupportedModelError: The model is split over devices or offloaded, lies on the meta device, has a user's hook
@@ -110,7 +115,9 @@ def make_view(model: PreTrainedModel, attn_implementation: str | None) -> PreTra
         _own_frequencies(view)
     if attn_implementation is not None:
         set_attention(view, attn_implementation)
-    if next(view.parameters()).device.type == "cuda":
+    if reference_kernels:
+        use_reference_kernels(view)
+    elif next(view.parameters()).device.type == "cuda":
         use_private_kernels(view)
     return view
 
