@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.model.foreign_kernels.kernel_wrappers import is_rebound, with_globals
 from hf_async_batching.recurrent.calls import REPLACED
 from hf_async_batching.recurrent.step import Functions, enter_layer
@@ -45,7 +46,13 @@ class NoStates:
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Nothing is kept: our functions have kept it."""
+        """Nothing is kept: our functions have kept it, and return an empty state.
+
+        Raises:
+            UnsupportedModelError: The state is not empty: a function that is not ours has computed it.
+        """
+        if recurrent_states.numel():
+            raise UnsupportedModelError("its recurrent states come from a function that is not known here")
         return recurrent_states
 
 
