@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hidden_states import hide_functions
 from transformers import PreTrainedModel
 
 from hf_async_batching import BatchingConfig, UnsupportedModelError, per_token
@@ -101,7 +102,8 @@ def test_a_mistake_in_one_layer_is_no_rounding(plant: Callable[[PackedForward], 
     assert agrees_in_wide_dtype(model, make, CPU_KERNELS, 16, ROUNDING) is None
 
 
-def test_routes_through_a_cache_class_are_compared_too() -> None:
+def test_routes_through_a_cache_class_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_functions(monkeypatch)
     model = tiny_model("NemotronHForCausalLM").to(torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="recurrent states"):
         PackedForward(model)
@@ -109,6 +111,7 @@ def test_routes_through_a_cache_class_are_compared_too() -> None:
 
 
 def test_what_is_the_same_for_all_routes_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_functions(monkeypatch)
     tried: list[str] = []
 
     def differs(make: Any, *_: Any) -> Any:

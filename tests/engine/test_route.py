@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hidden_states import hide_functions
 from transformers import PreTrainedModel
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
@@ -77,7 +78,8 @@ class Watch:
 
 
 @pytest.mark.parametrize(
-    "name", ["FalconForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM"]
+    "name",
+    ["FalconForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM", "ZayaForCausalLM"],
 )
 def test_only_the_route_that_serves_is_made_of_the_model_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = choose_route(tiny_model(name), BatchingConfig())[0].route
@@ -173,6 +175,7 @@ def test_a_manager_is_made_without_a_forward_of_the_model(monkeypatch: pytest.Mo
 
 
 def test_a_refusal_says_what_every_route_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_functions(monkeypatch)
     model = tiny_model("Mamba2ForCausalLM")
 
     def refuse(_: Any, of: PreTrainedModel, batching: str = "single", whole_prompts: bool = True) -> None:

@@ -35,9 +35,9 @@ class Counts:
             self._copies += any(a is b for a, b in zip(of.parameters(), model.parameters(), strict=False))
             refuse_split(of)
 
-        def probed(*arguments: Any) -> Any:
+        def probed(*arguments: Any, **options: Any) -> Any:
             self._probes += 1
-            return probe(*arguments)
+            return probe(*arguments, **options)
 
         monkeypatch.setattr(model_view, "_refuse_split", copied)
         monkeypatch.setattr(attention_probe, "probe", probed)

@@ -53,8 +53,11 @@ REPRESENTATIVES = {
     "BloomForCausalLM": "padded",  # ALiBi
     "DiffLlamaForCausalLM": "padded",  # attends twice per layer
     "DeepseekV32ForCausalLM": "single",  # its indexer picks other keys at once than one by one
-    "FalconH1ForCausalLM": "padded, row states",  # attention and a state space in one layer
-    "JambaForCausalLM": "padded, row states, whole prompts",
+    "FalconH1ForCausalLM": "packed, row states",  # attention and a state space in one layer
+    "JambaForCausalLM": "packed, row states",  # a scan token by token
+    "KimiLinearForCausalLM": "packed, row states",  # linear attention, three convolutions in a layer
+    "ZayaForCausalLM": "padded, row states",  # a convolution of its own
+    "InklingForCausalLM": "lockstep, row states",
     "BartForCausalLM": "lockstep",  # positions follow the length of the cache
     "RecurrentGemmaForCausalLM": "single",  # states in modules
 }

@@ -6,17 +6,52 @@ import logging
 
 import pytest
 import torch
+from support.hidden_states import hide_functions
 
 from hf_async_batching import BatchingConfig, GenerationManager, UnsupportedModelError
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing
 
+DTYPES = [torch.float32, torch.bfloat16]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("class_name", ["FalconH1ForCausalLM", "NemotronHForCausalLM", "RecurrentGemmaForCausalLM"])
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("class_name", ["RecurrentGemmaForCausalLM", "ZayaForCausalLM"])
 def test_states_are_not_packed(class_name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{class_name} is not served: its? "):
+        PackedForward(tiny_model(class_name).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("class_name", ["FalconH1ForCausalLM", "NemotronHForCausalLM", "Qwen3_5ForCausalLM"])
+def test_states_that_are_not_recognised_are_not_packed(
+    class_name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FalconH1's logits over packed tokens are wrong by less than bfloat16 rounds."""
+    assert PackedForward(tiny_model(class_name).to(dtype)).states
+    hide_functions(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=f"{class_name} is not served: its? "):
+        PackedForward(tiny_model(class_name).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("class_name", "name"),
+    [
+        ("FalconH1ForCausalLM", "causal_conv1d_fn"),
+        ("FalconH1ForCausalLM", "mamba2_chunk_scan"),
+        ("NemotronHForCausalLM", "mamba2_chunk_scan"),
+        ("JambaForCausalLM", "mamba_selective_scan"),
+        ("Qwen3_5ForCausalLM", "torch_chunk_gated_delta_rule"),
+        ("KimiLinearForCausalLM", "chunk_kimi_delta_attention"),
+    ],
+)
+def test_a_layer_of_which_one_function_is_unknown_is_not_packed(
+    class_name: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of such a layer must not vouch for the rest; a scan can change less than bfloat16 rounds."""
+    hide_functions(monkeypatch, name)
     with pytest.raises(UnsupportedModelError, match=f"{class_name} is not served: its? "):
         PackedForward(tiny_model(class_name).to(dtype))
 
@@ -64,7 +99,7 @@ def test_tokens_that_only_fill_a_vocabulary_up_hide_no_mixing() -> None:
         refuse_mixing(lambda tokens: weight[tokens] + 1e-2 * tokens.sum(), torch.arange(1, 4), 50)
 
 
-@pytest.mark.parametrize("class_name", ["BartForCausalLM", "FalconH1ForCausalLM"])
+@pytest.mark.parametrize("class_name", ["BartForCausalLM", "FalconH1ForCausalLM", "ZayaForCausalLM"])
 def test_routes_are_the_same_in_bfloat16(class_name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A family that knows no padding must not be taken for one that does because rounding hides it."""
     routes = []

@@ -1,0 +1,58 @@
+"""Tables of the states of rows."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_async_batching.kv_cache.paged_cache import PagedCache
+from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
+
+CPU = torch.device("cpu")
+SHAPES = {(0, "conv"): StateShape((6, 3), torch.bfloat16), (0, "scan"): StateShape((2, 4, 5), torch.float32)}
+
+
+def test_a_state_knows_its_size() -> None:
+    assert [state.num_bytes for state in SHAPES.values()] == [36, 160]
+    assert StateShape((), torch.float32).num_bytes == 4
+
+
+def test_a_table_is_made_when_it_is_first_asked_for() -> None:
+    tables = StateTables(4, CPU)
+    assert tables.num_bytes == 0 and not tables.shapes
+    made = tables.table("a", (2, 3), torch.float32)
+    assert made.shape == (4, 2, 3) and made.dtype == torch.float32 and not made.any()
+    assert tables.table("a", (2, 3), torch.float32) is made
+    other = tables.table("b", (5,), torch.bfloat16)
+    assert other.shape == (4, 5) and other.dtype == torch.bfloat16
+    assert tables.shapes == {"a": StateShape((2, 3), torch.float32), "b": StateShape((5,), torch.bfloat16)}
+    assert tables.num_bytes == 4 * (24 + 10)
+
+
+def test_shapes_name_tables_to_make_at_once() -> None:
+    tables = StateTables(7, CPU, SHAPES)
+    assert tables.shapes == SHAPES
+    assert tables.num_rows == 7
+    assert tables.num_bytes == 7 * (36 + 160)
+    made = {key: tables.table(key, *state) for key, state in SHAPES.items()}
+    assert tables.num_bytes == 7 * (36 + 160), "nothing was made again"
+    assert [tuple(table.shape) for table in made.values()] == [(7, 6, 3), (7, 2, 4, 5)]
+    again = StateTables(3, CPU, tables.shapes)
+    assert again.shapes == SHAPES
+
+
+def test_a_cache_keeps_its_tables_for_a_number_of_rows() -> None:
+    cache = PagedCache([], num_pages=2, page_size=16, device=CPU)
+    assert cache.num_bytes == 0
+    tables = cache.states(5, SHAPES)
+    assert tables.num_rows == 5 and tables.shapes == SHAPES
+    tables.table((0, "conv"), *SHAPES[0, "conv"])[2] = 1
+    assert cache.states(5, SHAPES) is tables
+    other = cache.states(3, SHAPES)
+    assert other is not tables and other.num_rows == 3
+    assert not other.table((0, "conv"), *SHAPES[0, "conv"]).any()
+    assert cache.states(3, SHAPES) is other
+
+
+def test_two_caches_share_no_tables() -> None:
+    first, second = (PagedCache([], num_pages=2, page_size=16, device=CPU) for _ in range(2))
+    assert first.states(5, SHAPES) is not second.states(5, SHAPES)
