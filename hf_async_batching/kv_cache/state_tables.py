@@ -24,13 +24,13 @@ class StateShape(NamedTuple):
 class StateTables:
     """One table per state, indexed by row. Row 0 is the padding row; no request reads its states.
 
-    A table is made when it is first asked for, unless `shapes` names it. A row that starts at position 0 starts from
+    Without `shapes`, a table is made when it is first asked for. A row that starts at position 0 starts from
     zeros, so that a table needs no clearing between two requests.
 
     Args:
         num_rows: Rows of each table, the padding row included.
         device: Device of the tables.
-        shapes: States to make tables for at once.
+        shapes: The states; tables are made for all of them at once, and for no other.
 
     Attributes:
         shapes: Shape of each state that has a table.
@@ -44,8 +44,10 @@ class StateTables:
         self.num_rows = num_rows
         self._device = device
         self._tables: dict[Hashable, torch.Tensor] = {}
+        self._complete = False
         for key, (shape, dtype) in (shapes or {}).items():
             self.table(key, shape, dtype)
+        self._complete = shapes is not None
 
     def table(self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The table [rows, *shape] of a state.
@@ -54,9 +56,14 @@ class StateTables:
             key: Name of the state; equal in every step.
             shape: Shape of one row's state.
             dtype: Dtype of the state.
+
+        Raises:
+            KeyError: The tables' shapes were given, without this state. A new table would forget all rows.
         """
         found = self._tables.get(key)
         if found is None:
+            if self._complete:
+                raise KeyError(f"no row has a state {key!r}")
             found = torch.zeros(self.num_rows, *shape, dtype=dtype, device=self._device)
             self._tables[key] = found
             self.shapes[key] = StateShape(shape, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hf_async_batching.kv_cache.paged_cache import PagedCache
@@ -38,6 +39,15 @@ def test_shapes_name_tables_to_make_at_once() -> None:
     assert [tuple(table.shape) for table in made.values()] == [(7, 6, 3), (7, 2, 4, 5)]
     again = StateTables(3, CPU, tables.shapes)
     assert again.shapes == SHAPES
+
+
+def test_tables_that_are_complete_get_no_other() -> None:
+    """Else a step that names a state otherwise would begin all rows anew, and say nothing."""
+    tables = StateTables(7, CPU, SHAPES)
+    with pytest.raises(KeyError, match="no row has a state 'other'"):
+        tables.table("other", (2,), torch.float32)
+    with pytest.raises(KeyError):
+        StateTables(7, CPU, {}).table("other", (2,), torch.float32)
 
 
 def test_a_cache_keeps_its_tables_for_a_number_of_rows() -> None:
