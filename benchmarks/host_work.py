@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from hf_async_batching.core.request import Request
-from hf_async_batching.core.step_layout import Sections
+from hf_async_batching.core.step_layout import NO_PADDING, Sections
 from hf_async_batching.devices.base import Graph, Kernel, Stream
 from hf_async_batching.devices.cpu import CpuDevice
 from hf_async_batching.engine.engine import Engine
@@ -60,9 +60,9 @@ def make_engine(rows: int, tokens: int) -> Engine:
     pages_per_row = -(-tokens // PAGE_SIZE)
     device = IdleDevice()
     state = RowTables(max_rows=rows, max_pages_per_row=pages_per_row, device=device.torch_device)
-    runner = ModelRunner(_no_forward, state, device, max_rows=rows, graphs=True)
+    runner = ModelRunner(_no_forward, state, device, max_rows=rows, largest=NO_PADDING, spread=False, graphs=True)
     limits = Sections.largest(max_rows=rows, max_batch_tokens=MAX_BATCH_TOKENS, num_pages=rows * pages_per_row)
-    pipeline = Pipeline(device, state, runner, depth=2, limits=limits, tile_size=64)
+    pipeline = Pipeline(device, state, runner, depth=2, limits=limits, tile_size=64, logit_size=0)
     scheduler = Scheduler(
         num_pages=rows * pages_per_row, page_size=PAGE_SIZE, max_rows=rows, max_batch_tokens=MAX_BATCH_TOKENS
     )

@@ -54,9 +54,9 @@ class ModelRunner:
         device: Device that captures graphs.
         max_rows: Rows of the largest decode step.
         largest: The largest step with prompts that is captured; its tokens are 0 if none is.
-        least_rows: Rows of the smallest decode step.
         spread: Whether prompts are spread over decode steps, so that these steps are captured in advance.
         graphs: Whether steps are captured.
+        least_rows: Rows of the smallest decode step.
         autocast: Autocast state of the forward.
 
     Attributes:
@@ -71,15 +71,10 @@ class ModelRunner:
         device: Device,
         *,
         max_rows: int,
-<<<<<<< HEAD
         largest: Padding,
         spread: bool,
-=======
-        largest: Padding = NO_PADDING,
-        least_rows: int = 1,
-        spread: bool = False,
->>>>>>> bbdba81 (One kernel for any number of tiles; a single row decodes in compiled code)
         graphs: bool,
+        least_rows: int = 1,
         autocast: Autocast | None = None,
     ) -> None:
         self._forward = forward
