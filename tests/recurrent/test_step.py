@@ -57,6 +57,8 @@ def test_a_tile_elsewhere_in_the_step_is_a_piece_of_its_own() -> None:
     context = mixed([(1, 0, 4, 0), (2, 4, 4, 8), (1, 8, 4, 4), (3, 12, 2, 0)], 0)
     assert decoding(context) == 0
     assert pieces(context) == [Piece(1, 0, 4, 0), Piece(2, 4, 4, 8), Piece(1, 8, 4, 4), Piece(3, 12, 2, 0)]
+    apart = mixed([(1, 0, 4, 0), (1, 6, 2, 4)], 0)
+    assert pieces(apart) == [Piece(1, 0, 4, 0), Piece(1, 6, 2, 4)]
 
 
 def test_pieces_are_read_once_in_a_step() -> None:
