@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
 import pytest
 import torch
+from recurrent.step_cases import Case, context_of
 from support.hidden_states import hide_functions
 
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.kv_cache.state_tables import StateTables
 from hf_async_batching.model.foreign_kernels.kernel_wrappers import is_rebound, rebind_wrappers
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.forward.state_mixers import Mixers, NoStates
 from hf_async_batching.model.view.model_view import make_view
+from hf_async_batching.recurrent.step import RecurrentStep, active
 
 DELTA, CONV = "torch_chunk_gated_delta_rule", "causal_conv1d_fn"
 FOUND = {
@@ -125,6 +129,31 @@ def test_a_cache_that_holds_nothing() -> None:
     assert cache.update_conv_state(given, 0, conv_kernel_size=4) is given
     empty = given[:0]
     assert cache.update_recurrent_state(empty, layer_idx=0) is empty
+
+
+class Untouchable:
+    """A cache object of the family, of which a layer reads nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"`{name}` was read")
+
+
+@each_family
+def test_a_layer_reads_no_cache_but_ours(class_name: str) -> None:
+    model = tiny_model(class_name)
+    forward = PackedForward(model)
+    layer, tables = forward._mixers.modules[0], StateTables(3, torch.device("cpu"))
+    parameters = inspect.signature(inspect.unwrap(type(layer).forward)).parameters
+    (name,) = {"cache", "cache_params", "past_key_values"} & set(parameters)
+    hidden = torch.randn(1, 2, model.config.hidden_size)
+    context = context_of(Case([(2, 0), (1, 0)]))
+    results = []
+    with torch.inference_mode():
+        for cache in (Untouchable(), None):
+            with active(RecurrentStep(context, tables, forward._mixers.layers)):
+                out = layer(hidden, **{name: cache})
+            results.append(out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(*results)
 
 
 def test_a_state_that_another_function_has_computed_is_refused() -> None:
