@@ -199,7 +199,7 @@ def test_what_is_fused_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) ->
         raise LogitsDifferError("they differ")
 
     monkeypatch.setattr(route, "check_parity", differs)
-    monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_: "a view")
+    monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_, **__: "a view")
     model, made = experts(), partial(PackedForward, fused=True)
     assert route._checked(made, model, BatchingConfig(), CPU_KERNELS)[2] == "a view"
     product = EngineLinear._product
@@ -274,3 +274,16 @@ def test_forwards_of_both_kinds_take_wide_weights() -> None:
     widen_weights(model, torch.float32)
     for forward in (PackedForward(model), CacheForward(model, "padded", False)):
         assert forward.dtype == torch.float32
+
+
+def test_rounding_of_states_is_told_from_a_mistake_without_any_choice() -> None:
+    model = tiny_model("Mamba2ForCausalLM").bfloat16()
+    assert agrees_in_wide_dtype(model, PackedForward, CPU_KERNELS, 16, ROUNDING) is None, "it makes no choices"
+    assert agrees_in_wide_dtype(model, PackedForward, CPU_KERNELS, 16, ROUNDING, stateful=True) is not None
+
+    def forgetful(model: PreTrainedModel) -> PackedForward:
+        forward = PackedForward(model)
+        forward._mixers.layers = {key: (0, functions) for key, (_, functions) in forward._mixers.layers.items()}
+        return forward
+
+    assert agrees_in_wide_dtype(model, forgetful, CPU_KERNELS, 16, ROUNDING, stateful=True) is None

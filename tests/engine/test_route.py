@@ -203,6 +203,6 @@ def test_what_differs_in_the_wider_dtype_too_is_not_served(monkeypatch: pytest.M
         raise LogitsDifferError("its logits differ", plain=True)
 
     monkeypatch.setattr(route, "check_parity", differs)
-    monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_: None)
+    monkeypatch.setattr(route, "agrees_in_wide_dtype", lambda *_, **__: None)
     with pytest.raises(LogitsDifferError, match="its logits differ"):
         choose_route(tiny_model("LlamaForCausalLM"), BatchingConfig())

@@ -242,6 +242,16 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     verify(engine, run_random_schedule(engine, 3))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_alone_decodes_in_a_step_of_two(seed: int) -> None:
+    device = FakeGraphDevice()
+    engine = ToyEngine(2, seed, device=device, least_rows=2)
+    assert engine.runner.buckets == [2, 4]
+    assert engine.runner.bucket_for(1) == 2
+    verify(engine, run_random_schedule(engine, 6))
+    assert device.replays
+
+
 def test_which_steps_are_captured_in_advance() -> None:
     def spread(largest: Padding, max_rows: int = 40) -> list[Padding]:
         return ModelRunner(

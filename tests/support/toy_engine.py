@@ -135,6 +135,7 @@ class ToyEngine:
     full_attention_groups: int = 0
     draft_rows: int = 0
     admission: Admission = "fcfs"
+    least_rows: int = 1
     device: Any = None
     requests: dict[str, Request] = field(default_factory=dict)
     emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -171,6 +172,7 @@ class ToyEngine:
             largest=largest,
             spread=self.admission == "longest_first",
             graphs=graphs,
+            least_rows=self.least_rows,
         )
         run = self.runner.run
 

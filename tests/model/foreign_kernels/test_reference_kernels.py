@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.forked_python import run_python
+from transformers import PreTrainedModel
 
+from hf_async_batching.attention.torch_backend import TorchBackend
+from hf_async_batching.checks import parity_check
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.foreign_kernels import reference_kernels
 from hf_async_batching.model.foreign_kernels.reference_kernels import use_reference_kernels
+from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.view.model_view import make_view
 
 KERNEL = "def {name}(*args, **kwargs):\n    raise ValueError('Pointer argument cannot be accessed from Triton')\n"
 SCRIPT = """
@@ -56,3 +62,27 @@ def test_what_a_model_computes_stays_the_same(name: str, monkeypatch: pytest.Mon
     rebound = [key for module in model.modules() for key in vars(module).keys() - before[id(module)].keys()]
     assert rebound
     assert torch.equal(model(tokens).logits, expected)
+
+
+def test_a_view_computes_without_other_packages_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_kernels, "find_spec", lambda _: True)
+    model = tiny_model("Qwen3NextForCausalLM")
+    plain, reference = (make_view(model, None, reference_kernels=flag) for flag in (False, True))
+    assert not any("forward" in vars(module) for module in plain.modules())
+    assert any("forward" in vars(module) for module in reference.modules())
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("Qwen3NextForCausalLM", True), ("LlamaForCausalLM", False)])
+def test_families_with_states_are_compared_with_torch_code(
+    name: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def recorded(*args: Any, reference_kernels: bool = False) -> PreTrainedModel:
+        seen.append(reference_kernels)
+        return make_view(*args, reference_kernels=reference_kernels)
+
+    monkeypatch.setattr(parity_check, "make_view", recorded)
+    model = tiny_model(name)
+    parity_check.check_parity(model, PackedForward(model), TorchBackend())
+    assert seen == [wanted]

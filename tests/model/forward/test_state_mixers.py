@@ -191,7 +191,7 @@ def test_states_and_what_they_forbid(class_name: str) -> None:
     assert not forward.prefix_cacheable
     assert forward.capturable == forward.compilable == ("mamba_selective_scan" not in names)
     scans = [key for key in forward.states if key[1] == "scan"]  # type: ignore[index]
-    convolutions = [key for key in forward.states if key[1] == "conv"]  # type: ignore[index]
+    convolutions = [key for key in forward.states if key[0] == "conv"]  # type: ignore[index]
     assert len(scans) == (0 if class_name == "Lfm2ForCausalLM" else count)
     assert len(convolutions) == count
     assert forward.state_bytes == sum(state.num_bytes for state in forward.states.values()) > 0
