@@ -1,7 +1,7 @@
 """Layers with states in PyTorch: single tokens of many rows at once, pieces of prompts by the family's own function.
 
 Each function takes packed tokens, as the family's function takes one sequence, and reads and writes the states of the
-step's rows. Tokens that belong to no row have results of zeros.
+step's rows. Results of padding tokens are finite, and mean nothing.
 """
 
 from __future__ import annotations

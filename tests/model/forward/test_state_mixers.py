@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from typing import Any
@@ -98,6 +99,19 @@ def test_a_forward_of_the_user_is_left_alone() -> None:
     with pytest.raises(UnsupportedModelError, match="outside of attention"):
         PackedForward(model)
     assert calls
+
+
+def test_a_wrapper_that_names_the_family_s_forward_is_left_alone_too() -> None:
+    view: Any = make_view(tiny_model("Lfm2ForCausalLM"), None)
+    layer = next(module for module in view.modules() if type(module).__name__ == "Lfm2ShortConv")
+
+    @functools.wraps(type(layer).forward)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return type(layer).forward(layer, *args, **kwargs)
+
+    layer.forward = own
+    assert len(Mixers(view).modules) == 1
+    assert layer.forward is own
 
 
 def test_a_class_from_elsewhere_is_left_alone() -> None:
