@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hidden_states import hide_functions
 from support.small_shapes import small
 
 from benchmarks import model_shapes
@@ -47,6 +48,7 @@ def test_the_limit_names_the_phase(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_warnings_and_errors_are_lines_of_their_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_functions(monkeypatch, "mamba2_chunk_scan", "causal_conv1d_fn")
     lines: list[dict[str, Any]] = []
     arguments = model_shapes.parser().parse_args(["--shapes", "granite", *SMALL, "--layers", "2"])
     arguments.one = "granite-4-h-tiny"

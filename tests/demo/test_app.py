@@ -44,6 +44,7 @@ WATCH_SHIFTS = """() => { window.shifts = 0; new PerformanceObserver(list => {
 def test_the_page_loads_with_live_figures_and_no_complaints(open_page: Callable[..., Page], served: Served) -> None:
     page = open_page()
     assert page.title() == "hf_async_batching"
+    page.wait_for_function("document.querySelector('[data-facts]').innerText")
     facts = page.locator("[data-facts]").inner_text()
     assert "tiny (random)" in facts
     assert "CPU" in facts
