@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,7 +206,7 @@ async def read_tokens(handle: GenerationHandle) -> Any:
 
 
 async def read_text(handle: GenerationHandle) -> Any:
-    return [piece async for piece in handle.text(object())]
+    return [piece async for piece in handle.text(SimpleNamespace(decode=lambda ids, **_: "x" * len(ids)))]
 
 
 @pytest.mark.parametrize("read", [in_task, read_tokens, read_text])

@@ -31,6 +31,7 @@ def counts(page: Page) -> dict[str, int]:
     in_line = {
         word: int(found[1]) if (found := re.search(rf"(\d+) {word}", told)) else 0 for word in ("waiting", "running")
     }
+    page.wait_for_function("document.querySelector('[data-f=waiting]').innerText")
     tiles = page.evaluate("[...document.querySelectorAll('.tile')].map(tile => tile.dataset.state)")
     return {
         "waiting in the line": in_line["waiting"],
