@@ -346,16 +346,17 @@ def test_a_broken_upload_is_told_on_the_page(open_page: Callable[..., Page], tmp
     assert page.evaluate("window.pwned") is None
 
 
-def test_a_phone_shows_64_chats_without_sideways_scroll(open_page: Callable[..., Page]) -> None:
+def test_a_phone_shows_64_chats_without_sideways_scroll(open_page: Callable[..., Page], served: Served) -> None:
     page = open_page(width=390, height=844)
     assert page.evaluate("scrollY") == 0, "the page must open at its top"
-    start_wall(page, 64, 1000, turns=1)
-    page.locator(".tile[data-state=decoding]").first.wait_for()
-    page.get_by_role("tab", name="Your chat").click()
-    ask(page, f"Explain {'x' * 120}\n```python\nprint('{'x' * 200}')\n```", 8)
-    page.get_by_role("tab", name="Chat wall").click()
-    page.get_by_role("button", name="Stop all").click()
-    wait_for_wall(page)
+    with slowed(served.serving.manager, 0.05):
+        start_wall(page, 64, 1000, turns=1)
+        page.locator(".tile[data-state=decoding]").first.wait_for()
+        page.get_by_role("tab", name="Your chat").click()
+        ask(page, f"Explain {'x' * 120}\n```python\nprint('{'x' * 200}')\n```", 8)
+        page.get_by_role("tab", name="Chat wall").click()
+        page.get_by_role("button", name="Stop all").click()
+        wait_for_wall(page)
     wait_for_end(page)
     for tab in ("Race", "Dataset", "Chat wall"):
         page.get_by_role("tab", name=tab).click()
