@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from support.tiny_models import EOS, greedy_alone
 from transformers import GenerationConfig
 
 from hf_async_batching import DatasetRowError, UnsupportedArgumentError, generate, generate_dataset
+from hf_async_batching.dataset.generate import _followed
 from hf_async_batching.inputs.request_builder import seeds_of_rows
 
 TEXTS = [f"{'abc' * (i % 7)}ROW{chr(40 + 2 * i)}" for i in range(30)]
@@ -488,3 +490,10 @@ def test_a_callback_that_raises_ends_the_run(manager: Any, tokenizer: Any, datas
     with pytest.raises(RuntimeError, match="enough"):
         generate_dataset(manager, dataset, tokenizer, callback=callback, **NEW)
     assert manager.submit([5, 6], max_new_tokens=2).result().token_ids
+
+
+def test_a_rank_that_follows_loads_nothing_where_nothing_is_kept() -> None:
+    rows = [{"prompt": "Hello"}]
+    for dataset, folder in ((Dataset.from_list(rows), None), (rows, "a folder")):
+        settings: Any = SimpleNamespace(resume_dir=folder, features=None)
+        assert _followed(settings, dataset, "") is None
