@@ -14,6 +14,7 @@ import torch
 
 from hf_async_batching.recurrent import reference
 from hf_async_batching.recurrent.step import current_step, current_tag
+from hf_async_batching.runtime.triton_start import runs_triton
 
 
 def causal_conv1d(
@@ -125,7 +126,7 @@ def _conv(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     step = current_step()
     # Its weight names a convolution: some layers convolve more than once, and some pass no keyword arguments on.
     key = ("conv", weight.data_ptr())
-    if hidden.is_cuda:
+    if runs_triton(hidden.device):
         from hf_async_batching.recurrent.triton_conv import row_conv
 
         return row_conv(step, key, hidden, weight, bias, activation)
@@ -147,7 +148,7 @@ def _delta_rule(
 ) -> torch.Tensor:
     step = current_step()
     layer, functions = step.layer(tag)
-    if query.is_cuda:
+    if runs_triton(query.device):
         from hf_async_batching.recurrent.triton_delta_rule import row_delta_rule
 
         return row_delta_rule(step, (layer, "scan"), query, key, value, g, beta, normalize=normalize)
@@ -172,7 +173,7 @@ def _mamba2_scan(
     step = current_step()
     layer, functions = step.layer(tag)
     key = (layer, "scan")
-    if hidden.is_cuda:
+    if runs_triton(hidden.device):
         from hf_async_batching.recurrent.triton_mamba2 import row_mamba2_scan
 
         return row_mamba2_scan(
