@@ -11,7 +11,7 @@ import torch
 
 from hf_async_batching.attention.base import DecodeContext, MixedContext
 from hf_async_batching.core import outcomes, row_layout
-from hf_async_batching.core.plan import Chunk, Features, NewPage, NewRow, Plan
+from hf_async_batching.core.plan import Chunk, Features, Given, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.step_layout import Sections
 from hf_async_batching.model.forward.step_inputs import StepInputs
@@ -370,3 +370,11 @@ def test_rows_with_histories_remember_them_beside_rows_that_mark_what_has_occurr
         assert state.memory.seen is not None
         assert state.memory.seen[1, 101] & 1
         assert not memory or state.memory.histories_of(int32(1), 4)[0].tolist() == [0, 0, 0, 101]
+
+
+def test_a_token_from_outside_is_the_next_input_of_its_row() -> None:
+    state = serving()
+    staged, sections = stage(Plan(0, (3, 5), given=(Given(5, 42), Given(2, 43))))
+    state.apply_updates(staged, sections)
+    assert state.last_token.tolist() == [0, 101, 43, 103, 104, 42, 106]
+    assert state.decode_inputs(2).token_ids.tolist() == [103, 42]

@@ -121,3 +121,14 @@ def test_drafts_become_shorter_until_one_is_right() -> None:
     assert [next_length(10, 0) for _ in range(5)] == [5, 2, 1, 1, 1]
     assert next_length(1, 1) == 10
     assert next_length(0, 0) == 10, "there was no draft, which says nothing of their length"
+
+
+def test_the_latest_occurrence_counts_that_has_just_enough_tokens_after_it() -> None:
+    tokens = [9, 5, 9, 6, 7, 9]
+    assert PromptLookup(3, 1, frozenset()).find(tokens, 10) == (6, 7, 9)
+    assert PromptLookup(4, 1, frozenset()).find(tokens, 10) == (5, 9, 6, 7), "the first one has the most"
+
+
+def test_one_token_is_a_draft() -> None:
+    assert PromptLookup(3, 1, frozenset()).find([9, 5, 9], 1) == (5,)
+    assert PromptLookup(3, 1, frozenset()).find([9, 5, 9], 0) == ()
