@@ -64,15 +64,19 @@ def test_a_failed_append_leaves_no_half_record(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "a.journal"
     journal = Journal(path)
     journal.append(RECORDS[:1])
+    journal.sync()
+    whole = path.stat().st_size
 
     def half(file: Any, content: bytes) -> None:
         file.write(content[: len(content) // 2])
+        file.flush()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "_write", half)
         with pytest.raises(OSError, match="No space"):
             journal.append(RECORDS[1:2])
+    assert path.stat().st_size == whole, "what is left of it must not follow a shorter record"
     journal.append(RECORDS[2:])
     journal.close()
     assert list(read_journal(path)) == [RECORDS[0], *RECORDS[2:]]
