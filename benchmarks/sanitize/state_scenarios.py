@@ -14,7 +14,7 @@ _PIECES = ((2, 40, 0), (4, 3, 7), (5, 1, 2))
 
 
 def states(device: torch.device) -> None:
-    """Rows that decode alone, one of which begins; then pieces of prompts beside them, padded at the end."""
+    """Rows decode alone, and one row begins. Then pieces of prompts come beside them, padded at the end."""
     steps = [_decode(device), _mixed(device)]
     _convolutions(steps, device)
     _delta_rules(steps, device)

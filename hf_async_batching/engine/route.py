@@ -275,8 +275,7 @@ def _checked(
         fused = isinstance(forward, PackedForward) and forward.packed_groups is not None
         if fused and not products_agree(forward.view):
             raise
-        stateful = isinstance(forward, PackedForward) and bool(forward.states)
-        view = agrees_in_wide_dtype(model, make, backend, page_size, error, stateful=stateful)
+        view = agrees_in_wide_dtype(model, make, backend, page_size, error, stateful=forward.state_bytes > 0)
         if view is None:
             raise
         return Route(forward, backend, view)

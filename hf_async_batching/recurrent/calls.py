@@ -7,7 +7,7 @@ only repeat what the step says are dropped. On CUDA Triton kernels compute them;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -109,8 +109,18 @@ REPLACED: dict[str, Callable[..., Any]] = {
 }
 """Ours by the name of transformers' function."""
 
-READING_BACK = frozenset({"mamba_selective_scan"})
-"""Functions without a kernel of ours: a step with prompts reads its pieces on the host, and nothing is captured."""
+_WITHOUT_KERNEL = frozenset({"mamba_selective_scan"})
+
+
+def reads_back(names: Set[str], device: torch.device) -> bool:
+    """Whether a step with prompts reads its pieces on the host, so that nothing can be captured or compiled.
+
+    Args:
+        names: Names of the functions that a model's layers call.
+        device: Device of the model. On a CPU a read costs nothing.
+    """
+    without_triton = device.type != "cpu" and not runs_triton(device)
+    return bool(names) and (without_triton or not _WITHOUT_KERNEL.isdisjoint(names))
 
 
 def _no_state(out: torch.Tensor) -> torch.Tensor:

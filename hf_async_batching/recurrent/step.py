@@ -1,7 +1,7 @@
 """What layers with states need to know of a step: the rows of its tokens, and where their states are.
 
-The engine's thread sets the step around a forward, as it does for attention. A layer names itself by its *tag*, a
-small tensor of which only the address matters: an index would be a constant in compiled code, and every layer would
+The engine's thread sets the step around a forward, as it does for attention. A layer names itself by its *tag*. The
+tag is a small tensor, and only its address matters. An index would be a constant in compiled code, so each layer would
 need code of its own.
 """
 

@@ -34,23 +34,9 @@ def row_mamba2_scan(
     softplus: bool,
     limit: tuple[float, float],
 ) -> torch.Tensor:
-    """The scan; arguments and result are those of `reference.mamba2_scan`.
+    """The scan; arguments and result are those of `reference.mamba2_scan`, `name` is the state's.
 
-    Args:
-        step: The step.
-        name: Name of the state.
-        hidden: [1, tokens, heads, head dim].
-        dt: [1, tokens, heads].
-        A: [heads].
-        B: [1, tokens, groups, state size].
-        C: [1, tokens, groups, state size].
-        D: [heads], or None.
-        dt_bias: [heads], or None.
-        softplus: Whether softplus is applied to `dt`.
-        limit: Bounds of the time steps of prompts; transformers bounds none of a token that is decoded alone.
-
-    Returns:
-        [1, tokens, heads, head dim], in the dtype of `hidden`.
+    `limit` bounds the time steps of prompts. transformers bounds none of a token that is decoded alone.
     """
     context = step.context
     tokens, heads, dim = hidden.shape[1:]

@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
 CASES = {
     "one row": Case([(1, 5)]),
-    "rows, one of which begins, and the padding row": Case([(3, 9), (1, 0), (2, 2), (0, 0), (0, 0)]),
+    "rows, a row that begins, and the padding row": Case([(3, 9), (1, 0), (2, 2), (0, 0), (0, 0)]),
     "a prompt": Case([], [(2, 9, 0)]),
     "a piece that continues": Case([], [(4, 5, 1), (1, 1, 2)]),
     "pieces beside decoding rows": Case([(5, 7), (0, 0), (3, 1)], [(1, 6, 0), (2, 2, 6), (4, 1, 0)]),

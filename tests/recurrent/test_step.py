@@ -10,7 +10,8 @@ from recurrent.step_cases import NO_PAGES, Case, context_of
 
 from hf_async_batching.attention.base import MixedContext
 from hf_async_batching.kv_cache.state_tables import StateTables
-from hf_async_batching.recurrent import reference
+from hf_async_batching.recurrent import calls, reference
+from hf_async_batching.recurrent.calls import reads_back
 from hf_async_batching.recurrent.step import (
     Piece,
     RecurrentStep,
@@ -151,3 +152,14 @@ def test_frozen_leaves_tables(case: Case) -> None:
     run()
     assert table[1].any() and table[2].any()
     assert not table[3].any()
+
+
+def test_what_reads_on_the_host_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu, conv = torch.device("cpu"), torch.device("cuda"), {"causal_conv1d_fn"}
+    for has_triton in (True, False):
+        monkeypatch.setattr(calls, "runs_triton", lambda device, has=has_triton: has and device.type == "cuda")
+        assert not reads_back(set(), gpu)
+        assert not reads_back(conv, cpu)
+        assert reads_back(conv, gpu) is not has_triton
+        assert reads_back({*conv, "mamba_selective_scan"}, gpu)
+        assert reads_back({*conv, "mamba_selective_scan"}, cpu)

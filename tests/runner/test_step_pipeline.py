@@ -22,7 +22,7 @@ class Surer(ToyForward):
 
 
 def logprob(length: int) -> float:
-    """Of the token that follows `length` others."""
+    """The log-probability of the token that follows `length` others."""
     logits = torch.zeros(VOCAB)
     logits[0] = length / 8
     return float(logits.log_softmax(0)[0])

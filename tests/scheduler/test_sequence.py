@@ -62,7 +62,7 @@ def test_what_depends_on_more_than_the_logits_is_not_drafted(changes: dict[str, 
     made = sequence(lookup_tokens=3, **changes)
     assert made.needs is not None and made.needs.forbids_drafts == forbids
     assert (made.lookup is None) == forbids
-    assert sequence(**changes).lookup is None, "nobody asked for drafts"
+    assert sequence(**changes).lookup is None, "no request asked for drafts"
     assert sequence(lookup_tokens=3).lookup is not None
     assert sequence(lookup_tokens=3, prompt_embeddings=object()).lookup is None
 

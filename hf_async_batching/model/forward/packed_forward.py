@@ -29,8 +29,7 @@ from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable, set_attention
 from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
 from hf_async_batching.recurrent import step as recurrent
-from hf_async_batching.recurrent.calls import READING_BACK
-from hf_async_batching.runtime.triton_start import runs_triton
+from hf_async_batching.recurrent.calls import reads_back
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -90,9 +89,7 @@ class PackedForward:
             self.dtype = self.layers[0].dtype
         self.state_bytes = sum(state.num_bytes for state in self.states.values())
         self.route = "packed, row states" if self.states else "packed"
-        # Without Triton every layer with states reads its pieces on the host.
-        reads_back = self._mixers.names & READING_BACK or (self.device.type != "cpu" and not runs_triton(self.device))
-        self.capturable = self.compilable = not (self.states and reads_back)
+        self.capturable = self.compilable = not reads_back(self._mixers.names, self.device)
         self.prefix_cacheable = not self.states
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context

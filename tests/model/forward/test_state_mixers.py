@@ -146,7 +146,7 @@ def test_a_cache_that_holds_nothing() -> None:
 
 
 class Untouchable:
-    """A cache object of the family, of which a layer reads nothing."""
+    """A cache object of the family. A layer reads nothing of it."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"`{name}` was read")
