@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_async_batching.coverage.check import check_model, prompt_lengths
 from hf_async_batching.coverage.comparison import Comparison
 from hf_async_batching.coverage.loaded_dtype import as_loaded
-from hf_async_batching.coverage.plain_reference import make_prompts, reference
+from hf_async_batching.coverage.plain_reference import exact_reference, make_prompts, reference
 from hf_async_batching.coverage.variants import VARIANTS
 from hf_async_batching.coverage.verdicts import Verdict
 from hf_async_batching.model.small.tiny_configs import tiny_config
@@ -98,14 +98,15 @@ def check_family(
             return Verdict("not built", _line(error))
         try:
             vocab = model.config.get_text_config(decoder=True).vocab_size
-            known = reference(model, make_prompts(vocab, prompt_lengths(model)[0]), fresh=True)
+            plain = exact_reference(model)
+            known = reference(plain, make_prompts(vocab, prompt_lengths(model)[0]), fresh=True)
             if not all(abs(value) < 1e4 for values in known.logprobs for value in values):
                 continue
             most = max(most, known.distinct_tokens)
             if known.distinct_tokens < MIN_DISTINCT:
                 failure = "it repeats the same tokens"
                 continue
-            compared = Comparison(model, known, fresh=True)
+            compared = Comparison(plain, known, fresh=True)
         except Exception as error:
             failure = f"plain `generate` raises {_line(error)}"
             break

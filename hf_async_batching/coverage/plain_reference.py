@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
+from hf_async_batching.model.foreign_kernels.reference_kernels import use_reference_kernels
+
 NEW_TOKENS = 12
 LENGTHS = (5, 37, 1, 23, 14, 40)
 """Lengths around page boundaries; the last prompt but one joins late, the last starts like one served before."""
@@ -45,6 +47,25 @@ class Forced:
 
     logprobs: list[float]
     best: list[float]
+
+
+def exact_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """The model whose `generate` is the reference: in float32, one without kernels of other packages.
+
+    The chunked kernels of flash-linear-attention multiply float32 numbers in TF32, with ten bits of their mantissas.
+    That changes log-probabilities of tiny models by up to 0.004, which is more than the tolerance in float32.
+
+    Args:
+        model: A model of any dtype.
+
+    Returns:
+        In float32 a copy that computes with transformers' torch code; in any other dtype the model itself.
+    """
+    if model.dtype != torch.float32:
+        return model
+    plain = copy.deepcopy(model)
+    use_reference_kernels(plain)
+    return plain
 
 
 def make_prompts(vocab_size: int, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:

@@ -38,11 +38,13 @@ of *submit*, and so with numbers. A route in brackets differs from that in "serv
 | timed out | the process was ended at its limit |
 | {_NOT_RUN} | not run, or not in that release of transformers |
 
-Log-probabilities may differ by 0.002 in float32, without TF32. In 16 bits they may differ by four times the difference
-between plain `generate` in 16 bits and plain `generate` in float32 with the same weights, and by 0.06 at least. A
-router's choice of experts can hang on one bit, and a token behind it differs by more. So where at most one token in
-twenty is beyond the tolerance, the same weights are served in float32, too: where that is exact, the cell says "within
-rounding", and the remark how many tokens are beyond; else it says "wrong".
+Log-probabilities may differ by 0.002 in float32, without TF32. The chunked kernels of
+flash-linear-attention use TF32, so the reference in float32 computes with transformers' own torch code where that
+package is installed. In 16 bits log-probabilities may differ by four times the difference between plain `generate` in
+16 bits and plain `generate` in float32 with the same weights, and by 0.06 at least. A router's choice of experts can
+hang on one bit, and a token behind it differs by more. So where at most one token in twenty is beyond the tolerance,
+the same weights are served in float32, too: where that is exact, the cell says "within rounding", and the remark how
+many tokens are beyond; else it says "wrong".
 *plain, padded* says what plain `generate` itself makes of the padded batch: the same tokens, others (padding changes
 what the family computes), or it fails. `hf-async-batching check MODEL` does the same with a model of yours.
 """
