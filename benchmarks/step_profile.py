@@ -6,7 +6,9 @@ python -m benchmarks.step_profile mix --shape tiny --device cpu --rows 6 --promp
 The workload is served twice for each admission order. The second pass counts, and its requests share no prefix with
 those of the first. A step's time is from the end of the step before to its own end, so that gaps count. Its floor is
 the bytes that it must read, over the copy bandwidth measured in the same process. --kernels names steps: in a third
-pass, torch's profiler watches ten steps from each of them on.
+pass, torch's profiler watches ten steps from each of them on. A kernel's total time there is from the end of the
+kernel before to its own end, because kernels that are launched early wait inside. In "gap", its part, no kernel runs.
+"Own" is the kernel's own duration.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -30,7 +32,7 @@ from hf_async_batching.config import Admission, BatchingConfig
 from hf_async_batching.core.graph_buckets import PADDED_TOKENS, decode_buckets
 from hf_async_batching.core.timeline import StepRecord
 
-WATCHED, MOST_KERNELS = 10, 16
+WATCHED, MOST_KERNELS = 10, 20
 
 
 def main() -> None:
@@ -119,10 +121,54 @@ def watch(driver: ThroughEngine, workload: Any, firsts: Sequence[int]) -> None:
         print(
             f"\nsteps {first} to {number - 1}: {last.decode_rows} rows, {last.prompt_tokens} prompt tokens in the last"
         )
-        times = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
-        for microseconds, event in sorted(times, key=lambda time: -time[0])[:MOST_KERNELS]:
-            per_step = microseconds / count / 1e3
-            print(f"{per_step:8.3f} ms/step {event.count / count:7.1f} launches  {event.key[:110]}")
+        if not cuda:
+            for event in sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:MOST_KERNELS]:
+                per_step = event.self_cpu_time_total / count / 1e3
+                print(f"{per_step:8.3f} ms/step {event.count / count:7.1f} calls  {event.key[:110]}")
+            continue
+        spans = [
+            Span(event.name, event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type.name == "CUDA"
+        ]
+        print("   total      gap      own  launches   (ms a step)")
+        for name, share in sorted(by_name(spans).items(), key=lambda item: -item[1].total)[:MOST_KERNELS]:
+            total, gap, own = (each / count / 1e3 for each in (share.total, share.gap, share.own))
+            print(f"{total:8.3f} {gap:8.3f} {own:8.3f} {share.launches / count:9.1f}   {name[:110]}")
+
+
+class Span(NamedTuple):
+    """A kernel's name, start and end in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class Share:
+    """The sums of a kernel's launches in microseconds; see the module's text."""
+
+    total: float = 0.0
+    gap: float = 0.0
+    own: float = 0.0
+    launches: int = 0
+
+
+def by_name(spans: Iterable[Span]) -> dict[str, Share]:
+    """Sum up each kernel's share of the time between the first start and the last end."""
+    shares: dict[str, Share] = defaultdict(Share)
+    before: float | None = None
+    for span in sorted(spans, key=lambda span: span.end):
+        share = shares[span.name]
+        if before is None:
+            before = span.start
+        share.total += span.end - before
+        share.gap += max(0.0, span.start - before)
+        share.own += span.end - span.start
+        share.launches += 1
+        before = span.end
+    return dict(shares)
 
 
 if __name__ == "__main__":
