@@ -33,11 +33,11 @@ def decode_buckets(max_rows: int, least: int = 1) -> list[int]:
 
     Args:
         max_rows: Rows of the largest step.
-        least: The smallest size, unless `max_rows` is below. Compiled code runs from 2 tokens on, and a second token
+        least: The smallest size, even if `max_rows` is below. Compiled code runs from 2 tokens on, and a second token
             costs nothing in a model whose weights are read for one.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 32, 32)]
-    return [*[size for size in sizes if least <= size < max_rows], max_rows]
+    return [*[size for size in sizes if least <= size < max_rows], max(max_rows, least)]
 
 
 def padded_decodes(max_rows: int) -> list[int]:

@@ -83,17 +83,19 @@ def build_engine(
     device = make_device(forward.device)
     autocast = Autocast.of_this_thread(forward.device.type)
     sizes = size_engine(config, forward, context_length(model), _free_bytes(forward, group), padded=group is None)
-    cache = _bound_cache(route, sizes)
-    tables = _row_tables(forward, sizes)
     compiles = isinstance(forward, PackedForward) and forward.compilable and sizes.config.settings.compile
+    # The padding row's token would ask for experts of its own.
+    least_rows = 2 if compiles and not makes_choices(model.config) else 1
+    table_rows = max(sizes.config.max_rows, least_rows)
+    cache = _bound_cache(route, sizes, table_rows)
+    tables = _row_tables(forward, sizes, table_rows)
     runner = ModelRunner(
         forward,
         tables,
         device if group is None else with_agreed_captures(device, group),
         max_rows=sizes.config.max_rows,
         largest=sizes.padding,
-        # The padding row's token would ask for experts of its own.
-        least_rows=2 if compiles and not makes_choices(model.config) else 1,
+        least_rows=least_rows,
         spread=config.admission == "longest_first",
         graphs=_captures(config, model, route, device),
         autocast=autocast,
@@ -149,7 +151,7 @@ def _free_bytes(forward: PackedForward | CacheForward, group: RankGroup | None) 
     return free if group is None else group.least(free)
 
 
-def _bound_cache(route: Route, sizes: EngineSizes) -> PagedCache:
+def _bound_cache(route: Route, sizes: EngineSizes, table_rows: int) -> PagedCache:
     cache = PagedCache(
         route.forward.layers,
         num_pages=sizes.config.num_pages,
@@ -158,14 +160,14 @@ def _bound_cache(route: Route, sizes: EngineSizes) -> PagedCache:
         groups=sizes.groups,
     )
     if isinstance(route.forward, PackedForward) and route.forward.states:
-        cache.states(sizes.config.max_rows + 1, route.forward.states)
+        cache.states(table_rows + 1, route.forward.states)
     route.forward.bind(cache, route.backend)
     return cache
 
 
-def _row_tables(forward: PackedForward | CacheForward, sizes: EngineSizes) -> RowTables:
+def _row_tables(forward: PackedForward | CacheForward, sizes: EngineSizes, table_rows: int) -> RowTables:
     return RowTables(
-        max_rows=sizes.config.max_rows,
+        max_rows=table_rows,
         max_pages_per_row=sizes.config.pages_per_row,
         device=forward.device,
         max_length=sizes.config.max_sequence_length,

@@ -242,11 +242,11 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     verify(engine, run_random_schedule(engine, 3))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_row_alone_decodes_in_a_step_of_two(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "max_rows"), [(0, 4), (1, 4), (2, 4), (3, 1), (4, 1)])
+def test_a_row_alone_decodes_in_a_step_of_two(seed: int, max_rows: int) -> None:
     device = FakeGraphDevice()
-    engine = ToyEngine(2, seed, device=device, least_rows=2)
-    assert engine.runner.buckets == [2, 4]
+    engine = ToyEngine(2, seed, device=device, least_rows=2, max_rows=max_rows)
+    assert engine.runner.buckets == ([2, 4] if max_rows == 4 else [2])
     assert engine.runner.bucket_for(1) == 2
     verify(engine, run_random_schedule(engine, 6))
     assert device.replays

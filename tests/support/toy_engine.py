@@ -153,7 +153,7 @@ class ToyEngine:
         largest = Padding(self.max_batch_tokens + 32, self.max_rows + MAX_DRAFTED, self.max_rows)
         self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.full_attention_groups)
         self.state = RowTables(
-            max_rows=self.max_rows,
+            max_rows=max(self.max_rows, self.least_rows),
             max_pages_per_row=self.num_pages,
             device=torch.device("cpu"),
             fused=self.fused,
