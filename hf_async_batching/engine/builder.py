@@ -86,9 +86,8 @@ def build_engine(
     compiles = isinstance(forward, PackedForward) and forward.compilable and sizes.config.settings.compile
     # The padding row's token would ask for experts of its own.
     least_rows = 2 if compiles and not makes_choices(model.config) else 1
-    table_rows = max(sizes.config.max_rows, least_rows)
-    cache = _bound_cache(route, sizes, table_rows)
-    tables = _row_tables(forward, sizes, table_rows)
+    cache = _bound_cache(route, sizes)
+    tables = _row_tables(forward, sizes, least_rows)
     runner = ModelRunner(
         forward,
         tables,
@@ -151,7 +150,7 @@ def _free_bytes(forward: PackedForward | CacheForward, group: RankGroup | None) 
     return free if group is None else group.least(free)
 
 
-def _bound_cache(route: Route, sizes: EngineSizes, table_rows: int) -> PagedCache:
+def _bound_cache(route: Route, sizes: EngineSizes) -> PagedCache:
     cache = PagedCache(
         route.forward.layers,
         num_pages=sizes.config.num_pages,
@@ -160,14 +159,14 @@ def _bound_cache(route: Route, sizes: EngineSizes, table_rows: int) -> PagedCach
         groups=sizes.groups,
     )
     if isinstance(route.forward, PackedForward) and route.forward.states:
-        cache.states(table_rows + 1, route.forward.states)
+        cache.states(sizes.config.max_rows + 1, route.forward.states)
     route.forward.bind(cache, route.backend)
     return cache
 
 
-def _row_tables(forward: PackedForward | CacheForward, sizes: EngineSizes, table_rows: int) -> RowTables:
+def _row_tables(forward: PackedForward | CacheForward, sizes: EngineSizes, least_rows: int) -> RowTables:
     return RowTables(
-        max_rows=table_rows,
+        max_rows=max(sizes.config.max_rows, least_rows),
         max_pages_per_row=sizes.config.pages_per_row,
         device=forward.device,
         max_length=sizes.config.max_sequence_length,

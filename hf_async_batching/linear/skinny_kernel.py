@@ -55,7 +55,9 @@ def skinny_linear_kernel(
             # is contiguous. A prefetch returns nothing, so it may run ahead of a write.
             first = weight + tl.minimum(ns, N - 1).to(tl.int64) * K + split * blocks_per_split * BLOCK_K
             size = tl.minimum(AHEAD, blocks_per_split) * BLOCK_K
-            size = tl.minimum(size, K - split * blocks_per_split * BLOCK_K) * weight.dtype.element_ty.primitive_bitwidth
+            size = (
+                tl.minimum(size, K - split * blocks_per_split * BLOCK_K) * weight.dtype.element_ty.primitive_bitwidth
+            )
             if size > 0:
                 tl.inline_asm_elementwise(
                     "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",

@@ -69,3 +69,17 @@ def test_a_view_of_a_model_that_is_never_compiled_is_not_kept() -> None:
     made = build_engine(coverage_model("BloomForCausalLM"), BatchingConfig(max_sequence_length=64, compile=True))
     made.engine.close()
     assert not isinstance(made.forward, PackedForward) and made.view is None
+
+
+@pytest.mark.parametrize(
+    ("family", "compile", "rows"), [("Llama", True, 2), ("Mixtral", True, 1), ("Llama", False, 1)]
+)
+def test_an_engine_of_one_row_has_a_padding_row_beside_it_where_it_decodes_in_compiled_code(
+    family: str, compile: bool, rows: int
+) -> None:
+    made = build_engine(tiny_model(family), BatchingConfig(max_sequence_length=64, max_rows=1, compile=compile))
+    made.engine.close()
+    assert made.config.max_rows == 1
+    assert made.runner._buckets == [rows]
+    # As many entries as the smallest step decodes.
+    assert made.runner._state.decode_rows.numel() == rows

@@ -2,7 +2,8 @@
 
 A transformer's layers run the same code, so one layer is compiled and its code serves all others; this keeps the start
 short. The modules around the layers (final norm, rotary frequencies) are compiled too. Weights and pages are inputs of
-the compiled code. A step of a single token runs uncompiled, because torch.compile specializes on sizes 0 and 1.
+the compiled code. torch.compile specializes on sizes 0 and 1, so a step of a single token runs uncompiled, or has code
+of its own.
 """
 
 from __future__ import annotations
@@ -47,43 +48,53 @@ class Region:
 
     Attributes:
         marking: Set while the example runs: dimensions of size `EXAMPLE_TOKENS` are then marked as dynamic.
+        single: Whether a step of a single token runs compiled code of its own, which its first such step makes.
         compared: If it is a list, compiled and uncompiled code both run. Each call appends a bool [tokens]: the tokens
             on which they agree. The uncompiled result is passed on.
     """
 
     def __init__(self, modules: list[nn.Module], backend: Compiler) -> None:
-        self.marking = False
+        self.marking = self.single = False
         self.compared: list[torch.Tensor] | None = None
         self.modules = modules
         original = type(modules[0]).forward
         self._original: Callable[..., Any] = original
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return original(module, *args, **kwargs)
-
-        # Dynamo caches compiled code by code object, for all engines and the user's own torch.compile together. It
-        # gives up beyond a few variants. So this region gets a code object of its own.
-        name = f"region_{next(_numbers)}"
-        own = types.FunctionType(
-            call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
-        )
-        self._compiled = torch.compile(own, backend=backend, fullgraph=True)
+        self._compiled = self._compile(backend)
+        self._compiled_single = self._compile(backend)
         self._before = [vars(module).get("forward") for module in modules]
         for module in modules:
             module.forward = types.MethodType(_RegionCall(self), module)
 
+    def _compile(self, backend: Compiler) -> Callable[..., Any]:
+        original = self._original
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return original(module, *args, **kwargs)
+
+        # Dynamo caches compiled code by code object, for all engines and the user's own torch.compile together. It
+        # gives up beyond a few variants. So each caller gets a code object of its own.
+        name = f"region_{next(_numbers)}"
+        own = types.FunctionType(
+            call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
+        )
+        compiled: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True)
+        return compiled
+
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward of one of the modules."""
-        tokens = _tokens((*args, *kwargs.values()))
-        if tokens == 1:
-            return self._original(module, *args, **kwargs)
+        compiled = self._compiled
+        if _tokens((*args, *kwargs.values())) == 1:
+            if not self.single:
+                return self._original(module, *args, **kwargs)
+            compiled = self._compiled_single
         if self.marking:
             _mark((*args, *kwargs.values()))
         if self.compared is None:
-            return self._compiled(module, *args, **kwargs)
+            return compiled(module, *args, **kwargs)
         given = args[0].clone() if args and isinstance(args[0], torch.Tensor) else None
         want = self._original(module, *(args if given is None else (given.clone(), *args[1:])), **kwargs)
-        got = self._compiled(module, *args, **kwargs)
+        got = compiled(module, *args, **kwargs)
         self.compared.append(_tokens_alike(_first(got), _first(want), given))
         return want
 
@@ -190,6 +201,7 @@ def compile_regions(
     backend: str | Compiler = "inductor",
     *,
     pdl: bool = False,
+    run_single: Callable[[], Any] | None = None,
 ) -> list[Region]:
     """Replace the forwards of a view's layers by compiled ones, and compile them now.
 
@@ -199,6 +211,7 @@ def compile_regions(
         run_example: Runs the view over `EXAMPLE_TOKENS` tokens.
         backend: Backend of `torch.compile`.
         pdl: Use programmatic dependent launch; see `pdl_check`.
+        run_single: Runs the view over one token, so that such steps are compiled as well. None if they need not be.
 
     Returns:
         The regions.
@@ -213,14 +226,29 @@ def compile_regions(
         region.marking = True
     try:
         run_example()
+        for region in regions:
+            region.marking = False
+        if run_single is not None:
+            _compile_single(regions, run_single)
+        if pdl and not generated_code_waits():
+            raise UnsafePdlError("a generated kernel would not wait for its predecessor")
     except Exception as error:
         remove_regions(regions)
         if pdl and not generated_code_waits():  # torch.compile wraps the errors of its backend
             raise UnsafePdlError("a generated kernel would not wait for its predecessor") from error
         raise
-    for region in regions:
-        region.marking = False
     return regions
+
+
+def _compile_single(regions: list[Region], run_single: Callable[[], Any]) -> None:
+    for region in regions:
+        region.single = True
+    try:
+        run_single()
+    except Exception:
+        logger.info("a step of one token runs uncompiled", exc_info=True)
+        for region in regions:
+            region.single = False
 
 
 def remove_regions(regions: list[Region]) -> None:

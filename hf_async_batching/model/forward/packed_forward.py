@@ -178,13 +178,21 @@ class PackedForward:
                 convert(module, counters, skinny=skinny)
         self.packed_groups = pack(self._parallel)
 
-    def compile(self, run_example: Callable[[], Any], backend: str = "inductor", *, pdl: bool = False) -> None:
+    def compile(
+        self,
+        run_example: Callable[[], Any],
+        backend: str = "inductor",
+        *,
+        pdl: bool = False,
+        run_single: Callable[[], Any] | None = None,
+    ) -> None:
         """Compile the layers of the view; see `regions`.
 
         Args:
             run_example: Calls this forward with `EXAMPLE_TOKENS` tokens and samples all of them.
             backend: Backend of `torch.compile`.
             pdl: Use programmatic dependent launch; see `pdl_check`.
+            run_single: Calls this forward with one token; None if steps of one token need no compiled code.
 
         Raises:
             Exception: Any error of the compiler. Call `uncompile` before using the forward again.
@@ -193,7 +201,7 @@ class PackedForward:
         self._layer_at = attach_tags(modules, self.device)
         self._compiled = True
         mixing = {*self._paged_layers, *map(id, self._mixers.modules)}
-        self.regions = compile_regions(self.view, mixing, run_example, backend, pdl=pdl)
+        self.regions = compile_regions(self.view, mixing, run_example, backend, pdl=pdl, run_single=run_single)
         ready_products(self.view, (16, 32, 64))
 
     def uncompile(self) -> None:

@@ -21,6 +21,7 @@ from hf_async_batching.engine.builder import EngineParts, build_engine
 from hf_async_batching.model.compile import regions as compiled_regions
 from hf_async_batching.model.compile.regions import EXAMPLE_TOKENS, UnsafePdlError, region_modules
 from hf_async_batching.model.forward.packed_forward import PackedForward
+from hf_async_batching.model.small.length_thresholds import makes_choices
 from hf_async_batching.model.view.model_view import make_view
 
 CPU = torch.device("cpu")
@@ -46,7 +47,8 @@ def test_every_family_compiles_to_the_same_logits(family: str) -> None:
     forward = PackedForward(tiny_model(family), fused=True)
     parity_check.compile_checked(forward, make_backend("auto", CPU), "eager")
     # Two kinds of layers at most (sliding and full attention), the final norm, and one or two sets of frequencies.
-    assert 2 <= graphs() <= 5
+    # With a router all of them again, for a token alone.
+    assert 2 <= graphs() <= 5 * (1 + makes_choices(forward.view.config))
 
 
 def test_regions_are_the_layers_and_the_modules_beside_them() -> None:
@@ -190,6 +192,66 @@ def compile_only_prompts(forward: PackedForward, compiler: Callable[..., Any]) -
         )
 
     parity_check.compile_checked(forward, make_backend("auto", CPU), of_prompts)
+
+
+def single_steps(forward: PackedForward, compiler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each run of compiled code in a prompt of one token, after compiling with `compiler`."""
+    sizes: list[int] = []
+
+    def noting(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        made = compiler(module, inputs)
+
+        def run(*args: Any) -> Any:
+            sizes.append(compiled_regions._tokens(args))
+            return made(*args)
+
+        return run
+
+    parity_check.compile_checked(forward, make_backend("auto", CPU), noting)
+    sizes.clear()
+    pages = parity_check.PagedCache(forward.layers, num_pages=2, page_size=16, device=CPU)
+    forward.bind(pages, make_backend("auto", CPU))
+    table, one = torch.zeros(2, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    context = parity_check.DecodeContext(table, one, 0 * one, one)
+    with torch.inference_mode():
+        forward(parity_check.StepInputs(one.long(), 0 * one.long(), None, context))
+    return sizes
+
+
+@pytest.mark.parametrize(("family", "regions"), [("Mixtral", 4), ("Llama", 0)])
+def test_a_token_alone_has_compiled_code_where_no_other_row_decodes_beside_it(
+    family: str, regions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = PackedForward(tiny_model(family, num_hidden_layers=2))
+    sizes = single_steps(forward, lambda module, _: module, monkeypatch)
+    # The frequencies, two layers and the final norm.
+    assert sizes == [1] * regions
+    assert all(region.single == bool(regions) for region in forward.regions)
+
+
+def test_wrong_code_for_a_token_alone_never_runs(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def wrong(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return lambda *args: tuple(
+            out * 1.5 if out.is_floating_point() and out.dim() == 3 and out.shape[1] == 1 else out
+            for out in module(*args)
+        )
+
+    caplog.set_level("INFO")
+    forward = PackedForward(tiny_model("Mixtral", num_hidden_layers=2))
+    assert single_steps(forward, wrong, monkeypatch) == []
+    assert "a step of one token runs uncompiled: compiled logits" in caplog.text
+
+
+def test_a_token_alone_that_the_compiler_refuses_runs_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def refuses(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if any(isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[1] == 1 for a in inputs):
+            raise ValueError("not this one")
+        return module
+
+    caplog.set_level("INFO")
+    forward = PackedForward(tiny_model("Mixtral", num_hidden_layers=2))
+    assert single_steps(forward, refuses, monkeypatch) == []
+    assert "not this one" in caplog.text
 
 
 def test_code_that_must_not_be_launched_early_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
