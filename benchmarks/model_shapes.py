@@ -9,7 +9,9 @@ Each shape runs in its own process, with random weights. Each phase prints its r
 - start: seconds until the model is made, and from the first `submit` to its first token (nothing compiled or captured
   yet); the route by which the model is served;
 - warmup: seconds until everything is compiled and captured;
-- rows N: N greedy requests that arrive together: seconds, new tokens per second, times of the first tokens;
+- rows N: N greedy requests that arrive together: seconds, new tokens per second, their first tokens. Before that, as
+  many requests with other prompts and 8 new tokens run, so that steps with as many prompts are captured; "before" is
+  their time in seconds;
 - generate: a few of these requests by plain `model.generate`, one at a time, and the share of its tokens that equal
   ours at the same position. In bfloat16, rounding changes tokens, and all tokens after the first change differ.
 
@@ -114,24 +116,29 @@ class ModelShape:
         self._manager.warmup()
         return {"seconds": round(time.perf_counter() - began, 2), "graphs": self._manager.stats().graphs}
 
-    def _prompts(self, rows: int) -> list[list[int]]:
-        draw = random.Random(rows)
+    def _prompts(self, rows: int, seed: int = 0) -> list[list[int]]:
+        draw = random.Random(rows + 1000 * seed)
         vocab = self._model.config.get_text_config().vocab_size
         return [[draw.randrange(vocab) for _ in range(self._arguments.prompt)] for _ in range(rows)]
 
     def _rows(self, rows: int) -> Line:
-        new = self._arguments.new
-        began = time.perf_counter()
-        handles = [self._manager.submit(ids, max_new_tokens=new, do_sample=False) for ids in self._prompts(rows)]
-        tokens = [handle.result().token_ids for handle in handles]
-        seconds = time.perf_counter() - began
+        _, before = self._serve(self._prompts(rows, seed=1), min(8, self._arguments.new))
+        tokens, seconds = self._serve(self._prompts(rows), self._arguments.new)
         if len(tokens) > len(self._tokens):
             self._tokens = tokens
         return {
+            "before": round(before, 3),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(sum(map(len, tokens)) / seconds, 1),
             "first_tokens": [row[0] for row in tokens[:4]],
         }
+
+    def _serve(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float]:
+        """The new tokens of each prompt, and the seconds until all were there."""
+        began = time.perf_counter()
+        handles = [self._manager.submit(ids, max_new_tokens=new, do_sample=False) for ids in prompts]
+        tokens = [handle.result().token_ids for handle in handles]
+        return tokens, time.perf_counter() - began
 
     def _generate(self) -> Line:
         import torch
