@@ -43,6 +43,16 @@ class NewPage(NamedTuple):
     page: int
 
 
+class StateCopy(NamedTuple):
+    """The states of `source` are copied to `target`, before the step's forward.
+
+    A number above 0 is a row, one below 0 a snapshot: `-1` is the first place for snapshots.
+    """
+
+    source: int
+    target: int
+
+
 class Given(NamedTuple):
     """`token` becomes the last token of `row`: a chooser outside the engine has chosen it."""
 
@@ -138,6 +148,7 @@ class Plan:
         wanted: Sampled positions whose scores or logits are returned.
         bounds: Size limits for rare features.
         context_tokens: Tokens whose keys and values the step reads, over all of its rows.
+        state_copies: Copies of states, to make in this order; empty for models without states.
     """
 
     step: int
@@ -151,6 +162,7 @@ class Plan:
     offers: tuple[Offer, ...] = ()
     wanted: tuple[Run, ...] = ()
     bounds: Bounds = NO_BOUNDS
+    state_copies: tuple[StateCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

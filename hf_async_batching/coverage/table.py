@@ -55,7 +55,7 @@ _ROUTES = """\
 | padded | through the family's own cache class: rows that decode share a batch, padded on the left as by `generate` |
 | lockstep | the same, for families that know no padding: rows of equal length share a batch |
 | single | a cache object per row, one row at a time: as fast as `generate`, and no faster |
-| row states | beside pages, or in place of them, each row has recurrent states; no prefix is shared |
+| row states | beside pages, or in place of them, each row has recurrent states; prefixes are shared where packed |
 | whole prompts | prompts are not computed in pieces |
 """
 

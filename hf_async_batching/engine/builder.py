@@ -19,6 +19,7 @@ from hf_async_batching.engine.engine import Engine
 from hf_async_batching.engine.route import Route, RouteHint, choose_route
 from hf_async_batching.engine.sizing import EngineSizes, ResolvedConfig, size_engine
 from hf_async_batching.kv_cache.paged_cache import PagedCache
+from hf_async_batching.kv_cache.state_tables import StateTables
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import makes_choices
@@ -88,6 +89,7 @@ def build_engine(
     least_rows = 2 if compiles and not makes_choices(model.config) else 1
     cache = _bound_cache(route, sizes)
     tables = _row_tables(forward, sizes, least_rows)
+    states = _states(route, cache, sizes, tables)
     runner = ModelRunner(
         forward,
         tables,
@@ -98,9 +100,10 @@ def build_engine(
         spread=config.admission == "longest_first",
         graphs=_captures(config, model, route, device),
         autocast=autocast,
+        states=states,
     )
     pipeline = _pipeline(route, sizes, tables, runner, device, group)
-    scheduler = _scheduler(config, forward, sizes)
+    scheduler = _scheduler(config, forward, sizes, with_states=states is not None)
     engine = Engine(
         scheduler,
         pipeline,
@@ -158,10 +161,14 @@ def _bound_cache(route: Route, sizes: EngineSizes) -> PagedCache:
         device=route.forward.device,
         groups=sizes.groups,
     )
-    if isinstance(route.forward, PackedForward) and route.forward.states:
-        cache.states(sizes.config.max_rows + 1, route.forward.states)
     route.forward.bind(cache, route.backend)
     return cache
+
+
+def _states(route: Route, cache: PagedCache, sizes: EngineSizes, tables: RowTables) -> StateTables | None:
+    if not isinstance(route.forward, PackedForward) or not route.forward.states:
+        return None
+    return cache.states(tables.page_table.shape[-2], route.forward.states, sizes.config.num_snapshots)
 
 
 def _row_tables(forward: PackedForward | CacheForward, sizes: EngineSizes, least_rows: int) -> RowTables:
@@ -204,13 +211,16 @@ def _pipeline(
     )
 
 
-def _scheduler(config: BatchingConfig, forward: PackedForward | CacheForward, sizes: EngineSizes) -> Scheduler:
+def _scheduler(
+    config: BatchingConfig, forward: PackedForward | CacheForward, sizes: EngineSizes, *, with_states: bool
+) -> Scheduler:
     return Scheduler(
         num_pages=sizes.config.num_pages,
         page_size=sizes.config.page_size,
         max_rows=sizes.config.max_rows,
         max_batch_tokens=sizes.config.max_batch_tokens,
         prefix_cache=config.prefix_cache and forward.prefix_cacheable,
+        snapshots=sizes.config.num_snapshots if with_states else None,
         max_writes=sizes.max_writes,
         window=sizes.groups.window,
         groups=sizes.groups.count,

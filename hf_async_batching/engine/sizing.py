@@ -20,6 +20,12 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
+SNAPSHOTS_OF_A_ROW = 4
+"""Places for snapshots of states, per row."""
+
+_SNAPSHOT_SHARE = 4
+"""Places take at most one part in this many of the memory that rows' states leave; KV pages take the rest."""
+
 CUDA_RESERVE = 3 * GIB // 2
 """Bytes left free on a small card, for activations, logits and captured graphs."""
 
@@ -32,6 +38,7 @@ class ResolvedConfig:
         max_sequence_length: Tokens that one request may reach: bounded by the setting and by the whole cache.
         num_pages: KV pages of a group of layers (see `LayerGroups`), of all groups together.
         pages_per_row: Width of the page table.
+        num_snapshots: Places for snapshots of rows' states (see `state_snapshots`).
         settings: The configuration with its fields filled.
     """
 
@@ -42,6 +49,7 @@ class ResolvedConfig:
     max_sequence_length: int
     num_pages: int
     pages_per_row: int
+    num_snapshots: int
     settings: BatchingConfig
 
     def __str__(self) -> str:
@@ -63,6 +71,8 @@ def resolve_config(
     weight_bytes: int = 0,
     state_bytes: int = 0,
     groups: LayerGroups | None = None,
+    *,
+    snapshots: bool = False,
 ) -> ResolvedConfig:
     """Fill the automatic settings once, and log each choice with its reason.
 
@@ -75,6 +85,7 @@ def resolve_config(
         weight_bytes: Memory of the weights that a step reads.
         state_bytes: Memory per row outside its pages.
         groups: The layers that share a page; None for all layers.
+        snapshots: Whether the states of a row can be copied.
 
     Raises:
         ValueError: The free memory does not hold a single KV page.
@@ -112,7 +123,14 @@ def resolve_config(
     usable = int(free_bytes * fraction)
     if cuda and config.memory_fraction is None:
         usable = min(usable, free_bytes - CUDA_RESERVE)
-    affordable = (usable - (max_rows + 1) * state_bytes) // page_bytes - 1
+    left = usable - (max_rows + 1) * state_bytes
+    num_snapshots = 0
+    if state_bytes and snapshots and config.prefix_cache:
+        share = left // _SNAPSHOT_SHARE
+        if config.num_pages is not None:
+            share = min(share, left - config.num_pages * groups.count * page_bytes)
+        num_snapshots = max(0, min(SNAPSHOTS_OF_A_ROW * max_rows, share // state_bytes))
+    affordable = (left - num_snapshots * state_bytes) // page_bytes - 1
     useful = pages_per_row * max_rows * groups.count
     num_pages = groups.count * (config.num_pages or 0) or int(
         choose(
@@ -144,7 +162,7 @@ def resolve_config(
         fuse_weights=config.fuses_weights(device),
     )
     reach = min(longest, num_pages // groups.count * page_size)
-    return ResolvedConfig(depth, page_size, max_rows, budget, reach, num_pages, pages_per_row, chosen)
+    return ResolvedConfig(depth, page_size, max_rows, budget, reach, num_pages, pages_per_row, num_snapshots, chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +234,7 @@ def size_engine(
         forward.weight_bytes,
         forward.state_bytes,
         groups,
+        snapshots=packed,
     )
     # A packed row can continue from any of its tokens. A row with a recurrent state cannot.
     drafted = MAX_DRAFTED if packed and not forward.state_bytes else 0

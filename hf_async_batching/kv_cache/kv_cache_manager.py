@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from hf_async_batching.core.plan import NewPage
-from hf_async_batching.kv_cache.page_allocator import IdPool, PageAllocator
-from hf_async_batching.kv_cache.sequence_pages import SequencePages
+from hf_async_batching.core.plan import NewPage, StateCopy
+from hf_async_batching.kv_cache.id_pool import IdPool
+from hf_async_batching.kv_cache.page_allocator import PageAllocator
+from hf_async_batching.kv_cache.sequence_pages import PendingSnapshot, SequencePages
+from hf_async_batching.kv_cache.state_snapshots import WORTH_A_COPY, WORTH_A_PIECE, SnapshotPool
 
 
 class _Retired(NamedTuple):
@@ -34,8 +36,11 @@ class KVCacheManager:
             Pages before the window are released while the sequence continues.
         groups: Groups of layers with separate pages; see `PageAllocator`.
         full_attention_groups: Number of leading groups whose layers see all tokens.
+        snapshots: Places for snapshots of the rows' states; None for models without states. With 0 there is no
+            prefix cache.
 
     Attributes:
+        snapshots: The pool of snapshots; None without a prefix cache, and for models without states.
         pages: The pool of pages, and the prefix cache.
         rows: The pool of rows.
         window: The argument.
@@ -51,7 +56,10 @@ class KVCacheManager:
         window: int | None = None,
         groups: int = 1,
         full_attention_groups: int = 0,
+        snapshots: int | None = None,
     ) -> None:
+        prefix_cache = prefix_cache and snapshots != 0
+        self.snapshots = SnapshotPool(snapshots) if snapshots and prefix_cache else None
         self.pages = PageAllocator(
             num_pages,
             page_size,
@@ -59,6 +67,7 @@ class KVCacheManager:
             groups=groups,
             full_attention_groups=full_attention_groups,
             window=window,
+            snapshots=self.snapshots,
         )
         self.rows = IdPool(max_rows, "row")
         self.window = window
@@ -112,6 +121,35 @@ class KVCacheManager:
             pages.pages_before_window = self.pages.prefixes.pages_before_window(self.pages.room_in(len(shared)))
         return pages.append(shared + own)
 
+    def begin_states(self, pages: SequencePages, num_tokens: int) -> StateCopy | None:
+        """Begin with the states of the sequence's `last_node`, and choose where to take snapshots of its prompt.
+
+        Snapshots are taken where the known pages that the prompt begins with end, because other prompts go on there in
+        other ways; and at the end of the prompt, for requests that repeat or continue it. A prompt that begins with no
+        known page has none: nothing says that its tokens come again, and its decode snapshots cost no step.
+
+        Args:
+            pages: Pages of the sequence; `allocate` has given them.
+            num_tokens: Number of its known tokens.
+
+        Returns:
+            The copy of the states that the next step must make; None if the sequence begins without any.
+        """
+        assert pages.last_node is not None and pages.matched_node is not None
+        if self.snapshots is None or not pages.shareable:
+            return None
+        size = self.pages.page_size
+        pages.last_snapshot = at = pages.last_node.depth * size
+        # At least one token is left over, as in a look-up: the same prompt finds the snapshot too.
+        for border in (pages.matched_node.depth * size, (num_tokens - 1) // size * size):
+            if pages.matched_node.depth and border - at >= WORTH_A_PIECE:
+                pages.borders.append(border)
+                at = border
+        if not pages.last_node.snapshot:
+            return None
+        self.snapshots.use(pages.last_node)
+        return StateCopy(-pages.last_node.snapshot, pages.row)
+
     # -- a sequence continues -----------------------------------------------------------------------------------------
 
     def extend_each(self, sequences: Sequence[SequencePages]) -> list[NewPage] | None:
@@ -133,6 +171,74 @@ class KVCacheManager:
         taken = self.pages.take(missing)
         return None if taken is None else pages.append(taken)
 
+    def take_snapshot(self, pages: SequencePages, position: int) -> StateCopy | None:
+        """Take a snapshot of a prompt's states, if the next position to compute is one of the sequence's borders.
+
+        Returns:
+            The copy that the next step must make; None for no snapshot, or if another sequence has taken it.
+        """
+        if not pages.borders or pages.borders[0] != position:
+            return None
+        del pages.borders[0]
+        node = pages.last_node
+        if node is not None and node.snapshot and node.depth * self.pages.page_size == position:
+            pages.last_snapshot = position
+            return None
+        return self._take_snapshot(pages, position, replaces=False)
+
+    def take_decode_snapshots(self, sequences: Iterable[tuple[SequencePages, int]]) -> list[StateCopy]:
+        """Take snapshots of sequences that decode, whose pages are full and whose last snapshot is long ago.
+
+        Args:
+            sequences: Their pages, and the position of the next token to compute: a multiple of the page size.
+
+        Returns:
+            The copies that the next step must make.
+        """
+        # A row needs two places at times. With fewer, decoding rows would only displace each other's snapshots.
+        if self.snapshots is None or self.snapshots.size < 2 * self.rows.in_use:
+            return []
+        copies = [
+            self._take_snapshot(pages, position, replaces=True)
+            for pages, position in sequences
+            if position - pages.last_snapshot >= WORTH_A_COPY
+        ]
+        return [copy for copy in copies if copy is not None]
+
+    def _take_snapshot(self, pages: SequencePages, position: int, *, replaces: bool) -> StateCopy | None:
+        assert self.snapshots is not None and pages.last_node is not None
+        if not pages.shareable or not self.pages.prefixes.is_current(pages.last_node):
+            return None
+        place = self.snapshots.take()
+        if place is None:
+            return None
+        pages.pending.append(PendingSnapshot(position, place, replaces))
+        pages.last_snapshot = position
+        return StateCopy(pages.row, -place)
+
+    def _attach_snapshots(self, pages: SequencePages, full: int) -> None:
+        """Let other sequences find the snapshots after the first `full` pages, or after fewer of them."""
+        assert self.snapshots is not None
+        waiting: list[PendingSnapshot] = []
+        for snapshot in pages.pending:
+            depth = snapshot.position // self.pages.page_size
+            if depth > full:
+                waiting.append(snapshot)
+                continue
+            node = pages.last_node
+            while node is not None and node.depth > depth:
+                node = node.parent
+            assert node is not None
+            if node.depth < depth or node.snapshot or not self.pages.prefixes.is_current(node):
+                self.snapshots.give_back([snapshot.place])
+                continue
+            self.snapshots.attach(node, snapshot.place)
+            if snapshot.replaces:
+                before, pages.replaceable = pages.replaceable, node
+                if before is not None and len(before.children) < 2:
+                    self.snapshots.drop(before)
+        pages.pending = waiting
+
     def cache_full_pages(self, pages: SequencePages, tokens: Sequence[int], num_written: int) -> None:
         """Let other sequences find the full pages of the first `num_written` tokens.
 
@@ -150,6 +256,8 @@ class KVCacheManager:
             return  # some of the pages in between are gone
         full = num_written // self.pages.page_size
         pages.last_node = self.pages.prefixes.enter(last, tokens, pages.ids, full)
+        if pages.pending:
+            self._attach_snapshots(pages, full)
 
     def release_before_window(self, pages: SequencePages, position: int, last_step: int) -> None:
         """Release the pages before the window of the token at `position`, which is the next token to compute.
@@ -167,6 +275,9 @@ class KVCacheManager:
     def retire(self, pages: SequencePages, last_step: int) -> None:
         """Take row and pages from a sequence; they return to their pools when `last_step` has completed."""
         row = pages.row
+        if self.snapshots is not None:
+            self.snapshots.give_back([snapshot.place for snapshot in pages.pending])
+            pages.borders, pages.pending, pages.replaceable = [], [], None
         self._retired.append(_Retired(last_step, row, pages.clear()))
         self._release_retired()
 
@@ -227,6 +338,8 @@ class KVCacheManager:
         held_rows = [pages.row for pages, _ in running]
         held_rows += [retired.row for retired in self._retired if retired.row]
         self.pages.check_invariants(held_pages)
+        if self.snapshots is not None:
+            self.snapshots.check_invariants(snapshot.place for pages, _ in running for snapshot in pages.pending)
         assert len(held_rows) == len(set(held_rows)) == self.rows.in_use, "rows in != rows out"
         assert 0 not in held_rows, "the padding row was handed out"
         for pages, position in running:

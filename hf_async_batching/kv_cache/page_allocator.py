@@ -3,66 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from hf_async_batching.kv_cache.prefix_cache import Node, PrefixCache
-
-
-class IdPool:
-    """A pool of the integers `1 .. size`. Number 0 is never handed out: it is the padding page and the padding row.
-
-    Args:
-        size: Number of ids in the pool.
-        what: The noun in error messages ("page", "row").
-
-    Attributes:
-        on_release: Called with released ids, at the moment when their contents become invalid. Tests set a function
-            here that overwrites the contents at once.
-    """
-
-    def __init__(self, size: int, what: str) -> None:
-        if size < 1:
-            raise ValueError(f"a pool needs at least one {what}, got {size}")
-        self.size = size
-        self.what = what
-        self.on_release: Callable[[list[int]], None] | None = None
-        # Lowest ids on top of the stack, so that adjacent pages of a request tend to be adjacent in memory.
-        self._free = list(range(size, 0, -1))
-        self._taken = bytearray(size + 1)
-
-    @property
-    def available(self) -> int:
-        """Number of ids that can be taken now."""
-        return len(self._free)
-
-    @property
-    def in_use(self) -> int:
-        """Number of taken ids."""
-        return self.size - len(self._free)
-
-    def take(self, count: int) -> list[int] | None:
-        """Take `count` ids; None, without any change, if fewer than `count` are free."""
-        if count > len(self._free):
-            return None
-        ids = [self._free.pop() for _ in range(count)]
-        for i in ids:
-            self._taken[i] = 1
-        return ids
-
-    def release(self, ids: Iterable[int]) -> None:
-        """Give ids back.
-
-        Raises:
-            RuntimeError: An id was not taken: the caller's bookkeeping is broken.
-        """
-        returned = sorted(ids, reverse=True)
-        for i in returned:
-            if not self._taken[i]:
-                raise RuntimeError(f"{self.what} {i} was released twice or never taken")
-            self._taken[i] = 0
-            self._free.append(i)
-        if self.on_release is not None and returned:
-            self.on_release(returned)
+from hf_async_batching.kv_cache.id_pool import IdPool
+from hf_async_batching.kv_cache.prefix_cache import PrefixCache
+from hf_async_batching.kv_cache.prefix_node import Node
+from hf_async_batching.kv_cache.state_snapshots import SnapshotPool
 
 
 class PageAllocator(IdPool):
@@ -80,6 +26,7 @@ class PageAllocator(IdPool):
             follow each other, with 0 for a released page.
         full_attention_groups: Number of leading groups that see all tokens; 0 for a single group with a window.
         window: Number of last tokens that the other groups see; None if they see all tokens too.
+        snapshots: Snapshots of the rows' states; None for models without states.
 
     Attributes:
         prefixes: The known pages.
@@ -94,13 +41,19 @@ class PageAllocator(IdPool):
         groups: int = 1,
         full_attention_groups: int = 1,
         window: int | None = None,
+        snapshots: SnapshotPool | None = None,
     ) -> None:
         super().__init__(num_pages, "page")
         self.page_size = page_size
         self.groups = groups
         self.full_attention_groups = full_attention_groups
         self.prefixes = PrefixCache(
-            page_size, prefix_cache, groups=groups, full_attention_groups=full_attention_groups, window=window
+            page_size,
+            prefix_cache,
+            groups=groups,
+            full_attention_groups=full_attention_groups,
+            window=window,
+            snapshots=snapshots,
         )
         self._holders = [0] * (num_pages + 1)
 

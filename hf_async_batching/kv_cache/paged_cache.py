@@ -50,13 +50,14 @@ class PagedCache:
         self._device = device
         self._states: StateTables | None = None
 
-    def states(self, num_rows: int, shapes: Mapping[Hashable, StateShape]) -> StateTables:
+    def states(self, num_rows: int, shapes: Mapping[Hashable, StateShape], num_snapshots: int = 0) -> StateTables:
         """The tables of the rows' states; made in the first call, and anew for another number of rows.
 
         Args:
             num_rows: Rows of the tables, the padding row included.
             shapes: The states.
+            num_snapshots: Places for snapshots if the tables are made.
         """
         if self._states is None or self._states.num_rows != num_rows:
-            self._states = StateTables(num_rows, self._device, shapes)
+            self._states = StateTables(num_rows, self._device, shapes, num_snapshots)
         return self._states

@@ -10,6 +10,8 @@ Using a page also uses all pages before it, so a page is always evicted before t
 
 If layers come in groups, the tokens of a node are in one page of each group. Pages of groups with a window can be
 evicted separately. A chain is usable up to a node from which the next token finds every page that it sees.
+
+If rows have states besides their pages, a chain is usable up to a node that has a snapshot of the states.
 """
 
 from __future__ import annotations
@@ -17,39 +19,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-
-class Node:
-    """A known page, or one known page of each group of layers.
-
-    Attributes:
-        pages: Numbers of the pages, one per group, 0 for an evicted page; empty for the root.
-        tokens: The tokens of the pages.
-        depth: Number of nodes on the path from the root, this one included.
-        parent: The node that it continues; None for the root.
-        weights: Version of the weights that computed it.
-        known: False once its pages were evicted: nothing may be entered below it any more.
-        children: The nodes that continue it, by their tokens.
-    """
-
-    __slots__ = ("children", "depth", "known", "pages", "parent", "tokens", "weights")
-
-    def __init__(self, pages: list[int], tokens: tuple[int, ...], parent: Node | None, weights: int) -> None:
-        self.pages = pages
-        self.tokens = tokens
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        self.parent = parent
-        self.weights = weights
-        self.known = True
-        self.children: dict[tuple[int, ...], Node] = {}
-
-    def path(self) -> list[int]:
-        """The pages from the first node to this one; the pages of one node are together."""
-        nodes: list[Node] = []
-        node: Node | None = self
-        while node is not None and node.depth:
-            nodes.append(node)
-            node = node.parent
-        return [page for node in reversed(nodes) for page in node.pages]
+from hf_async_batching.kv_cache.prefix_node import Node
+from hf_async_batching.kv_cache.state_snapshots import SnapshotPool
 
 
 class PrefixCache:
@@ -63,8 +34,10 @@ class PrefixCache:
         groups: See `PageAllocator`, as for the other arguments.
         full_attention_groups: Number of leading groups; a node needs their pages.
         window: Number of last tokens that the other groups see.
+        snapshots: Snapshots of the rows' states; None for models without states.
 
     Attributes:
+        snapshots: The argument.
         query_tokens: Number of prompt tokens that were looked up.
         hit_tokens: Number of these tokens that were found.
         evictions: Number of known pages that were evicted because their memory was needed.
@@ -78,7 +51,9 @@ class PrefixCache:
         groups: int = 1,
         full_attention_groups: int = 1,
         window: int | None = None,
+        snapshots: SnapshotPool | None = None,
     ) -> None:
+        self.snapshots = snapshots
         self.page_size = page_size
         self.enabled = enabled
         self._groups = groups
@@ -130,8 +105,18 @@ class PrefixCache:
     def usable(self, node: Node) -> Node:
         """The last node on the path to `node` after which a sequence can continue.
 
-        All pages that the next token sees must be known.
+        All pages that the next token sees must be known, and the states if rows have any.
         """
+        candidate = self._in_window(node)
+        if self.snapshots is None:
+            return candidate
+        while candidate.depth and not candidate.snapshot:
+            assert candidate.parent is not None
+            candidate = self._in_window(candidate.parent)
+        return candidate
+
+    def _in_window(self, node: Node) -> Node:
+        """The last node on the path to `node` after which the next token finds all pages that it sees."""
         if self._groups == 1:
             return node
         candidate = node
@@ -184,6 +169,10 @@ class PrefixCache:
                         self._nodes[own[group]] = child
             node = child
         return node
+
+    def is_current(self, node: Node) -> bool:
+        """Whether a node is in the tree."""
+        return node.known and node.weights == self._root.weights
 
     def count(self, queried: int, hit: int) -> None:
         """Add a request's prompt tokens, and the number of found ones, to the figures."""
@@ -270,6 +259,8 @@ class PrefixCache:
                 below += node.children.values()
                 node.children.clear()
             node.known = False
+            if self.snapshots is not None:
+                self.snapshots.drop(node)
             freed += self._forget(node, 0)
         return freed
 
@@ -296,6 +287,8 @@ class PrefixCache:
         freed = list(self._unheld)
         self._unheld.clear()
         self._nodes.clear()
+        if self.snapshots is not None:
+            self.snapshots.clear()
         self._root = Node([], (), None, self._root.weights + 1)
         return freed
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from hf_async_batching.core.plan import NewPage
-from hf_async_batching.kv_cache.prefix_cache import Node
+from hf_async_batching.kv_cache.prefix_node import Node
 
 # Makes a `NewPage` without calling its constructor, which takes longer than all other work on a new page.
 _new_page = partial(tuple.__new__, NewPage)
+
+
+class PendingSnapshot(NamedTuple):
+    """A snapshot that is planned, and whose node in the prefix cache does not exist yet.
+
+    Attributes:
+        position: Number of tokens after which it holds the states.
+        place: Its place.
+        replaces: Whether it makes the sequence's last such snapshot superfluous.
+    """
+
+    position: int
+    place: int
+    replaces: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +40,10 @@ class SequencePages:
         last_node: The last node of the sequence's own chain in the prefix cache: at first the usable part of
             `matched_node`, later the nodes that it entered itself. None before the first look-up.
         shareable: Whether the sequence's tokens determine the contents of its pages.
+        borders: Positions in its prompt, in order, at which a snapshot of its states will be taken.
+        last_snapshot: Position of its last snapshot, or of the snapshot that it began with.
+        pending: Its snapshots without a node.
+        replaceable: The node with its last snapshot that a later one replaces.
     """
 
     row: int = 0
@@ -33,6 +52,10 @@ class SequencePages:
     matched_node: Node | None = None
     last_node: Node | None = None
     shareable: bool = True
+    borders: list[int] = field(default_factory=list)
+    last_snapshot: int = 0
+    pending: list[PendingSnapshot] = field(default_factory=list)
+    replaceable: Node | None = None
 
     def append(self, ids: list[int]) -> list[NewPage]:
         """Add pages at the end.

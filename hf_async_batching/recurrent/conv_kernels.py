@@ -29,6 +29,7 @@ def conv_kernel(
     channels,
     x_stride,
     weight_stride,
+    row_stride,
     kept,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -46,7 +47,7 @@ def conv_kernel(
     newest = tl.load(x + token * x_stride + channel, mask=mask, other=0.0)
     w = weight + channel * weight_stride
     total = newest.to(tl.float32) * tl.load(w + WIDTH - 1, mask=mask, other=0.0).to(tl.float32)
-    state = table + row.to(tl.int64) * channels * kept + channel * kept
+    state = table + row.to(tl.int64) * row_stride + channel * kept
     earlier = 0
     if not DECODES:
         earlier = _earlier(rows, token, row, WIDTH)
@@ -90,6 +91,7 @@ def keep_kernel(
     tokens,
     channels,
     x_stride,
+    row_stride,
     kept,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,7 +107,7 @@ def keep_kernel(
     last = tl.maximum(last, 0)
     position = tl.load(positions + last)
     earlier = _earlier(rows, last, row, WIDTH)
-    state = table + row.to(tl.int64) * channels * kept + channel * kept
+    state = table + row.to(tl.int64) * row_stride + channel * kept
     for column in tl.static_range(0, WIDTH - 1):
         back = WIDTH - 2 - column
         inside = channel < tl.where(earlier >= back, mine, 0)

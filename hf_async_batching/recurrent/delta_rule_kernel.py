@@ -31,6 +31,7 @@ def delta_rule_kernel(
     key_head,
     value_token,
     value_head,
+    row_stride,
     heads,
     key_group,
     query_group,
@@ -53,7 +54,7 @@ def delta_rule_kernel(
     in_key, in_value = channel < key_dim, column < value_dim
     # Programs without a token, and rows that begin, have no columns to read.
     kept = column < tl.where(length > 0, value_dim, 0)
-    place = (row.to(tl.int64) * heads + head) * key_dim * value_dim + channel[:, None] * value_dim + column[None, :]
+    place = row.to(tl.int64) * row_stride + head * key_dim * value_dim + channel[:, None] * value_dim + column[None, :]
     known = column < tl.where((tl.load(positions + first) > 0) & (length > 0), value_dim, 0)
     state = tl.load(table + place, mask=in_key[:, None] & known[None, :], other=0.0)
     for i in range(0, length):

@@ -45,6 +45,7 @@ def mamba2_kernel(
     B_group,
     C_token,
     C_group,
+    row_stride,
     heads,
     heads_of_group,
     dim,
@@ -65,7 +66,7 @@ def mamba2_kernel(
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     place_in_state = tl.arange(0, SIZE)
     in_head, in_state = channel < dim, place_in_state < size
-    place = (row.to(tl.int64) * heads + head) * dim * size + channel[:, None] * size + place_in_state[None, :]
+    place = row.to(tl.int64) * row_stride + head * dim * size + channel[:, None] * size + place_in_state[None, :]
     # Programs without a token, and rows that begin, have no channels to read.
     kept = channel < tl.where(length > 0, dim, 0)
     known = channel < tl.where((tl.load(positions + first) > 0) & (length > 0), dim, 0)

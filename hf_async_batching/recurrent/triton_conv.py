@@ -52,7 +52,7 @@ def row_conv(
     decodes = isinstance(context, DecodeContext)
     conv_kernel[(tokens, blocks)](
         *(x, weight, weight if bias is None else bias, table, context.rows, context.positions, out),
-        *(channels, x.stride(0), weight.stride(0), width - 1),
+        *(channels, x.stride(0), weight.stride(0), table.stride(0), width - 1),
         WIDTH=width,
         BLOCK=_BLOCK,
         HAS_BIAS=bias is not None,
@@ -64,7 +64,7 @@ def row_conv(
         keep_kernel[(context.tile_rows.shape[0], blocks)](
             *(x, table, context.rows, context.positions),
             *(context.tile_rows, context.tile_queries, context.tile_lengths),
-            *(tokens, channels, x.stride(0), width - 1),
+            *(tokens, channels, x.stride(0), table.stride(0), width - 1),
             WIDTH=width,
             BLOCK=_BLOCK,
         )

@@ -48,7 +48,7 @@ def row_delta_rule(
         *(query, key, value, g, beta, out, table),
         *(context.rows, context.positions, tile_rows, tile_queries, tile_lengths, tiles),
         *(query.stride(1), query.stride(2), key.stride(1), key.stride(2), value.stride(1), value.stride(2)),
-        *(heads, heads // key_heads, heads // query.shape[2], key_dim**-0.5, key_dim, value_dim),
+        *(table.stride(0), heads, heads // key_heads, heads // query.shape[2], key_dim**-0.5, key_dim, value_dim),
         KEY=triton.next_power_of_2(key_dim),
         COLUMNS=columns,
         TILES=covering,

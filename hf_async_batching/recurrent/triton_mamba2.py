@@ -56,7 +56,7 @@ def row_mamba2_scan(
         *(num_decodes, *limit),
         *(hidden.stride(1), hidden.stride(2), dt.stride(1), dt.stride(2)),
         *(B.stride(1), B.stride(2), C.stride(1), C.stride(2)),
-        *(heads, heads // groups, dim, size),
+        *(table.stride(0), heads, heads // groups, dim, size),
         SIZE=triton.next_power_of_2(size),
         CHANNELS=channels,
         TILES=covering,

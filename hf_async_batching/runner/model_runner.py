@@ -24,6 +24,7 @@ from hf_async_batching.core.graph_buckets import (
 from hf_async_batching.core.plan import Features, Plan
 from hf_async_batching.core.step_layout import Padding, Sections
 from hf_async_batching.devices.base import Device
+from hf_async_batching.kv_cache.state_tables import StateTables
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.cuda_graphs import FORWARD, Captured, GraphCache
 from hf_async_batching.runner.prompt_embeddings import PromptEmbeddings
@@ -58,6 +59,7 @@ class ModelRunner:
         graphs: Whether steps are captured.
         least_rows: Rows of the smallest decode step.
         autocast: Autocast state of the forward.
+        states: The tables of the rows' states; None for models without states.
 
     Attributes:
         graphs: The captured steps.
@@ -76,8 +78,10 @@ class ModelRunner:
         graphs: bool,
         least_rows: int = 1,
         autocast: Autocast | None = None,
+        states: StateTables | None = None,
     ) -> None:
         self._forward = forward
+        self._states = states
         self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         if autocast is not None and autocast.dtype is not None:
             self._autocast = autocast
@@ -194,6 +198,9 @@ class ModelRunner:
         features = self._sampler.as_run(plan.features)
         self._state.memory.ensure(words=features.memory, seen=features.seen)
         self._state.apply_updates(staged, sections)
+        if plan.state_copies:
+            assert self._states is not None
+            self._states.copy(plan.state_copies)
         self.uncaptured = None
         if plan.chunks:
             embeddings = self._prompt_embeddings.pieces(plan)

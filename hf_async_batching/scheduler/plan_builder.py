@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hf_async_batching.core.plan import NO_BOUNDS, Bounds, Chunk, Features, Given, NewPage, NewRow, Offer, Plan, Run
+from hf_async_batching.core.plan import (
+    NO_BOUNDS,
+    Bounds,
+    Chunk,
+    Features,
+    Given,
+    NewPage,
+    NewRow,
+    Offer,
+    Plan,
+    Run,
+    StateCopy,
+)
 from hf_async_batching.scheduler.sequence import Sequence
 from hf_async_batching.scheduler.speculation import DraftInFlight
 from hf_async_batching.scheduler.step_features import features_of, rare_needs
@@ -31,6 +43,7 @@ class PlanBuilder:
         given: Tokens for the next step that choosers outside the engine have chosen.
         new_rows: Rows that start with the step.
         new_pages: Page-table entries that start with the step.
+        state_copies: Copies of states before the step; each belongs to a new row, a new page or a prompt piece.
         chunks: The step's prompt pieces.
         prefilled: The sequence of each prompt piece.
     """
@@ -47,13 +60,14 @@ class PlanBuilder:
         self._features = Features()
         self.new_rows: list[NewRow] = []
         self.new_pages: list[NewPage] = []
+        self.state_copies: list[StateCopy] = []
         self.chunks: list[Chunk] = []
         self.prefilled: list[Sequence] = []
 
     def begin(self) -> None:
         """Begin an empty step. Given tokens stay until a step takes them."""
         if self.new_pages or self.chunks:  # every new row has both
-            self.new_rows, self.new_pages, self.chunks, self.prefilled = [], [], [], []
+            self.new_rows, self.new_pages, self.state_copies, self.chunks, self.prefilled = [], [], [], [], []
 
     def add_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
         """Add a piece of a sequence's prompt, or a draft."""
@@ -112,6 +126,7 @@ class PlanBuilder:
             offers,
             wanted,
             bounds,
+            tuple(self.state_copies),
         )
         self._step += 1
         self.given.clear()

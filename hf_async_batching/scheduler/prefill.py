@@ -81,8 +81,18 @@ class PrefillPlanner:
                 can_draft -= len(sequence.draft)
                 again = NewRow(sequence.row, sequence.request, sequence.num_computed, again=True)
                 self._builder.new_rows.append(again)
+            if sequence.pages.borders:
+                self._take_snapshot(sequence)
             budget -= self._add_chunk(sequence, budget)
         return budget
+
+    def _take_snapshot(self, sequence: Sequence) -> None:
+        """Keep the states after the last piece of a sequence's prompt, if the piece has ended at a border."""
+        copy = self._kv_cache.take_snapshot(sequence.pages, sequence.num_computed)
+        if copy is not None:
+            self._builder.state_copies.append(copy)
+            # Sequences that start in this step find the snapshot: their copies come after this one.
+            self._kv_cache.cache_full_pages(sequence.pages, sequence.tokens, sequence.num_cacheable)
 
     def _admit(self, budget: int) -> None:
         """Start sequences in the order of the queue, and add first pieces of their prompts."""
@@ -98,7 +108,7 @@ class PrefillPlanner:
                 break  # preempted with tokens in flight: it can be computed again only when these tokens are known
             self._kv_cache.match_prefix(sequence.pages, sequence.tokens)
             if self._pages.prefixes.enabled and found_a_step_later(
-                sequence, self._builder.prefilled, self._pages.page_size
+                sequence, self._builder.prefilled, self._pages.page_size, states=self._kv_cache.snapshots is not None
             ):
                 passed += 1
                 continue
@@ -125,6 +135,9 @@ class PrefillPlanner:
         num_tokens = len(sequence.tokens)
         self._builder.new_pages += self._kv_cache.allocate(sequence.pages, num_tokens, shared)
         sequence.num_computed = self._pages.room_in(len(shared))
+        copy = self._kv_cache.begin_states(sequence.pages, num_tokens)
+        if copy is not None:
+            self._builder.state_copies.append(copy)
         sequence.state = State.PREFILLING
         self._running.add(sequence)
         if sequence.last_step < 0:  # a preempted sequence is already counted
@@ -146,6 +159,8 @@ class PrefillPlanner:
             sequence.state = State.VERIFYING
             return Chunk(sequence.row, piece, len(piece))
         end = min(start + budget, len(sequence.tokens))
+        if sequence.pages.borders:
+            end = min(end, sequence.pages.borders[0])
         sequence.num_computed = end
         samples = end == len(sequence.tokens)
         if samples:

@@ -10,6 +10,8 @@ The policy is first come, first served (or the other choice of `admission`):
   others start meanwhile.
 - When pages run out, the sequence that was admitted last gives up its pages and is computed again later (preemption by
   recomputation, as in vLLM). The oldest sequence is never preempted and always fits, so there is always progress.
+- If rows have states, a sequence starts after the last page of that chain that has a snapshot of the states. A piece
+  of a prompt ends where a snapshot is taken (see `state_snapshots`).
 - While few sequences run, sequences that asked for drafts compute them (see `speculation`).
 
 Ids are retired before they are freed: pages and rows return to their pools when the last step that may use them has
@@ -49,6 +51,7 @@ class Scheduler:
             Pages before the window are released while the sequence continues.
         groups: Groups of layers with separate pages; see `PageAllocator`.
         full_attention_groups: Number of leading groups whose layers see all tokens.
+        snapshots: Places for snapshots of the rows' states; None for models without states.
         draft_rows: No sequence drafts while more sequences than this run; 0 for no drafts.
         admission: Order in which requests start.
 
@@ -78,6 +81,7 @@ class Scheduler:
         window: int | None = None,
         groups: int = 1,
         full_attention_groups: int = 0,
+        snapshots: int | None = None,
         draft_rows: int = 0,
         admission: Admission = "fcfs",
     ) -> None:
@@ -91,6 +95,7 @@ class Scheduler:
             window=window,
             groups=groups,
             full_attention_groups=full_attention_groups,
+            snapshots=snapshots,
         )
         self.pages = self.kv_cache.pages
         self.rows = self.kv_cache.rows
@@ -307,6 +312,7 @@ class Scheduler:
         self._builder.new_pages += entries
         for sequence in growing:
             sequence.set_next_page(self.pages.room_in(len(sequence.pages.ids)))
+        self._take_snapshots(growing)
         return 0
 
     def _give_scarce_pages(self, growing: list[Sequence]) -> int:
@@ -322,7 +328,14 @@ class Scheduler:
             assert entries is not None
             self._builder.new_pages += entries
             sequence.set_next_page(self.pages.room_in(len(sequence.pages.ids)))
+            self._take_snapshots([sequence])
         return short
+
+    def _take_snapshots(self, growing: list[Sequence]) -> None:
+        """Keep the states of decoding sequences whose pages are full, before the step writes to their new pages."""
+        if self.kv_cache.snapshots is not None:
+            pages = [(sequence.pages, sequence.num_computed) for sequence in growing]
+            self._builder.state_copies += self.kv_cache.take_decode_snapshots(pages)
 
     def _make_room(self, sequence: Sequence, short: int) -> bool:
         """Whether a page can be taken now. Preempts the youngest sequence if the pages about to return are not enough.

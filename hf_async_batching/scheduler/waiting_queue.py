@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from hf_async_batching.config import Admission
-from hf_async_batching.kv_cache.prefix_cache import Node
+from hf_async_batching.kv_cache.prefix_node import Node
 from hf_async_batching.scheduler.sequence import Sequence, State
 
 # Requests per block and row: no request waits for a request of a later block.
@@ -107,13 +107,19 @@ def spread_budget(budget: int, running: Iterable[Sequence], waiting: Iterable[Se
     return min(rate, budget)
 
 
-def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_size: int) -> bool:
+def found_a_step_later(
+    sequence: Sequence, computed: Iterable[Sequence], page_size: int, *, states: bool = False
+) -> bool:
     """Whether a sequence would find much more of its prompt in the prefix cache if it started one step later.
+
+    With states it would find nothing before another sequence has computed its prompt up to a snapshot. This may take
+    more steps, in which the sequence would compute the same tokens.
 
     Args:
         sequence: A sequence that is about to start; its prefix has been looked up.
         computed: Sequences of which the planned step computes a piece; that piece counts as computed.
         page_size: Tokens per page of one group of layers; `WORTH_WAITING` is a multiple of it.
+        states: Whether rows have states.
     """
     start = sequence.pages.last_node
     assert start is not None
@@ -123,10 +129,14 @@ def found_a_step_later(sequence: Sequence, computed: Iterable[Sequence], page_si
     if not sequence.pages.shareable or len(sequence.tokens) <= reached:
         return False
     for other in computed:
+        if states:
+            found = next((border for border in other.pages.borders if border >= reached), 0)
+        else:
+            found = reached if other.num_computed >= reached else 0
         if (
-            other.num_computed >= reached
+            0 < found < len(sequence.tokens)
             and other.pages.shareable
-            and other.tokens[begun:reached] == sequence.tokens[begun:reached]
+            and other.tokens[begun:found] == sequence.tokens[begun:found]
             and _goes_on_behind(other, start)
         ):
             return True

@@ -167,3 +167,37 @@ def test_a_resolved_config_reads_well() -> None:
     text = str(resolve())
     assert "depth=1, page_size=256" in text
     assert "settings" not in text
+
+
+# -- snapshots of states ----------------------------------------------------------------------------------------------
+
+
+def with_states(free: int = 64 * GIB, state: int = 1 << 20, snapshots: bool = True, **fields: Any) -> ResolvedConfig:
+    return resolve_config(
+        BatchingConfig(max_rows=16, page_size=16, memory_fraction=1.0, **fields), LAYERS, 1 << 20, CPU, free, 0, state,
+        snapshots=snapshots,
+    )  # fmt: skip
+
+
+def test_each_row_has_a_few_places_for_snapshots() -> None:
+    assert with_states().num_snapshots == 4 * 16
+
+
+@pytest.mark.parametrize("without", [{"snapshots": False}, {"prefix_cache": False}, {"state": 0}], ids=str)
+def test_who_has_no_snapshots(without: dict[str, Any]) -> None:
+    assert with_states(**without).num_snapshots == 0
+
+
+def test_snapshots_take_a_part_of_what_rows_leave_and_pages_the_rest() -> None:
+    mib = 1 << 20
+    chosen = with_states(free=(17 + 80) * mib)
+    assert chosen.num_snapshots == 20
+    assert chosen.num_pages == 60 * mib // (16 * TOKEN_BYTES) - 1
+    assert with_states(free=(17 + 2) * mib).num_snapshots == 0
+
+
+def test_pages_that_were_asked_for_come_before_snapshots() -> None:
+    mib = 1 << 20
+    for pages, snapshots in ((60, 20), (70, 10), (85, 0)):
+        chosen = with_states(free=(17 + 80) * mib, num_pages=pages * mib // (16 * TOKEN_BYTES))
+        assert chosen.num_snapshots == snapshots

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from hf_async_batching.kv_cache.page_allocator import IdPool, PageAllocator
-from hf_async_batching.kv_cache.prefix_cache import Node
+from hf_async_batching.kv_cache.id_pool import IdPool
+from hf_async_batching.kv_cache.page_allocator import PageAllocator
+from hf_async_batching.kv_cache.prefix_node import Node
 
 
 def test_every_id_once_and_never_zero() -> None:

@@ -8,7 +8,8 @@ import pytest
 from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 
 from hf_async_batching import BatchingConfig, GenerationManager
-from hf_async_batching.kv_cache.prefix_cache import Node, PrefixCache
+from hf_async_batching.kv_cache.prefix_cache import PrefixCache
+from hf_async_batching.kv_cache.prefix_node import Node
 
 A, B, C, D = (1, 2), (3, 4), (5, 6), (7, 8)
 

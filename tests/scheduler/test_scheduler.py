@@ -19,7 +19,7 @@ import hf_async_batching.scheduler.plan_builder as builder_module
 from hf_async_batching.core.outcomes import FIRST_UNSOUND, UNDRAWABLE, UNDRAWABLE_UNSOUND
 from hf_async_batching.core.plan import Features, Plan, Result
 from hf_async_batching.core.request import Request, SamplingParams
-from hf_async_batching.kv_cache.page_allocator import IdPool
+from hf_async_batching.kv_cache.id_pool import IdPool
 from hf_async_batching.scheduler.outputs import TokenOutput
 from hf_async_batching.scheduler.running import RunningSequences
 from hf_async_batching.scheduler.scheduler import Scheduler

@@ -2,7 +2,8 @@
 
 The toy model writes every token into pages and predicts the next one from a hash over the row's pages, its length and
 a 'weight', which is also part of what it writes. A stale table, a page with another sequence's tokens or of an older
-weight, or an input that arrived too early changes the hash. Of the tokens that a step computes, a row reads its own
+weight, or an input that arrived too early changes the hash. With states, each row also keeps a hash of all its tokens,
+which changes its next token and which no page holds. Of the tokens that a step computes, a row reads its own
 only: what other rows of the step write stands there for later steps, as in a model whose rows run in any order.
 """
 
@@ -23,6 +24,7 @@ from hf_async_batching.core.step_layout import Padding, Sections
 from hf_async_batching.devices.base import Guard, Stream
 from hf_async_batching.devices.simulated import SimulatedDevice
 from hf_async_batching.engine.engine import Engine
+from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runner.model_runner import ModelRunner
 from hf_async_batching.runner.pipeline import Pipeline
@@ -34,6 +36,7 @@ from hf_async_batching.scheduler.scheduler import Scheduler
 VOCAB = 29
 EOS = 7
 WEIGHT = 12345
+STATE = ("hash", (1,), torch.int64)
 _PRIME = 1_000_003
 
 
@@ -46,7 +49,13 @@ def _slot(token: int, position: int, weight: int) -> int:
 
 
 def reference(
-    request: Request, weight: int = WEIGHT, window: int | None = None, groups: int = 1, full_attention_groups: int = 0
+    request: Request,
+    weight: int = WEIGHT,
+    window: int | None = None,
+    groups: int = 1,
+    full_attention_groups: int = 0,
+    *,
+    with_states: bool = False,
 ) -> list[int]:
     """The tokens of a request, by the definition of the toy model alone."""
     tokens = list(request.prompt)
@@ -56,6 +65,11 @@ def reference(
             for position, token in enumerate(tokens):
                 if window is None or group < full_attention_groups or position >= len(tokens) - window:
                     state = _mix(state, _slot(token, position, weight) + group)
+        if with_states:
+            hashed = weight
+            for position, token in enumerate(tokens):
+                hashed = _mix(hashed, _slot(token, position, weight))
+            state = _mix(state, hashed)
         tokens.append(state % VOCAB)
         if tokens[-1] in request.eos_token_ids:
             break
@@ -72,7 +86,9 @@ class ToyForward:
         window: int | None = None,
         groups: int = 1,
         full_attention_groups: int = 0,
+        states: StateTables | None = None,
     ) -> None:
+        self.states = states
         self.window = window
         self.groups = groups
         self.full_attention_groups = full_attention_groups
@@ -88,10 +104,15 @@ class ToyForward:
         rows, positions, weight = context.rows.tolist(), inputs.position_ids.tolist(), int(self.weight)
         before = self.pages.tolist()
         first: dict[int, int] = {}  # row -> where the tokens of this step begin
+        hashed: list[int] = []
         for row, position, token in zip(rows, positions, inputs.token_ids.tolist(), strict=True):
             for group, table in enumerate(tables):
                 self.pages[table[row][position // size], position % size] = _slot(token, position, weight) + group
             first.setdefault(row, position)
+            if self.states is not None:
+                table = self.states.table(*STATE)
+                hashed.append(_mix(int(table[row, 0]) if position else weight, _slot(token, position, weight)))
+                table[row, 0] = hashed[-1]
             if row and position >= len(self.owners[row].prompt) and token in self.owners[row].eos_token_ids:
                 self.written_after_the_end += 1
         after = self.pages.tolist()
@@ -104,6 +125,8 @@ class ToyForward:
                 for position in range(0 if sees_all else max(0, positions[i] + 1 - self.window), positions[i] + 1):
                     memory = before if position < first[rows[i]] else after
                     state = _mix(state, memory[table[rows[i]][position // size]][position % size])
+            if self.states is not None:
+                state = _mix(state, hashed[i])
             logits[out, state % VOCAB] = 1.0
         return logits
 
@@ -134,6 +157,7 @@ class ToyEngine:
     groups: int = 1
     full_attention_groups: int = 0
     draft_rows: int = 0
+    snapshots: int | None = None
     admission: Admission = "fcfs"
     least_rows: int = 1
     device: Any = None
@@ -151,7 +175,14 @@ class ToyEngine:
         self._whole: dict[str, list[int]] = {}
         self.device = self.device or SimulatedDevice(self.seed, self.without)
         largest = Padding(self.max_batch_tokens + 32, self.max_rows + MAX_DRAFTED, self.max_rows)
-        self.forward = ToyForward(self.num_pages, self.page_size, self.window, self.groups, self.full_attention_groups)
+        self.states: StateTables | None = None
+        if self.snapshots is not None:
+            name, shape, dtype = STATE
+            shapes = {name: StateShape(shape, dtype)}
+            self.states = StateTables(self.max_rows + 1, torch.device("cpu"), shapes, self.snapshots)
+        self.forward = ToyForward(
+            self.num_pages, self.page_size, self.window, self.groups, self.full_attention_groups, self.states
+        )
         self.state = RowTables(
             max_rows=max(self.max_rows, self.least_rows),
             max_pages_per_row=self.num_pages,
@@ -173,6 +204,7 @@ class ToyEngine:
             spread=self.admission == "longest_first",
             graphs=graphs,
             least_rows=self.least_rows,
+            states=self.states,
         )
         run = self.runner.run
 
@@ -203,6 +235,7 @@ class ToyEngine:
             window=self.window,
             groups=self.groups,
             full_attention_groups=self.full_attention_groups,
+            snapshots=self.snapshots,
             draft_rows=self.draft_rows,
             admission=self.admission,
         )
@@ -215,7 +248,10 @@ class ToyEngine:
 
     def reference(self, request: Request, weight: int = WEIGHT) -> list[int]:
         """The tokens of a request, by the definition of this engine's model."""
-        return reference(request, weight, self.window, self.groups, self.full_attention_groups)
+        with_states = self.states is not None
+        return reference(
+            request, weight, self.window, self.groups, self.full_attention_groups, with_states=with_states
+        )
 
     def write_weight(self, weight: int) -> None:
         """Change the model in place, on the caller's stream, which later steps wait for."""
@@ -231,6 +267,8 @@ class ToyEngine:
             self.state.last_token[row] = self._random.randrange(VOCAB)
             self.state.finished[row] = self._random.randrange(2)
             self.state.lengths[row] = self._random.randrange(self.num_pages * self.page_size)
+            if self.states is not None:
+                self.states.table(*STATE)[row] = self._random.randrange(_PRIME)
             self.state.page_table[..., row, :] = self._random.randrange(1, self.num_pages + 1)
 
     def step(self) -> None:

@@ -55,7 +55,6 @@ class PackedForward:
         state_bytes: Memory of these states, in bytes per row.
         capturable: Whether its steps can be captured as graphs.
         compilable: Whether its layers can be compiled.
-        prefix_cacheable: Whether pages hold all that is known of a prefix.
         route: How the model is served, for messages.
         regions: Compiled regions of the view.
 
@@ -66,6 +65,7 @@ class PackedForward:
     # Constants that `CacheForward` has as attributes.
     whole_prompts = False
     recomputes = True
+    prefix_cacheable = True  # in pages, and in snapshots of the states
     tile_size: int | None = None
     takes_embeddings = True
 
@@ -90,7 +90,6 @@ class PackedForward:
         self.state_bytes = sum(state.num_bytes for state in self.states.values())
         self.route = "packed, row states" if self.states else "packed"
         self.capturable = self.compilable = not reads_back(self._mixers.names, self.device)
-        self.prefix_cacheable = not self.states
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
         self._parallel = parallel_projections(self.view, seen)

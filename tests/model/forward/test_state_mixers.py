@@ -202,7 +202,7 @@ def test_states_and_what_they_forbid(class_name: str) -> None:
     count, _, names = FOUND[class_name]
     forward = PackedForward(tiny_model(class_name))
     assert forward.route == "packed, row states"
-    assert not forward.prefix_cacheable
+    assert forward.prefix_cacheable
     assert forward.capturable == forward.compilable == ("mamba_selective_scan" not in names)
     scans = [key for key in forward.states if key[1] == "scan"]  # type: ignore[index]
     convolutions = [key for key in forward.states if key[0] == "conv"]  # type: ignore[index]
