@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hf_async_batching.attention.base import DecodeContext, MixedContext
-from hf_async_batching.kv_cache.state_tables import StateTables
+from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 from hf_async_batching.recurrent.step import RecurrentStep
 
 NO_PAGES = torch.zeros(1, 1, dtype=torch.int32)
@@ -56,9 +56,12 @@ def context_of(case: Case, tile_size: int = 4) -> DecodeContext | MixedContext:
 
 
 def step_of(context: DecodeContext | MixedContext, states: dict[object, torch.Tensor]) -> RecurrentStep:
-    """A step on tables that hold copies of these states."""
+    """A step on tables that hold copies of these states, with another state beside them in memory."""
     rows = next(iter(states.values())).shape[0]
-    tables = StateTables(rows, torch.device("cpu"))
+    shapes: dict[object, StateShape] = {
+        key: StateShape(tuple(one.shape[1:]), one.dtype) for key, one in states.items()
+    }
+    tables = StateTables(rows, torch.device("cpu"), {"beside": StateShape((3,), torch.float32), **shapes}, 1)
     for key, state in states.items():
         tables.table(key, tuple(state.shape[1:]), state.dtype).copy_(state)
     return RecurrentStep(context, tables, {})
@@ -66,4 +69,5 @@ def step_of(context: DecodeContext | MixedContext, states: dict[object, torch.Te
 
 def states_of(step: RecurrentStep) -> dict[object, torch.Tensor]:
     """The states of all rows but the padding row."""
-    return {key: step.tables.table(key, *shape)[1:] for key, shape in step.tables.shapes.items()}
+    assert not step.tables.table("beside", (3,), torch.float32).any()
+    return {key: step.tables.table(key, *shape)[1:] for key, shape in step.tables.shapes.items() if key != "beside"}
