@@ -57,7 +57,12 @@ class PagedCache:
             num_rows: Rows of the tables, the padding row included.
             shapes: The states.
             num_snapshots: Places for snapshots if the tables are made.
+
+        Raises:
+            RuntimeError: The number of rows differs, and the tables hold snapshots, which would be lost.
         """
         if self._states is None or self._states.num_rows != num_rows:
+            if self._states is not None and self._states.num_snapshots:
+                raise RuntimeError(f"the states of {self._states.num_rows} rows are asked for as those of {num_rows}")
             self._states = StateTables(num_rows, self._device, shapes, num_snapshots)
         return self._states

@@ -44,6 +44,7 @@ class StateTables:
     Attributes:
         shapes: Shape of each state that has a table.
         num_rows: The argument.
+        num_snapshots: The argument.
     """
 
     def __init__(
@@ -55,19 +56,20 @@ class StateTables:
     ) -> None:
         self.shapes: dict[Hashable, StateShape] = {}
         self.num_rows = num_rows
+        self.num_snapshots = num_snapshots
         self._device = device
         self._tables: dict[Hashable, torch.Tensor] = {}
         self._memory: torch.Tensor | None = None
         if shapes is not None:
-            self._make_all(shapes, num_snapshots)
+            self._make_all(shapes)
 
-    def _make_all(self, shapes: Mapping[Hashable, StateShape], num_snapshots: int) -> None:
+    def _make_all(self, shapes: Mapping[Hashable, StateShape]) -> None:
         starts: dict[Hashable, int] = {}
         end = 0
         for key, state in shapes.items():
             starts[key] = end
             end += -(-state.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        memory = torch.zeros(self.num_rows + num_snapshots, end, dtype=torch.uint8, device=self._device)
+        memory = torch.zeros(self.num_rows + self.num_snapshots, end, dtype=torch.uint8, device=self._device)
         for key, (shape, dtype) in shapes.items():
             start, length = starts[key] // dtype.itemsize, math.prod(shape)
             values = memory[: self.num_rows].view(dtype)[:, start : start + length]

@@ -124,6 +124,8 @@ def test_a_cache_makes_places_with_its_tables() -> None:
     cache = PagedCache([], num_pages=2, page_size=16, device=CPU)
     tables = cache.states(5, SHAPES, 3)
     assert cache.states(5, SHAPES) is tables
+    with pytest.raises(RuntimeError, match="5 rows are asked for as those of 4"):
+        cache.states(4, SHAPES)
     fill(tables, 1, 9)
     tables.copy([StateCopy(1, -3), StateCopy(-3, 4)])
     assert values(tables)[0] == [0, 9, 0, 0, 9]
