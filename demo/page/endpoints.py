@@ -28,7 +28,7 @@ from ..serving.settings import LONGEST_TEXT, Settings, number, shown, whole_numb
 from ..serving.visitor import owner_of
 from ..wall.handlers import WallRuns
 from ..wall.prompts import read_prompts
-from ..wall.wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS
+from ..wall.wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS, WALL
 
 # Gradio looks at every part of a result in the event loop: what is downloaded from the page has many more steps.
 _TRACED_STEPS = 200
@@ -93,12 +93,12 @@ def add_endpoints(
 
     async def wall(
         request: gr.Request,
-        chats: int = 16,
+        chats: int = WALL.chats,
         prompts: list[str] | None = None,
-        turns: int = 1,
-        max_new_tokens: int = 128,
-        stagger: float = 0.0,
-        greedy: bool = False,
+        turns: int = WALL.turns,
+        max_new_tokens: int = WALL.max_new_tokens,
+        stagger: float = WALL.stagger,
+        greedy: bool = WALL.greedy,
     ) -> AsyncIterator[dict[str, Any]]:
         """Run many conversations at once in one batch; streams the figures of the whole, and at last every text.
 

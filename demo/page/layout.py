@@ -13,7 +13,7 @@ from ..dataset.table import BUILT_IN, FORMATS, built_in, text_columns
 from ..serving.assets import asset
 from ..serving.settings import BOUNDS, KNOBS, LONGEST_TEXT, MAX_NEW_TOKENS, Settings
 from ..wall.prompts import LONGEST_PROMPTS
-from ..wall.wall import MOST_CHATS, MOST_TURNS
+from ..wall.wall import MOST_CHATS, MOST_TURNS, WALL
 from .style import EXAMPLES, PLACEHOLDER
 
 _BUTTON_WIDTH = 84
@@ -137,8 +137,10 @@ def chat_parts() -> ChatParts:
 def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> WallParts:
     """Lay out the wall: how many, start, stop, the settings, the tiles."""
     with gr.Row(elem_id="walls", equal_height=False):
-        chats = gr.Slider(1, MOST_CHATS, value=16, step=1, label="Chats at once", scale=4, min_width=180, buttons=[])
-        start = gr.Button("Start 16 chats", variant="primary", elem_id="start", scale=2, min_width=130)
+        chats = gr.Slider(
+            1, MOST_CHATS, value=WALL.chats, step=1, label="Chats at once", scale=4, min_width=180, buttons=[]
+        )
+        start = gr.Button(f"Start {WALL.chats} chats", variant="primary", elem_id="start", scale=2, min_width=130)
         stop = gr.Button("Stop all", variant="stop", elem_id="stop-wall", visible=False, scale=2, min_width=130)
         add = gr.Button("Add 4", elem_id="add", interactive=False, scale=1, min_width=_BUTTON_WIDTH)
     with gr.Accordion("Prompts and settings", open=False), gr.Group(elem_classes="knobs"):
@@ -150,10 +152,10 @@ def wall_parts(prompts: str, server_functions: list[Callable[..., Any]]) -> Wall
             max_length=LONGEST_PROMPTS,
             elem_id="prompts",
         )
-        turns = gr.Slider(1, MOST_TURNS, value=2, step=1, label="Questions per chat", buttons=[])
-        longest = _longest(120, "Max new tokens per answer")
-        stagger = gr.Slider(0, 2, value=0.15, step=0.05, label="Seconds between two starts", buttons=[])
-        greedy = _greedy(False, "Greedy")
+        turns = gr.Slider(1, MOST_TURNS, value=WALL.turns, step=1, label="Questions per chat", buttons=[])
+        longest = _longest(WALL.max_new_tokens, "Max new tokens per answer")
+        stagger = gr.Slider(0, 2, value=WALL.stagger, step=0.05, label="Seconds between two starts", buttons=[])
+        greedy = _greedy(WALL.greedy, "Greedy")
     wall = gr.HTML(
         value="",
         html_template=asset("wall.html"),

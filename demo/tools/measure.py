@@ -51,7 +51,8 @@ from gradio_client import Client
 client = Client(sys.argv[1], verbose=False)
 for line in sys.stdin:
     chats, tokens = map(int, line.split())
-    states = [*client.submit(chats=chats, max_new_tokens=tokens, greedy=True, api_name="/wall")]
+    wall = {"chats": chats, "max_new_tokens": tokens, "turns": 1, "stagger": 0, "greedy": True}
+    states = [*client.submit(**wall, api_name="/wall")]
     print(len(states), flush=True)
 """
 
@@ -219,7 +220,8 @@ def page(arguments: argparse.Namespace) -> dict[str, Any]:
             for _ in range(arguments.repeats):
                 states = client.submit(chats=arguments.chats, max_new_tokens=arguments.tokens, api_name="/compare")
                 compared.append([*states][-1])
-            wall = [*client.submit(chats=arguments.chats, max_new_tokens=arguments.tokens, turns=2, api_name="/wall")]
+            asked = {"chats": arguments.chats, "max_new_tokens": arguments.tokens, "turns": 2, "stagger": 0}
+            wall = [*client.submit(**asked, api_name="/wall")]
             stats = client.predict(api_name="/stats")
         finally:
             server.terminate()

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_async_batching.text_stream import TextDecoder
 
@@ -26,6 +26,19 @@ MOST_CHATS = 64
 MOST_TURNS = 4
 # Seconds between two starts.
 MOST_STAGGER = 5.0
+
+
+class WallDefaults(NamedTuple):
+    """What a wall is where nothing else is asked for: the page's controls and the API start from these."""
+
+    chats: int = 16
+    turns: int = 2
+    max_new_tokens: int = 120
+    stagger: float = 0.15
+    greedy: bool = False
+
+
+WALL = WallDefaults()
 # A tile shows the end of its conversation; what was said long before is not kept.
 _KEPT_CHARACTERS = 6000
 

@@ -40,6 +40,20 @@ def test_every_action_has_a_name_types_and_a_text(client: Any) -> None:
     ]
 
 
+def test_the_api_starts_the_same_wall_as_the_page(client: Any) -> None:
+    described = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/wall"]["parameters"]
+    asked = {parameter["parameter_name"]: parameter["parameter_default"] for parameter in described}
+    controls = {component["props"].get("label"): component["props"] for component in client.config["components"]}
+    labels = {
+        "chats": "Chats at once",
+        "turns": "Questions per chat",
+        "max_new_tokens": "Max new tokens per answer",
+        "stagger": "Seconds between two starts",
+    }
+    assert {name: asked[name] for name in labels} == {name: controls[label]["value"] for name, label in labels.items()}
+    assert set(asked) == {*labels, "greedy", "prompts"}
+
+
 def test_many_clients_stream_at_once(served: Served) -> None:
     together = threading.Barrier(CLIENTS)
 
