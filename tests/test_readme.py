@@ -23,7 +23,7 @@ FIRST, IN_PLACE, ENGINE, DATASET, COMPLETE = re.findall(r"```python\n(.*?)```", 
 def names() -> Iterator[dict[str, Any]]:
     model, tokenizer = load_smollm2()
     inputs = tokenizer("The capital of France is", return_tensors="pt")
-    yield {"model": model, "tokenizer": tokenizer, "inputs": inputs, "input_ids": inputs["input_ids"][0]}
+    yield {"model": model, "tokenizer": tokenizer, "inputs": inputs}
     hf_async_batching.get_manager(model).close()
 
 
@@ -49,6 +49,17 @@ def test_in_place(names: dict[str, Any]) -> None:
 def test_engine(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     exec(ENGINE.replace("max_new_tokens=200", "max_new_tokens=12"), dict(names))
     assert len(capsys.readouterr().out) > 12
+
+
+def test_both_ways_in_one_script_share_an_engine(
+    names: dict[str, Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    code = (IN_PLACE + ENGINE).replace("max_new_tokens=200", "max_new_tokens=5")
+    space = {**names, "hf_async_batching": hf_async_batching}
+    exec(code, space)
+    assert capsys.readouterr().out
+    assert space["manager"] is hf_async_batching.get_manager(names["model"])
+    assert not [record for record in caplog.records if "second engine" in record.message]
 
 
 def test_dataset(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
