@@ -88,7 +88,7 @@ hfab.panel = function (root, server) {
   function draw() {
     const fitted = hfab.fit(plot);
     if (!fitted) return;
-    const { context, width, height } = fitted, base = height - 14, top = 6, left = 34, right = width - 26;
+    const { context, width, height } = fitted, base = height - 16, top = 6, left = 34, right = width - 26;
     const at = seconds => right + ((seconds - now) / 60) * (right - left);
     const speed = hfab.ceiling(Math.max(10, ...history.map(point => point[1])));
     const batch = hfab.ceiling(Math.max(4, ...history.map(point => point[2])));
@@ -126,9 +126,9 @@ hfab.panel = function (root, server) {
       context.fillText("0", x, base + 2);
     }
     context.textAlign = "left";
-    context.fillText("60 s ago", left, height - 1);
+    context.fillText("60 s ago", left, height - 3);
     context.textAlign = "right";
-    context.fillText("now", right, height - 1);
+    context.fillText("now", right, height - 3);
     // What is drawn, for readers of the screen and for tests.
     plot.dataset.scale = `${speed} tokens/s, ${batch} rows`;
   }

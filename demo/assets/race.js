@@ -1,7 +1,7 @@
 // The race: the same questions in four ways, and what may be said about them.
 hfab.WAYS = [
   ["one", "One by one", "generate, one question after the other"],
-  ["padded", "Padded batch", "generate, all questions padded to the longest"],
+  ["padded", "Padded batch", "generate, one padded batch"],
   ["1", "Continuous, sync", "this engine, one step in flight"],
   ["2", "Continuous, async", "this engine, two steps in flight"],
 ];

@@ -83,7 +83,7 @@ class Photographer:
             yield self._shoot(page, f"{view.name}-wall")
             if not view.race:
                 return
-            _stop_wall(page)
+            _stop_all(page)
             page.get_by_role("tab", name="Race").click()
             page.get_by_role("button", name="Run the race").click()
             self._wait(page, view, "the end of the race", "document.querySelector('.race').dataset.over === 'true'")
@@ -180,12 +180,13 @@ def save_film(shots: Sequence[bytes], times: Sequence[float], path: Path) -> Non
             return
 
 
-def _stop_wall(page: Page) -> None:
-    """Stop the wall, where it is not over already."""
-    stop = page.get_by_role("button", name="Stop all")
-    if stop.is_visible():
-        stop.click()
-    page.get_by_role("button", name=re.compile("^Start")).wait_for()
+def _stop_all(page: Page) -> None:
+    """Stop the wall and the chat where they are not over: a race beside them has no verdict."""
+    for stop, idle in (("Stop all", re.compile("^Start")), ("Stop", "Send")):
+        button = page.get_by_role("button", name=stop, exact=True)
+        if button.is_visible():
+            button.click()
+        page.get_by_role("button", name=idle).wait_for()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
