@@ -17,6 +17,11 @@ FIRST_UNSOUND = -3
 """`FIRST_UNSOUND - t` means token t, from logits whose largest is NaN or infinite."""
 
 
+def is_marked(outcome: int) -> bool:
+    """Whether it is anything but a plain token."""
+    return outcome < 0
+
+
 def is_undrawable(outcome: int) -> bool:
     """Whether there is no token."""
     return UNDRAWABLE_UNSOUND <= outcome <= UNDRAWABLE
@@ -29,4 +34,4 @@ def is_unsound(outcome: int) -> bool:
 
 def token_of(outcome: int) -> int:
     """The token; 0 if there is none."""
-    return outcome if outcome >= 0 else max(0, FIRST_UNSOUND - outcome)
+    return max(0, FIRST_UNSOUND - outcome) if is_marked(outcome) else outcome

@@ -44,7 +44,7 @@ def bound_encoder_ngrams(config: GenerationConfig, length: int) -> None:
         UnsupportedArgumentError: The list would need too much memory.
     """
     size = config.encoder_no_repeat_ngram_size
-    if not isinstance(size, int) or size <= 0:
+    if not isinstance(size, int):
         return
     if size > length:
         config.encoder_no_repeat_ngram_size = length + 1

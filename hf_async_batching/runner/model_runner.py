@@ -265,7 +265,7 @@ class ModelRunner:
         self._state.note(inputs, features)
         logits = self._run_forward(inputs)
         if not logits.shape[0]:
-            self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
+            self._state.commit(inputs, logits.new_empty(logits.shape[:-1], dtype=torch.int32), None)
             return
         rows = None
         if features.sampling or features.min_length or features.penalty:
@@ -276,7 +276,7 @@ class ModelRunner:
     def _sample_uncaptured(self, plan: Plan, inputs: StepInputs, logits: torch.Tensor) -> None:
         self._state.note(inputs, plan.features)
         if not logits.shape[0]:
-            self._state.commit(inputs, logits.new_empty(0, dtype=torch.int32), None)
+            self._state.commit(inputs, logits.new_empty(logits.shape[:-1], dtype=torch.int32), None)
             return
         rows = replace(self._rows(inputs), bounds=plan.bounds)
         tokens, logprobs, self.uncaptured = sample_uncaptured(self._sampler, logits, rows, plan)

@@ -74,7 +74,7 @@ def commit_decode_kernel(
     mask = entries < size
     outcome = tl.load(tokens + entries, mask=mask, other=0)
     tl.store(out_tokens + entries, outcome, mask=mask)
-    token = tl.where(outcome < 0, tl.maximum(_FIRST_UNSOUND - outcome, 0), outcome)
+    token = tl.maximum(tl.maximum(outcome, _FIRST_UNSOUND - outcome), 0)  # see `outcomes.token_of`
     is_none = ((outcome < 0) & (outcome > _FIRST_UNSOUND)).to(tl.int32)
     if HAS_LOGPROBS:
         tl.store(out_logprobs + entries, tl.load(logprobs + entries, mask=mask, other=0.0), mask=mask)

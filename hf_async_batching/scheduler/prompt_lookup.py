@@ -90,7 +90,7 @@ class PromptLookup:
     def _extended(self, tokens: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         count = len(tokens)
         if count > len(self._history):
-            larger = np.empty(max(64, 2 * count), np.int64)
+            larger = np.empty(2 * count, np.int64)
             larger[: self._known] = self._history[: self._known]
             self._history = larger
         self._history[self._known : count] = tokens[self._known :]

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from hf_async_batching.config import Admission
-from hf_async_batching.core.outcomes import is_undrawable, is_unsound, token_of
+from hf_async_batching.core.outcomes import is_marked, is_undrawable, is_unsound, token_of
 from hf_async_batching.core.plan import Given, Plan, Result
 from hf_async_batching.core.request import Request
 from hf_async_batching.kv_cache.kv_cache_manager import KVCacheManager
@@ -253,7 +253,7 @@ class Scheduler:
         tokens = result.tokens
         if drafts:
             sampled, tokens, logprobs = self.drafting.check(drafts, sampled, tokens, logprobs)
-        if tokens and min(tokens) < 0:
+        if tokens and is_marked(min(tokens)):
             tokens = self._tokens_of(sampled, tokens)
         outputs, ended, self.offered = self._settler.settle(sampled, tokens, logprobs)
         if ended:
@@ -271,7 +271,7 @@ class Scheduler:
     def _tokens_of(self, sampled: list[Sequence], outcomes: list[int]) -> list[int]:
         """The tokens of outcomes. Ends sequences without a token, and drops pages that hold invalid values."""
         for sequence, outcome in zip(sampled, outcomes, strict=True):
-            if outcome >= 0 or sequence.state is State.FINISHED:
+            if sequence.state is State.FINISHED:
                 continue
             if is_unsound(outcome):
                 self.kv_cache.forget(sequence.pages, [other.pages for other in self._running])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import reduce
 from operator import or_
 
@@ -14,21 +13,15 @@ from hf_async_batching.scheduler.sequence import Sequence
 def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
     """Features of a step that samples for some sequences and computes prompts of others."""
     candidates = {sequence.candidates for sequence in sampled if sequence.candidates is not None}
-    features = Features(
-        sampling=bool(candidates),
-        candidates=-1 if -1 in candidates else max(candidates, default=0),
-        min_length=any([sequence.num_computed - len(sequence.draft) < sequence.min_length for sequence in sampled]),
-        logprobs=any([sequence.logprobs for sequence in sampled]),
-    )
     needs = [sequence.needs for sequence in sampled if sequence.needs is not None]
     # Tokens that a row has seen are recorded from its first token on, also by steps that sample nothing for it.
     kept = needs + [sequence.needs for sequence in prefilled if sequence.needs is not None]
-    if not kept:
-        return features
-    classes = {need.top_k for need in needs}
-    return replace(
-        features,
-        top_k=-1 if -1 in classes else max(classes, default=0),
+    return Features(
+        sampling=bool(candidates),
+        candidates=_largest(candidates),
+        min_length=any([sequence.num_computed - len(sequence.draft) < sequence.min_length for sequence in sampled]),
+        logprobs=any([sequence.logprobs for sequence in sampled]),
+        top_k=_largest({need.top_k for need in needs}),
         seen=any([need.seen for need in kept]),
         penalty=any([need.penalty for need in needs]),
         stages=reduce(or_, [need.stages for need in needs], 0),
@@ -39,10 +32,15 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
     )
 
 
+def _largest(sizes: set[int]) -> int:
+    """The largest of some sizes, of which -1 means everything; 0 for none."""
+    return -1 if -1 in sizes else max(sizes, default=0)
+
+
 def features_of_request(request: Request) -> Features:
     """Features of a decode step of one request."""
     sequence = Sequence(request, 0)
-    sequence.num_computed = 1
+    sequence.num_computed = len(sequence.tokens)
     return features_of([sequence], [])
 
 

@@ -94,3 +94,17 @@ def test_a_list_of_n_grams_is_bounded_by_its_tokens() -> None:
     with pytest.raises(UnsupportedArgumentError, match=r"`encoder_no_repeat_ngram_size=8192` .* 16384 tokens"):
         bound_encoder_ngrams(config, 2 * size)
     assert config.encoder_no_repeat_ngram_size == size
+
+
+def test_single_tokens_are_listed_too() -> None:
+    config = with_field("encoder_no_repeat_ngram_size", 1)
+    bound_encoder_ngrams(config, 1 << 26)
+    with pytest.raises(UnsupportedArgumentError, match="shorter prompt"):
+        bound_encoder_ngrams(config, (1 << 26) + 1)
+
+
+@pytest.mark.parametrize("size", [None, -1, 1.5])
+def test_sizes_that_are_no_sizes_are_left_as_they_are(size: Any) -> None:
+    config = with_field("encoder_no_repeat_ngram_size", size)
+    bound_encoder_ngrams(config, 1)
+    assert config.encoder_no_repeat_ngram_size == size

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import EOS, tiny_model
-from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessor
 
 from hf_async_batching import UnsupportedArgumentError
@@ -17,6 +17,7 @@ from hf_async_batching.core.request import Request
 from hf_async_batching.inputs.input_processor import BatchRequests, InputProcessor
 from hf_async_batching.inputs.prompts import Prompt
 from hf_async_batching.manager import GenerationManager
+from hf_async_batching.sampling.sampler import seed_records
 from hf_async_batching.stopping.criteria import read_criteria
 
 PROMPT = [5, 6, 7, 5, 6]
@@ -215,3 +216,36 @@ def test_the_models_own_way_of_drawing(model: Any) -> None:
     assert isinstance(request, Request) and request.logits.repetition_penalty == 1.4
     assert not request.sampling.logprobs, "most requests want none"
     assert request.eos_token_ids == (EOS,) and request.max_new_tokens == 1
+
+
+def test_ends_of_the_criteria_take_the_place_of_the_configs(inputs: InputProcessor, model: Any) -> None:
+    given = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": [3, 9]}
+    own = StoppingCriteriaList([EosTokenCriteria([7])])
+    (request,) = batch(inputs, model, [PROMPT], stopping_criteria=own, **given).requests
+    assert request.eos_token_ids == (7,)
+    (request,) = batch(
+        inputs, model, [PROMPT], stopping_criteria=StoppingCriteriaList([EosTokenCriteria([9, 3])]), **given
+    ).requests
+    assert request.eos_token_ids == (3, 9), "the same tokens"
+
+
+def test_each_row_that_goes_alone_has_its_own_seed_and_length(model: Any) -> None:
+    inputs = InputProcessor(lambda: model, lambda: model)
+    config = model.generation_config.__class__(do_sample=True)
+    config._eos_token_tensor = None
+    prompts = [Prompt([0, *PROMPT[:size]], PROMPT[:size]) for size in (5, 3, 4)]
+    got = inputs.read_batch(
+        prompts,
+        config,
+        LogitsProcessorList([RowWise()]),
+        torch.tensor([PROMPT] * 3),
+        seeds=[11, 22, 33],
+        max_new_tokens=4,
+        eos=(),
+        holds_group=lambda requests: True,
+    )
+    choosers: list[Any] = [request.chooser for request in got.requests]
+    assert [chooser._positions.tolist() for chooser in choosers] == [[len(prompt.tokens)] for prompt in prompts]
+    assert [chooser.prompt.tolist() for chooser in choosers] == [[PROMPT]] * 3
+    for seed, chooser in zip((11, 22, 33), choosers, strict=True):
+        assert torch.equal(chooser._records, seed_records([seed], torch.device("cpu")))

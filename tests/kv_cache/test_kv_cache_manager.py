@@ -242,3 +242,24 @@ def test_broken_bookkeeping_is_found(breaks: Any, message: str) -> None:
     breaks(manager, pages)
     with pytest.raises(AssertionError, match=message):
         check(manager, (pages, 5))
+
+
+def test_pages_before_the_window_do_not_count_as_a_use_of_the_prefix() -> None:
+    """The end of the sequence does: until then, prefixes that others used later are evicted after this one."""
+    manager = make(num_pages=40, groups=2, full_attention_groups=1, window=4)
+    tokens = TOKENS[:13]
+    first, second = (start(manager, tokens)[0] for _ in range(2))
+    manager.release_before_window(first, 11, -1)
+    for pages in (first, second):  # the second fills the first's gaps
+        manager.cache_full_pages(pages, tokens, 12)
+    known = {page for node in [second.last_node] if node for page in node.path() if page}
+    manager.retire(first, -1)
+    later, _ = start(manager, [99, *tokens])
+    manager.cache_full_pages(later, [99, *tokens], 12)
+    manager.retire(later, -1)
+    unheld = manager.pages.prefixes._unheld
+    before = list(unheld)
+    manager.release_before_window(second, 11, -1)
+    assert len(unheld) == len(before) + 2 and list(unheld)[: len(before)] == before
+    manager.retire(second, -1)
+    assert list(unheld)[0] not in known

@@ -500,3 +500,12 @@ def test_rare_steps_capture_the_forward_alone(depth: int) -> None:
     assert histories > 100
     assert made > 100
     assert captures > 12
+
+
+def test_all_graphs_keep_their_logits_in_one_buffer() -> None:
+    runner = wide_runner()
+    few, many = runner._kept(torch.ones(2, 5)), runner._kept(torch.full((8, 5), 2.0))
+    assert few.data_ptr() == many.data_ptr() and few.shape == (2, 5) and (many == 2).all()
+    for other in (torch.ones(2, 5, dtype=torch.float64), torch.ones(2, 6)):
+        kept = runner._kept(other)
+        assert torch.equal(kept, other) and kept.dtype == other.dtype

@@ -311,3 +311,16 @@ def test_pieces_of_a_step() -> None:
     assert [step for step, _ in tracked._read] == [0, 1, 3, 5]
     tracked.completed(3)
     assert [step for step, _ in tracked._read] == [5]
+
+
+def test_a_step_reads_embeddings_if_any_of_its_rows_does() -> None:
+    given = Request("given", (0,) * 10, 5, prompt_embeddings=torch.zeros(10, 3))
+    rows = (NewRow(2, Request("tokens", (5,) * 6, 5)), NewRow(1, given))
+    chunks = (Chunk(2, (5,) * 6, True), Chunk(1, (0,) * 4, False))
+    tracked = PromptEmbeddings()
+    assert not tracked.concerns(Plan(0, (), chunks, rows[:1]))
+    assert not tracked.concerns(Plan(0, (), chunks))
+    assert tracked.concerns(Plan(0, (), chunks, rows))
+    tracked.pieces(Plan(0, (), chunks, rows))
+    assert tracked.concerns(Plan(1, (), chunks)), "the rest of the prompt"
+    assert not tracked.concerns(Plan(1, (), chunks[:1]))

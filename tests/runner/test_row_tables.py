@@ -378,3 +378,22 @@ def test_a_token_from_outside_is_the_next_input_of_its_row() -> None:
     state.apply_updates(staged, sections)
     assert state.last_token.tolist() == [0, 101, 43, 103, 104, 42, 106]
     assert state.decode_inputs(2).token_ids.tolist() == [103, 42]
+
+
+@pytest.mark.parametrize(("pages", "width"), [(1, 4), (4, 4), (5, 8), (8, 8)])
+def test_tables_of_groups_are_aligned(pages: int, width: int) -> None:
+    """Each group's table starts at a multiple of 16 bytes."""
+    state = RowTables(max_rows=6, max_pages_per_row=pages, device=torch.device("cpu"), groups=3)
+    assert state.page_table.shape == (3, 7, width)
+    one = RowTables(max_rows=6, max_pages_per_row=pages, device=torch.device("cpu"))
+    assert one.page_table.shape == (7, pages)
+
+
+@pytest.mark.parametrize("fused", WAYS)
+def test_outcomes_around_token_zero(fused: bool) -> None:
+    state = serving(fused)
+    state.apply_updates(*stage(Plan(0, (1, 2, 3, 4))))
+    marks = [0, outcomes.UNDRAWABLE, outcomes.UNDRAWABLE_UNSOUND, outcomes.FIRST_UNSOUND]
+    state.commit(state.decode_inputs(4), int32(*marks), None)
+    assert state.last_token[1:5].tolist() == [outcomes.token_of(mark) for mark in marks] == [0, 0, 0, 0]
+    assert state.finished[1:5].tolist() == [outcomes.is_undrawable(mark) for mark in marks] == [0, 1, 1, 0]

@@ -327,3 +327,12 @@ def test_a_request_waits_for_one_that_goes_on_from_the_same_pages() -> None:
     for own, expected in ((start, True), (further, True), (start.parent, False), (None, False)):
         computed.pages.last_node = own
         assert found_a_step_later(waits, [computed], page) is expected
+
+
+def test_at_most_64_requests_wait_for_a_prefix() -> None:
+    for waiting, starts in ((63, 2), (64, 1)):
+        scheduler = Scheduler(num_pages=9000, page_size=16, max_rows=80, max_batch_tokens=4000)
+        for i in range(1 + waiting):
+            scheduler.add(Request(f"shared {i}", (*SHARED, i), 9))
+        scheduler.add(Request("other", (9, 9), 9))
+        assert len(next_plan(scheduler).new_rows) == starts

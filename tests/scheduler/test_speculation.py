@@ -431,3 +431,24 @@ def test_states_that_cannot_go_back_are_served_without(told: Any) -> None:
 )
 def test_who_can_draft(changes: dict[str, Any], drafts: bool) -> None:
     assert (sequences.Sequence(Request("a", (5, 6), 9, **changes), 0).lookup is not None) == drafts
+
+
+def test_a_draft_fills_the_step_to_its_last_token() -> None:
+    for room, drafted in ((4, 3), (3, 2), (2, 1)):
+        scheduler = make(max_batch_tokens=room, max_rows=2)
+        scheduler.add(request("a", (1, 2, 3, 4, 5, 9)))
+        plan = planned(scheduler)
+        while not plan.num_sampled:
+            settle(scheduler, plan)
+            plan = planned(scheduler)
+        settle(scheduler, plan, 1)
+        assert pieces(planned(scheduler)) == [((1, *(2, 3, 4)[:drafted]), 1 + drafted)]
+
+
+def test_the_last_free_page_is_enough_for_a_draft() -> None:
+    scheduler = make(num_pages=4)
+    scheduler.add(request("a", (1, 2, 3, 4, 5, 6), new=6))
+    scheduler.add(Request("b", (70,), 2))
+    settle(scheduler, planned(scheduler), 1, 80)
+    assert scheduler.pages.available == 1
+    assert pieces(planned(scheduler)) == [((1, 2, 3, 4), 4)]

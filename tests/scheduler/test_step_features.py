@@ -88,3 +88,16 @@ def test_bounds_are_the_largest_of_the_rows() -> None:
     many = sequence("a", computed=7, logits=LogitsParams(rules=rules, no_repeat_ngram_size=2))
     deep = sequence("b", computed=3, logits=LogitsParams(no_repeat_ngram_size=4), padding=(0,) * 6)
     assert rare_needs([many, sequence("c", computed=99), deep])[2] == Bounds(9, 2, 4)
+
+
+def test_what_is_kept_is_kept_if_any_row_needs_it() -> None:
+    plain, repeats = sequence("a", output_scores=True), sequence("b", logits=LogitsParams(no_repeat_ngram_size=2))
+    punished = sequence("c", logits=PENALTY)
+    assert plain.needs is not None
+    assert (features_of([plain, punished], []).seen, features_of([plain], []).seen) == (True, False)
+    assert (features_of([plain, repeats], []).memory, features_of([plain], []).memory) == (True, False)
+
+
+@pytest.mark.parametrize("minimum", [0, 1])
+def test_a_request_without_a_minimum_length_is_not_held_back_by_its_prompt(minimum: int) -> None:
+    assert features_of_request(sequence(min_new_tokens=minimum).request).min_length == (minimum > 0)

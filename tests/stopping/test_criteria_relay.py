@@ -18,7 +18,9 @@ from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingC
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.core.request import Request
+from hf_async_batching.errors import ReentrantCallError
 from hf_async_batching.handle import GenerationHandle, wake
+from hf_async_batching.runtime.reentrancy import serve_in_this_thread, waiting_for
 from hf_async_batching.stopping.criteria_relay import CriteriaThread
 
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
@@ -329,3 +331,33 @@ def test_a_forked_process_counts_its_own_requests() -> None:
     assert outer.result(20).finish_reason == "length"
     outer._threads[0].join(20)
     assert not outer._threads[0].is_alive(), "no request needs it"
+
+
+def test_the_thread_of_criteria_is_one_that_serves(manager: Any, tokenizer: Any) -> None:
+    """A done-callback in it that waits for a thread which waits for it gets an error, or both would wait for ever."""
+    outcome: list[Any] = []
+    ended = threading.Event()
+
+    def serve(own: threading.Thread) -> None:
+        serve_in_this_thread()
+        with waiting_for((own,), "result()"):
+            waits.set()
+            ended.wait(60)
+
+    def back(handle: Any) -> None:
+        other = threading.Thread(target=serve, args=(threading.current_thread(),), daemon=True)
+        other.start()
+        waits.wait(60)
+        try:
+            with waiting_for((other,), "result()"):
+                outcome.append("waited")
+        except ReentrantCallError as error:
+            outcome.append(error)
+        ended.set()
+
+    waits = threading.Event()
+    with held(manager):
+        given = {"max_new_tokens": 3, "stop_strings": ["zzzzzz"], "tokenizer": tokenizer, **GREEDY}
+        manager.submit(PROMPTS[0], **given).add_done_callback(back)
+    assert ended.wait(60)
+    assert isinstance(outcome[0], ReentrantCallError)

@@ -172,14 +172,7 @@ class BatchRun:
         self._events.put(None)
         if self._leader.ident is not None:
             self._leader.join()
-        left: list[RowResult] = []
-        while True:
-            try:
-                result = self._results.get_nowait()
-            except Empty:
-                return left
-            if isinstance(result, RowResult):
-                left.append(result)
+        return [result for result in _waiting(self._results) if isinstance(result, RowResult)]
 
     # -- other threads --------------------------------------------------------------------------------------------
 
@@ -253,13 +246,9 @@ class BatchRun:
 
     def _take_events(self) -> None:
         """Wait for events, and handle all of them."""
-        event = self._events.get()
-        while True:
+        self._take(self._events.get())
+        for event in _waiting(self._events):
             self._take(event)
-            try:
-                event = self._events.get_nowait()
-            except Empty:
-                return
 
     def _take(self, event: Any) -> None:
         if isinstance(event, GenerationHandle):
@@ -411,11 +400,7 @@ class BatchRun:
 
     def _take_what_is_made(self) -> None:
         """After a failure, take the rows that were finished before the leading thread noticed it."""
-        while True:
-            try:
-                event = self._events.get_nowait()
-            except Empty:
-                return
+        for event in _waiting(self._events):
             if isinstance(event, Failed):
                 self._decoding -= event.decoding
             elif isinstance(event, (GenerationHandle, list)):
@@ -437,6 +422,16 @@ class BatchRun:
                 self._take(event)
             elif isinstance(event, Failed):  # the run ends anyway
                 self._decoding -= event.decoding
+
+
+def _waiting(queue: SimpleQueue[Any]) -> Iterator[Any]:
+    """Take the entries of a queue until it is empty."""
+    while True:
+        try:
+            entry = queue.get_nowait()
+        except Empty:
+            return
+        yield entry
 
 
 def make_decode(tokenizer: Any, skip_special_tokens: bool) -> Decode:

@@ -13,9 +13,11 @@ from support.dataset_job import rows_kept
 from support.tiny_models import greedy_alone, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager, generate_dataset
-from hf_async_batching.dataset.rows.row import Completion, RowBlock, RowResult
-from hf_async_batching.dataset.run.batch_run import BatchRun, Failed
+from hf_async_batching.dataset.rows.row import Completion, PreparedRow, RowBlock, RowResult
+from hf_async_batching.dataset.run.batch_run import BatchRun, Failed, _Live
+from hf_async_batching.dataset.run.ordering import RowJob
 from hf_async_batching.engine.engine import Engine
+from hf_async_batching.handle import GenerationHandle
 
 NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 ROWS = Dataset.from_dict({"prompt": [f"text-{chr(40 + i)}" for i in range(40)]})
@@ -198,3 +200,21 @@ def test_a_panic_of_a_tokenizer_is_its_rows_own(manager: Any, tokenizer: Any, ex
     done = generate_dataset(manager, ROWS.select(range(6)), tokenizer, prompt=prompt, on_error="record", **NEW)
     assert done["error"][3] == "overflow"
     assert done["completion_ids"][:] == [*expected[:3], None, *expected[4:6]]
+
+
+def test_a_row_that_ended_when_a_run_fails_is_kept(manager: Any) -> None:
+    """The leading thread has not heard of its end."""
+    rows = iter([RowBlock(0, [{"prompt": "a"}])])
+    run = BatchRun(manager, rows, None, None, None, wanted=lambda chunk: [], window=8, span=64)  # type: ignore[arg-type]
+    ended = GenerationHandle("a", lambda handle: None)
+    ended._push(5, None, 0.0)
+    ended._finish("eos")
+    row = PreparedRow(0, (1, 2))
+    run._live_rows[0] = _Live(row, 1, [None])
+    run._jobs["a"] = RowJob(row, 0, None), ended  # type: ignore[arg-type]
+    run._events.put(Failed(RuntimeError("the end")))
+    run._events.put(ended)
+    run._run()
+    assert run.result() == RowResult(0, 2, [Completion([5], "eos")])
+    with pytest.raises(RuntimeError, match="the end"):
+        run.result()
