@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -136,3 +137,20 @@ def test_a_processor_of_the_caller_is_called_as_it_is() -> None:
     mine = Mine(True)
     assert own(mine, 1) is mine
     assert processors_of_batch(LogitsProcessorList([mine]), lambda: OURS)[0] is mine
+
+
+def test_a_processor_that_keeps_state_per_row_is_each_rows_own() -> None:
+    given: dict[str, Any] = {"ngram_len": 3, "keys": [3, 5], "sampling_table_size": 8, "sampling_table_seed": 0}
+    processor = SynthIDTextWatermarkLogitsProcessor(**given, context_history_size=4, device=torch.device("cpu"))
+    made = [own(processor, index) for index in range(2)]
+    assert len({id(one) for one in (processor, *made)}) == 3
+    assert [type(one) for one in made] == [type(processor)] * 2
+
+
+def test_only_guidance_of_transformers_gets_our_model() -> None:
+    class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
+        """The caller's own, which has the same name."""
+
+    for kept in (UnbatchedClassifierFreeGuidanceLogitsProcessor(), NoRepeatNGramLogitsProcessor(3)):
+        (same,) = processors_of_batch(LogitsProcessorList([kept]), lambda: OURS)
+        assert same is kept and not hasattr(kept, "model")

