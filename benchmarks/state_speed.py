@@ -4,7 +4,8 @@ python -m benchmarks.state_speed --rows 1,8,32,256
 python -m benchmarks.state_speed --prompts 64,512,2048   # one prompt of so many tokens
 
 The shapes are one layer of Qwen3.5-9B (gated delta rule), Nemotron-H-8B and Falcon-H1-7B (Mamba-2), with float32
-states. `--sweep` tries other numbers of columns and warps for each program.
+states. Other states lie between the rows' states of this layer, as in an engine: `--beside` MiB per row, or 0.
+`--sweep` tries other numbers of columns and warps for each program.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from hf_async_batching.attention.base import DecodeContext, MixedContext
 from hf_async_batching.bench.machine import look_at
-from hf_async_batching.kv_cache.state_tables import StateTables
+from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 from hf_async_batching.recurrent import triton_delta_rule, triton_mamba2
 from hf_async_batching.recurrent.step import RecurrentStep
 
@@ -32,18 +33,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=counts, default=[1, 8, 32, 256])
     parser.add_argument("--prompts", type=counts, default=[])
+    parser.add_argument("--beside", type=int, default=48, help="MiB of other states per row")
     parser.add_argument("--sweep", action="store_true")
     given = parser.parse_args()
     device = torch.device("cuda")
     machine = look_at(device)
     print(f"{machine.card}, copy {machine.copy_bandwidth / 1e9:.0f} GB/s")
     with torch.inference_mode():
-        for name, make in (("gated delta rule", _delta_rule), ("mamba-2, 128 x 64 x 128", _nemotron),
-                           ("mamba-2, 24 x 128 x 256", _falcon)):  # fmt: skip
+        for name, make, shape in (
+            ("gated delta rule", _delta_rule, (32, 128, 128)),
+            ("mamba-2, 128 x 64 x 128", _nemotron, (128, 64, 128)),
+            ("mamba-2, 24 x 128 x 256", _falcon, (24, 128, 256)),
+        ):
+            beside = StateShape((given.beside << 18,), torch.float32)
+            shapes = {"beside": beside, "scan": StateShape(shape, torch.float32)}
             module = triton_delta_rule if make is _delta_rule else triton_mamba2
             for attribute, sizes in (("_DECODE", given.rows), ("_PROMPT", given.prompts)):
                 for size in sizes:
-                    step = _decode(size, device) if attribute == "_DECODE" else _prompt(size, device)
+                    decodes = attribute == "_DECODE"
+                    tables = StateTables(size + 1 if decodes else 2, device, shapes)
+                    step = _decode(size, tables, device) if decodes else _prompt(size, tables, device)
                     usual = getattr(module, attribute)
                     for choice in _CHOICES if given.sweep else [usual]:
                         setattr(module, attribute, choice)
@@ -78,21 +87,19 @@ def _time(
     return begin.elapsed_time(end) / 1e3 / _REPEATS, moved
 
 
-def _decode(rows: int, device: torch.device) -> RecurrentStep:
+def _decode(rows: int, tables: StateTables, device: torch.device) -> RecurrentStep:
     index = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
-    return RecurrentStep(
-        DecodeContext(index[:0], index, index * 0 + 9, index * 0 + 10), StateTables(rows + 1, device), {}
-    )
+    return RecurrentStep(DecodeContext(index[:0], index, index * 0 + 9, index * 0 + 10), tables, {})
 
 
-def _prompt(tokens: int, device: torch.device) -> RecurrentStep:
+def _prompt(tokens: int, tables: StateTables, device: torch.device) -> RecurrentStep:
     first = torch.arange(0, tokens, _TILE, dtype=torch.int32, device=device)
     ones = torch.ones(tokens, dtype=torch.int32, device=device)
     context = MixedContext(
         ones[:0], ones, torch.arange(tokens, dtype=torch.int32, device=device), torch.ones_like(first), first,
         (tokens - first).clamp(max=_TILE), first, ones[:0],
     )  # fmt: skip
-    return RecurrentStep(context, StateTables(2, device), {})
+    return RecurrentStep(context, tables, {})
 
 
 def _delta_rule(step: RecurrentStep, device: torch.device) -> tuple[Callable[[], object], int]:

@@ -60,7 +60,8 @@ class BatchingConfig:
         memory_fraction: Share of the free memory at the engine's start that the KV cache may take. Default: 0.92 on
             CUDA, where at least 1.5 GiB stay free for the steps themselves; 0.25 on the CPU.
         prefix_cache: Keep full pages of finished and running requests, so that a prompt that starts with the same
-            tokens reuses them. Outputs do not depend on it. Call `GenerationManager.weights_updated()` after changing
+            tokens reuses them. Models whose layers keep states also keep snapshots of these, in up to a quarter of
+            the cache's memory. Outputs do not depend on it. Call `GenerationManager.weights_updated()` after changing
             weights in place in a way that torch does not count.
         prompt_lookup_rows: Requests with `prompt_lookup_num_tokens` draft tokens while at most this many requests run
             and none waits; 0 for never. Outputs do not depend on it.

@@ -136,7 +136,7 @@ class KVCacheManager:
             The copy of the states that the next step must make; None if the sequence begins without any.
         """
         assert pages.last_node is not None and pages.matched_node is not None
-        if self.snapshots is None or not pages.shareable:
+        if self.snapshots is None:
             return None
         size = self.pages.page_size
         pages.last_snapshot = at = pages.last_node.depth * size
@@ -229,7 +229,7 @@ class KVCacheManager:
             while node is not None and node.depth > depth:
                 node = node.parent
             assert node is not None
-            if node.depth < depth or node.snapshot or not self.pages.prefixes.is_current(node):
+            if node.snapshot or not self.pages.prefixes.is_current(node):
                 self.snapshots.give_back([snapshot.place])
                 continue
             self.snapshots.attach(node, snapshot.place)
@@ -277,7 +277,7 @@ class KVCacheManager:
         row = pages.row
         if self.snapshots is not None:
             self.snapshots.give_back([snapshot.place for snapshot in pages.pending])
-            pages.borders, pages.pending, pages.replaceable = [], [], None
+            pages.borders, pages.pending = [], []
         self._retired.append(_Retired(last_step, row, pages.clear()))
         self._release_retired()
 

@@ -151,7 +151,7 @@ class PrefixCache:
         Returns:
             The last known page of the chain.
         """
-        if node.weights != self._root.weights or not self.enabled:
+        if not self.is_current(node) or not self.enabled:
             return node  # computed with other weights, at least in part
         if not node.known:
             node = self._root  # an equal page of another sequence, evicted by now: the sequence has its own page
@@ -171,8 +171,8 @@ class PrefixCache:
         return node
 
     def is_current(self, node: Node) -> bool:
-        """Whether a node is in the tree."""
-        return node.known and node.weights == self._root.weights
+        """Whether a node was computed with the present weights."""
+        return node.weights == self._root.weights
 
     def count(self, queried: int, hit: int) -> None:
         """Add a request's prompt tokens, and the number of found ones, to the figures."""

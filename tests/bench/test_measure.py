@@ -17,6 +17,7 @@ from hf_async_batching.bench.measure import KEPT_STEPS, Pace, Spread, Traffic, m
 from hf_async_batching.bench.shapes import random_model
 from hf_async_batching.bench.workloads import Workload, make_workload
 from hf_async_batching.core.timeline import StepRecord
+from hf_async_batching.coverage.families import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,24 @@ def test_conversations_go_on(model: PreTrainedModel, driver: type[Any]) -> None:
     assert set(served.tokens) == {f"{user}{turn}" for user in "012" for turn in ("", ".1", ".2")}
     assert sum(map(len, served.tokens.values())) == chat.new_tokens
     assert len(served.first_token_seconds) == 9
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_conversations_of_a_model_with_states(prefix_cache: bool) -> None:
+    """With the prefix cache, later turns start behind what was said before."""
+    hybrid = tiny_model("Qwen3_5ForCausalLM")
+    config = BatchingConfig(
+        page_size=16, max_sequence_length=900, prefix_cache=prefix_cache, idle_timeout=None, attach_check=False
+    )
+    make = partial(_chat, 190)
+    run = measure(hybrid, make, config, 1e9).run
+    assert run.output_tokens == make(0).new_tokens
+    assert (run.prefix_hit_tokens or 0) >= 256 * prefix_cache
+    assert bool(run.prefix_hit_tokens) == prefix_cache
+
+
+def _chat(vocab: int, seed: int) -> Workload:
+    return make_workload("chat", vocab, seed=seed, rows=2, prompt=256, new=4, turns=3)
 
 
 def test_the_engine_gives_its_memory_back_when_a_run_fails(model: PreTrainedModel) -> None:

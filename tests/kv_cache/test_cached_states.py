@@ -187,6 +187,34 @@ def test_a_snapshot_counts_once_its_tokens_are_known() -> None:
     assert Run(manager, TOKENS[:30]).start == 8
 
 
+def test_without_a_free_place_there_is_no_snapshot() -> None:
+    manager = make(snapshots=2)
+    run = Run(manager, TOKENS[:7])
+    assert [len(run.decode(position)) for position in (8, 16, 24)] == [1, 1, 0]
+    assert run.pages.last_snapshot == 16, "the next border is tried again"
+    run.end()
+    assert taken(manager) == 0
+
+
+def test_a_sequence_that_comes_back_still_replaces_its_snapshot() -> None:
+    manager = make()
+    run = Run(manager, TOKENS[:7])
+    run.tokens = TOKENS
+    run.decode(8)
+    manager.extend_to(run.pages, 40)
+    manager.cache_full_pages(run.pages, run.tokens, 13)
+    manager.retire(run.pages, -1)
+    manager.match_prefix(run.pages, TOKENS)
+    manager.allocate(run.pages, 40, manager.shared_pages(run.pages))
+    assert manager.begin_states(run.pages, 40) == StateCopy(-1, 1)
+    assert run.pages.last_snapshot == 8
+    run.pages.borders.clear()
+    run.decode(24)
+    manager.cache_full_pages(run.pages, run.tokens, 30)
+    assert taken(manager) == 1
+    check(manager, run)
+
+
 def test_what_others_went_on_from_is_kept() -> None:
     manager = make()
     run = Run(manager, TOKENS[:7])

@@ -8,8 +8,11 @@ import pytest
 
 from hf_async_batching.core.plan import Plan, Result, StateCopy
 from hf_async_batching.core.request import Request
+from hf_async_batching.kv_cache.prefix_cache import PrefixCache
 from hf_async_batching.kv_cache.state_snapshots import WORTH_A_COPY, WORTH_A_PIECE
 from hf_async_batching.scheduler.scheduler import Scheduler
+from hf_async_batching.scheduler.sequence import Sequence
+from hf_async_batching.scheduler.waiting_queue import WORTH_WAITING, found_a_step_later
 
 ROWS = 4
 SHARED = tuple(range(320))
@@ -99,8 +102,9 @@ def test_a_page_that_is_taken_alone_has_a_snapshot_too(scarce: bool) -> None:
     while scheduler.has_live:
         plans.append(step(scheduler))
     assert scheduler.preemptions == scarce
-    first = next(plan.state_copies for plan in plans if plan.state_copies)
-    assert first == (StateCopy(1, -1), *([] if scarce else [StateCopy(2, -2)]))
+    # Both rows are full after 64 tokens.
+    first = next(plan for plan in plans if plan.new_pages and not plan.chunks)
+    assert first.state_copies == (StateCopy(1, -1), *([] if scarce else [StateCopy(2, -2)]))
 
 
 def test_a_preempted_sequence_starts_behind_its_snapshot() -> None:
@@ -154,6 +158,17 @@ def test_who_cannot_use_the_snapshot_does_not_wait(prompt: tuple[int, ...]) -> N
     scheduler.add(Request("a", (*SHARED, 3, 5), 9))
     scheduler.add(Request("b", prompt, 9))
     assert starts(scheduler, 1) == [["a", "b"]]
+
+
+def test_a_snapshot_must_bring_much_more() -> None:
+    cache, tokens = PrefixCache(16), (*SHARED, *SHARED)
+    start = cache.enter(cache.find(None, tokens), tokens, [1, 2], 2)
+    waits, computed = (Sequence(Request(name, tokens, 4), 0) for name in "ab")
+    waits.pages.last_node = computed.pages.last_node = start
+    reached = 32 + WORTH_WAITING
+    for borders, expected in (([32], False), ([reached - 16], False), ([reached], True), ([32, reached], True)):
+        computed.pages.borders = borders
+        assert found_a_step_later(waits, [computed], 16, states=True) is expected
 
 
 def test_nobody_waits_for_prompts_without_snapshots() -> None:
