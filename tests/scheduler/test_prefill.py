@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_async_batching.core.logits_params import LogitsParams
-from hf_async_batching.core.plan import Plan
+from hf_async_batching.core.plan import Plan, Result
 from hf_async_batching.core.request import Request
 from hf_async_batching.scheduler.running import RunningSequences
 from hf_async_batching.scheduler.scheduler import Scheduler
@@ -37,3 +37,37 @@ def test_each_list_is_new_after_a_change(read: str) -> None:
     assert getattr(running, read) == [one]
     running.remove(one)
     assert getattr(running, read) == []
+
+
+def drafting(restarts: tuple[bool, ...]) -> Scheduler:
+    """Running sequences that look drafts up, and which of them are about to compute one."""
+    scheduler = Scheduler(num_pages=64, page_size=4, max_rows=4, max_batch_tokens=32, draft_rows=4)
+    for name, again in zip("abc", restarts, strict=False):
+        one = Sequence(Request(name, (1, 2), 9, lookup_tokens=3), 0)
+        one.state, one.restarts = State.PREFILLING, again
+        scheduler._running.add(one)
+    return scheduler
+
+
+@pytest.mark.parametrize("restarts", [(False, False), (True, False), (True, True)])
+def test_one_draft_is_enough_not_to_spread(restarts: tuple[bool, ...]) -> None:
+    assert drafting(restarts)._prefill._has_drafts() == any(restarts)
+
+
+def test_drafts_of_a_step_add_at_most_64_positions() -> None:
+    scheduler = Scheduler(num_pages=64, page_size=64, max_rows=4, max_batch_tokens=400, draft_rows=2)
+    for name in "ab":
+        scheduler.add(Request(name, (*range(5, 95), ord(name)), 90, lookup_tokens=40))
+    scheduler.complete(Result(planned(scheduler).step, [5, 5]))
+    assert [len(chunk.tokens) - 1 for chunk in planned(scheduler).chunks] == [40, 24]
+
+
+def test_a_prompt_that_is_computed_again_is_counted_once() -> None:
+    scheduler = Scheduler(num_pages=16, page_size=4, max_rows=4, max_batch_tokens=32)
+    scheduler.add(Request("a", (1, 2, 3), 6))
+    scheduler.complete(Result(planned(scheduler).step, [5]))
+    (sequence,) = scheduler._running
+    assert sequence.last_step == 0
+    scheduler._preempt(sequence)
+    assert len(planned(scheduler).new_rows) == 1
+    assert scheduler.pages.prefixes.query_tokens == 3
