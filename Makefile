@@ -15,7 +15,8 @@ PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker
 .PHONY: demo test quality style docs env clean
 
 # Set up anew when the project's requirements change. The page alone needs a part of what the tests need.
-PIP := $(BIN)/python -m pip install --quiet
+# setuptools warns of every editable installation; the page's address should be the first thing to read.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
 $(VENV)/.torch: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from transformers.utils import logging as transformers_logging
 
 if not __package__:
     # Run as a file, this module has no package (PEP 366): it gets the one that its folder is, whatever its name.
@@ -171,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: {problem}\n")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # The page and the log say how far loading has come.
+    transformers_logging.disable_progress_bar()
     # The engine's thread waits for this long until a thread of the page lets it run.
     sys.setswitchinterval(0.001)
     decorator = gpu_decorator()
