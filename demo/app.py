@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The page and the log say how far loading has come.
-    transformers_logging.disable_progress_bar()
+    bars: Any = transformers_logging
+    bars.disable_progress_bar()
     # The engine's thread waits for this long until a thread of the page lets it run.
     sys.setswitchinterval(0.001)
     decorator = gpu_decorator()
