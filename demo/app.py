@@ -19,7 +19,7 @@ import gradio as gr
 from transformers.utils import logging as transformers_logging
 
 if not __package__:
-    # Run as a file, this module has no package (PEP 366): it gets the one that its folder is, whatever its name.
+    # A module that is run as a file has no package (PEP 366): make its folder the package, under the folder's name.
     _folder = Path(__file__).resolve().parent
     sys.path.insert(0, str(_folder.parent))
     __package__ = _folder.name
@@ -46,7 +46,7 @@ from .wall.handlers import WallRuns
 from .wall.prompts import read_prompts
 from .wall.zero_gpu import ZeroGpu, gpu_decorator
 
-# Streams of chats that run at once, and what waits beyond them with a place in Gradio's own queue.
+# Chat streams that run at once, and the length of Gradio's own queue, where further streams wait for a place.
 CONCURRENT_CHATS = 128
 _QUEUE_SIZE = 512
 _QUEUE_LOOK_SECONDS = 0.02
@@ -56,7 +56,7 @@ _HISTORY_KEY, _JOB_KEY = "hf_async_batching.chat", "hf_async_batching.job"
 
 
 def build_app(backend: Backend) -> gr.Blocks:
-    """Build the page. Launch it with ``app.launch(**launch_options())``: Gradio takes the looks there."""
+    """Build the page. Launch it with ``app.launch(**launch_options())``: Gradio takes the theme there."""
     service = ChatService(backend)
     handlers = ChatHandlers(service)
     walls = WallRuns(backend, Line(_WALLS, _WAITING_WALLS, running_each=_WALLS - 1, waiting_each=_WAITING_WALLS // 2))
@@ -86,7 +86,7 @@ def build_app(backend: Backend) -> gr.Blocks:
 
     app = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, int(FILE_SECONDS)))
     with app:
-        # Kept by the browser, so that a reload shows the conversation again; the key only hides it from a glance.
+        # The browser keeps these, and a reload shows the conversation again. The key only hides them from a glance.
         history = gr.BrowserState([], storage_key=_HISTORY_KEY, secret=_HISTORY_KEY)
         job = gr.BrowserState(None, storage_key=_JOB_KEY, secret=_JOB_KEY)
         gr.HTML(
@@ -104,7 +104,7 @@ def build_app(backend: Backend) -> gr.Blocks:
                     wall = wall_parts(prompts, [whole, stop_one])
                 with gr.Tab("Dataset"):
                     dataset = dataset_parts()
-                # On a phone this tab shows the column with the chat; elsewhere the column is there beside the tabs.
+                # On a phone this tab shows the chat's column. On wider screens the column stands beside the tabs.
                 gr.Tab("Your chat", elem_id="chat-tab")
             with gr.Column(scale=5, min_width=320, elem_id="mine"):
                 chat = chat_parts()
@@ -117,8 +117,8 @@ def build_app(backend: Backend) -> gr.Blocks:
             elem_id="panel",
         )
 
-        # Every event of the chat goes through the queue: only there do results reach the page in the order in which
-        # they were made, so that nothing of a cancelled answer arrives after the page was cleared.
+        # Every event of the chat goes through the queue. Only the queue delivers results in the order in which they
+        # were made, so no part of a cancelled answer arrives after the page was cleared.
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         chatty = quiet | {"concurrency_limit": CONCURRENT_CHATS, "concurrency_id": "chats"}
         page = [history, chat.chatbot, chat.box, chat.note, chat.send, chat.stop]
@@ -134,7 +134,7 @@ def build_app(backend: Backend) -> gr.Blocks:
         wall_page = [wall.wall, wall.start, wall.stop, wall.add]
         wall.start.click(walls.on_start, wall.knobs, wall_page, **quiet)
         wall.stop.click(walls.on_stop, None, None, queue=False, **quiet)
-        # The page says so itself where the server has forgotten a wall.
+        # The page itself ends a wall that the server has forgotten.
         wall.wall.stop(None, None, wall_page[1:], js=WALL_IDLE_JS, api_visibility="private")
         wall.add.click(walls.on_add, None, None, queue=False, **quiet)
 
@@ -158,14 +158,14 @@ def build_app(backend: Backend) -> gr.Blocks:
         app.unload(leave)
         add_endpoints(backend, service, walls, comparisons, datasets, meter, read_prompts(prompts))
     app.queue(default_concurrency_limit=CONCURRENT_CHATS, max_size=_QUEUE_SIZE)
-    # Gradio looks for new events a thousand times a second, and each look takes the interpreter from the engine.
+    # By default Gradio looks for events a thousand times a second; each look takes the interpreter from the engine.
     app._queue.sleep_when_free = _QUEUE_LOOK_SECONDS
     app._queue.progress_update_sleep_when_free = _QUEUE_LOOK_SECONDS
     return app
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the page until interrupted; the model comes up while it is there. Returns the exit status."""
+    """Serve the page until interrupted; the model loads meanwhile. Returns the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if problem := port_problem(arguments.host, arguments.port):
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The page and the log say how far loading has come.
     bars: Any = transformers_logging
     bars.disable_progress_bar()
-    # The engine's thread waits for this long until a thread of the page lets it run.
+    # The longest time that the engine's thread waits for a thread of the page to yield.
     sys.setswitchinterval(0.001)
     decorator = gpu_decorator()
     if decorator is not None:
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve_on_zero_gpu(arguments: argparse.Namespace, decorator: Callable[..., Any]) -> int:
-    """Serve the page where a GPU comes with each wall and goes."""
+    """Serve the page on ZeroGPU, which lends a GPU to each wall."""
     chat_model = load_chat_model(arguments.model, device="cuda", dtype=arguments.dtype)
     backend = Backend(zero=ZeroGpu(chat_model, decorator))
     build_app(backend).launch(server_name=arguments.host, server_port=arguments.port, **launch_options())

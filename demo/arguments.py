@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str = "python -m demo.app") -> argparse.ArgumentParser:
-    """The parser of the page's arguments; `prog` is what a person typed."""
+    """Return the parser of the page's arguments; `prog` is the command that the user typed."""
     parser = _Parser(prog=prog, description=_DESCRIPTION)
     parser.add_argument(
         "--model",
@@ -43,7 +43,7 @@ def make_parser(prog: str = "python -m demo.app") -> argparse.ArgumentParser:
 
 
 def port_problem(host: str | None, port: int | None) -> str | None:
-    """What is wrong with a port, in one line; None where it can be listened on, or where none is given."""
+    """Say in one line what is wrong with a port; None if the page can listen on it, or if none is given."""
     if port is None:
         return None
     address = host or "127.0.0.1"
@@ -52,4 +52,4 @@ def port_problem(host: str | None, port: int | None) -> str | None:
             return None
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        return f"--port {port}: {address} cannot be listened on ({reason}); choose another port, or leave it out"
+        return f"--port {port}: the page cannot listen on {address} ({reason}); choose another port, or leave it out"

@@ -14,7 +14,7 @@ from ..serving.visitor import owner_of, visitor_of
 from .messages import Message, read_messages
 from .service import ChatService
 
-# Seconds between two times that the browser keeps an answer that is being written.
+# While an answer is being written, the browser saves it once in this many seconds.
 _KEEP_SECONDS = 1.0
 _CUT = "\n\n*The page was left before this answer was complete. Retry writes it anew.*"
 # What handlers return, in the order of the page's outputs: history, chatbot, message box, note, Send, Stop.
@@ -25,14 +25,14 @@ class ChatHandlers:
     """The chat's event handlers.
 
     Gradio passes `event` and `request` by their types; the session hash in the request names the visitor. They come
-    first, since what stands behind `*knobs` would not be passed. The history is kept by the visitor's browser.
+    before `*knobs`, because Gradio passes nothing after it. The visitor's browser keeps the history.
     """
 
     def __init__(self, service: ChatService) -> None:
         self._service = service
 
     async def submit(self, request: gr.Request, text: str, history: Any, *knobs: Any) -> AsyncIterator[Page]:
-        """Ask what stands in the message box."""
+        """Send the text in the message box."""
         visitor, text = visitor_of(request), str(text or "").strip()[:LONGEST_TEXT]
         if not text or not await self._service.ready(visitor):
             yield _page()
@@ -46,18 +46,18 @@ class ChatHandlers:
     async def example(
         self, event: gr.SelectData, request: gr.Request, history: Any, *knobs: Any
     ) -> AsyncIterator[Page]:
-        """Ask the example that was clicked."""
+        """Send the example that the visitor clicked."""
         async for page in self.submit(request, event.value["text"], history, *knobs):
             yield page
 
     async def retry(self, event: gr.RetryData, request: gr.Request, history: Any, *knobs: Any) -> AsyncIterator[Page]:
-        """Answer a question again, and forget what came after it."""
+        """Answer a question again, and remove everything after it."""
         messages = read_messages(history)
         async for page in self._again(messages[: _question(messages, event.index) + 1], knobs, request):
             yield page
 
     async def edit(self, event: gr.EditData, request: gr.Request, history: Any, *knobs: Any) -> AsyncIterator[Page]:
-        """Answer a question that was rewritten, and forget what came after it."""
+        """Answer a rewritten question, and remove everything after the old one."""
         messages = read_messages(history)
         index, text = _question(messages, event.index), str(event.value or "").strip()[:LONGEST_TEXT]
         if index < 0 or not text:
@@ -67,7 +67,7 @@ class ChatHandlers:
             yield page
 
     async def undo(self, history: Any, event: gr.UndoData, request: gr.Request) -> Page:
-        """Take a question and all after it back into the message box."""
+        """Put a question back into the message box, and remove everything after it."""
         await self._service.settle(visitor_of(request))
         messages = read_messages(history)
         index = _question(messages, event.index)
@@ -75,12 +75,12 @@ class ChatHandlers:
         return _page(messages=messages[: max(index, 0)], box=text, note="", running=False)
 
     async def clear(self, request: gr.Request) -> Page:
-        """Forget the conversation."""
+        """Remove the conversation."""
         self._service.discard(visitor_of(request))
         return _page(messages=[], note="", running=False)
 
     async def stop(self, request: gr.Request) -> None:
-        """End the answer that is being written; what was written stays."""
+        """End the current answer; its text so far stays."""
         self._service.stop(visitor_of(request))
 
     async def restore(self, history: Any) -> list[dict[str, str]]:
@@ -88,7 +88,7 @@ class ChatHandlers:
         return draw(read_messages(history))
 
     def leave(self, request: gr.Request) -> None:
-        """Free what a closed tab was still using."""
+        """Free what a closed tab still uses."""
         self._service.stop(visitor_of(request))
 
     async def _again(self, messages: list[Message], knobs: Sequence[Any], request: gr.Request) -> AsyncIterator[Page]:
@@ -102,18 +102,18 @@ class ChatHandlers:
             yield page
 
     async def _answer(self, messages: list[Message], settings: Settings, request: gr.Request) -> AsyncIterator[Page]:
-        """Write the assistant's next message: the one path that submit, examples, retry and edit all take."""
+        """Write the assistant's next message, for submit, examples, retry and edit."""
         drawn = draw(messages)
         kept_at = time.monotonic()
-        # Gradio sends the last page of a generator twice, the second time perhaps after the page of another event. So
-        # the last page must still be right then: after Clear, this one shows a cleared chat, too.
+        # Gradio sends the last page of a generator twice, and the second time may come after another event's page.
+        # The last page must still be right then: after Clear it shows a cleared chat.
         async for reply in self._service.reply(visitor_of(request), messages, settings, owner_of(request)):
             if reply.note is None:
                 growing = [*drawn, _answer_bubble(display_markdown(reply.text) or reply.waiting)]
-                # The browser keeps a long conversation anew each time: now and then is often enough.
+                # Saving rewrites the whole conversation in the browser, so it happens only now and then.
                 due = time.monotonic() - kept_at > _KEEP_SECONDS
                 kept_at = time.monotonic() if due else kept_at
-                # The buttons again each time: of pages that arrive together, the page may only see the last.
+                # Each page sets the buttons: if several arrive together, the browser may see only the last.
                 yield _page(messages=_cut(messages, reply.text) if due else None, drawn=growing, running=True)
             elif reply.discarded:
                 yield _page(messages=[], note="", running=False)
@@ -125,7 +125,7 @@ class ChatHandlers:
 
 
 def draw(messages: list[Message]) -> list[dict[str, str]]:
-    """Return a conversation as the Chatbot takes it."""
+    """Return a conversation in the form that the Chatbot takes."""
     return [
         {
             "role": message["role"],
@@ -143,7 +143,7 @@ def _page(
     note: str | None = None,
     running: bool | None = None,
 ) -> Page:
-    """Return new values for the components that change; the others keep what they have."""
+    """Return new values for the components that change; the others keep theirs."""
     same = gr.skip()
     if messages is not None and drawn is None:
         drawn = draw(messages)
@@ -158,7 +158,7 @@ def _page(
 
 
 def _cut(messages: list[Message], answer: str = "") -> list[Message]:
-    """Return what the browser keeps of a conversation whose last answer is still being written."""
+    """Return what the browser saves of a conversation while its last answer is being written."""
     return [*messages, Message(role="assistant", content=answer, cut=True)]
 
 

@@ -1,4 +1,4 @@
-"""A conversation: the messages that a browser keeps, and what of them the model is sent."""
+"""A conversation: the messages that a browser keeps, and the part of them that the model gets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NotRequired, TypedDict
 from ..serving.settings import LONGEST_TEXT
 
 _MOST_MESSAGES = 200
-# Characters of a conversation; what came before them is left out.
+# The model gets the last so many characters of a conversation.
 LONGEST_HISTORY = 100_000
 
 
 class Message(TypedDict):
     """One message of a conversation, as it was written.
 
-    A failed answer is shown and never sent to the model. A cut one was still being written when the browser kept it.
+    A failed answer is shown and never sent to the model. A cut answer was incomplete when the browser saved it.
     """
 
     role: str
@@ -25,7 +25,7 @@ class Message(TypedDict):
 
 
 def sendable(messages: list[Message]) -> list[Message]:
-    """Leave out failed answers and the questions they belong to: chat templates insist on alternating roles."""
+    """Leave out failed answers together with their questions: chat templates insist on alternating roles."""
     kept: list[Message] = []
     for message in messages:
         if message.get("failed") or (message.get("cut") and not message["content"].strip()):
@@ -37,9 +37,9 @@ def sendable(messages: list[Message]) -> list[Message]:
 
 
 def read_messages(value: Any) -> list[Message]:
-    """Read a conversation that a browser or a client sent, without whatever is none; roles alternate, the user first.
+    """Read a conversation that a browser or a client sent. Skip items that are not messages in alternating roles.
 
-    The oldest questions and answers of a conversation that is too long are left out.
+    The user speaks first. If the conversation is too long, its oldest questions and answers are left out.
     """
     messages: list[Message] = []
     for item in value[-_MOST_MESSAGES:] if isinstance(value, Sequence) and not isinstance(value, str) else ():

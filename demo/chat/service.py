@@ -1,4 +1,4 @@
-"""What happens between a question and its answer. Knows the engine; knows nothing of Gradio."""
+"""Answers questions. This module knows the engine and does not know Gradio."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The engine is looked at this often and never waits for it: an answer is drawn at most twenty times a second, and a
-# slow browser costs the engine nothing.
+# The service looks at the engine this often, and the engine never waits for it. An answer is drawn at most twenty
+# times a second, and a slow browser costs the engine nothing.
 LOOK_SECONDS = 0.05
-# So many answers of one owner are looked at that often; where there are more, each is more rarely.
+# One owner's answers are looked at that often up to this number; with more, each is looked at more rarely.
 QUICK_ANSWERS = 4
-# What drawing the longest conversation may hold up the others, out of each second, is a fiftieth of this.
+# Drawing the longest conversation may hold up others for a fiftieth of this, out of each second.
 DRAW_SECONDS = 0.5
 _SETTLE_SECONDS = 5.0
 _ENDINGS = {
@@ -47,12 +47,12 @@ class Reply:
     """The answer so far.
 
     Attributes:
-        text: all of it, not only what is new.
-        waiting: set while there is no text yet: what the answer waits for.
-        note: set on the last reply only: how long the answer took, or empty where there is nothing to say.
-        failed: whether the text is not the model's.
-        discarded: whether the visitor cleared the chat in the meantime: nothing of the answer may be shown.
-        error: what went wrong, where it failed.
+        text: The whole answer so far.
+        waiting: What the answer waits for, while it has no text.
+        note: Set on the last reply only: how long the answer took; may be empty.
+        failed: Whether the text is an error's and not the model's.
+        discarded: Whether the visitor cleared the chat meanwhile. The answer must then not be shown.
+        error: The error of a failed answer.
     """
 
     text: str
@@ -98,7 +98,7 @@ class ChatService:
         self._asking = Counter[str]()
 
     def _pause(self, owner: str) -> float:
-        """Seconds between two looks at an answer: Gradio works for each part, and one owner gets a share of that."""
+        """Seconds between two looks at an answer: each part costs Gradio time, and one owner gets a share of it."""
         return LOOK_SECONDS * max(1.0, self._asking[owner] / QUICK_ANSWERS)
 
     def busy(self, visitor: str) -> bool:
@@ -112,21 +112,21 @@ class ChatService:
             turn.cancel()
 
     def discard(self, visitor: str) -> None:
-        """Cancel this visitor's answer, and show nothing more of it."""
+        """Cancel this visitor's answer, and stop showing it."""
         turn = self._turns.get(visitor)
         if turn is not None:
             turn.discarded = True
             turn.cancel()
 
     async def ready(self, visitor: str) -> bool:
-        """Say whether this visitor may ask; waits for the end of an answer that was discarded."""
+        """Say whether this visitor may ask; wait until a discarded answer has ended."""
         turn = self._turns.get(visitor)
         if turn is not None and turn.discarded:
             await self.settle(visitor)
         return not self.busy(visitor)
 
     async def settle(self, visitor: str) -> None:
-        """Cancel this visitor's answer and wait until the last of it has been handed out."""
+        """Cancel this visitor's answer, and wait until its last part has been handed out."""
         turn = self._turns.get(visitor)
         if turn is None:
             return
@@ -142,19 +142,19 @@ class ChatService:
         """Yield the growing answer to the last of `messages`; the last reply carries a note.
 
         Args:
-            visitor: The tab, or the call of the API, that asks.
+            visitor: The tab or API call that asks.
             messages: The conversation.
             settings: System prompt and sampling.
             owner: The address of the visitor; the engine's rows are shared out by it.
 
-        Never raises because of the engine or the request: a failure is a reply that says what went wrong.
+        An error of the engine or the request is not raised: it becomes a reply that says what went wrong.
         Closing this generator early (a closed tab) cancels the request.
         """
         turn = self._turns[visitor] = _Turn()
         text = waiting = ""
         serving: Serving | None = None
         request: Request | None = None
-        # A long conversation is drawn anew with each part of the answer: the longer it is, the more rarely.
+        # Each part of the answer draws the whole conversation anew, so a longer conversation gets fewer parts.
         drawing = DRAW_SECONDS * sum(len(message["content"]) for message in messages) / LONGEST_HISTORY
         owner = owner or visitor
         self._asking[owner] += 1
@@ -183,7 +183,7 @@ class ChatService:
             handle = await PROMPTS.run(self._submit, serving, turn, request)
             decoder, position = TextDecoder(serving.chat_model.tokenizer, skip_special_tokens=True), 0
             while True:
-                done = handle.done  # looked at before the tokens: all of them are there once it is set
+                done = handle.done  # read before the tokens: once it is set, all tokens are there
                 tokens = handle.tokens_from(position)
                 position += len(tokens)
                 new = decoder.push(*tokens)
@@ -204,7 +204,7 @@ class ChatService:
             else:
                 why = "Stopped before the first word." if result.finish_reason == "cancelled" else "(An empty answer.)"
                 yield Reply(f"*{why}*", note="", failed=True)
-        except Exception as error:  # only its own visitor is told: that is the page's part of isolation
+        except Exception as error:  # the error reaches its own visitor only
             told = (f"{text}\n\n" if text else "") + explain(error).markdown()
             yield Reply(told, note="", failed=True, discarded=turn.discarded, error=error)
         finally:
@@ -235,7 +235,7 @@ def _waits_at(place: int) -> str:
 
 
 def describe(result: GenerationResult) -> str:
-    """Return one line on a finished answer: tokens, time to the first of them, speed, why it ended."""
+    """Return one line about a finished answer: tokens, time to the first token, speed, why it ended."""
     count, metrics = len(result.token_ids), result.metrics
     parts = [f"{count} token{'' if count == 1 else 's'}"]
     if metrics.time_to_first_token:

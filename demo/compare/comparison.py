@@ -1,4 +1,4 @@
-"""The same prompts by plain `generate`, and on the engine at depth 1 and at depth 2: what each took."""
+"""Times the same prompts with plain `generate`, and on the engine at depth 1 and at depth 2."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LENGTHS = (1.0, 0.25, 0.5, 0.125, 0.75)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run took.
+    """Figures of one run.
 
     Attributes:
         depth: Steps in flight: 1 is synchronous.
@@ -45,12 +45,12 @@ class Outcome:
         seconds: From the first question to the last token.
         tokens_per_second: `tokens` over `seconds`.
         ms_per_step: Mean time per step, idle gaps included.
-        busy_percent: Share of the time from the first step to the last in which one was computed.
-        host_ms_per_step: Planning, launching and settling; no waiting.
-        mbu_percent: Bytes that the steps had to read, over `seconds`, over the measured bandwidth of a copy.
+        busy_percent: Share of the time between the first and the last step in which a step was computed.
+        host_ms_per_step: Time for planning, launching and settling, without waiting.
+        mbu_percent: Bytes that the steps had to read, divided by `seconds` and by the measured copy bandwidth.
         steps: Steps.
-        others: Other requests that ended meanwhile or were live at the end: they were in the same batch.
-        gpu: Whether it ran on a GPU: on a CPU there is nothing to overlap.
+        others: Requests of others in the same batch: they ended meanwhile, or were live at the end.
+        gpu: Whether the run was on a GPU. On a CPU nothing overlaps.
         drawn: A few steps from the middle, as the page draws them.
     """
 
@@ -69,13 +69,13 @@ class Outcome:
     drawn: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with figures rounded to what they are good for."""
+        """Return the figures for JSON, rounded to the digits that mean something."""
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class PlainOutcome:
-    """What a run of plain `generate` took; see `Outcome`."""
+    """Figures of a run of plain `generate`; see `Outcome`."""
 
     chats: int
     tokens: int
@@ -85,17 +85,17 @@ class PlainOutcome:
     gpu: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with figures rounded to what they are good for."""
+        """Return the figures for JSON, rounded to the digits that mean something."""
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class ComparisonStep:
-    """Where a comparison stands.
+    """Progress of a comparison.
 
     Attributes:
-        way: What runs.
-        done: How much of it is done, from 0 to 1.
+        way: The way that runs.
+        done: Finished part, from 0 to 1.
         speed: Tokens per second up to now.
         seconds: Time up to now.
     """
@@ -107,12 +107,12 @@ class ComparisonStep:
 
 
 def limits_of(chats: int, longest: int) -> list[int]:
-    """Return the longest answer of each question of a race."""
+    """Return the token limit of each question in a race."""
     return [max(1, round(longest * _LENGTHS[index % len(_LENGTHS)])) for index in range(chats)]
 
 
 class Comparison:
-    """Answers prompts in one way after the other, and goes back to the usual depth.
+    """Answers prompts in one way after the other, then restores the usual depth.
 
     Args:
         backend: What answers.
@@ -123,7 +123,7 @@ class Comparison:
         ragged: Whether answers have different limits, up to `max_new_tokens`, as in a race.
 
     Attributes:
-        outcomes: By way, what is over.
+        outcomes: Figures of the finished runs, by way.
         same: How many conversations had the same tokens in every way; None before there are two outcomes.
     """
 
@@ -156,13 +156,13 @@ class Comparison:
         return sum(all(one == other for other in others) for one, *others in zip(*self._tokens.values(), strict=True))
 
     async def run(self, ways: Sequence[Way] = (SYNC, ASYNC)) -> AsyncGenerator[ComparisonStep, None]:
-        """Yield where it stands, ten times a second. Closing this generator cancels what runs.
+        """Yield the progress ten times a second. Closing this generator cancels the current run.
 
         Raises:
             BackendFailedError: There is no model.
         """
         serving = await self._backend.ready()
-        while not self._backend.warm:  # what runs while layers are compiled is slower than it will be
+        while not self._backend.warm:  # a run beside the compiler is slower than later runs
             yield ComparisonStep(ways[0], 0.0, 0.0)
             await asyncio.sleep(_LOOK_SECONDS)
         try:
@@ -206,7 +206,7 @@ class Comparison:
     async def _run_depth(self, serving: Serving, depth: int) -> AsyncGenerator[ComparisonStep, None]:
         manager = serving.manager
         manager.set_depth(depth)
-        # Otherwise the second run would find the prompts of the first one in the prefix cache.
+        # Otherwise the second run would find the first run's prompts in the prefix cache.
         manager.weights_updated()
         before = manager.stats()
         records = _Records(serving, before.steps - 1)
@@ -248,7 +248,7 @@ class Comparison:
 
 
 class _Records:
-    """The steps of a run; read on before the engine has forgotten the first of them."""
+    """The steps of a run; reads new ones before the engine drops them."""
 
     def __init__(self, serving: Serving, after: int) -> None:
         self._manager = serving.manager

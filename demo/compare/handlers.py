@@ -1,4 +1,4 @@
-"""What the buttons of the comparison do, for many visitors at once."""
+"""Handles the buttons of the comparison, for many visitors at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..serving.visitor import owner_of, visitor_of
 from ..wall.frames import dump
 from .comparison import ASYNC, ONE_BY_ONE, PADDED, SYNC, Comparison, Way
 
-# A run that takes longer is stopped, so that its place comes to others. What it has made stays.
+# A longer run is stopped and gives its place to others. Its finished part stays.
 COMPARE_SECONDS = 600.0
-# The ways of a race, in the order in which they run, and its bounds: plain `generate` pads, so a race has few
-# questions, all of them the page's own.
+# The ways of a race, in the order in which they run, and its bounds. Plain `generate` pads, so a race has few
+# questions, and all of them are the page's own.
 RACE: tuple[Way, ...] = (ONE_BY_ONE, PADDED, SYNC, ASYNC)
 RACE_QUESTIONS, RACE_TOKENS = 16, 128
 # The value, Run and Stop.
@@ -29,12 +29,12 @@ ComparePage = tuple[Any, Any, Any]
 
 
 class CompareRuns:
-    """Comparisons of all visitors: one at a time, since the depth is the whole engine's.
+    """Runs the comparisons of all visitors, one at a time, because the depth holds for the whole engine.
 
     Args:
         backend: What answers.
-        line: Who is next.
-        questions: What a race asks.
+        line: The order of visitors.
+        questions: The questions of a race.
     """
 
     def __init__(self, backend: Backend, line: Line, questions: Sequence[str] = ()) -> None:
@@ -54,9 +54,9 @@ class CompareRuns:
         owner: str = "",
         ragged: bool = False,
     ) -> AsyncIterator[dict[str, Any]]:
-        """Run a comparison and yield where it stands; the last one has `over` and all outcomes.
+        """Run a comparison and yield its progress; the last item has `over` and all outcomes.
 
-        A comparison that runs for `COMPARE_SECONDS` is stopped: the others wait for it.
+        A comparison is stopped after `COMPARE_SECONDS`, because other visitors wait for it.
 
         Raises:
             ValueError: There is no prompt.
@@ -125,10 +125,10 @@ class CompareRuns:
                 yield value, gr.skip(), gr.skip()
         except ValueError as error:
             value = dump({"over": True, "problem": str(error)})
-        except Exception as error:  # told in the comparison's place
+        except Exception as error:  # shown in the comparison's place
             value = dump({"over": True, "problem": explain(error).plain()})
         yield value, gr.update(visible=True), gr.update(visible=False)
 
     async def on_stop(self, request: gr.Request) -> None:
-        """End the comparison; outcomes that are there stay."""
+        """End the comparison; finished outcomes stay."""
         self.stop(visitor_of(request))

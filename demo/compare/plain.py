@@ -23,7 +23,7 @@ class PlainGenerate:
         limits: The largest number of new tokens, by question.
 
     Attributes:
-        token_ids: New tokens of the questions that are answered, in order; the token that ends an answer is the last.
+        token_ids: New tokens of the answered questions, in order; an answer's last token is the one that ends it.
         seconds: Time of the run; 0 before its end.
     """
 
@@ -39,7 +39,7 @@ class PlainGenerate:
 
     @property
     def tokens(self) -> int:
-        """New tokens so far; an estimate while a batch is generated, since answers may end early."""
+        """New tokens so far; an estimate while a batch runs, because answers may end early."""
         return sum(map(len, self.token_ids)) + self._made
 
     def stop(self) -> None:
@@ -47,8 +47,8 @@ class PlainGenerate:
         self._stopped.set()
 
     def run(self, batch: int) -> None:
-        """Answer the questions, `batch` of them at once."""
-        # The first call of a process loads code, which is no part of the race.
+        """Answer the questions, `batch` at a time."""
+        # The first call of a process also loads code, so it is not timed.
         self._generate(self._prompts[:1], [1])
         began = time.perf_counter()
         for first in range(0, len(self._prompts), batch):
@@ -86,7 +86,7 @@ class PlainGenerate:
         return [self._answer(row[:limit]) for row, limit in zip(rows, limits, strict=True)]
 
     def _answer(self, tokens: list[int]) -> list[int]:
-        """Cut what follows the end of an answer: padding."""
+        """Cut the padding after the end of an answer."""
         end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         return tokens[: end + 1]
 

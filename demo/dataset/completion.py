@@ -1,4 +1,4 @@
-"""A model over a table, with a folder in which nothing that is done is lost."""
+"""Runs a model over a table, and keeps every finished row in a folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_async_batching.dataset.run.progress import DatasetProgress
 from ..serving.serving import Serving
 from ..serving.settings import Settings, ends_of
 
-# The part of the engine's rows that a table may take: other visitors do not wait for it.
+# A table may take one row of the engine in this many, so that other visitors need not wait for it.
 _PART = 8
 _COLUMNS = {"text": "completion", "finish_reason": "finish_reason", "error": "error"}
 _LEFT_OUT = ("token_ids", "prompt_tokens", "completion_tokens")
 
 
 class _StoppedError(Exception):
-    """The visitor has had enough."""
+    """The visitor has stopped the run."""
 
 
 def complete_table(
@@ -38,16 +38,15 @@ def complete_table(
         table: The rows.
         column: Which column holds the prompts.
         settings: System prompt and sampling.
-        folder: Keeps what is done; a run that was stopped goes on from there.
-        wanted: Is told about twice a second how far the run is, and says whether to go on.
+        folder: Keeps the finished rows; a stopped run continues from there.
+        wanted: Called about twice a second with the progress; returns whether to go on.
 
     Returns:
-        The table with the completion, why it ended, and what went wrong where a row has none; None where the run was
-        stopped.
+        The table with each row's completion and the reason for its end, or its error; None if the run was stopped.
     """
 
     def look(progress: DatasetProgress) -> None:
-        # A run whose last row is done is over, whatever the visitor pressed meanwhile.
+        # A run whose last row is done is over, even if the visitor pressed Stop meanwhile.
         if not wanted(progress) and (progress.total is None or progress.rows < progress.total):
             raise _StoppedError
 
@@ -78,7 +77,7 @@ def complete_table(
 
 
 def column_names(table: Dataset) -> dict[str, str]:
-    """Return the names of the new columns, by what they hold."""
+    """Return the names of the new columns, by their content."""
     return {kind: _free(name, table) for kind, name in _COLUMNS.items()}
 
 
@@ -89,7 +88,7 @@ def rows_of_a_table(serving: Serving) -> int:
 
 
 def _free(name: str, table: Dataset) -> str:
-    """A name that no column has."""
+    """Return a name that no column has."""
     while name in table.column_names:
         name += "_"
     return name

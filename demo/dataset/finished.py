@@ -1,4 +1,4 @@
-"""The rows of a run that are finished already, read from its folder while it runs."""
+"""Reads the finished rows of a run from its folder while it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_async_batching.dataset.store.manifest import read_manifest
 
 
 class FinishedRow(NamedTuple):
-    """What became of a row: its completion and why that ended, or what went wrong."""
+    """A row's completion and the reason for its end, or its error."""
 
     text: str | None
     finish_reason: str | None
@@ -21,7 +21,7 @@ class FinishedRow(NamedTuple):
 
 
 class FinishedRows:
-    """Finished rows by index. `read` looks at what is new in the folder.
+    """Finished rows by index. `read` adds the new ones from the folder.
 
     Args:
         folder: The `resume_dir` of the run.
@@ -35,7 +35,7 @@ class FinishedRows:
         self.rows: dict[int, FinishedRow] = {}
 
     def read(self) -> None:
-        """Read journals of unfinished shards, and shards that were finished since the last time."""
+        """Read the journals of unfinished shards, and the shards that were finished since the last call."""
         manifest = read_manifest(self._folder)
         if manifest is None:
             return

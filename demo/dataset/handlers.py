@@ -1,4 +1,4 @@
-"""What the Dataset tab does: read a table, complete it, stop, go on, hand the result out."""
+"""Handles the Dataset tab: reads a table, completes it, stops, resumes, and hands out the result."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from .table import (
 
 _LOOK_SECONDS = 0.25
 _KEPT_JOBS = 64
-# Bytes of all tables in memory and of all job folders; the jobs that ended first go.
+# Bytes of all tables in memory and of all job folders. Above this, the jobs that ended first are removed.
 _KEPT_BYTES = 512 << 20
-# A run that takes longer is stopped, so that its place comes to others; it can be resumed.
+# A longer run is stopped and gives its place to others; the visitor can resume it.
 RUN_SECONDS = 1800.0
-# As many as `pools.DATASETS` has threads: an owner never takes the last of them.
+# Equal to the threads of `pools.DATASETS`: an owner never takes the last thread.
 _RUNNING, _WAITING = 3, 8
 _SHOWN_PROMPTS = 3
 # Rows of the live table, the newest first, and characters of a cell.
@@ -61,10 +61,10 @@ def _make_folder() -> TemporaryDirectory[str]:
 
 @dataclass
 class TableJob:
-    """A table that is being completed, or was.
+    """A table, and the run that completes it.
 
     Attributes:
-        name: Unguessable; kept by the browser that started it, which may come back after a reload.
+        name: Cannot be guessed. The browser that started the job keeps it, and finds the job again after a reload.
     """
 
     table: Dataset
@@ -90,24 +90,24 @@ class TableJob:
 
     @property
     def folder(self) -> Path:
-        """Where its rows are kept; goes with the job."""
+        """Folder of the rows; removed with the job."""
         return Path(self.temporary.name)
 
     @property
     def bytes(self) -> int:
-        """What it takes of memory and disk."""
+        """Bytes that the job takes in memory and on disk."""
         tables = [table for table in (self.table, self.result) if table is not None]
         return sum(int(table.data.nbytes) for table in tables) + self.folder_bytes
 
     def wanted(self, progress: DatasetProgress) -> bool:
-        """Take note of how far it is, and of the rows that are new."""
+        """Note the progress and the new rows."""
         self.progress = progress
         self.finished.read()
         return not self.stopped
 
 
 class DatasetRuns:
-    """The jobs of all visitors. The oldest are forgotten, and their folders removed."""
+    """The jobs of all visitors. The oldest jobs are dropped, and their folders removed."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -116,10 +116,10 @@ class DatasetRuns:
         self._line = Line(_RUNNING, _WAITING, running_each=_RUNNING - 1, waiting_each=_WAITING // 2)
 
     async def run(self, job: TableJob, visitor: str, owner: str = "") -> AsyncIterator[TableJob]:
-        """Complete what is left of a job's table; yields the job a few times a second.
+        """Complete the remaining rows of a job's table; yield the job a few times a second.
 
-        A few tables are completed at a time, and the others wait at a place (`TableJob.place`). Closing this generator
-        (a closed tab) stops the job, and so does the end of `RUN_SECONDS`; what is done is kept.
+        A few tables run at a time, and the others wait in line (`TableJob.place`). The job stops when this generator
+        is closed (a closed tab), and after `RUN_SECONDS`. Finished rows are kept.
 
         Raises:
             TableError: The job runs or waits already, or the visitor has another one.
@@ -158,7 +158,7 @@ class DatasetRuns:
                             job.stopped = True
                             job.error = f"stopped after {RUN_SECONDS / 60:.0f} minutes, so that others can run"
                     await task
-            except Exception as error:  # told on the page; what is done is kept
+            except Exception as error:  # shown on the page; finished rows are kept
                 job.error = explain(error).plain()
             finally:
                 job.stopped, job.place = True, 0
@@ -168,14 +168,14 @@ class DatasetRuns:
         yield job
 
     async def _complete(self, job: TableJob, serving: Serving, owner: str) -> None:
-        """Complete a job in a thread of its own. A place in the line is a place in the pool, but for stragglers."""
+        """Complete a job in its own thread. A ticket of the line has a thread, unless a stopped run still holds it."""
         serving.roster.reserve(job.name, owner or job.name, rows_of_a_table(serving))
         try:
             while True:
                 try:
                     await DATASETS.run(_work, serving, job)
                     return
-                except BusyError:  # the thread of a run that was stopped just now
+                except BusyError:  # a run that was stopped just now still holds its thread
                     if job.stopped:
                         return
                     await asyncio.sleep(_LOOK_SECONDS)
@@ -184,17 +184,17 @@ class DatasetRuns:
             job.running = False
 
     def stop(self, visitor: str) -> None:
-        """Stop this visitor's job, if one is running; what is done is kept."""
+        """Stop this visitor's job, if one runs; finished rows are kept."""
         job = self._by_visitor.get(visitor)
         if job is not None:
             job.stopped = True
 
     def find(self, name: Any) -> TableJob | None:
-        """A job by its name."""
+        """Return a job by its name."""
         return self._jobs.get(name) if isinstance(name, str) else None
 
     def _keep(self, job: TableJob) -> None:
-        """Remember a job, and forget the oldest that do not run where there are too many or too large ones."""
+        """Remember a job. Above the bounds on number and size, drop the oldest jobs that do not run."""
         self._jobs.pop(job.name, None)
         self._jobs[job.name] = job
         size = sum(other.bytes for other in self._jobs.values())
@@ -210,7 +210,7 @@ class DatasetRuns:
     # -- the page's events ----------------------------------------------------------------------------------------
 
     async def on_table(self, source: str, file: str | None, request: gr.Request) -> tuple[Any, str]:
-        """Look at a table: its columns, and what stands in the first rows."""
+        """Show a table's columns and its first rows."""
         try:
             table, more = await TABLES.run_for(owner_of(request), _open, source, file)
             columns = text_columns(table)
@@ -240,7 +240,7 @@ class DatasetRuns:
         kind: str,
         request: gr.Request,
     ) -> AsyncIterator[Page]:
-        """Complete a table from its first row on."""
+        """Complete a table from its first row."""
         try:
             table, _ = await TABLES.run_for(owner_of(request), _open, source, file)
             if column not in text_columns(table):
@@ -254,7 +254,7 @@ class DatasetRuns:
             yield page
 
     async def on_resume(self, name: Any, request: gr.Request) -> AsyncIterator[Page]:
-        """Go on with a job that was stopped."""
+        """Continue a stopped job."""
         job = self.find(name)
         if job is None:
             yield _page(problem_html("The server does not know this run any more. Start it anew."), running=False)
@@ -263,11 +263,11 @@ class DatasetRuns:
             yield page
 
     async def on_stop(self, request: gr.Request) -> None:
-        """Stop; what is done is kept."""
+        """Stop; finished rows are kept."""
         self.stop(visitor_of(request))
 
     async def on_load(self, name: Any) -> Page:
-        """After a reload, offer to go on with what was stopped by it."""
+        """After a reload, offer to continue the job that the reload stopped."""
         job = self.find(name)
         if job is None or job.progress is None:
             return _page(None)
@@ -300,7 +300,7 @@ def _work(serving: Serving, job: TableJob) -> None:
 
 
 def progress_html(job: TableJob) -> str:
-    """How far a job is, with the time that is left."""
+    """Return a job's progress and remaining time as HTML."""
     progress = job.progress
     if job.place:
         return f'<p role="status">Other tables come first: place {job.place} in line …</p>'
@@ -321,7 +321,7 @@ def progress_html(job: TableJob) -> str:
     percent = 100 * progress.rows / progress.total if progress.total else 100
     return (
         f'<p role="status">{escape(" · ".join(parts))}</p><div class="hfab"><div class="meter" role="progressbar" '
-        f'aria-label="Rows that are done" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent:.0f}">'
+        f'aria-label="Finished rows" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent:.0f}">'
         f'<span style="width:{percent:.1f}%"></span></div></div>'
     )
 
@@ -352,12 +352,12 @@ def rows_html(job: TableJob) -> str:
 
 
 def problem_html(text: str) -> str:
-    """What went wrong."""
+    """Return an error as HTML."""
     return f'<p role="alert" class="problem">{escape(text)}</p>'
 
 
 def table_html(table: Dataset, column: str | None, more: bool) -> str:
-    """How large a table is, and its first prompts."""
+    """Return a table's size and first prompts as HTML."""
     size = f"The first {MAX_ROWS:,} rows are used." if more else f"{len(table):,} rows."
     first = [str(prompt or "")[:120] for prompt in table[:_SHOWN_PROMPTS][column]] if column else []
     items = "".join(f"<li>{escape(prompt)}</li>" for prompt in first)

@@ -1,4 +1,4 @@
-"""Tables that visitors bring: CSV, JSON Lines and Parquet, read with bounds, and written again."""
+"""Reads visitors' tables (CSV, JSON Lines, Parquet) within bounds, and writes tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .table_reader import REFUSED, TableBounds
 
 MAX_ROWS = 2000
 MAX_BYTES = 20 << 20
-# What a file may decode to.
+# Bounds on a decoded file.
 BOUNDS = TableBounds(
     rows=MAX_ROWS, columns=64, cell_bytes=256 << 10, table_bytes=32 << 20, memory_bytes=1 << 30, seconds=20
 )
@@ -29,19 +29,19 @@ FORMATS = ("jsonl", "csv", "parquet")
 
 
 class TableError(ValueError):
-    """A file cannot be used; the message is for the visitor."""
+    """A file is refused; the message is for the visitor."""
 
 
 def built_in(name: str) -> Dataset:
-    """One of the small datasets that come with the page."""
+    """Return one of the small datasets that come with the page."""
     return Dataset.from_list([json.loads(line) for line in asset(BUILT_IN[name]).splitlines()])
 
 
 def read_table(path: Path) -> tuple[Dataset, bool]:
-    """Return the first rows of a file, and whether there were more. Blocks for as long as a process needs to start.
+    """Return the first rows of a file, and whether it has more. Blocks while a process starts and reads.
 
-    The file is read by a process of its own (`table_reader.py`), which ends where the table takes too much memory or
-    time: the size of a file says nothing about what it decodes to.
+    A separate process (`table_reader.py`) reads the file, and ends if the table takes too much memory or time. The
+    size of a file says nothing about the size of its decoded table.
 
     Raises:
         TableError: The file is too large, of another kind, empty, broken, or decodes to too much.
@@ -52,7 +52,7 @@ def read_table(path: Path) -> tuple[Dataset, bool]:
     if path.suffix.lower() not in _READ:
         raise TableError(f"{path.name}: a CSV, JSONL or Parquet file is needed.")
     command = [sys.executable, "-I", str(Path(__file__).with_name("table_reader.py")), str(path)]
-    # Allocators that reserve address space ahead of need would meet the limit at once.
+    # An allocator that reserves address space ahead of need would reach the limit at once.
     environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
     bounds = json.dumps(BOUNDS._asdict()).encode()
     try:
@@ -68,10 +68,10 @@ def read_table(path: Path) -> tuple[Dataset, bool]:
 
 
 def table_of(rows: Sequence[Any]) -> Dataset:
-    """Return the table of rows that came as JSON.
+    """Return a table of rows that a client sent as JSON.
 
     Raises:
-        TableError: The rows are no objects with the same keys, or beyond a bound.
+        TableError: The rows are not objects with the same keys, or exceed a bound.
     """
     if not 0 < len(rows) <= MAX_ROWS:
         raise TableError(f"`rows` must be 1 to {MAX_ROWS} objects, got {len(rows)}")
@@ -89,21 +89,21 @@ def table_of(rows: Sequence[Any]) -> Dataset:
 
 
 def text_columns(table: Dataset) -> list[str]:
-    """Columns that hold text."""
+    """Return the columns that hold text."""
     return [
         name for name, feature in table.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
 
 
 def likely_column(table: Dataset) -> str:
-    """The column of text that most looks like prompts: by its name, or else by its length."""
+    """Return the text column that most looks like prompts, by its name or else by its length."""
     columns, first = text_columns(table), table[:20]
     named = [name for name in ("prompt", "question", "instruction", "messages") if name in columns]
     return named[0] if named else max(columns, key=lambda name: sum(len(text or "") for text in first[name]))
 
 
 def write_table(table: Dataset, folder: Path, kind: str) -> Path:
-    """Write a table as one of `FORMATS`; returns the file."""
+    """Write a table in one of `FORMATS`; return the file."""
     path = folder / f"completions.{kind}"
     if kind == "csv":
         table.to_csv(path)

@@ -1,10 +1,10 @@
-"""Reads a visitor's table in a process of its own, within bounds: `python table_reader.py FILE < BOUNDS > ROWS`.
+"""Reads a visitor's table in a separate process, within bounds: `python table_reader.py FILE < BOUNDS > ROWS`.
 
 A small file can hold a table that fills the memory (a dictionary of one long text, a page that is compressed a
-thousandfold, a billion nulls in one list). So rows are read a few at a time, dictionaries are measured before they are
-expanded, and the operating system ends this process where it takes too much all the same. Bounds come as JSON; rows
-go out as an Arrow stream, whose schema says under `more` whether there were more. Imports pyarrow and nothing of the
-page: the process starts in a fraction of a second.
+thousandfold, a billion nulls in one list). So the process reads a few rows at a time and measures dictionaries before
+it expands them. If it still takes too much, the operating system ends it. Bounds come as JSON. Rows go out as an Arrow
+stream, whose schema says under `more` whether the file has more. The process imports pyarrow and nothing of the page,
+so it starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import pyarrow.compute as pc
 
 _BATCH_ROWS = 16
 _TEXTS = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
-# The exit status where the file is at fault; what stands on stderr is for the visitor.
+# The exit status if the file is at fault. The text on stderr is then for the visitor.
 REFUSED = 3
 
 
 class RefusedError(ValueError):
-    """The file is beyond a bound, or broken; the message is for the visitor."""
+    """The file exceeds a bound or is broken; the message is for the visitor."""
 
 
 class TableBounds(NamedTuple):
-    """How much is read: rows, columns, bytes of a cell, bytes of all; and what the process may take of the machine."""
+    """Bounds on rows, columns, bytes of a cell and bytes of all, and on the process's memory and time."""
 
     rows: int
     columns: int
@@ -42,7 +42,7 @@ class TableBounds(NamedTuple):
 
 
 def limit_process(bounds: TableBounds) -> None:
-    """Let the operating system end this process where it takes more memory or time than it may."""
+    """Let the operating system end this process if it takes more memory or time than allowed."""
     try:
         import resource
     except ImportError:  # Windows has no such limits
@@ -53,10 +53,10 @@ def limit_process(bounds: TableBounds) -> None:
 
 
 def read(path: Path, bounds: TableBounds) -> tuple[pa.Table, bool]:
-    """Return the first rows of a file, and whether there were more.
+    """Return the first rows of a file, and whether it has more.
 
     Raises:
-        RefusedError: The file has no rows, or is beyond a bound.
+        RefusedError: The file has no rows, or exceeds a bound.
     """
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path, bounds)
@@ -105,8 +105,8 @@ def _read_parquet(path: Path, bounds: TableBounds) -> tuple[pa.Table, bool]:
         for leaf in leaves:
             if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > bounds.cell_bytes:
                 raise _too_long(path, leaf.path, bounds)
-        # Kept as dictionaries, texts that are repeated are not written out before they are measured. Texts inside of
-        # lists and structs are written out at once: a batch is small, and this process may not take much.
+        # Repeated texts stay dictionaries until they are measured. Texts inside lists and structs are expanded at
+        # once: a batch is small, and this process has little memory.
         names = frozenset(schema.to_arrow_schema().names)
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path in names]
     batches: list[pa.RecordBatch] = []
@@ -130,7 +130,7 @@ def _read_parquet(path: Path, bounds: TableBounds) -> tuple[pa.Table, bool]:
 
 
 def _size(path: Path, name: str, column: pa.Array, bounds: TableBounds) -> int:
-    """Bytes of a column when it is written out."""
+    """Return the bytes of a column when it is expanded."""
     values = column.dictionary if pa.types.is_dictionary(column.type) else column
     kind = values.type
     if not any(is_text(kind) for is_text in _TEXTS):
@@ -161,7 +161,7 @@ def _too_long(path: Path, name: str, bounds: TableBounds) -> RefusedError:
 
 
 def main() -> int:
-    """Write the rows of the file that the command names; returns the exit status."""
+    """Write the rows of the file that the command names; return the exit status."""
     path, bounds = Path(sys.argv[1]), TableBounds(**json.load(sys.stdin))
     limit_process(bounds)
     try:
@@ -177,7 +177,7 @@ def main() -> int:
     except MemoryError:
         print(f"{path.name} cannot be read: it takes more memory than a table may.", file=sys.stderr)
         return REFUSED
-    except Exception as error:  # csv, json, pyarrow and unicode have each their own
+    except Exception as error:  # csv, json, pyarrow and unicode each have their own
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         print(f"{path.name} cannot be read: {reason}", file=sys.stderr)
         return REFUSED

@@ -30,7 +30,7 @@ from ..wall.handlers import WallRuns
 from ..wall.prompts import read_prompts
 from ..wall.wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS, WALL
 
-# Gradio looks at every part of a result in the event loop: what is downloaded from the page has many more steps.
+# Gradio walks through every part of a result in the event loop. The page's own download has many more steps.
 _TRACED_STEPS = 200
 _DEFAULT = Settings()
 
@@ -68,7 +68,7 @@ def add_endpoints(
             temperature: Divides the logits, 0.1 to 2.
             top_p: Keep the likeliest tokens up to this probability; 1 switches it off.
             top_k: Keep this many of the likeliest tokens; 0 switches it off.
-            greedy: Always the likeliest token; the others are ignored.
+            greedy: Always take the likeliest token; the other sampling settings are then ignored.
             seed: Makes a sampled answer reproducible.
         """
         _check(isinstance(message, str) and message.strip(), "`message` is empty: say something.")
@@ -84,7 +84,7 @@ def add_endpoints(
                 seed=seed,
             )
         asked = [*read_messages(history), Message(role="user", content=message.strip()[:LONGEST_TEXT])]
-        # Every call has a turn of its own: a client may have many at once.
+        # Each call counts as a visitor of its own, so a client may run many at once.
         async for reply in service.reply(f"api-{secrets.token_hex(8)}", asked, settings, owner_of(request)):
             if reply.error is not None:
                 raise gr.Error(explain(reply.error).plain(), print_exception=False)
@@ -100,11 +100,11 @@ def add_endpoints(
         stagger: float = WALL.stagger,
         greedy: bool = WALL.greedy,
     ) -> AsyncIterator[dict[str, Any]]:
-        """Run many conversations at once in one batch; streams the figures of the whole, and at last every text.
+        """Run many conversations at once in one batch; streams figures of the whole wall, and finally every text.
 
         Args:
             chats: Conversations, 1 to 64.
-            prompts: First questions, used from the start again where there are too few; None for the page's own.
+            prompts: First questions, repeated if there are too few; None for the page's own.
             turns: Questions per conversation, 1 to 4; the later ones are follow-ups.
             max_new_tokens: Longest answer, 1 to 1024.
             stagger: Seconds between two starts, 0 to 5.
@@ -148,7 +148,7 @@ def add_endpoints(
             chats: Conversations, 1 to 64; all of them arrive together, and answers are greedy.
             max_new_tokens: Longest answer, 1 to 1024.
             prompts: First questions; None for the page's own.
-            depths: Which depths to run, of 1 and 2, in this order; None for both.
+            depths: The depths to run, in this order: 1, 2 or both; None for both.
         """
         with _told():
             chats = whole_number("chats", chats, 1, MOST_CHATS)
@@ -177,14 +177,14 @@ def add_endpoints(
         max_new_tokens: int = 64,
         greedy: bool = True,
     ) -> AsyncIterator[dict[str, Any]]:
-        """Answer every row of a small dataset; streams progress, and at last the rows with their completions.
+        """Answer every row of a small dataset; streams progress, and finally the rows with their completions.
 
         Args:
             rows: Up to 2000 objects with the same keys.
-            column: Which key holds the prompt.
+            column: The key that holds the prompt.
             system: System prompt for every row.
             max_new_tokens: Longest answer, 1 to 1024.
-            greedy: Always the likeliest token; otherwise with the page's usual sampling.
+            greedy: Always take the likeliest token; otherwise the page's usual sampling is used.
         """
         with _told():
             settings = Settings.checked(system=system, max_new_tokens=max_new_tokens, greedy=greedy)
@@ -210,12 +210,12 @@ def add_endpoints(
         yield asdict(job.progress) | {"completed": await TABLES.run(job.result.to_list)}
 
     async def stats() -> dict[str, Any]:
-        """The engine's live figures (tokens/s, running, waiting, KV pages, MBU, …), and where loading stands."""
+        """Return the engine's live figures (tokens/s, running, waiting, KV pages, MBU, …) and the loading stage."""
         state = pulse.read()
         return {key: state[key] for key in ("stage", "facts", "figures")}
 
     async def trace() -> dict[str, Any]:
-        """The last steps, as the device's events recorded them, in the Trace Event Format that Perfetto opens."""
+        """Return the last steps, timed by the device's events, in the Trace Event Format that Perfetto opens."""
         try:
             return await TRACES.run(_trace, backend)
         except Exception as error:
@@ -233,7 +233,7 @@ def _trace(backend: Backend) -> dict[str, Any]:
 
 
 def _documented(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gradio reads types at run time, where postponed annotations are names only; of a stream it wants the parts."""
+    """Resolve postponed annotations, since Gradio reads types at run time; for a stream it wants the items' type."""
     types = inspect.get_annotations(function, eval_str=True)
     returned: Any = get_origin(types["return"])
     if returned is AsyncIterator:

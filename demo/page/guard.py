@@ -1,7 +1,7 @@
-"""What stands between the network and Gradio: bounds on the requests of one address.
+"""Bounds the requests of one address before they reach Gradio.
 
-Gradio bounds the size of an uploaded file and the length of its queue, and nothing else: one client could send bodies
-without end, open thousands of sessions, start hundreds of runs and read none of them, and fill the disk.
+Gradio bounds only the size of an uploaded file and the length of its queue. Without further bounds, one client could
+send endless bodies, open thousands of sessions, start hundreds of runs without reading them, and fill the disk.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..serving.visitor import address_of
 from .sweeper import lifespan, queue_of
 
-# Bounds for one address: events that run or wait, requests that are open, calls and new files over time.
+# Bounds for one address: events that run or wait, open requests, calls and new files over time.
 MOST_EVENTS = 64
 _MOST_OPEN = 512
 _CALLS_PER_SECOND, _MOST_CALLS_AT_ONCE = 10.0, 64.0
-# For a new session Gradio copies its config, which takes some milliseconds; so does a page.
+# For each new session and each page Gradio copies its config, which takes some milliseconds.
 _SESSIONS_PER_SECOND, _MOST_SESSIONS_AT_ONCE = 5.0, 64.0
 _PAGES_PER_SECOND, _MOST_PAGES_AT_ONCE = 10.0, 100.0
 _REQUESTS_PER_SECOND, _MOST_REQUESTS_AT_ONCE = 400.0, 2000.0
@@ -36,7 +36,7 @@ _PREFIX = "/gradio_api"
 _SERVER_FUNCTIONS = f"{_PREFIX}/component_server"
 _PAGES = frozenset(("/", "/config", "/config/", f"{_PREFIX}/info", f"{_PREFIX}/info/", f"{_PREFIX}/openapi.json"))
 _JOINS = (f"{_PREFIX}/queue/join", f"{_PREFIX}/call/", f"{_PREFIX}/run/", f"{_PREFIX}/api/")
-# Parts of Gradio that this page does not use: they write files, or fetch what a visitor names.
+# Routes of Gradio that this page does not use: they write files, or fetch addresses that a visitor names.
 _UNUSED = ("deep_link", "process_recording", "run-history", "runs", "proxy=", "file=http", "stream/")
 _CLOSED = (*(f"{_PREFIX}/{name}" for name in _UNUSED), "/monitoring")
 
@@ -48,7 +48,7 @@ class _Refusal(Exception):
 
 
 class _Buckets:
-    """How many of something each address may do: `most` at once, and `rate` more every second."""
+    """A bound for each address: `most` at once, and `rate` more every second."""
 
     def __init__(self, rate: float, most: float) -> None:
         self._rate, self._most = rate, most
@@ -66,7 +66,7 @@ class _Buckets:
 
 
 class RequestGuard:
-    """An ASGI middleware that refuses what is too much, with a text that says so."""
+    """An ASGI middleware that refuses requests beyond a bound, with a text that says so."""
 
     def __init__(self, app: ASGIApp, most_upload: int) -> None:
         self._app = app
@@ -98,7 +98,7 @@ class RequestGuard:
             most = self._check(scope, address)
             length = next((value for name, value in headers if name == b"content-length"), "0")
             if not length.isdecimal() or int(length[:20]) > most:
-                raise _Refusal(413, f"This is too large: up to {most >> 10} kB are taken.")
+                raise _Refusal(413, f"This is too large: the page takes up to {most >> 10} kB.")
             bounded = self._bounded(receive, address, most, scope)
             if scope["path"].startswith(_SERVER_FUNCTIONS):
                 bounded = await self._known(bounded, address, scope)
@@ -112,7 +112,7 @@ class RequestGuard:
                 del self._open[address]
 
     def _check(self, scope: Scope, address: str) -> int:
-        """Return how many bytes the body may have."""
+        """Return the most bytes that the body may have."""
         path, posts = scope["path"], scope["method"] == "POST"
         if path.startswith(_CLOSED):
             raise _Refusal(404, "This page does not have that.")
@@ -127,13 +127,13 @@ class RequestGuard:
         if path.startswith(_JOINS):
             events = queue_of(scope["app"]).event_ids_to_events.values()
             if sum(_address_of_event(event) == address for event in events) >= MOST_EVENTS:
-                raise _Refusal(429, f"{MOST_EVENTS} runs from your address are there already: let some of them end.")
+                raise _Refusal(429, f"Your address already has {MOST_EVENTS} runs: let some of them end.")
             if not self._calls.take(address):
                 raise _Refusal(429, "Too many calls come from your address. Please try again in a moment.")
         return self._most_upload if path.startswith(f"{_PREFIX}/upload") else MOST_BODY
 
     async def _known(self, receive: Receive, address: str, scope: Scope) -> Receive:
-        """Read a small body, and refuse it where it opens one session too many; return what gives the body again."""
+        """Read a small body, and refuse it if it opens one session too many; return a `receive` that replays it."""
         parts: list[bytes] = []
         while True:
             message = await receive()
@@ -146,7 +146,7 @@ class RequestGuard:
         try:
             session = json.loads(body)["session_hash"]
             known = isinstance(session, str) and session in scope["app"].state_holder
-        except Exception:  # a form, or no JSON at all: this page sends none
+        except Exception:  # a form, or not JSON: this page sends neither
             raise _Refusal(400, "JSON with a `session_hash` is needed.") from None
         if not known and not self._sessions.take(address):
             raise _Refusal(429, "Too many sessions are opened from your address. Please try again in a moment.")
@@ -162,7 +162,7 @@ class RequestGuard:
         return again
 
     def _bounded(self, receive: Receive, address: str, most: int, scope: Scope) -> Receive:
-        """Receive no more than `most` bytes, and these before `_BODY_SECONDS` are over."""
+        """Receive at most `most` bytes, within `_BODY_SECONDS`."""
         taken, whole = 0, False
         until = time.monotonic() + _BODY_SECONDS
         uploads = scope["path"].startswith(f"{_PREFIX}/upload")
@@ -179,7 +179,7 @@ class RequestGuard:
             taken += size
             whole = message["type"] != "http.request" or not message.get("more_body")
             if taken > most:
-                raise _Refusal(413, f"This is too large: up to {most >> 10} kB are taken.")
+                raise _Refusal(413, f"This is too large: the page takes up to {most >> 10} kB.")
             if uploads and not self._uploads.take(address, size):
                 raise _Refusal(429, "Many files came from your address. Please try again in some minutes.")
             return message
@@ -190,14 +190,14 @@ class RequestGuard:
 async def _answer(send: Send, refusal: _Refusal) -> None:
     body = json.dumps({"detail": refusal.text, "error": refusal.text}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    # What is left of the body is not read: the connection ends.
+    # The rest of the body is not read: the connection ends.
     headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
 def app_options(most_upload: int) -> dict[str, Any]:
-    """Return what `Blocks.launch` takes as `app_kwargs`."""
+    """Return the `app_kwargs` of `Blocks.launch`."""
     return {"middleware": [Middleware(RequestGuard, most_upload=most_upload)], "lifespan": lifespan}
 
 

@@ -1,4 +1,4 @@
-"""Where everything is on the page."""
+"""Lays out the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUTTON_WIDTH = 84
 
 
 class ChatParts(NamedTuple):
-    """The chat's components; `knobs` in the order in which the handlers take them."""
+    """The chat's components; `knobs` has the order that the handlers expect."""
 
     chatbot: gr.Chatbot
     box: gr.Textbox
@@ -31,7 +31,7 @@ class ChatParts(NamedTuple):
 
 
 class WallParts(NamedTuple):
-    """The wall's components; `knobs` in the order in which the handlers take them."""
+    """The wall's components; `knobs` has the order that the handlers expect."""
 
     start: gr.Button
     stop: gr.Button
@@ -52,7 +52,7 @@ class CompareParts(NamedTuple):
 
 
 class DatasetParts(NamedTuple):
-    """The Dataset tab's components; `knobs` in the order in which the handlers take them."""
+    """The Dataset tab's components; `knobs` has the order that the handlers expect."""
 
     source: gr.Dropdown
     file: gr.File
@@ -91,7 +91,7 @@ def chat_parts() -> ChatParts:
             max_length=LONGEST_TEXT,
             elem_id="message",
         )
-        # Two buttons in one place: only one of them is ever shown.
+        # Two buttons in one place: the page shows one of them at a time.
         send = gr.Button("Send", variant="primary", elem_id="send", min_width=_BUTTON_WIDTH, scale=0)
         stop = gr.Button("Stop", variant="stop", elem_id="stop", visible=False, min_width=_BUTTON_WIDTH, scale=0)
     note = gr.HTML('<p role="status"></p>', elem_id="note")
@@ -110,11 +110,11 @@ def chat_parts() -> ChatParts:
         temperature = gr.Slider(least, most, value=default.temperature, step=0.05, label="Temperature", buttons=[])
         least, most, _ = BOUNDS["top_p"]
         top_p = gr.Slider(least, most, value=default.top_p, step=0.05, label="Top-p", buttons=[])
-        # The API takes more: a slider of 1,000 steps is hard to set.
+        # The API takes up to 1,000, but a slider of so many steps is hard to set.
         top_k = gr.Slider(0, 200, value=default.top_k, step=1, label="Top-k (0 is off)", buttons=[])
-        # A text: for a number box that was emptied, the browser sends 0.
+        # A text box: the browser sends 0 for an empty number box.
         seed = gr.Textbox("", label="Seed", placeholder="empty: a new one for each answer", max_length=10, lines=1)
-    # In the browser: a round trip to the server would only make the switch lag.
+    # Runs in the browser: a round trip to the server would make the switch lag.
     greedy.change(
         None,
         greedy,
@@ -230,4 +230,4 @@ def _longest(value: int, label: str) -> gr.Slider:
 
 
 def _greedy(value: bool, label: str) -> gr.Checkbox:
-    return gr.Checkbox(value, label=label, info="Always the likeliest token; no sampling.")
+    return gr.Checkbox(value, label=label, info="Always take the likeliest token; no sampling.")

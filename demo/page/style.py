@@ -1,4 +1,4 @@
-"""How the page looks: theme, style sheet, scripts, and the arguments of `launch` that carry them."""
+"""The page's theme, style sheet and scripts, and the arguments of `launch` that carry them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ EXAMPLES = (
     "Why is the sky blue?",
     "Write a short poem about the sea.",
 )
-PLACEHOLDER = "### Your own chat\nThe same batch answers it and the chats of all other visitors."
+PLACEHOLDER = "### Your own chat\nOne batch answers you and all other visitors."
 
 MAX_UPLOAD = 20 << 20
-# Sessions of which Gradio keeps a copy of its config, some 140 kB each; this page keeps nothing in them.
+# Gradio keeps a copy of its config, some 140 kB, for so many sessions; this page keeps nothing in them.
 _SESSIONS = 500
-# Events that may run at once: a stream holds a place for as long as it lasts.
+# Events that may run at once; a stream is one event until it ends.
 _MAX_EVENTS = 400
 _SCRIPTS = ("hero.js", "lanes.js", "panel.js", "reader.js", "wall.js", "race.js", "picture.js", "compare.js")
 _FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 _MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
-# A keyboard is at hand where the page is wide; on a phone the focus would open one and scroll the page.
+# On a wide screen a keyboard is at hand. On a phone the focus would open one and scroll the page.
 FOCUS_JS = """() => {
   if (matchMedia("(min-width: 900px)").matches)
     document.querySelector("#message textarea")?.focus({ preventScroll: true });
@@ -39,13 +39,13 @@ FOCUS_JS = """() => {
 WALL_IDLE_JS = """() => [{ __type__: "update", visible: true }, { __type__: "update", visible: false },
   { __type__: "update", interactive: false }]"""
 
-# Gradio makes a table of all events with pandas whenever one ends, for a page that is not shown here.
+# Whenever an event ends, Gradio makes a pandas table of all events, for a page that is not shown here.
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
 
 
 def launch_options() -> dict[str, Any]:
-    """Return the arguments of `Blocks.launch` that make the page look and behave as it should."""
-    # Fonts of the visitor's own system: nothing is fetched from anywhere, and text never jumps when a font arrives.
+    """Return the arguments of `Blocks.launch` for the page's look and limits."""
+    # Fonts of the visitor's own system: the page fetches none, and text never jumps when a font arrives.
     theme = gr.themes.Base(
         primary_hue="teal",
         secondary_hue="teal",
@@ -77,6 +77,6 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_UPLOAD,
         "run_history": False,
         "state_session_capacity": _SESSIONS,
-        # Beside the file, a form has its own few lines.
+        # A form has a few lines of its own beside the file.
         "app_kwargs": app_options(MAX_UPLOAD + (64 << 10)),
     }

@@ -1,4 +1,4 @@
-"""What visitors leave behind, cleared away while the page is served: streams that are not read, sessions, files."""
+"""Clears away what visitors leave behind: unread streams, sessions, files."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from gradio.utils import cancel_tasks
 
 logger = logging.getLogger(__name__)
 
-# Files that visitors sent, whole or in part, and copies of results; the oldest go.
+# Visitors' files, whole or in part, and copies of results. Beyond these bounds the oldest are deleted.
 MOST_FILES = 1 << 30
 FILE_SECONDS = 3600.0
 _LOOK_FOR_FILES_SECONDS = 20.0
-# A stream of which nothing is read for so long is ended, and its places are given back.
+# A stream that is not read for so long is ended, and its places become free.
 UNREAD_SECONDS = 30.0
 _MOST_UNREAD = 2000
 _SWEEP_SECONDS = 1.0
-# A session goes after so long with nothing running and nothing to read.
+# A session is dropped after so long with nothing running and nothing to read.
 _IDLE_SECONDS = 10.0
 _MOST_SESSIONS = 100_000
 
-# A folder of this page's own, where nothing of other Gradio apps can be swept away.
+# This page's own folder: sweeping it cannot delete files of other Gradio apps.
 FILES = Path(tempfile.gettempdir()) / f"hf_async_batching-files-{getpass.getuser()}"
 os.environ.setdefault("GRADIO_TEMP_DIR", str(FILES))
 
 
 def own_files() -> bool:
-    """Say whether visitors' files are in a folder of this page's own, and not in one that the user has named."""
+    """Say whether visitors' files are in this page's own folder, and not in one that the user has named."""
     return os.environ.get("GRADIO_TEMP_DIR") == str(FILES)
 
 
 class Sweeper:
-    """Looks at Gradio's queue every second: ends what is not read, and forgets sessions and files of the past."""
+    """Looks at Gradio's queue every second: ends unread streams, and drops old sessions and files."""
 
     def __init__(self, app: Any) -> None:
         self._queue = queue_of(app)
         self._queue.pending_messages_per_session.max_size = _MOST_SESSIONS
-        # By session: the oldest message that is not read, and since when it is the oldest; None where there is none.
+        # By session: the oldest unread message, and since when it is the oldest; None if there is none.
         self._oldest: dict[str, tuple[object, float]] = {}
 
     async def run(self) -> None:
@@ -64,7 +64,7 @@ class Sweeper:
                 logger.exception("What visitors left behind could not be cleared away.")
 
     async def sweep(self) -> None:
-        """Look once."""
+        """Sweep once."""
         now = time.monotonic()
         sessions = self._queue.pending_messages_per_session
         for session in self._oldest.keys() - sessions.keys():
@@ -86,9 +86,9 @@ class Sweeper:
             ids.pop(session, None)
 
     async def _end(self, session: str) -> None:
-        """End all runs of a session, which gives their places back."""
+        """End all runs of a session; their places become free."""
         events = [event for event in self._queue.event_ids_to_events.values() if event.session_hash == session]
-        logger.info("Nothing of a stream was read: its %d runs are ended.", len(events))
+        logger.info("A stream was not read: its %d runs are ended.", len(events))
         await self._queue.clean_events(session_hash=session)
         await cancel_tasks({f"{session}_{event.fn._id}" for event in events})
         self._forget(session)
@@ -119,7 +119,7 @@ def delete_oldest(folder: Path, most: int, seconds: float) -> None:
 
 @asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[None]:
-    """Sweep for as long as the page is served."""
+    """Sweep while the page is served."""
     task = asyncio.create_task(Sweeper(app).run())
     try:
         yield
@@ -130,5 +130,5 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
 
 
 def queue_of(app: Any) -> Any:
-    """Return Gradio's queue: which events run or wait, and what their clients have not read yet."""
+    """Return Gradio's queue, which knows the running and waiting events and their unread messages."""
     return app.get_blocks()._queue

@@ -1,4 +1,4 @@
-"""What answers, and how far it has come: it is loaded in a thread while the page is there already."""
+"""Loads the model and its engine in a thread while the page is already served."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 
 ONLY_WALLS = (
-    "On ZeroGPU there is a GPU only while a wall runs: start one. Your own chat, comparisons and datasets need a "
-    "Space with a GPU of its own."
+    "On ZeroGPU there is a GPU only while a wall runs, so start a wall. Your own chat, races and datasets need a "
+    "Space with its own GPU."
 )
 
 
@@ -33,7 +33,7 @@ STAGES = 4
 
 
 class WallRunner(Protocol):
-    """Runs whole walls where no engine stays between requests."""
+    """Runs whole walls on a Space that keeps no engine between requests."""
 
     def frames(
         self, prompts: Sequence[str], settings: Settings, *, chats: int, turns: int, stagger: float
@@ -43,11 +43,11 @@ class WallRunner(Protocol):
 
 
 class Backend:
-    """Holds what answers, as soon as it is there. Its methods may be called from any thread.
+    """Holds the model and its engine once they are loaded. Methods may be called from any thread.
 
     Args:
-        serving: What answers, where it is there already.
-        zero: What runs walls on a ZeroGPU Space, where nothing else answers.
+        serving: A model and engine that are loaded already.
+        zero: Runs walls on a ZeroGPU Space, which serves nothing else.
     """
 
     def __init__(self, serving: Serving | None = None, zero: WallRunner | None = None) -> None:
@@ -62,7 +62,7 @@ class Backend:
 
     @property
     def serving(self) -> Serving | None:
-        """What answers; None while it is loaded, and where that has failed."""
+        """The model and its engine; None while they load, and if loading failed."""
         return self._serving
 
     @property
@@ -72,24 +72,24 @@ class Backend:
 
     @property
     def warm(self) -> bool:
-        """Whether everything is compiled and captured: figures from before would be too low."""
+        """Whether everything is compiled and captured; earlier figures are too low."""
         return self._warm.is_set()
 
     async def ready(self) -> Serving:
-        """Wait for what answers.
+        """Wait for the model and its engine.
 
         Raises:
-            BackendFailedError: It did not come up.
+            BackendFailedError: Loading failed.
         """
         while not self._settled.is_set():
             await asyncio.sleep(0.1)
         return self.require()
 
     def require(self) -> Serving:
-        """What answers, without waiting.
+        """Return the model and its engine without waiting.
 
         Raises:
-            BackendFailedError: It is not there yet, or did not come up.
+            BackendFailedError: They are still loading, or loading failed.
         """
         if self.zero is not None:
             raise BackendFailedError(ONLY_WALLS)
@@ -98,7 +98,7 @@ class Backend:
         return self._serving
 
     def start(self, load: Callable[[Report], Serving]) -> None:
-        """Load in a thread; `load` reports the stage that begins."""
+        """Load in a thread; `load` reports each stage as it begins."""
         threading.Thread(target=self._load, args=(load,), name="demo-loader", daemon=True).start()
 
     def _load(self, load: Callable[[Report], Serving]) -> None:
@@ -106,7 +106,7 @@ class Backend:
             self._serving = load(self._report)
             self._settled.set()
             self._report(STAGES, "Compiling and capturing; chats work already")
-            # Most answers are drawn as the page's controls stand at first.
+            # Most answers use the page's default settings, so warm these up.
             self._serving.manager.warmup([Settings().request([0], ())])
             self._stage = LoadingStage(STAGES + 1, "Ready")
             self._warm.set()

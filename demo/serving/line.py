@@ -1,4 +1,4 @@
-"""Who may run next: first come, first served, with a place that can be shown."""
+"""A waiting line: first come, first served, with a place to show."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Line:
     Args:
         running: How many may run at the same time.
         waiting: How many may wait beyond them.
-        running_each: How many of one owner may run at the same time; None for no limit of its own.
-        waiting_each: How many of one owner may wait beyond them; None for no limit of its own.
+        running_each: How many of one owner may run at the same time; None for no such limit.
+        waiting_each: How many of one owner may wait beyond them; None for no such limit.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class Line:
         """Stand at the end of the line; leave it by closing the ticket.
 
         Args:
-            owner: The address of the visitor, whose tickets are counted together; empty for a visitor of its own.
+            owner: The visitor's address; its tickets count together. Empty for a visitor that is counted alone.
 
         Raises:
-            LineFullError: There is no room, or the owner has taken what one owner may take.
+            LineFullError: The line is full, or the owner has reached the owner's limit.
         """
         if len(self._tickets) >= self._running + self._waiting:
             raise LineFullError(f"{self._waiting} others are waiting already. Please try again in a minute.")
         own = sum(ticket.owner == owner for ticket in self._tickets) if owner else 0
         if own >= self._running_each + self._waiting_each:
-            raise LineFullError(f"{own} from your address run or wait already. Please let one of them end.")
+            raise LineFullError(f"Your address already has {own} that run or wait. Please let one of them end.")
         ticket = Ticket(self, owner)
         self._tickets.append(ticket)
         self._start()
@@ -55,13 +55,13 @@ class Line:
         return 1 + sum(not other.running for other in self._tickets[: self._tickets.index(ticket)])
 
     def leave(self, ticket: Ticket) -> None:
-        """Make room. Nothing happens the second time."""
+        """Leave the line; a second call does nothing."""
         if ticket in self._tickets:
             self._tickets.remove(ticket)
             self._start()
 
     def _start(self) -> None:
-        """Let those run for whom there is room, the first first. Who runs goes on running."""
+        """Let the first in line run while there is room. A running ticket keeps running."""
         for ticket in self._tickets:
             if sum(other.running for other in self._tickets) >= self._running:
                 return

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_PROBE_SECONDS = 4.0
-# Before the name of a shape: a model with random weights, for measuring where no real one is at hand.
+# The prefix of a shape's name: a model with random weights, for measuring without a real one.
 RANDOM = "random:"
 _SMALLEST_VOCABULARY = 4096
 _LONGEST_REASON = 300
@@ -35,10 +35,10 @@ class ChatModel:
     """A model and its tokenizer, ready to chat.
 
     Attributes:
-        model: the model, in eval mode, on its device.
-        tokenizer: its tokenizer, with a chat template.
-        name: a short name for the page's title line.
-        source: a sentence for people that says where the model came from.
+        model: The model, in eval mode, on its device.
+        tokenizer: Its tokenizer, with a chat template.
+        name: A short name for the page's title line.
+        source: A sentence that tells visitors where the model came from.
     """
 
     model: PreTrainedModel
@@ -78,7 +78,7 @@ def load_chat_model(
 def hub_has(name: str, seconds: float = HUB_PROBE_SECONDS) -> bool:
     """Say whether the Hub answers for `name` within `seconds`.
 
-    Asked in a thread of its own: a name server that never answers blocks for longer than any HTTP timeout allows.
+    A separate thread asks, because a name server that never answers blocks longer than any HTTP timeout allows.
     """
     found = threading.Event()
 
@@ -86,7 +86,7 @@ def hub_has(name: str, seconds: float = HUB_PROBE_SECONDS) -> bool:
         try:
             HfApi().model_info(name, timeout=seconds)
             found.set()
-        except Exception as error:  # any reason at all means: go on without the Hub
+        except Exception as error:  # every error means: go on without the Hub
             logger.debug("The Hub did not answer for %s: %r", name, error)
 
     asker = threading.Thread(target=ask, name="hub-probe", daemon=True)
@@ -106,7 +106,7 @@ def _load_named(name: str, device: torch.device, dtype: torch.dtype) -> ChatMode
 
 
 def _random(shape: str, device: torch.device, dtype: torch.dtype) -> ChatModel:
-    """A model whose speed is a real one's, and whose text means nothing."""
+    """Return a model with a real model's speed and meaningless text."""
     if shape not in SHAPES:
         raise ModelLoadError(f"There is no shape {shape!r}: choose one of {', '.join(SHAPES)}.")
     vocab_size = max(SHAPES[shape].fields["vocab_size"], _SMALLEST_VOCABULARY)
@@ -130,7 +130,7 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local_only)
         model: PreTrainedModel = loaded.to(device).eval()
-    except Exception as error:  # transformers and the Hub raise a dozen kinds; all mean the same to the caller
+    except Exception as error:  # transformers and the Hub raise a dozen kinds, which all mean the same to the caller
         where = " (the Hub did not answer for it, and there is no complete local copy)" if local_only else ""
         if Path(name).expanduser().is_dir():
             where = ""

@@ -14,14 +14,14 @@ _Result = TypeVar("_Result")
 
 
 class BusyError(RuntimeError):
-    """More work waits than a visitor could wait for; the message is for the visitor."""
+    """Too much work waits already; the message is for the visitor."""
 
 
 class Pool:
     """A few threads, and a bound on the calls that wait for them. `run` is called from an event loop.
 
     Args:
-        name: What the work is; for the names of threads and for messages.
+        name: The kind of work, for thread names and messages.
         threads: How many calls run at once.
         waiting: How many calls may wait beyond them.
         per_owner: How many threads one visitor's calls may take at once; None for all.
@@ -58,18 +58,18 @@ class Pool:
         *arguments: _Arguments.args,
         **named: _Arguments.kwargs,
     ) -> _Result:
-        """Call a function in one of the threads for a visitor; see `run`. Without an owner no share is counted."""
+        """Call a function in one of the threads for a visitor; see `run`. An empty owner has no limit of its own."""
         async with self._turn(owner):
             with self._lock:
                 if self._inside >= self._most:
-                    raise BusyError(f"The server is busy with the {self._name} of others. Try again in a minute.")
+                    raise BusyError(f"The server is busy with other visitors' {self._name}. Try again in a minute.")
                 self._inside += 1
             try:
                 future = self._executor.submit(function, *arguments, **named)
             except BaseException:
                 self._leave()
                 raise
-            # A thread whose caller has gone is still taken: it counts until the function returns.
+            # A thread whose caller has left still counts until its function returns.
             future.add_done_callback(self._leave)
             return await asyncio.wrap_future(future)
 

@@ -1,4 +1,4 @@
-"""What went wrong, in the visitor's words."""
+"""Explains errors in the visitor's words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Explanation(NamedTuple):
-    """A short sentence, and what else there is to say."""
+    """A short sentence, and its details."""
 
     title: str
     detail: str = ""
@@ -29,7 +29,7 @@ class Explanation(NamedTuple):
 
 
 def explain(error: Exception) -> Explanation:
-    """Say what went wrong and what helps. Whatever is not expected is logged, and told by its kind only."""
+    """Say what went wrong and what helps. An unexpected error is logged, and the visitor sees only its type."""
     if isinstance(error, QueueFullError):
         return Explanation("The engine's queue is full.", "Please try again in a moment.")
     if isinstance(error, RequestTooLongError):

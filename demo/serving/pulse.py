@@ -1,4 +1,4 @@
-"""What the engine is doing: one shared sample for all pages, and the steps that it ran last."""
+"""Samples the engine's figures once for all pages, and reads its last steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HISTORY_SECONDS = 60
 SHOWN_STEPS = 24
 _SAMPLE_SECONDS = 0.25
-# Requests end rarely: their rate is taken over a longer time than the others.
+# Requests end rarely, so their rate is taken over a longer time than the others.
 _REQUEST_SECONDS = 10.0
 _WINDOW_SECONDS = 2.0
 
@@ -47,14 +47,14 @@ class Pulse:
         self._taken = float("-inf")
 
     def read(self, since: float = float("-inf")) -> dict[str, Any]:
-        """All that a page draws.
+        """Return everything that a page draws.
 
         Args:
-            since: The `now` of what the page read before; only points after it are in `history`.
+            since: The `now` of the page's last read; `history` holds only later points.
 
         Returns:
             now: Seconds, of the server's own clock.
-            stage: How far loading has come: number, of how many, text, whether it failed.
+            stage: The loading stage: its number, the number of stages, its text, whether it failed.
             facts: (name, value) pairs; a fact without a name is a sentence.
             figures: See `figures_of`; empty while loading.
             history: (seconds, tokens/s, running, waiting) of the last minute.
@@ -90,15 +90,15 @@ class Pulse:
         newest = self._history[-1]
         oldest = next(point for point in self._history if point.at >= newest.at - _REQUEST_SECONDS)
         ended = newest.finished - oldest.finished
-        # It counts anew where the engine was started again.
+        # A restarted engine counts from zero.
         return round(ended / (newest.at - oldest.at), 2) if newest.at > oldest.at and ended >= 0 else 0.0
 
 
 def figures_of(stats: Stats, serving: Serving, records: Sequence[StepRecord], now: float) -> dict[str, Any]:
-    """Figures of now, or of the last two seconds where they are rates; percentages from 0 to 100.
+    """Return the present figures; rates are of the last two seconds, percentages go from 0 to 100.
 
-    `mbu` is the memory bandwidth utilization: what the steps had to read (weights and live keys and values, once per
-    step) over the time, over the bandwidth of a copy that was measured when the page started.
+    `mbu` is the memory bandwidth utilization: the bytes that the steps had to read (weights and live keys and values,
+    once per step), divided by the time and by the copy bandwidth that was measured when the page started.
     """
     recent = [record for record in records if record.compute[1] >= now - _WINDOW_SECONDS]
     traffic, mbu = serving.traffic, 0.0
@@ -110,7 +110,7 @@ def figures_of(stats: Stats, serving: Serving, records: Sequence[StepRecord], no
     looked_up = stats.prefix_query_tokens
     return {
         "tokens_per_second": round(stats.tokens_per_second, 1),
-        # A request that has a row but has not begun waits: it is counted once, as on the wall.
+        # A request that has a row but has not begun counts as waiting, as on the wall.
         "running": max(0, min(stats.running, stats.running + stats.waiting - entered)),
         "waiting": waiting,
         "rows": assembly.config.max_rows if assembly is not None else 0,
@@ -127,12 +127,12 @@ def figures_of(stats: Stats, serving: Serving, records: Sequence[StepRecord], no
 
 
 def drawn_steps(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """Steps as the page draws them: times in microseconds from the first of them on, as whole numbers.
+    """Return steps as the page draws them: times in whole microseconds since the first step.
 
     Returns:
         steps: Per step its number, the rows that decoded, prompt tokens, tokens sampled, and then (start, end) of
-            plan, settle, h2d, compute and d2h; None where there was no copy.
-        busy: Percent of the time in which a step was computed.
+            plan, settle, h2d, compute and d2h; None without a copy.
+        busy: Percentage of the time in which a step was computed.
         ms: Milliseconds per step.
     """
     if not records:

@@ -1,4 +1,4 @@
-"""A tokenizer for models with random weights: it reads any text byte by byte, and writes words that mean nothing."""
+"""A tokenizer for models with random weights: it reads text byte by byte and writes meaningless words."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-# A space, as byte-level tokenizers write it.
+# How byte-level tokenizers write a space.
 _SPACE = "\u0120"
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer with `vocab_size` tokens: 256 bytes, the two control tokens of a chat, and made-up words.
+    """Return a tokenizer with `vocab_size` tokens: 256 bytes, the two control tokens of a chat, and made-up words.
 
     Raises:
-        ValueError: `vocab_size` does not hold the bytes and the control tokens.
+        ValueError: `vocab_size` is too small for the bytes and the control tokens.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 2:
@@ -29,7 +29,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     vocabulary = {letter: index for index, letter in enumerate(alphabet)}
     for index in range(len(alphabet), vocab_size - 2):
         vocabulary[f"{_SPACE}{_word(index - len(alphabet))}"] = index
-    # Without merges, words are never read: only a model that picks them writes them.
+    # Without merges the tokenizer never reads words: only a model that picks them writes them.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def _word(number: int) -> str:
-    """A pronounceable word of its own for every number."""
+    """Return a pronounceable word, different for every number."""
     syllables = []
     while True:
         number, vowel = divmod(number, len(_VOWELS))

@@ -1,4 +1,4 @@
-"""The requests of all visitors: which of them the engine gets next, which still wait, and at which place."""
+"""Decides which visitors' requests the engine gets next, and knows the places of those that wait."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from hf_async_batching import GenerationHandle
     from hf_async_batching.core.request import Request
 
-# This part of the rows and tokens stays free for a visitor who has nothing running yet.
+# One in this many rows and tokens stays free for a visitor who has nothing running yet.
 _SPARE = 8
 
 
 class Capacity(NamedTuple):
-    """What the engine holds at once, and the prompt tokens that it computes in one step."""
+    """The rows and tokens that the engine holds at once, and the prompt tokens that it computes in one step."""
 
     rows: int
     tokens: int
@@ -34,21 +34,22 @@ class _Entry:
 
     @property
     def ahead(self) -> int:
-        """Prompt tokens that are computed before those of a request that comes now."""
+        """Return the prompt tokens that are computed before those of a request that comes now."""
         if not self.computed and self.handle is not None:
             self.computed = bool(self.handle.started and self.handle.tokens_from(0))
         return 0 if self.computed else self.prompt
 
 
 class Roster:
-    """Live requests by arrival, and those that may not enter the engine yet. Methods may be called from any thread.
+    """Live requests by arrival, and requests that wait to enter the engine. Methods may be called from any thread.
 
-    The engine serves requests in the order of their arrival. So no visitor may hand over so many that the next visitor
-    waits behind them: an owner always has room for one request, and for more as long as an eighth of the rows and of
-    the KV pages stays free and not much of its prompts waits to be computed. The owner with the fewest comes first.
+    The engine serves requests in the order of their arrival, so a visitor with many requests could make the next
+    visitor wait. An owner therefore always has room for one request. The owner has room for more while an eighth of
+    the rows and of the KV pages stays free and few of the owner's prompt tokens wait. The owner with the fewest
+    requests comes first.
 
     Args:
-        capacity: What the engine holds; None lets every request in at once.
+        capacity: The engine's capacity; None admits every request at once.
     """
 
     def __init__(self, capacity: Capacity | None = None) -> None:
@@ -58,7 +59,7 @@ class Roster:
         self._lock = threading.Lock()
 
     def ask(self, request: Request, owner: str = "") -> None:
-        """Put a request at the end of the line of those that want to enter the engine."""
+        """Put a request at the end of the line for the engine."""
         prompt = len(request.prompt)
         entry = _Entry(owner or request.request_id, prompt, prompt + request.max_new_tokens)
         with self._lock:
@@ -66,14 +67,14 @@ class Roster:
             self._admit()
 
     def may_enter(self, request: Request) -> bool:
-        """Say whether a request that asked may be submitted now. What was told once stays true."""
+        """Say whether a request in the line may be submitted now. A yes stays valid."""
         with self._lock:
             if request.request_id in self._waiting:
                 self._admit()
             return request.request_id not in self._waiting
 
     def forget(self, *requests: Request) -> None:
-        """Take requests out that will not be submitted. Those that were submitted stay until they are done."""
+        """Remove requests that will not be submitted. Submitted requests stay until they are done."""
         with self._lock:
             for request in requests:
                 self._waiting.pop(request.request_id, None)
@@ -82,12 +83,12 @@ class Roster:
                     del self._live[request.request_id]
 
     def reserve(self, name: str, owner: str, rows: int) -> None:
-        """Count rows that are taken past the line, until `release`."""
+        """Count rows that are taken without the line, until `release`."""
         with self._lock:
             self._live[name] = _Entry(owner, 0, 0, rows)
 
     def release(self, name: str) -> None:
-        """Give back what `reserve` counted."""
+        """Release the rows that `reserve` counted."""
         with self._lock:
             self._live.pop(name, None)
 
@@ -98,17 +99,16 @@ class Roster:
                 self._live.setdefault(handle.request_id, _Entry(handle.request_id, 0, 0)).handle = handle
 
     def places(self) -> dict[str, int]:
-        """Place, from 1, by request id, of all requests whose prompt is not being computed yet.
+        """Return the place, from 1, of each request whose prompt is not being computed yet, by request id.
 
-        Requests in the engine come first: it takes them in the order of their arrival. A request that gave up its
-        pages for others is left out.
+        Requests in the engine come first, in the order of their arrival. A preempted request is left out.
         """
         with self._lock:
             waiting = [*self._not_started(), *self._waiting]
         return {request_id: place for place, request_id in enumerate(waiting, 1)}
 
     def waiting(self) -> tuple[int, int]:
-        """Return how many requests have a place, and how many of them are in the engine."""
+        """Return the number of requests with a place, and the number of these in the engine."""
         with self._lock:
             entered = len(self._not_started())
             return entered + len(self._waiting), entered
@@ -126,13 +126,13 @@ class Roster:
             del self._live[name]
 
     def _admit(self) -> None:
-        """Let in what there is room for."""
+        """Admit requests while there is room."""
         self._drop_done()
         running = Counter[str]()
         for entry in self._live.values():
             running[entry.owner] += entry.rows
         while self._waiting:
-            # The first of each owner; of these the one whose owner has the fewest running.
+            # Take the first request of each owner, and among these the one whose owner has the fewest running.
             first: dict[str, str] = {}
             for name, entry in self._waiting.items():
                 first.setdefault(entry.owner, name)

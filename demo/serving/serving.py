@@ -18,23 +18,23 @@ from .roster import Capacity, Roster
 if TYPE_CHECKING:
     from hf_async_batching import GenerationManager
 
-# Comparing needs both; a page that serves at depth 1 can still run at 2.
+# A comparison needs both depths; a page that serves at depth 1 can still run at 2.
 DEEPEST = 2
 _TIMELINE_STEPS = 4096
 _MAX_WAITING = 512
-# On a CPU the KV cache takes so many times the memory of the weights, and at least this many bytes: that holds a wall
-# of 64 chats. By default an engine takes a quarter of the free memory, which a laptop needs for other programs.
+# On a CPU the KV cache takes so many times the memory of the weights, and at least this many bytes, which hold a wall
+# of 64 chats. An engine's default is a quarter of the free memory, but a laptop needs that for other programs.
 _CPU_CACHE_PER_WEIGHT = 2
 _LEAST_CPU_CACHE = 256 << 20
 _MOST_OF_FREE_MEMORY = 0.25
 
-# Gets the number of the stage that begins, and what it is.
+# Called with the number and the text of the stage that begins.
 Report = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What answers.
+    """A model and its engine, ready to answer.
 
     Attributes:
         manager: The engine.
@@ -57,7 +57,7 @@ class Serving:
 
     @property
     def traffic(self) -> Traffic | None:
-        """What a step must read; None while the engine does not run."""
+        """The bytes that a step must read; None while the engine does not run."""
         assembly = self.manager.assembly
         return Traffic.of(assembly) if assembly is not None else None
 
@@ -67,7 +67,7 @@ class Serving:
         return size_of(sum(weight.numel() for weight in self.chat_model.model.parameters()))
 
     def facts(self) -> list[tuple[str, str]]:
-        """What stands in the page's line of facts: (name, value); a fact without a name is a sentence."""
+        """Return the page's line of facts as (name, value); a fact without a name is a sentence."""
         machine = self.machine
         versions = [(name, machine.versions[name] or "") for name in ("torch", "transformers")]
         return [
@@ -116,8 +116,8 @@ def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, 
     """Start an engine for a model.
 
     Args:
-        chat_model: What to serve.
-        machine: Where it runs.
+        chat_model: Model and tokenizer.
+        machine: The machine under them.
         depth: Steps in flight; None for the device's default, which is 2 on a GPU and 1 on a CPU.
         settings: More fields of `BatchingConfig`.
     """
@@ -126,14 +126,14 @@ def serve(chat_model: ChatModel, machine: Machine, *, depth: int | None = None, 
     usual = depth or (2 if chat_model.model.device.type == "cuda" else 1)
     defaults: dict[str, object] = {
         "depth": max(usual, DEEPEST),
-        # A page that stands open keeps its engine: a visitor who comes back should not wait for it to start again.
+        # The page keeps its engine, so that a visitor who comes back need not wait for a start.
         "idle_timeout": None,
         "max_waiting": _MAX_WAITING,
         "timeline_steps": _TIMELINE_STEPS,
     }
     if chat_model.model.device.type == "cpu":
-        # A whole wall in one batch, and rows for other visitors beside it; and pages so small that the next turn of a
-        # chat finds the last one's.
+        # Rows for a whole wall and for other visitors beside it. Pages are small enough that a chat's next turn finds
+        # those of the last turn.
         defaults |= {"max_rows": 80, "page_size": 64}
         if "num_pages" not in settings:
             weights = sum(weight.nbytes for weight in chat_model.model.parameters())

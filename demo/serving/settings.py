@@ -1,4 +1,4 @@
-"""What a visitor can set, and the request that it makes."""
+"""The settings of a visitor, and the request that they make."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MOST_SEED = _SEEDS - 1
 
 
 class Bounds(NamedTuple):
-    """What a number may be."""
+    """The least and the most value of a number."""
 
     least: float
     most: float
     whole: bool = False
 
 
-# The only place with the bounds of a setting: the page's sliders, the API's checks and `Settings` read them here.
+# The bounds of each setting, for the page's sliders, the API's checks and `Settings`.
 BOUNDS = {
     "max_new_tokens": Bounds(1, MAX_NEW_TOKENS, whole=True),
     "temperature": Bounds(0.1, 2.0),
@@ -38,7 +38,7 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the page's controls say.
+    """The values of the page's controls.
 
     Attributes:
         system: System prompt; empty for none.
@@ -46,8 +46,8 @@ class Settings:
         temperature: Divides the logits.
         top_p: Keep the likeliest tokens up to this probability; 1 switches it off.
         top_k: Keep this many of the likeliest tokens; 0 switches it off.
-        greedy: Always the likeliest token; the others are ignored.
-        seed: Makes a sampled answer reproducible; None draws one.
+        greedy: Always take the likeliest token; the other sampling settings are then ignored.
+        seed: Makes a sampled answer reproducible; None draws a seed.
     """
 
     system: str = ""
@@ -60,11 +60,11 @@ class Settings:
 
     @classmethod
     def within_bounds(cls, *controls: Any, **named: Any) -> Settings:
-        """Return the settings nearest to what a browser sent, whatever that is.
+        """Return the nearest valid settings to any values that a browser sent.
 
         Args:
             controls: Values in the order of `KNOBS`.
-            named: Values by name. What is left out keeps its default.
+            named: Values by name. A missing value keeps its default.
         """
         asked = dict(zip(KNOBS, controls)) | named
         for name, (least, most, whole) in BOUNDS.items():
@@ -81,7 +81,7 @@ class Settings:
         """Return the settings that a client of the API sent.
 
         Raises:
-            ValueError: One is of another type or out of bounds.
+            ValueError: A setting has another type or is out of bounds.
         """
         if not isinstance(named.get("system", ""), str):
             raise ValueError("`system` must be a text")
@@ -93,14 +93,14 @@ class Settings:
         return cls.within_bounds(**named)
 
     def generate_arguments(self) -> dict[str, Any]:
-        """What these settings are as arguments of `generate`, without system prompt and seed."""
+        """Return these settings as arguments of `generate`, without system prompt and seed."""
         if self.greedy:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {"max_new_tokens": self.max_new_tokens, **sampling}
 
     def request(self, prompt: Sequence[int], eos: tuple[int, ...]) -> Request:
-        """The request for a prompt's token ids; `eos` are the tokens that end an answer."""
+        """Return the request for a prompt's token ids; `eos` are the tokens that end an answer."""
         seed = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
         sampling = (
             SamplingParams()
@@ -110,12 +110,12 @@ class Settings:
         return Request(new_request_id(), tuple(prompt), self.max_new_tokens, eos_token_ids=eos, sampling=sampling)
 
 
-# The settings in the order in which the page's controls are sent.
+# The settings in the order of the page's controls.
 KNOBS = tuple(field.name for field in fields(Settings))
 
 
 def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
-    """The tokens that end an answer of this model."""
+    """Return the tokens that end an answer of this model."""
     model: Any = chat_model.model
     ends = eos_token_ids(model.generation_config)
     own = chat_model.tokenizer.eos_token_id
@@ -123,7 +123,7 @@ def ends_of(chat_model: ChatModel) -> tuple[int, ...]:
 
 
 def read_seed(value: Any) -> int | None:
-    """Return the seed that a browser sent; None, which draws one, where the box is empty or holds no number."""
+    """Return the seed that a browser sent; None, which draws a seed, if the box is empty or holds no number."""
     try:
         seed = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -135,7 +135,7 @@ def whole_number(name: str, value: Any, least: float, most: float) -> int:
     """Return a number that a client sent for an argument.
 
     Raises:
-        ValueError: It is no whole number from `least` to `most`.
+        ValueError: The value is not a whole number from `least` to `most`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"`{name}` must be a number from {least} to {most}, got {shown(value)}")
@@ -148,7 +148,7 @@ def number(name: str, value: Any, least: float, most: float) -> float:
     """Return a number that a client sent for an argument.
 
     Raises:
-        ValueError: It is no number from `least` to `most`.
+        ValueError: The value is not a number from `least` to `most`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"`{name}` must be a number from {least} to {most}, got {shown(value)}")
@@ -156,7 +156,7 @@ def number(name: str, value: Any, least: float, most: float) -> float:
 
 
 def clamp(value: Any, least: float, most: float) -> float:
-    """Return the nearest number within bounds; what is no number at all becomes the least."""
+    """Return the nearest number within bounds; a value that is not a number becomes the least."""
     try:
         asked = float(value or 0)
     except (TypeError, ValueError, OverflowError):
@@ -168,7 +168,7 @@ def shown(value: Any) -> str:
     """Return the start of what a client sent, for a message."""
     if isinstance(value, (list, dict)):
         return f"a {type(value).__name__}"
-    # The digits of a long integer take quadratic time.
+    # Writing the digits of a long integer takes quadratic time.
     if isinstance(value, int) and value.bit_length() > 1000:
         return "a huge integer"
     return repr(value if not isinstance(value, str) else value[:80])

@@ -1,4 +1,4 @@
-"""Text in and out of the model: safe display, prompts that users cannot forge."""
+"""Makes answers safe to display, and builds prompts that users cannot forge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
 _INDENT = re.compile(r"[ \t]*")
 _TICKS = re.compile(r"`+")
-# A run of backslashes is read once, from its first one on: visitors can send thousands of them.
+# The pattern reads a run of backslashes once, from its start: visitors can send thousands of them.
 _TAG = re.compile(r"(?<!\\)(\\*+)<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 
@@ -21,8 +21,8 @@ _ENTITY = re.compile(r"&(?=#?\w+;)")
 def display_markdown(text: str) -> str:
     """Return Markdown that shows HTML tags in `text` as they were typed, instead of losing them to the sanitizer.
 
-    Code is left alone: Markdown shows tags in it as they are, and would show an escape as well. The time is linear in
-    the length of `text`, whatever it holds.
+    Code stays as it is, because Markdown shows both tags and escapes in it literally. The time is linear in the length
+    of `text`.
     """
     parts: list[str] = []
     end = 0
@@ -34,7 +34,7 @@ def display_markdown(text: str) -> str:
 
 
 def _code(text: str) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of every fenced block and every code span, from the left; no two overlap."""
+    """Yield (start, end) of every fenced block and code span, from left to right, without overlaps."""
     fence, opened, start = "", 0, 0
     while start < len(text):
         stop = text.find("\n", start) + 1 or len(text)
@@ -54,7 +54,7 @@ def _code(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _spans(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the code spans of a line: a run of backticks closes at the next run as long as itself."""
+    """Yield (start, end) of the code spans of a line; a run of backticks closes at the next run of the same length."""
     runs = [run.span() for run in _TICKS.finditer(text, start, stop)]
     closing: list[int | None] = [None] * len(runs)
     last: dict[int, int] = {}
@@ -90,7 +90,7 @@ def build_prompt(
         return _apply_template(tokenizer, chat)
     try:
         return _apply_template(tokenizer, [{"role": "system", "content": system}, *chat])
-    except Exception:  # some templates (Gemma's) know no system role and raise whatever Jinja raises
+    except Exception:  # some templates (Gemma's) have no system role, and raise any error of Jinja
         first = {"role": "user", "content": f"{system}\n\n{chat[0]['content']}"}
         return _apply_template(tokenizer, [first, *chat[1:]])
 

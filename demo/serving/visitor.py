@@ -1,4 +1,4 @@
-"""Which visitor an event comes from."""
+"""Names the visitor that an event comes from."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import gradio as gr
 
 
 def visitor_of(request: gr.Request) -> str:
-    """Name the tab that an event comes from."""
+    """Return the name of the tab that an event comes from."""
     return str(request.session_hash or "")
 
 
 def owner_of(request: gr.Request) -> str:
-    """Name the address that an event comes from: a client can make up any number of tabs, and has one address.
+    """Return the address that an event comes from: a client can invent any number of tabs, but has one address.
 
-    Empty where there is no request, as in tests.
+    Empty without a request, as in tests.
     """
     client = getattr(request, "client", None)
     if client is None:
@@ -30,10 +30,10 @@ def address_of(host: str, forwarded: Iterable[str]) -> str:
     """Return the address that limits count by.
 
     Args:
-        host: The other end of the connection, as the server sees it.
+        host: The client's end of the connection, as the server sees it.
         forwarded: The X-Forwarded-For headers. On a Space every connection comes from a proxy, which appends the
-            address that it sees; what stands before is the client's own claim. Elsewhere the server has read them
-            already where it trusts the sender.
+            address that it sees; earlier entries are the client's own claim. Elsewhere the server has already read
+            the headers of senders that it trusts.
     """
     if not os.environ.get("SPACE_ID"):
         return host

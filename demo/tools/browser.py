@@ -1,4 +1,4 @@
-"""Drives the page in a Chromium, as a visitor would: what the measurements, the pictures and the tests share."""
+"""Drives the page in a Chromium as a visitor would, for the measurements, the pictures and the tests."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _SETTLE_MS = 100.0
 
 
 def launch(playwright: Playwright) -> Browser:
-    """Start the system's Chromium without a window, or else the one that Playwright installed.
+    """Start the system's Chromium, or else the one that Playwright installed, without a window.
 
     Raises:
-        playwright.sync_api.Error: there is none.
+        playwright.sync_api.Error: There is no Chromium.
     """
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     return playwright.chromium.launch(executable_path=path, args=list(FLAGS))
 
 
 def press_section(page: Page, name: str) -> None:
-    """Open or close a section of the page, and wait until its controls are what they will be.
+    """Open or close a section of the page, and wait until its controls have settled.
 
-    Gradio draws what a closed section holds when it is opened, and a frame later gives each control its first value
-    once more: what was typed in between is lost. A visitor is too slow for that, a script on a busy machine is not.
+    Gradio draws a section when it opens, and a frame later sets each control to its first value again. Text that was
+    typed in between is lost. A visitor is too slow for that; a script on a busy machine is not.
     """
     page.get_by_role("button", name=name).click()
     _settle(page)
 
 
 def set_numbers(page: Page, values: Mapping[str, float]) -> None:
-    """Type numbers into the sliders with these labels, and see that they stay there.
+    """Type numbers into the sliders with these labels, and check that they stay.
 
     Raises:
-        RuntimeError: a slider does not keep its number, which may be outside its bounds.
+        RuntimeError: A slider does not keep its number, for example because it is out of bounds.
     """
     boxes = {page.get_by_label(f"number input for {label}", exact=True): value for label, value in values.items()}
     for _ in range(_TRIES):

@@ -1,4 +1,4 @@
-"""A wall as a stream of small JSON frames, made so that a page may miss some of them."""
+"""Turns a wall into a stream of small JSON frames; a page may miss some of them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from .wall import DECODING, DONE, FAILED, OVER, PREFILL, SOON, STOPPED, WAITING, Wall
 
-# A page sees only the last of the values that reach it together. Each frame repeats the changes of the ones before.
+# If several values reach a page together, it sees only the last. So each frame repeats the changes before it.
 _REPEATED = 4
-# Where much is written, fewer, so that a phone keeps up.
+# Large frames repeat fewer changes, so that a phone keeps up.
 _LARGEST = 32_000
 
 
 class Frames:
     """Numbers the changes of a wall.
 
-    A frame is an object: `run` (names the wall; a page with it may ask for all), `n` (its number), `d` (the
-    last few of [number, changes], the newest last), and `sum`, the figures of the whole wall. A page applies what it
-    has not seen; where a number is missing it asks for `whole`.
+    A frame is an object with `run` (the wall's name, with which a page may ask for all of it), `n` (the frame's
+    number), `d` (the last few [number, changes], the newest last) and `sum` (figures of the whole wall). A page
+    applies the changes that it has not seen. If a number is missing, it asks for `whole`.
     """
 
     def __init__(self, wall: Wall, repeated: int = _REPEATED) -> None:
@@ -40,12 +40,12 @@ class Frames:
         return f'{head[:-1]},"d":[{",".join(self._recent)}]}}'
 
     def whole(self) -> dict[str, Any]:
-        """Everything, and the number of the frame up to which it is known to be in it."""
-        number = self._number  # read first: changes that come meanwhile are told again
+        """Return the whole wall, and the number of the last frame that it certainly includes."""
+        number = self._number  # read first: changes that come meanwhile are sent again
         return {"run": self.run, "n": number, "tiles": self.wall.whole(), "sum": self.summary()}
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the whole wall."""
+        """Return figures of the whole wall."""
         wall = self.wall
         return {
             "chats": len(wall.tiles),
@@ -63,16 +63,16 @@ class Frames:
 
 
 def waiting_frame(place: int) -> str:
-    """What a page shows while its wall waits for others."""
+    """Return the frame of a wall that waits for others."""
     return dump({"run": "", "n": 0, "d": [], "place": place})
 
 
 def problem_frame(text: str) -> str:
-    """What a page shows where a wall could not start."""
+    """Return the frame of a wall that could not start."""
     return dump({"run": "", "n": 0, "d": [], "problem": text})
 
 
 def dump(value: Any) -> str:
-    """Compact JSON without a tag in it."""
-    # Gradio warns of values that look like scripts: no value of ours has a tag in it.
+    """Return compact JSON that contains no tag."""
+    # Gradio warns of values that look like scripts, so tags are escaped.
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

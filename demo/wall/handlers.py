@@ -1,4 +1,4 @@
-"""What the buttons of the wall do, for many visitors at once."""
+"""Handles the buttons of the wall, for many visitors at once."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .wall import MOST_CHATS, MOST_STAGGER, MOST_TURNS, Wall
 
 # A frame every 80 ms at most: twelve a second.
 FRAME_SECONDS = 0.08
-# A run that takes longer is stopped, so that its place comes to others. What it has made stays.
+# A longer run is stopped and gives its place to others. Its text stays.
 WALL_SECONDS = 900.0
 # The value, Start, Stop and Add.
 WallPage = tuple[Any, Any, Any, Any]
 
 
 class WallRuns:
-    """Walls of all visitors, one per tab at a time; a few run at once, and the others wait at a visible place."""
+    """The walls of all visitors, one per tab. A few run at once, and the others wait and see their place."""
 
     def __init__(self, backend: Backend, line: Line) -> None:
         self._backend = backend
@@ -38,7 +38,7 @@ class WallRuns:
         self._by_visitor: dict[str, Frames] = {}
         self._by_run: dict[str, Frames] = {}
         self._stopped: set[str] = set()
-        # Walls that run or wait, by visitor: only of these anything is remembered.
+        # Walls that run or wait, by visitor. Nothing else is remembered.
         self._inside = Counter[str]()
 
     async def frames(
@@ -54,7 +54,7 @@ class WallRuns:
     ) -> AsyncIterator[str]:
         """Run a wall and yield its frames. Closing this generator (a closed tab) frees all its rows and pages.
 
-        A wall that runs for `WALL_SECONDS` is stopped.
+        A wall is stopped after `WALL_SECONDS`.
 
         Raises:
             ValueError: There is no prompt.
@@ -112,7 +112,7 @@ class WallRuns:
                         return
                     if began > expires:
                         wall.stop()
-                    # A tick that took long does not make the next one wait.
+                    # A slow tick does not delay the next one.
                     await asyncio.sleep(max(0.0, FRAME_SECONDS - (time.perf_counter() - began)))
             finally:
                 wall.stop()
@@ -129,16 +129,16 @@ class WallRuns:
             frames.wall.stop()
 
     def leave(self, visitor: str) -> None:
-        """Free what a closed tab was still using."""
+        """Free what a closed tab still uses."""
         self.stop(visitor)
 
     def add(self, visitor: str, chats: int) -> int:
-        """Let more chats join this visitor's wall; returns how many did."""
+        """Let more chats join this visitor's wall; return how many did."""
         frames = self._by_visitor.get(visitor)
         return frames.wall.add(chats) if frames is not None else 0
 
     def whole(self, run: str) -> dict[str, Any]:
-        """All of a wall, for a page that has missed a frame; empty where it is over."""
+        """Return the whole wall, for a page that has missed a frame; empty if the wall is over."""
         frames = self._by_run.get(run)
         return frames.whole() if frames is not None else {}
 
@@ -179,12 +179,12 @@ class WallRuns:
                 yield frame, gr.skip(), gr.skip(), gr.skip()
         except ValueError as error:
             frame = problem_frame(str(error))
-        except Exception as error:  # told in the wall's place
+        except Exception as error:  # shown in the wall's place
             frame = problem_frame(explain(error).plain())
         yield frame, *idle
 
     async def on_stop(self, request: gr.Request) -> None:
-        """End all chats of the wall; what was written stays."""
+        """End all chats of the wall; their text stays."""
         self.stop(visitor_of(request))
 
     async def on_add(self, request: gr.Request) -> None:

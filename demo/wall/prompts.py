@@ -12,7 +12,7 @@ LONGEST_PROMPTS = 100_000
 
 
 def read_prompts(text: str | Sequence[Any]) -> list[str]:
-    """Return one prompt per line; empty lines are none. What is beyond `LONGEST_PROMPTS` characters is left out."""
+    """Return one prompt per line without empty lines. Text beyond `LONGEST_PROMPTS` characters is left out."""
     lines = text[:LONGEST_PROMPTS].splitlines() if isinstance(text, str) else text
     prompts: list[str] = []
     length = 0

@@ -1,4 +1,4 @@
-"""Many conversations at once, in one batch: what each of them is doing, told as small changes."""
+"""Runs many conversations at once in one batch, and reports each one's progress as small changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_STAGGER = 5.0
 
 
 class WallDefaults(NamedTuple):
-    """What a wall is where nothing else is asked for: the page's controls and the API start from these."""
+    """The defaults of a wall, for the page's controls and the API."""
 
     chats: int = 16
     turns: int = 2
@@ -39,12 +39,12 @@ class WallDefaults(NamedTuple):
 
 
 WALL = WallDefaults()
-# A tile shows the end of its conversation; what was said long before is not kept.
+# A tile shows the end of its conversation and keeps so many characters of it.
 _KEPT_CHARACTERS = 6000
 
 FOLLOW_UPS = ("Say that again in one sentence.", "Give me one example.", "Explain it to a child.")
 
-# What a tile can be doing; the page draws them by these words.
+# The states of a tile; the page draws them by these words.
 SOON, WAITING, PREFILL, DECODING = "soon", "waiting", "prefill", "decoding"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 OVER = frozenset((DONE, STOPPED, FAILED))
@@ -57,10 +57,10 @@ class Tile:
     """One conversation.
 
     Attributes:
-        index: Its place on the wall.
-        questions: What the user says, turn by turn.
-        state: What it is doing.
-        text: What the page shows: questions and answers.
+        index: Place on the wall.
+        questions: The user's messages, turn by turn.
+        state: One of the states above; empty before the first look.
+        segments: The [question, answer] pairs that the page shows.
         tokens: New tokens of all turns.
         first: Seconds from the first question to the first token; None before.
         speed: Tokens per second of the last answer since its first token.
@@ -89,7 +89,7 @@ class Tile:
     shown: dict[str, Any] = field(default_factory=dict)
 
     def changes(self, **more: Any) -> Change:
-        """What differs from what was told last, and `more`."""
+        """Return what has changed since the last report, and `more`."""
         now: dict[str, Any] = {"s": self.state, "n": self.tokens, "p": self.place}
         if self.first is not None:
             now["f"] = round(self.first, 2)
@@ -102,7 +102,7 @@ class Tile:
         return {**change, **more}
 
     def whole(self) -> Change:
-        """Everything that the page shows of this tile."""
+        """Return everything that the page shows of this tile."""
         return {"i": self.index, **self.shown, "turns": [[question, answer] for question, answer in self.segments]}
 
 
@@ -111,18 +111,18 @@ class Wall:
 
     Args:
         serving: The engine.
-        prompts: The first questions; used from the start again where there are more chats than prompts.
+        prompts: The first questions; repeated if there are more chats than prompts.
         settings: The settings of every answer.
-        chats: How many start.
-        turns: Questions per chat; the others are follow-ups.
+        chats: Number of chats at the start.
+        turns: Questions per chat; all after the first are follow-ups.
         stagger: Seconds between the starts of two chats, up to `MOST_STAGGER`; 0 lets all of them arrive together.
-        owner: The address of the visitor; the engine's rows are shared out by it.
-        limits: The largest number of new tokens of an answer, by chat, in place of what the settings say.
+        owner: The visitor's address; the engine's rows are divided among addresses.
+        limits: The largest number of new tokens of an answer, by chat; overrides the settings.
 
     Attributes:
         tiles: The chats.
         started: When the first question was asked, by the clock; None before.
-        seconds: From then until now, or to the last end.
+        seconds: Time from then until now, or until the last chat's end.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Wall:
         self._prompts = itertools.cycle(prompts)
         self._turns = min(max(turns, 1), MOST_TURNS)
         self._stagger = min(max(stagger, 0.0), MOST_STAGGER)
-        # Chats of a wall without an owner are one visitor's all the same.
+        # All chats of a wall without an owner still belong to one visitor.
         self._owner = owner or secrets.token_hex(8)
         self._limits = limits
         self._clock = clock
@@ -169,11 +169,11 @@ class Wall:
         return sum(tile.tokens for tile in self.tiles)
 
     def count(self, *states: str) -> int:
-        """How many chats are doing one of these."""
+        """Return how many chats are in one of these states."""
         return sum(tile.state in states for tile in self.tiles)
 
     def add(self, chats: int) -> int:
-        """Let more chats join, as many as there is room for; returns how many."""
+        """Let more chats join, up to `MOST_CHATS`; return how many did."""
         with self._lock:
             now = self._clock()
             added = max(0, min(chats, MOST_CHATS - len(self.tiles)))
@@ -183,7 +183,7 @@ class Wall:
             return added
 
     def stop(self, tile: int | None = None) -> None:
-        """End one chat, or all of them: rows and pages are freed. From any thread."""
+        """End one chat or all chats, and free their rows and pages. May be called from any thread."""
         if tile is None:
             self._stopped = True
         elif 0 <= tile < len(self.tiles):
@@ -197,7 +197,7 @@ class Wall:
                 handle.cancel()
 
     def tick(self) -> list[Change]:
-        """Look at every chat, let those that are due ask, and return what has changed since the last time."""
+        """Look at every chat, send the questions that are due, and return what has changed since the last call."""
         with self._lock:
             now = self._clock()
             changes: dict[int, Change] = {}
@@ -233,7 +233,7 @@ class Wall:
             return [{"i": index, **change} for index, change in sorted(changes.items()) if change]
 
     def whole(self) -> list[Change]:
-        """Everything that the page shows, for a page that has missed changes."""
+        """Return everything that the page shows, for a page that has missed changes."""
         with self._lock:
             return [tile.whole() for tile in self.tiles]
 
@@ -253,7 +253,7 @@ class Wall:
                 tile.state = SOON
                 return tile.changes()
             return {}
-        done = handle.done  # looked at before the tokens: all of them are there once it is set
+        done = handle.done  # read before the tokens: once it is set, all tokens are there
         new = handle.tokens_from(len(tile.token_ids[-1]))
         text = ""
         assert tile.decoder is not None
@@ -277,7 +277,7 @@ class Wall:
         return tile.changes(t=text) if text else tile.changes()
 
     def _finish(self, tile: Tile, handle: GenerationHandle) -> None:
-        """Take the end of an answer. The chat goes on with its next question, or is over."""
+        """Handle the end of an answer. The chat goes on with its next question, or is over."""
         tile.handle = None
         try:
             result = handle.result()
@@ -299,7 +299,7 @@ class Wall:
             tile.state = DONE
 
     def _prepare(self, tiles: list[Tile]) -> None:
-        """Make the next request of each, and let it wait until it may enter the engine."""
+        """Make each chat's next request, and let it wait until it may enter the engine."""
         for tile in tiles:
             question = tile.questions[len(tile.token_ids)]
             tile.messages.append(Message(role="user", content=question))
@@ -323,13 +323,13 @@ class Wall:
             self.started = self._clock()
 
     def _submit(self, entering: list[tuple[Tile, Request]]) -> None:
-        """Submit together what may enter, so that those who come together are computed together."""
+        """Submit these requests together, so that they are computed together."""
         now = self._clock()
         for tile, _ in entering:
             tile.request = None
         try:
             handles = self._serving.manager.submit_requests([request for _, request in entering])
-        except Exception:  # one of them at least: all or none are taken, so one by one
+        except Exception:  # one of them failed, and the engine takes all or none: submit them one by one
             handles = []
         if handles:
             self._attach([tile for tile, _ in entering], handles, now)

@@ -1,7 +1,7 @@
-"""ZeroGPU: a GPU comes for one call and goes, so that one decorated generator starts an engine and runs a whole wall.
+"""ZeroGPU lends a GPU for one call, so one decorated generator starts an engine and runs a whole wall.
 
-A shared engine that goes on between requests does not fit there, and neither do comparisons, datasets or a chat that
-joins a running batch: they need a GPU Space of their own. Nothing here is used where the package `spaces` is absent.
+A shared engine that runs between requests is not possible there. Comparisons, datasets and a chat that joins a running
+batch need a Space with its own GPU. Without the package `spaces` nothing here is used.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 SECONDS = 120
 _FRAME_SECONDS = 0.08
-# The page cannot ask the other process for what it has missed: frames repeat more.
+# The page cannot ask the other process for missed changes, so frames repeat more.
 _REPEATED = 40
 
-# A worker is a fork of this process: what it needs is here, and only what can be pickled is handed over.
+# A worker is a fork of this process. It finds its objects here, because only picklable values can be handed over.
 _model: ChatModel | None = None
 
 
 def gpu_decorator() -> Callable[..., Any] | None:
-    """`spaces.GPU` on a ZeroGPU Space; None everywhere else."""
+    """Return `spaces.GPU` on a ZeroGPU Space, and None everywhere else."""
     if not os.environ.get("SPACES_ZERO_GPU"):
         return None
     try:
@@ -59,7 +59,7 @@ class ZeroGpu:
     async def frames(
         self, prompts: Sequence[str], settings: Settings, *, chats: int, turns: int, stagger: float
     ) -> AsyncGenerator[str, None]:
-        """The frames of a wall. Closing this generator ends the wall."""
+        """Yield the frames of a wall. Closing this generator ends the wall."""
         frames = self._run(list(prompts), settings, chats, turns, stagger)
         try:
             while (frame := await WALLS.run(next, frames, None)) is not None:
@@ -69,11 +69,11 @@ class ZeroGpu:
 
 
 def run_wall(prompts: list[str], settings: Settings, chats: int, turns: int, stagger: float) -> Iterator[str]:
-    """Start an engine, run a wall on it, and yield its frames. In a worker that has a GPU."""
+    """Start an engine, run a wall on it, and yield its frames. Runs in a worker that has a GPU."""
     assert _model is not None
-    # No comparison is made, so that no bandwidth is needed.
+    # There is no comparison, so no bandwidth is measured.
     machine = Machine("ZeroGPU", float("inf"), {})
-    # No time to compile; and weights that were moved here would be moved again for the next wall.
+    # There is no time to compile. Weights that were fused here would have to be fused again for the next wall.
     serving = serve(_model, machine, compile=False, fuse_weights=False)
     wall = Wall(serving, prompts, settings, chats=chats, turns=turns, stagger=stagger)
     frames = Frames(wall, repeated=_REPEATED)

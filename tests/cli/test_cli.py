@@ -151,7 +151,7 @@ def test_a_taken_port_is_told_before_the_page_is_made(capsys: pytest.CaptureFixt
             page(["--port", str(port)])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert f"--port {port}: 127.0.0.1 cannot be listened on (Address already in use)" in error
+    assert f"--port {port}: the page cannot listen on 127.0.0.1 (Address already in use)" in error
     assert len(error.splitlines()) == 1
 
 

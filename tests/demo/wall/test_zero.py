@@ -85,4 +85,4 @@ def test_a_chat_says_what_it_needs(serving: Serving) -> None:
 
     (reply,) = asyncio.run(run())
     assert reply.failed
-    assert "a Space with a GPU of its own" in reply.text
+    assert "a Space with its own GPU" in reply.text
