@@ -127,7 +127,7 @@ class RequestGuard:
         if path.startswith(_JOINS):
             events = queue_of(scope["app"]).event_ids_to_events.values()
             if sum(_address_of_event(event) == address for event in events) >= MOST_EVENTS:
-                raise _Refusal(429, f"Your address already has {MOST_EVENTS} runs: let some of them end.")
+                raise _Refusal(429, f"{MOST_EVENTS} runs from your address are active already: let some of them end.")
             if not self._calls.take(address):
                 raise _Refusal(429, "Too many calls come from your address. Please try again in a moment.")
         return self._most_upload if path.startswith(f"{_PREFIX}/upload") else MOST_BODY

@@ -42,7 +42,7 @@ class Line:
             raise LineFullError(f"{self._waiting} others are waiting already. Please try again in a minute.")
         own = sum(ticket.owner == owner for ticket in self._tickets) if owner else 0
         if own >= self._running_each + self._waiting_each:
-            raise LineFullError(f"Your address already has {own} that run or wait. Please let one of them end.")
+            raise LineFullError(f"{own} from your address already run or wait. Please let one of them end.")
         ticket = Ticket(self, owner)
         self._tickets.append(ticket)
         self._start()

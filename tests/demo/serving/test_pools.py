@@ -16,7 +16,7 @@ def test_what_waits_is_bounded_and_a_thread_counts_until_it_returns() -> None:
     async def run() -> None:
         calls = [asyncio.create_task(pool.run(go_on.wait, 20)) for _ in range(2)]
         await asyncio.sleep(0.05)
-        with pytest.raises(BusyError, match="busy with the tests"):
+        with pytest.raises(BusyError, match="busy with other visitors' tests"):
             await pool.run(int)
         for call in calls:
             call.cancel()
