@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     *("errors", "core", "config", "kv_cache", "runtime", "token_stream", "text_stream", "handle"),
     *("scheduler", "devices", "sampling", "stopping", "host_decoding"),
-    *("attention", "recurrent", "linear", "inputs", "distributed"),
+    *("attention", "recurrent", "linear", "experts", "inputs", "distributed"),
     *("model.small", "model.foreign_kernels", "model.view", "model.compile", "model.forward"),
     *("runner", "checks", "engine", "manager", "registry", "drop_in", "dataset", "coverage", "__init__"),
     "bench",

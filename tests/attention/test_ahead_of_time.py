@@ -22,6 +22,7 @@ SAMPLING = {
     "draw_bounded_kernel",
     "mark_seen_kernel",
 }
+EXPERTS = {"group_kernel", "product_kernel", "combine_kernel"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,9 +36,11 @@ JOBS: dict[str, Job] = {
     "attention": ([80, 89, 90, 100], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
     # The oldest card; the one with the least shared memory.
     "skinny": ([80, 89], ["bfloat16"], ["skinny"]),
+    "experts": ([80, 89, 90, 100], ["bfloat16"], ["experts few"]),
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
     "pdl": ([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"]),
+    "experts pdl": ([90], ["bfloat16"], ["experts early"]),
     "pdl apart": ([90], ["float16"], ["decode apart pdl"]),
 }
 
@@ -80,6 +83,7 @@ def test_representative_kernels(compiled: dict[str, list[dict[str, object]]]) ->
 
 def test_kernels_of_other_modules(compiled: dict[str, list[dict[str, object]]]) -> None:
     check(compiled["skinny"], {"skinny_linear_kernel"})
+    check(compiled["experts"], EXPERTS)
     check(compiled["tables"], {"begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"})
 
 
@@ -94,6 +98,9 @@ def test_programmatic_dependent_launch(compiled: dict[str, list[dict[str, object
     # At its start, or beside prompts before it stores. Prompts are launched the ordinary way.
     waits = {"decode_kernel": 2, "prefill_kernel": 0, "skinny_linear_kernel": 1}
     assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in early)
+    experts = compiled["experts pdl"]
+    check(experts, EXPERTS | {"activate_kernel"})
+    assert all((kernel["waits"], kernel["lets"], kernel["waits first"]) == (1, 1, True) for kernel in experts)
     # Programs without work store, too, where another kernel combines.
     assert [kernel["waits"] for kernel in compiled["pdl apart"] if kernel["kernel"] == "decode_kernel"] == [3]
 
@@ -110,4 +117,4 @@ def test_every_kernel(capability: int) -> None:
     _, (compiled,) = run_jobs([([capability], ["float16", "bfloat16"], [])])
     attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
     others = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
-    check(compiled, attention | others | SAMPLING)
+    check(compiled, attention | others | SAMPLING | EXPERTS | {"activate_kernel"})

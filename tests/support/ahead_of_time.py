@@ -167,6 +167,41 @@ def skinny_early(dtype: torch.dtype) -> None:
             skinny.skinny_linear(x, torch.empty(n, 4096, dtype=dtype), None, counters, setting)
 
 
+def experts(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library: bool = True) -> None:
+    """Layers of experts as Qwen3-MoE, gpt-oss and Nemotron-H lay them out."""
+    from hf_async_batching.experts import triton_experts
+    from hf_async_batching.experts.layer import ExpertWeights, GateForm
+
+    gpt_oss = GateForm(interleaved=True, alpha=1.702, limit=7.0, shift=1.0)
+    for form, transposed, count, hidden, inner in (
+        (GateForm(), False, 128, 2048, 768),
+        (gpt_oss, True, 32, 2880, 2880),
+        (GateForm("relu2", gated=False), False, 128, 2688, 1856),
+    ):
+        outputs = inner * (1 + form.gated)
+        up, down = torch.empty(1, outputs, hidden, dtype=dtype), torch.empty(1, hidden, inner, dtype=dtype)
+        if transposed:
+            up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+        biases = [torch.empty(1, size, dtype=dtype) if transposed else None for size in (outputs, hidden)]
+        # Sizes are all that a launch depends on.
+        layer = ExpertWeights(up.expand(count, -1, -1), biases[0], down.expand(count, -1, -1), biases[1], transposed)
+        for rows in tokens:
+            x, index = torch.empty(rows, hidden, dtype=dtype), torch.zeros(rows, 4, dtype=torch.int64)
+            triton_experts.experts_by_kernel(x, index, torch.empty(rows, 4, dtype=dtype), layer, form)
+        if library:
+            x, index = torch.empty(300, hidden, dtype=dtype), torch.zeros(300, 4, dtype=torch.int64)
+            with mock.patch("torch.nn.functional.grouped_mm", lambda a, b, offs: a.new_empty(len(a), b.shape[2])):
+                triton_experts.experts_by_library(x, index, torch.empty(300, 4, dtype=dtype), layer, form)
+
+
+def experts_early(dtype: torch.dtype) -> None:
+    """As cards with programmatic dependent launch run it."""
+    from hf_async_batching.experts import triton_experts
+
+    with mock.patch.object(triton_experts, "supports_pdl", return_value=True):
+        experts(dtype, (1, 32))
+
+
 def tables(dtype: torch.dtype) -> None:
     from hf_async_batching.runner.row_tables import RowTables
 
@@ -219,6 +254,7 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"prefill {_name}"] = functools.partial(prefill, _shape)
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
 LAUNCHES["skinny"] = skinny
+LAUNCHES["experts"] = experts
 LAUNCHES["tables"] = tables
 LAUNCHES["largest"] = largest
 LAUNCHES["sampling"] = functools.partial(sampling, 151936)
@@ -229,6 +265,8 @@ EXTRA = {
     "decode apart pdl": functools.partial(decode, SHAPES["llama"], splits=3, fused=False, pdl=True),
     "prefill early": prefill_early,
     "skinny early": skinny_early,
+    "experts few": functools.partial(experts, tokens=(1, 32), library=False),
+    "experts early": experts_early,
 }
 
 

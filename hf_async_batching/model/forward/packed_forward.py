@@ -16,6 +16,7 @@ from hf_async_batching.attention import hf_interface as interface
 from hf_async_batching.attention.base import AttentionBackend, AttentionContext, DecodeContext
 from hf_async_batching.attention.hf_interface import PagedCall, attach_tags
 from hf_async_batching.errors import UnsupportedModelError
+from hf_async_batching.experts.hf_interface import use_kernels
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
@@ -27,6 +28,7 @@ from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refu
 from hf_async_batching.model.forward.state_mixers import Mixers
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable, set_attention
+from hf_async_batching.model.view.parallel_modules import parallel_modules
 from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
 from hf_async_batching.recurrent import step as recurrent
 from hf_async_batching.recurrent.calls import reads_back
@@ -100,6 +102,8 @@ class PackedForward:
     def _begin(self) -> None:
         """Start with a view that is uncompiled, unfused and not bound to pages."""
         set_attention(self.view, interface.NAME)
+        if not parallel_modules(self.view):  # those are the user's own modules
+            use_kernels(self.view)
         self._layer_at: dict[int, int] = {}
         self._compiled = False
         self.regions: list[Region] = []

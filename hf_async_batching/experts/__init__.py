@@ -1,0 +1,1 @@
+"""Mixtures of experts: the experts function that transformers calls, and its kernels."""

@@ -1,0 +1,62 @@
+"""What one layer of experts computes: its weights in the family's layout, and its activation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class GateForm(NamedTuple):
+    """What a layer of experts does between its two products.
+
+    Gated: `act(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`. Otherwise: `act(up)`.
+
+    Attributes:
+        activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
+        gated: Whether the first product computes gates, too.
+        interleaved: Whether gates and inputs take turns; otherwise all gates come first.
+        alpha: Factor within SiLU's sigmoid.
+        limit: The clamp; 0 for none.
+        shift: What is added to the input of a gate.
+    """
+
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
+    shift: float = 0.0
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of all experts of a layer, where the model keeps them.
+
+    Attributes:
+        up: [experts, outputs, hidden], with twice as many outputs if gated; transposed: [experts, hidden, outputs].
+        up_bias: [experts, outputs], or None.
+        down: [experts, hidden, intermediate]; transposed: [experts, intermediate, hidden].
+        down_bias: [experts, hidden], or None.
+        transposed: Whether the last dimension counts outputs.
+    """
+
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    transposed: bool
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.down.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        """Size of a token."""
+        return self.down.shape[2 if self.transposed else 1]
+
+    @property
+    def intermediate(self) -> int:
+        """Size of an expert."""
+        return self.down.shape[1 if self.transposed else 2]

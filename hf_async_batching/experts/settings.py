@@ -1,0 +1,85 @@
+"""Sizes of the kernels' blocks. No triton."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FEW_TOKENS = 256
+"""Up to this many tokens our kernel computes the products; beyond it the vendor's library does, where it can."""
+
+_LEAST_M, _MOST_M = 16, 64
+
+
+class ProductSetting(NamedTuple):
+    """Outputs and inner elements per block, warps, and loads in flight.
+
+    The first product of a gated layer computes `block_n` gates and as many inputs to them.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+class ExpertSetting(NamedTuple):
+    """Assignments in a block, and the settings of both products."""
+
+    block_m: int
+    up: ProductSetting
+    down: ProductSetting
+
+
+def block_m(assignments: int, experts: int) -> int:
+    """Assignments that one block holds: twice the mean of an expert, so that most weights are read once."""
+    mean = -(-2 * assignments // experts)
+    return min(max(_LEAST_M, 1 << (mean - 1).bit_length()), _MOST_M)
+
+
+def most_blocks(assignments: int, experts: int, size: int) -> int:
+    """Blocks of `size` assignments that any routing needs at most."""
+    return min(experts, assignments) + assignments // size
+
+
+def shared_memory(size: int, setting: ProductSetting, itemsize: int, *, gated: bool) -> int:
+    """Bytes of shared memory that the loads in flight take."""
+    return (setting.block_n * (1 + gated) + size) * setting.block_k * itemsize * setting.stages
+
+
+def default_setting(
+    assignments: int, experts: int, hidden: int, intermediate: int, itemsize: int, memory: int, *, gated: bool
+) -> ExpertSetting:
+    """The setting by rule.
+
+    Args:
+        assignments: Tokens times experts per token.
+        experts: Number of experts.
+        hidden: Size of a token.
+        intermediate: Size of an expert.
+        itemsize: Bytes of one weight.
+        memory: Shared memory that a program may take, in bytes.
+        gated: Whether the first product computes gates, too.
+    """
+    size = block_m(assignments, experts)
+    if itemsize > 2:  # no tensor cores: the operands pass through registers
+        up, down = ProductSetting(32 // (1 + gated), 32, 4, 3), ProductSetting(32, 32, 4, 3)
+    else:
+        wide = 128 if size > _LEAST_M else 64
+        up = ProductSetting(wide // (1 + gated), *_inner(hidden))
+        down = ProductSetting(wide, *_inner(intermediate))
+    return ExpertSetting(
+        size,
+        _fitting(size, up, itemsize, memory, gated=gated),
+        _fitting(size, down, itemsize, memory, gated=False),
+    )
+
+
+def _inner(size: int) -> tuple[int, int, int]:
+    """Inner elements per block, warps and loads in flight: 128 elements, or 64 where only these divide the size."""
+    return (64, 4, 7) if size % 128 and not size % 64 else (128, 4, 4)
+
+
+def _fitting(size: int, setting: ProductSetting, itemsize: int, memory: int, *, gated: bool) -> ProductSetting:
+    while setting.stages > 2 and shared_memory(size, setting, itemsize, gated=gated) > memory:
+        setting = setting._replace(stages=setting.stages - 1)
+    return setting

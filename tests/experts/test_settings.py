@@ -1,0 +1,38 @@
+"""Block sizes by rule fit the card, and the fixed grid holds every routing."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_async_batching.experts.settings import block_m, default_setting, most_blocks, shared_memory
+
+SHAPES = [(128, 2048, 768, 8), (32, 2880, 2880, 4), (64, 2048, 1408, 6), (8, 4096, 14336, 2), (512, 2048, 512, 10)]
+
+
+@pytest.mark.parametrize("memory", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("tokens", [1, 8, 32, 256, 2048])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("gated", [True, False])
+def test_settings_fit_the_card(memory: int, tokens: int, itemsize: int, gated: bool) -> None:
+    for experts, hidden, inner, choices in SHAPES:
+        setting = default_setting(tokens * choices, experts, hidden, inner, itemsize, memory, gated=gated)
+        assert shared_memory(setting.block_m, setting.up, itemsize, gated=gated) <= memory
+        assert shared_memory(setting.block_m, setting.down, itemsize, gated=False) <= memory
+        assert min(setting.up.stages, setting.down.stages) >= 2
+
+
+def test_a_block_holds_most_experts_tokens() -> None:
+    assert block_m(8, 128) == block_m(256, 128) == block_m(1, 1) == 16
+    assert block_m(2048, 128) == 32
+    assert block_m(1024, 32) == block_m(10**6, 8) == 64
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("experts", [1, 3, 128])
+@pytest.mark.parametrize("assignments", [1, 2, 17, 64, 300])
+def test_the_grid_holds_the_worst_routing(assignments: int, experts: int, size: int) -> None:
+    # As many experts as can be hit by one assignment; the rest is one expert's, one more than full blocks.
+    hit = min(assignments, experts)
+    for more in range(assignments - hit + 1):
+        counts = [1] * (hit - 1) + [1 + more]
+        assert sum(-(-count // size) for count in counts) <= most_blocks(assignments, experts, size)
