@@ -1,4 +1,4 @@
-// Sync and async side by side: the figures and the steps of each, and the difference. Returns what draws outcomes.
+// Shows figures and steps of sync and async side by side, and the difference. Returns a function that draws outcomes.
 hfab.compare = function (root) {
   const $ = selector => root.querySelector(selector);
   // name, key, digits, unit, whether more is better (null: it is neither)

@@ -15,7 +15,7 @@ hfab.bars = function (steps) {
     add(0, "settle", "read and hand on", settle);
     add(1, "copy", "inputs", h2d);
     if (end !== null && compute[0] > end) {
-      // Where even the planning of the step came late, there was nothing to do.
+      // If even the planning of the step came late, there was nothing to do.
       const waits = plan[0] - settled < hfab.PAUSE;
       const what = waits ? "the device waits for the host" : "nothing to do";
       bars.push({ lane: 2, kind: waits ? "idle" : "pause", name: waits ? "idle" : "no requests", number, what, a: end, b: compute[0] });
@@ -40,7 +40,7 @@ hfab.color = function (element, name) {
   return getComputedStyle(element).getPropertyValue(`--hfab-${name}`).trim();
 };
 
-// A canvas whose pixels are the screen's; returns its context, scaled to CSS pixels, or null while it is hidden.
+// Gives a canvas the screen's pixels; returns its context, scaled to CSS pixels, or null while it is hidden.
 hfab.fit = function (canvas) {
   const width = canvas.clientWidth, height = canvas.clientHeight, scale = window.devicePixelRatio || 1;
   if (!width || !height) return null;

@@ -1,10 +1,10 @@
-// The smallest round number that is not below a value: the end of an axis.
+// The end of an axis: the smallest round number that is not below a value.
 hfab.ceiling = function (value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return power * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find(factor => factor * power >= value);
 };
 
-// The parts of a history without a pause in which nothing was measured: no line may bridge one.
+// Splits a history at pauses without measurements, because no line may bridge a pause.
 hfab.stretches = function (history) {
   const parts = [];
   history.forEach((point, i) => {
@@ -14,7 +14,7 @@ hfab.stretches = function (history) {
   return parts;
 };
 
-// The engine's live panel: asks for the pulse a few times a second while the page is seen, and draws it.
+// The engine's live panel: asks for figures a few times a second while the page is visible, and draws them.
 hfab.panel = function (root, server) {
   const $ = selector => root.querySelector(selector);
   const cells = Object.fromEntries([...root.querySelectorAll("[data-f]")].map(cell => [cell.dataset.f, cell]));
@@ -23,8 +23,8 @@ hfab.panel = function (root, server) {
   const plot = $("[data-plot]");
   let history = [], now = 0, facts = "";
 
-  // Gradio mounts what stands above the panel late and in pieces, which would push the panel about before a visitor's
-  // eyes: it is seen once it has stood still for a while.
+  // Gradio mounts the parts above the panel late and in pieces, which would push the panel about. So the panel is shown
+  // only after it has stood still for a while.
   const begun = performance.now();
   let place = NaN, placed = begun;
   function settle() {
@@ -129,7 +129,7 @@ hfab.panel = function (root, server) {
     context.fillText("60 s ago", left, height - 3);
     context.textAlign = "right";
     context.fillText("now", right, height - 3);
-    // What is drawn, for readers of the screen and for tests.
+    // For screen readers and for tests.
     plot.dataset.scale = `${speed} tokens/s, ${batch} rows`;
   }
 

@@ -21,7 +21,7 @@ hfab.verdict = function (outcomes, state) {
   const clear = ratio => Math.abs(ratio - 1) >= hfab.NOISE;
   if (clear(over)) told.push(`${hfab.number(over, 1 + (over < 2))}× the speed of a padded batch.`);
   else told.push("No difference to a padded batch beyond the noise.");
-  if (!all[3].gpu) told.push("On a CPU streams overlap nothing, so sync and async are alike there: what is won is won by batching.");
+  if (!all[3].gpu) told.push("On a CPU nothing overlaps, so sync and async are alike: batching alone makes the difference.");
   else if (clear(between)) told.push(`Async is ${hfab.number(Math.abs(100 * (between - 1)), 0)} % ${between > 1 ? "faster" : "slower"} than sync.`);
   else told.push("No difference between sync and async beyond the noise.");
   if (state.same !== null && state.same !== undefined) told.push(`The same words in all four ways: ${state.same} of ${all[0].chats} answers.`);

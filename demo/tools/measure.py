@@ -10,8 +10,8 @@ with ``pip install --no-deps --no-index``; with ``--target``, into a folder call
 packages elsewhere by value, which pyarrow does not survive. With Gradio 6.31 these are: gradio, gradio-client,
 hf-gradio, fastapi, starlette, uvicorn, httpx, httpcore, certifi, python-multipart, orjson, safehttpx, groovy,
 semantic-version, tomlkit, brotli, pydub, pandas, python-dateutil, pytz, tzdata, pillow, opentelemetry-api; datasets,
-dill, multiprocess, xxhash, pyarrow; and of what transformers brings in other versions (httpx and typer, with anyio,
-h11, click, rich, jinja2, markupsafe, pydantic) whatever is missing there. Then, for one H100::
+dill, multiprocess, xxhash, pyarrow; and the packages that are missing there of those that transformers brings in
+other versions: httpx and typer, with anyio, h11, click, rich, jinja2, markupsafe, pydantic. Then, for one H100::
 
     python -m demo.tools.measure page --model random:qwen3-0.6b --chats 64 --tokens 512
     python -m demo.tools.measure overhead --model random:qwen3-0.6b --chats 64 --tokens 512
