@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_async_batching.experts import reference
+from hf_async_batching.experts import reference, triton_experts
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
-from hf_async_batching.experts.settings import ExpertSetting, ProductSetting, most_blocks
-from hf_async_batching.experts.triton_experts import experts_by_kernel, experts_by_library, group
+from hf_async_batching.experts.settings import FEW_TOKENS, ExpertSetting, ProductSetting, most_blocks
+from hf_async_batching.experts.triton_experts import experts, experts_by_kernel, experts_by_library, group
 from hf_async_batching.linear.rounding import worst_relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,6 +148,44 @@ def test_grouping(kind: str, tokens: int, choices: int, experts: int, size: int)
         used = [block for block in blocks.tolist() if block[0] >= 0]
         assert used == expected
         assert blocks.tolist()[: len(used)] == expected, "unused blocks are last"
+
+
+def test_a_single_row_with_any_stride() -> None:
+    layer = layer_of(SILU, False, False, experts=3, hidden=32, inner=32, dtype=torch.float32)
+    hidden = torch.randn(32, device=DEVICE).as_strided((1, 32), (1, 1))
+    index, weights = routing("all", 1, 2, 3), torch.rand(1, 2, device=DEVICE)
+    want = reference.experts(hidden, index, weights, layer, SILU)
+    assert_same(experts_by_kernel(hidden, index, weights, layer, SILU), want)
+
+
+def test_inputs_that_do_not_lie_in_order() -> None:
+    layer = layer_of(SILU, False, False, experts=3, hidden=32, inner=32, dtype=torch.float32)
+    hidden, index = torch.randn(32, 6, device=DEVICE).T, routing("all", 6, 2, 3).T.contiguous().T
+    weights = torch.rand(2, 6, device=DEVICE).T
+    want = reference.experts(hidden, index, weights, layer, SILU)
+    assert_same(experts(hidden, index, weights, layer, SILU), want)
+
+
+def test_many_tokens_go_to_the_library_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+
+    def watched(hidden: torch.Tensor, *_: object) -> torch.Tensor:
+        used.append(hidden.shape[0])
+        return hidden
+
+    monkeypatch.setattr(triton_experts, "experts_by_library", watched)
+    for dtype, inner, served in (
+        (torch.bfloat16, 32, True),
+        (torch.float32, 32, False),  # it would read sizes on the host
+        (torch.bfloat16, 36, False),  # rows that do not begin at multiples of 16 bytes
+    ):
+        layer = layer_of(SILU, False, False, experts=2, hidden=32, inner=inner, dtype=dtype)
+        for tokens in (FEW_TOKENS, FEW_TOKENS + 1):
+            index, weights = routing("all", tokens, 1, 2), torch.rand(tokens, 1, device=DEVICE)
+            out = experts(torch.zeros(tokens, 32, device=DEVICE).to(dtype), index, weights, layer, SILU)
+            assert out.shape == (tokens, 32)
+            assert used == ([tokens] if served and tokens > FEW_TOKENS else [])
+            used.clear()
 
 
 def test_no_token() -> None:
