@@ -89,7 +89,9 @@ def experts_forward(
         [tokens, hidden].
     """
     form = getattr(module, "_engine_form", None)
-    if form is None or hidden_states.dtype != module.down_proj.dtype or hidden_states.dim() != 2:
+    # Autocast casts in some functions of a family and not in others.
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    if form is None or autocast or hidden_states.dtype != module.down_proj.dtype or hidden_states.dim() != 2:
         return _family_function(module)(module, hidden_states, top_k_index, top_k_weights)
     layer = weights_of(module)
     if torch.compiler.is_dynamo_compiling():
@@ -159,7 +161,8 @@ def _agrees(module: Any, form: GateForm) -> bool:
     if kind not in _compared:
         choices = min(_choices(module), layer.experts)
         try:
-            _compared[kind] = all(_agree(module, form, tokens, choices) for tokens in _COMPARED_TOKENS)
+            with torch.autocast(layer.down.device.type, enabled=False):
+                _compared[kind] = all(_agree(module, form, tokens, choices) for tokens in _COMPARED_TOKENS)
         except Exception as error:
             logger.info("%s keeps its own experts: %s: %s", type(module).__name__, type(error).__name__, error)
             return False

@@ -27,7 +27,7 @@ from hf_async_batching.linear.skinny import shared_memory_limit
 
 _FEW_IDS, _MANY_IDS = 512, 2048
 _COMBINED = 256
-_ACTIVATED = 256
+_MOST_ACTIVATED = 1024
 
 
 class Grouping(NamedTuple):
@@ -144,13 +144,14 @@ def experts_by_library(
     product = functional.grouped_mm(hidden[grouping.order // choices], up, offs=grouping.ends)
     activated = hidden.new_empty((assignments, layer.intermediate))
     early, options = _early(hidden.device)
+    block = min(triton.next_power_of_2(layer.intermediate), _MOST_ACTIVATED)
     with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
-        activate_kernel[(assignments, triton.cdiv(layer.intermediate, _ACTIVATED))](
+        activate_kernel[(assignments, triton.cdiv(layer.intermediate, block))](
             product, product if layer.up_bias is None else layer.up_bias, activated, index, grouping.order,
             grouping.ends, layer.experts, layer.intermediate,
             0 if layer.up_bias is None else layer.up_bias.stride(0), form.alpha, form.limit, form.shift,
             GATED=form.gated, INTERLEAVED=form.interleaved, HAS_BIAS=layer.up_bias is not None,
-            ACTIVATION=form.activation, LIMITED=form.limit > 0, BLOCK=_ACTIVATED, EARLY=early, num_warps=2, **options,
+            ACTIVATION=form.activation, LIMITED=form.limit > 0, BLOCK=block, EARLY=early, num_warps=4, **options,
         )  # fmt: skip
     product = functional.grouped_mm(activated, down, offs=grouping.ends)
     out = torch.empty(index.shape[0], layer.hidden, dtype=hidden.dtype, device=hidden.device)

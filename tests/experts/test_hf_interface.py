@@ -172,6 +172,18 @@ def test_inputs_of_another_dtype_go_to_the_family(calls: list[int]) -> None:
     torch.testing.assert_close(got.float(), want, atol=1e-5, rtol=1e-5)
 
 
+def test_under_autocast_the_family_decides_what_is_cast(calls: list[int]) -> None:
+    view = view_of("Qwen3MoeForCausalLM")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert use_kernels(view) > 0
+        calls.clear()
+        module = experts_of(view)[0]
+        module(*inputs_of(module))
+        assert not calls
+    module(*inputs_of(module))
+    assert calls == [3]
+
+
 def test_outside_of_an_engine_the_name_says_so() -> None:
     model = tiny_model("Qwen3MoeForCausalLM")
     model.config._experts_implementation = NAME

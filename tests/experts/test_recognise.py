@@ -14,7 +14,7 @@ from hf_async_batching.experts import reference
 from hf_async_batching.experts.layer import GateForm
 from hf_async_batching.experts.recognise import dispatches, form_of, weights_of
 from hf_async_batching.linear.rounding import worst_relative_error
-from hf_async_batching.model.view.wide_tensor import widen_weights
+from hf_async_batching.model.view import wide_tensor
 
 GPT_OSS = GateForm(interleaved=True, alpha=1.702, limit=7.0, shift=1.0)
 FORMS = {
@@ -122,12 +122,16 @@ def test_weights_of_another_kind_are_not_known() -> None:
     ):
         module.down_proj = other
         assert form_of(module) is None
-    module.down_proj = nn.Parameter(torch.zeros(4, 1024, 512, dtype=torch.bfloat16))
-    widen_weights(module, torch.float32)
-    assert form_of(module) is None
-    module.down_proj = usual
     del module.down_proj
     module.register_buffer("down_proj", usual.detach())
+    assert form_of(module) is None
+
+
+def test_weights_that_show_another_dtype_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_tensor, "_SMALL", 0)
+    module = experts_of("Qwen3MoeForCausalLM").bfloat16()
+    assert form_of(module) is not None
+    wide_tensor.widen_weights(module, torch.float32)
     assert form_of(module) is None
 
 
