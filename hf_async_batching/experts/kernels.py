@@ -271,6 +271,62 @@ def combine_kernel(
 
 
 @triton.jit
+def single_kernel(
+    x,
+    weight,
+    bias,
+    ids,
+    weights,
+    out,
+    E,
+    H,
+    INNER,
+    weight_e,
+    weight_n,
+    weight_k,
+    bias_e,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program: BLOCK_N outputs of a single token, the second products of all its experts and their weighted sum.
+
+    Each expert has a column of the accumulator: activations of other experts are 0 while its weight is read.
+    """
+    strip = tl.program_id(0)
+    _begin(EARLY)
+    ns = strip * BLOCK_N + tl.arange(0, BLOCK_N)
+    ms = tl.arange(0, BLOCK_M)
+    steps = (INNER + BLOCK_K - 1) // BLOCK_K
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for i in range(0, K * steps):
+        k = i // steps
+        ks = (i - k * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        expert = tl.load(ids + k).to(tl.int64)
+        known = (expert >= 0) & (expert < E)
+        mine = (ms == tl.where(known, k, -1))[:, None]
+        weight_at = weight + tl.where(known, expert, 0) * weight_e + ns[:, None] * weight_n + ks[None, :] * weight_k
+        if EVEN_K and EVEN_N:
+            w = tl.load(weight_at, eviction_policy="evict_first")
+        else:
+            w = tl.load(weight_at, mask=(ns < H)[:, None] & (ks < INNER)[None, :], other=0.0)
+        a = tl.load(x + ms[:, None] * INNER + ks[None, :], mask=mine & (ks < INNER)[None, :], other=0.0)
+        total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
+    experts = tl.load(ids + ms, mask=ms < K, other=-1).to(tl.int64)
+    known = (experts >= 0) & (experts < E)
+    if HAS_BIAS:
+        at = bias + tl.where(known, experts, 0)[None, :] * bias_e + ns[:, None]
+        total += tl.load(at, mask=(ns < H)[:, None] & known[None, :], other=0.0).to(tl.float32)
+    scores = tl.where(known, tl.load(weights + ms, mask=ms < K, other=0.0).to(tl.float32), 0.0)
+    tl.store(out + ns, tl.sum(total * scores[None, :], 1).to(out.dtype.element_ty), mask=ns < H)
+
+
+@triton.jit
 def activate_kernel(
     product,
     bias,
