@@ -14,6 +14,19 @@ def _log1p(x):
     return tl.where(sum == 1.0, x, tl.log(sum) * (x / tl.where(sum == 1.0, 1.0, sum - 1.0)))
 
 
+@triton.jit
+def time_steps(time, dt, dt_bias, head, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Time steps of a head from the values in `dt`; every sum is rounded where torch rounds it."""
+    if HAS_BIAS:
+        time += tl.load(dt_bias + head).to(dt.dtype.element_ty).to(tl.float32)
+        time = time.to(dt.dtype.element_ty).to(tl.float32)
+    if SOFTPLUS:
+        # torch's softplus is the identity above 20, and rounds its result.
+        time = tl.where(time > 20.0, time, _log1p(tl.exp(tl.minimum(time, 20.0))))
+        time = time.to(dt.dtype.element_ty).to(tl.float32)
+    return time
+
+
 @triton.jit(
     do_not_specialize=["tiles", "num_decodes"],
     do_not_specialize_on_alignment=["rows", "positions", "tile_rows", "tile_queries", "tile_lengths"],
@@ -81,14 +94,7 @@ def mamba2_kernel(
         b = tl.load(B + token * B_token + group * B_group + place_in_state, mask=in_state, other=0.0)
         c = tl.load(C + token * C_token + group * C_group + place_in_state, mask=in_state, other=0.0)
         time = tl.load(dt + token * dt_token + head * dt_head).to(tl.float32)
-        if HAS_BIAS:
-            # Rounded where torch rounds.
-            time += tl.load(dt_bias + head).to(dt.dtype.element_ty).to(tl.float32)
-            time = time.to(dt.dtype.element_ty).to(tl.float32)
-        if SOFTPLUS:
-            # torch's softplus is the identity above 20, and rounds its result.
-            time = tl.where(time > 20.0, time, _log1p(tl.exp(tl.minimum(time, 20.0))))
-            time = time.to(dt.dtype.element_ty).to(tl.float32)
+        time = time_steps(time, dt, dt_bias, head, HAS_BIAS, SOFTPLUS)
         if not DECODES:
             bounded = tl.minimum(tl.maximum(time, least), most)
             time = tl.where(first < num_decodes, time, bounded)

@@ -9,7 +9,6 @@ import math
 import os
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,6 +21,8 @@ import triton.language as tl
 
 if not torch.cuda.is_available() and "Interpreted" not in type(tl.sum).__name__:
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set: set it in conftest", allow_module_level=True)
+
+from support.interpreter import widen_bfloat16_products
 
 from hf_async_batching.attention import triton_kernels as kernels
 from hf_async_batching.attention.triton_kernels import DecodeConfig
@@ -38,20 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 @pytest.fixture(autouse=True)
 def bfloat16_products_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as the integers of its bits, and its tl.dot multiplies those: widen them."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    def widen(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << np.uint32(16)
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    builder = interpreter.InterpreterBuilder
-    original = builder.create_dot
-    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: original(self, widen(a), widen(b), *rest))
+    if DEVICE == "cpu":
+        widen_bfloat16_products(monkeypatch)
 
 
 def queries(tokens: int, heads: int, size: int, dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:

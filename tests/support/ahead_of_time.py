@@ -251,6 +251,35 @@ def prefill_early(dtype: torch.dtype) -> None:
         prefill(SHAPES["llama"], dtype)
 
 
+def _prompt_and_decoding_rows() -> Any:
+    """A step of 2 rows that decode, and 2 tiles of 64 tokens of a prompt."""
+    from hf_async_batching.attention.base import MixedContext
+    from hf_async_batching.kv_cache.state_tables import StateTables
+    from hf_async_batching.recurrent.step import RecurrentStep
+
+    tokens, tiles = torch.zeros(130, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    context = MixedContext(tokens, tokens, tokens, tiles, tiles, tiles, tiles, tiles[:2])
+    return RecurrentStep(context, StateTables(2, torch.device("cpu")), {})
+
+
+def delta_rule(key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    from hf_async_batching.recurrent.triton_delta_rule import row_delta_rule
+
+    mixed = torch.empty(1, 130, 2, 2 * key_dim + 2 * value_dim, dtype=dtype)
+    query, key, value = mixed.split([key_dim, key_dim, 2 * value_dim], dim=-1)
+    value, g = value.reshape(1, 130, 4, value_dim), torch.empty(1, 130, 4)
+    row_delta_rule(_prompt_and_decoding_rows(), "scan", query, key, value, g, g.to(dtype), normalize=True)
+
+
+def mamba2(dim: int, size: int, dtype: torch.dtype) -> None:
+    from hf_async_batching.recurrent.triton_mamba2 import row_mamba2_scan
+
+    hidden, dt = torch.empty(1, 130, 4, dim, dtype=dtype), torch.empty(1, 130, 4, dtype=dtype)
+    B, A = torch.empty(1, 130, 2, size, dtype=dtype), torch.empty(4)
+    step, limit = _prompt_and_decoding_rows(), (0.0, float("inf"))
+    row_mamba2_scan(step, "scan", hidden, dt, A, B, B, D=A, dt_bias=A, softplus=True, limit=limit)
+
+
 # Everything is compiled from what these launch. `decode llama` is the launch of `decode` at the shape `llama`.
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {}
 for _name, _shape in SHAPES.items():
@@ -265,6 +294,10 @@ LAUNCHES["tables"] = tables
 LAUNCHES["largest"] = largest
 LAUNCHES["sampling"] = functools.partial(sampling, 151936)
 LAUNCHES["sampling odd"] = functools.partial(sampling, 50257)
+LAUNCHES["delta rule"] = functools.partial(delta_rule, 128, 128)
+LAUNCHES["delta rule wide"] = functools.partial(delta_rule, 256, 256)
+LAUNCHES["mamba2"] = functools.partial(mamba2, 64, 128)
+LAUNCHES["mamba2 wide"] = functools.partial(mamba2, 128, 256)
 # Not for cards before compute capability 9, and so named when asked for only.
 EXTRA = {
     "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),

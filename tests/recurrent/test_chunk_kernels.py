@@ -1,0 +1,343 @@
+"""Prompts in chunks, as Triton kernels: against the recurrence token by token in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from recurrent.step_cases import Case, context_of, step_of
+from torch.nn import functional
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+from hf_async_batching.attention.base import AttentionContext
+from hf_async_batching.recurrent import reference
+from hf_async_batching.recurrent.step import RecurrentStep
+
+pytest.importorskip("triton")
+
+from support.interpreter import round_to_bfloat16, widen_bfloat16_products
+
+from hf_async_batching.recurrent import triton_delta_rule, triton_mamba2
+from hf_async_batching.recurrent.triton_tiles import in_chunks
+
+Tensors = dict[str, torch.Tensor]
+Run = Callable[[RecurrentStep, Tensors], torch.Tensor]
+
+ROWS = 16
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 200)
+RAGGED = Case([(12, 7), (0, 0), (14, 0)], [(row, length, 0) for row, length in enumerate(LENGTHS, 1)], 5)
+CONTINUED = RAGGED._replace(pieces=[(row, length, 9) for row, length in enumerate(LENGTHS, 1)])
+LONG = Case([], [(3, 150, 0), (1, 70, 4)])
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    widen_bfloat16_products(monkeypatch)
+    round_to_bfloat16(monkeypatch)
+
+
+class Layer(NamedTuple):
+    """A layer with states.
+
+    Attributes:
+        module: The module of its kernels.
+        state: Shape of a row's state.
+        tokens: Makes the inputs of a number of tokens.
+        ours: Computes a step by kernels.
+        family: Computes a step by the family's function.
+        exact: State after a token in float64, and its result.
+    """
+
+    module: Any
+    state: tuple[int, ...]
+    tokens: Callable[[int], Tensors]
+    ours: Run
+    family: Run
+    exact: Callable[[torch.Tensor, Tensors, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def delta_rule(heads: int = 4, key_heads: int = 2, key_dim: int = 32, dim: int = 40, alike: float = 0.0) -> Layer:
+    def tokens(count: int) -> Tensors:
+        # As layers pass them: queries, keys and values lie next to each other.
+        mixed = torch.randn(1, count, 2 * key_heads * key_dim + heads * dim)
+        mixed[..., : 2 * key_heads * key_dim] += alike * torch.randn(2 * key_heads * key_dim)
+        q, k, v = mixed.bfloat16().split([key_heads * key_dim, key_heads * key_dim, heads * dim], -1)
+        q, k = (one.reshape(1, count, key_heads, key_dim) for one in (q, k))
+        g, beta = -torch.rand(1, count, heads) / 4, torch.rand(1, count, heads).bfloat16()
+        return {"query": q, "key": k, "value": v.reshape(1, count, heads, dim), "g": g, "beta": beta}
+
+    def exact(state: torch.Tensor, given: Tensors, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, g, beta = (given[name][0, token].double() for name in ("query", "key", "value", "g", "beta"))
+        q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + 1e-6) for one in (q, k))
+        q, k = (one.repeat_interleave(heads // key_heads, 0)[..., None] for one in (q * key_dim**-0.5, k))
+        state = state * g.exp()[:, None, None]
+        state = state + k * ((v - (state * k).sum(1)) * beta[:, None])[:, None]
+        return state, (state * q).sum(1)
+
+    def family(step: RecurrentStep, given: Tensors) -> torch.Tensor:
+        q, k, v, g, beta = given.values()
+        chunk = qwen.torch_chunk_gated_delta_rule
+        return reference.delta_rule(step, "scan", chunk, q, k, v, g, beta, normalize=True)
+
+    def ours(step: RecurrentStep, given: Tensors) -> torch.Tensor:
+        return triton_delta_rule.row_delta_rule(step, "scan", **given, normalize=True)
+
+    return Layer(triton_delta_rule, (heads, key_dim, dim), tokens, ours, family, exact)
+
+
+def mamba2_scan(heads: int = 4, groups: int = 2, dim: int = 40, size: int = 32, *, full: bool = True) -> Layer:
+    A = -torch.rand(heads)
+    D, bias = (torch.randn(heads), torch.randn(heads)) if full else (None, None)
+    options: Any = {"D": D, "dt_bias": bias, "softplus": full}
+    least, most = 0.01, 2.0
+
+    def tokens(count: int) -> Tensors:
+        dt = torch.randn(1, count, 2 * heads)[..., :heads]
+        B, C = (torch.randn(1, count, groups, size).bfloat16() for _ in range(2))
+        return {
+            "hidden": torch.randn(1, count, heads, dim).bfloat16(),
+            "dt": (dt * 3 if full else dt.abs() * 0.3).bfloat16(),
+            "B": B,
+            "C": C,
+        }
+
+    def exact(state: torch.Tensor, given: Tensors, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, b, c = (given[name][0, token].double() for name in ("hidden", "B", "C"))
+        b, c = (one.repeat_interleave(heads // groups, 0)[:, None] for one in (b, c))
+        time = given["dt"][0, token]
+        if bias is not None:
+            time = functional.softplus(time + bias.bfloat16())
+        time = time.clamp(least, most).double()
+        state = state * (time * A.double()).exp()[:, None, None] + (time[:, None] * x)[..., None] * b
+        result = (state * c).sum(-1)
+        return state, result if D is None else result + D.double()[:, None] * x
+
+    def family(step: RecurrentStep, given: Tensors) -> torch.Tensor:
+        x, dt, B, C = given.values()
+        return reference.mamba2_scan(
+            step, "scan", mamba2.mamba2_chunk_scan, x, dt, A, B, C, chunk_size=64, dt_limit=(least, most), **options
+        )
+
+    def ours(step: RecurrentStep, given: Tensors) -> torch.Tensor:
+        return triton_mamba2.row_mamba2_scan(step, "scan", **given, A=A, limit=(least, most), **options)
+
+    return Layer(triton_mamba2, (heads, dim, size), tokens, ours, family, exact)
+
+
+LAYERS: dict[str, Callable[[], Layer]] = {
+    "delta rule": delta_rule,
+    "delta rule, keys alike": functools.partial(delta_rule, alike=3.0),
+    "narrow delta rule": functools.partial(delta_rule, 2, 2, 6, 10),
+    "mamba2": mamba2_scan,
+    "narrow mamba2": functools.partial(mamba2_scan, 2, 1, 10, 6, full=False),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+each_kind = pytest.mark.parametrize("name", ["delta rule", "mamba2"])
+
+
+def exact(layer: Layer, context: AttentionContext, given: Tensors, states: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Results of all tokens and states after the step, in float64; the padding row's mean nothing."""
+    states, results = states.double(), []
+    for token, (row, position) in enumerate(zip(context.rows.tolist(), context.positions.tolist(), strict=True)):
+        before = states[row] if position else torch.zeros_like(states[row])
+        states[row], result = layer.exact(before, given, token)
+        results.append(result)
+    return torch.stack(results), states
+
+
+def run(layer: Layer, case: Case, given: Tensors, states: torch.Tensor, by: str = "ours") -> Any:
+    """Results [tokens, ...] and states of a step, in the tiles that engines plan."""
+    step = step_of(context_of(case, 128), {"scan": states})
+    out = getattr(layer, by)(step, given)
+    return out[0], step.tables.table("scan", layer.state, torch.float32)
+
+
+def made(name: str, case: Case) -> tuple[Layer, Tensors, torch.Tensor]:
+    torch.manual_seed(sum(map(ord, name)))
+    layer = LAYERS[name]()
+    return layer, layer.tokens(context_of(case).rows.shape[0]), torch.randn(ROWS, *layer.state)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def use(monkeypatch: pytest.MonkeyPatch, layer: Layer, **changes: int) -> None:
+    monkeypatch.setattr(layer.module, "_CHUNKS", layer.module._CHUNKS._replace(**changes))
+
+
+def check(layer: Layer, case: Case, given: Tensors, states: torch.Tensor) -> None:
+    """The errors are those of rounding results to bfloat16, which transformers' function has too."""
+    context = context_of(case)
+    mine = context.rows > 0
+    want, want_states = exact(layer, context, given, states)
+    got, got_states = run(layer, case, given, states)
+    usual, _ = run(layer, case, given, states, "family")
+    assert got.isfinite().all()
+    assert error(got[mine], want[mine]) < 1.02 * error(usual[mine], want[mine]) + 1e-5
+    for row in range(1, ROWS):  # row by row, lest a large state hide a small one
+        assert error(got_states[row], want_states[row]) < 5e-5
+
+
+@each_layer
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+@pytest.mark.parametrize("case", [RAGGED, CONTINUED], ids=["from nothing", "from a state"])
+def test_ragged_pieces(name: str, chunk: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, given, states = made(name, case)
+    use(monkeypatch, layer, chunk=chunk)
+    check(layer, case, given, states)
+
+
+@each_kind
+@pytest.mark.parametrize("columns", [16, 64])
+def test_columns_of_a_program(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, given, states = made(name, LONG)
+    use(monkeypatch, layer, columns=columns)
+    check(layer, LONG, given, states)
+
+
+@pytest.mark.parametrize("tile", [20, 128, 1 << 30])
+@each_kind
+def test_any_size_of_tiles(name: str, tile: int) -> None:
+    layer, given, states = made(name, LONG)
+    usual = run(layer, LONG, given, states)
+    step = step_of(context_of(LONG, tile), {"scan": states})
+    assert torch.equal(layer.ours(step, given)[0], usual[0])
+    assert torch.equal(step.tables.table("scan", layer.state, torch.float32)[1:], usual[1][1:])
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("values", [(-20.0,), (-0.0,), (-20.0, 0.0, -1e-3, -1e4), (-0.01, -torch.inf)])
+def test_strong_decays(values: tuple[float, ...], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, given, states = made("delta rule", LONG)
+    use(monkeypatch, layer, chunk=chunk)
+    given["g"] = torch.tensor(values)[torch.randint(len(values), given["g"].shape)]
+    context = context_of(LONG)
+    want, want_states = exact(layer, context, given, states)
+    got, got_states = run(layer, LONG, given, states)
+    assert error(got, want) < 2e-3
+    assert error(got_states[[1, 3]], want_states[[1, 3]]) < 1e-4
+
+
+def test_strong_decays_of_mamba2() -> None:
+    layer, given, states = made("mamba2", LONG)
+    given["dt"] = torch.where(torch.rand(given["dt"].shape) < 0.5, 1e4, -1e4).bfloat16()
+    check(layer, LONG, given, states)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_rates_of_updates(beta: float) -> None:
+    layer, given, states = made("delta rule", LONG)
+    given["beta"] = torch.full_like(given["beta"], beta)
+    if beta == 2.0:  # reflects a state that never decays
+        given["g"] = torch.zeros_like(given["g"])
+    check(layer, LONG, given, states)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+def test_the_same_key_again_and_again(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inverse is made without powers of its matrix: these grow to 10**17 here, and would leave no digit."""
+    layer, given, states = made("delta rule", LONG)
+    use(monkeypatch, layer, chunk=chunk)
+    given["key"] = given["key"][:, :1].expand(given["key"].shape)
+    given["g"], given["beta"] = torch.zeros_like(given["g"]), torch.ones_like(given["beta"])
+    check(layer, LONG, given, states)
+
+
+@each_kind
+def test_a_piece_in_company(name: str) -> None:
+    layer, given, states = made(name, CONTINUED)
+    got, got_states = run(layer, CONTINUED, given, states)
+    first = 3 + sum(LENGTHS[:5])
+    alone = {key: one[:, first : first + LENGTHS[5]] for key, one in given.items()}
+    out, out_states = run(layer, Case([], [(6, LENGTHS[5], 9)]), alone, states)
+    assert torch.equal(got[first : first + LENGTHS[5]], out)
+    assert torch.equal(got_states[6], out_states[6])
+    for row in {*range(1, ROWS)} - {6}:
+        assert torch.equal(out_states[row], states[row])
+
+
+@each_kind
+def test_rows_that_decode_beside_prompts_are_computed_as_without_them(name: str) -> None:
+    layer, given, states = made(name, CONTINUED)
+    got, got_states = run(layer, CONTINUED, given, states)
+    out, out_states = run(layer, Case(CONTINUED.decodes), {key: one[:, :3] for key, one in given.items()}, states)
+    assert torch.equal(got[[0, 2]], out[[0, 2]])
+    assert torch.equal(got_states[[12, 14]], out_states[[12, 14]])
+
+
+@each_kind
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_prompt_harms_no_other(name: str, value: float) -> None:
+    layer, given, states = made(name, RAGGED)
+    usual, usual_states = run(layer, RAGGED, given, states)
+    first = 3 + sum(LENGTHS[:5])  # between other prompts, in a tile and a chunk of its own
+    for one in given.values():
+        one[:, first : first + LENGTHS[5]] = value
+    got, got_states = run(layer, RAGGED, given, states)
+    assert not got[first].isfinite().all()
+    assert torch.equal(got[:first], usual[:first])
+    assert torch.equal(got[first + LENGTHS[5] :], usual[first + LENGTHS[5] :])
+    others = [row for row in range(1, ROWS) if row != 6]
+    assert torch.equal(got_states[others], usual_states[others])
+
+
+@each_kind
+def test_a_row_that_begins_reads_nothing(name: str) -> None:
+    layer, given, states = made(name, RAGGED)
+    usual = run(layer, RAGGED, given, states)
+    states[1 : len(LENGTHS) + 1] = torch.nan
+    got = run(layer, RAGGED, given, states)
+    assert torch.equal(got[0], usual[0])
+    assert torch.equal(got[1][1:], usual[1][1:])
+
+
+@each_kind
+def test_frozen_states(name: str) -> None:
+    layer, given, states = made(name, CONTINUED)
+    step = step_of(context_of(CONTINUED, 128), {"scan": states})
+    step.frozen = True
+    assert torch.equal(layer.ours(step, given)[0], run(layer, CONTINUED, given, states)[0])
+    assert torch.equal(step.tables.table("scan", layer.state, torch.float32), states)
+
+
+@each_kind
+def test_a_sequence_in_pieces(name: str) -> None:
+    layer, given, states = made(name, Case([], [(2, 150, 0)]))
+    whole, after = run(layer, Case([], [(2, 150, 0)]), given, states)
+    outs, done = [], 0
+    for length in (70, 1, 33, 46):
+        part = {key: one[:, done : done + length] for key, one in given.items()}
+        case = Case([(2, done)]) if length == 1 else Case([], [(2, length, done)])
+        if name == "mamba2" and length == 1:  # transformers bounds no time step of a token that decodes
+            case = Case([], [(2, 1, done)])
+        out, states = run(layer, case, part, states)
+        outs.append(out)
+        done += length
+    assert error(torch.cat(outs), whole.double()) < 3e-3
+    assert error(states[2], after[2].double()) < 1e-4
+
+
+def test_what_is_computed_in_chunks() -> None:
+    mixed, decode = context_of(LONG), context_of(Case([(1, 3)]))
+    half = torch.zeros(2, dtype=torch.bfloat16)
+    assert in_chunks(mixed, half, half)
+    assert not in_chunks(decode, half)
+    assert not in_chunks(mixed, half, half.float())
+    assert not in_chunks(mixed, half.half())
+
+
+@each_kind
+def test_prompts_in_float32_stay_exact(name: str) -> None:
+    layer, given, states = made(name, LONG)
+    given = {key: one.float() for key, one in given.items()}
+    want, _ = exact(layer, context_of(LONG), given, states)
+    if name == "delta rule":
+        assert error(run(layer, LONG, given, states)[0], want) < 1e-6
+    else:
+        usual = run(layer, LONG, given, states, "family")[0]
+        assert error(run(layer, LONG, given, states)[0], usual.double()) < 2e-6
