@@ -155,6 +155,7 @@ def delta_rule_chunks_kernel(
     key_head,
     value_token,
     value_head,
+    row_stride,
     heads,
     key_group,
     query_group,
@@ -176,7 +177,7 @@ def delta_rule_chunks_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_key, in_value = channel < key_dim, column < value_dim
     kept = column < tl.where(length > 0, value_dim, 0)
-    place = (row.to(tl.int64) * heads + head) * key_dim * value_dim + channel[:, None] * value_dim + column[None, :]
+    place = row.to(tl.int64) * row_stride + head * key_dim * value_dim + channel[:, None] * value_dim + column[None, :]
     known = column < tl.where((tl.load(positions + first) > 0) & (length > 0), value_dim, 0)
     state = tl.load(table + place, mask=in_key[:, None] & known[None, :], other=0.0)
     queries = query + head // query_group * query_head + channel[None, :]

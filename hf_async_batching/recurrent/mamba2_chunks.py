@@ -46,6 +46,7 @@ def mamba2_chunks_kernel(
     B_group,
     C_token,
     C_group,
+    row_stride,
     heads,
     heads_of_group,
     dim,
@@ -70,7 +71,7 @@ def mamba2_chunks_kernel(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     in_head, in_state = channel < dim, place_in_state < size
     kept = channel < tl.where(length > 0, dim, 0)
-    place = (row.to(tl.int64) * heads + head) * dim * size + channel[None, :] * size + place_in_state[:, None]
+    place = row.to(tl.int64) * row_stride + head * dim * size + channel[None, :] * size + place_in_state[:, None]
     known = channel < tl.where((tl.load(positions + first) > 0) & (length > 0), dim, 0)
     state = tl.load(table + place, mask=in_state[:, None] & known[None, :], other=0.0)
     rate = tl.load(A + head).to(tl.float32)
