@@ -7,10 +7,10 @@ python -m benchmarks.state_speed --rows= --prompts 512,2048 --layers delta --swe
 python -m benchmarks.state_speed --prompts 65,2048 --errors           # of chunks, against token by token
 
 Prompts are measured in chunks (`_CHUNKS`) and token by token (`_PROMPT`). The shapes are one layer of Qwen3.5-9B
-(gated delta rule), Nemotron-H-8B and Falcon-H1-7B (Mamba-2), with float32 states. Other states lie between the rows' states
-of this layer, as in an engine: `--beside` MiB per row, or 0. `--sweep` tries other settings: columns and warps of a
-program; chunk, columns, warps and stages for prompts in chunks. Bytes are those of the rows' states, read and written
-once.
+(gated delta rule), Nemotron-H-8B and Falcon-H1-7B (Mamba-2), with float32 states. Other states lie between the rows'
+states of this layer, as in an engine: `--beside` MiB per row, or 0. `--sweep` tries other settings: columns and warps
+of a program; chunk, columns, warps and stages for prompts in chunks. Bytes are those of the rows' states, read and
+written once.
 """
 
 from __future__ import annotations

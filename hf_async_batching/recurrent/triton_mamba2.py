@@ -45,7 +45,7 @@ class _Inputs(NamedTuple):
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The arguments of kernels up to the table; `A` fills the places of those that are absent."""
-        return tuple(self.A if one is None else one for one in self[:9])  # type: ignore[misc]
+        return tuple(self.A if one is None else one for one in self[:9])
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -23,6 +23,13 @@ SAMPLING = {
     "mark_seen_kernel",
 }
 EXPERTS = {"group_kernel", "product_kernel", "single_kernel", "combine_kernel"}
+RECURRENT = {
+    "delta_rule_kernel",
+    "chunk_matrices_kernel",
+    "delta_rule_chunks_kernel",
+    "mamba2_kernel",
+    "mamba2_chunks_kernel",
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,6 +46,7 @@ JOBS: dict[str, Job] = {
     "experts": ([80, 89, 90, 100], ["bfloat16"], ["experts few"]),
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
+    "recurrent": ([89, 90], ["bfloat16"], ["delta rule wide", "mamba2 wide"]),
     "pdl": ([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"]),
     "experts pdl": ([90], ["bfloat16"], ["experts early"]),
     "pdl apart": ([90], ["float16"], ["decode apart pdl"]),
@@ -91,6 +99,11 @@ def test_sampling_kernels(compiled: dict[str, list[dict[str, object]]]) -> None:
     check(compiled["sampling"], SAMPLING)
 
 
+def test_kernels_of_layers_with_states(compiled: dict[str, list[dict[str, object]]]) -> None:
+    assert len(compiled["recurrent"]) == 10
+    check(compiled["recurrent"], RECURRENT)
+
+
 def test_programmatic_dependent_launch(compiled: dict[str, list[dict[str, object]]]) -> None:
     early = compiled["pdl"]
     check(early, {"decode_kernel", "prefill_kernel", "skinny_linear_kernel"})
@@ -117,4 +130,4 @@ def test_every_kernel(capability: int) -> None:
     _, (compiled,) = run_jobs([([capability], ["float16", "bfloat16"], [])])
     attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
     others = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
-    check(compiled, attention | others | SAMPLING | EXPERTS | {"activate_kernel"})
+    check(compiled, attention | others | SAMPLING | EXPERTS | RECURRENT | {"activate_kernel"})
