@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from hf_async_batching.attention.base import DecodeContext, MixedContext
@@ -59,26 +61,28 @@ def _convolutions(steps: list[RecurrentStep], device: torch.device) -> None:
 def _delta_rules(steps: list[RecurrentStep], device: torch.device) -> None:
     from hf_async_batching.recurrent.triton_delta_rule import row_delta_rule
 
-    for per_channel in (False, True):
+    # Prompts go in chunks, and token by token.
+    for per_channel, dtype in ((False, torch.bfloat16), (False, torch.float32), (True, torch.bfloat16)):
         for step in steps:
             tokens, heads = _tokens(step), 2 if per_channel else 4
-            query, key = (_random(1, tokens, 2, 100, device=device).bfloat16() for _ in range(2))
-            value = _random(1, tokens, heads, 72, device=device).bfloat16()
+            query, key = (_random(1, tokens, 2, 100, device=device).to(dtype) for _ in range(2))
+            value = _random(1, tokens, heads, 72, device=device).to(dtype)
             g = -_random(1, tokens, heads, *([100] if per_channel else []), device=device).abs()
             beta = _random(1, tokens, heads, device=device).sigmoid().bfloat16()
-            _check_finite(row_delta_rule(step, ("delta", per_channel), query, key, value, g, beta, normalize=True))
+            name = ("delta", per_channel)
+            _check_finite(row_delta_rule(step, name, query, key, value, g, beta, normalize=True))
 
 
 def _mamba2_scans(steps: list[RecurrentStep], device: torch.device) -> None:
     from hf_async_batching.recurrent.triton_mamba2 import row_mamba2_scan
 
-    for step in steps:
+    for step, dtype in itertools.product(steps, (torch.bfloat16, torch.float32)):
         tokens = _tokens(step)
-        hidden, dt = _random(1, tokens, 4, 40, device=device).bfloat16(), _random(1, tokens, 4, device=device)
-        B, C = (_random(1, tokens, 2, 100, device=device).bfloat16() for _ in range(2))
+        hidden, dt = _random(1, tokens, 4, 40, device=device).to(dtype), _random(1, tokens, 4, device=device)
+        B, C = (_random(1, tokens, 2, 100, device=device).to(dtype) for _ in range(2))
         A, D, bias = -_random(4, device=device).abs(), _random(4, device=device), _random(4, device=device)
         out = row_mamba2_scan(
-            step, "scan", hidden, dt.bfloat16(), A, B, C, D=D, dt_bias=bias, softplus=True, limit=(0.0, 10.0)
+            step, "scan", hidden, dt.to(dtype), A, B, C, D=D, dt_bias=bias, softplus=True, limit=(0.0, 10.0)
         )
         _check_finite(out)
 

@@ -178,7 +178,8 @@ def delta_rule_chunks_kernel(
     in_key, in_value = channel < key_dim, column < value_dim
     kept = column < tl.where(length > 0, value_dim, 0)
     place = row.to(tl.int64) * row_stride + head * key_dim * value_dim + channel[:, None] * value_dim + column[None, :]
-    known = column < tl.where((tl.load(positions + first) > 0) & (length > 0), value_dim, 0)
+    position = tl.load(positions + first, mask=length > 0, other=0)
+    known = column < tl.where(position > 0, value_dim, 0)
     state = tl.load(table + place, mask=in_key[:, None] & known[None, :], other=0.0)
     queries = query + head // query_group * query_head + channel[None, :]
     keys = key + head // key_group * key_head + channel[None, :]

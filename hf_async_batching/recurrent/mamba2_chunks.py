@@ -72,7 +72,8 @@ def mamba2_chunks_kernel(
     in_head, in_state = channel < dim, place_in_state < size
     kept = channel < tl.where(length > 0, dim, 0)
     place = row.to(tl.int64) * row_stride + head * dim * size + channel[None, :] * size + place_in_state[:, None]
-    known = channel < tl.where((tl.load(positions + first) > 0) & (length > 0), dim, 0)
+    position = tl.load(positions + first, mask=length > 0, other=0)
+    known = channel < tl.where(position > 0, dim, 0)
     state = tl.load(table + place, mask=in_state[:, None] & known[None, :], other=0.0)
     rate = tl.load(A + head).to(tl.float32)
     for start in tl.range(0, length, CHUNK, num_stages=STAGES):

@@ -111,6 +111,8 @@ def _by_chunk(context: AttentionContext, given: _Inputs, normalize: bool, keep: 
     width = max(16, triton.next_power_of_2(key_dim))
     tile_rows, tile_queries, tile_lengths, tiles, covering = tiles_of(context)
     chunk, columns, warps, stages = _CHUNKS
+    if width > 128:  # what larger chunks of such keys need exceeds the shared memory of some cards
+        chunk = min(chunk, 32)
     parts = max(1, PREFILL_TILE // chunk)
     columns = max(16, min(columns * 128 // max(width, 128), triton.next_power_of_2(value_dim)))
     matrices = torch.empty(tokens, heads, 4, chunk, dtype=torch.bfloat16, device=key.device)

@@ -48,10 +48,11 @@ def in_chunks(context: AttentionContext, *inputs: torch.Tensor) -> bool:
     Products of float32 on tensor cores would round them, so prompts in float32 are computed token by token.
     """
     return isinstance(context, MixedContext) and all(
-        one.dtype is torch.bfloat16 and _multiplies_bfloat16(one.device) for one in inputs
+        one.dtype is torch.bfloat16 and multiplies_bfloat16(one.device) for one in inputs
     )
 
 
 @functools.cache
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has tensor cores for bfloat16."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 from support.interpreter import round_to_bfloat16, widen_bfloat16_products
 
-from hf_async_batching.recurrent import triton_delta_rule, triton_mamba2
+from hf_async_batching.recurrent import triton_delta_rule, triton_mamba2, triton_tiles
 from hf_async_batching.recurrent.triton_tiles import in_chunks
 
 Tensors = dict[str, torch.Tensor]
@@ -339,6 +339,22 @@ def test_what_is_computed_in_chunks() -> None:
     assert not in_chunks(decode, half)
     assert not in_chunks(mixed, half, half.float())
     assert not in_chunks(mixed, half.half())
+
+
+def test_cards_without_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        triton_tiles.multiplies_bfloat16.cache_clear()
+        assert triton_tiles.multiplies_bfloat16(torch.device("cuda", 0)) is has
+    triton_tiles.multiplies_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_wide_keys(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    case, layer = Case([], [(3, 70, 5)]), delta_rule(1, 1, 160, 20)
+    use(monkeypatch, layer, chunk=chunk)
+    check(layer, case, layer.tokens(70), torch.randn(ROWS, *layer.state))
 
 
 @each_kind
