@@ -12,6 +12,8 @@ from hf_async_batching.core.plan import StateCopy
 
 _ALIGNMENT = 64
 """Bytes; kernels read whole vectors of the smallest dtype from places that are aligned so."""
+_WORD = torch.int64
+"""What a copy moves at once; every other dtype is read through a view."""
 
 
 class StateShape(NamedTuple):
@@ -32,8 +34,8 @@ class StateTables:
     Without `shapes`, a table is made when it is first asked for. A row that starts at position 0 starts from
     zeros, so that a table needs no clearing between two requests.
 
-    With `shapes`, all states of a row are together in memory, so that a row is copied at once. Places for snapshots
-    (see `state_snapshots`) follow the rows.
+    With `shapes`, states of one shape are in one buffer, one table behind the other: a row is copied by one launch for
+    each shape. Places for snapshots (see `state_snapshots`) follow each table's rows.
 
     Args:
         num_rows: Rows of each table, the padding row included.
@@ -59,22 +61,25 @@ class StateTables:
         self.num_snapshots = num_snapshots
         self._device = device
         self._tables: dict[Hashable, torch.Tensor] = {}
-        self._memory: torch.Tensor | None = None
+        self._buffers: list[torch.Tensor] | None = None
         if shapes is not None:
             self._make_all(shapes)
 
     def _make_all(self, shapes: Mapping[Hashable, StateShape]) -> None:
-        starts: dict[Hashable, int] = {}
-        end = 0
+        alike: dict[StateShape, list[Hashable]] = {}
         for key, state in shapes.items():
-            starts[key] = end
-            end += -(-state.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        memory = torch.zeros(self.num_rows + self.num_snapshots, end, dtype=torch.uint8, device=self._device)
-        for key, (shape, dtype) in shapes.items():
-            start, length = starts[key] // dtype.itemsize, math.prod(shape)
-            values = memory[: self.num_rows].view(dtype)[:, start : start + length]
-            self._tables[key] = values.view(self.num_rows, *shape)
-        self.shapes, self._memory = dict(shapes), memory
+            alike.setdefault(StateShape(tuple(state.shape), state.dtype), []).append(key)
+        rows = self.num_rows + self.num_snapshots
+        self._buffers = []
+        for state, keys in alike.items():
+            words = -(-state.num_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD.itemsize
+            # A table's rows are next to each other: spread over gigabytes, they would miss the cache of page addresses.
+            buffer = torch.zeros(len(keys), rows, words, dtype=_WORD, device=self._device)
+            self._buffers.append(buffer)
+            for key, places in zip(keys, buffer.view(state.dtype), strict=True):
+                values = places[: self.num_rows, : math.prod(state.shape)]
+                self._tables[key] = values.view(self.num_rows, *state.shape)
+        self.shapes = dict(shapes)
 
     def table(self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The table [rows, *shape] of a state; only the first dimension may have gaps between its elements.
@@ -89,7 +94,7 @@ class StateTables:
         """
         found = self._tables.get(key)
         if found is None:
-            if self._memory is not None:
+            if self._buffers is not None:
                 raise KeyError(f"no row has a state {key!r}")
             found = torch.zeros(self.num_rows, *shape, dtype=dtype, device=self._device)
             self._tables[key] = found
@@ -98,10 +103,11 @@ class StateTables:
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
         """Copy all states of some rows or snapshots to others, one after the other, on the current stream."""
-        assert self._memory is not None
+        assert self._buffers is not None
         for source, target in copies:
             # Numbers below 0 count from the end, where the snapshots are.
-            self._memory[target].copy_(self._memory[source])
+            for buffer in self._buffers:
+                buffer[:, target].copy_(buffer[:, source])
 
     @property
     def num_bytes(self) -> int:

@@ -31,12 +31,6 @@ class SkinnySetting(NamedTuple):
     stages: int
 
 
-AHEAD = 4
-"""Blocks of each strip of the weight that come into the L2 cache while the kernel before still runs.
-
-Measured on an H200 (`benchmarks.model_shapes`).
-"""
-
 LIBRARY = SkinnySetting(0, 0, 0, 0, 0)
 """The vendor's library, where it was measured to be faster."""
 
@@ -149,9 +143,7 @@ def skinny_linear(
             triton.cdiv(blocks, setting.splits), BLOCK_M=block_m(rows), BLOCK_N=setting.block_n,
             BLOCK_K=setting.block_k, SPLITS=setting.splits, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
-            EVEN_K=k % setting.block_k == 0, EARLY=early,
-            # The prefetch moves whole units of 16 bytes.
-            AHEAD=AHEAD if weight.data_ptr() % 16 == 0 else 0, num_warps=setting.warps, num_stages=setting.stages,
+            EVEN_K=k % setting.block_k == 0, EARLY=early, num_warps=setting.warps, num_stages=setting.stages,
             **options,
         )  # fmt: skip
     return output

@@ -33,7 +33,6 @@ def skinny_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """One program: BLOCK_N outputs of all rows over one share of the inner dimension.
 
@@ -50,23 +49,6 @@ def skinny_linear_kernel(
     weight_at = weight + tl.minimum(ns, N - 1).to(tl.int64)[:, None] * K + ks[None, :]
     x_at = x + tl.minimum(ms, rows - 1)[:, None] * x_stride + ks[None, :]
     if EARLY:
-        if AHEAD > 0:
-            # The first blocks of the weight come into the L2 cache while the kernel before still runs. Each row's part
-            # is contiguous. A prefetch returns nothing, so it may run ahead of a write.
-            first = weight + tl.minimum(ns, N - 1).to(tl.int64) * K + split * blocks_per_split * BLOCK_K
-            size = tl.minimum(AHEAD, blocks_per_split) * BLOCK_K
-            size = (
-                tl.minimum(size, K - split * blocks_per_split * BLOCK_K) * weight.dtype.element_ty.primitive_bitwidth
-            )
-            if size > 0:
-                tl.inline_asm_elementwise(
-                    "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-                    "=r,l,r",
-                    [first.to(tl.int64), tl.zeros([BLOCK_N], tl.int32) + size // 8],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
         # Programmatic dependent launch: this program was placed while the kernel before still ran, and must not read
         # what that one writes before it has ended.
         tl.extra.cuda.gdc_wait()

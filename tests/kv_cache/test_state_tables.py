@@ -114,7 +114,7 @@ def test_tables_are_aligned_and_only_rows_have_gaps() -> None:
         table = tables.table(key, shape, dtype)
         assert (table.shape, table.dtype) == ((3, *shape), dtype)
         assert table[1].is_contiguous() and table.data_ptr() % 64 == tables.table("a", *shapes["a"]).data_ptr() % 64
-        assert table.stride(0) * dtype.itemsize == 3 * 64
+        assert table.stride(0) * dtype.itemsize == 64, "a table's rows are next to each other"
         table[1] = number + 1
     tables.copy([StateCopy(1, 2)])
     assert [tables.table(key, *state)[2].flatten()[0] for key, state in shapes.items()] == [1, 2, 3]
