@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from recurrent.step_cases import Case, context_of, step_of
+from recurrent.step_cases import NO_PAGES, Case, context_of, step_of
 from torch.nn import functional
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from hf_async_batching.attention.base import AttentionContext
+from hf_async_batching.attention.base import AttentionContext, MixedContext
 from hf_async_batching.recurrent import reference
 from hf_async_batching.recurrent.step import RecurrentStep, decoding
 
@@ -294,6 +294,20 @@ def test_a_broken_prompt_harms_no_other(name: str, value: float) -> None:
     assert torch.equal(got[first + LENGTHS[5] :], usual[first + LENGTHS[5] :])
     others = [row for row in range(1, ROWS) if row != 6]
     assert torch.equal(got_states[others], usual_states[others])
+
+
+@each_kind
+def test_tiles_of_the_padding_row_write_nothing(name: str) -> None:
+    """They lie apart from one another, so what follows the first of them belongs to another row."""
+    layer, given, states = made(name, Case([], [(1, 50, 0)]))
+    usual, usual_states = run(layer, Case([], [(1, 50, 0)]), given, states)
+    around = {key: functional.pad(one, (0, 0) * (one.dim() - 2) + (5, 5)) for key, one in given.items()}
+    tiles = torch.tensor([(1, 0, 0), (5, 0, 55), (50, 5, 5), (0, 0, 0)], dtype=torch.int32)  # tiles are columns
+    rows = functional.pad(torch.ones(50, dtype=torch.int32), (5, 5))
+    positions = functional.pad(torch.arange(50, dtype=torch.int32), (5, 5))
+    step = step_of(MixedContext(NO_PAGES, rows, positions, *tiles, rows[:0]), {"scan": states})
+    assert torch.equal(layer.ours(step, around)[0, 5:55], usual)
+    assert torch.equal(step.tables.table("scan", layer.state, torch.float32)[1:], usual_states[1:])
 
 
 @each_kind
