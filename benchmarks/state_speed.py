@@ -7,10 +7,9 @@ python -m benchmarks.state_speed --rows= --prompts 512,2048 --layers delta --swe
 python -m benchmarks.state_speed --prompts 65,2048 --errors           # of chunks, against token by token
 
 Prompts are measured in chunks (`_CHUNKS`) and token by token (`_PROMPT`). The shapes are one layer of Qwen3.5-9B
-(gated delta rule), Nemotron-H-8B and Falcon-H1-7B (Mamba-2), with float32 states. Other states lie between the rows'
-states of this layer, as in an engine: `--beside` MiB per row, or 0. `--sweep` tries other settings: columns and warps
-of a program; chunk, columns, warps and stages for prompts in chunks. Bytes are those of the rows' states, read and
-written once.
+(gated delta rule), Nemotron-H-8B and Falcon-H1-7B (Mamba-2), with float32 states. `--sweep` tries other settings:
+columns and warps of a program; chunk, columns, warps and stages for prompts in chunks. Bytes are those of the rows'
+states, read and written once.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ def main() -> None:
     parser.add_argument("--rows", type=counts, default=[1, 8, 32, 256])
     parser.add_argument("--prompts", type=counts, default=[])
     parser.add_argument("--mixed", type=counts, default=[], help="prompts beside the first of --rows")
-    parser.add_argument("--beside", type=int, default=48, help="MiB of other states per row")
     parser.add_argument("--layers", default="", help="only layers whose name has this part")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--matrix-warps", type=int, help="warps of the kernel that prepares chunks of the delta rule")
@@ -64,8 +62,7 @@ def main() -> None:
         for name, (make, shape) in LAYERS.items():
             if given.layers not in name:
                 continue
-            beside = StateShape((given.beside << 18,), torch.float32)
-            shapes = {"beside": beside, "scan": StateShape(shape, torch.float32)}
+            shapes: dict[Hashable, StateShape] = {"scan": StateShape(shape, torch.float32)}
 
             def tables(rows: int, shapes: dict[Hashable, StateShape] = shapes) -> StateTables:
                 return StateTables(rows + 1, device, shapes)

@@ -73,7 +73,7 @@ class StateTables:
         self._buffers = []
         for state, keys in alike.items():
             words = -(-state.num_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD.itemsize
-            # The rows of a table are neighbours: spread over gigabytes, each would need page addresses of its own.
+            # A table's rows are next to each other: spread over gigabytes, they would miss the cache of addresses.
             buffer = torch.zeros(len(keys), rows, words, dtype=_WORD, device=self._device)
             self._buffers.append(buffer)
             for key, places in zip(keys, buffer.view(state.dtype), strict=True):
