@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
 from hf_async_batching.experts.recognise import dispatches, form_of, weights_of
-from hf_async_batching.experts.settings import FEW_TOKENS
+from hf_async_batching.experts.settings import FEW_TOKENS, first_tokens
 from hf_async_batching.linear.rounding import rounding_tolerance, worst_relative_error
 from hf_async_batching.runtime.triton_start import runs_triton
 
@@ -28,7 +28,7 @@ _REPLACED = ("eager", "batched_mm", "grouped_mm")
 """Implementations that ours stands for. A user who names another one has a reason."""
 
 _COMPARED_TOKENS = (1, 5, FEW_TOKENS, FEW_TOKENS + 45)
-"""One token, few, the most that our products compute, and a prompt."""
+"""One token, few, the most that our products compute where the library has others, and a prompt."""
 
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -160,11 +160,14 @@ def _agrees(module: Any, form: GateForm) -> bool:
     )
     if kind not in _compared:
         choices = min(_choices(module), layer.experts)
+        sizes = sorted({*_COMPARED_TOKENS, *first_tokens(layer.experts, choices)})
         try:
             with torch.autocast(layer.down.device.type, enabled=False):
-                _compared[kind] = all(_agree(module, form, tokens, choices) for tokens in _COMPARED_TOKENS)
+                _compared[kind] = all(_agree(module, form, tokens, choices) for tokens in sizes)
         except Exception as error:
-            logger.info("%s keeps its own experts: %s: %s", type(module).__name__, type(error).__name__, error)
+            # For all layers of the kind, and for other views of the model: a mixture would round differently.
+            _compared[kind] = False
+            logger.warning("%s keeps its own experts: %s: %s", type(module).__name__, type(error).__name__, error)
             return False
         if not _compared[kind]:
             logger.warning("%s keeps its own experts: our kernels' results differ", type(module).__name__)

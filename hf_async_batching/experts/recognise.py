@@ -50,7 +50,7 @@ def form_of(module: Any) -> GateForm | None:
     """What a module that `dispatches` does between its products; None if the kernels do not know it."""
     if getattr(module, "has_post_expert_norm", False) or not _plain_weights(module):
         return None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         return _same_activation(module)
 
 

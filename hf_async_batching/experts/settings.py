@@ -40,6 +40,13 @@ def block_m(assignments: int, experts: int) -> int:
     return min(max(_LEAST_M, 1 << (mean - 1).bit_length()), _MOST_M)
 
 
+def first_tokens(experts: int, choices: int) -> list[int]:
+    """The smallest number of tokens for each size of a block, so that all of a layer's kernels can be tried."""
+    sizes = [_LEAST_M << shift for shift in range((_MOST_M // _LEAST_M).bit_length())]
+    # A mean of `size / 2` assignments still fits the block of half the size.
+    return [1, *(-(-(size // 4 * experts + 1) // choices) for size in sizes[1:])]
+
+
 def most_blocks(assignments: int, experts: int, size: int) -> int:
     """Blocks of `size` assignments that any routing needs at most."""
     return min(experts, assignments) + assignments // size
@@ -86,4 +93,6 @@ def _inner(size: int) -> tuple[int, int, int]:
 def _fitting(size: int, setting: ProductSetting, itemsize: int, memory: int, *, gated: bool) -> ProductSetting:
     while setting.stages > 2 and shared_memory(size, setting, itemsize, gated=gated) > memory:
         setting = setting._replace(stages=setting.stages - 1)
+    while setting.block_k > 32 and shared_memory(size, setting, itemsize, gated=gated) > memory:
+        setting = setting._replace(block_k=setting.block_k // 2)
     return setting

@@ -170,7 +170,10 @@ def experts_by_library(
 
 
 def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:
-    """Whether torch's grouped products take these tensors without reading sizes on the host."""
+    """Whether torch's grouped products take these tensors without reading sizes on the host.
+
+    Torch has kernels for compute capabilities 9 and 10. On other cards it loops over the experts on the host.
+    """
     rows = (hidden.new_empty((1, layer.hidden)), hidden.new_empty((1, layer.intermediate)))
     strides = [stride for one in (*rows, layer.up, layer.down) for stride in one.stride()[:-1]]
     # The first product's outputs are rows of the second's inputs, after the activation.
@@ -179,7 +182,7 @@ def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:
         hidden.dtype == torch.bfloat16
         and all(stride * 2 % 16 == 0 for stride in strides)
         and all(one.stride(-1) == 1 and one.data_ptr() % 16 == 0 for one in (layer.up, layer.down))
-        and (not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+        and (not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device)[0] in (9, 10))
     )
 
 

@@ -213,3 +213,20 @@ def test_nan_reaches_its_token_only() -> None:
     out = experts_by_kernel(hidden, routing("one", 5, 2, 4), torch.rand(5, 2, device=DEVICE), layer, CLAMPED)
     assert out[2].isnan().all()
     assert out[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize(("major", "served"), [(7, False), (8, False), (9, True), (10, True), (12, False)])
+def test_the_library_computes_prompts_where_it_reads_nothing_back(
+    major: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's grouped products loop over the experts on the host, except on compute capabilities 9 and 10."""
+    layer = triton_experts.ExpertWeights(
+        torch.zeros(4, 64, 32, dtype=torch.bfloat16), None, torch.zeros(4, 32, 32, dtype=torch.bfloat16), None, False
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    hidden = torch.zeros(300, 32, dtype=torch.bfloat16).as_subclass(OnCuda)
+    assert triton_experts._library_serves(hidden, layer) == served

@@ -245,6 +245,8 @@ def _compile_single(regions: list[Region], run_single: Callable[[], Any]) -> Non
         region.single = True
     try:
         run_single()
+    except torch.AcceleratorError:  # the device itself
+        raise
     except Exception:
         logger.info("a step of one token runs uncompiled", exc_info=True)
         for region in regions:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from hf_async_batching.experts.settings import block_m, default_setting, most_blocks, shared_memory
+from hf_async_batching.experts.settings import block_m, default_setting, first_tokens, most_blocks, shared_memory
 
 SHAPES = [(128, 2048, 768, 8), (32, 2880, 2880, 4), (64, 2048, 1408, 6), (8, 4096, 14336, 2), (512, 2048, 512, 10)]
 
 
-@pytest.mark.parametrize("memory", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("memory", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
 @pytest.mark.parametrize("tokens", [1, 8, 32, 256, 2048])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("gated", [True, False])
@@ -36,3 +36,10 @@ def test_the_grid_holds_the_worst_routing(assignments: int, experts: int, size: 
     for more in range(assignments - hit + 1):
         counts = [1] * (hit - 1) + [1 + more]
         assert sum(-(-count // size) for count in counts) <= most_blocks(assignments, experts, size)
+
+
+@pytest.mark.parametrize(("experts", "choices"), [(8, 2), (32, 4), (128, 8), (512, 10), (1, 1)])
+def test_the_first_tokens_reach_each_size_of_a_block(experts: int, choices: int) -> None:
+    tokens = first_tokens(experts, choices)
+    assert [block_m(count * choices, experts) for count in tokens] == [16, 32, 64]
+    assert all(block_m((count - 1) * choices, experts) < block_m(count * choices, experts) for count in tokens[1:])
