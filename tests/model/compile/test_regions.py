@@ -242,6 +242,30 @@ def test_wrong_code_for_a_token_alone_never_runs(monkeypatch: pytest.MonkeyPatch
     assert "a step of one token runs uncompiled: compiled logits" in caplog.text
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_race_that_one_token_shows_ends_early_launches(steady: bool) -> None:
+    """Code that is wrong each time is left out; if the results also change from run to run, nothing may be early."""
+    numbers = itertools.count(1)
+
+    def wrong(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            factor = 1.5 if steady else 1 + 0.1 * next(numbers)
+            return tuple(
+                out * factor if out.is_floating_point() and out.dim() == 3 and out.shape[1] == 1 else out
+                for out in module(*args)
+            )
+
+        return run
+
+    forward, backend = PackedForward(tiny_model("Mixtral", num_hidden_layers=2)), make_backend("auto", CPU)
+    if steady:
+        parity_check.compile_checked(forward, backend, wrong, pdl=True)
+        assert not any(region.single for region in forward.regions)
+        return
+    with pytest.raises(UnsafePdlError, match="from run to run"):
+        parity_check.compile_checked(forward, backend, wrong, pdl=True)
+
+
 def test_a_token_alone_that_the_compiler_refuses_runs_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     def refuses(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if any(isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[1] == 1 for a in inputs):
