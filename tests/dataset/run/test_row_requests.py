@@ -1,0 +1,27 @@
+"""The requests of rows are made from few prepared ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.tiny_models import tiny_model
+from transformers import GenerationConfig
+
+from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.dataset.rows.row import PreparedRow
+from hf_async_batching.dataset.run import row_requests
+from hf_async_batching.dataset.run.row_requests import RowRequests
+
+
+def test_few_prepared_requests_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_requests, "_MAX_TEMPLATES", 3)
+    with GenerationManager(tiny_model("Llama"), BatchingConfig(max_sequence_length=64)) as manager:
+        requests = RowRequests(manager, GenerationConfig(do_sample=True), {})
+        kept: list[int] = []
+        for new in (1, 2, 3, 4, 5, 1):
+            parameters: dict[str, Any] = {"max_new_tokens": new}
+            (job,) = requests.jobs(PreparedRow(0, [5, 6], parameters))
+            assert job.request.max_new_tokens == new
+            kept.append(len(requests._templates))
+    assert kept == [1, 2, 3, 1, 2, 3]
