@@ -227,7 +227,7 @@ def choices_of(size: int, *, gated: bool) -> list[ProductSetting]:
 
 
 def sweep(shape: Shape, problem: Problem, rows: int, floor: float) -> None:
-    """The best settings of the first product with the rule's second, then of the second; of one row, in one launch."""
+    """The best settings of the first product with the rule's second, then of the second."""
     usual = rule(shape, rows)
     sizes = sorted({usual.block_m, *((32, 64, 128) if rows > 64 else ())})
     results: list[tuple[float, ExpertSetting]] = []
@@ -247,19 +247,6 @@ def sweep(shape: Shape, problem: Problem, rows: int, floor: float) -> None:
                 print(f"    m {size} {which}: {mark} {tuple(getattr(setting, which))}", flush=True)
             base = of_size[0][1]
             results += of_size[:1]
-    if rows == 1:
-        base, of_size = min(results, key=_seconds)[1], []
-        for choice in choices_of(16, gated=False):
-            setting = base._replace(single=choice)
-            try:
-                of_size.append((timed(by_kernel(shape, setting), problem), setting))
-            except Exception as error:
-                print(f"    {setting}: {type(error).__name__}", flush=True)
-        of_size.sort(key=_seconds)
-        for seconds, setting in of_size[:6]:
-            assert setting.single is not None
-            print(f"    single: {seconds * 1e6:8.1f} us {floor / seconds:5.0%} {tuple(setting.single)}", flush=True)
-        results += of_size[:1]
     seconds, setting = min(results, key=_seconds)
     error = error_of(by_kernel(shape, setting), problem)
     print(f"    best: {seconds * 1e6:.1f} us {floor / seconds:.0%}, error {error:.1e}, {setting}", flush=True)

@@ -66,7 +66,8 @@ def test_dataset(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     prompts = ["The sun rises in the", "One, two, three,", "Water freezes at"]
-    space = {**names, "dataset": Dataset.from_dict({"prompt": prompts})}
+    Dataset.from_dict({"prompt": prompts}).to_csv(tmp_path / "prompts.csv")
+    space = dict(names)
     exec(DATASET.replace("max_new_tokens=40", "max_new_tokens=6, do_sample=False"), space)
     assert space["dataset"].column_names[:2] == ["prompt", "completion"]
     for prompt, completion in zip(prompts, space["dataset"]["completion"], strict=True):

@@ -107,6 +107,27 @@ def _gated(gate, up, alpha, limit, shift, ACTIVATION: tl.constexpr, LIMITED: tl.
 
 
 @triton.jit
+def _up_columns(strip, N, BLOCK: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Columns of the first product's outputs for BLOCK columns of its activations, and which of them there are.
+
+    A gated product computes as many gates as inputs to them: its outputs are twice as many.
+    """
+    if GATED and not INTERLEAVED:
+        local = tl.arange(0, 2 * BLOCK)
+        half = local // BLOCK
+        inner = strip * BLOCK + local - half * BLOCK
+        column = half * N + inner
+        inside = inner < N
+    elif GATED:
+        column = strip * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+        inside = column < 2 * N
+    else:
+        column = strip * BLOCK + tl.arange(0, BLOCK)
+        inside = column < N
+    return column, inside
+
+
+@triton.jit
 def product_kernel(
     x,
     weight,
@@ -177,24 +198,11 @@ def product_kernel(
         source = rows
         target = assignment
 
-    # A gated product computes as many gates as inputs to them: its outputs are twice as many.
-    WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
-    local = tl.arange(0, WIDE)
-    if GATED and not INTERLEAVED:
-        half = local // BLOCK_N
-        inner = strip * BLOCK_N + local - half * BLOCK_N
-        column = half * N + inner
-        inside = inner < N
-    elif GATED:
-        column = strip * WIDE + local
-        inside = column < 2 * N
-    else:
-        column = strip * WIDE + local
-        inside = column < N
+    column, inside = _up_columns(strip, N, BLOCK_N, GATED, INTERLEAVED)
     ks = tl.arange(0, BLOCK_K)
     weight_at = weight + expert.to(tl.int64) * weight_e + column[:, None] * weight_n + ks[None, :] * weight_k
     x_at = x + source.to(tl.int64)[:, None] * x_stride + ks[None, :]
-    total = tl.zeros([WIDE, BLOCK_M], tl.float32)
+    total = tl.zeros([2 * BLOCK_N if GATED else BLOCK_N, BLOCK_M], tl.float32)
     for k in range(0, INNER, BLOCK_K):
         if EVEN_K and EVEN_N:
             w = tl.load(weight_at, eviction_policy="evict_first")
@@ -271,62 +279,6 @@ def combine_kernel(
 
 
 @triton.jit
-def single_kernel(
-    x,
-    weight,
-    bias,
-    ids,
-    weights,
-    out,
-    E,
-    H,
-    INNER,
-    weight_e,
-    weight_n,
-    weight_k,
-    bias_e,
-    K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One program: BLOCK_N outputs of a single token, the second products of all its experts and their weighted sum.
-
-    Each expert has a column of the accumulator: activations of other experts are 0 while its weight is read.
-    """
-    strip = tl.program_id(0)
-    _begin(EARLY)
-    ns = strip * BLOCK_N + tl.arange(0, BLOCK_N)
-    ms = tl.arange(0, BLOCK_M)
-    steps = (INNER + BLOCK_K - 1) // BLOCK_K
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for i in range(0, K * steps):
-        k = i // steps
-        ks = (i - k * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        expert = tl.load(ids + k).to(tl.int64)
-        known = (expert >= 0) & (expert < E)
-        mine = (ms == tl.where(known, k, -1))[:, None]
-        weight_at = weight + tl.where(known, expert, 0) * weight_e + ns[:, None] * weight_n + ks[None, :] * weight_k
-        if EVEN_K and EVEN_N:
-            w = tl.load(weight_at, eviction_policy="evict_first")
-        else:
-            w = tl.load(weight_at, mask=(ns < H)[:, None] & (ks < INNER)[None, :], other=0.0)
-        a = tl.load(x + ms[:, None] * INNER + ks[None, :], mask=mine & (ks < INNER)[None, :], other=0.0)
-        total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
-    experts = tl.load(ids + ms, mask=ms < K, other=-1).to(tl.int64)
-    known = (experts >= 0) & (experts < E)
-    if HAS_BIAS:
-        at = bias + tl.where(known, experts, 0)[None, :] * bias_e + ns[:, None]
-        total += tl.load(at, mask=(ns < H)[:, None] & known[None, :], other=0.0).to(tl.float32)
-    scores = tl.where(known, tl.load(weights + ms, mask=ms < K, other=0.0).to(tl.float32), 0.0)
-    tl.store(out + ns, tl.sum(total * scores[None, :], 1).to(out.dtype.element_ty), mask=ns < H)
-
-
-@triton.jit
 def activate_kernel(
     product,
     bias,
@@ -355,22 +307,8 @@ def activate_kernel(
     if row >= tl.load(ends + E - 1):
         return  # an assignment to no expert of this rank
     column = strip * BLOCK + tl.arange(0, BLOCK)
-    WIDE: tl.constexpr = 2 * BLOCK if GATED else BLOCK
-    local = tl.arange(0, WIDE)
-    if GATED and not INTERLEAVED:
-        half = local // BLOCK
-        inner = strip * BLOCK + local - half * BLOCK
-        source = half * N + inner
-        inside = inner < N
-        width = 2 * N
-    elif GATED:
-        source = strip * WIDE + local
-        width = 2 * N
-        inside = source < width
-    else:
-        source = column
-        width = N
-        inside = source < width
+    source, inside = _up_columns(strip, N, BLOCK, GATED, INTERLEAVED)
+    width = 2 * N if GATED else N
     value = tl.load(product + row.to(tl.int64) * width + source, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         expert = tl.load(ids + tl.load(order + row)).to(tl.int64)

@@ -18,7 +18,7 @@ from hf_async_batching.experts.reference import activate
 
 _SIZE = 64
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-# That of "quick_gelu".
+# SiLU, and "quick_gelu".
 _ALPHAS = (1.0, 1.702)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

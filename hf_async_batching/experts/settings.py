@@ -23,15 +23,11 @@ class ProductSetting(NamedTuple):
 
 
 class ExpertSetting(NamedTuple):
-    """Assignments in a block, and the settings of both products.
-
-    `single` is that of a single token's second products and their sum in one launch; None for two launches.
-    """
+    """Assignments in a block, and the settings of both products."""
 
     block_m: int
     up: ProductSetting
     down: ProductSetting
-    single: ProductSetting | None = None
 
 
 def block_m(assignments: int, experts: int) -> int:

@@ -19,7 +19,6 @@ from hf_async_batching.experts.kernels import (
     combine_kernel,
     group_kernel,
     product_kernel,
-    single_kernel,
 )
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
 from hf_async_batching.experts.settings import (
@@ -131,10 +130,6 @@ def experts_by_kernel(
         )  # fmt: skip
     grouping = group(index, layer.experts, setting.block_m) if tokens > 1 else None
     activated = hidden.new_empty((assignments, layer.intermediate))
-    if setting.single is not None and tokens == 1:
-        _product(hidden, layer.up, layer.up_bias, activated, index, None, layer, form, setting.block_m, setting.up)
-        _single(activated, index, weights, layer, out, setting.single)
-        return out
     product = hidden.new_empty((assignments, layer.hidden))
     plain = GateForm(activation="none", gated=False)
     _product(hidden, layer.up, layer.up_bias, activated, index, grouping, layer, form, setting.block_m, setting.up)
@@ -174,10 +169,8 @@ def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:
 
     Torch has kernels for compute capabilities 9 and 10. On other cards it loops over the experts on the host.
     """
-    rows = (hidden.new_empty((1, layer.hidden)), hidden.new_empty((1, layer.intermediate)))
-    strides = [stride for one in (*rows, layer.up, layer.down) for stride in one.stride()[:-1]]
-    # The first product's outputs are rows of the second's inputs, after the activation.
-    strides.append(layer.up.shape[2 if layer.transposed else 1])
+    outputs = layer.up.shape[2 if layer.transposed else 1]
+    strides = [layer.hidden, outputs, layer.intermediate, *layer.up.stride()[:-1], *layer.down.stride()[:-1]]
     return (
         hidden.dtype == torch.bfloat16
         and all(stride * 2 % 16 == 0 for stride in strides)
@@ -201,7 +194,7 @@ def _product(
     """One product of all assignments; the activation "none" marks the second."""
     outputs, inner = out.shape[1], x.shape[1]
     along_n, along_k = (2, 1) if layer.transposed else (1, 2)
-    x_stride = inner if x.shape[0] == 1 else x.stride(0)  # that of a single row can be any number
+    x_stride = inner if x.shape[0] == 1 else x.stride(0)  # a single row can have any stride
     slots = index.numel() if grouping is None else grouping.blocks.shape[0]
     early, options = _early(x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -215,30 +208,6 @@ def _product(
             LIMITED=form.limit > 0, BLOCK_M=size, BLOCK_N=setting.block_n, BLOCK_K=setting.block_k,
             EVEN_N=outputs % setting.block_n == 0, EVEN_K=inner % setting.block_k == 0, EARLY=early,
             num_warps=setting.warps, num_stages=setting.stages, **options,
-        )  # fmt: skip
-
-
-def _single(
-    activated: torch.Tensor,
-    index: torch.Tensor,
-    weights: torch.Tensor,
-    layer: ExpertWeights,
-    out: torch.Tensor,
-    setting: ProductSetting,
-) -> None:
-    """The second products of one token and their weighted sum."""
-    weight, bias = layer.down, layer.down_bias
-    along_n, along_k = (2, 1) if layer.transposed else (1, 2)
-    choices, hidden, inner = index.shape[1], layer.hidden, layer.intermediate
-    early, options = _early(out.device)
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        single_kernel[(triton.cdiv(hidden, setting.block_n),)](
-            activated, weight, weight if bias is None else bias, index, weights, out, layer.experts, hidden, inner,
-            weight.stride(0), weight.stride(along_n), weight.stride(along_k), 0 if bias is None else bias.stride(0),
-            K=choices, HAS_BIAS=bias is not None, BLOCK_M=max(16, triton.next_power_of_2(choices)),
-            BLOCK_N=setting.block_n, BLOCK_K=setting.block_k, EVEN_N=hidden % setting.block_n == 0,
-            EVEN_K=inner % setting.block_k == 0, EARLY=early, num_warps=setting.warps, num_stages=setting.stages,
-            **options,
         )  # fmt: skip
 
 

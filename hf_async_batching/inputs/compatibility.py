@@ -175,12 +175,10 @@ Whatever is not honoured and asks for something is refused with an error that na
 transformers adds is refused as soon as it is set, until it has a line here.
 
 - *For all rows at once*: part of the asynchronous step, on the device, each row by its own parameters.
-- *Called per row*: the whole list of processors of such a request is called as `generate` calls it: `input_ids`
-  int64 [1, length], the full history with the padding of the prompt, and scores float32 [1, vocab]. In a `generate`
-  call with several rows each row is a call of its own. It runs on the engine's stream behind the forward, and nothing
-  waits for the device unless a processor does. A processor that raises ends its own request, with that error. It is
-  called for at most `depth - 1` steps more than its request has tokens, because an end by an end-of-sequence token is
-  known that much later; the scores, and the tokens after the end, mean nothing then.
+- *Called with the rows of the call as one batch*: the whole list of processors is called as `generate` calls it:
+  `input_ids` int64 [rows, length], the full history with the padding of the prompts, and scores float32 [rows, vocab].
+  It runs in the caller's thread. A request of `submit` is a call of one row, in a thread of its own. So is each row of
+  a call whose processors say `row_wise = True`. A processor that raises ends its own call, with that error.
 """
 
 

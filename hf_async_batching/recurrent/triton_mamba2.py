@@ -79,10 +79,7 @@ def row_mamba2_scan(
     softplus: bool,
     limit: tuple[float, float],
 ) -> torch.Tensor:
-    """The scan; arguments and result are those of `reference.mamba2_scan`, `name` is the state's.
-
-    `limit` bounds the time steps of prompts. transformers bounds none of a token that is decoded alone.
-    """
+    """The scan; arguments and result are those of `reference.mamba2_scan`, `name` is the state's."""
     context = step.context
     tokens, heads, dim = hidden.shape[1:]
     table = step.tables.table(name, (heads, dim, B.shape[3]), torch.float32)

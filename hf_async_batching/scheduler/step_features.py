@@ -33,7 +33,7 @@ def features_of(sampled: list[Sequence], prefilled: list[Sequence]) -> Features:
 
 
 def _largest(sizes: set[int]) -> int:
-    """The largest of some sizes, of which -1 means everything; 0 for none."""
+    """The largest of some sizes; 0 for none. A size of -1 means everything, so it is the largest."""
     return -1 if -1 in sizes else max(sizes, default=0)
 
 

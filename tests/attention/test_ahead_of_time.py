@@ -22,7 +22,7 @@ SAMPLING = {
     "draw_bounded_kernel",
     "mark_seen_kernel",
 }
-EXPERTS = {"group_kernel", "product_kernel", "single_kernel", "combine_kernel"}
+EXPERTS = {"group_kernel", "product_kernel", "combine_kernel"}
 RECURRENT = {
     "delta_rule_kernel",
     "chunk_matrices_kernel",

@@ -83,18 +83,6 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
         assert_same(experts_by_kernel(hidden, index, weights, layer, form, SMALL), want)
 
 
-@pytest.mark.parametrize("kind", ["all", "strangers"])
-@pytest.mark.parametrize("layout", ["qwen", "gpt-oss", "biased", "nemotron"])
-def test_a_single_token_in_two_launches(layout: str, kind: str) -> None:
-    torch.manual_seed(5)
-    form, transposed, biased = LAYOUTS[layout]
-    layer = layer_of(form, transposed, biased, experts=7, hidden=56, inner=40, dtype=torch.float32)
-    hidden, index, weights = torch.randn(1, 56, device=DEVICE), routing(kind, 1, 5, 7), torch.rand(1, 5, device=DEVICE)
-    want = reference.experts(hidden, index, weights, layer, form)
-    two = SMALL._replace(single=ProductSetting(16, 16, 4, 2))
-    assert_same(experts_by_kernel(hidden, index, weights, layer, form, two), want)
-
-
 @pytest.mark.parametrize("kind", ["all", "one", "few", "strangers"])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 200])
 def test_routings_and_tokens(tokens: int, kind: str) -> None:

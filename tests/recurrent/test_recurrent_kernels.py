@@ -20,6 +20,10 @@ pytest.importorskip("triton")
 
 from support.interpreter import widen_bfloat16_products
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs Triton's interpreter: its tensors are on the CPU"
+)
+
 ROWS = 6
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

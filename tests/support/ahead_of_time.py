@@ -171,7 +171,6 @@ def experts(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library:
     """Layers of experts as Qwen3-MoE, gpt-oss and Nemotron-H lay them out."""
     from hf_async_batching.experts import triton_experts
     from hf_async_batching.experts.layer import ExpertWeights, GateForm
-    from hf_async_batching.experts.settings import ProductSetting, default_setting
 
     gpt_oss = GateForm(interleaved=True, alpha=1.702, limit=7.0, shift=1.0)
     for form, transposed, count, hidden, inner in (
@@ -190,10 +189,6 @@ def experts(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library:
             x, index = torch.empty(rows, hidden, dtype=dtype), torch.zeros(rows, 4, dtype=torch.int64)
             scores = torch.empty(rows, 4, dtype=dtype)
             triton_experts.experts_by_kernel(x, index, scores, layer, form)
-            if rows == 1:
-                setting = default_setting(4, count, hidden, inner, dtype.itemsize, 99 * 1024, gated=form.gated)
-                setting = setting._replace(single=ProductSetting(16, 128, 4, 5))
-                triton_experts.experts_by_kernel(x, index, scores, layer, form, setting)
         if library:
             x, index = torch.empty(300, hidden, dtype=dtype), torch.zeros(300, 4, dtype=torch.int64)
             with mock.patch("torch.nn.functional.grouped_mm", lambda a, b, offs: a.new_empty(len(a), b.shape[2])):
