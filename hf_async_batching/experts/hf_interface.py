@@ -31,18 +31,25 @@ _COMPARED_TOKENS = (1, 5, FEW_TOKENS, FEW_TOKENS + 45)
 """One token, few, the most that our products compute where the library has others, and a prompt."""
 
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "experts(Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias,"
-    " bool transposed, str activation, bool gated, bool interleaved, float alpha, float limit, float shift) -> Tensor"
+_ARGUMENTS = (
+    "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias,"
+    " bool transposed, str activation, bool gated, bool interleaved, float alpha, float limit, float shift"
 )
+_library.define(f"experts({_ARGUMENTS}) -> Tensor")
+_library.define(f"experts_add({_ARGUMENTS}, Tensor residual) -> Tensor")
 
 
 def _experts(
-    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, form: GateForm
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    layer: ExpertWeights,
+    form: GateForm,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from hf_async_batching.experts.triton_experts import experts
 
-    return experts(hidden, index, weights, layer, form)
+    return experts(hidden, index, weights, layer, form, residual)
 
 
 def _operator(
@@ -60,18 +67,34 @@ def _operator(
     alpha: float,
     limit: float,
     shift: float,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     layer = ExpertWeights(up, up_bias, down, down_bias, transposed)
-    return _experts(hidden, index, weights, layer, GateForm(activation, gated, interleaved, alpha, limit, shift))
+    form = GateForm(activation, gated, interleaved, alpha, limit, shift)
+    return _experts(hidden, index, weights, layer, form, residual)
+
+
+def _with_residual(*given: Any) -> torch.Tensor:
+    """The experts' sum plus a residual that has as many elements; the result has the residual's shape."""
+    residual: torch.Tensor = given[-1]
+    arguments = [*given[:-1], residual.reshape(given[0].shape).contiguous()]
+    return _operator(*arguments).view(residual.shape)
 
 
 def _experts_shape(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
     return hidden.new_empty(hidden.shape)
 
 
+def _residual_shape(*given: Any) -> torch.Tensor:
+    residual: torch.Tensor = given[-1]
+    return residual.new_empty(residual.shape)
+
+
 # One operator for every number of tokens, so compiled code stays right and fast for all of them.
 _library.impl("experts", _operator, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_async_batching::experts", _experts_shape, lib=_library)
+_library.impl("experts_add", _with_residual, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::experts_add", _residual_shape, lib=_library)
 
 
 def experts_forward(

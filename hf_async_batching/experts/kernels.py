@@ -242,6 +242,7 @@ def combine_kernel(
     ids,
     weights,
     places,
+    residual,
     out,
     E,
     H,
@@ -249,12 +250,14 @@ def combine_kernel(
     K: tl.constexpr,
     SORTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program: the weighted sum over one token's experts, in the order of the router's choices.
 
-    The rows of `product` lie by assignment; if SORTED, at `places`, and the bias is still to be added.
+    The rows of `product` lie by assignment; if SORTED, at `places`, and the bias is still to be added. A residual is
+    added to the rounded sum.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -275,6 +278,9 @@ def combine_kernel(
             value += tl.load(mine + column, mask=mask, other=0.0).to(tl.float32)
         # What is no expert has written nothing: its row can hold NaN.
         total += tl.where(known, value * tl.load(weights + assignment).to(tl.float32), 0.0)
+    if HAS_RESIDUAL:
+        total = total.to(out.dtype.element_ty).to(tl.float32)
+        total += tl.load(residual + token * H + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + token * H + column, total.to(out.dtype.element_ty), mask=mask)
 
 

@@ -79,7 +79,12 @@ def group(index: torch.Tensor, experts: int, size: int, *, filled: bool = False)
 
 
 def experts(
-    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, form: GateForm
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    layer: ExpertWeights,
+    form: GateForm,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.experts`, summed in float32 in an order that does not depend on timing.
 
@@ -89,6 +94,7 @@ def experts(
         weights: Float [tokens, choices].
         layer: The experts.
         form: Their activation.
+        residual: [tokens, hidden], contiguous, the dtype of `hidden`: added to the rounded sum. None for none.
 
     Returns:
         [tokens, hidden], contiguous.
@@ -96,8 +102,8 @@ def experts(
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     index, weights = index.contiguous(), weights.contiguous()
     if hidden.shape[0] > FEW_TOKENS and _library_serves(hidden, layer):
-        return experts_by_library(hidden, index, weights, layer, form)
-    return experts_by_kernel(hidden, index, weights, layer, form)
+        return experts_by_library(hidden, index, weights, layer, form, residual)
+    return experts_by_kernel(hidden, index, weights, layer, form, residual=residual)
 
 
 def experts_by_kernel(
@@ -107,6 +113,7 @@ def experts_by_kernel(
     layer: ExpertWeights,
     form: GateForm,
     setting: ExpertSetting | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `experts`, with our own products; `index` and `weights` must be contiguous.
 
@@ -117,12 +124,13 @@ def experts_by_kernel(
         layer: As for `experts`.
         form: As for `experts`.
         setting: None for the one by rule.
+        residual: As for `experts`.
     """
     tokens, choices = index.shape
     assignments = tokens * choices
     out = torch.empty(tokens, layer.hidden, dtype=hidden.dtype, device=hidden.device)
     if not assignments:
-        return out.zero_()
+        return out.zero_() if residual is None else out.copy_(residual)
     if setting is None:
         setting = default_setting(
             assignments, layer.experts, layer.hidden, layer.intermediate, hidden.dtype.itemsize,
@@ -135,12 +143,17 @@ def experts_by_kernel(
     _product(hidden, layer.up, layer.up_bias, activated, index, grouping, layer, form, setting.block_m, setting.up)
     _product(activated, layer.down, layer.down_bias, product, index, grouping, layer, plain, setting.block_m,
              setting.down)  # fmt: skip
-    _combine(product, None, index, weights, None, out, layer.experts)
+    _combine(product, None, index, weights, None, out, layer.experts, residual)
     return out
 
 
 def experts_by_library(
-    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, form: GateForm
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    layer: ExpertWeights,
+    form: GateForm,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `experts`, with the vendor's grouped products; `index` and `weights` must be contiguous."""
     grouping = group(index, layer.experts, 64, filled=True)
@@ -160,7 +173,7 @@ def experts_by_library(
         )  # fmt: skip
     product = functional.grouped_mm(activated, down, offs=grouping.ends)
     out = torch.empty(index.shape[0], layer.hidden, dtype=hidden.dtype, device=hidden.device)
-    _combine(product, layer.down_bias, index, weights, grouping.places, out, layer.experts)
+    _combine(product, layer.down_bias, index, weights, grouping.places, out, layer.experts, residual)
     return out
 
 
@@ -219,14 +232,16 @@ def _combine(
     places: torch.Tensor | None,
     out: torch.Tensor,
     experts: int,
+    residual: torch.Tensor | None = None,
 ) -> None:
     tokens, hidden = out.shape
     early, options = _early(out.device)
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         combine_kernel[(tokens, triton.cdiv(hidden, _COMBINED))](
-            product, product if bias is None else bias, index, weights, index if places is None else places, out,
-            experts, hidden, 0 if bias is None else bias.stride(0), K=index.shape[1], SORTED=places is not None,
-            HAS_BIAS=bias is not None, BLOCK=_COMBINED, EARLY=early, num_warps=1, **options,
+            product, product if bias is None else bias, index, weights, index if places is None else places,
+            out if residual is None else residual, out, experts, hidden, 0 if bias is None else bias.stride(0),
+            K=index.shape[1], SORTED=places is not None, HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None, BLOCK=_COMBINED, EARLY=early, num_warps=1, **options,
         )  # fmt: skip
 
 

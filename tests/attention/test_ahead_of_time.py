@@ -22,7 +22,7 @@ SAMPLING = {
     "draw_bounded_kernel",
     "mark_seen_kernel",
 }
-EXPERTS = {"group_kernel", "product_kernel", "combine_kernel"}
+EXPERTS = {"group_kernel", "product_kernel", "combine_kernel", "topk_kernel"}
 RECURRENT = {
     "delta_rule_kernel",
     "chunk_matrices_kernel",
@@ -43,7 +43,7 @@ JOBS: dict[str, Job] = {
     "attention": ([80, 89, 90, 100], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
     # The oldest card; the one with the least shared memory.
     "skinny": ([80, 89], ["bfloat16"], ["skinny"]),
-    "experts": ([80, 89, 90, 100], ["bfloat16"], ["experts few"]),
+    "experts": ([80, 89, 90, 100], ["bfloat16"], ["experts few", "routers"]),
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
     "recurrent": ([89, 90], ["bfloat16"], ["delta rule wide", "mamba2 wide"]),

@@ -123,6 +123,25 @@ def test_products_by_the_library(layout: str, kind: str) -> None:
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("by_library", [False, True])
+def test_a_residual_is_added_to_the_rounded_sum(by_library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    monkeypatch.setattr(triton_experts, "FEW_TOKENS", 0 if by_library else FEW_TOKENS)
+    layer = layer_of(
+        SILU, False, True, experts=6, hidden=64, inner=48, dtype=torch.bfloat16 if by_library else HALVES[-1]
+    )
+    hidden, residual = (torch.randn(20, 64, device=DEVICE).to(layer.up.dtype) * size for size in (1, 8))
+    index, weights = routing("all", 20, 3, 6), torch.rand(20, 3, device=DEVICE)
+    plain = experts(hidden, index, weights, layer, SILU)
+    if torch.cuda.is_available() or not by_library:
+        assert torch.equal(experts(hidden, index, weights, layer, SILU, residual), plain + residual)
+    assert_same(experts(hidden, index, weights, layer, SILU, residual), plain + residual)
+    none = experts(hidden[:0], index[:0], weights[:0], layer, SILU, residual[:0])
+    assert none.shape == (0, 64)
+    lonely = experts_by_kernel(hidden, index[:, :0], weights[:, :0], layer, SILU, residual=residual)
+    assert torch.equal(lonely, residual), "tokens without experts keep the residual"
+
+
 @pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 8, 64), (3, 2, 7), (40, 4, 6), (300, 8, 20)])
 @pytest.mark.parametrize("kind", ["all", "one", "strangers"])

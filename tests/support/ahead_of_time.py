@@ -197,10 +197,22 @@ def experts(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library:
 
 def experts_early(dtype: torch.dtype) -> None:
     """As cards with programmatic dependent launch run it."""
-    from hf_async_batching.experts import triton_experts
+    from hf_async_batching.experts import topk, triton_experts
 
-    with mock.patch.object(triton_experts, "supports_pdl", return_value=True):
+    with (
+        mock.patch.object(triton_experts, "supports_pdl", return_value=True),
+        mock.patch.object(topk, "supports_pdl", return_value=True),
+    ):
         experts(dtype, (1, 32))
+        routers(dtype)
+
+
+def routers(dtype: torch.dtype) -> None:
+    """The choices of Qwen3-MoE, gpt-oss and a group-limited router."""
+    from hf_async_batching.experts.topk import topk_by_kernel
+
+    for scores, k, softmax in ((128, 8, True), (32, 4, False), (60, 6, True)):
+        topk_by_kernel(torch.empty(4, scores, dtype=dtype), k, softmax)
 
 
 def tables(dtype: torch.dtype) -> None:
@@ -285,6 +297,7 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
 LAUNCHES["skinny"] = skinny
 LAUNCHES["experts"] = experts
+LAUNCHES["routers"] = routers
 LAUNCHES["tables"] = tables
 LAUNCHES["largest"] = largest
 LAUNCHES["sampling"] = functools.partial(sampling, 151936)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.linear.rounding import rounding_tolerance
 from hf_async_batching.model.compile.pdl_check import generated_code_waits
-from hf_async_batching.model.compile.residual_fusion import fuse_residual_sums
+from hf_async_batching.model.compile.residual_fusion import fuse_expert_sums, fuse_residual_sums
+from hf_async_batching.model.compile.router_fusion import fuse_routers
 from hf_async_batching.model.view.position_cache import PositionCache
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def compile_regions(
         UnsafePdlError: A kernel would not wait for its predecessor; the layers have their own forwards again.
         Exception: Any error of the compiler; the layers have their own forwards again.
     """
-    compiler = _with_residual_sums(backend, pdl)
+    compiler = _with_fusions(backend, pdl)
     regions = [Region(modules, compiler) for modules in region_modules(view, mixing_modules)]
     for region in regions:
         region.marking = True
@@ -259,11 +260,13 @@ def remove_regions(regions: list[Region]) -> None:
         region.remove()
 
 
-def _with_residual_sums(backend: str | Compiler, pdl: bool) -> Compiler:
+def _with_fusions(backend: str | Compiler, pdl: bool) -> Compiler:
     options = inductor_options(pdl)
 
     def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        fuse_routers(module.graph)
         fuse_residual_sums(module.graph)
+        fuse_expert_sums(module.graph)
         module.recompile()
         if backend == "inductor":
             from torch._inductor.compile_fx import compile_fx

@@ -1,4 +1,4 @@
-"""Fuse residual sums into the product before them: one kernel and one pass over memory less per sum."""
+"""Fuse residual sums into the product, or the experts, before them: a kernel and a pass over memory less per sum."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 _SUMS = (operator.add, operator.iadd, torch.add)
+# By names, because the operators exist once the experts' room is imported.
+_EXPERTS = "hf_async_batching.experts", "hf_async_batching.experts.default"
 
 
 def fuse_residual_sums(graph: fx.Graph) -> int:
@@ -41,6 +43,50 @@ def fuse_residual_sums(graph: fx.Graph) -> int:
         order[both] = order[node]
         merged += 1
     return merged
+
+
+def fuse_expert_sums(graph: fx.Graph) -> int:
+    """Replace each sum of a layer's experts and a tensor with as many elements by one operator.
+
+    Args:
+        graph: The graph that Dynamo traced; it is changed in place.
+
+    Returns:
+        The number of sums that were replaced.
+    """
+    merged = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
+            continue
+        for term, residual in (node.args, node.args[::-1]):
+            shaped = _shaped_experts(term)
+            if not shaped or residual is term or not _alike(shaped[0], residual):
+                continue
+            with graph.inserting_before(node):
+                both = graph.call_function(
+                    torch.ops.hf_async_batching.experts_add.default, (*shaped[-1].args, residual)
+                )
+            both.meta.update(node.meta)
+            node.replace_all_uses_with(both)
+            graph.erase_node(node)
+            for unused in shaped:
+                graph.erase_node(unused)
+            merged += 1
+            break
+    return merged
+
+
+def _shaped_experts(arg: object) -> list[fx.Node]:
+    """The operator of the experts behind changes of shape, as the last of its nodes; empty if there is none."""
+    found: list[fx.Node] = []
+    while isinstance(arg, fx.Node) and len(arg.users) == 1:
+        found.append(arg)
+        if arg.op == "call_function" and str(arg.target) in _EXPERTS:
+            return found
+        if arg.op != "call_method" or arg.target not in ("view", "reshape"):
+            break
+        arg = arg.args[0]
+    return []
 
 
 def _is_product(arg: object) -> bool:

@@ -10,9 +10,11 @@ from torch import nn
 
 from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks import parity_check
+from hf_async_batching.experts import hf_interface  # noqa: F401  (defines the operator)
+from hf_async_batching.experts.layer import GateForm
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert
 from hf_async_batching.model.compile import regions as compiled_regions
-from hf_async_batching.model.compile.residual_fusion import fuse_residual_sums
+from hf_async_batching.model.compile.residual_fusion import fuse_expert_sums, fuse_residual_sums
 from hf_async_batching.model.forward.packed_forward import PackedForward
 
 
@@ -71,6 +73,74 @@ def test_which_sums_are_merged(which: str, merged: int) -> None:
     x = torch.randn(5, 8)
     with torch.no_grad():
         expected, actual = model(x), torch.compile(model, backend=compiler, fullgraph=True)(x)
+    torch.testing.assert_close(actual, expected)
+    assert counts == [merged]
+
+
+class ExpertSums(nn.Module):
+    """A layer of experts as transformers' modules call it: over tokens in one dimension."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 16)), nn.Parameter(torch.randn(3, 16, 4))
+        self.which = which
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
+        form = GateForm()
+        flat = x.reshape(-1, 16)
+        experts = torch.ops.hf_async_batching.experts(
+            flat, index, weights, self.up, None, self.down, None, False, *form
+        )
+        match self.which:
+            case "behind a view":
+                return x + experts.view(1, -1, 16)
+            case "in front":
+                return experts.reshape(x.shape) + x
+            case "flat":
+                return flat + experts
+            case "in place":
+                x = x.clone()
+                x += experts.view(x.shape)
+                return x
+            case "used twice":
+                return x + experts.view(x.shape), experts * 2
+            case "a number":
+                return experts + 1
+            case "another shape":
+                return experts.view(x.shape) + x[:, :1]
+            case "another type":
+                return experts + flat.double()
+            case "doubled":
+                return experts * 2 + flat
+        raise AssertionError(self.which)
+
+
+@pytest.mark.parametrize(
+    ("which", "merged"),
+    [
+        *((which, 1) for which in ("behind a view", "in front", "flat", "in place")),
+        *((which, 0) for which in ("used twice", "a number", "another shape", "another type", "doubled")),
+    ],
+)
+def test_which_sums_of_experts_are_merged(which: str, merged: int) -> None:
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    counts: list[int] = []
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        counts.append(fuse_expert_sums(module.graph))
+        module.graph.lint()
+        module.recompile()
+        return module.forward
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ExpertSums(which).to(device)
+    x, weights = torch.randn(1, 5, 16, device=device), torch.rand(5, 2, device=device)
+    index = torch.tensor([[0, 1], [2, 1], [1, 0], [2, 0], [0, 2]], device=device)
+    with torch.no_grad():
+        expected = model(x, index, weights)
+        actual = torch.compile(model, backend=compiler, fullgraph=True)(x, index, weights)
     torch.testing.assert_close(actual, expected)
     assert counts == [merged]
 
