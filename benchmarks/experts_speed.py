@@ -21,6 +21,7 @@ import torch
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from hf_async_batching.bench.machine import look_at
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.experts import reference, triton_experts
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
 from hf_async_batching.experts.settings import (
@@ -31,7 +32,6 @@ from hf_async_batching.experts.settings import (
     shared_memory,
 )
 from hf_async_batching.linear.rounding import worst_relative_error
-from hf_async_batching.linear.skinny import shared_memory_limit
 
 DEVICE = torch.device("cuda")
 _LAYERS, _SETS = 16, 2

@@ -21,13 +21,13 @@ import torch
 from torch.nn.functional import linear
 
 from hf_async_batching.bench.machine import copy_bandwidth
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.linear.engine_linear import MAX_STRIPS
 from hf_async_batching.linear.skinny import (
     MAX_ROWS,
     SkinnySetting,
     candidates,
     default_setting,
-    shared_memory_limit,
     skinny_linear,
 )
 

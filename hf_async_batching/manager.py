@@ -288,11 +288,11 @@ class GenerationManager:
 
     @cpu_by_default
     def warmup(self, requests: Iterable[Request] = (), *, tune: bool = False) -> None:
-        """Start the engine, wait until it is compiled, and capture its decode steps, before the first request.
+        """Start the engine, wait until it is compiled, and capture its steps, before the first request.
 
         It captures steps for greedy decoding, for sampling if the model's own generation config asks for it, and for
-        the options of `requests`. Steps with few prompt tokens are captured later, when their sizes have come a few
-        times.
+        the options of `requests`: decode steps, and those with up to 1,055 prompt tokens beside few rows. Prompts
+        beside more rows are captured later, when their sizes have come a few times.
 
         Args:
             requests: Examples of coming requests; they are not run. See `make_request`.

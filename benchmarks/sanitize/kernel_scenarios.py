@@ -14,8 +14,9 @@ from hf_async_batching.core import step_layout
 from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.linear.engine_linear import MAX_STRIPS
-from hf_async_batching.linear.skinny import SkinnySetting, default_setting, shared_memory_limit, skinny_linear
+from hf_async_batching.linear.skinny import SkinnySetting, default_setting, skinny_linear
 from hf_async_batching.runner import staging
 from hf_async_batching.runner.row_tables import RowTables
 from hf_async_batching.sampling import triton_sampler as fused

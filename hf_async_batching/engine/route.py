@@ -271,11 +271,12 @@ def _checked(
         return Route(forward, backend, check_parity(model, forward, backend, page_size))
     except LogitsDifferError as error:
         stage(f"its logits as {forward.route} are compared in a wider dtype, since {error.short}")
-        # A wide view fuses no weights; fused products are compared separately.
+        # A wide view fuses no weights, because they are no plain parameters; fused products are compared separately.
         fused = isinstance(forward, PackedForward) and forward.packed_groups is not None
         if fused and not products_agree(forward.view):
             raise
-        view = agrees_in_wide_dtype(model, make, backend, page_size, error, stateful=forward.state_bytes > 0)
+        wide = PackedForward if fused else make
+        view = agrees_in_wide_dtype(model, wide, backend, page_size, error, stateful=forward.state_bytes > 0)
         if view is None:
             raise
         return Route(forward, backend, view)

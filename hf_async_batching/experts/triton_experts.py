@@ -14,6 +14,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 from torch.nn import functional
 
 from hf_async_batching.devices.pdl import supports_pdl
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.experts.kernels import (
     activate_kernel,
     combine_kernel,
@@ -28,7 +29,6 @@ from hf_async_batching.experts.settings import (
     default_setting,
     most_blocks,
 )
-from hf_async_batching.linear.skinny import shared_memory_limit
 
 _FEW_IDS, _MANY_IDS = 512, 2048
 _COMBINED = 256

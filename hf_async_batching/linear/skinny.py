@@ -5,13 +5,13 @@ Importing it imports triton: import it on demand.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.devices.pdl import supports_pdl
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.linear.skinny_kernel import skinny_linear_kernel
 
 MAX_ROWS = 64
@@ -147,12 +147,3 @@ def skinny_linear(
             **options,
         )  # fmt: skip
     return output
-
-
-@functools.cache
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one block may take on a card; on a CPU, what the smallest card served has."""
-    if device.type != "cuda":
-        return 99 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)

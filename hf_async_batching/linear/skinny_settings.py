@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.linear import library, skinny, skinny_kernel
 from hf_async_batching.linear.library import library_linear
 from hf_async_batching.linear.skinny import (
@@ -35,7 +36,7 @@ class SkinnySettings:
     """
 
     def __init__(self, device: torch.device, tuning: Tuning) -> None:
-        self._memory = skinny.shared_memory_limit(device)
+        self._memory = shared_memory_limit(device)
         self._tuning = tuning
         self._known: dict[tuple[int, int, int, torch.dtype], SkinnySetting] = {}
 

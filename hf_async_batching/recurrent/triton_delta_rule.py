@@ -15,6 +15,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 
 from hf_async_batching.attention.base import AttentionContext, DecodeContext
 from hf_async_batching.attention.triton_prefill import PREFILL_TILE
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.recurrent.delta_rule_chunks import chunk_matrices_kernel, delta_rule_chunks_kernel
 from hf_async_batching.recurrent.delta_rule_kernel import delta_rule_kernel
 from hf_async_batching.recurrent.step import RecurrentStep, decoding
@@ -22,7 +23,9 @@ from hf_async_batching.recurrent.triton_tiles import ChunkSetting, in_chunks, ti
 
 # Value columns and warps of a program. One warp needs no synchronization from token to token.
 _DECODE, _PROMPT = (32, 4), (16, 1)
-_CHUNKS = ChunkSetting(chunk=32, columns=32, warps=4, stages=2)
+_CHUNKS = ChunkSetting(chunk=64, columns=32, warps=4, stages=3)
+# For cards with less shared memory than this; wide keys need more than any card has.
+_FEW_CHUNKS, _FEW_BYTES = ChunkSetting(chunk=32, columns=32, warps=4, stages=2), 160 * 1024
 _MATRIX_WARPS = 4
 
 
@@ -103,6 +106,11 @@ def _by_token(context: AttentionContext, given: _Inputs, normalize: bool, keep: 
     )
 
 
+def _chunks_for(width: int, memory: int) -> ChunkSetting:
+    """The chunks for keys of a width on a card with `memory` bytes of shared memory for a program."""
+    return _FEW_CHUNKS if width > 128 or memory < _FEW_BYTES else _CHUNKS
+
+
 def _by_chunk(context: AttentionContext, given: _Inputs, normalize: bool, keep: bool, decodes: int) -> None:
     """Compute the tiles behind the first `decodes` in chunks."""
     query, key, value, g, beta, out, table = given
@@ -110,9 +118,7 @@ def _by_chunk(context: AttentionContext, given: _Inputs, normalize: bool, keep: 
     key_dim = key.shape[3]
     width = max(16, triton.next_power_of_2(key_dim))
     tile_rows, tile_queries, tile_lengths, tiles, covering = tiles_of(context)
-    chunk, columns, warps, stages = _CHUNKS
-    if width > 128:  # what larger chunks of such keys need exceeds the shared memory of some cards
-        chunk = min(chunk, 32)
+    chunk, columns, warps, stages = _chunks_for(width, shared_memory_limit(key.device))
     parts = max(1, PREFILL_TILE // chunk)
     columns = max(16, min(columns * 128 // max(width, 128), triton.next_power_of_2(value_dim)))
     matrices = torch.empty(tokens, heads, 4, chunk, dtype=torch.bfloat16, device=key.device)

@@ -24,7 +24,7 @@ MAX_FAILED_CAPTURES = 3
 FORWARD = None
 
 # Largest number of graphs of steps with prompts, and largest memory of all graphs, in bytes, before a new capture.
-MOST_PADDED_GRAPHS = 96
+MOST_PADDED_GRAPHS = 160
 _MOST_GRAPH_BYTES = 1 << 30
 
 # Runs of a step before it is captured; a capture takes as long as a few uncaptured steps. A decode step repeats at

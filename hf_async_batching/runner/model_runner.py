@@ -7,6 +7,7 @@ each size once.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -55,7 +56,7 @@ class ModelRunner:
         device: Device that captures graphs.
         max_rows: Rows of the largest decode step.
         largest: The largest step with prompts that is captured; its tokens are 0 if none is.
-        spread: Whether prompts are spread over decode steps, so that these steps are captured in advance.
+        spread: Whether prompts are spread over decode steps, so that a warm-up captures all of these steps.
         graphs: Whether steps are captured.
         least_rows: Rows of the smallest decode step.
         autocast: Autocast state of the forward.
@@ -92,11 +93,11 @@ class ModelRunner:
         self._paddings = padded_tokens(largest)
         self._most_entries = largest.entries
         self._padded_decodes = padded_decodes(max_rows)
-        self._spread: list[Padding] = []
+        # A prompt alone, and beside few rows: the steps of a server's first requests.
+        sizes = [(tokens, decodes) for decodes in self._padded_decodes[:2] for tokens in self._paddings]
         if spread and SPREAD_TOKENS in self._paddings:
-            for decodes in self._padded_decodes:
-                room = min(self._most_entries, SPREAD_TOKENS - decodes)
-                self._spread += [Padding(SPREAD_TOKENS, padded_entries(1, room), decodes)] if room > 0 else []
+            sizes += [(SPREAD_TOKENS, decodes) for decodes in self._padded_decodes]
+        self._warmed = list(dict.fromkeys(filter(None, itertools.starmap(self._least_padding, sizes))))
         self._offered: Forward | None = None
         # Inputs and logits of captured forwards.
         self._forwards: dict[int, tuple[StepInputs, torch.Tensor]] = {}
@@ -140,6 +141,11 @@ class ModelRunner:
         key = Captured(padding, self._sampler.as_run(plan.features))
         return padding if self.graphs.captures_prompts() or key in self.graphs.captured else None
 
+    def _least_padding(self, tokens: int, decodes: int) -> Padding | None:
+        """A step with one prompt's end at least; None if so many tokens have no room for it."""
+        room = min(self._most_entries, tokens - decodes)
+        return Padding(tokens, padded_entries(1, room), decodes) if room > 0 else None
+
     def offer(self, forward: Forward) -> None:
         """Use another forward from the next step on, and capture again. Any thread may call it."""
         self._offered = forward
@@ -163,7 +169,7 @@ class ModelRunner:
     def warm(self, features: Features) -> None:
         """Run and capture every bucket on the padding row; `decode_rows` is empty afterwards.
 
-        If prompts are spread, the most frequent steps with prompts are captured too.
+        Steps with a prompt alone or beside few rows are captured too, and those of spread prompts.
         """
         self._adopt()
         features = self._sampler.as_run(features)
@@ -177,7 +183,7 @@ class ModelRunner:
                 self._decode(bucket, features)
         if not features.eager and self.graphs.enabled:
             self._state.padded.zero_()
-            for padding in self._spread:
+            for padding in self._warmed:
                 if not self.graphs.captures_prompts():
                     break
                 self._padded(padding, features)

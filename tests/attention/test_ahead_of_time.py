@@ -47,6 +47,7 @@ JOBS: dict[str, Job] = {
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
     "recurrent": ([89, 90], ["bfloat16"], ["delta rule wide", "mamba2 wide"]),
+    "recurrent large": ([80, 90, 100], ["bfloat16"], ["delta rule large"]),
     "pdl": ([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"]),
     "experts pdl": ([90], ["bfloat16"], ["experts early"]),
     "pdl apart": ([90], ["float16"], ["decode apart pdl"]),
@@ -102,6 +103,7 @@ def test_sampling_kernels(compiled: dict[str, list[dict[str, object]]]) -> None:
 def test_kernels_of_layers_with_states(compiled: dict[str, list[dict[str, object]]]) -> None:
     assert len(compiled["recurrent"]) == 10
     check(compiled["recurrent"], RECURRENT)
+    check(compiled["recurrent large"], {name for name in RECURRENT if "mamba2" not in name})
 
 
 def test_programmatic_dependent_launch(compiled: dict[str, list[dict[str, object]]]) -> None:

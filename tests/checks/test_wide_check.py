@@ -26,6 +26,7 @@ from hf_async_batching.linear.engine_linear import EngineLinear
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.small.length_thresholds import makes_choices
+from hf_async_batching.model.view import wide_tensor
 from hf_async_batching.model.view.wide_tensor import WideTensor, widen_weights
 
 ROUNDING = LogitsDifferError("its logits differ")
@@ -207,6 +208,28 @@ def test_what_is_fused_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(LogitsDifferError):
         route._checked(made, model, BatchingConfig(), CPU_KERNELS)
     assert route._checked(PackedForward, model, BatchingConfig(), CPU_KERNELS)[2] == "a view"
+
+
+@pytest.mark.parametrize("small", [192, 4096])
+def test_wide_views_of_fused_forwards(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large weights are converted by each operation, behind views of them too; convolutions are plain parameters."""
+
+    def differs(*_: Any) -> Any:
+        raise LogitsDifferError("they differ")
+
+    monkeypatch.setattr(wide_tensor, "_SMALL", small)
+    monkeypatch.setattr(route, "check_parity", differs)
+    makers: list[Any] = []
+
+    def compared(model: Any, make: Any, *rest: Any, **options: Any) -> Any:
+        makers.append(make)
+        return agrees_in_wide_dtype(model, make, *rest, **options)
+
+    monkeypatch.setattr(route, "agrees_in_wide_dtype", compared)
+    model = tiny_model("Lfm2MoeForCausalLM").bfloat16()
+    found = route._checked(partial(PackedForward, fused=True), model, BatchingConfig(), CPU_KERNELS)
+    assert found.forward.packed_groups and found.view is not None
+    assert makers == [PackedForward], "moved weights would be compared with themselves"
 
 
 @pytest.mark.parametrize(

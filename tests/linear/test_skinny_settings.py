@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.linear import engine_linear, skinny_settings
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, products
-from hf_async_batching.linear.skinny import LIBRARY, SkinnySetting, default_setting, shared_memory_limit
+from hf_async_batching.linear.skinny import LIBRARY, SkinnySetting, default_setting
 from hf_async_batching.linear.skinny_settings import SkinnySettings
 from hf_async_batching.runtime.autotune import Tuning
 

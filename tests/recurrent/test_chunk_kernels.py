@@ -172,7 +172,16 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, layer: Layer, **changes: int) -> None:
-    monkeypatch.setattr(layer.module, "_CHUNKS", layer.module._CHUNKS._replace(**changes))
+    setting = layer.module._CHUNKS._replace(**changes)
+    monkeypatch.setattr(layer.module, "_CHUNKS", setting)
+    if layer.module is triton_delta_rule:
+        monkeypatch.setattr(layer.module, "_FEW_CHUNKS", setting)
+
+
+def test_chunks_fit_the_card() -> None:
+    chunks_for = triton_delta_rule._chunks_for
+    assert chunks_for(128, 163 * 1024) == chunks_for(64, 227 * 1024) == triton_delta_rule._CHUNKS
+    assert chunks_for(128, 99 * 1024) == chunks_for(256, 227 * 1024) == triton_delta_rule._FEW_CHUNKS
 
 
 def check(layer: Layer, case: Case, given: Tensors, states: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from support.oracle import Oracle
 from support.tiny_models import tiny_model
 from support.toy_engine import ToyEngine, run_random_schedule, verify
 
-from hf_async_batching.core.graph_buckets import MOST_PADDED, SPREAD_TOKENS, padded_decodes
+from hf_async_batching.core.graph_buckets import MOST_PADDED, PADDED_TOKENS, SPREAD_TOKENS, padded_decodes
 from hf_async_batching.core.plan import Chunk, Features, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.row_layout import PARAMS
@@ -231,9 +231,11 @@ def test_steps_among_which_prompts_are_spread_are_captured_in_advance(admission:
     assert padded_like(runner, SPREAD_TOKENS - 33, 32) == Padding(SPREAD_TOKENS, 16, 32), "what `spread_room` leaves"
     engine.state.padded.fill_(3)
     runner.warm(Features())
-    assert captured_paddings(runner) == (
-        {Padding(SPREAD_TOKENS, 16, size) for size in (0, 8, 32, 40)} if admission == "longest_first" else set()
-    )
+    few = {
+        Padding(tokens, min(tokens - rows, 16), rows) for rows in (0, 8) for tokens in runner.paddings if tokens > rows
+    }
+    spread = {Padding(SPREAD_TOKENS, 16, size) for size in (0, 8, 32, 40)}
+    assert captured_paddings(runner) == (few | spread if admission == "longest_first" else few)
     assert int(engine.state.lengths.sum()) == 0
     before = device.captures
     runner.warm(Features())
@@ -253,17 +255,23 @@ def test_a_row_alone_decodes_in_a_step_of_two(seed: int, max_rows: int) -> None:
 
 
 def test_which_steps_are_captured_in_advance() -> None:
-    def spread(largest: Padding, max_rows: int = 40) -> list[Padding]:
+    def warmed(largest: Padding, max_rows: int = 40, *, spread: bool = True) -> list[Padding]:
         return ModelRunner(
             lambda _: torch.zeros(1), ToyEngine(1, 0).state, FakeGraphDevice(), max_rows=max_rows, largest=largest,
-            spread=True, graphs=True,
-        )._spread  # fmt: skip
+            spread=spread, graphs=True,
+        )._warmed  # fmt: skip
 
-    assert spread(Padding(256, 40, 40)) == [], "so large none is captured"
-    many = spread(Padding(1024, 100, 512), 512)
-    assert {padding.decodes for padding in many} == {size for size in padded_decodes(512) if size < SPREAD_TOKENS}
-    assert all(padding.entries == 16 for padding in many)
-    assert {padding.entries for padding in spread(Padding(1024, 8, 40))} == {8}, "all that a step can sample"
+    few = warmed(Padding(256, 40, 40))
+    assert {padding.tokens for padding in few} == {size for size in PADDED_TOKENS if size <= 256}
+    assert {padding.decodes for padding in few} == {0, 8} and few == warmed(Padding(256, 40, 40), spread=False)
+    assert Padding(8, 8, 0) in few and not any(padding.tokens <= padding.decodes for padding in few)
+    many = warmed(Padding(1024, 100, 512), 512)
+    assert len(set(many)) == len(many)
+    of_spread = [padding for padding in many if padding.tokens == SPREAD_TOKENS]
+    assert {padding.decodes for padding in of_spread} == {size for size in padded_decodes(512) if size < SPREAD_TOKENS}
+    assert {padding.decodes for padding in many if padding.tokens != SPREAD_TOKENS} == {0, 8}
+    assert all(padding.entries == min(16, padding.tokens - padding.decodes) for padding in many)
+    assert max(padding.entries for padding in warmed(Padding(1024, 8, 40))) == 8, "all that a step can sample"
 
 
 def test_what_cannot_be_captured_is_not_run_in_advance() -> None:
@@ -410,7 +418,9 @@ def test_warming_captures_every_bucket_and_disturbs_no_request() -> None:
     device = FakeGraphDevice()
     engine = decoding_engine(device, max_rows=7, new_tokens=12, steps=4)
     engine.engine.pipeline.warm(Features())
-    assert {key.size for key in engine.runner.graphs.captured if key.features == Features()} == {1, 2, 4, 7}
+    sizes = {key.size for key in engine.runner.graphs.captured if key.features == Features()}
+    assert {size for size in sizes if isinstance(size, int)} == {1, 2, 4, 7}
+    assert {size for size in sizes if isinstance(size, Padding)} == set(engine.runner._warmed)
     before = device.captures
     run_to_end(engine)
     verify(engine, engine.requests)

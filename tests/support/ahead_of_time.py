@@ -278,6 +278,14 @@ def delta_rule(key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     row_delta_rule(_prompt_and_decoding_rows(), "scan", query, key, value, g, g.to(dtype), normalize=True)
 
 
+def delta_rule_large(dtype: torch.dtype) -> None:
+    """As cards with much shared memory run it."""
+    from hf_async_batching.recurrent import triton_delta_rule
+
+    with mock.patch.object(triton_delta_rule, "shared_memory_limit", return_value=163 * 1024):
+        delta_rule(128, 128, dtype)
+
+
 def mamba2(dim: int, size: int, dtype: torch.dtype) -> None:
     from hf_async_batching.recurrent.triton_mamba2 import row_mamba2_scan
 
@@ -310,6 +318,7 @@ LAUNCHES["mamba2 wide"] = functools.partial(mamba2, 128, 256)
 EXTRA = {
     "decode pdl": functools.partial(decode, SHAPES["llama"], splits=3, pdl=True),
     "decode apart pdl": functools.partial(decode, SHAPES["llama"], splits=3, fused=False, pdl=True),
+    "delta rule large": delta_rule_large,
     "prefill early": prefill_early,
     "skinny early": skinny_early,
     "experts few": functools.partial(experts, tokens=(1, 32), library=False),

@@ -28,9 +28,11 @@ class WideTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, narrow: torch.Tensor, dtype: torch.dtype) -> WideTensor:
         """Make a tensor without storage of its own."""
-        made: WideTensor = torch.Tensor._make_wrapper_subclass(
-            cls, narrow.size(), strides=narrow.stride(), dtype=dtype, device=narrow.device, requires_grad=False
-        )
+        # torch counts the versions of a weight's views, in inference mode too, and inference tensors have no counter.
+        with torch.inference_mode(False):
+            made: WideTensor = torch.Tensor._make_wrapper_subclass(
+                cls, narrow.size(), strides=narrow.stride(), dtype=dtype, device=narrow.device, requires_grad=False
+            )
         made._narrow = narrow
         return made
 
