@@ -62,7 +62,7 @@ def largest_padding(max_batch_tokens: int, max_rows: int, max_samples: int, weig
         max_batch_tokens: Tokens of the largest step.
         max_rows: Rows that can decode in it.
         max_samples: Tokens that a step can sample.
-        weight_bytes: Bytes of weights that a step reads.
+        weight_bytes: Bytes of the weights that each token is multiplied with.
     """
     worth = int(MOST_PADDED * min(1.0, _PADDED_WEIGHTS / max(weight_bytes, 1)))
     # A full step also has room for padding.

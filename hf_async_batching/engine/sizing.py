@@ -11,6 +11,7 @@ from hf_async_batching.config import BatchingConfig
 from hf_async_batching.core.graph_buckets import largest_padding
 from hf_async_batching.core.row_layout import HISTORY_START, MAX_PADDING
 from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
+from hf_async_batching.experts.recognise import idle_bytes
 from hf_async_batching.kv_cache.layer_groups import LayerGroups, LayerShape, group_layers
 from hf_async_batching.model.forward.cache_forward import CacheForward
 from hf_async_batching.model.forward.packed_forward import PackedForward
@@ -241,6 +242,7 @@ def size_engine(
     padding = NO_PADDING
     if packed and padded:
         samples = resolved.max_rows + drafted
-        padding = largest_padding(resolved.max_batch_tokens, resolved.max_rows, samples, forward.weight_bytes)
+        active = forward.weight_bytes - idle_bytes(forward.view)
+        padding = largest_padding(resolved.max_batch_tokens, resolved.max_rows, samples, active)
     max_writes = HISTORY_START + MAX_PADDING + resolved.max_sequence_length
     return EngineSizes(resolved, groups, drafted, padding, max_writes)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
-from hf_async_batching.experts.recognise import dispatches, form_of, weights_of
+from hf_async_batching.experts.recognise import choices_of, dispatches, form_of, weights_of
 from hf_async_batching.experts.settings import FEW_TOKENS, first_tokens
 from hf_async_batching.linear.rounding import rounding_tolerance, worst_relative_error
 from hf_async_batching.runtime.triton_start import runs_triton
@@ -182,7 +182,7 @@ def _agrees(module: Any, form: GateForm) -> bool:
         *((one.shape, one.stride()) for one in (layer.up, layer.down)),
     )
     if kind not in _compared:
-        choices = min(_choices(module), layer.experts)
+        choices = min(choices_of(module), layer.experts)
         sizes = sorted({*_COMPARED_TOKENS, *first_tokens(layer.experts, choices)})
         try:
             with torch.autocast(layer.down.device.type, enabled=False):
@@ -209,15 +209,6 @@ def _agree(module: Any, form: GateForm, tokens: int, choices: int) -> bool:
     got = _experts(hidden, index, weights, layer, form)
     want = module._family_experts(module, hidden, index, weights)
     return worst_relative_error(got.float(), want.float()) <= rounding_tolerance(dtype)
-
-
-def _choices(module: Any) -> int:
-    """Experts per token, by the config's name for it."""
-    for name in ("num_experts_per_tok", "top_k", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts"):
-        value = getattr(module.config, name, None)
-        if isinstance(value, int):
-            return value
-    return 2
 
 
 ExpertsInterface.register(NAME, experts_forward)

@@ -46,6 +46,26 @@ def weights_of(module: Any) -> ExpertWeights:
     )
 
 
+def choices_of(module: Any) -> int:
+    """Experts per token, by the config's name for it; 2 if the config has none of the known names."""
+    for name in ("num_experts_per_tok", "top_k", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts"):
+        value = getattr(module.config, name, None)
+        if isinstance(value, int):
+            return value
+    return 2
+
+
+def idle_bytes(view: nn.Module) -> int:
+    """Bytes of a view's experts that a token does not choose, and so is not multiplied with."""
+    idle = 0.0
+    for module in view.modules():
+        if dispatches(module):
+            experts = getattr(module, "num_experts", 0)
+            held = sum(parameter.nbytes for parameter in module.parameters())
+            idle += held * max(0.0, 1 - choices_of(module) / experts) if isinstance(experts, int) and experts else 0
+    return int(idle)
+
+
 def form_of(module: Any) -> GateForm | None:
     """What a module that `dispatches` does between its products; None if the kernels do not know it."""
     if getattr(module, "has_post_expert_norm", False) or not _plain_weights(module):

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.experts import reference
 from hf_async_batching.experts.layer import GateForm
-from hf_async_batching.experts.recognise import dispatches, form_of, weights_of
+from hf_async_batching.experts.recognise import choices_of, dispatches, form_of, idle_bytes, weights_of
 from hf_async_batching.linear.rounding import worst_relative_error
 from hf_async_batching.model.view import wide_tensor
 
@@ -146,3 +146,16 @@ def test_other_modules_do_not_dispatch() -> None:
     model = tiny_model("Qwen3MoeForCausalLM")
     names = {type(module).__name__ for module in model.modules() if dispatches(module)}
     assert names == {"Qwen3MoeExperts"}
+
+
+@pytest.mark.parametrize("class_name", ["Qwen3MoeForCausalLM", "GptOssForCausalLM", "MixtralForCausalLM"])
+def test_bytes_that_a_token_is_not_multiplied_with(class_name: str) -> None:
+    model = tiny_model(class_name)
+    layers: list[Any] = [module for module in model.modules() if dispatches(module)]
+    experts, choices = layers[0].num_experts, choices_of(layers[0])
+    assert 1 < choices < experts
+    held = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    assert idle_bytes(model) == pytest.approx(held * (experts - choices) / experts, abs=1)
+    assert idle_bytes(tiny_model("LlamaForCausalLM")) == 0
+    layers[0].num_experts = None
+    assert idle_bytes(model) == pytest.approx(held * (experts - choices) / experts * (1 - 1 / len(layers)), abs=1)
