@@ -80,7 +80,9 @@ def decode_block_sizes(head_dim: int, head_dim_v: int, group: int, dtype: torch.
         # Full precision has no tensor cores: the products are plain multiply-adds and want more threads.
         return BlockSizes(16, 32 if bytes_per_token <= 1024 else 16, 4, 3)
     m = power_of_two(min(group, 32))
-    return BlockSizes(m, 32, 2 if m == 16 and bytes_per_token <= 512 else 4, 5 if bytes_per_token <= 512 else 3)
+    if bytes_per_token > 512:  # on an H200, with head size 256, 8 rows and 4,096 tokens: 35 against 43 us
+        return BlockSizes(m, 16, 2, 5) if m == 16 and bytes_per_token <= 1024 else BlockSizes(m, 32, 4, 3)
+    return BlockSizes(m, 32, 2 if m == 16 else 4, 5)
 
 
 def power_of_two(number: int, at_least: int = 16) -> int:

@@ -93,9 +93,16 @@ def default_decode_config(
     if splits == 1 and dtype != torch.float32 and device.type == "cuda":
         # With few programs of whole contexts, each keeps more loads in flight. Measured on an H200.
         stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
-    # If each split has hardly one program in the first wave, the last program would combine all parts alone.
+    # Few contexts are divided finely, and the last program would combine many parts alone. Measured on an H200.
+    few = batch * num_kv_heads <= 64
     return DecodeConfig(
-        splits, sizes.n, sizes.warps, stages, fused=batch * num_kv_heads > 16, pdl=supports_pdl(device)
+        splits,
+        sizes.n,
+        sizes.warps,
+        stages,
+        tokens_per_split=max(32, sizes.n) if few else 128,
+        fused=not few,
+        pdl=supports_pdl(device),
     )
 
 

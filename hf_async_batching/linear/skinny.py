@@ -72,8 +72,12 @@ def default_setting(rows: int, n: int, k: int, memory: int) -> SkinnySetting:
         memory: Shared memory that a block may take, in bytes.
     """
     setting = SkinnySetting(128, 128, 1, 4, 4) if n >= 16384 else SkinnySetting(64, 128, 1, 4, 5)
-    strips = -(-n // setting.block_n)
-    while strips * setting.splits < 64 and k // setting.block_k >= 8 * setting.splits and setting.splits < 4:
+    strips, blocks = -(-n // setting.block_n), k // setting.block_k
+    while setting.splits < 4 and (
+        (strips * setting.splits < 48 and blocks >= 8 * setting.splits)
+        # Longer shares pay up to about one program for each multiprocessor.
+        or (strips * setting.splits <= 64 and blocks >= max(16, 8 * setting.splits))
+    ):
         setting = setting._replace(splits=setting.splits * 2)
     if strips * setting.splits < 132 * 2 and k >= 8192 and setting.splits == 1:
         setting = setting._replace(splits=2)

@@ -47,7 +47,9 @@ def skinny_linear_kernel(
     last = tl.minimum((split + 1) * blocks_per_split, tl.cdiv(K, BLOCK_K))
     # Rows beyond the weight read its last one: their outputs are not stored.
     weight_at = weight + tl.minimum(ns, N - 1).to(tl.int64)[:, None] * K + ks[None, :]
-    x_at = x + tl.minimum(ms, rows - 1)[:, None] * x_stride + ks[None, :]
+    # Rows that are not there are not read: copies of the last one would all come from the same lines of the cache.
+    present = (ms < rows)[:, None]
+    x_at = x + ms[:, None] * x_stride + ks[None, :]
     if EARLY:
         # Programmatic dependent launch: this program was placed while the kernel before still ran, and must not read
         # what that one writes before it has ended.
@@ -57,18 +59,18 @@ def skinny_linear_kernel(
     for block in range(split * blocks_per_split, last):
         if EVEN_K:
             w = tl.load(weight_at, eviction_policy="evict_first")
-            a = tl.load(x_at, eviction_policy="evict_last")
+            a = tl.load(x_at, mask=present, other=0.0, eviction_policy="evict_last")
         else:
             inside = (block * BLOCK_K + tl.arange(0, BLOCK_K) < K)[None, :]
             w = tl.load(weight_at, mask=inside, other=0.0, eviction_policy="evict_first")
-            a = tl.load(x_at, mask=inside, other=0.0, eviction_policy="evict_last")
+            a = tl.load(x_at, mask=present & inside, other=0.0, eviction_policy="evict_last")
         accumulator = tl.dot(w, tl.trans(a), accumulator)
         weight_at += BLOCK_K
         x_at += BLOCK_K
     accumulator = tl.trans(accumulator)
 
     at = ms[:, None] * N + ns[None, :]
-    mask = (ms < rows)[:, None] & (ns < N)[None, :]
+    mask = present & (ns < N)[None, :]
     if SPLITS > 1:
         size = rows.to(tl.int64) * N
         tl.store(partial + split * size + at, accumulator, mask=mask)

@@ -21,7 +21,7 @@ from hf_async_batching.recurrent.triton_tiles import ChunkSetting, in_chunks, ti
 
 # Channels and warps of a program.
 _DECODE, _PROMPT = (32, 4), (8, 1)
-_CHUNKS = ChunkSetting(chunk=32, columns=32, warps=4, stages=2)
+_CHUNKS = ChunkSetting(chunk=64, columns=32, warps=4, stages=2)
 
 
 class _Inputs(NamedTuple):

@@ -85,7 +85,12 @@ def test_settings_fit_the_card(memory: int, rows: int) -> None:
 
 def test_small_weights_are_shared_out() -> None:
     assert default_setting(32, 1024, 3072, 227 * 1024).splits == 4
-    assert default_setting(32, 4096, 4096, 227 * 1024).splits == 1, "enough strips"
+    assert default_setting(1, 2048, 2048, 227 * 1024).splits == 4
+    assert default_setting(32, 4096, 4096, 227 * 1024).splits == 2, "a program for each multiprocessor"
+    assert default_setting(32, 4096, 1024, 227 * 1024).splits == 1, "shares would be short"
+    assert default_setting(32, 3072, 1024, 227 * 1024).splits == 1, "shares would be short"
+    assert default_setting(1, 128, 1024, 227 * 1024).splits == 2, "few strips are divided all the same"
+    assert default_setting(32, 5120, 4096, 227 * 1024).splits == 1, "enough strips"
     assert default_setting(32, 4096, 14336, 227 * 1024).splits == 2, "long ones"
     assert default_setting(32, 28672, 4096, 227 * 1024).splits == 1
 
