@@ -221,7 +221,7 @@ def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
     values = [given.get("token_healing"), *[getattr(config, "token_healing", None) for config in configs]]
     if next((value for value in values if value is not None), False):
         raise UnsupportedArgumentError(
-            "`token_healing=True` is not served yet; use plain `model.generate` for this call"
+            "`token_healing=True` is not served; use plain `model.generate` for this call"
         )
 
 

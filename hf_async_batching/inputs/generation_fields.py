@@ -32,7 +32,7 @@ def check_fields(config: GenerationConfig) -> None:
         if entry.status != "refused":
             continue
         if not any(value is neutral or (value == neutral and neutral is not None) for neutral in entry.neutral):
-            raise UnsupportedArgumentError(f"`{name}={value!r}` is not served yet; {entry.remedy}")
+            raise UnsupportedArgumentError(f"`{name}={value!r}` is not served; {entry.remedy}")
 
 
 def bound_encoder_ngrams(config: GenerationConfig, length: int) -> None:

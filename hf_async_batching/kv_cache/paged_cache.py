@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from hf_async_batching.kv_cache.layer_groups import LayerGroups, LayerShape
+from hf_async_batching.kv_cache.lazy_zeros import lazy_zeros
 from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 
 
@@ -36,7 +37,7 @@ class PagedCache:
         groups: LayerGroups | None = None,
     ) -> None:
         def pages(layer: LayerShape, dim: int) -> torch.Tensor:
-            return torch.zeros(num_pages + 1, page_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device)
+            return lazy_zeros(num_pages + 1, page_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device)
 
         place_of = list(range(len(layers))) if groups is None else groups.place_of
         firsts = [place_of.index(place) for place in range(max(place_of, default=-1) + 1)]

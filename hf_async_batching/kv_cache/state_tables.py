@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hf_async_batching.core.plan import StateCopy
+from hf_async_batching.kv_cache.lazy_zeros import lazy_zeros
 
 _ALIGNMENT = 64
 """Bytes; kernels read whole vectors of the smallest dtype from places that are aligned so."""
@@ -74,7 +75,7 @@ class StateTables:
         for state, keys in alike.items():
             words = -(-state.num_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD.itemsize
             # A table's rows are next to each other: spread over gigabytes, they would miss the cache of addresses.
-            buffer = torch.zeros(len(keys), rows, words, dtype=_WORD, device=self._device)
+            buffer = lazy_zeros(len(keys), rows, words, dtype=_WORD, device=self._device)
             self._buffers.append(buffer)
             for key, places in zip(keys, buffer.view(state.dtype), strict=True):
                 values = places[: self.num_rows, : math.prod(state.shape)]

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 _EVERY = 5.0  # seconds
+_HINT = (
+    ". This is normal, and is done once: later calls find it ready. To have it done before the first call, call "
+    "get_manager(model).warmup()"
+)
 
 _here = threading.local()
 
@@ -24,9 +28,12 @@ class _Start:
         self.stage = "it is looked at"
 
     def _tell(self) -> None:
+        hint = _HINT
         while not self._ended.wait(_EVERY):
             seconds = time.monotonic() - self._began
-            logger.warning("%s has been starting for %.0f s: %s", self._name, seconds, self.stage)
+            # Nothing is wrong; but without any setting of logging, lines below this level would not be seen.
+            logger.warning("%s is prepared for batching, %.0f s so far: %s%s", self._name, seconds, self.stage, hint)
+            hint = ""
 
     def __enter__(self) -> None:
         self._thread.start()

@@ -58,7 +58,7 @@ def test_a_refusal_names_the_field_and_a_remedy(name: str) -> None:
     with pytest.raises(UnsupportedArgumentError) as caught:
         check_fields(with_field(name, ASKS[name]))
     message = str(caught.value)
-    assert message.startswith(f"`{name}={ASKS[name]!r}` is not served yet; ")
+    assert message.startswith(f"`{name}={ASKS[name]!r}` is not served; ")
     assert message.endswith(FIELDS[name].remedy)
     assert "`model.generate`" in FIELDS[name].remedy
 
@@ -75,7 +75,7 @@ def test_a_field_that_nobody_knows_is_refused_when_it_is_set(monkeypatch: pytest
     rest = {name: entry for name, entry in FIELDS.items() if name != "low_memory"}
     monkeypatch.setattr(generation_fields, "FIELDS", rest)
     check_fields(GenerationConfig())
-    with pytest.raises(UnsupportedArgumentError, match="`low_memory=True` is not served yet"):
+    with pytest.raises(UnsupportedArgumentError, match="`low_memory=True` is not served"):
         check_fields(with_field("low_memory", True))
 
 
