@@ -75,8 +75,8 @@ _FREE = 2 << 30
 def _little_free_memory() -> Iterator[None]:
     """Let the machine seem to have 2 GiB of free memory.
 
-    On a CPU transformers' own batching takes nine tenths of what is free and fills it with zeros, at about a second per
-    GiB. An engine of ours takes a quarter; no test should depend on the machine's size.
+    On a CPU transformers' own batching takes nine tenths of what is free and fills it with zeros, at about a second
+    per GiB. An engine of ours takes a quarter; no test should depend on the machine's size.
     """
     of_machine, process = psutil.virtual_memory, psutil.Process()
 

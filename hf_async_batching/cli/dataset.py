@@ -86,7 +86,7 @@ def _dataset(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
     # If several processes share the run, another one may have made the folder already.
     if work.exists() and not arguments.resume and ranks.size == 1:
-        raise OutputError(f"{work} exists: continue its run with --resume, or delete it to start anew")
+        raise OutputError(f"{work} holds an earlier run: pass --resume to continue it, or delete it to start anew")
     if arguments.private and not arguments.push_to_hub:
         raise OutputError("--private needs --push-to-hub")
     dataset = read_input(

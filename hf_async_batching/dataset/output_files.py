@@ -32,6 +32,7 @@ _OTHER_FILES = {
     ),
     *(".tar", ".txt", ".xls", ".xlsx", ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst"),
 }
+_ENDED = "; --resume continues only a run that has not ended"
 _NAMES = ".parquet, .jsonl, .json, .csv and .tsv, the last four also with .gz"
 
 
@@ -48,11 +49,11 @@ def check_output(output: Path) -> None:
     ending = output.suffix.lower()
     if _is_file(output):
         if output.exists():
-            raise OutputError(f"--output: {output} is there already; choose another name or delete it")
+            raise OutputError(f"--output: {output} is there already; choose another name or delete it{_ENDED}")
     elif ending in _OTHER_FILES:
         raise OutputError(f"--output: {output}: no files of this kind are written; files are {_NAMES}")
     elif output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise OutputError(f"--output: {output} is there already; choose another name, or an empty folder")
+        raise OutputError(f"--output: {output} is there already; choose another name, or an empty folder{_ENDED}")
     folder = output.parent
     while not folder.exists():
         folder = folder.parent

@@ -49,6 +49,8 @@ def through_folder(
         shard_rows=settings.shard_rows,
         ranks=settings.ranks,
     )
+    if store.resumed and settings.ranks.rank == 0:
+        _say_what_is_kept(store, source.num_rows)
     progress = make_progress(settings, source.num_rows, split)
 
     def chunks() -> Iterator[RowBlock]:
@@ -87,6 +89,13 @@ def through_folder(
         )
         raise
     return _loaded(settings, dataset, files, features, kind)
+
+
+def _say_what_is_kept(store: ResumeStore, num_rows: int | None) -> None:
+    kept = store.rows_found()
+    left = "" if num_rows is None else f", {num_rows - kept:,} left"
+    # Nothing is wrong; but without any setting of logging, a line below this level would not be seen.
+    logger.warning("kept %s finished rows of %s%s", f"{kept:,}", store.folder, left)
 
 
 def load_folder(

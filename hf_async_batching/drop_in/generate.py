@@ -220,9 +220,7 @@ def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
     configs = (given.get("generation_config"), model.generation_config)
     values = [given.get("token_healing"), *[getattr(config, "token_healing", None) for config in configs]]
     if next((value for value in values if value is not None), False):
-        raise UnsupportedArgumentError(
-            "`token_healing=True` is not served; use plain `model.generate` for this call"
-        )
+        raise UnsupportedArgumentError("`token_healing=True` is not served; use plain `model.generate` for this call")
 
 
 def _take_stop_strings(model: Any, given: dict[str, Any], settings: CallSettings) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,7 +133,10 @@ def test_push_to_hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         (["nowhere.csv", "--output", "out"], "INPUT nowhere.csv: there is no such file or folder"),
-        (["in.jsonl", "--output", "in.jsonl"], "is there already"),
+        (
+            ["in.jsonl", "--output", "in.jsonl"],
+            "choose another name or delete it; --resume continues",
+        ),
         (["in.jsonl", "--output", "out", "--split", "test"], "no split 'test'; choose one of train"),
         (["in.jsonl", "--output", "out", "--private"], "--push-to-hub"),
         (["in.jsonl", "--output", "out", "--limit", "0"], "at least 1"),
@@ -200,7 +205,9 @@ def test_a_json_file_of_mixed_messages(model_dir: Path, tmp_path: Path, tokenize
     assert [row["prompt_tokens"] for row in done] == [length] * 2
 
 
-def test_a_bad_row_and_resume(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_row_and_resume(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["a", "b", None, "c"]))
     arguments = [tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 3]
     assert command(model_dir, *arguments) == 1
@@ -209,8 +216,12 @@ def test_a_bad_row_and_resume(model_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert "the same command with --resume continues" in error
     with pytest.raises(SystemExit):
         command(model_dir, *arguments)
-    assert "continue its run with --resume" in capsys.readouterr().err
-    assert command(model_dir, *arguments, "--resume", "--on-error", "record") == 0
+    assert "out.jsonl.unfinished holds an earlier run: pass --resume to continue it" in capsys.readouterr().err
+    with caplog.at_level(logging.WARNING):
+        assert command(model_dir, *arguments, "--resume", "--on-error", "record") == 0
+    (said,) = [message for message in caplog.messages if message.startswith("kept ")]
+    count = int(re.search(r"(\d) of 4 rows are kept", caplog.text)[1])  # type: ignore[index]
+    assert said == f"kept {count} finished rows of {tmp_path / 'out.jsonl.unfinished'}, {4 - count} left"
     assert [bool(json.loads(line)["error"]) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
         False, False, True, False,
     ]  # fmt: skip

@@ -31,6 +31,7 @@ from hf_async_batching.dataset.rows.row import RowBlock, RowResult
 from hf_async_batching.dataset.store.atomic_files import make_folder
 from hf_async_batching.dataset.store.fingerprint import Fingerprint
 from hf_async_batching.dataset.store.input_log import InputLog
+from hf_async_batching.dataset.store.journal import read_journal
 from hf_async_batching.dataset.store.manifest import Manifest, check_same, read_manifest
 from hf_async_batching.dataset.store.ranks import RankLock, Ranks, is_alive
 from hf_async_batching.dataset.store.shard import Shard
@@ -75,6 +76,11 @@ class ResumeStore:
         shard_rows: Rows per shard. If the folder has a manifest, the manifest's number is used.
         ranks: This process's rank among the processes that share the run.
 
+    Attributes:
+        folder: The argument.
+        manifest: What the folder says of itself.
+        resumed: Whether the folder was that of an earlier run, or of another process's run.
+
     Raises:
         ResumeMismatchError: The folder belongs to another run, or another process works in it.
     """
@@ -102,6 +108,7 @@ class ResumeStore:
             made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyarrow")},
         )
         manifest = read_manifest(folder)
+        self.resumed = manifest is not None
         if manifest is None:
             others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
             if others and read_manifest(folder) is None:
@@ -226,6 +233,16 @@ class ResumeStore:
     def rows_kept(self) -> int:
         """Number of finished rows in the folder: those of this process's shards, and those of all complete shards."""
         return self._files.rows_present() + sum(len(shard.done) for shard in list(self._shards.values()))
+
+    def rows_found(self) -> int:
+        """Count the finished rows of all processes in the folder; before any row is read."""
+        journals = [path for path in self._work.iterdir() if _JOURNAL.fullmatch(path.name)]
+        indices = {record["index"] for path in journals for record in read_journal(path)}
+        # A damaged file of this process does not count: its rows are computed again.
+        files = {
+            number for number in self._files.present() if self._files.whole(number) or not self._ranks.owns(number)
+        }
+        return self._files.rows_present() + sum(index // self._shard_rows not in files for index in indices)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 from pathlib import Path
@@ -78,14 +79,35 @@ def test_a_finished_run_is_only_read(manager: Any, tokenizer: Any, dataset: Data
     assert checksums(tmp_path / "run") == before
 
 
-def test_streams(manager: Any, tokenizer: Any, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_resumed_run_says_what_it_has_kept(
+    manager: Any, tokenizer: Any, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of a damaged file do not count."""
+    folder = tmp_path / "run"
+
+    def go() -> list[str]:
+        caplog.clear()
+        generate_dataset(manager, dataset, tokenizer, resume_dir=folder, shard_rows=10, **NEW)
+        return [message for message in caplog.messages if message.startswith("kept")]
+
+    assert go() == [], "a run that begins has kept nothing"
+    assert go() == [f"kept 25 finished rows of {folder}, 0 left"]
+    (folder / "data" / "part-000001.parquet").write_bytes(b"damaged")
+    assert go() == [f"kept 15 finished rows of {folder}, 10 left"]
+
+
+def test_streams(
+    manager: Any, tokenizer: Any, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stream = dataset.to_iterable_dataset()
     done = generate_dataset(manager, stream, tokenizer, resume_dir=tmp_path / "run", shard_rows=10, **NEW)
     assert isinstance(done, IterableDataset)
     plain = generate_dataset(manager, dataset, tokenizer, **NEW).to_list()
     assert list(done) == plain
+    caplog.clear()
     again = generate_dataset(manager, stream, tokenizer, resume_dir=tmp_path / "run", **NEW)
     assert list(again) == plain
+    assert caplog.messages == [f"kept 25 finished rows of {tmp_path / 'run'}"], "a stream's length is not known"
     with pytest.raises(ResumeMismatchError, match="another number of rows than before: from row 0 on 25 then, 20 now"):
         generate_dataset(manager, stream.take(20), tokenizer, resume_dir=tmp_path / "run", shard_rows=10, **NEW)
 
@@ -202,8 +224,10 @@ def test_a_row_that_raises_leaves_what_is_done(
         generate_dataset(manager, bad, tokenizer, **arguments)
     assert "rows are kept in" in caplog.text
     assert f"resume_dir='{tmp_path / 'run'}'" in caplog.text
+    kept = int(re.search(r"(\d+) of 51 rows are kept", caplog.text)[1])  # type: ignore[index]
     with Counting(manager) as counting:
         done = generate_dataset(manager, bad, tokenizer, on_error="record", **arguments)
+    assert f"kept {kept} finished rows of {tmp_path / 'run'}, {51 - kept} left" in caplog.messages
     assert counting.served < 51
     assert [i for i, error in enumerate(done["error"]) if error] == [25]
     fresh = generate_dataset(manager, bad, tokenizer, on_error="record", **NEW)

@@ -42,7 +42,7 @@ def result(index: int) -> RowResult:
 
 
 def wait_for(happened: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not happened() and time.monotonic() < deadline:
         time.sleep(0.005)
     return happened()
@@ -92,6 +92,24 @@ def test_rows_are_brought_to_the_disk_while_a_run_goes_on(
         assert not synced
     assert store.abort([]) == 1 + (size > 1)
     assert "part-000000.journal" in synced
+
+
+def test_rows_of_files_and_of_journals_are_found(tmp_path: Path) -> None:
+    """Here of shards of 4, 4 and 2 rows: one is a file, one has a journal."""
+    store = make(tmp_path / "run")
+    assert (store.resumed, store.rows_found()) == (False, 0)
+    store.read(chunk())
+    for index in (0, 1, 2, 3, 5, 6):
+        store.add(result(index))
+    assert store.abort([]) == 6
+    again = make(tmp_path / "run")
+    assert (again.resumed, again.rows_found()) == (True, 6)
+    again.read(chunk())
+    assert again.abort([]) == 6
+    (tmp_path / "run" / "data" / "part-000000.parquet").write_bytes(b"damaged")
+    damaged = make(tmp_path / "run")
+    assert damaged.rows_found() == 2
+    damaged.abort([])
 
 
 @pytest.mark.parametrize("how", ["abort", "finish"])
