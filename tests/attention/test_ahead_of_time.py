@@ -40,16 +40,16 @@ def environment() -> dict[str, str]:
 
 Job = tuple[list[int], list[str], list[str]]  # capabilities, dtypes, launches
 JOBS: dict[str, Job] = {
-    "attention": ([80, 89, 90, 100], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
-    # The oldest card; the one with the least shared memory.
-    "skinny": ([80, 89], ["bfloat16"], ["skinny"]),
-    "experts": ([80, 89, 90, 100], ["bfloat16"], ["experts few", "routers"]),
+    # The card with the least shared memory, whose code is also the oldest card's. Newer ones: "pdl", and the slow test.
+    "attention": ([89], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
+    "oldest": ([80], ["bfloat16"], ["decode split llama", "skinny"]),
+    "experts": ([89], ["bfloat16"], ["experts few", "routers"]),
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
     "recurrent": ([89, 90], ["bfloat16"], ["delta rule wide", "mamba2 wide"]),
     "recurrent large": ([80, 90, 100], ["bfloat16"], ["delta rule large"]),
     "pdl": ([90, 100], ["float16"], ["decode pdl", "prefill early", "skinny early"]),
-    "experts pdl": ([90], ["bfloat16"], ["experts early"]),
+    "experts pdl": ([90, 100], ["bfloat16"], ["experts early"]),
     "pdl apart": ([90], ["float16"], ["decode apart pdl"]),
 }
 
@@ -86,12 +86,12 @@ def check(compiled: list[dict[str, object]], kernels: set[str]) -> None:
 
 
 def test_representative_kernels(compiled: dict[str, list[dict[str, object]]]) -> None:
-    assert len(compiled["attention"]) == 12
+    assert len(compiled["attention"]) == 3
     check(compiled["attention"], {"decode_kernel", "prefill_kernel", "write_kv_kernel"})
+    check(compiled["oldest"], {"decode_kernel", "skinny_linear_kernel"})
 
 
 def test_kernels_of_other_modules(compiled: dict[str, list[dict[str, object]]]) -> None:
-    check(compiled["skinny"], {"skinny_linear_kernel"})
     check(compiled["experts"], EXPERTS)
     check(compiled["tables"], {"begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"})
 

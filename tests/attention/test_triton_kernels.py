@@ -242,11 +242,11 @@ def test_decode_float16() -> None:
     check_decode(Cache([40, 7], dtype=torch.float16), [40, 7], 4, splits=2)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 64])
+@pytest.mark.parametrize("splits", [1, 2, 5, 16])  # the last: more than the longest context has blocks
 @pytest.mark.parametrize("window", [None, 1, 33])
 @pytest.mark.parametrize("fused", [True, False])
 def test_decode_splits_and_windows(splits: int, window: int | None, fused: bool) -> None:
-    contexts = [1, 2, 16, 33, 129, 200]
+    contexts = [1, 16, 33, 140]
     check_decode(Cache(contexts, head_dim=16, page_size=16), contexts, 2, splits=splits, window=window, fused=fused)
 
 

@@ -167,8 +167,10 @@ def skinny_early(dtype: torch.dtype) -> None:
             skinny.skinny_linear(x, torch.empty(n, 4096, dtype=dtype), None, counters, setting)
 
 
-def experts(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library: bool = True) -> None:
-    """Layers of experts as Qwen3-MoE, gpt-oss and Nemotron-H lay them out."""
+def experts(
+    dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library: bool = True, layouts: int = 3
+) -> None:
+    """The first `layouts` layers of experts as Qwen3-MoE, gpt-oss and Nemotron-H lay them out."""
     from hf_async_batching.experts import triton_experts
     from hf_async_batching.experts.layer import ExpertWeights, GateForm
 
@@ -177,7 +179,7 @@ def experts(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library:
         (GateForm(), False, 128, 2048, 768),
         (gpt_oss, True, 32, 2880, 2880),
         (GateForm("relu2", gated=False), False, 128, 2688, 1856),
-    ):
+    )[:layouts]:
         outputs = inner * (1 + form.gated)
         up, down = torch.empty(1, outputs, hidden, dtype=dtype), torch.empty(1, hidden, inner, dtype=dtype)
         if transposed:
@@ -203,7 +205,7 @@ def experts_early(dtype: torch.dtype) -> None:
         mock.patch.object(triton_experts, "supports_pdl", return_value=True),
         mock.patch.object(topk, "supports_pdl", return_value=True),
     ):
-        experts(dtype, (1, 32))
+        experts(dtype, (1, 32), layouts=1)
         routers(dtype)
 
 
