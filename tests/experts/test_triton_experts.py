@@ -84,7 +84,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "one", "few", "strangers"])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 100])
 def test_routings_and_tokens(tokens: int, kind: str) -> None:
     torch.manual_seed(tokens)
     layer = layer_of(SILU, False, False, experts=9, hidden=32, inner=32, dtype=torch.float32)
