@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
 
 Job = tuple[list[int], list[str], list[str]]  # capabilities, dtypes, launches
 JOBS: dict[str, Job] = {
-    # The card with the least shared memory, whose code is also the oldest card's. Newer ones: "pdl", and the slow test.
+    # The card with the least shared memory; the oldest card's code is the same. Newer ones: "pdl", and the slow test.
     "attention": ([89], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
     "oldest": ([80], ["bfloat16"], ["decode split llama", "skinny"]),
     "experts": ([89], ["bfloat16"], ["experts few", "routers"]),

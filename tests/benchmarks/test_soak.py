@@ -28,7 +28,7 @@ def test_a_short_soak_goes_well(capsys: pytest.CaptureFixture[str]) -> None:
     families = ",".join(name for name in ("llama", "convolutions", "experts") if missing(name) is None)
     level = logging.getLogger("hf_async_batching").level
     status = main(
-        ["--minutes", "0.15", "--families", families, "--clients", "6", "--every", "5", "--change-every", "0.5"]
+        ["--minutes", "0.1", "--families", families, "--clients", "6", "--every", "5", "--change-every", "0.5"]
     )
     out = capsys.readouterr().out
     assert status == 0, out

@@ -41,6 +41,18 @@ def check(result: Any, want: list[int], logprobs: list[float]) -> None:
     assert list(result.logprobs) == pytest.approx(logprobs[:count], abs=2e-3)
 
 
+def each_depth_of(quick: str, class_names: list[str]) -> Any:
+    """Every family at depth 2, one at the others; all of them in the slow form."""
+    return pytest.mark.parametrize(
+        ("class_name", "depth"),
+        [
+            pytest.param(name, depth, marks=[] if depth == 2 or name == quick else pytest.mark.slow)
+            for name in class_names
+            for depth in (1, 2, 3)
+        ],
+    )
+
+
 SYSTEM = tokens(290, 1)
 TURN = 72
 
@@ -57,8 +69,7 @@ def chat(class_name: str) -> tuple[PreTrainedModel, list[tuple[list[int], list[i
     return model, both
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("class_name", FAMILIES)
+@each_depth_of("Lfm2ForCausalLM", FAMILIES)
 def test_the_next_turn_starts_behind_its_history(class_name: str, depth: int) -> None:
     model, turns = chat(class_name)
     config = BatchingConfig(
@@ -98,9 +109,8 @@ def conversations(class_name: str) -> tuple[PreTrainedModel, Reference]:
     )
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize(
-    "class_name", ["Qwen3_5ForCausalLM", "Mamba2ForCausalLM", "FalconH1ForCausalLM", "Lfm2ForCausalLM"]
+@each_depth_of(
+    "Lfm2ForCausalLM", ["Qwen3_5ForCausalLM", "Mamba2ForCausalLM", "FalconH1ForCausalLM", "Lfm2ForCausalLM"]
 )
 def test_random_schedules(class_name: str, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortage of pages and of places, ends that the host learns of late, cancels, prompts that share a beginning."""

@@ -301,7 +301,9 @@ def test_a_piece_in_company(name: str) -> None:
 def test_rows_that_decode_beside_prompts_are_computed_as_without_them(name: str) -> None:
     layer, given, states = made(name, SHORT_CONTINUED)
     got, got_states = run(layer, SHORT_CONTINUED, given, states)
-    out, out_states = run(layer, Case(SHORT_CONTINUED.decodes), {key: one[:, :3] for key, one in given.items()}, states)
+    out, out_states = run(
+        layer, Case(SHORT_CONTINUED.decodes), {key: one[:, :3] for key, one in given.items()}, states
+    )
     assert torch.equal(got[[0, 2]], out[[0, 2]])
     assert torch.equal(got_states[[12, 14]], out_states[[12, 14]])
 

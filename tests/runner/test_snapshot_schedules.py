@@ -14,7 +14,7 @@ from hf_async_batching.kv_cache.prefix_cache import PrefixCache
 from hf_async_batching.scheduler import waiting_queue
 from hf_async_batching.scheduler.scheduler import Scheduler
 
-SCHEDULES = 60
+SCHEDULES = 30
 
 
 @pytest.fixture(autouse=True)
