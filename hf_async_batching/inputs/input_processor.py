@@ -230,8 +230,7 @@ class InputProcessor:
         specs = _read_specs(processors, [prompt], config, [seed], logprobs)
         if specs is not None:
             return specs[0]
-        if model.device.type != "cpu":
-            processors = prepare(model.device)
+        processors = prepare(model.device)
         history = torch.tensor([prompt.shown], dtype=torch.long, device=model.device)
         own = processors_of_batch(processors, self._plain_view)
         return _called_spec(own, [prompt], config, [seed], history, logprobs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from hf_async_batching.core.graph_buckets import padded_decodes, spread_room
 from hf_async_batching.core.plan import Chunk, NewRow
 from hf_async_batching.kv_cache.kv_cache_manager import KVCacheManager
@@ -97,8 +99,8 @@ class PrefillPlanner:
     def _admit(self, budget: int) -> None:
         """Start sequences in the order of the queue, and add first pieces of their prompts."""
         writes = passed = 0
-        waiting = tuple(self._waiting) if budget > 0 and self._rows.available else ()
-        for sequence in waiting:
+        # Each one takes a row, or is passed, or is the last.
+        for sequence in tuple(islice(self._waiting, self._rows.available + MOST_PASSED)):
             if budget <= 0 or not self._rows.available or passed == MOST_PASSED:
                 break
             if sequence.has_chooser and sequence.placeholders:

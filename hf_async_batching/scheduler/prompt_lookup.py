@@ -56,7 +56,7 @@ class PromptLookup:
         history = self._extended(tokens)
         # Indices after earlier occurrences of the last token.
         found = np.flatnonzero(history[:-1] == history[-1]) + 1
-        for size in range(2, min(self._max_ngram, count - 1) + 1):
+        for size in range(2, min(self._max_ngram + 1, count)):
             longer = found[found >= size]
             longer = longer[history[longer - size] == history[count - size]]
             if not len(longer):

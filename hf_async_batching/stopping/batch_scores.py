@@ -25,7 +25,8 @@ def stack_steps(
     rows = [handle.made(kind) for handle in handles]
     if rows[0] is None:
         return None
-    return tuple(_stack(rows, lengths, step, device) for step in range(max(lengths)))
+    steps = range(max(lengths))
+    return tuple(_stack(rows, [step < length for length in lengths], step, device) for step in steps)
 
 
 class BatchScores:
@@ -49,12 +50,11 @@ class BatchScores:
         """
         step = len(self._steps)
         rows = [handle.made("scores") for handle in self._handles]
-        lengths = [step + 1 if alive else 0 for alive in live]
-        self._steps += (_stack(rows, lengths, step, self._device),)
+        self._steps += (_stack(rows, live, step, self._device),)
         return self._steps
 
 
-def _stack(rows: list[list[torch.Tensor] | None], lengths: list[int], step: int, device: torch.device) -> torch.Tensor:
-    brought = [row[step] if row is not None and step < length else None for row, length in zip(rows, lengths)]
+def _stack(rows: list[list[torch.Tensor] | None], live: list[bool], step: int, device: torch.device) -> torch.Tensor:
+    brought = [row[step] if row is not None and alive else None for row, alive in zip(rows, live)]
     nothing = torch.zeros_like(next(one for one in brought if one is not None))
     return torch.stack([nothing if one is None else one for one in brought]).to(device)

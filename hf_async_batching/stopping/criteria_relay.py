@@ -34,15 +34,14 @@ class CriteriaThread:
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._serving: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
         self._live = 0
         renew_in_child(self)
 
     def renew(self) -> None:
         """Start again in a forked process, which does not have the thread."""
-        leave_behind(self._loop)
-        self._loop = self._thread = None
+        leave_behind(self._serving)
+        self._serving = None
         self._live = 0
 
     def relay(
@@ -82,15 +81,17 @@ class CriteriaThread:
 
     def _add(self, relay: _CriteriaRelay) -> None:
         with self._lock:
-            if self._loop is None or self._thread is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=_run_loop, args=(self._loop,), name="hf_async_batching criteria", daemon=True
+            if self._serving is None:
+                loop = asyncio.new_event_loop()
+                thread = threading.Thread(
+                    target=_run_loop, args=(loop,), name="hf_async_batching criteria", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._serving = loop, thread
+            loop, thread = self._serving
             self._live += 1
-            relay.outer._threads = (self._thread, *relay.outer._threads)
-            asyncio.run_coroutine_threadsafe(self._run(relay), self._loop)
+            relay.outer._threads = (thread, *relay.outer._threads)
+            asyncio.run_coroutine_threadsafe(self._run(relay), loop)
 
     async def _run(self, relay: _CriteriaRelay) -> None:
         try:
@@ -98,9 +99,9 @@ class CriteriaThread:
         finally:
             with self._lock:
                 self._live -= 1
-                if self._live == 0 and self._loop is not None:
-                    self._loop.stop()
-                    self._loop = self._thread = None
+                if not self._live:
+                    asyncio.get_running_loop().stop()
+                    self._serving = None
 
 
 class _CriteriaRelay:

@@ -160,8 +160,11 @@ def test_pages_before_the_window_wait_for_the_steps_that_may_read_them() -> None
     pages, _ = start(manager, TOKENS[:13])
     manager.release_before_window(pages, 6, 0)
     assert pages.pages_before_window == 0, "the token at 6 sees position 3"
+    assert not manager._retired
     manager.release_before_window(pages, 7, 0)
     assert (pages.pages_before_window, pages.ids[0]) == (1, 0)
+    manager.release_before_window(pages, 8, 0)
+    assert len(manager._retired) == 1, "a step that passes no page leaves nothing behind"
     assert manager.pages.in_use == 4
     check(manager, (pages, 7))
     manager.complete(0)
@@ -179,6 +182,15 @@ def test_a_sequence_starts_without_the_pages_before_its_window() -> None:
     assert second.pages_before_window == 2, "the token at 12 sees position 9"
     assert second.ids[:6] == [first.ids[0], 0, first.ids[2], 0, first.ids[4], first.ids[5]]
     check(manager, (first, 13), (second, 12))
+
+
+def test_a_model_whose_layers_all_have_a_window_starts_with_all_known_pages() -> None:
+    """They were found page by page: what is known has no gaps there, and no page is worth giving up early."""
+    manager = make(window=4)
+    first, _ = start(manager, TOKENS[:13])
+    manager.cache_full_pages(first, TOKENS[:13], 13)
+    second, known = start(manager, TOKENS[:13])
+    assert (known, second.ids[:3], second.pages_before_window) == (12, first.ids[:3], 0)
 
 
 def test_a_chain_with_gaps_is_not_made_known_again() -> None:

@@ -218,6 +218,18 @@ def test_who_computes_a_node_again_fills_its_gaps() -> None:
     assert usable(cache, A + B + C + D) == [11, 21, 12, 42, 33, 43]
 
 
+def test_pages_that_are_there_are_not_replaced() -> None:
+    """Two computed the same tokens at once; the second has lost its first windowed page already."""
+    cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
+    chain_of(cache, A + B, 11, 21, 12, 22)
+    assert cache.enter(cache.find(None, A), A + B, [31, 0, 32, 42], 2).path() == [11, 21, 12, 22]
+    assert [page in cache for page in (31, 32, 42, 0)] == [False] * 4
+    cache.let_go([22], touch=False)
+    assert cache.evict() == [22]
+    assert cache.enter(cache.find(None, A), A + B, [31, 0, 32, 0], 2).path() == [11, 21, 12, 0]
+    assert 0 not in cache, "neither has it"
+
+
 def test_a_page_that_makes_its_node_takes_the_others_along() -> None:
     cache = PrefixCache(2, groups=2, full_attention_groups=1, window=3)
     chain_of(cache, A + B, 11, 21, 12, 22)

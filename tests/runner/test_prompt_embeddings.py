@@ -11,6 +11,7 @@ import transformers
 from support.criteria import RowWise
 from support.pace import held
 from support.tiny_models import VOCAB, greedy_alone, ragged_prompts, tiny_model
+from support.toy_engine import ToyEngine
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -311,6 +312,16 @@ def test_pieces_of_a_step() -> None:
     assert [step for step, _ in tracked._read] == [0, 1, 3, 5]
     tracked.completed(3)
     assert [step for step, _ in tracked._read] == [5]
+
+
+def test_the_runner_lets_go_of_what_completed_steps_have_read() -> None:
+    given = Request("given", (0,) * 4, 5, prompt_embeddings=torch.zeros(4, 3))
+    runner = ToyEngine(1, 0).runner
+    runner._prompt_embeddings.pieces(Plan(3, (), (Chunk(1, (0,) * 4, True),), (NewRow(1, given),)))
+    runner.completed(2)
+    assert runner._prompt_embeddings._read
+    runner.completed(3)
+    assert not runner._prompt_embeddings._read
 
 
 def test_a_step_reads_embeddings_if_any_of_its_rows_does() -> None:

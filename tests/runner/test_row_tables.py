@@ -372,6 +372,14 @@ def test_rows_with_histories_remember_them_beside_rows_that_mark_what_has_occurr
         assert not memory or state.memory.histories_of(int32(1), 4)[0].tolist() == [0, 0, 0, 101]
 
 
+def test_tables_hold_no_history_that_was_not_asked_for() -> None:
+    state = RowTables(max_rows=2, max_pages_per_row=5, device=torch.device("cpu"))
+    state.memory.ensure(words=True, seen=True)
+    assert state.memory.words is not None and state.memory.seen is not None
+    assert state.memory.words.shape == (3, row_layout.HISTORY_START + row_layout.MAX_PADDING)
+    assert state.memory.seen.shape == (3, 0)
+
+
 def test_a_token_from_outside_is_the_next_input_of_its_row() -> None:
     state = serving()
     staged, sections = stage(Plan(0, (3, 5), given=(Given(5, 42), Given(2, 43))))

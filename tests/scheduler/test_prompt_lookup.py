@@ -40,6 +40,11 @@ def test_longer_n_grams_come_first() -> None:
     assert find([2, 7, 1, 2], ngram=3) == [7, 1, 2], "an n-gram cannot begin before the first token"
 
 
+def test_an_n_gram_has_one_token_less_than_the_sequence_at_most() -> None:
+    assert find([7, 7, 7, 7], num_tokens=2, ngram=4) == find([7, 7, 7, 7], num_tokens=2, ngram=3) == [7]
+    assert find([7, 7, 7, 7], num_tokens=2, ngram=2) == [7, 7]
+
+
 def test_the_latest_place_with_enough_behind_it() -> None:
     assert find([4, 4, 4, 4, 4, 4], num_tokens=3) == [4, 4, 4]
     assert find([8, 4, 4], num_tokens=3) == [4], "all that there is"

@@ -79,6 +79,11 @@ def test_a_chooser_does_what_the_engine_would_do() -> None:
     assert outside.needs is not None and outside.needs.offers and not outside.needs.top_k
 
 
+def test_a_sequence_that_has_not_started_is_in_no_step() -> None:
+    made = sequence()
+    assert (made.last_step, made.row, made.num_computed) == (-1, 0, 0)
+
+
 def test_a_sequence_wants_no_step_for_a_token_beyond_its_length() -> None:
     made = sequence(prompt=5, new=3)
     assert (made.max_length, made.num_planned, made.placeholders) == (8, 5, 0)

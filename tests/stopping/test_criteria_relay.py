@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import time
 from typing import Any
@@ -331,6 +332,25 @@ def test_a_forked_process_counts_its_own_requests() -> None:
     assert outer.result(20).finish_reason == "length"
     outer._threads[0].join(20)
     assert not outer._threads[0].is_alive(), "no request needs it"
+
+
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    threads = CriteriaThread()
+    parents = GenerationHandle("a", lambda _: None)
+    outer = relayed(parents, MaxTimeCriteria(1e9), threads=threads)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            inner = GenerationHandle("b", lambda _: None)
+            of_child = relayed(inner, MaxTimeCriteria(1e9), threads=threads)
+            inner._finish("length")
+            code = int(of_child.result(5).finish_reason != "length")
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    parents._finish("length")
+    assert outer.result(20).finish_reason == "length"
 
 
 def test_the_thread_of_criteria_is_one_that_serves(manager: Any, tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from support.dataset_job import rows_kept
 from support.tiny_models import greedy_alone, tiny_model
 
 from hf_async_batching import BatchingConfig, EngineClosedError, EngineFailedError, GenerationManager, generate_dataset
+from hf_async_batching.core.request import Request
 from hf_async_batching.dataset.rows.row import Completion, PreparedRow, RowBlock, RowResult
 from hf_async_batching.dataset.run.batch_run import BatchRun, Failed, _Live
 from hf_async_batching.dataset.run.ordering import RowJob
@@ -186,6 +188,33 @@ def test_a_run_without_texts_that_is_stopped_does_not_hang(manager: Any) -> None
     run._to_decode = [RowResult(0, 1, [Completion([5], "eos")])]
     run._leader.start()
     assert [result.index for result in run.stop()] == [0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "window", "most"), [(32, 1000, 48), (32, 40, 40), (8, 1000, 16), (64, 1000, 96)], ids=str
+)
+def test_the_engine_gets_half_a_step_of_rows_in_advance(rows: int, window: int, most: int) -> None:
+    manager: Any = SimpleNamespace(assembly=None, config=SimpleNamespace(max_rows=rows))
+    run = BatchRun(manager, iter([]), None, None, None, wanted=lambda chunk: [], window=window, span=2000)  # type: ignore[arg-type]
+    submitted: list[RowJob] = []
+
+    def submit(jobs: list[RowJob]) -> None:
+        submitted.extend(jobs)
+        run._jobs.update({job.request.request_id: (job, GenerationHandle("", print)) for job in jobs})
+
+    run._submit = submit  # type: ignore[method-assign]
+    for index in range(200):
+        run._admission.add([RowJob(PreparedRow(index, (1,)), 0, Request(str(index), (1,), 2))])
+    run._feed()
+    assert len(submitted) == most
+    least = max(1, min(rows, most) // 16)
+    for _ in range(least - 1):
+        run._jobs.popitem()
+        run._feed()
+    assert len(submitted) == most, "it waits until a few more can go together"
+    run._jobs.popitem()
+    run._feed()
+    assert len(submitted) == most + least
 
 
 def test_a_panic_of_a_tokenizer_is_its_rows_own(manager: Any, tokenizer: Any, expected: Any) -> None:
