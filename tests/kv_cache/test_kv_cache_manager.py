@@ -184,6 +184,17 @@ def test_a_sequence_starts_without_the_pages_before_its_window() -> None:
     check(manager, (first, 13), (second, 12))
 
 
+@pytest.mark.parametrize("num_pages", [9, 10])
+def test_pages_before_the_window_cost_a_new_sequence_nothing(num_pages: int) -> None:
+    manager = make(num_pages=num_pages, groups=2, full_attention_groups=1, window=4)
+    first, _ = start(manager, TOKENS[:13])
+    manager.cache_full_pages(first, TOKENS[:13], 13)
+    second = SequencePages()
+    manager.match_prefix(second, TOKENS[:13])
+    assert manager.pages.available == num_pages - 8
+    assert manager.can_allocate(13, manager.shared_pages(second)) == (num_pages == 10), "it lacks a page of each group"
+
+
 def test_a_model_whose_layers_all_have_a_window_starts_with_all_known_pages() -> None:
     """They were found page by page: what is known has no gaps there, and no page is worth giving up early."""
     manager = make(window=4)

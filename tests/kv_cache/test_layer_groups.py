@@ -60,6 +60,11 @@ def test_groups(pattern: str, count: int, kept: int, window: int | None) -> None
     assert groups.page_bytes(shapes, 16) * count <= 1.2 * alone.page_bytes(shapes, 16)
 
 
+def test_there_are_at_most_16_groups() -> None:
+    assert group_layers(layers("n" * 15 + "w")).count == 16
+    assert group_layers(layers("n" * 16 + "w")).count == 1
+
+
 def test_windows_that_nobody_outgrows_make_no_groups() -> None:
     assert group_layers(layers("nw"), longest=128).count == 1
     assert group_layers(layers("nw"), longest=129).count == group_layers(layers("nw"), longest=None).count == 2

@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 
 from hf_async_batching.kv_cache.prefix_node import Node
-from hf_async_batching.kv_cache.state_snapshots import SnapshotPool
+from hf_async_batching.kv_cache.state_snapshots import WORTH_A_COPY, WORTH_A_PIECE, SnapshotPool
 
 ROOT = Node([], (), None, 0)
 
 
 def nodes(count: int) -> list[Node]:
     return [Node([i + 1], (i,), ROOT, 0) for i in range(count)]
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_snapshots_come_at_the_ends_of_pages(page_size: int) -> None:
+    assert WORTH_A_COPY % page_size == WORTH_A_PIECE % page_size == 0
 
 
 def test_a_place_belongs_to_a_node_after_it_was_taken() -> None:

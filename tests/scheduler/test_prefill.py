@@ -62,6 +62,14 @@ def test_drafts_of_a_step_add_at_most_64_positions() -> None:
     assert [len(chunk.tokens) - 1 for chunk in planned(scheduler).chunks] == [40, 24]
 
 
+def test_a_draft_and_the_token_before_it_fit_in_the_step() -> None:
+    scheduler = Scheduler(num_pages=64, page_size=64, max_rows=4, max_batch_tokens=42, draft_rows=2)
+    for name in "ab":
+        scheduler.add(Request(name, (*range(5, 25), ord(name)), 90, lookup_tokens=30))
+    scheduler.complete(Result(planned(scheduler).step, [5, 5]))
+    assert [len(chunk.tokens) for chunk in planned(scheduler).chunks] == [22, 20]
+
+
 def test_a_prompt_that_is_computed_again_is_counted_once() -> None:
     scheduler = Scheduler(num_pages=16, page_size=4, max_rows=4, max_batch_tokens=32)
     scheduler.add(Request("a", (1, 2, 3), 6))

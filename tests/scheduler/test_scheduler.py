@@ -948,6 +948,16 @@ def test_those_that_wait_for_choosers_make_way_while_others_wait() -> None:
     assert not scheduler.make_way(), "a and b wait for their choosers"
 
 
+def test_none_makes_way_that_waits_for_no_chooser() -> None:
+    scheduler = make(max_rows=1)
+    assert (scheduler.preemptions, scheduler.finished) == (0, 0)
+    scheduler.add(request("a"))
+    step(scheduler)
+    scheduler.add(request("b"))
+    assert not scheduler.make_way()
+    assert scheduler.preemptions == 0
+
+
 def test_the_head_of_the_queue_gets_a_row_where_no_chooser_can_go_on() -> None:
     """Its group waits for it; the youngest of another group makes way, and only where nothing else can happen."""
     scheduler = make(max_rows=3, max_batch_tokens=6)
