@@ -86,12 +86,9 @@ class Settler:
             ended.append(sequence)
             reason = "eos" if token in sequence.eos else "length"
             outputs.append(TokenOutput(sequence.request_id, token, logprob, reason))
-        if ended:
-            self._steady = None
-        else:
-            again = sampled and sampled is self._last and all([s.state is not finished for s in sampled])
-            self._steady = _Steady(sampled) if again else None
-            self._last = sampled
+        again = sampled and sampled is self._last and all([s.state is not finished for s in sampled])
+        self._steady = _Steady(sampled) if again else None
+        self._last = sampled
         return Settled(outputs, ended, offered)
 
     def ended_otherwise(self) -> None:

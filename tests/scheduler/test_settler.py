@@ -99,6 +99,19 @@ def test_after_another_end_no_short_way_is_left() -> None:
     assert len(sequences[0].tokens) == 5
 
 
+def test_the_second_step_of_the_same_sequences_prepares_the_short_way() -> None:
+    settler, sequences = Settler(), [sequence("a"), sequence("b")]
+    settle(settler, sequences, 5, 6)
+    assert settler._steady is None
+    settle(settler, sequences, 5, 6)
+    assert settler._steady is not None and settler._steady.sequences is sequences
+    settle(settler, sequences, EOS, 6)
+    assert settler._steady is None
+    assert settle(settler, [], *()) == settle(settler, [], *()) == ([], [], [])
+    nothing: list[Sequence] = []
+    assert [settle(settler, nothing) for _ in range(3)] == [([], [], [])] * 3
+
+
 def test_an_equal_list_is_not_the_same_sequences() -> None:
     settler, first, second = Settler(), [sequence("a")], [sequence("b")]
     for _ in range(3):

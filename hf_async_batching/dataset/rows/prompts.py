@@ -169,8 +169,9 @@ def _read_tools(value: Any) -> list[Any] | None:
     Raises:
         ValueError: The tools are not a list.
     """
-    tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
-    tools = getattr(tools, "tolist", lambda: tools)()
+    tools = getattr(value, "tolist", lambda: value)()
+    if isinstance(tools, str):
+        tools = json.loads(tools) if tools.strip() else None
     if isinstance(tools, Mapping) and all(
         isinstance(fields, list) for fields in tools.values()
     ):  # `datasets` keeps a list of structures as a structure of lists
