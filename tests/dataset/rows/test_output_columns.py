@@ -32,7 +32,9 @@ def test_names_that_cannot_be_are_refused() -> None:
     OutputColumns({"text": "completion_logprobs"}, several=False, text=True, logprobs=False)
     columns = OutputColumns({"text": "reply"}, several=False, **ALL)
     columns.check(["prompt", "completion"])
-    with pytest.raises(ValueError, match="has a column 'reply' already; pass output_columns={'text': 'another name'}"):
+    with pytest.raises(
+        ValueError, match=r"has a column 'reply' already; pass output_columns=\{'text': 'another name'\}"
+    ):
         columns.check(["prompt", "reply"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ HELLO = {"role": "user", "content": "hello"}
 class Tokenizer:
     """One token per letter; it records how it was called."""
 
-    calls: list[Any] = []
+    calls: ClassVar[list[Any]] = []
 
     def __call__(self, texts: list[str], *, return_attention_mask: bool) -> dict[str, Any]:
         assert return_attention_mask is False

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from datasets import Array2D, Features, Value
+from datasets import Array2D, Features
 
 from hf_async_batching.dataset.rows.row import RowBlock
 from hf_async_batching.dataset.store.input_log import InputLog
@@ -72,17 +72,12 @@ def test_rows_behind_the_end_are_refused(tmp_path: Path) -> None:
 def test_equal_values_are_equal_in_any_form(tmp_path: Path) -> None:
     """In pieces, as a part of more, and without a piece; and values of a type of one's own by what they hold."""
     whole = pa.table({"text": ["x", "a", None, "y"]})
-    pieces = pa.chunked_array([["a"], [None]], pa.string())
-    log(
-        tmp_path,
-        RowBlock(0, [], whole.slice(1, 2)),
-        RowBlock(2, [], pa.table({"text": pa.chunked_array([], "string")})),
-    )
+    pieces, nothing = pa.chunked_array([["a"], [None]], pa.string()), pa.chunked_array([], pa.string())
+    log(tmp_path, RowBlock(0, [], whole.slice(1, 2)), RowBlock(2, [], pa.table({"text": nothing})))
     log(tmp_path, RowBlock(0, [], pa.table({"text": pieces})), RowBlock(2, [], whole.slice(4, 0)))
-    schema = Features({"square": Array2D((1, 2), "int32"), "n": Value("int32")}).arrow_schema
-    squares = pa.ExtensionArray.from_storage(
-        schema.field("square").type, pa.array([[[1, 2]], [[3, 4]]], pa.list_(pa.list_(pa.int32())))
-    )
+    square = Features({"square": Array2D((1, 2), "int32")}).arrow_schema.field("square").type
+    values = pa.array([[[1, 2]], [[3, 4]]], pa.list_(pa.list_(pa.int32())))
+    squares = pa.ExtensionArray.from_storage(square, values)
     (tmp_path / "b").mkdir()
     log(tmp_path / "b", RowBlock(0, [], pa.table({"square": squares})))
     log(tmp_path / "b", RowBlock(0, [], pa.table({"square": pa.chunked_array([squares[:1], squares[1:]])})))
