@@ -69,8 +69,8 @@ def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
     plain = dataset.with_format(None)
     for start in range(0, len(plain), _BATCH_ROWS):
         batch = plain[start : start + _BATCH_ROWS]
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
 
 
 def _cell(value: Any) -> str:

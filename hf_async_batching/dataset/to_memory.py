@@ -93,7 +93,7 @@ def completed_stream(settings: DatasetSettings, dataset: Any, source: StreamSour
 
         def wanted(chunk: RowBlock) -> range:
             indices = _whole_chunk(chunk)
-            for index, row in zip(indices, chunk.table.to_pylist(), strict=True):
+            for index, row in zip(indices, chunk.table.to_pylist()):
                 tables[index] = row
             return indices
 

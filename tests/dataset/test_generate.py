@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -441,6 +442,20 @@ def test_output_columns(manager: Any, tokenizer: Any, dataset: Dataset, rows: li
 def test_bad_arguments(manager: Any, tokenizer: Any, dataset: Dataset, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_dataset(manager, dataset, tokenizer, **{**NEW, **arguments})
+
+
+def test_defaults() -> None:
+    parameters = inspect.signature(generate_dataset).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default not in (None, one.empty)}
+    assert defaults == {
+        "prompt": "prompt",
+        "seed": 0,
+        "on_error": "raise",
+        "logprobs": False,
+        "chat": False,
+        "skip_special_tokens": True,
+        "window": 8192,
+    }
 
 
 def test_other_bad_arguments(manager: Any, tokenizer: Any, dataset: Dataset) -> None:

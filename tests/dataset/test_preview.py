@@ -22,3 +22,8 @@ def test_rows_of_every_kind() -> None:
         "row 1, p: [5, 6]",
         "row 1, error: too long",
     ]
+
+
+def test_a_text_of_a_hundred_letters_is_shown_whole() -> None:
+    rows = [{"p": "x" * 100}, {"p": "y" * 101}, {"p": []}, {"p": "z"}]
+    assert preview(rows, "p", "c").splitlines() == [f"row 0, p: {'x' * 100}", f"row 1, p: {'y' * 99}…", "row 2, p: []"]

@@ -95,7 +95,7 @@ class OutputColumns:
         import pyarrow as pa
 
         columns = {}
-        for (what, name), feature in zip(self.names.items(), self.features().values(), strict=True):
+        for (what, name), feature in zip(self.names.items(), self.features().values()):
             values = [self._value(what, result) for result in results]
             # Arrow copies a NumPy array at once, but reads a list number by number.
             if what in ("token_ids", "logprobs"):

@@ -31,7 +31,7 @@ def rows_of_data_frame(frame: Any) -> list[dict[str, Any]]:
     if len(set(names)) != len(names):
         raise ValueError(f"`dataset`: two columns of the DataFrame have the same name: {names}; rename one")
     present = frame.astype(object).where(frame.notna(), None)
-    return [dict(zip(names, row, strict=True)) for row in present.itertuples(index=False, name=None)]
+    return [dict(zip(names, row)) for row in present.itertuples(index=False, name=None)]
 
 
 def check_no_table(table: Any) -> None:

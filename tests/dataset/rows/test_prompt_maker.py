@@ -173,6 +173,15 @@ def test_each_thread_has_one_copy_of_the_tokenizer() -> None:
     assert own is not tokenizer and prompts._own_tokenizer() is own
 
 
+def test_a_tokenizer_that_loses_a_text_is_not_believed() -> None:
+    class Loses(Tokenizer):
+        def __call__(self, texts: list[str], **given: Any) -> dict[str, Any]:
+            return {"input_ids": [[5]] * (len(texts) - 1)}
+
+    with pytest.raises(ValueError, match="shorter"):
+        make(["a", "b"], tokenizer=Loses())
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_what_ends_the_process_is_no_error_of_a_row(kind: Any) -> None:
     def ends(row: Any) -> Any:

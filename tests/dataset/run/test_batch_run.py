@@ -190,6 +190,14 @@ def test_a_run_without_texts_that_is_stopped_does_not_hang(manager: Any) -> None
     assert [result.index for result in run.stop()] == [0]
 
 
+def test_a_tokenizer_that_loses_a_completion_ends_the_run(manager: Any) -> None:
+    decode: Any = lambda ids: ["?"] * (len(ids) - 1)  # noqa: E731
+    run = BatchRun(manager, iter([]), None, None, decode, wanted=lambda chunk: [], window=8, span=64)  # type: ignore[arg-type]
+    run._decode_rows([RowResult(0, 1, [Completion([5], "eos"), Completion([6], "eos")])])
+    failed = run._events.get_nowait()
+    assert isinstance(failed, Failed) and isinstance(failed.error, ValueError) and failed.decoding == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "window", "most"), [(32, 1000, 48), (32, 40, 40), (8, 1000, 16), (64, 1000, 96)], ids=str
 )

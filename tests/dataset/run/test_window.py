@@ -62,3 +62,15 @@ def test_closed() -> None:
     window.close()
     thread.join(60)
     assert results == [False]
+
+
+def test_rows_enter_up_to_the_size_and_the_span_exactly() -> None:
+    window = RowWindow(3, 4)
+    assert window.enter([0]) and window.enter([1, 2])
+    window.leave(1)
+    assert (len(window), list(window._order), window._left) == (2, [0, 1, 2], {1})
+    assert window._fits([3]) and not window._fits([3, 4])
+    window.leave(2)
+    assert window._fits([2, 3]) and not window._fits([4]) and not window._fits([3, 4])
+    window.leave(0)
+    assert (len(window), list(window._order), window._left) == (0, [], set())
