@@ -12,7 +12,11 @@ from support.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_async_batching.dataset.store.fingerprint import (
+    _plain,
+    _shown,
+    _weights,
     differences,
+    digest,
     fingerprint_of_function,
     fingerprint_of_model,
     fingerprint_of_tokenizer,
@@ -43,6 +47,33 @@ def test_models(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(1e-3)
     assert fingerprint_of_model(model)["weights"] != first["weights"]
+
+
+def test_fingerprints_stay_what_earlier_versions_made_them() -> None:
+    """A folder that a version began is continued by the next one."""
+    assert digest("a", b"bc") == "95881179b567b09c5fdcaa10"
+    assert digest("ab", b"c") == "fbb52a8f5facee1a3d278bb4"
+    assert digest() == _weights(torch.nn.ReLU()) == "b8e1dda3ac0aa3820ad2990b"  # type: ignore[arg-type]
+    layer = torch.nn.Linear(40, 10, bias=False)
+    layer.weight = torch.nn.Parameter(torch.arange(400.0).view(10, 40))
+    assert _weights(layer) == "4523d6586170c9347609caac"  # type: ignore[arg-type]
+    layer.weight = torch.nn.Parameter(torch.arange(12.0).view(3, 4).t())
+    assert _weights(layer) == "c365d81e4a7ab49ef8a94f48"  # type: ignore[arg-type]
+    value = {"b": [1, (2.5, None)], "a": {3, 1, 2}, 2: frozenset("yx"), 3: Ending("!")}
+    assert _plain(value) == "{'a':{1,2,3},'b':[1,[2.5,None]],2:{'x','y'},3:Ending{'ending':'!'}}"
+    assert (_plain(torch.float16), _plain(print)) == ("torch.float16", "builtin_function_or_method")
+
+
+def test_a_change_of_a_part_of_a_large_weight_is_seen() -> None:
+    layer: Any = torch.nn.Linear(64, 64, bias=False)
+    before = _weights(layer)
+    with torch.no_grad():
+        layer.weight[60:] += 1
+    assert _weights(layer) != before
+
+
+def test_values_of_a_hundred_letters_are_shown_whole() -> None:
+    assert (_shown("x" * 100), _shown("x" * 101), _shown(3)) == ("x" * 100, "x" * 97 + "...", "3")
 
 
 def test_tokenizers() -> None:
