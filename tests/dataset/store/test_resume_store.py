@@ -253,8 +253,10 @@ def test_more_and_fewer_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "ranks", "size"),
-    [(None, 1, 1000), (None, 4, 1000), (0, 1, 1), (7, 1, 7), (1000, 1, 1000), (5000, 1, 1000)]
-    + [(0, 2, 1), (31, 2, 1), (320, 2, 10), (31_999, 2, 999), (64_000, 2, 1000)],
+    [
+        *((None, 1, 1000), (None, 4, 1000), (0, 1, 1), (7, 1, 7), (1000, 1, 1000), (5000, 1, 1000)),
+        *((0, 2, 1), (31, 2, 1), (320, 2, 10), (31_999, 2, 999), (64_000, 2, 1000)),
+    ],
 )
 def test_rows_per_shard(rows: int | None, ranks: int, size: int) -> None:
     """One process writes few files; each of several gets about 16."""
