@@ -270,7 +270,7 @@ class Scheduler:
 
     def _tokens_of(self, sampled: list[Sequence], outcomes: list[int]) -> list[int]:
         """The tokens of outcomes. Ends sequences without a token, and drops pages that hold invalid values."""
-        for sequence, outcome in zip(sampled, outcomes, strict=True):
+        for sequence, outcome in zip(sampled, outcomes):
             if sequence.state is State.FINISHED:
                 continue
             if is_unsound(outcome):

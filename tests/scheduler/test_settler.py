@@ -99,6 +99,12 @@ def test_after_another_end_no_short_way_is_left() -> None:
     assert len(sequences[0].tokens) == 5
 
 
+@pytest.mark.parametrize("tokens", [(5,), (5, 6, 7)])
+def test_each_position_has_one_token(tokens: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="argument"):
+        settle(Settler(), [sequence("a"), sequence("b")], *tokens)
+
+
 def test_the_second_step_of_the_same_sequences_prepares_the_short_way() -> None:
     settler, sequences = Settler(), [sequence("a"), sequence("b")]
     settle(settler, sequences, 5, 6)
