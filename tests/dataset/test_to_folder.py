@@ -34,3 +34,13 @@ def test_a_mismatch_that_is_found_late_is_told_alone(
     with pytest.raises(ResumeMismatchError, match="another number of rows"):
         generate_dataset(manager, stream.take(9), tokenizer, **arguments)
     assert "call again with the same arguments" not in caplog.text
+
+
+@pytest.mark.timeout(60)
+def test_rows_that_are_kept_make_room_for_others(
+    manager: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_async_batching.dataset.rows.source.CHUNK_ROWS", 4)
+    rows = Dataset.from_dict({"prompt": TEXTS})
+    done = generate_dataset(manager, rows, tokenizer, window=4, resume_dir=tmp_path / "run", **NEW)
+    assert len(done) == 12
