@@ -11,6 +11,8 @@ Each kernel waits for its predecessor before it reads or writes anything (EARLY,
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 
+from hf_async_batching.experts.mxfp4_tiles import packed_sums
+
 
 @triton.jit
 def _begin(EARLY: tl.constexpr):
@@ -131,6 +133,7 @@ def _up_columns(strip, N, BLOCK: tl.constexpr, GATED: tl.constexpr, INTERLEAVED:
 def product_kernel(
     x,
     weight,
+    scales,
     bias,
     out,
     ids,
@@ -144,12 +147,17 @@ def product_kernel(
     weight_e,
     weight_n,
     weight_k,
+    scale_e,
+    scale_n,
+    scale_g,
     bias_e,
     alpha,
     limit,
     shift,
     GROUPED: tl.constexpr,
     UP: tl.constexpr,
+    PACKED: tl.constexpr,
+    ASM: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -166,7 +174,7 @@ def product_kernel(
 
     UP reads the tokens of its assignments, applies the activation, and writes the rows in sorted order. The second
     product reads sorted rows and writes each to the place of its assignment. If not GROUPED, there is one token, and
-    block `k` is its assignment `k`.
+    block `k` is its assignment `k`. The words of PACKED weights have strides in words.
     """
     strip = tl.program_id(0)
     block = tl.program_id(1)
@@ -200,23 +208,43 @@ def product_kernel(
 
     column, inside = _up_columns(strip, N, BLOCK_N, GATED, INTERLEAVED)
     ks = tl.arange(0, BLOCK_K)
-    weight_at = weight + expert.to(tl.int64) * weight_e + column[:, None] * weight_n + ks[None, :] * weight_k
+    ROWS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     x_at = x + source.to(tl.int64)[:, None] * x_stride + ks[None, :]
-    total = tl.zeros([2 * BLOCK_N if GATED else BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(0, INNER, BLOCK_K):
-        if EVEN_K and EVEN_N:
-            w = tl.load(weight_at, eviction_policy="evict_first")
-            a = tl.load(x_at, eviction_policy="evict_last")
-        elif EVEN_K:
-            w = tl.load(weight_at, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
-            a = tl.load(x_at, eviction_policy="evict_last")
-        else:
-            within = (k + ks < INNER)[None, :]
-            w = tl.load(weight_at, mask=inside[:, None] & within, other=0.0, eviction_policy="evict_first")
-            a = tl.load(x_at, mask=within, other=0.0, eviction_policy="evict_last")
-        total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
-        weight_at += BLOCK_K * weight_k
-        x_at += BLOCK_K
+    total = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    if PACKED:
+        mine = weight + expert.to(tl.int64) * weight_e + column[:, None] * weight_n
+        my_scales = scales + expert.to(tl.int64) * scale_e + column[:, None] * scale_n
+        total = packed_sums(
+            total,
+            mine + tl.arange(0, BLOCK_K // 8)[None, :],
+            my_scales + tl.arange(0, BLOCK_K // 32)[None, :] * scale_g,
+            x_at,
+            inside,
+            INNER,
+            scale_g,
+            ROWS,
+            BLOCK_M,
+            BLOCK_K,
+            EVEN_N,
+            EVEN_K,
+            ASM,
+        )
+    else:
+        weight_at = weight + expert.to(tl.int64) * weight_e + column[:, None] * weight_n + ks[None, :] * weight_k
+        for k in range(0, INNER, BLOCK_K):
+            if EVEN_K and EVEN_N:
+                w = tl.load(weight_at, eviction_policy="evict_first")
+                a = tl.load(x_at, eviction_policy="evict_last")
+            elif EVEN_K:
+                w = tl.load(weight_at, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
+                a = tl.load(x_at, eviction_policy="evict_last")
+            else:
+                within = (k + ks < INNER)[None, :]
+                w = tl.load(weight_at, mask=inside[:, None] & within, other=0.0, eviction_policy="evict_first")
+                a = tl.load(x_at, mask=within, other=0.0, eviction_policy="evict_last")
+            total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
+            weight_at += BLOCK_K * weight_k
+            x_at += BLOCK_K
     if HAS_BIAS:
         added = tl.load(bias + expert.to(tl.int64) * bias_e + column, mask=inside, other=0.0)
         total += added.to(tl.float32)[:, None]

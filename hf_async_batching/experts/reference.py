@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
+from hf_async_batching.experts.mxfp4 import dequantize
 
 
 def activate(form: GateForm, product: torch.Tensor) -> torch.Tensor:
@@ -60,6 +61,9 @@ def experts(
         [tokens, hidden], the dtype of `hidden`.
     """
     up, down = layer.up, layer.down
+    if layer.up_scales is not None and layer.down_scales is not None:
+        up = dequantize(up, layer.up_scales, hidden.dtype)
+        down = dequantize(down, layer.down_scales, hidden.dtype)
     if layer.transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     out = torch.zeros(hidden.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,

@@ -22,7 +22,9 @@ from hf_async_batching.experts.kernels import (
     product_kernel,
 )
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
+from hf_async_batching.experts.mxfp4_tiles import expand_kernel
 from hf_async_batching.experts.settings import (
+    EXPANDED_TOKENS,
     FEW_TOKENS,
     ExpertSetting,
     ProductSetting,
@@ -101,7 +103,8 @@ def experts(
     """
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     index, weights = index.contiguous(), weights.contiguous()
-    if hidden.shape[0] > FEW_TOKENS and _library_serves(hidden, layer):
+    many = hidden.shape[0] >= EXPANDED_TOKENS if layer.packed else hidden.shape[0] > FEW_TOKENS
+    if many and _library_serves(hidden, layer):
         return experts_by_library(hidden, index, weights, layer, form, residual)
     return experts_by_kernel(hidden, index, weights, layer, form, residual=residual)
 
@@ -134,15 +137,16 @@ def experts_by_kernel(
     if setting is None:
         setting = default_setting(
             assignments, layer.experts, layer.hidden, layer.intermediate, hidden.dtype.itemsize,
-            shared_memory_limit(hidden.device), gated=form.gated,
+            shared_memory_limit(hidden.device), gated=form.gated, packed=layer.packed,
         )  # fmt: skip
     grouping = group(index, layer.experts, setting.block_m) if tokens > 1 else None
     activated = hidden.new_empty((assignments, layer.intermediate))
     product = hidden.new_empty((assignments, layer.hidden))
     plain = GateForm(activation="none", gated=False)
-    _product(hidden, layer.up, layer.up_bias, activated, index, grouping, layer, form, setting.block_m, setting.up)
-    _product(activated, layer.down, layer.down_bias, product, index, grouping, layer, plain, setting.block_m,
-             setting.down)  # fmt: skip
+    up = layer.up, layer.up_scales, layer.up_bias
+    down = layer.down, layer.down_scales, layer.down_bias
+    _product(hidden, *up, activated, index, grouping, layer, form, setting.block_m, setting.up)
+    _product(activated, *down, product, index, grouping, layer, plain, setting.block_m, setting.down)
     _combine(product, None, index, weights, None, out, layer.experts, residual)
     return out
 
@@ -155,11 +159,15 @@ def experts_by_library(
     form: GateForm,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `experts`, with the vendor's grouped products; `index` and `weights` must be contiguous."""
+    """As `experts`, with the vendor's grouped products; `index` and `weights` must be contiguous.
+
+    Packed weights of one product are unpacked at a time, all experts of the layer.
+    """
     grouping = group(index, layer.experts, 64, filled=True)
     assignments, choices = index.numel(), index.shape[1]
-    up, down = (weight if layer.transposed else weight.transpose(1, 2) for weight in (layer.up, layer.down))
-    product = functional.grouped_mm(hidden[grouping.order // choices], up, offs=grouping.ends)
+    product = functional.grouped_mm(
+        hidden[grouping.order // choices], _inner_first(layer.up, layer.up_scales, layer), offs=grouping.ends
+    )
     activated = hidden.new_empty((assignments, layer.intermediate))
     early, options = _early(hidden.device)
     block = min(triton.next_power_of_2(layer.intermediate), _MOST_ACTIVATED)
@@ -171,10 +179,53 @@ def experts_by_library(
             GATED=form.gated, INTERLEAVED=form.interleaved, HAS_BIAS=layer.up_bias is not None,
             ACTIVATION=form.activation, LIMITED=form.limit > 0, BLOCK=block, EARLY=early, num_warps=4, **options,
         )  # fmt: skip
-    product = functional.grouped_mm(activated, down, offs=grouping.ends)
+    product = functional.grouped_mm(
+        activated, _inner_first(layer.down, layer.down_scales, layer), offs=grouping.ends
+    )
     out = torch.empty(index.shape[0], layer.hidden, dtype=hidden.dtype, device=hidden.device)
     _combine(product, layer.down_bias, index, weights, grouping.places, out, layer.experts, residual)
     return out
+
+
+def _inner_first(weight: torch.Tensor, scales: torch.Tensor | None, layer: ExpertWeights) -> torch.Tensor:
+    """Plain weights [experts, inner, outputs]."""
+    if scales is not None:
+        weight = expand(weight, scales, layer.dtype)
+    return weight if layer.transposed else weight.transpose(1, 2)
+
+
+def expand(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """MXFP4 weights as plain ones.
+
+    Args:
+        blocks: Uint8 [experts, outputs, groups, 16].
+        scales: Uint8 [experts, outputs, groups].
+        dtype: The dtype of the result.
+
+    Returns:
+        [experts, outputs, groups * 32].
+    """
+    words = words_of(blocks)
+    experts, outputs, _ = words.shape
+    inner = words.shape[2] * 8
+    out = torch.empty(experts, outputs, inner, dtype=dtype, device=blocks.device)
+    rows, columns = 16, 256
+    with torch.cuda.device_of(blocks):  # type: ignore[no-untyped-call]
+        expand_kernel[(triton.cdiv(inner, columns), triton.cdiv(outputs, rows), experts)](
+            words, scales, out, outputs, inner, words.stride(0), words.stride(1), *scales.stride(),
+            BLOCK_N=rows, BLOCK_K=columns, ASM=_has_bfloat16(blocks.device), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def words_of(blocks: torch.Tensor) -> torch.Tensor:
+    """MXFP4 blocks, uint8 [experts, outputs, groups, 16], as int32 [experts, outputs, groups * 4]; no copy."""
+    return blocks.flatten(2).view(torch.int32)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a card has instructions for bfloat16; Triton's interpreter has none."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:
@@ -183,7 +234,9 @@ def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:
     Torch has kernels for compute capabilities 9 and 10. On other cards it loops over the experts on the host.
     """
     outputs = layer.up.shape[2 if layer.transposed else 1]
-    strides = [layer.hidden, outputs, layer.intermediate, *layer.up.stride()[:-1], *layer.down.stride()[:-1]]
+    strides = [layer.hidden, outputs, layer.intermediate]
+    if not layer.packed:  # unpacked ones are contiguous
+        strides += [*layer.up.stride()[:-1], *layer.down.stride()[:-1]]
     return (
         hidden.dtype == torch.bfloat16
         and all(stride * 2 % 16 == 0 for stride in strides)
@@ -195,6 +248,7 @@ def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:
 def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
+    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     index: torch.Tensor,
@@ -207,16 +261,20 @@ def _product(
     """One product of all assignments; the activation "none" marks the second."""
     outputs, inner = out.shape[1], x.shape[1]
     along_n, along_k = (2, 1) if layer.transposed else (1, 2)
+    if scales is not None:
+        weight = words_of(weight)
+    scale_strides = (0, 0, 0) if scales is None else scales.stride()
     x_stride = inner if x.shape[0] == 1 else x.stride(0)  # a single row can have any stride
     slots = index.numel() if grouping is None else grouping.blocks.shape[0]
     early, options = _early(x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         product_kernel[(triton.cdiv(outputs, setting.block_n), slots)](
-            x, weight, weight if bias is None else bias, out, index,
+            x, weight, weight if scales is None else scales, weight if bias is None else bias, out, index,
             index if grouping is None else grouping.order, index if grouping is None else grouping.blocks,
             index.shape[1], layer.experts, outputs, inner, x_stride, weight.stride(0), weight.stride(along_n),
-            weight.stride(along_k), 0 if bias is None else bias.stride(0), form.alpha, form.limit, form.shift,
-            GROUPED=grouping is not None, UP=form.activation != "none", GATED=form.gated,
+            weight.stride(along_k), *scale_strides, 0 if bias is None else bias.stride(0), form.alpha, form.limit,
+            form.shift, GROUPED=grouping is not None, UP=form.activation != "none",
+            PACKED=scales is not None, ASM=scales is not None and _has_bfloat16(x.device), GATED=form.gated,
             INTERLEAVED=form.interleaved, HAS_BIAS=bias is not None, ACTIVATION=form.activation,
             LIMITED=form.limit > 0, BLOCK_M=size, BLOCK_N=setting.block_n, BLOCK_K=setting.block_k,
             EVEN_N=outputs % setting.block_n == 0, EVEN_K=inner % setting.block_k == 0, EARLY=early,
