@@ -15,8 +15,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
+from hf_async_batching.experts.mxfp4_model import Mxfp4Experts, plain_experts
 from hf_async_batching.experts.recognise import choices_of, dispatches, form_of, weights_of
-from hf_async_batching.experts.settings import FEW_TOKENS, first_tokens
+from hf_async_batching.experts.settings import EXPANDED_TOKENS, FEW_TOKENS, first_tokens
 from hf_async_batching.linear.rounding import rounding_tolerance, worst_relative_error
 from hf_async_batching.runtime.triton_start import runs_triton
 
@@ -30,10 +31,14 @@ _REPLACED = ("eager", "batched_mm", "grouped_mm")
 _COMPARED_TOKENS = (1, 5, FEW_TOKENS, FEW_TOKENS + 45)
 """One token, few, the most that our products compute where the library has others, and a prompt."""
 
+_COMPARED_PACKED = EXPANDED_TOKENS
+"""Tokens for which MXFP4 weights are unpacked first."""
+
 _library: Any = torch.library.Library("hf_async_batching", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ARGUMENTS = (
     "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias,"
-    " bool transposed, str activation, bool gated, bool interleaved, float alpha, float limit, float shift"
+    " bool transposed, Tensor? up_scales, Tensor? down_scales, str activation, bool gated, bool interleaved,"
+    " float alpha, float limit, float shift"
 )
 _library.define(f"experts({_ARGUMENTS}) -> Tensor")
 _library.define(f"experts_add({_ARGUMENTS}, Tensor residual) -> Tensor")
@@ -61,6 +66,8 @@ def _operator(
     down: torch.Tensor,
     down_bias: torch.Tensor | None,
     transposed: bool,
+    up_scales: torch.Tensor | None,
+    down_scales: torch.Tensor | None,
     activation: str,
     gated: bool,
     interleaved: bool,
@@ -69,7 +76,7 @@ def _operator(
     shift: float,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    layer = ExpertWeights(up, up_bias, down, down_bias, transposed)
+    layer = ExpertWeights(up, up_bias, down, down_bias, transposed, up_scales, down_scales)
     form = GateForm(activation, gated, interleaved, alpha, limit, shift)
     return _experts(hidden, index, weights, layer, form, residual)
 
@@ -114,9 +121,11 @@ def experts_forward(
     form = getattr(module, "_engine_form", None)
     # Autocast casts in some functions of a family and not in others.
     autocast = torch.is_autocast_enabled(hidden_states.device.type)
-    if form is None or autocast or hidden_states.dtype != module.down_proj.dtype or hidden_states.dim() != 2:
+    if form is None or autocast or hidden_states.dim() != 2:
         return _family_function(module)(module, hidden_states, top_k_index, top_k_weights)
     layer = weights_of(module)
+    if hidden_states.dtype != layer.dtype:
+        return _family_function(module)(module, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_dynamo_compiling():
         out: torch.Tensor = torch.ops.hf_async_batching.experts(
             hidden_states, top_k_index, top_k_weights, *layer, *form
@@ -147,21 +156,26 @@ def use_kernels(view: nn.Module) -> int:
     Returns:
         The number of modules that call our kernels.
     """
-    modules: list[Any] = [module for module in view.modules() if dispatches(module)]
-    if not modules or not runs_triton(modules[0].down_proj.device):
+    modules: list[Any] = [one for one in view.modules() if dispatches(one) or isinstance(one, Mxfp4Experts)]
+    if not modules or not runs_triton(next(modules[0].parameters()).device):
         return 0
     served = 0
     for module in modules:
-        name = module.config._experts_implementation
-        if name not in _REPLACED:
-            continue
-        module._family_experts = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(module).forward.__wrapped__)
+        if isinstance(module, Mxfp4Experts):
+            module._family_experts = plain_experts  # type: ignore[assignment]
+        else:
+            name = module.config._experts_implementation
+            if name not in _REPLACED:
+                continue
+            module._family_experts = ALL_EXPERTS_FUNCTIONS.get_interface(name, type(module).forward.__wrapped__)
         form = form_of(module)
         module._engine_form = form if form is not None and _agrees(module, form) else None
         served += module._engine_form is not None
     if served:
         for module in modules:
-            if hasattr(module, "_family_experts"):
+            if isinstance(module, Mxfp4Experts):
+                module._engine_experts = experts_forward
+            elif hasattr(module, "_family_experts"):
                 # The property's setter would reach the configs of parts without our function.
                 module.config._experts_implementation_internal = NAME
     logger.debug("%d of %d layers of experts are computed by our kernels", served, len(modules))
@@ -178,15 +192,16 @@ def _agrees(module: Any, form: GateForm) -> bool:
     """
     layer = weights_of(module)
     kind = (
-        *(type(module), form, layer.up.dtype, layer.up.device),
+        *(type(module), form, layer.dtype, layer.up.device),
         *((one.shape, one.stride()) for one in (layer.up, layer.down)),
     )
     if kind not in _compared:
         choices = min(choices_of(module), layer.experts)
-        sizes = sorted({*_COMPARED_TOKENS, *first_tokens(layer.experts, choices)})
+        sizes = {*_COMPARED_TOKENS, *first_tokens(layer.experts, choices, packed=layer.packed)}
+        sizes |= {_COMPARED_PACKED} if layer.packed else set()
         try:
             with torch.autocast(layer.down.device.type, enabled=False):
-                _compared[kind] = all(_agree(module, form, tokens, choices) for tokens in sizes)
+                _compared[kind] = all(_agree(module, form, tokens, choices) for tokens in sorted(sizes))
         except Exception as error:
             # For all layers of the kind, and for other views of the model: a mixture would round differently.
             _compared[kind] = False
@@ -200,7 +215,7 @@ def _agrees(module: Any, form: GateForm) -> bool:
 @torch.inference_mode()
 def _agree(module: Any, form: GateForm, tokens: int, choices: int) -> bool:
     layer = weights_of(module)
-    dtype, device = layer.down.dtype, layer.down.device
+    dtype, device = layer.dtype, layer.down.device
     generator = torch.Generator("cpu").manual_seed(tokens)
     hidden = torch.randn(tokens, layer.hidden, generator=generator, device="cpu").to(device, dtype)
     scores = torch.rand(tokens, layer.experts, generator=generator, device="cpu").to(device)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_async_batching.experts.layer import ExpertWeights, GateForm
+from hf_async_batching.experts.layer import GROUP, ExpertWeights, GateForm
+from hf_async_batching.experts.mxfp4 import LARGEST_SCALE
+from hf_async_batching.experts.mxfp4_model import Mxfp4Experts
 from hf_async_batching.experts.reference import activate
 
 _SIZE = 64
@@ -35,6 +37,16 @@ def dispatches(module: nn.Module) -> bool:
 
 def weights_of(module: Any) -> ExpertWeights:
     """The weights of a module for which `form_of` found a form."""
+    if isinstance(module, Mxfp4Experts):
+        return ExpertWeights(
+            module.gate_up_proj_blocks,
+            module.gate_up_proj_bias,
+            module.down_proj_blocks,
+            module.down_proj_bias,
+            False,
+            module.gate_up_proj_scales,
+            module.down_proj_scales,
+        )
     up = "gate_up_proj" if module.has_gate else "up_proj"
     biased = module.has_bias
     return ExpertWeights(
@@ -67,8 +79,9 @@ def idle_bytes(view: nn.Module) -> int:
 
 
 def form_of(module: Any) -> GateForm | None:
-    """What a module that `dispatches` does between its products; None if the kernels do not know it."""
-    if getattr(module, "has_post_expert_norm", False) or not _plain_weights(module):
+    """What a module that `dispatches`, or has MXFP4 weights, does between its products; None if it is not known."""
+    known = _packed_weights if isinstance(module, Mxfp4Experts) else _plain_weights
+    if getattr(module, "has_post_expert_norm", False) or not known(module):
         return None
     with torch.no_grad():
         return _same_activation(module)
@@ -97,6 +110,29 @@ def _plain_weights(module: Any) -> bool:
         and (weights.down_bias is None or weights.down_bias.shape == (weights.experts, weights.hidden))
         and all(one is None or one.stride(-1) == 1 for one in (weights.up_bias, weights.down_bias))
     )
+
+
+def _packed_weights(module: Mxfp4Experts) -> bool:
+    """Whether the weights are plain parameters in MXFP4 that our kernels read exactly."""
+    if any(type(parameter) is not nn.Parameter for parameter in module._parameters.values()):
+        return False
+    weights = weights_of(module)
+    blocks, scales = (weights.up, weights.down), (weights.up_scales, weights.down_scales)
+    biases = (weights.up_bias, weights.down_bias)
+    if any(one is None for one in (*scales, *biases)) or biases[0].dtype != biases[1].dtype:  # type: ignore[union-attr]
+        return False
+    if weights.dtype not in _DTYPES or weights.intermediate * 2 != weights.up.shape[1]:
+        return False
+    for block, scale, bias in zip(blocks, scales, biases, strict=True):
+        assert scale is not None
+        assert bias is not None
+        if block.dtype != torch.uint8 or scale.dtype != torch.uint8 or not block.is_contiguous():
+            return False
+        if block.shape != (*scale.shape, GROUP // 2) or bias.shape != scale.shape[:2] or bias.stride(-1) != 1:
+            return False
+        if int(scale.max()) > LARGEST_SCALE:
+            return False
+    return weights.up.shape[0] == weights.experts and weights.up.shape[2] * GROUP == weights.hidden
 
 
 def _same_activation(module: Any) -> GateForm | None:

@@ -55,9 +55,7 @@ def most_blocks(assignments: int, experts: int, size: int) -> int:
     return min(experts, assignments) + assignments // size
 
 
-def shared_memory(
-    size: int, setting: ProductSetting, itemsize: int, *, gated: bool, packed: bool = False
-) -> int:
+def shared_memory(size: int, setting: ProductSetting, itemsize: int, *, gated: bool, packed: bool = False) -> int:
     """Bytes of shared memory that the loads in flight take; for packed weights, the reordered activations, too."""
     outputs, k = setting.block_n * (1 + gated), setting.block_k
     if packed:
@@ -106,7 +104,7 @@ def default_setting(
 
 def _packed_setting(size: int, itemsize: int, *, gated: bool) -> ProductSetting:
     if itemsize > 2:
-        return ProductSetting(32 // (1 + gated), 32, 4, 2)
+        return ProductSetting(64 // (1 + gated), 64, 4, 2)
     wide, warps = (128, 8) if size > 64 else (128, 4) if size > _LEAST_M else (64, 4)
     return ProductSetting(wide // (1 + gated), 128, warps, 4)
 

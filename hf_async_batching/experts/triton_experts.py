@@ -179,9 +179,7 @@ def experts_by_library(
             GATED=form.gated, INTERLEAVED=form.interleaved, HAS_BIAS=layer.up_bias is not None,
             ACTIVATION=form.activation, LIMITED=form.limit > 0, BLOCK=block, EARLY=early, num_warps=4, **options,
         )  # fmt: skip
-    product = functional.grouped_mm(
-        activated, _inner_first(layer.down, layer.down_scales, layer), offs=grouping.ends
-    )
+    product = functional.grouped_mm(activated, _inner_first(layer.down, layer.down_scales, layer), offs=grouping.ends)
     out = torch.empty(index.shape[0], layer.hidden, dtype=hidden.dtype, device=hidden.device)
     _combine(product, layer.down_bias, index, weights, grouping.places, out, layer.experts, residual)
     return out
@@ -213,7 +211,7 @@ def expand(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
     with torch.cuda.device_of(blocks):  # type: ignore[no-untyped-call]
         expand_kernel[(triton.cdiv(inner, columns), triton.cdiv(outputs, rows), experts)](
             words, scales, out, outputs, inner, words.stride(0), words.stride(1), *scales.stride(),
-            BLOCK_N=rows, BLOCK_K=columns, ASM=_has_bfloat16(blocks.device), num_warps=4,
+            BLOCK_N=rows, BLOCK_K=columns, ASM=has_bfloat16(blocks.device), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -223,7 +221,7 @@ def words_of(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.flatten(2).view(torch.int32)
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether a card has instructions for bfloat16; Triton's interpreter has none."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -274,7 +272,7 @@ def _product(
             index.shape[1], layer.experts, outputs, inner, x_stride, weight.stride(0), weight.stride(along_n),
             weight.stride(along_k), *scale_strides, 0 if bias is None else bias.stride(0), form.alpha, form.limit,
             form.shift, GROUPED=grouping is not None, UP=form.activation != "none",
-            PACKED=scales is not None, ASM=scales is not None and _has_bfloat16(x.device), GATED=form.gated,
+            PACKED=scales is not None, ASM=scales is not None and has_bfloat16(x.device), GATED=form.gated,
             INTERLEAVED=form.interleaved, HAS_BIAS=bias is not None, ACTIVATION=form.activation,
             LIMITED=form.limit > 0, BLOCK_M=size, BLOCK_N=setting.block_n, BLOCK_K=setting.block_k,
             EVEN_N=outputs % setting.block_n == 0, EVEN_K=inner % setting.block_k == 0, EARLY=early,

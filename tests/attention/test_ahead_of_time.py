@@ -44,6 +44,7 @@ JOBS: dict[str, Job] = {
     "attention": ([89], ["bfloat16"], ["decode split llama", "prefill llama", "write llama"]),
     "oldest": ([80], ["bfloat16"], ["decode split llama", "skinny"]),
     "experts": ([89], ["bfloat16"], ["experts few", "routers"]),
+    "mxfp4": ([90], ["bfloat16"], ["mxfp4"]),
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
     "recurrent": ([89, 90], ["bfloat16"], ["delta rule wide", "mamba2 wide"]),
@@ -93,6 +94,7 @@ def test_representative_kernels(compiled: dict[str, list[dict[str, object]]]) ->
 
 def test_kernels_of_other_modules(compiled: dict[str, list[dict[str, object]]]) -> None:
     check(compiled["experts"], EXPERTS)
+    check(compiled["mxfp4"], EXPERTS | {"expand_kernel"})
     check(compiled["tables"], {"begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"})
 
 

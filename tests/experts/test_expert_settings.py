@@ -13,11 +13,15 @@ SHAPES = [(128, 2048, 768, 8), (32, 2880, 2880, 4), (64, 2048, 1408, 6), (8, 409
 @pytest.mark.parametrize("tokens", [1, 8, 32, 256, 2048])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("gated", [True, False])
-def test_settings_fit_the_card(memory: int, tokens: int, itemsize: int, gated: bool) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_settings_fit_the_card(memory: int, tokens: int, itemsize: int, gated: bool, packed: bool) -> None:
     for experts, hidden, inner, choices in SHAPES:
-        setting = default_setting(tokens * choices, experts, hidden, inner, itemsize, memory, gated=gated)
-        assert shared_memory(setting.block_m, setting.up, itemsize, gated=gated) <= memory
-        assert shared_memory(setting.block_m, setting.down, itemsize, gated=False) <= memory
+        setting = default_setting(
+            tokens * choices, experts, hidden, inner, itemsize, memory, gated=gated, packed=packed
+        )
+        size = setting.block_m
+        assert shared_memory(size, setting.up, itemsize, gated=gated, packed=packed) <= memory
+        assert shared_memory(size, setting.down, itemsize, gated=False, packed=packed) <= memory
         assert min(setting.up.stages, setting.down.stages) >= 2
 
 
@@ -43,3 +47,5 @@ def test_the_first_tokens_reach_each_size_of_a_block(experts: int, choices: int)
     tokens = first_tokens(experts, choices)
     assert [block_m(count * choices, experts) for count in tokens] == [16, 32, 64]
     assert all(block_m((count - 1) * choices, experts) < block_m(count * choices, experts) for count in tokens[1:])
+    tokens = first_tokens(experts, choices, packed=True)
+    assert [block_m(count * choices, experts, packed=True) for count in tokens] == [16, 32, 64, 128]

@@ -197,6 +197,27 @@ def experts(
                 triton_experts.experts_by_library(x, index, torch.empty(300, 4, dtype=dtype), layer, form)
 
 
+def mxfp4(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 64, 257)) -> None:
+    """A layer of experts of gpt-oss, in MXFP4."""
+    from hf_async_batching.experts import triton_experts
+    from hf_async_batching.experts.layer import ExpertWeights, GateForm
+
+    form, size = GateForm(interleaved=True, alpha=1.702, limit=7.0, shift=1.0), 2880
+    # Sizes are all that a launch depends on.
+    weights: dict[int, list[torch.Tensor]] = {}
+    for outputs in (2 * size, size):
+        blocks = torch.empty(1, outputs, size // 32, 16, dtype=torch.uint8).expand(32, -1, -1, -1)
+        scales = torch.empty(1, outputs, size // 32, dtype=torch.uint8).expand(32, -1, -1)
+        weights[outputs] = [blocks, torch.empty(1, outputs, dtype=dtype).expand(32, -1), scales]
+    (up, up_bias, up_scales), (down, down_bias, down_scales) = weights.values()
+    layer = ExpertWeights(up, up_bias, down, down_bias, False, up_scales, down_scales)
+    with mock.patch.object(triton_experts, "has_bfloat16", return_value=True):
+        for rows in tokens:
+            x, index = torch.empty(rows, size, dtype=dtype), torch.zeros(rows, 4, dtype=torch.int64)
+            triton_experts.experts_by_kernel(x, index, torch.empty(rows, 4, dtype=dtype), layer, form)
+        triton_experts.expand(down[:1], down_scales[:1], dtype)
+
+
 def experts_early(dtype: torch.dtype) -> None:
     """As cards with programmatic dependent launch run it."""
     from hf_async_batching.experts import topk, triton_experts
@@ -215,6 +236,14 @@ def routers(dtype: torch.dtype) -> None:
 
     for scores, k, softmax in ((128, 8, True), (32, 4, False), (60, 6, True)):
         topk_by_kernel(torch.empty(4, scores, dtype=dtype), k, softmax)
+
+
+def mxfp4_early(dtype: torch.dtype) -> None:
+    """As cards with programmatic dependent launch run it."""
+    from hf_async_batching.experts import triton_experts
+
+    with mock.patch.object(triton_experts, "supports_pdl", return_value=True):
+        mxfp4(dtype, (1, 32))
 
 
 def tables(dtype: torch.dtype) -> None:
@@ -308,6 +337,7 @@ for _name, _shape in SHAPES.items():
 LAUNCHES["skinny"] = skinny
 LAUNCHES["experts"] = experts
 LAUNCHES["routers"] = routers
+LAUNCHES["mxfp4"] = mxfp4
 LAUNCHES["tables"] = tables
 LAUNCHES["largest"] = largest
 LAUNCHES["sampling"] = functools.partial(sampling, 151936)
@@ -325,6 +355,7 @@ EXTRA = {
     "skinny early": skinny_early,
     "experts few": functools.partial(experts, tokens=(1, 32), library=False),
     "experts early": experts_early,
+    "mxfp4 early": mxfp4_early,
 }
 
 

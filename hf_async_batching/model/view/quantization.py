@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_async_batching.experts.mxfp4_model import Mxfp4InPlaceQuantizer
 from hf_async_batching.model.view.wide_tensor import WideTensor
 
 
@@ -16,9 +17,10 @@ def is_quantized(model: PreTrainedModel) -> bool:
     """Whether any layer computes with quantized weights, and perhaps with quantized activations.
 
     Rounding errors are then as large as a quantization step: two activations that differ in the last bit can be
-    rounded to different steps.
+    rounded to different steps. Our own MXFP4 experts unpack their weights exactly and round no activation.
     """
-    return getattr(model, "hf_quantizer", None) is not None or any(
+    quantizer = getattr(model, "hf_quantizer", None)
+    return (quantizer is not None and not isinstance(quantizer, Mxfp4InPlaceQuantizer)) or any(
         is_wrapped(parameter) or has_state(parameter) for parameter in model.parameters()
     )
 
