@@ -174,7 +174,7 @@ def product_kernel(
 
     UP reads the tokens of its assignments, applies the activation, and writes the rows in sorted order. The second
     product reads sorted rows and writes each to the place of its assignment. If not GROUPED, there is one token, and
-    block `k` is its assignment `k`. The words of PACKED weights have strides in words.
+    block `k` is its assignment `k`. PACKED weights have strides in groups, 4 words each.
     """
     strip = tl.program_id(0)
     block = tl.program_id(1)
@@ -212,7 +212,8 @@ def product_kernel(
     x_at = x + source.to(tl.int64)[:, None] * x_stride + ks[None, :]
     total = tl.zeros([ROWS, BLOCK_M], tl.float32)
     if PACKED:
-        mine = weight + expert.to(tl.int64) * weight_e + column[:, None] * weight_n
+        # Triton sees that each row begins at 16 bytes, and copies as many.
+        mine = weight + 4 * (expert.to(tl.int64) * weight_e + column[:, None] * weight_n)
         my_scales = scales + expert.to(tl.int64) * scale_e + column[:, None] * scale_n
         total = packed_sums(
             total,

@@ -99,8 +99,9 @@ def packed_sums(
             scales = tl.load(scales_at, mask=inside[:, None], other=0, eviction_policy="evict_first")
             x = tl.load(x_at, eviction_policy="evict_last")
         else:
-            word_there = inside[:, None] & (k + 8 * tl.arange(0, WORDS) < INNER)[None, :]
-            scale_there = inside[:, None] & (k + 32 * tl.arange(0, GROUPS) < INNER)[None, :]
+            # By groups, so that Triton sees that the 4 words of a group share their mask, and copies 16 bytes.
+            word_there = inside[:, None] & (k // 32 + tl.arange(0, WORDS) // 4 < INNER // 32)[None, :]
+            scale_there = inside[:, None] & (k // 32 + tl.arange(0, GROUPS) < INNER // 32)[None, :]
             words = tl.load(words_at, mask=word_there, other=0, eviction_policy="evict_first")
             scales = tl.load(scales_at, mask=scale_there, other=0, eviction_policy="evict_first")
             x_there = (k + tl.arange(0, BLOCK_K) < INNER)[None, :]
@@ -130,7 +131,10 @@ def expand_kernel(
     BLOCK_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One program: BLOCK_N x BLOCK_K weights of one expert, unpacked to `out` [experts, N, INNER]."""
+    """One program: BLOCK_N x BLOCK_K weights of one expert, unpacked to `out` [experts, N, INNER].
+
+    The strides of words are in groups.
+    """
     expert = tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(0) * BLOCK_K
@@ -138,13 +142,13 @@ def expand_kernel(
     group = k // 32 + tl.arange(0, BLOCK_K // 32)
     there = (n < N)[:, None]
     found = tl.load(
-        words + expert * words_e + n[:, None].to(tl.int64) * words_n + word[None, :],
-        mask=there & (word * 8 < INNER)[None, :],
+        words + 4 * (expert * words_e + n[:, None].to(tl.int64) * words_n) + word[None, :],
+        mask=there & (word // 4 < INNER // 32)[None, :],
         other=0,
     )
     scale = tl.load(
         scales + expert * scales_e + n[:, None].to(tl.int64) * scales_n + group[None, :] * scales_g,
-        mask=there & (group * 32 < INNER)[None, :],
+        mask=there & (group < INNER // 32)[None, :],
         other=0,
     )
     weight = tl.reshape(_unpacked(found, scale, BLOCK_N, BLOCK_K, ASM), [BLOCK_N, BLOCK_K])

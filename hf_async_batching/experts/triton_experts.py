@@ -35,6 +35,7 @@ from hf_async_batching.experts.settings import (
 _FEW_IDS, _MANY_IDS = 512, 2048
 _COMBINED = 256
 _MOST_ACTIVATED = 1024
+_GROUP_WORDS = 4
 
 
 class Grouping(NamedTuple):
@@ -210,8 +211,8 @@ def expand(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
     rows, columns = 16, 256
     with torch.cuda.device_of(blocks):  # type: ignore[no-untyped-call]
         expand_kernel[(triton.cdiv(inner, columns), triton.cdiv(outputs, rows), experts)](
-            words, scales, out, outputs, inner, words.stride(0), words.stride(1), *scales.stride(),
-            BLOCK_N=rows, BLOCK_K=columns, ASM=has_bfloat16(blocks.device), num_warps=4,
+            words, scales, out, outputs, inner, words.stride(0) // _GROUP_WORDS, words.stride(1) // _GROUP_WORDS,
+            *scales.stride(), BLOCK_N=rows, BLOCK_K=columns, ASM=has_bfloat16(blocks.device), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -259,9 +260,11 @@ def _product(
     """One product of all assignments; the activation "none" marks the second."""
     outputs, inner = out.shape[1], x.shape[1]
     along_n, along_k = (2, 1) if layer.transposed else (1, 2)
+    strides = weight.stride(0), weight.stride(along_n), weight.stride(along_k)
+    scale_strides = (0, 0, 0) if scales is None else scales.stride()
     if scales is not None:
         weight = words_of(weight)
-    scale_strides = (0, 0, 0) if scales is None else scales.stride()
+        strides = weight.stride(0) // _GROUP_WORDS, weight.stride(1) // _GROUP_WORDS, 1
     x_stride = inner if x.shape[0] == 1 else x.stride(0)  # a single row can have any stride
     slots = index.numel() if grouping is None else grouping.blocks.shape[0]
     early, options = _early(x.device)
@@ -269,10 +272,10 @@ def _product(
         product_kernel[(triton.cdiv(outputs, setting.block_n), slots)](
             x, weight, weight if scales is None else scales, weight if bias is None else bias, out, index,
             index if grouping is None else grouping.order, index if grouping is None else grouping.blocks,
-            index.shape[1], layer.experts, outputs, inner, x_stride, weight.stride(0), weight.stride(along_n),
-            weight.stride(along_k), *scale_strides, 0 if bias is None else bias.stride(0), form.alpha, form.limit,
-            form.shift, GROUPED=grouping is not None, UP=form.activation != "none",
-            PACKED=scales is not None, ASM=scales is not None and has_bfloat16(x.device), GATED=form.gated,
+            index.shape[1], layer.experts, outputs, inner, x_stride, *strides, *scale_strides,
+            0 if bias is None else bias.stride(0), form.alpha, form.limit, form.shift,
+            GROUPED=grouping is not None, UP=form.activation != "none", PACKED=scales is not None,
+            ASM=scales is not None and has_bfloat16(x.device), GATED=form.gated,
             INTERLEAVED=form.interleaved, HAS_BIAS=bias is not None, ACTIVATION=form.activation,
             LIMITED=form.limit > 0, BLOCK_M=size, BLOCK_N=setting.block_n, BLOCK_K=setting.block_k,
             EVEN_N=outputs % setting.block_n == 0, EVEN_K=inner % setting.block_k == 0, EARLY=early,
