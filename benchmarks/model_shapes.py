@@ -3,6 +3,7 @@
 python -m benchmarks.model_shapes --shapes qwen3-8b,gpt-oss-20b --rows 1,32 --limit 120 --out FILE.json
 python -m benchmarks.model_shapes --shapes nemotron-h-8b --layers 8 --device cuda
 python -m benchmarks.model_shapes --shapes qwen3-8b --quantize nf4
+python -m benchmarks.model_shapes --shapes gpt-oss-20b --quantize mxfp4 --rows 1,32
 
 Each shape runs in its own process, with random weights. Each phase prints its results as a line of JSON:
 
@@ -226,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compare", type=int, default=2, metavar="N", help="rows to compare with plain generate (2; 0: none)")
     add("--limit", type=float, default=120.0, metavar="S", help="time limit of each shape in seconds (120)")
     add("--layers", type=int, metavar="N", help="only the first N layers, some of each kind if N allows")
-    add("--quantize", choices=("nf4",), help="quantize linear layers with bitsandbytes")
+    add("--quantize", choices=("nf4", "mxfp4"), help="4-bit linear layers (nf4) or experts (mxfp4: gpt-oss)")
     add("--device", choices=("cuda", "cpu"), help="device to run on (cuda if available)")
     add("--out", type=Path, metavar="FILE", help="write all lines to FILE as one list")
     add("--one", help=argparse.SUPPRESS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-QUANTIZATIONS = ("nf4",)
-"""Kinds of quantized linear layers."""
+QUANTIZATIONS = ("nf4", "mxfp4")
+"""Quantized linear layers (nf4, by bitsandbytes) or experts (mxfp4, of gpt-oss)."""
 
 PEERS = ("generate_batch", "generate")
 """Other ways of serving the same work."""

@@ -50,7 +50,7 @@ def nf4_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
             _draw(module, scale, device, dtype)
             drawn.append(module)
         else:
-            _allocate(module, made, device)
+            allocate(module, made, device)
     model.initialize_weights()
     for module in drawn:
         del module.weight._is_hf_initialized
@@ -71,7 +71,7 @@ def _draw(module: Any, scale: float, device: torch.device, dtype: torch.dtype) -
     module._is_hf_initialized = module.weight._is_hf_initialized = True
 
 
-def _allocate(module: nn.Module, made: dict[int, torch.Tensor], device: torch.device) -> None:
+def allocate(module: nn.Module, made: dict[int, torch.Tensor], device: torch.device) -> None:
     """Allocate a module's own parameters and buffers without values."""
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
@@ -79,5 +79,7 @@ def _allocate(module: nn.Module, made: dict[int, torch.Tensor], device: torch.de
                 continue
             if id(tensor) not in made:
                 memory = torch.empty_like(tensor, device=device)
-                made[id(tensor)] = nn.Parameter(memory) if isinstance(tensor, nn.Parameter) else memory
+                if isinstance(tensor, nn.Parameter):
+                    memory = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = memory
             tensors[name] = made[id(tensor)]  # type: ignore[assignment]

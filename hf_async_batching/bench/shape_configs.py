@@ -186,7 +186,7 @@ SHAPES: dict[str, Shape] = {
             "tie_word_embeddings": True,
         },
     ),
-    # In bfloat16; the released experts are MXFP4.
+    # The released experts are MXFP4: `quantize="mxfp4"`.
     "gpt-oss-20b": Shape(
         "GptOssConfig",
         {

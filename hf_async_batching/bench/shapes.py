@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_async_batching.bench.choices import QUANTIZATIONS
+from hf_async_batching.bench.packed_experts import mxfp4_model
 from hf_async_batching.bench.quantized import nf4_model
 from hf_async_batching.bench.shape_configs import SHAPES, Shape
 
@@ -36,12 +37,13 @@ def random_model(
         device: The device of the weights.
         dtype: Dtype of the weights; quantized layers compute in it.
         seed: Seed of the weights. The state of torch's own generators is the same before and after.
-        quantize: None, or one of `choices.QUANTIZATIONS`. Each linear layer is quantized as soon as it is drawn.
+        quantize: None, or one of `choices.QUANTIZATIONS`. For nf4, each linear layer is quantized as soon as it
+            is drawn. For mxfp4, the bytes of the experts are drawn.
         changes: Fields of the config that differ from the shape's; for `num_hidden_layers`, see `shape_config`.
 
     Raises:
         ValueError: The shape, the number of layers or the quantization does not exist, or a package for it is missing
-            or too old.
+            or too old; mxfp4 is for gpt-oss only.
     """
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ValueError(f"there is no quantization {quantize!r}; choose one of {', '.join(QUANTIZATIONS)}")
@@ -50,7 +52,9 @@ def random_model(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), device:
         torch.manual_seed(seed)
         model: Any
-        if quantize is not None:
+        if quantize == "mxfp4":
+            model = mxfp4_model(config, device, dtype)
+        elif quantize is not None:
             model = nf4_model(config, device, dtype)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]

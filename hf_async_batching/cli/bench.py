@@ -27,6 +27,7 @@ from hf_async_batching.cli.arguments import CommandError
 from hf_async_batching.config import Admission, BatchingConfig
 from hf_async_batching.core.timeline_picture import draw
 from hf_async_batching.errors import HfAsyncBatchingError
+from hf_async_batching.experts.mxfp4_model import keep_mxfp4
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,7 +113,11 @@ def _model(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
         except ValueError as error:
             raise CommandError(f"--shape {arguments.shape}: {error}") from error
     try:
-        settings = {"quantization_config": nf4_config(dtype), "device_map": {"": device}} if quantize else {}
+        settings: dict[str, Any] = {}
+        if quantize == "nf4":
+            settings = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
+        elif quantize == "mxfp4":
+            settings = {"config": keep_mxfp4(arguments.model), "device_map": {"": device}}
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **settings)
     except (OSError, ValueError) as error:
         raise CommandError(f"--model {arguments.model}: {error}") from error

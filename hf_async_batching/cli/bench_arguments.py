@@ -80,7 +80,11 @@ def add_parser(commands: Any) -> None:
     add("--shape", metavar="NAME", help="random weights of this shape (see below)")
     add("--model", metavar="NAME", help="a model's folder or its name on the Hub, instead of a shape")
     add("--layers", type=count, metavar="N", help="only the first N layers of --shape, some of each kind if N allows")
-    add("--quantize", choices=QUANTIZATIONS, help="quantize linear layers with bitsandbytes to 4-bit NormalFloat")
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="4-bit linear layers of bitsandbytes (nf4) or experts of gpt-oss (mxfp4)",
+    )
     add("--depth", type=count, nargs="+", default=[1, 2], metavar="N", help="steps in flight, one run each (1 2)")
     add("--engine", action="store_true", help="step the engine directly, without GenerationManager's thread")
     add("--peer", nargs="+", default=[], choices=PEERS, metavar="NAME", help=f"also run: {', '.join(PEERS)}")

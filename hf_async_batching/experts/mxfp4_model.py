@@ -52,7 +52,16 @@ class Mxfp4Experts(nn.Module):
     down_proj_scales: nn.Parameter
     down_proj_bias: nn.Parameter
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype | None = None) -> None:
+        """Make the module without values.
+
+        Args:
+            config: The model's config.
+            dtype: Dtype of activations; None for torch's default.
+
+        Raises:
+            ValueError: A size is no multiple of 32.
+        """
         super().__init__()
         with torch.device("meta"):
             family: Any = GptOssExperts(config)
@@ -70,7 +79,7 @@ class Mxfp4Experts(nn.Module):
             for suffix, tensor in (
                 ("blocks", torch.empty(*sizes, GROUP // 2, dtype=torch.uint8)),
                 ("scales", torch.empty(*sizes, dtype=torch.uint8)),
-                ("bias", torch.empty(*sizes[:2])),
+                ("bias", torch.empty(*sizes[:2], dtype=dtype)),
             ):
                 self.register_parameter(f"{name}_{suffix}", nn.Parameter(tensor, requires_grad=False))
         self._engine_experts: ExpertsFunction | None = None
@@ -156,7 +165,7 @@ class Mxfp4InPlaceQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for name in names:
             family: Any = model.get_submodule(name)
             with torch.device("meta"):
-                model.set_submodule(name, Mxfp4Experts(family.config))
+                model.set_submodule(name, Mxfp4Experts(family.config, family.down_proj_bias.dtype))
         return model
 
     def is_serializable(self) -> bool:

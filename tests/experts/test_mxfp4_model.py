@@ -14,7 +14,6 @@ from hf_async_batching.experts import hf_interface
 from hf_async_batching.experts.hf_interface import use_kernels
 from hf_async_batching.experts.mxfp4 import dequantize
 from hf_async_batching.experts.mxfp4_model import METHOD, Mxfp4Experts, keep_mxfp4
-from hf_async_batching.experts.settings import ExpertSetting
 from hf_async_batching.model.view.model_view import make_view
 from tests.support.mxfp4_checkpoint import pack, write_checkpoint
 
@@ -120,9 +119,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = triton_experts.experts_by_kernel
     seen: list[int] = []
 
-    def counted(hidden: torch.Tensor, *rest: Any, setting: ExpertSetting | None = None) -> torch.Tensor:
+    def counted(hidden: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         seen.append(hidden.shape[0])
-        return original(hidden, *rest, setting=setting)
+        return original(hidden, *rest, **options)
 
     monkeypatch.setattr(triton_experts, "experts_by_kernel", counted)
     monkeypatch.setattr(hf_interface, "runs_triton", lambda device: device.type == DEVICE.type)
