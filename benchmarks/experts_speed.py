@@ -2,6 +2,7 @@
 
 python -m benchmarks.experts_speed                                             # all shapes, 1 to 2,048 tokens
 python -m benchmarks.experts_speed --shapes qwen3-30b-a3b --rows 1,32 --sweep  # other blocks, warps, loads in flight
+python -m benchmarks.experts_speed --shapes gpt-oss-20b-mxfp4 --rows 1,8,32,256,2048,8192  # packed weights
 
 Layers are captured in one CUDA graph, each with a routing of its own and in turn over several sets of weights, so that
 the L2 cache helps as little as in a model. The floor is the bytes of the experts that the routing hit, over the
@@ -11,8 +12,11 @@ bandwidth of a large copy. transformers' own functions run beside ours. Errors a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,8 +27,9 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 from hf_async_batching.bench.machine import look_at
 from hf_async_batching.devices.shared_memory import shared_memory_limit
 from hf_async_batching.experts import reference, triton_experts
-from hf_async_batching.experts.layer import ExpertWeights, GateForm
+from hf_async_batching.experts.layer import GROUP, ExpertWeights, GateForm
 from hf_async_batching.experts.settings import (
+    EXPANDED_TOKENS,
     FEW_TOKENS,
     ExpertSetting,
     ProductSetting,
@@ -35,6 +40,7 @@ from hf_async_batching.linear.rounding import worst_relative_error
 
 DEVICE = torch.device("cuda")
 _LAYERS, _SETS = 16, 2
+_THREADS = min(16, os.cpu_count() or 1)
 
 
 class Shape(NamedTuple):
@@ -46,15 +52,19 @@ class Shape(NamedTuple):
     choices: int
     form: GateForm = GateForm()
     transposed: bool = False
+    packed: bool = False
 
 
+_GPT_OSS = GateForm(interleaved=True, alpha=1.702, limit=7.0, shift=1.0)
 SHAPES = {
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8),
-    "gpt-oss-20b": Shape(2880, 2880, 32, 4, GateForm(interleaved=True, alpha=1.702, limit=7.0, shift=1.0), True),
+    "gpt-oss-20b": Shape(2880, 2880, 32, 4, _GPT_OSS, True),
     "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
     "lfm2-8b-a1b": Shape(2048, 1792, 32, 4),
     "granite-4-h-tiny": Shape(1536, 512, 64, 6),
     "mixtral-8x7b": Shape(4096, 14336, 8, 2),
+    "gpt-oss-20b-mxfp4": Shape(2880, 2880, 32, 4, _GPT_OSS, packed=True),
+    "gpt-oss-120b-mxfp4": Shape(2880, 2880, 128, 4, _GPT_OSS, packed=True),
 }
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights], torch.Tensor]
@@ -75,7 +85,7 @@ class Problem(NamedTuple):
     def floor(self, bandwidth: float) -> float:
         """Seconds per layer to read the experts that were hit."""
         one = self.weights[0]
-        each = sum(x.nbytes for x in one[:4] if x is not None) / self.shape.experts
+        each = sum(x.nbytes for x in one if isinstance(x, torch.Tensor)) / self.shape.experts
         hit = sum(len(index.unique()) for _, index, _ in self.inputs) / len(self.inputs)
         return hit * each / bandwidth
 
@@ -85,11 +95,26 @@ def weights_of(shape: Shape) -> ExpertWeights:
         return torch.randn(*sizes, device=DEVICE, dtype=torch.bfloat16) * sizes[-1] ** -0.5
 
     outputs = shape.inner * (1 + shape.form.gated)
+    if shape.packed:
+        up, down = ((shape.experts, *sizes) for sizes in ((outputs, shape.hidden), (shape.hidden, shape.inner)))
+        return ExpertWeights(
+            random_bytes(0, 256, *up[:2], up[2] // GROUP, GROUP // 2),
+            randn(*up[:2]),
+            random_bytes(0, 256, *down[:2], down[2] // GROUP, GROUP // 2),
+            randn(*down[:2]),
+            False,
+            random_bytes(118, 122, *up[:2], up[2] // GROUP),
+            random_bytes(118, 122, *down[:2], down[2] // GROUP),
+        )
     if shape.transposed:
         up, down = randn(shape.experts, shape.hidden, outputs), randn(shape.experts, shape.inner, shape.hidden)
         return ExpertWeights(up, randn(shape.experts, outputs), down, randn(shape.experts, shape.hidden), True)
     up, down = randn(shape.experts, outputs, shape.hidden), randn(shape.experts, shape.hidden, shape.inner)
     return ExpertWeights(up, None, down, None, False)
+
+
+def random_bytes(low: int, high: int, *sizes: int) -> torch.Tensor:
+    return torch.empty(sizes, device=DEVICE, dtype=torch.uint8).random_(low, high)
 
 
 def problem_of(shape: Shape, weights: list[ExpertWeights], rows: int) -> Problem:
@@ -159,7 +184,7 @@ def by_library(shape: Shape) -> Call:
 
 def error_of(call: Call, problem: Problem) -> float:
     hidden, index, weights, layer = next(problem.layers())
-    wide = ExpertWeights(*(x.float() if isinstance(x, torch.Tensor) else x for x in layer))
+    wide = ExpertWeights(*(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in layer))
     want = reference.experts(hidden.float(), index, weights.float(), wide, problem.shape.form)
     return worst_relative_error(call(hidden, index, weights, layer).float(), want)
 
@@ -167,7 +192,7 @@ def error_of(call: Call, problem: Problem) -> float:
 def rule(shape: Shape, rows: int) -> ExpertSetting:
     return default_setting(
         rows * shape.choices, shape.experts, shape.hidden, shape.inner, 2, shared_memory_limit(DEVICE),
-        gated=shape.form.gated,
+        gated=shape.form.gated, packed=shape.packed,
     )  # fmt: skip
 
 
@@ -190,15 +215,17 @@ def parts(shape: Shape, problem: Problem, rows: int) -> dict[str, float]:
         hidden, index, _, layer = given
         grouping = sorted_before[id(index)]
         triton_experts._product(
-            hidden, layer.up, layer.up_bias, activated, index, grouping, layer, shape.form, size, setting.up
-        )
+            hidden, layer.up, layer.up_scales, layer.up_bias, activated, index, grouping, layer, shape.form, size,
+            setting.up,
+        )  # fmt: skip
 
     def down(*given: Any) -> Any:
         _, index, _, layer = given
         grouping = sorted_before[id(index)]
         triton_experts._product(
-            activated, layer.down, layer.down_bias, product, index, grouping, layer, none, size, setting.down
-        )
+            activated, layer.down, layer.down_scales, layer.down_bias, product, index, grouping, layer, none, size,
+            setting.down,
+        )  # fmt: skip
 
     def combine(*given: Any) -> Any:
         triton_experts._combine(product, None, given[1], given[2], None, out, shape.experts)
@@ -211,10 +238,19 @@ def _seconds(result: tuple[float, ExpertSetting]) -> float:
     return result[0]
 
 
-def choices_of(size: int, *, gated: bool) -> list[ProductSetting]:
+def choices_of(size: int, *, gated: bool, packed: bool) -> list[ProductSetting]:
     """Settings worth measuring."""
     memory = shared_memory_limit(DEVICE)
     found = []
+    if packed:
+        for outputs, block_k, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 5)):
+            setting = ProductSetting(outputs // (1 + gated), block_k, warps, stages)
+            # A warp group takes 64 outputs; each thread unpacks at most 128 weights at a time, twice for large blocks.
+            if outputs * 4 // warps < 64 or outputs * block_k // warps > 8192 or outputs * size // warps > 4096:
+                continue
+            if shared_memory(size, setting, 2, gated=gated, packed=True) <= memory:
+                found.append(setting)
+        return found
     for block_n, block_k, warps in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8)):
         if warps == 8 and block_n * (1 + gated) < 128:
             continue
@@ -226,17 +262,32 @@ def choices_of(size: int, *, gated: bool) -> list[ProductSetting]:
     return found
 
 
+def compile_all(shape: Shape, problem: Problem, settings: list[ExpertSetting]) -> None:
+    """Compile in several threads; what fails here fails again where it is measured."""
+
+    def run(setting: ExpertSetting) -> None:
+        with contextlib.suppress(Exception), torch.inference_mode():
+            by_kernel(shape, setting)(*next(problem.layers()))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(run, settings))
+    torch.cuda.synchronize()
+
+
 def sweep(shape: Shape, problem: Problem, rows: int, floor: float) -> None:
     """The best settings of the first product with the rule's second, then of the second."""
     usual = rule(shape, rows)
-    sizes = sorted({usual.block_m, *((32, 64, 128) if rows > 64 else ())})
+    more = () if rows <= 64 else (32, 64) if rows <= FEW_TOKENS and shape.packed else (32, 64, 128)
+    sizes = sorted({usual.block_m, *more})
     results: list[tuple[float, ExpertSetting]] = []
     for size in sizes:
         base = usual._replace(block_m=size)
         for which in ("up", "down"):
             of_size = []
-            for choice in choices_of(size, gated=which == "up" and shape.form.gated):
-                setting = base._replace(**{which: choice})
+            choices = choices_of(size, gated=which == "up" and shape.form.gated, packed=shape.packed)
+            settings = [base._replace(**{which: choice}) for choice in choices]
+            compile_all(shape, problem, settings)
+            for setting in settings:
                 try:
                     of_size.append((timed(by_kernel(shape, setting), problem), setting))
                 except Exception as error:
@@ -275,16 +326,18 @@ def main() -> None:
                 calls = {
                     "kernels": by_kernel(shape),
                     "library": by_library(shape),
-                    "grouped_mm": of_transformers(grouped_mm_experts_forward, shape),
                 }
-                if rows <= 32:
+                if not shape.packed:
+                    calls["grouped_mm"] = of_transformers(grouped_mm_experts_forward, shape)
+                if rows <= 32 and not shape.packed:
                     calls["batched_mm"] = of_transformers(batched_mm_experts_forward, shape)
                 for label, call in calls.items():
                     seconds, error = timed(call, problem), error_of(call, problem)
-                    serves = (label == "kernels") == (rows <= FEW_TOKENS) and label in ("kernels", "library")
+                    few = rows < EXPANDED_TOKENS if shape.packed else rows <= FEW_TOKENS
+                    serves = (label == "kernels") == few and label in ("kernels", "library")
                     mark = f"{seconds * 1e6:9.1f} us {floor / seconds:5.0%}, error {error:.1e}"
                     print(f"  {label:10} {mark}{' *' if serves else ''}", flush=True)
-                if rows <= FEW_TOKENS:
+                if rows <= FEW_TOKENS or shape.packed:
                     print("  " + ", ".join(f"{k} {v * 1e6:.1f}" for k, v in parts(shape, problem, rows).items()))
                 if given.sweep:
                     sweep(shape, problem, rows, floor)

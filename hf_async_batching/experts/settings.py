@@ -13,6 +13,10 @@ EXPANDED_TOKENS = 2048
 _LEAST_M, _MOST_M, _MOST_PACKED_M = 16, 64, 128
 
 
+# For each size of a block: outputs, inner elements, warps, loads in flight.
+_PACKED = {16: (64, 128, 4, 4), 32: (128, 128, 4, 4), 64: (128, 64, 4, 5), 128: (128, 128, 8, 4)}
+
+
 class ProductSetting(NamedTuple):
     """Outputs and inner elements per block, warps, and loads in flight.
 
@@ -105,8 +109,8 @@ def default_setting(
 def _packed_setting(size: int, itemsize: int, *, gated: bool) -> ProductSetting:
     if itemsize > 2:
         return ProductSetting(64 // (1 + gated), 64, 4, 2)
-    wide, warps = (128, 8) if size > 64 else (128, 4) if size > _LEAST_M else (64, 4)
-    return ProductSetting(wide // (1 + gated), 128, warps, 4)
+    wide, block_k, warps, stages = _PACKED[size]
+    return ProductSetting(wide // (1 + gated), block_k, warps, stages)
 
 
 def _inner(size: int) -> tuple[int, int, int]:
