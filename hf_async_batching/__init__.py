@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsupportedArgumentError,
         UnsupportedModelError,
     )
+    from hf_async_batching.experts.mxfp4_model import keep_mxfp4
     from hf_async_batching.handle import GenerationHandle, GenerationResult, RequestMetrics
     from hf_async_batching.manager import GenerationManager
     from hf_async_batching.model.view.module_calls import per_token
@@ -61,6 +62,7 @@ __all__ = [
     "generate",
     "generate_dataset",
     "get_manager",
+    "keep_mxfp4",
     "per_token",
 ]
 
@@ -85,6 +87,7 @@ _MODULES = {
         "UnsupportedArgumentError",
         "UnsupportedModelError",
     ),
+    "experts.mxfp4_model": ("keep_mxfp4",),
     "handle": ("GenerationHandle", "GenerationResult", "RequestMetrics"),
     "manager": ("GenerationManager",),
     "model.view.module_calls": ("per_token",),

@@ -6,6 +6,7 @@ their config named before.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
 from hf_async_batching.experts.mxfp4_model import Mxfp4Experts, plain_experts
@@ -156,6 +158,8 @@ def use_kernels(view: nn.Module) -> int:
     Returns:
         The number of modules that call our kernels.
     """
+    if any(isinstance(module, Mxfp4GptOssExperts) for module in view.modules()):
+        _tell_of_hub_kernels()
     modules: list[Any] = [one for one in view.modules() if dispatches(one) or isinstance(one, Mxfp4Experts)]
     if not modules or not runs_triton(next(modules[0].parameters()).device):
         return 0
@@ -180,6 +184,14 @@ def use_kernels(view: nn.Module) -> int:
                 module.config._experts_implementation_internal = NAME
     logger.debug("%d of %d layers of experts are computed by our kernels", served, len(modules))
     return served
+
+
+@functools.cache
+def _tell_of_hub_kernels() -> None:
+    logger.warning(
+        "the experts lie in the layout of the Hub's MXFP4 kernels, which compute them; load the model with "
+        "`config=hf_async_batching.keep_mxfp4(name)` to have them computed by ours"
+    )
 
 
 _compared: dict[tuple[Any, ...], bool] = {}

@@ -12,6 +12,8 @@ import transformers
 from support.small_shapes import small
 
 from hf_async_batching.bench.shapes import SHAPES, random_model, shape_config
+from hf_async_batching.experts.mxfp4 import dequantize
+from hf_async_batching.experts.mxfp4_model import Mxfp4Experts
 from hf_async_batching.model.view.quantization import adjust, is_quantized
 
 CPU = torch.device("cpu")
@@ -111,6 +113,29 @@ def test_quantized_layers_are_those_that_transformers_quantizes(shape: str) -> N
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (shape == "qwen3-4b")
     assert model.is_loaded_in_4bit
     assert model.hf_quantizer.quantization_config is model.config.quantization_config
+
+
+def test_experts_in_mxfp4_are_drawn_as_bytes() -> None:
+    sizes = {**small("gpt-oss-20b"), "intermediate_size": 64}
+    model: Any = random_model("gpt-oss-20b", CPU, torch.bfloat16, quantize="mxfp4", **sizes)
+    assert not is_quantized(model), "unpacked weights are exact, and no activation is rounded"
+    experts = model.model.layers[1].mlp.experts
+    assert type(experts) is Mxfp4Experts
+    weight = dequantize(experts.down_proj_blocks, experts.down_proj_scales, torch.float32)
+    assert 0.01 < weight.std() < 0.04
+    assert experts.down_proj_bias.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert model.config.quantization_config.to_dict()["quant_method"] == "mxfp4"
+    again: Any = random_model("gpt-oss-20b", CPU, torch.bfloat16, quantize="mxfp4", **sizes)
+    assert again.model.layers[1].mlp.experts.down_proj_blocks.equal(experts.down_proj_blocks)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(1, 9)[None]).logits).all()
+
+
+def test_mxfp4_is_for_gpt_oss() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no experts of gpt-oss"):
+        random_model("tiny", CPU, torch.bfloat16, quantize="mxfp4")
 
 
 def test_fewer_layers_are_some_of_each_kind() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.mxfp4_checkpoint import pack, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 from hf_async_batching import BatchingConfig, GenerationManager
 from hf_async_batching.experts import hf_interface
@@ -15,7 +17,6 @@ from hf_async_batching.experts.hf_interface import use_kernels
 from hf_async_batching.experts.mxfp4 import dequantize
 from hf_async_batching.experts.mxfp4_model import METHOD, Mxfp4Experts, keep_mxfp4
 from hf_async_batching.model.view.model_view import make_view
-from tests.support.mxfp4_checkpoint import pack, write_checkpoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = [[5, 6, 7, 8, 9], [11], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
@@ -156,6 +157,19 @@ def test_tokens_equal_those_of_generate_with_unpacked_weights(folder: Path, call
     assert all(module._engine_experts is None for module in experts_of(model)), "the user's model stays as it is"
 
 
+@torch.inference_mode()
+def test_compiled_code_calls_the_operator(folder: Path, calls: list[int]) -> None:
+    view = make_view(packed_model(folder), None)
+    assert use_kernels(view) == len(experts_of(view))
+    module = experts_of(view)[0]
+    given = torch.randn(3, 64, device=DEVICE), torch.tensor([[0, 1], [5, 2], [3, 0]], device=DEVICE), torch.rand(3, 2)
+    want = module(*given[:2], given[2].to(DEVICE))
+    calls.clear()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert compiled(*given[:2], given[2].to(DEVICE)).equal(want)
+    assert calls == [3]
+
+
 def test_without_kernels_the_engine_calls_the_plain_forward(folder: Path) -> None:
     model = packed_model(folder)
     assert served(model) == generated(model)
@@ -183,6 +197,17 @@ def test_weights_of_another_kind_keep_the_plain_forward(folder: Path, calls: lis
         changed = torch.nn.Parameter(change(getattr(module, name)), requires_grad=False)  # type: ignore[no-untyped-call]
         setattr(module, name, changed)
         assert hf_interface.form_of(module) is None, name
+
+
+def test_the_layout_of_the_hubs_kernels_is_told_once(
+    folder: Path, calls: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    hf_interface._tell_of_hub_kernels.cache_clear()
+    for _ in range(2):
+        view: Any = make_view(packed_model(folder), None)
+        view.model.layers[0].mlp.experts = Mxfp4GptOssExperts(view.config)  # type: ignore[no-untyped-call]
+        assert use_kernels(view) == 1
+    assert caplog.text.count("layout of the Hub's MXFP4 kernels") == 1
 
 
 def test_the_packer_rounds_to_the_nearest() -> None:
