@@ -71,7 +71,7 @@ def idle_bytes(view: nn.Module) -> int:
     """Bytes of a view's experts that a token does not choose, and so is not multiplied with."""
     idle = 0.0
     for module in view.modules():
-        if dispatches(module):
+        if dispatches(module) or isinstance(module, Mxfp4Experts):
             experts = getattr(module, "num_experts", 0)
             held = sum(parameter.nbytes for parameter in module.parameters())
             idle += held * max(0.0, 1 - choices_of(module) / experts) if isinstance(experts, int) and experts else 0

@@ -16,6 +16,7 @@ from hf_async_batching.experts import hf_interface
 from hf_async_batching.experts.hf_interface import use_kernels
 from hf_async_batching.experts.mxfp4 import dequantize
 from hf_async_batching.experts.mxfp4_model import METHOD, Mxfp4Experts, keep_mxfp4
+from hf_async_batching.experts.recognise import idle_bytes
 from hf_async_batching.model.view.model_view import make_view
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +85,12 @@ def test_a_saved_model_is_a_checkpoint_in_mxfp4(folder: Path, tmp_path: Path) ->
     assert AutoConfig.from_pretrained(tmp_path).quantization_config["quant_method"] == "mxfp4"
     ids = torch.tensor([[1, 2, 3]], device=DEVICE)
     assert unpacked_model(tmp_path)(ids).logits.equal(model(ids).logits)
+
+
+def test_experts_that_a_token_does_not_choose_are_idle(folder: Path) -> None:
+    model = packed_model(folder)
+    held = sum(parameter.nbytes for module in experts_of(model) for parameter in module.parameters())
+    assert idle_bytes(model) == int(held * (1 - model.config.num_experts_per_tok / 6))
 
 
 def test_modules_that_the_checkpoint_excludes_stay(folder: Path) -> None:

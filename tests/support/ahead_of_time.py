@@ -197,7 +197,7 @@ def experts(
                 triton_experts.experts_by_library(x, index, torch.empty(300, 4, dtype=dtype), layer, form)
 
 
-def mxfp4(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 64, 257)) -> None:
+def mxfp4(dtype: torch.dtype, tokens: tuple[int, ...] = (1, 257)) -> None:
     """A layer of experts of gpt-oss, in MXFP4."""
     from hf_async_batching.experts import triton_experts
     from hf_async_batching.experts.layer import ExpertWeights, GateForm
@@ -236,14 +236,6 @@ def routers(dtype: torch.dtype) -> None:
 
     for scores, k, softmax in ((128, 8, True), (32, 4, False), (60, 6, True)):
         topk_by_kernel(torch.empty(4, scores, dtype=dtype), k, softmax)
-
-
-def mxfp4_early(dtype: torch.dtype) -> None:
-    """As cards with programmatic dependent launch run it."""
-    from hf_async_batching.experts import triton_experts
-
-    with mock.patch.object(triton_experts, "supports_pdl", return_value=True):
-        mxfp4(dtype, (1, 32))
 
 
 def tables(dtype: torch.dtype) -> None:
@@ -355,7 +347,6 @@ EXTRA = {
     "skinny early": skinny_early,
     "experts few": functools.partial(experts, tokens=(1, 32), library=False),
     "experts early": experts_early,
-    "mxfp4 early": mxfp4_early,
 }
 
 
