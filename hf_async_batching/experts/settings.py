@@ -10,6 +10,9 @@ FEW_TOKENS = 256
 EXPANDED_TOKENS = 2048
 """From this many tokens MXFP4 weights are unpacked for the vendor's library; fewer go to our kernel."""
 
+EXPANDED_BYTES = 5 << 28
+"""The most memory, 1.25 GiB, that one product's unpacked weights may take for a while; otherwise our kernel serves."""
+
 _LEAST_M, _MOST_M, _MOST_PACKED_M = 16, 64, 128
 
 

@@ -24,6 +24,7 @@ from hf_async_batching.experts.kernels import (
 from hf_async_batching.experts.layer import ExpertWeights, GateForm
 from hf_async_batching.experts.mxfp4_tiles import expand_kernel
 from hf_async_batching.experts.settings import (
+    EXPANDED_BYTES,
     EXPANDED_TOKENS,
     FEW_TOKENS,
     ExpertSetting,
@@ -104,8 +105,7 @@ def experts(
     """
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     index, weights = index.contiguous(), weights.contiguous()
-    many = hidden.shape[0] >= EXPANDED_TOKENS if layer.packed else hidden.shape[0] > FEW_TOKENS
-    if many and _library_serves(hidden, layer):
+    if hidden.shape[0] >= _library_from(layer) and _library_serves(hidden, layer):
         return experts_by_library(hidden, index, weights, layer, form, residual)
     return experts_by_kernel(hidden, index, weights, layer, form, residual=residual)
 
@@ -225,6 +225,14 @@ def words_of(blocks: torch.Tensor) -> torch.Tensor:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a card has instructions for bfloat16; Triton's interpreter has none."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _library_from(layer: ExpertWeights) -> float:
+    """The fewest tokens for which the vendor's products are worth it."""
+    if not layer.packed:
+        return FEW_TOKENS + 1
+    unpacked = layer.up.shape[0] * layer.up.shape[1] * layer.hidden * layer.dtype.itemsize
+    return EXPANDED_TOKENS if unpacked <= EXPANDED_BYTES else float("inf")
 
 
 def _library_serves(hidden: torch.Tensor, layer: ExpertWeights) -> bool:

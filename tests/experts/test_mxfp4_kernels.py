@@ -136,3 +136,9 @@ def test_only_many_tokens_unpack_all_experts(monkeypatch: pytest.MonkeyPatch) ->
         for tokens, name in ((FEW_TOKENS + 1, "kernel"), (EXPANDED_TOKENS - 1, "kernel"), (EXPANDED_TOKENS, many)):
             experts(*inputs_of(tokens, 1, layer), layer, GPT_OSS)
             assert used.pop() == (name, tokens)
+    layer = layer_of(2, 32, 32, torch.bfloat16)
+    # Unpacked weights of the first product: 2 experts, 64 outputs, 32 inputs, 2 bytes each.
+    for most, name in ((8192, "library"), (8191, "kernel")):
+        monkeypatch.setattr(triton_experts, "EXPANDED_BYTES", most)
+        experts(*inputs_of(EXPANDED_TOKENS, 1, layer), layer, GPT_OSS)
+        assert used.pop()[0] == name
