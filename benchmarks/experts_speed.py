@@ -243,10 +243,12 @@ def choices_of(size: int, *, gated: bool, packed: bool) -> list[ProductSetting]:
     memory = shared_memory_limit(DEVICE)
     found = []
     if packed:
-        for outputs, block_k, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 5)):
+        for outputs, block_k, warps, stages in itertools.product(
+            (32, 64, 128, 256), (64, 128, 256), (2, 4, 8), (3, 5)
+        ):
             setting = ProductSetting(outputs // (1 + gated), block_k, warps, stages)
-            # A warp group takes 64 outputs; each thread unpacks at most 128 weights at a time, twice for large blocks.
-            if outputs * 4 // warps < 64 or outputs * block_k // warps > 8192 or outputs * size // warps > 4096:
+            # A warp takes 16 outputs at least, and each thread unpacks at most 256 weights at a time.
+            if not 16 <= outputs // warps <= 64 or outputs * block_k // warps > 8192 or outputs * size // warps > 4096:
                 continue
             if shared_memory(size, setting, 2, gated=gated, packed=True) <= memory:
                 found.append(setting)
