@@ -42,6 +42,8 @@ def unpacked_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     loaded: PreTrainedModel = model.from_pretrained(
         folder, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype, experts_implementation="eager"
     )
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.to(dtype)  # transformers 5.17 always unpacks to bfloat16, which is exact
     return loaded.to(DEVICE).eval()
 
 
