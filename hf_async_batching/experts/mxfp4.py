@@ -25,6 +25,7 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
         [..., groups * 32].
     """
     values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], device=blocks.device)
-    nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    exponents = (scales.int() - 127).unsqueeze(-1)
-    return torch.ldexp(values[nibbles.int()], exponents).to(dtype).flatten(-2)
+    byte = torch.arange(256, device=blocks.device)
+    pairs = torch.stack([values[byte & 15], values[byte >> 4]], dim=-1)
+    exponents = (scales.int() - 127)[..., None, None]
+    return torch.ldexp(pairs[blocks.int()], exponents).to(dtype).flatten(-3)

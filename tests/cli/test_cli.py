@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from setuptools import find_packages
+from support.mxfp4_checkpoint import write_checkpoint
 
 from hf_async_batching import BatchingConfig, __version__
 from hf_async_batching.bench.choices import SWITCHES
@@ -236,6 +237,18 @@ def check_document(contents: dict[str, Any], name: str) -> None:
     assert contents["accuracy"]["holds"] is True
     assert contents["accuracy"]["argmax_percent"] == 100
     assert contents["accuracy"]["generate_equal"] == [2, 2]
+
+
+def test_a_checkpoint_whose_experts_stay_in_mxfp4(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    sizes = ["--device", "cpu", "--rows", "2", "--prompt", "8", "--new", "3", "--depth", "1", "--accuracy", "0"]
+    assert (
+        main(["bench", "seed", "--model", str(tmp_path), "--quantize", "mxfp4", *sizes, "--out", str(tmp_path)]) == 0
+    )
+    (results,) = tmp_path.glob("seed-*-mxfp4.json")
+    contents = json.loads(results.read_text())
+    assert contents["model"]["quantization"] == "mxfp4"
+    assert contents["runs"][0]["output_tokens"] == 6
 
 
 def test_a_part_of_a_shape_with_quantized_weights(tmp_path: Path) -> None:
