@@ -193,7 +193,7 @@ def product_kernel(
         end = block + 1
     rows = begin + tl.arange(0, BLOCK_M)
     present = rows < end
-    # Rows that are not there compute with a row that is; they are not stored.
+    # Rows that are not there stand for the first, without reading it: 16 copies would come from the same cache lines.
     rows = tl.where(present, rows, begin)
     if GROUPED:
         assignment = tl.load(order + rows)
@@ -221,6 +221,7 @@ def product_kernel(
             my_scales + tl.arange(0, BLOCK_K // 32)[None, :] * scale_g,
             x_at,
             inside,
+            present,
             INNER,
             scale_g,
             ROWS,
@@ -235,14 +236,14 @@ def product_kernel(
         for k in range(0, INNER, BLOCK_K):
             if EVEN_K and EVEN_N:
                 w = tl.load(weight_at, eviction_policy="evict_first")
-                a = tl.load(x_at, eviction_policy="evict_last")
+                a = tl.load(x_at, mask=present[:, None], other=0.0, eviction_policy="evict_last")
             elif EVEN_K:
                 w = tl.load(weight_at, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
-                a = tl.load(x_at, eviction_policy="evict_last")
+                a = tl.load(x_at, mask=present[:, None], other=0.0, eviction_policy="evict_last")
             else:
                 within = (k + ks < INNER)[None, :]
                 w = tl.load(weight_at, mask=inside[:, None] & within, other=0.0, eviction_policy="evict_first")
-                a = tl.load(x_at, mask=within, other=0.0, eviction_policy="evict_last")
+                a = tl.load(x_at, mask=present[:, None] & within, other=0.0, eviction_policy="evict_last")
             total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
             weight_at += BLOCK_K * weight_k
             x_at += BLOCK_K
@@ -301,11 +302,11 @@ def combine_kernel(
             row = tl.load(places + assignment).to(tl.int64)
         else:
             row = assignment
-        value = tl.load(product + row * H + column, mask=mask, other=0.0).to(tl.float32)
+        # What is no expert has written nothing: its row can hold NaN.
+        value = tl.load(product + row * H + column, mask=mask & known, other=0.0).to(tl.float32)
         if HAS_BIAS:
             mine = bias + tl.where(known, expert, 0) * bias_e
             value += tl.load(mine + column, mask=mask, other=0.0).to(tl.float32)
-        # What is no expert has written nothing: its row can hold NaN.
         total += tl.where(known, value * tl.load(weights + assignment).to(tl.float32), 0.0)
     if HAS_RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32)

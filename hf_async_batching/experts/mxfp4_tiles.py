@@ -73,6 +73,7 @@ def packed_sums(
     scales_at,
     x_at,
     inside,
+    present,
     INNER,
     scale_g,
     ROWS: tl.constexpr,
@@ -85,7 +86,7 @@ def packed_sums(
     """`total` [ROWS, BLOCK_M] plus the products of ROWS outputs' weights and BLOCK_M tokens over INNER elements.
 
     The pointers are those of the first tile: words [ROWS, BLOCK_K / 8], scales [ROWS, BLOCK_K / 32], and activations
-    [BLOCK_M, BLOCK_K].
+    [BLOCK_M, BLOCK_K]. Only outputs `inside` [ROWS] and tokens `present` [BLOCK_M] are read.
     """
     WORDS: tl.constexpr = BLOCK_K // 8
     GROUPS: tl.constexpr = BLOCK_K // 32
@@ -93,11 +94,11 @@ def packed_sums(
         if EVEN_K and EVEN_N:
             words = tl.load(words_at, eviction_policy="evict_first")
             scales = tl.load(scales_at, eviction_policy="evict_first")
-            x = tl.load(x_at, eviction_policy="evict_last")
+            x = tl.load(x_at, mask=present[:, None], other=0.0, eviction_policy="evict_last")
         elif EVEN_K:
             words = tl.load(words_at, mask=inside[:, None], other=0, eviction_policy="evict_first")
             scales = tl.load(scales_at, mask=inside[:, None], other=0, eviction_policy="evict_first")
-            x = tl.load(x_at, eviction_policy="evict_last")
+            x = tl.load(x_at, mask=present[:, None], other=0.0, eviction_policy="evict_last")
         else:
             # By groups, so that Triton sees that the 4 words of a group share their mask, and copies 16 bytes.
             word_there = inside[:, None] & (k // 32 + tl.arange(0, WORDS) // 4 < INNER // 32)[None, :]
@@ -105,7 +106,7 @@ def packed_sums(
             words = tl.load(words_at, mask=word_there, other=0, eviction_policy="evict_first")
             scales = tl.load(scales_at, mask=scale_there, other=0, eviction_policy="evict_first")
             x_there = (k + tl.arange(0, BLOCK_K) < INNER)[None, :]
-            x = tl.load(x_at, mask=x_there, other=0.0, eviction_policy="evict_last")
+            x = tl.load(x_at, mask=present[:, None] & x_there, other=0.0, eviction_policy="evict_last")
         weight = _reordered(_unpacked(words, scales, ROWS, BLOCK_K, ASM), ROWS, BLOCK_K).to(x.dtype)
         x = _reordered(x, BLOCK_M, BLOCK_K)
         total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
