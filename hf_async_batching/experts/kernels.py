@@ -303,7 +303,7 @@ def combine_kernel(
         else:
             row = assignment
         # What is no expert has written nothing: its row can hold NaN.
-        value = tl.load(product + row * H + column, mask=mask & known, other=0.0).to(tl.float32)
+        value = tl.load(product + row * H + column, mask=column < tl.where(known, H, 0), other=0.0).to(tl.float32)
         if HAS_BIAS:
             mine = bias + tl.where(known, expert, 0) * bias_e
             value += tl.load(mine + column, mask=mask, other=0.0).to(tl.float32)
