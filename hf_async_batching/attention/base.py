@@ -111,6 +111,9 @@ class AttentionInputs(NamedTuple):
         context: Rows, positions and pages of the tokens.
         cache: Keys and values of earlier tokens; those of the step's tokens are written to it.
         options: Scaling, window, soft cap, chunk, sinks.
+        query_rotary: [tokens, num_heads, key_dim - value_dim] in layers that keep latents, None in others. The queries
+            are then [tokens, num_heads, value_dim] and this after them, and the values are the first `value_dim`
+            numbers of the keys.
     """
 
     query: torch.Tensor
@@ -120,6 +123,7 @@ class AttentionInputs(NamedTuple):
     context: AttentionContext
     cache: PagedCache
     options: AttentionOptions
+    query_rotary: torch.Tensor | None = None
 
     @property
     def keys(self) -> torch.Tensor:

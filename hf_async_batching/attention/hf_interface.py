@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from hf_async_batching.attention.base import AttentionBackend, AttentionContext, AttentionInputs, AttentionOptions
+from hf_async_batching.attention.latents import LatentLayer, absorbed_attention
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.runtime.autocast import lowered
@@ -106,6 +107,37 @@ class PagedCall:
         inputs = AttentionInputs(query, key, value, layer, self._context, self._cache, options)
         return self._backend.attend(inputs)
 
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        weight: torch.Tensor,
+        plain: int,
+        layer: int,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """Attention of one layer that keeps latents; see `absorbed_attention`.
+
+        Args:
+            query: [tokens, num_heads, plain + rotary].
+            key: [tokens, rank + rotary], what pages keep of the tokens.
+            weight: The expansion.
+            plain: See `LatentLayer`.
+            layer: Index of the layer in the cache.
+            options: Scaling, window, soft cap, chunk, sinks.
+
+        Returns:
+            [tokens, num_heads, value_dim].
+        """
+        key = key[:, None]
+        value = key[..., : weight.shape[1]]
+
+        def attend(latent: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+            context, cache = self._context, self._cache
+            return self._backend.attend(AttentionInputs(latent, key, value, layer, context, cache, options, rotary))
+
+        return absorbed_attention(query, weight, plain, attend)
+
 
 def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch.device) -> dict[int, int]:
     """Give the attention modules of a view tags by which compiled code identifies its layer.
@@ -130,6 +162,15 @@ _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor tag, float scaling, int window, float softcap,"
     " Tensor? sinks) -> Tensor"
 )
+_library.define(
+    "latent_attention(Tensor query, Tensor key, Tensor weight, int plain, Tensor tag, float scaling, int window,"
+    " float softcap, Tensor? sinks) -> Tensor"
+)
+
+
+def _options(scaling: float, window: int, softcap: float, sinks: torch.Tensor | None) -> AttentionOptions:
+    seen = window if window > 0 else None
+    return AttentionOptions(scaling, seen, softcap or None, -window if window < 0 else None, sinks)
 
 
 def _attention(
@@ -143,9 +184,31 @@ def _attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     call: PagedCall = _active.call
-    seen = window if window > 0 else None
-    options = AttentionOptions(scaling, seen, softcap or None, -window if window < 0 else None, sinks)
+    options = _options(scaling, window, softcap, sinks)
     return call.attend(query, key, value, call.layer_at[tag.data_ptr()], options)
+
+
+def _latent_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weight: torch.Tensor,
+    plain: int,
+    tag: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    call: PagedCall = _active.call
+    options = _options(scaling, window, softcap, sinks)
+    return call.attend_latents(query, key, weight, plain, call.layer_at[tag.data_ptr()], options)
+
+
+def _latent_attention_shape(
+    query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, plain: int, *_: Any
+) -> torch.Tensor:
+    del key
+    return query.new_empty((query.shape[0], query.shape[1], weight.shape[0] // query.shape[1] - plain))
 
 
 def _attention_shape(
@@ -165,6 +228,8 @@ def _attention_shape(
 # declared mutation could make the compiler copy them.
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_async_batching::attention", _attention_shape, lib=_library)
+_library.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_async_batching::latent_attention", _latent_attention_shape, lib=_library)
 
 
 def paged_attention_forward(
@@ -200,8 +265,11 @@ def paged_attention_forward(
         UnsupportedModelError: The family asks for something that the kernels do not support.
     """
     query, key, value = lowered(query, key, value)
+    latents: LatentLayer | None = getattr(module, "_paged_latents", None)
     # Not `is_compiling()`, which is true in every thread while any thread compiles.
     if torch.compiler.is_dynamo_compiling():
+        if latents is not None:
+            return _traced_latents(module, latents, query, key, scaling, softcap, s_aux), None
         return _traced(module, query, key, value, scaling, softcap, s_aux), None
     call = paged if paged is not None else _active.call
     if call is None:
@@ -221,6 +289,9 @@ def paged_attention_forward(
         sinks=s_aux,
     )
     # The batch dimension is 1: packed tokens take its place.
+    if latents is not None:
+        kept, queries = latents.take(key), query[0].transpose(0, 1)
+        return call.attend_latents(queries, kept, latents.weight, latents.plain, layer.index, options)[None], None
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = call.attend(query, key, value, layer.index, options)
     return out[None], None
@@ -239,6 +310,29 @@ def _traced(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
+        module._paged_tag,
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        module._paged_window,
+        softcap or 0.0,
+        sinks,
+    )
+    return out[None]
+
+
+def _traced_latents(
+    module: Any,
+    latents: LatentLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.hf_async_batching.latent_attention(
+        query[0].transpose(0, 1),
+        latents.take(key),
+        latents.weight,
+        latents.plain,
         module._paged_tag,
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         module._paged_window,

@@ -32,7 +32,10 @@ class TorchBackend:
         query, keys, values, options = inputs.query, inputs.keys, inputs.values, inputs.options
         slots = _slots(inputs)
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, inputs.key)
-        values.view(-1, *values.shape[2:]).index_copy_(0, slots, inputs.value)
+        if inputs.query_rotary is None:
+            values.view(-1, *values.shape[2:]).index_copy_(0, slots, inputs.value)
+        else:  # the values lie within the keys
+            query = torch.cat([query, inputs.query_rotary], -1)
         out = query.new_empty(*query.shape[:2], inputs.value.shape[-1])
         for tile in _tiles(inputs):
             end = tile.first_position + tile.num_queries

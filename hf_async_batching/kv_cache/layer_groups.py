@@ -18,7 +18,11 @@ _FEWEST_NARROW = 0.25
 
 
 class LayerShape(NamedTuple):
-    """One attention layer, as the probe saw it: its keys and values, its query heads, and how far its queries see."""
+    """One attention layer, as the probe saw it: its keys and values, its query heads, and how far its queries see.
+
+    A layer that keeps latents has one key-value head: its keys are a latent and then the rotary part of the keys, and
+    its values are the latent within them (`values_in_keys`).
+    """
 
     num_kv_heads: int
     key_dim: int
@@ -28,11 +32,13 @@ class LayerShape(NamedTuple):
     sliding_window: int | None = None
     chunk: int | None = None
     has_sinks: bool = False
+    values_in_keys: bool = False
 
     @property
     def bytes_per_token(self) -> int:
         """Memory of one token's keys and values in this layer, in bytes."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        numbers = self.key_dim + (0 if self.values_in_keys else self.value_dim)
+        return self.num_kv_heads * numbers * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,9 @@ def group_layers(layers: list[LayerShape], apart: bool = True, longest: int | No
     narrow = [i for i, window in enumerate(windows) if window is not None]
     wide = [i for i, window in enumerate(windows) if window is None]
     window = max([window for window in windows if window is not None], default=None)
-    sizes = {(layer.num_kv_heads, layer.key_dim, layer.value_dim, layer.dtype) for layer in layers}
+    sizes = {
+        (layer.num_kv_heads, layer.key_dim, layer.value_dim, layer.dtype, layer.values_in_keys) for layer in layers
+    }
     pays = window is not None and window < (longest or math.inf) and len(narrow) >= _FEWEST_NARROW * len(layers)
     if apart and pays and wide and len(sizes) == 1:
         size = min(len(narrow), len(wide))

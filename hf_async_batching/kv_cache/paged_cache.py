@@ -23,7 +23,7 @@ class PagedCache:
 
     Attributes:
         keys: [pages, page_size, num_kv_heads, key_dim] per layer.
-        values: [pages, page_size, num_kv_heads, value_dim] per layer.
+        values: [pages, page_size, num_kv_heads, value_dim] per layer; views of the keys in layers that keep latents.
         group_of: The group of each layer; None if there is one group.
     """
 
@@ -42,12 +42,16 @@ class PagedCache:
         place_of = list(range(len(layers))) if groups is None else groups.place_of
         firsts = [place_of.index(place) for place in range(max(place_of, default=-1) + 1)]
         keys = [pages(layers[i], layers[i].key_dim) for i in firsts]
-        values = [pages(layers[i], layers[i].value_dim) for i in firsts]
+        values = [
+            key[..., : layers[i].value_dim] if layers[i].values_in_keys else pages(layers[i], layers[i].value_dim)
+            for i, key in zip(firsts, keys, strict=True)
+        ]
         self.page_size = page_size
         self.keys = [keys[place] for place in place_of]
         self.values = [values[place] for place in place_of]
         self.group_of = groups.group_of if groups is not None and groups.count > 1 else None
-        self.num_bytes = sum(tensor.nbytes for tensor in (*keys, *values))
+        own = [value for i, value in zip(firsts, values, strict=True) if not layers[i].values_in_keys]
+        self.num_bytes = sum(tensor.nbytes for tensor in (*keys, *own))
         self._device = device
         self._states: StateTables | None = None
 

@@ -45,6 +45,7 @@ class _Recorder(threading.local):
         self.layers: dict[int, PagedLayer] = {}
         self.shapes: list[LayerShape] = []
         self.contexts: list[bool] = []
+        self.observe: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
 
 _recorder = _Recorder()
@@ -97,6 +98,24 @@ def without_attention(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     _recorder.__init__()  # type: ignore[misc]
     try:
         return forward()
+    finally:
+        _recorder.__init__()  # type: ignore[misc]
+
+
+def observe_attention(
+    forward: Callable[[], Any],
+    observe: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Run a forward of a view whose every attention layer returns zeros.
+
+    Args:
+        forward: Runs the view over `PROBE_TOKENS` tokens.
+        observe: Called with each attention module and its queries, keys and values [1, heads, tokens, dim].
+    """
+    _recorder.__init__()  # type: ignore[misc]
+    _recorder.observe = observe
+    try:
+        forward()
     finally:
         _recorder.__init__()  # type: ignore[misc]
 
@@ -170,6 +189,8 @@ def _probe_attention(
         raise UnsupportedModelError(f"{name} attends to other tokens than those of its input")
     if s_aux is not None and s_aux.shape != (query.shape[1],):
         raise UnsupportedModelError(f"{name} has attention sinks of shape {tuple(s_aux.shape)}")
+    if _recorder.observe is not None:
+        _recorder.observe(module, query, key, value)
     chunk = None
     if attention_mask is not None:
         if not hasattr(attention_mask, _SEEN):

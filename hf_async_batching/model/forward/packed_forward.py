@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from typing import Any, cast
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_async_batching.attention import hf_interface as interface
 from hf_async_batching.attention.base import AttentionBackend, AttentionContext, DecodeContext
 from hf_async_batching.attention.hf_interface import PagedCall, attach_tags
+from hf_async_batching.attention.latents import keep_latents
 from hf_async_batching.errors import UnsupportedModelError
 from hf_async_batching.experts.hf_interface import use_kernels
 from hf_async_batching.kv_cache.layer_groups import LayerShape
@@ -24,14 +26,23 @@ from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
 from hf_async_batching.model.compile.regions import Region, compile_regions, remove_regions
 from hf_async_batching.model.forward import attention_probe
+from hf_async_batching.model.forward.latent_probe import FoundLatents, find_latents
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refuse_states
 from hf_async_batching.model.forward.state_mixers import Mixers
 from hf_async_batching.model.forward.step_inputs import StepInputs
-from hf_async_batching.model.view.model_view import embedding_shape, make_view, refuse_unservable, set_attention
+from hf_async_batching.model.view.model_view import (
+    context_length,
+    embedding_shape,
+    make_view,
+    refuse_unservable,
+    set_attention,
+)
 from hf_async_batching.model.view.parallel_modules import parallel_modules
 from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
 from hf_async_batching.recurrent import step as recurrent
 from hf_async_batching.recurrent.calls import reads_back
+
+logger = logging.getLogger(__name__)
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -43,11 +54,12 @@ class PackedForward:
         model: The user's model; the forward makes a shared-weight view of it and probes that view.
         fused: Whether projections of one input share a product; see `fuse`.
         skinny: Whether uncompiled code sends few rows to our own kernel; requires `fused`.
+        latents: Whether layers that expand latents keep latents in pages; else they keep expanded keys and values.
 
     Attributes:
         name: Class of the model, for messages.
         route: How the model is served, for messages.
-        layers: Shapes of keys and values of each attention layer, as the probe saw them.
+        layers: Shapes of what pages keep of each attention layer, as the probe saw it.
         vocab_size: Rows of the input embedding; token ids must be below.
         embedding_size: Columns of the input embedding.
         logit_size: Width of the logits; it can differ from `vocab_size`.
@@ -71,7 +83,9 @@ class PackedForward:
     tile_size: int | None = None
     takes_embeddings = True
 
-    def __init__(self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, fused: bool = False, skinny: bool = False, latents: bool = True
+    ) -> None:
         self.name = type(model).__name__
         refuse_unservable(model)
         self.view = make_view(model, attention_probe.NAME)
@@ -85,7 +99,8 @@ class PackedForward:
         self._mixers = Mixers(self.view)
         self.states: dict[Hashable, StateShape] = {}
         self.dtype: torch.dtype = torch.float32
-        findings, seen = self._probe()
+        self._latents: list[FoundLatents] = []
+        findings, seen = self._probe(latents)
         self.layers: list[LayerShape] = findings.shapes
         if self.layers:
             self.dtype = self.layers[0].dtype
@@ -95,6 +110,8 @@ class PackedForward:
         self._paged_layers = findings.layers
         self._passes_context = findings.passes_context
         self._parallel = parallel_projections(self.view, seen)
+        expansions = {id(one.expansion) for one in self._latents}
+        self._parallel = [group for group in self._parallel if not expansions & set(map(id, group))]
         self._begin()
         if fused:
             self.fuse(skinny=skinny)
@@ -104,6 +121,8 @@ class PackedForward:
         set_attention(self.view, interface.NAME)
         if not parallel_modules(self.view):  # those are the user's own modules
             use_kernels(self.view)
+        for found in self._latents:
+            keep_latents(found.attention, found.expansion, found.plain)
         self._layer_at: dict[int, int] = {}
         self._compiled = False
         self.regions: list[Region] = []
@@ -126,10 +145,14 @@ class PackedForward:
         made._paged_layers = {id(other[key]): layer for key, layer in self._paged_layers.items()}
         made._parallel = [[cast(nn.Linear, other[id(module)]) for module in group] for group in self._parallel]
         made._mixers = Mixers(view)
+        made._latents = [
+            one._replace(attention=other[id(one.attention)], expansion=cast(nn.Linear, other[id(one.expansion)]))
+            for one in self._latents
+        ]
         made._begin()
         return made
 
-    def _probe(self) -> tuple[attention_probe.ProbeResult, LinearCalls]:
+    def _probe(self, latents: bool) -> tuple[attention_probe.ProbeResult, LinearCalls]:
         tokens = torch.arange(1, attention_probe.PROBE_TOKENS + 1, device=self.device) % self.vocab_size
         positions = torch.arange(len(tokens), device=self.device)
         # For layers with states, each token is the first one of a row.
@@ -137,7 +160,9 @@ class PackedForward:
         each_alone = DecodeContext(rows[:0], rows, torch.zeros_like(rows), torch.ones_like(rows))
         tables = StateTables(len(tokens) + 1, self.device)
 
-        def call(tokens: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        def call(
+            tokens: torch.Tensor, kwargs: dict[str, Any], positions: torch.Tensor = positions
+        ) -> torch.Tensor:
             with recurrent.active(self._recurrent_step(each_alone, tables)):
                 return self._call(tokens, positions, None, kwargs)
 
@@ -164,7 +189,38 @@ class PackedForward:
                 refuse_mixing(run, tokens, self.vocab_size)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{self.name} is not served: {error}") from error
+            if latents:
+                self._latents = self._find_latents(findings, lambda positions: call(tokens, {}, positions))
         return findings, seen
+
+    @property
+    def latent_layers(self) -> int:
+        """Number of layers that keep latents in pages."""
+        return len(self._latents)
+
+    def _find_latents(
+        self, findings: attention_probe.ProbeResult, run: Callable[[torch.Tensor], Any]
+    ) -> list[FoundLatents]:
+        """The layers that expand latents; their shapes become those of latents.
+
+        Args:
+            findings: What the probe learned.
+            run: Runs the view over a few tokens at given positions.
+        """
+        if parallel_modules(self.view):
+            return []
+        # Nothing but the rotary part may depend on positions, and some dependences begin at high ones. The positions
+        # follow each other, because transformers takes a jump for the start of another sequence.
+        far = max(context_length(self.view) or 0, attention_probe.PROBE_TOKENS)
+        positions = torch.arange(far - attention_probe.PROBE_TOKENS, far, device=self.device)
+        try:
+            found = find_latents(self.view, findings.layers, findings.shapes, lambda: run(positions))
+        except UnsupportedModelError as error:
+            logger.info("%s keeps expanded keys and values: %s", self.name, error)
+            return []
+        for one in found:
+            findings.shapes[findings.layers[id(one.attention)].index] = one.shape
+        return found
 
     def _recurrent_step(self, context: AttentionContext, tables: StateTables) -> recurrent.RecurrentStep:
         return recurrent.RecurrentStep(context, tables, self._mixers.layers)
