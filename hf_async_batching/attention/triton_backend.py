@@ -10,6 +10,7 @@ import torch
 from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext
 from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
+from hf_async_batching.attention.latent_backend import attend_latents, ready_latents
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
 from hf_async_batching.devices.parallel import run_parallel
 from hf_async_batching.kv_cache.layer_groups import LayerShape
@@ -41,6 +42,8 @@ class TritonBackend:
 
     def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         context = inputs.context
+        if inputs.query_rotary is not None:
+            return attend_latents(inputs)
         if isinstance(context, DecodeContext):
             return self._decode(inputs, context.rows, context.context_lengths)
         query, key, value, layer, options = inputs.query, inputs.key, inputs.value, inputs.layer, inputs.options
@@ -116,9 +119,12 @@ class TritonBackend:
         )
 
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
-        device, jobs = self._device, dict[object, Callable[[], None]]()
+        device, jobs, batches = self._device, dict[object, Callable[[], None]](), sorted(set(batches))
         for layer in dict.fromkeys(layers):
             if not layer.num_heads:
+                continue
+            if layer.values_in_keys:
+                jobs |= ready_latents(layer, page_size, batches, device)
                 continue
             problem = Problem(
                 layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim, page_size, layer.dtype,
@@ -134,7 +140,7 @@ class TritonBackend:
             )
             # The kernel that compiles longest comes first.
             jobs[layer, "prefill"] = partial(example.prefill, self._settings.prefill(problem, 0, options), options)
-            for batch in sorted(set(batches)):
+            for batch in batches:
                 config = self._settings.decode(problem, 0, options, batch)
                 # Compilation depends on whether contexts are split, not on the number of splits.
                 kind = config._replace(splits=min(config.splits, 2))

@@ -67,7 +67,7 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
     device = torch.device(device)
     if device.type != "cuda":
         return 1
-    programs, multiprocessors = max(1, batch * num_kv_heads), _multiprocessors(device)
+    programs, multiprocessors = max(1, batch * num_kv_heads), multiprocessors(device)
     if 2 * programs >= 3 * multiprocessors:
         return 1
     return max(1, min(32, 4 * multiprocessors // programs))
@@ -92,7 +92,7 @@ def default_decode_config(
     stages = sizes.stages
     if splits == 1 and dtype != torch.float32 and device.type == "cuda":
         # With few programs of whole contexts, each keeps more loads in flight. Measured on an H200.
-        stages += 2 if batch * num_kv_heads <= 2 * _multiprocessors(device) else 0
+        stages += 2 if batch * num_kv_heads <= 2 * multiprocessors(device) else 0
     # Few contexts are divided finely, and the last program would combine many parts alone. Measured on an H200.
     few = batch * num_kv_heads <= 64
     return DecodeConfig(
@@ -138,8 +138,8 @@ def write_kv(
         ValueError: a shape, stride or dtype is not as above; the message names the argument.
     """
     kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
-    tokens = _check_index("rows", rows)
-    _check_index("positions", positions, tokens)
+    tokens = check_index("rows", rows)
+    check_index("positions", positions, tokens)
     _check_heads("key", key, (tokens, kv_heads, head_dim), key_cache.dtype)
     _check_heads("value", value, (tokens, kv_heads, head_dim_v), value_cache.dtype)
     if tokens == 0:
@@ -211,22 +211,22 @@ def decode_attention(
         ValueError: a shape, stride, dtype or option is wrong; the message names the argument.
     """
     kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
-    batch = _check_index("rows", rows)
-    _check_index("context_lengths", context_lengths, batch)
+    batch = check_index("rows", rows)
+    check_index("context_lengths", context_lengths, batch)
     key, value = (query, query) if new is None else new
     if new is not None:
         _check_heads("new[0]", key, (batch, kv_heads, head_dim), key_cache.dtype)
         _check_heads("new[1]", value, (batch, kv_heads, head_dim_v), value_cache.dtype)
     group = _check_query(query, batch, kv_heads, head_dim, key_cache, value_cache)
-    window, score_scale, cap = _check_options(scaling, sliding_window, softcap, chunk)
-    _check_sinks(sinks, kv_heads * group)
+    window, score_scale, cap = check_options(scaling, sliding_window, softcap, chunk)
+    check_sinks(sinks, kv_heads * group)
     if config is None:
         config = default_decode_config(batch, kv_heads, group, head_dim, head_dim_v, query.dtype, query.device)
     splits = config.splits
     if not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"config must have from 1 to {MAX_SPLITS} splits, got {splits}")
     if counters is not None:
-        _check_index("counters", counters)
+        check_index("counters", counters)
     heads = kv_heads * group
     output = query.new_empty((batch, heads, head_dim_v)) if out is None else _check_out(out, query, head_dim_v)
     if batch == 0:
@@ -307,13 +307,13 @@ def prefill_attention(
         ValueError: a shape, stride, dtype or option is wrong; the message names the argument.
     """
     kv_heads, head_dim, head_dim_v, page_size = _check_cache(key_cache, value_cache, page_table)
-    tiles = _check_index("tile_rows", tile_rows)
-    _check_index("tile_query_starts", tile_query_starts, tiles)
-    _check_index("tile_query_lengths", tile_query_lengths, tiles)
-    _check_index("tile_first_positions", tile_first_positions, tiles)
+    tiles = check_index("tile_rows", tile_rows)
+    check_index("tile_query_starts", tile_query_starts, tiles)
+    check_index("tile_query_lengths", tile_query_lengths, tiles)
+    check_index("tile_first_positions", tile_first_positions, tiles)
     group = _check_query(query, query.shape[0], kv_heads, head_dim, key_cache, value_cache)
-    window, score_scale, cap = _check_options(scaling, sliding_window, softcap, chunk)
-    _check_sinks(sinks, kv_heads * group)
+    window, score_scale, cap = check_options(scaling, sliding_window, softcap, chunk)
+    check_sinks(sinks, kv_heads * group)
     # Zeros, because empty memory may hold NaN, which would spread from padding tokens through the layers to page 0.
     output = (
         query.new_zeros((query.shape[0], kv_heads * group, head_dim_v))
@@ -339,7 +339,7 @@ def prefill_attention(
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -370,7 +370,7 @@ def _check_cache(
     return key_cache.shape[2], key_cache.shape[3], value_cache.shape[3], page_size
 
 
-def _check_index(name: str, index: torch.Tensor, length: int | None = None) -> int:
+def check_index(name: str, index: torch.Tensor, length: int | None = None) -> int:
     expected = index.numel() if length is None else length
     if index.dim() != 1 or index.dtype != torch.int32 or index.shape[0] != expected or not index.is_contiguous():
         size = "N" if length is None else length
@@ -405,12 +405,12 @@ def _check_out(out: torch.Tensor, query: torch.Tensor, head_dim_v: int) -> torch
     return out
 
 
-def _check_sinks(sinks: torch.Tensor | None, heads: int) -> None:
+def check_sinks(sinks: torch.Tensor | None, heads: int) -> None:
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise ValueError(f"sinks must be contiguous [{heads}], got {tuple(sinks.shape)}")
 
 
-def _check_options(
+def check_options(
     scaling: float, sliding_window: int | None, softcap: float | None, chunk: int | None
 ) -> tuple[int, float, float]:
     """Return the window and the two factors of the scores, in base 2, as the kernels take them.

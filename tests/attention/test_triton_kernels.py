@@ -428,7 +428,7 @@ def test_decode_picks_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_default_num_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
     assert kernels.default_num_splits(1, 8, "cpu") == 1
     assert kernels.default_num_splits(32, 8, torch.device("cuda")) == 1
     assert kernels.default_num_splits(256, 8, "cuda") == 1

@@ -146,6 +146,24 @@ def write(shape: Shape, dtype: torch.dtype) -> None:
     kernels.write_kv(key, value, *caches.values(), rows=index, positions=index)
 
 
+def latents(heads: int, dtype: torch.dtype, *, major: int = 8, rank: int = 512, pdl: bool = False) -> None:
+    """Attention to latents of DeepSeek-V2-Lite's and V3's size; `major` is the capability that the rules go by."""
+    from hf_async_batching.attention import triton_latents as door
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    index = torch.zeros(4, dtype=torch.int32)
+    table = torch.zeros(4, 8, dtype=torch.int32)
+    given = door.Latents(empty(4, heads, rank), empty(4, heads, 64), empty(2, 32, 1, rank + 64), table)
+    with mock.patch.object(door, "major", return_value=major):
+        door.write_latents(empty(4, rank + 64), given.cache, table, index, index)
+        config = door.default_latent_config(4, heads, dtype, torch.device("cpu"))._replace(splits=16, pdl=pdl)
+        door.decode_latents(given, empty(4, rank + 64), index, index, scaling=0.1, config=config)
+        with mock.patch.object(door, "supports_pdl", return_value=pdl):
+            door.prefill_latents(given, index, index, index, index, scaling=0.1)
+
+
 def skinny(dtype: torch.dtype) -> None:
     from hf_async_batching.linear.skinny import candidates, default_setting, skinny_linear
 
@@ -327,6 +345,8 @@ for _name, _shape in SHAPES.items():
     LAUNCHES[f"prefill {_name}"] = functools.partial(prefill, _shape)
     LAUNCHES[f"write {_name}"] = functools.partial(write, _shape)
 LAUNCHES["skinny"] = skinny
+LAUNCHES["latents"] = functools.partial(latents, 16)
+LAUNCHES["latents many"] = functools.partial(latents, 128)
 LAUNCHES["experts"] = experts
 LAUNCHES["routers"] = routers
 LAUNCHES["mxfp4"] = mxfp4
@@ -344,6 +364,8 @@ EXTRA = {
     "decode apart pdl": functools.partial(decode, SHAPES["llama"], splits=3, fused=False, pdl=True),
     "delta rule large": delta_rule_large,
     "prefill early": prefill_early,
+    "latents pdl": functools.partial(latents, 16, major=9, pdl=True),
+    "latents many pdl": functools.partial(latents, 128, major=9, pdl=True),
     "skinny early": skinny_early,
     "experts few": functools.partial(experts, tokens=(1, 32), library=False),
     "experts early": experts_early,
