@@ -80,6 +80,9 @@ class BatchingConfig:
         fuse_weights: Let projections of one input (q/k/v, gate/up) share one product. Their weights move into one
             tensor, and the model's own parameters become views of it; values, `state_dict` and in-place updates work
             as before. It also computes few rows with our own kernel. Default: on CUDA.
+        latent_pages: Keep latents in pages for layers that expand a latent (multi-head latent attention: DeepSeek-V2
+            and V3, GLM-4-MoE-Lite, Kimi, MiniCPM3 and others). False keeps the expanded keys and values, for
+            comparisons.
         attach_check: Run the parity check before the first request: compare short prompts with plain `generate`.
         timeline_steps: Number of steps whose event times are kept for `timeline()` and `stats()`.
         debug: Check the scheduler's bookkeeping after every step.
@@ -104,6 +107,7 @@ class BatchingConfig:
     cuda_graphs: bool | None = None
     compile: bool | None = None
     fuse_weights: bool | None = None
+    latent_pages: bool = True
     attach_check: bool = True
     timeline_steps: int = 512
     debug: bool = False

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 
 from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext
+from hf_async_batching.attention.latent_backend import attend_latents, ready_latents
 from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
-from hf_async_batching.attention.latent_backend import attend_latents, ready_latents
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
 from hf_async_batching.devices.parallel import run_parallel
 from hf_async_batching.kv_cache.layer_groups import LayerShape

@@ -67,10 +67,10 @@ def default_num_splits(batch: int, num_kv_heads: int, device: torch.device | str
     device = torch.device(device)
     if device.type != "cuda":
         return 1
-    programs, multiprocessors = max(1, batch * num_kv_heads), multiprocessors(device)
-    if 2 * programs >= 3 * multiprocessors:
+    programs, available = max(1, batch * num_kv_heads), multiprocessors(device)
+    if 2 * programs >= 3 * available:
         return 1
-    return max(1, min(32, 4 * multiprocessors // programs))
+    return max(1, min(32, 4 * available // programs))
 
 
 def default_decode_config(

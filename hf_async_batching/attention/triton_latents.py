@@ -82,7 +82,7 @@ def default_latent_config(batch: int, heads: int, dtype: torch.dtype, device: to
     if dtype == torch.float32:
         sizes = BlockSizes(16, 16, 4, 1)
     elif heads <= 16:
-        sizes = BlockSizes(16, 32, 4, 3)
+        sizes = BlockSizes(16, 32, 4, 5)
     else:
         # 64 heads fill the products of Hopper's tensor cores.
         sizes = BlockSizes(min(power_of_two(heads), 64 if major(device) >= 9 else 32), 32, 8, 3)

@@ -172,13 +172,42 @@ def _packed_route(
 ) -> Route:
     if isinstance(tried, str):
         raise UnsupportedModelError(tried)
+    expanded = partial(PackedForward, latents=False)
+    if not config.latent_pages:
+        if tried is not None and tried.latent_layers:
+            tried = None
+        return _packed_with(expanded, "packed, expanded", model, config, backend, small, tried)
+    try:
+        return _packed_with(PackedForward, "packed", model, config, backend, small, tried)
+    except Exception as error:
+        refused = isinstance(error, UnsupportedModelError) and not isinstance(error, LogitsDifferError)
+        if refused or ends_the_search(error, next(model.parameters()).device) or not _keeps_latents(model):
+            raise
+        logger.warning("%s keeps expanded keys and values in its pages: %s", type(model).__name__, error)
+    return _packed_with(expanded, "packed, expanded", model, config, backend, small, None)
+
+
+def _keeps_latents(model: PreTrainedModel) -> bool:
+    """Whether a packed forward of a model, which has run before, keeps latents for some layers."""
+    return PackedForward(model).latent_layers > 0
+
+
+def _packed_with(
+    make: Callable[..., PackedForward],
+    kind: str,
+    model: PreTrainedModel,
+    config: BatchingConfig,
+    backend: AttentionBackend,
+    small: SmallCopyCheck,
+    tried: PackedForward | None,
+) -> Route:
     on_cuda = _is_on_cuda(model)
     if on_cuda and not looks_packed(model):
-        small.refuse("packed", PackedForward, always=True)
-    with small.beside("packed", PackedForward, config.attach_check and on_cuda):
-        route = _packed_forward(model, config, backend, tried)
+        small.refuse(kind, make, always=True)
+    with small.beside(kind, make, config.attach_check and on_cuda):
+        route = _packed_forward(make, model, config, backend, tried)
     if config.attach_check:
-        small.refuse("packed", PackedForward)
+        small.refuse(kind, make)
     return route
 
 
@@ -214,17 +243,22 @@ def _cached_route(
 
 
 def _packed_forward(
-    model: PreTrainedModel, config: BatchingConfig, backend: AttentionBackend, made: PackedForward | None = None
+    plain: Callable[..., PackedForward],
+    model: PreTrainedModel,
+    config: BatchingConfig,
+    backend: AttentionBackend,
+    made: PackedForward | None = None,
 ) -> Route:
     """Return a packed forward that passed the parity check; without fused weights if it passes only then.
 
     Args:
+        plain: Makes an unfused forward.
         made: An unfused forward to start from, if there is one.
     """
     device = next(model.parameters()).device
     if config.fuses_weights(device):
         skinny = not config.compiles(device)
-        make = partial(PackedForward, fused=True, skinny=skinny)
+        make = partial(plain, fused=True, skinny=skinny)
         try:
             if made is not None:
                 made.fuse(skinny=skinny)
@@ -235,8 +269,8 @@ def _packed_forward(
             logger.warning("%s runs without fused weights: %s", type(model).__name__, error)
             made = None
     if not config.attach_check:
-        return Route(made or PackedForward(model), backend, None)
-    return _checked(PackedForward, model, config, backend, made)
+        return Route(made or plain(model), backend, None)
+    return _checked(plain, model, config, backend, made)
 
 
 _Forward = TypeVar("_Forward", PackedForward, CacheForward)

@@ -200,7 +200,10 @@ def test_the_backends_agree_on_a_mixed_step_and_on_a_decode_step() -> None:
     decode = DecodeContext(table, int32([1, 2]), int32([49, 11]), int32([50, 12]))
     for context in (mixed, decode):
         count = len(context.rows)
-        query, key = queries(count, heads, rank + rotary, torch.float32), torch.randn(count, 1, rank + rotary).to(DEVICE)
+        query, key = (
+            queries(count, heads, rank + rotary, torch.float32),
+            torch.randn(count, 1, rank + rotary).to(DEVICE),
+        )
         results = []
         for backend, cache in zip((TorchBackend(), TritonBackend(DEVICE)), caches, strict=True):
             split = query[..., :rank], key, key[..., :rank], 0, context, cache, OPTIONS["plain"], query[..., rank:]

@@ -77,7 +77,7 @@ def find_latents(
                 return
 
     linears = [child for group in candidates.values() for child in group]
-    with _random_outputs(linears, calls):
+    with _RandomOutputs(linears, calls):
         observe_attention(forward, observe)
     # A layer that runs again after attention would find its latent gone.
     return [one for one in found if len(calls[id(one.expansion)]) == 1]
@@ -93,7 +93,7 @@ def _may_expand(module: nn.Module) -> bool:
     )
 
 
-class _random_outputs:  # noqa: N801
+class _RandomOutputs:
     """Lets linear layers return random numbers, and remembers inputs and outputs by the layer's identity."""
 
     def __init__(self, linears: Iterable[nn.Module], calls: dict[int, list[_Call]]) -> None:

@@ -160,9 +160,7 @@ class PackedForward:
         each_alone = DecodeContext(rows[:0], rows, torch.zeros_like(rows), torch.ones_like(rows))
         tables = StateTables(len(tokens) + 1, self.device)
 
-        def call(
-            tokens: torch.Tensor, kwargs: dict[str, Any], positions: torch.Tensor = positions
-        ) -> torch.Tensor:
+        def call(tokens: torch.Tensor, kwargs: dict[str, Any], positions: torch.Tensor = positions) -> torch.Tensor:
             with recurrent.active(self._recurrent_step(each_alone, tables)):
                 return self._call(tokens, positions, None, kwargs)
 
