@@ -4,6 +4,7 @@ python -m benchmarks.model_shapes --shapes qwen3-8b,gpt-oss-20b --rows 1,32 --li
 python -m benchmarks.model_shapes --shapes nemotron-h-8b --layers 8 --device cuda
 python -m benchmarks.model_shapes --shapes qwen3-8b --quantize nf4
 python -m benchmarks.model_shapes --shapes gpt-oss-20b --quantize mxfp4 --rows 1,32
+python -m benchmarks.model_shapes --shapes deepseek-v2-lite --prompt 8192 --new 128 --again --expanded
 
 Each shape runs in its own process, with random weights. Each phase prints its results as a line of JSON:
 
@@ -12,7 +13,8 @@ Each shape runs in its own process, with random weights. Each phase prints its r
 - warmup: seconds until everything is compiled and captured;
 - rows N: N greedy requests that arrive together: seconds, new tokens per second, their first tokens. Before that, as
   many requests with other prompts and 8 new tokens run, so that steps with as many prompts are captured; "before" is
-  their time in seconds;
+  their time in seconds. With `--again` these have the same prompts, so that the prefix cache holds them and the run
+  decodes at the contexts' full length from the start;
 - generate: a few of these requests by plain `model.generate`, one at a time, and the share of its tokens that equal
   ours at the same position. In bfloat16, rounding changes tokens, and all tokens after the first change differ.
 
@@ -92,7 +94,12 @@ class ModelShape:
             torch.cuda.synchronize()
         made = time.perf_counter()
         longest = max(16, arguments.prompt + arguments.new)
-        config = BatchingConfig(max_sequence_length=longest, max_rows=max(arguments.rows), idle_timeout=None)
+        config = BatchingConfig(
+            max_sequence_length=longest,
+            max_rows=max(arguments.rows),
+            idle_timeout=None,
+            latent_pages=not arguments.expanded,
+        )
         self._manager = GenerationManager(self._model, config)
         try:
             next(iter(self._manager.submit(self._prompts(1)[0], max_new_tokens=2, do_sample=False)))
@@ -110,6 +117,7 @@ class ModelShape:
             "model_seconds": round(made - began, 2),
             "first_token_seconds": round(first - made, 2),
             "route": str(getattr(assembly.forward, "route", "packed")),
+            "page_bytes_per_token": sum(layer.bytes_per_token for layer in assembly.forward.layers),
         }
 
     def _warm_up(self) -> Line:
@@ -123,7 +131,8 @@ class ModelShape:
         return [[draw.randrange(vocab) for _ in range(self._arguments.prompt)] for _ in range(rows)]
 
     def _rows(self, rows: int) -> Line:
-        _, before = self._serve(self._prompts(rows, seed=1), min(8, self._arguments.new))
+        other = 0 if self._arguments.again else 1
+        _, before = self._serve(self._prompts(rows, seed=other), min(8, self._arguments.new))
         tokens, seconds = self._serve(self._prompts(rows), self._arguments.new)
         if len(tokens) > len(self._tokens):
             self._tokens = tokens
@@ -228,6 +237,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=float, default=120.0, metavar="S", help="time limit of each shape in seconds (120)")
     add("--layers", type=int, metavar="N", help="only the first N layers, some of each kind if N allows")
     add("--quantize", choices=("nf4", "mxfp4"), help="4-bit linear layers (nf4) or experts (mxfp4: gpt-oss)")
+    add("--again", action="store_true", help="run the same prompts before, so that the prefix cache holds them")
+    add("--expanded", action="store_true", help="keep expanded keys and values in pages, in place of latents")
     add("--device", choices=("cuda", "cpu"), help="device to run on (cuda if available)")
     add("--out", type=Path, metavar="FILE", help="write all lines to FILE as one list")
     add("--one", help=argparse.SUPPRESS)
