@@ -22,6 +22,7 @@ from hf_async_batching.linear.rounding import rounding_tolerance
 from hf_async_batching.model.compile.pdl_check import generated_code_waits
 from hf_async_batching.model.compile.residual_fusion import fuse_expert_sums, fuse_residual_sums
 from hf_async_batching.model.compile.router_fusion import fuse_routers
+from hf_async_batching.model.compile.real_rotation import make_rotations_real
 from hf_async_batching.model.view.position_cache import PositionCache
 
 logger = logging.getLogger(__name__)
@@ -267,6 +268,7 @@ def _with_fusions(backend: str | Compiler, pdl: bool) -> Compiler:
         fuse_routers(module.graph)
         fuse_residual_sums(module.graph)
         fuse_expert_sums(module.graph)
+        make_rotations_real(module.graph)
         module.recompile()
         if backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
