@@ -164,6 +164,17 @@ class AttentionBackend(Protocol):
             [tokens, num_heads, value_dim] in the dtype of the queries.
         """
 
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product of each head with a matrix of its own; see `latents.absorbed_attention`.
+
+        Args:
+            x: [tokens, heads, inner].
+            weight: [heads, inner, outer], the dtype of `x`.
+
+        Returns:
+            [tokens, heads, outer], contiguous.
+        """
+
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
         """Compile the kernels that steps will launch, in parallel, so that no step waits for compilations in turn.
 

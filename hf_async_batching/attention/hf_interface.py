@@ -136,7 +136,7 @@ class PagedCall:
             context, cache = self._context, self._cache
             return self._backend.attend(AttentionInputs(latent, key, value, layer, context, cache, options, rotary))
 
-        return absorbed_attention(query, weight, plain, attend)
+        return absorbed_attention(query, weight, plain, attend, self._backend.multiply)
 
 
 def attach_tags(modules: list[tuple[torch.nn.Module, PagedLayer]], device: torch.device) -> dict[int, int]:

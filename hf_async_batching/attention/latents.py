@@ -83,6 +83,7 @@ def absorbed_attention(
     weight: torch.Tensor,
     plain: int,
     attend: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Attention in the absorbed form.
 
@@ -92,15 +93,19 @@ def absorbed_attention(
         plain: See `LatentLayer`.
         attend: Attends to latents. It takes queries of the latents, [tokens, heads, rank], and of the rotary part,
             [tokens, heads, rotary]. It returns [tokens, heads, rank].
+        multiply: `AttentionBackend.multiply`.
 
     Returns:
         [tokens, heads, value_dim].
     """
-    tokens, heads = query.shape[:2]
     # Under autocast the weights are wider than queries.
-    parts = weight.to(query.dtype).view(heads, -1, weight.shape[1])
-    query_latent = torch.bmm(query[..., :plain].transpose(0, 1), parts[:, :plain]).transpose(0, 1)
-    mixed = attend(query_latent, query[..., plain:])
-    out = query.new_empty(tokens, heads, parts.shape[1] - plain)
-    torch.bmm(mixed.transpose(0, 1), parts[:, plain:].transpose(1, 2), out=out.transpose(0, 1))
+    parts = weight.to(query.dtype).view(query.shape[1], -1, weight.shape[1])
+    mixed = attend(multiply(query[..., :plain], parts[:, :plain]), query[..., plain:])
+    return multiply(mixed, parts[:, plain:].transpose(1, 2))
+
+
+def multiply_by_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`AttentionBackend.multiply` by torch."""
+    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
     return out

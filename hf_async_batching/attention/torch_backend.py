@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext
+from hf_async_batching.attention.latents import multiply_by_heads
 from hf_async_batching.kv_cache.layer_groups import LayerShape
 from hf_async_batching.kv_cache.paged_cache import PagedCache
 
@@ -51,6 +52,9 @@ class TorchBackend:
                 queries, row_keys, row_values, begin, tile.first_position, options
             )
         return out
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return multiply_by_heads(x, weight)
 
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
         pass

@@ -9,8 +9,10 @@ import torch
 
 from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext
 from hf_async_batching.attention.latent_backend import attend_latents, ready_latents
+from hf_async_batching.attention.latents import multiply_by_heads
 from hf_async_batching.attention.triton_decode import BlockSizes, DecodeConfig
 from hf_async_batching.attention.triton_kernels import PREFILL_TILE, decode_attention, prefill_attention, write_kv
+from hf_async_batching.attention.triton_latents import multiply_few, serves_product
 from hf_async_batching.attention.triton_tuning import Problem, TritonSettings
 from hf_async_batching.devices.parallel import run_parallel
 from hf_async_batching.kv_cache.layer_groups import LayerShape
@@ -117,6 +119,9 @@ class TritonBackend:
             out=out,
             beside_prefill=beside,
         )
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return multiply_few(x, weight) if serves_product(x) else multiply_by_heads(x, weight)
 
     def ready(self, layers: Iterable[LayerShape], *, page_size: int, batches: Iterable[int]) -> None:
         device, jobs, batches = self._device, dict[object, Callable[[], None]](), sorted(set(batches))

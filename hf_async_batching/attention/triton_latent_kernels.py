@@ -266,6 +266,46 @@ def latent_combine_kernel(
     tl.store(output + head * RANK + ranks, result.to(output.dtype.element_ty), mask=ranks < RANK)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def head_product_kernel(
+    x,
+    weight,
+    output,
+    tokens,
+    x_stride_token,
+    x_stride_head,
+    weight_stride_head,
+    weight_stride_inner,
+    weight_stride_outer,
+    PDL: tl.constexpr,
+    HEADS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: all tokens of one head times BLOCK_N columns of the head's matrix."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    head = tl.program_id(1)
+    token = tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, INNER, BLOCK_K):
+        inner = first + tl.arange(0, BLOCK_K)
+        weight_at = weight + head.to(tl.int64) * weight_stride_head + inner[:, None] * weight_stride_inner
+        weight_mask = (inner < INNER)[:, None] & (column < OUTER)[None, :]
+        w = tl.load(weight_at + column[None, :] * weight_stride_outer, mask=weight_mask, other=0.0)
+        x_at = x + token[:, None].to(tl.int64) * x_stride_token + head * x_stride_head + inner[None, :]
+        a = tl.load(x_at, mask=(token < tokens)[:, None] & (inner < INNER)[None, :], other=0.0)
+        accumulator = tl.dot(a, w, accumulator, input_precision="ieee")
+    out_at = output + (token[:, None] * HEADS + head) * OUTER + column[None, :]
+    out_mask = (token < tokens)[:, None] & (column < OUTER)[None, :]
+    tl.store(out_at, accumulator.to(output.dtype.element_ty), mask=out_mask)
+
+
 @triton.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=["rows", "positions"])
 def write_latents_kernel(
     key,

@@ -21,6 +21,7 @@ from hf_async_batching.attention.triton_kernels import (
     multiprocessors,
 )
 from hf_async_batching.attention.triton_latent_kernels import (
+    head_product_kernel,
     latent_combine_kernel,
     latent_decode_kernel,
     latent_prefill_kernel,
@@ -99,6 +100,44 @@ def latent_prefill_sizes(heads: int, dtype: torch.dtype, device: torch.device) -
     if dtype == torch.float32:
         return BlockSizes(min(rows, 16), 16, 4, 1)
     return BlockSizes(min(rows, 64 if major(device) >= 9 else 32), 32, 8, 2)
+
+
+MOST_PRODUCT_TOKENS = 64
+"""Beyond this many tokens torch computes products of heads."""
+
+
+def serves_product(x: torch.Tensor) -> bool:
+    """Whether `multiply_few` computes the product; `x` is [tokens, heads, inner]."""
+    return x.dtype.itemsize == 2 and x.shape[0] <= MOST_PRODUCT_TOKENS and x.stride(2) == 1
+
+
+def multiply_few(x: torch.Tensor, weight: torch.Tensor, block: int | None = None) -> torch.Tensor:
+    """The product of each head of few tokens with a matrix of its own, as `AttentionBackend.multiply`.
+
+    Args:
+        x: [tokens, heads, inner], float16 or bfloat16, any strides but 1 for the last dimension.
+        weight: [heads, inner, outer], the same dtype, any strides.
+        block: Columns of one program; None for a rule.
+
+    Raises:
+        ValueError: A shape, stride or dtype is not as above.
+    """
+    tokens, heads, inner = x.shape
+    if not serves_product(x) or weight.dtype != x.dtype or weight.shape[:2] != (heads, inner):
+        raise ValueError(f"x {x.dtype} {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not fit")
+    outer = weight.shape[2]
+    out = x.new_empty(tokens, heads, outer)
+    if tokens == 0:
+        return out
+    block = block or (16 if heads * outer <= 4096 else 64)
+    pdl = supports_pdl(x.device)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        head_product_kernel[(triton.cdiv(outer, block), heads)](
+            x, weight, out, tokens, x.stride(0), x.stride(1), *weight.stride(), PDL=pdl, HEADS=heads, INNER=inner,
+            OUTER=outer, BLOCK_M=power_of_two(tokens), BLOCK_K=128, BLOCK_N=block, num_warps=4, num_stages=3,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out
 
 
 def write_latents(

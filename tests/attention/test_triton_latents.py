@@ -25,6 +25,7 @@ from support.interpreter import widen_bfloat16_products
 
 from hf_async_batching.attention import latent_backend
 from hf_async_batching.attention.base import AttentionInputs, AttentionOptions, DecodeContext, MixedContext
+from hf_async_batching.attention.latents import multiply_by_heads
 from hf_async_batching.attention.torch_backend import TorchBackend
 from hf_async_batching.attention.triton_backend import TritonBackend
 from hf_async_batching.attention.triton_latents import (
@@ -32,6 +33,7 @@ from hf_async_batching.attention.triton_latents import (
     Latents,
     decode_latents,
     default_latent_config,
+    multiply_few,
     prefill_latents,
     write_latents,
 )
@@ -210,6 +212,21 @@ def test_the_backends_agree_on_a_mixed_step_and_on_a_decode_step() -> None:
             results.append(backend.attend(AttentionInputs(*split)))
         torch.testing.assert_close(*results, rtol=0, atol=TOLERANCE[torch.float32])
         assert torch.equal(*(cache.keys[0][1:] for cache in caches))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_products_of_heads(tokens: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 72, 40).to(DEVICE, torch.float16)
+    x = queries(tokens, 3, 24, torch.float16)
+    wanted = torch.einsum("thi,hio->tho", x.double(), weight[:, :24].double())
+    for product in (multiply_few, multiply_by_heads):
+        got = product(x, weight[:, :24])
+        assert got.is_contiguous()
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-2)
+    x = queries(tokens, 3, 40, torch.float16)
+    wanted = torch.einsum("thi,hoi->tho", x.double(), weight[:, 24:].double())
+    torch.testing.assert_close(multiply_few(x, weight[:, 24:].transpose(1, 2)).double(), wanted, rtol=2e-3, atol=2e-2)
 
 
 def test_every_kernel_that_steps_launch_is_compiled_ahead() -> None:

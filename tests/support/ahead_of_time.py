@@ -162,6 +162,11 @@ def latents(heads: int, dtype: torch.dtype, *, major: int = 8, rank: int = 512, 
         door.decode_latents(given, empty(4, rank + 64), index, index, scaling=0.1, config=config)
         with mock.patch.object(door, "supports_pdl", return_value=pdl):
             door.prefill_latents(given, index, index, index, index, scaling=0.1)
+            if dtype == torch.float32:
+                return
+            weight = empty(heads, 256, rank)
+            door.multiply_few(empty(32, heads, 192)[..., :128], weight[:, :128])
+            door.multiply_few(empty(1, heads, rank), weight[:, 128:].transpose(1, 2))
 
 
 def skinny(dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """Write rotary embeddings by complex numbers as real arithmetic, which inductor can fuse with its neighbours.
 
-DeepSeek-V2 and Llama 4 multiply queries and keys by complex frequencies. Inductor generates no code for complex numbers
-and would launch a kernel of torch for each operation.
+DeepSeek-V2 and Llama 4 multiply queries and keys by complex frequencies. Inductor generates no code for complex
+numbers and would launch a kernel of torch for each operation.
 """
 
 from __future__ import annotations
