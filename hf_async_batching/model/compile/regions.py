@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from hf_async_batching.linear.rounding import rounding_tolerance
 from hf_async_batching.model.compile.pdl_check import generated_code_waits
+from hf_async_batching.model.compile.real_rotation import make_rotations_real
 from hf_async_batching.model.compile.residual_fusion import fuse_expert_sums, fuse_residual_sums
 from hf_async_batching.model.compile.router_fusion import fuse_routers
-from hf_async_batching.model.compile.real_rotation import make_rotations_real
 from hf_async_batching.model.view.position_cache import PositionCache
 
 logger = logging.getLogger(__name__)
