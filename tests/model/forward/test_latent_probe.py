@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching import BatchingConfig, GenerationManager, per_token
 from hf_async_batching.coverage.families import tiny_model
 from hf_async_batching.model.forward.packed_forward import PackedForward
 
@@ -80,7 +80,7 @@ def of_another_class(model: nn.Module) -> None:
 
 
 def with_a_hook(model: nn.Module) -> None:
-    expansion_of(model).kv_b_proj.register_forward_hook(lambda module, inputs, output: output * 2)
+    expansion_of(model).kv_b_proj.register_forward_hook(per_token(lambda module, inputs, output: output * 2))
 
 
 @pytest.mark.parametrize("change", [with_bias, of_another_class, with_a_hook])
