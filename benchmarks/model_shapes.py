@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compare", type=int, default=2, metavar="N", help="rows to compare with plain generate (2; 0: none)")
     add("--limit", type=float, default=120.0, metavar="S", help="time limit of each shape in seconds (120)")
     add("--layers", type=int, metavar="N", help="only the first N layers, some of each kind if N allows")
-    add("--quantize", choices=("nf4", "mxfp4"), help="4-bit linear layers (nf4) or experts (mxfp4: gpt-oss)")
+    add("--quantize", choices=("nf4", "fp8", "mxfp4"), help="linear layers (nf4, fp8) or experts (mxfp4: gpt-oss)")
     add("--again", action="store_true", help="run the same prompts before, so that the prefix cache holds them")
     add("--expanded", action="store_true", help="keep expanded keys and values in pages, in place of latents")
     add("--device", choices=("cuda", "cpu"), help="device to run on (cuda if available)")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-QUANTIZATIONS = ("nf4", "mxfp4")
-"""Quantized linear layers (nf4, by bitsandbytes) or experts (mxfp4, of gpt-oss)."""
+QUANTIZATIONS = ("nf4", "fp8", "mxfp4")
+"""Quantized linear layers (nf4 by bitsandbytes, fp8 in blocks) or experts (mxfp4, of gpt-oss)."""
 
 PEERS = ("generate_batch", "generate")
 """Other ways of serving the same work."""

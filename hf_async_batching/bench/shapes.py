@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_async_batching.bench.choices import QUANTIZATIONS
 from hf_async_batching.bench.packed_experts import mxfp4_model
-from hf_async_batching.bench.quantized import nf4_model
+from hf_async_batching.bench.quantized import quantized_model
 from hf_async_batching.bench.shape_configs import SHAPES, Shape
 
 __all__ = ["SHAPES", "Shape", "random_model", "shape_config"]
@@ -55,7 +55,7 @@ def random_model(
         if quantize == "mxfp4":
             model = mxfp4_model(config, device, dtype)
         elif quantize is not None:
-            model = nf4_model(config, device, dtype)
+            model = quantized_model(quantize, config, device, dtype)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     made: PreTrainedModel = model.eval()

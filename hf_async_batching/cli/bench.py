@@ -19,7 +19,7 @@ from hf_async_batching.bench.machine import Machine, look_at
 from hf_async_batching.bench.measure import KEPT_STEPS, Measured, measure
 from hf_async_batching.bench.peer_run import PeerRun
 from hf_async_batching.bench.peers import run_peer
-from hf_async_batching.bench.quantized import nf4_config
+from hf_async_batching.bench.quantized import quantization_config
 from hf_async_batching.bench.sampling_option import SamplingOption
 from hf_async_batching.bench.shapes import SHAPES, random_model
 from hf_async_batching.bench.workloads import WORKLOADS, Workload, make_workload
@@ -114,10 +114,10 @@ def _model(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
             raise CommandError(f"--shape {arguments.shape}: {error}") from error
     try:
         settings: dict[str, Any] = {}
-        if quantize == "nf4":
-            settings = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
-        elif quantize == "mxfp4":
+        if quantize == "mxfp4":
             settings = {"config": keep_mxfp4(arguments.model), "device_map": {"": device}}
+        elif quantize is not None:
+            settings = {"quantization_config": quantization_config(quantize, dtype), "device_map": {"": device}}
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **settings)
     except (OSError, ValueError) as error:
         raise CommandError(f"--model {arguments.model}: {error}") from error

@@ -83,7 +83,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="4-bit linear layers of bitsandbytes (nf4) or experts of gpt-oss (mxfp4)",
+        help="linear layers (nf4 needs bitsandbytes; fp8) or experts of gpt-oss (mxfp4)",
     )
     add("--depth", type=count, nargs="+", default=[1, 2], metavar="N", help="steps in flight, one run each (1 2)")
     add("--engine", action="store_true", help="step the engine directly, without GenerationManager's thread")

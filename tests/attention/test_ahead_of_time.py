@@ -23,6 +23,7 @@ SAMPLING = {
     "mark_seen_kernel",
 }
 EXPERTS = {"group_kernel", "product_kernel", "combine_kernel", "topk_kernel"}
+NIBBLES = {"nibble_dot_kernel", "nibble_vector_kernel"}
 RECURRENT = {
     "delta_rule_kernel",
     "chunk_matrices_kernel",
@@ -45,6 +46,11 @@ JOBS: dict[str, Job] = {
     "oldest": ([80], ["bfloat16"], ["decode split llama", "skinny"]),
     "experts": ([89], ["bfloat16"], ["experts few", "routers"]),
     "mxfp4": ([90], ["bfloat16"], ["mxfp4"]),
+    "nibbles": ([80], ["float16"], ["nibbles"]),
+    "nibbles pdl": ([90], ["bfloat16"], ["nibbles early"]),
+    "words": ([80], ["float16"], ["words early"]),
+    "words pdl": ([90], ["bfloat16"], ["words early"]),
+    "fp8": ([90], ["bfloat16"], ["fp8"]),
     "tables": ([90], ["bfloat16"], ["tables", "largest"]),
     "sampling": ([90], ["bfloat16"], ["sampling odd"]),
     "recurrent": ([89, 90], ["bfloat16"], ["delta rule wide", "mamba2 wide"]),
@@ -93,6 +99,9 @@ def test_representative_kernels(compiled: dict[str, list[dict[str, object]]]) ->
 
 
 def test_kernels_of_other_modules(compiled: dict[str, list[dict[str, object]]]) -> None:
+    check(compiled["nibbles"], NIBBLES)
+    check(compiled["fp8"], {"fp8_block_kernel"})
+    check([*compiled["words"], *compiled["words pdl"]], {"word_kernel"})
     check(compiled["experts"], EXPERTS)
     check(compiled["mxfp4"], {"group_kernel", "product_kernel", "combine_kernel", "expand_kernel"})
     check(compiled["tables"], {"begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"})
@@ -115,6 +124,13 @@ def test_programmatic_dependent_launch(compiled: dict[str, list[dict[str, object
     # At its start, or beside prompts before it stores. Prompts are launched the ordinary way.
     waits = {"decode_kernel": 2, "prefill_kernel": 0, "skinny_linear_kernel": 1}
     assert all(kernel["waits"] == waits[str(kernel["kernel"])] for kernel in early)
+    nibbles = compiled["nibbles pdl"]
+    check(nibbles, NIBBLES)
+    assert all((kernel["waits"], kernel["lets"], kernel["waits first"]) == (1, 1, True) for kernel in nibbles)
+    for name in ("fp8", "words pdl"):  # half of these launches are early
+        early = [kernel for kernel in compiled[name] if kernel["lets"]]
+        assert len(early) == len(compiled[name]) / 2
+        assert all(kernel["waits"] == 1 and kernel["waits first"] for kernel in early)
     experts = compiled["experts pdl"]
     check(experts, EXPERTS | {"activate_kernel"})
     assert all((kernel["waits"], kernel["lets"], kernel["waits first"]) == (1, 1, True) for kernel in experts)
@@ -134,4 +150,4 @@ def test_every_kernel(capability: int) -> None:
     _, (compiled,) = run_jobs([([capability], ["float16", "bfloat16"], [])])
     attention = {"decode_kernel", "combine_kernel", "prefill_kernel", "write_kv_kernel"}
     others = {"skinny_linear_kernel", "begin_decode_kernel", "commit_decode_kernel", "parts_kernel", "compare_kernel"}
-    check(compiled, attention | others | SAMPLING | EXPERTS | RECURRENT | {"activate_kernel"})
+    check(compiled, attention | others | SAMPLING | EXPERTS | NIBBLES | RECURRENT | {"activate_kernel"})

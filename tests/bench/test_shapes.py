@@ -174,13 +174,25 @@ def test_a_model_that_nothing_stops() -> None:
     assert model.generation_config.eos_token_id is None
 
 
+def test_blocks_of_8_bit_floats() -> None:
+    model: Any = random_model("tiny", CPU, torch.bfloat16, quantize="fp8", hidden_size=256, intermediate_size=384)
+    layer = model.model.layers[1].mlp.up_proj
+    assert type(layer).__name__ == "FP8Linear"
+    assert (layer.weight.dtype, layer.weight_scale_inv.shape) == (torch.float8_e4m3fn, (3, 2))
+    assert layer.weight.float().std() > 0.5 and len(layer.weight_scale_inv.unique()) == 6
+    assert type(model.lm_head) is torch.nn.Linear
+    assert is_quantized(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.isfinite(tensor.float()).all(), name
+
+
 def test_an_unknown_shape() -> None:
     with pytest.raises(ValueError, match=r"no shape 'huge'; choose one of llama-3\.1-8b"):
         random_model("huge", CPU, torch.float32)
 
 
 def test_an_unknown_quantization() -> None:
-    with pytest.raises(ValueError, match="no quantization 'q8'; choose one of nf4"):
+    with pytest.raises(ValueError, match="no quantization 'q8'; choose one of nf4, fp8"):
         random_model("tiny", CPU, torch.float32, quantize="q8")
 
 

@@ -190,6 +190,62 @@ def skinny_early(dtype: torch.dtype) -> None:
             skinny.skinny_linear(x, torch.empty(n, 4096, dtype=dtype), None, counters, setting)
 
 
+def nibbles(dtype: torch.dtype) -> None:
+    """Products with 4-bit weights, as a card looks their values up."""
+    from hf_async_batching.linear.quantized import nibbles as door
+    from hf_async_batching.linear.quantized.weight import QuantizedWeight
+
+    counters, n, k = torch.zeros(8192, dtype=torch.int32), 1024, 4096
+    scale = torch.empty(n * k // 64)
+    double = scale.to(torch.uint8), torch.empty(256), torch.empty(n * k // 64 // 256), torch.empty(())
+    for rows, way in ((2, "vector"), (32, "sums"), (32, "weights"), (32, "rounded")):
+        rule = door.default_setting(rows, n, k, 64)
+        setting = rule if rule.way == way else door.NibbleSetting(way, 64, 128, 2, 4, 4)
+        for scales in ((scale,), double) if rule.way == way else ((scale,),):
+            weight = QuantizedWeight("nf4", torch.empty(n * k // 2, 1, dtype=torch.uint8), scales, n, k, 64)
+            with mock.patch.object(door, "permutes", return_value=True):
+                x = torch.empty(rows, k, dtype=dtype)
+                door.nibble_linear(x, weight, "nf4", None, counters, setting, high_first=True)
+
+
+def nibbles_early(dtype: torch.dtype) -> None:
+    """As cards with programmatic dependent launch run it."""
+    from hf_async_batching.linear.quantized import nibbles as door
+
+    with mock.patch.object(door, "supports_pdl", return_value=True):
+        nibbles(dtype)
+
+
+def fp8(dtype: torch.dtype) -> None:
+    """Products with blocks of 8-bit floats, for cards that multiply them."""
+    from hf_async_batching.linear.quantized import fp8 as door
+    from hf_async_batching.linear.quantized.weight import QuantizedWeight
+
+    counters = torch.zeros(8192, dtype=torch.int32)
+    for n, k in ((1024, 4096), (4096, 14336)):
+        packed, scale = torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(n // 128, k // 128)
+        weight = QuantizedWeight("fp8 blocks", packed, (scale,), n, k, 128)
+        for rows in (2, 64):
+            x = torch.empty(rows, k, dtype=dtype)
+            with mock.patch.object(door, "supports_pdl", return_value=rows == 2):
+                door.fp8_linear(x, weight, None, counters, door.default_setting(n, k))
+
+
+def words(dtype: torch.dtype) -> None:
+    """Products with 4-bit integers as GPTQ and AWQ lay them out."""
+    from hf_async_batching.linear.quantized import words as door
+    from hf_async_batching.linear.quantized.weight import QuantizedWeight
+
+    counters, n, k = torch.zeros(8192, dtype=torch.int32), 1024, 4096
+    scales = torch.empty(k // 128, n, dtype=torch.float16), torch.empty(k // 128, n // 8, dtype=torch.int32)
+    for along, shape in ((True, (k // 8, n)), (False, (k, n // 8))):
+        weight = QuantizedWeight("", torch.empty(shape, dtype=torch.int32), scales, n, k, 128)
+        for rows in (2, 64):
+            x = torch.empty(rows, k, dtype=dtype)
+            with mock.patch.object(door, "supports_pdl", return_value=rows == 2 and dtype == torch.bfloat16):
+                door.word_linear(x, weight, None, counters, door.default_setting(n, k, 128), along_inputs=along)
+
+
 def experts(
     dtype: torch.dtype, tokens: tuple[int, ...] = (1, 32, 256), library: bool = True, layouts: int = 3
 ) -> None:
@@ -352,6 +408,7 @@ for _name, _shape in SHAPES.items():
 LAUNCHES["skinny"] = skinny
 LAUNCHES["latents"] = functools.partial(latents, 16)
 LAUNCHES["latents many"] = functools.partial(latents, 128)
+LAUNCHES["nibbles"] = nibbles
 LAUNCHES["experts"] = experts
 LAUNCHES["routers"] = routers
 LAUNCHES["mxfp4"] = mxfp4
@@ -372,6 +429,9 @@ EXTRA = {
     "latents pdl": functools.partial(latents, 16, major=9, pdl=True),
     "latents many pdl": functools.partial(latents, 128, major=9, pdl=True),
     "skinny early": skinny_early,
+    "nibbles early": nibbles_early,
+    "fp8": fp8,
+    "words early": words,
     "experts few": functools.partial(experts, tokens=(1, 32), library=False),
     "experts early": experts_early,
 }

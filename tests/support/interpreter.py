@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -38,3 +39,17 @@ def round_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, interpreter.TensorHandle(nearest, handle.dtype), dtype)
 
     monkeypatch.setattr(builder, "create_fp_trunc", truncate)
+
+
+def round_to_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter forgets the carry into the exponent when it rounds to float8_e4m3fn: round as torch does."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_fp_to_fp
+
+    def convert(self: Any, handle: Any, dtype: Any, rounding: Any) -> Any:
+        if dtype.scalar != tl.float8e4nv or handle.dtype.scalar != tl.float32:
+            return original(self, handle, dtype, rounding)
+        bits = torch.from_numpy(np.ascontiguousarray(handle.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(bits.numpy(), tl.float8e4nv)
+
+    monkeypatch.setattr(builder, "create_fp_to_fp", convert)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,7 +36,7 @@ def fuse_residual_sums(graph: fx.Graph) -> int:
         if residual is product or not _alike(product, residual):
             continue
         with graph.inserting_before(node):
-            both = graph.call_function(torch.ops.hf_async_batching.linear_add.default, (*product.args, residual))
+            both = graph.call_function(_with_residual(product.target), (*product.args, residual))
         both.meta.update(node.meta)
         node.replace_all_uses_with(both)
         graph.erase_node(node)
@@ -90,8 +91,17 @@ def _shaped_experts(arg: object) -> list[fx.Node]:
 
 
 def _is_product(arg: object) -> bool:
-    targets = (torch.ops.hf_async_batching.linear, torch.ops.hf_async_batching.linear.default)
-    return isinstance(arg, fx.Node) and arg.op == "call_function" and arg.target in targets
+    return isinstance(arg, fx.Node) and arg.op == "call_function" and _with_residual(arg.target) is not None
+
+
+def _with_residual(target: object) -> Any:
+    """The operator that adds a residual to what another one computes; None if there is none."""
+    ops = torch.ops.hf_async_batching
+    for name in ("linear", "quantized_linear"):
+        plain = getattr(ops, name, None)  # a room that nothing imported has defined no operator
+        if plain is not None and target in (plain, plain.default):
+            return getattr(ops, f"{name}_add").default
+    return None
 
 
 def _alike(product: fx.Node, residual: object) -> bool:

@@ -24,6 +24,13 @@ from hf_async_batching.kv_cache.paged_cache import PagedCache
 from hf_async_batching.kv_cache.state_tables import StateShape, StateTables
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert, is_plain, ready_products, tune_products
 from hf_async_batching.linear.packing import LinearCalls, pack, parallel_projections, watch_linears
+from hf_async_batching.linear.quantized.engine_quantized import (
+    convert_quantized,
+    keep_equal,
+    quantized_layers,
+    ready_quantized,
+    tune_quantized,
+)
 from hf_async_batching.model.compile.regions import Region, compile_regions, remove_regions
 from hf_async_batching.model.forward import attention_probe
 from hf_async_batching.model.forward.latent_probe import FoundLatents, find_latents
@@ -39,10 +46,14 @@ from hf_async_batching.model.view.model_view import (
 )
 from hf_async_batching.model.view.parallel_modules import parallel_modules
 from hf_async_batching.model.view.position_cache import PositionCache, cache_argument
+from hf_async_batching.model.view.quantization import quantized_kinds
 from hf_async_batching.recurrent import step as recurrent
 from hf_async_batching.recurrent.calls import reads_back
 
 logger = logging.getLogger(__name__)
+
+_told: set[tuple[str, str]] = set()
+"""Models and classes of quantized layers that the log has named."""
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -226,6 +237,8 @@ class PackedForward:
     def fuse(self, *, skinny: bool = False) -> None:
         """Let projections of one input share a product; their weights are packed, see `linear.packing`.
 
+        Quantized layers of a known form keep their weights and get products of ours, see `linear.quantized`.
+
         Args:
             skinny: Whether uncompiled code sends few rows to our own kernel.
         """
@@ -233,7 +246,17 @@ class PackedForward:
         for module in self.view.modules():
             if is_plain(module):
                 convert(module, counters, skinny=skinny)
+        convert_quantized(self.view, counters, skinny=skinny)
+        self._say_what_stays()
         self.packed_groups = pack(self._parallel)
+
+    def _say_what_stays(self) -> None:
+        """Log, once in a process for each class, which quantized layers no kernel of ours reads."""
+        read = {type(layer).__name__ for layer in quantized_layers(self.view)}
+        for kind in quantized_kinds(self.view):
+            if kind not in read and (self.name, kind) not in _told:
+                _told.add((self.name, kind))
+                logger.info("%s: layers of %s run their own forward: their quantization is not known", self.name, kind)
 
     def compile(
         self,
@@ -256,10 +279,12 @@ class PackedForward:
         """
         modules = [(m, self._paged_layers[id(m)]) for m in self.view.modules() if id(m) in self._paged_layers]
         self._layer_at = attach_tags(modules, self.device)
+        keep_equal(self.view)
         self._compiled = True
         mixing = {*self._paged_layers, *map(id, self._mixers.modules)}
         self.regions = compile_regions(self.view, mixing, run_example, backend, pdl=pdl, run_single=run_single)
         ready_products(self.view, (16, 32, 64))
+        ready_quantized(self.view, self.dtype, (1, 2, 4, 16, 32, 64))
 
     def uncompile(self) -> None:
         """Remove compiled code from the view."""
@@ -276,6 +301,7 @@ class PackedForward:
         # Typical lengths of chats. Contexts grow while they are served, and each setting is good at other lengths too.
         self._backend.tune(self._cache, batches=batches, context=1024, prompt=1024)
         tune_products(self.view, tuple(batches))
+        tune_quantized(self.view, self.dtype, tuple(batches))
 
     def bind(self, cache: PagedCache, backend: AttentionBackend) -> None:
         """Use these pages and kernels from now on."""

@@ -47,6 +47,30 @@ def alias(parameter: torch.Tensor) -> torch.Tensor:
     return torch.Tensor._make_subclass(type(parameter), parameter.data, parameter.requires_grad)
 
 
+def quantized_kinds(view: nn.Module) -> list[str]:
+    """Classes of a view's layers whose weights are quantized, sorted; the class of a weight that wraps others."""
+    found = set()
+    for module in view.modules():
+        if any(True for _ in module.children()):
+            continue
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        named = next((one for one in tensors if is_wrapped(one) or has_state(one)), None)
+        if named is not None and is_wrapped(named):
+            found.add(type(named).__name__)
+        elif named is not None or any(_packed(one) for one in tensors):
+            found.add(type(module).__name__)
+    return sorted(found)
+
+
+def _packed(tensor: torch.Tensor) -> bool:
+    """Whether a matrix holds weights in few bits: integers, or floats of one byte."""
+    return tensor.dim() >= 2 and (tensor.dtype in (torch.uint8, torch.int8, torch.int32) or _is_float8(tensor))
+
+
+def _is_float8(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+
+
 def adjust(module: nn.Module) -> None:
     """Prepare a view's quantized layer for the engine.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from support.tiny_models import greedy_alone, ragged_prompts, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from hf_async_batching import BatchingConfig, GenerationManager
+from hf_async_batching.model.forward.packed_forward import PackedForward
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.quantization import is_quantized
 
@@ -180,3 +182,17 @@ def test_tensors_are_shared_wherever_they_hang() -> None:
     assert copied.table["codes"][0] is layer.table["codes"][0]
     assert copied.table["codes"][1][0] is layer.table["codes"][1][0]
     assert storages(view) == storages(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_log_names_quantized_layers_that_run_their_own_forward_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hf_async_batching.model.forward.packed_forward._told", set())
+    model = tiny_model("Llama")
+    pack_linears(model)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            PackedForward(model, fused=True)
+    told = [record.getMessage() for record in caplog.records if "run their own forward" in record.getMessage()]
+    assert told == ["LlamaForCausalLM: layers of PackedLinear run their own forward: their quantization is not known"]

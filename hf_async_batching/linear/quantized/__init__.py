@@ -1,0 +1,1 @@
+"""Products with quantized weights, which are read where they lie."""
