@@ -11,7 +11,7 @@ from torch import nn
 from hf_async_batching.attention.select import make_backend
 from hf_async_batching.checks import parity_check
 from hf_async_batching.experts import hf_interface  # noqa: F401  (defines the operator)
-from hf_async_batching.experts.layer import GateForm
+from hf_async_batching.experts.layer import ExpertWeights, GateForm
 from hf_async_batching.linear.engine_linear import MAX_STRIPS, convert
 from hf_async_batching.model.compile import regions as compiled_regions
 from hf_async_batching.model.compile.residual_fusion import fuse_expert_sums, fuse_residual_sums
@@ -86,11 +86,9 @@ class ExpertSums(nn.Module):
         self.which = which
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-        form = GateForm()
         flat = x.reshape(-1, 16)
-        experts = torch.ops.hf_async_batching.experts(
-            flat, index, weights, self.up, None, self.down, None, False, *form
-        )
+        layer = ExpertWeights(self.up, None, self.down, None, False)
+        experts = torch.ops.hf_async_batching.experts(flat, index, weights, *layer, *GateForm())
         match self.which:
             case "behind a view":
                 return x + experts.view(1, -1, 16)
