@@ -20,6 +20,7 @@ from hf_async_batching.distributed.rank_group import RankGroup, check_sendable
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.engine.engine_thread import EngineThread
 from hf_async_batching.engine.limits import EmbeddingsIntake, check_group, check_limits, group_fits
+from hf_async_batching.engine.media_intake import MediaIntake
 from hf_async_batching.engine.route import check_servable
 from hf_async_batching.engine.stats import Stats, read_stats, read_timeline
 from hf_async_batching.engine.supervisor import EngineSupervisor
@@ -27,15 +28,15 @@ from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentErro
 from hf_async_batching.handle import GenerationHandle
 from hf_async_batching.host_decoding.chosen_handles import make_handles
 from hf_async_batching.host_decoding.logits_handle import LogitsHandle
-from hf_async_batching.inputs.generate_arguments import RequestArguments
+from hf_async_batching.inputs.generate_arguments import RequestArguments, SubmitArguments
 from hf_async_batching.inputs.input_processor import InputProcessor
+from hf_async_batching.inputs.media_arguments import split_media
 from hf_async_batching.inputs.prompts import PromptIds
 from hf_async_batching.inputs.request_builder import Seed, new_request_id
 from hf_async_batching.model.view.model_view import make_view
 from hf_async_batching.model.view.unwrap import unwrap
 from hf_async_batching.runtime.autocast import Autocast
 from hf_async_batching.runtime.default_device import cpu_by_default
-from hf_async_batching.runtime.size_text import size_text
 from hf_async_batching.runtime.start_progress import told
 from hf_async_batching.scheduler.step_features import features_of_request
 from hf_async_batching.stopping.criteria_relay import CriteriaThread
@@ -45,7 +46,7 @@ Handle = TypeVar("Handle", bound=GenerationHandle)
 # Public to the other modules alone: `dir()` and an editor's completion leave them out.
 _FOR_THIS_PACKAGE = {
     *("assembly", "for_registry", "holds_group", "inputs", "is_here", "leads", "spread"),
-    *("submit_group", "submit_request"),
+    *("media", "submit_group", "submit_request"),
 }
 
 
@@ -91,6 +92,7 @@ class GenerationManager:
         self._engines = engines = EngineSupervisor(get_model, self.config, self._group, hint)
         self._criteria_thread = CriteriaThread()
         self._embeddings = EmbeddingsIntake()
+        self.media = MediaIntake(engines, self._embeddings, spread=self._group is not None)
         # Neither keeps the manager alive; it goes with the caller's last reference.
         self.inputs = InputProcessor(engines.model, lambda: make_view(engines.model(), None))
 
@@ -110,7 +112,7 @@ class GenerationManager:
         tokenizer: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         cancel_on_abandon: bool = False,
-        **generate_arguments: Unpack[RequestArguments],
+        **generate_arguments: Unpack[SubmitArguments],
     ) -> GenerationHandle:
         """Queue one prompt. Any thread may call it; an event loop may call it after `warmup()`.
 
@@ -141,7 +143,9 @@ class GenerationManager:
             cancel_on_abandon: If an asyncio task is cancelled while it waits for the handle (`await handle` or
                 `async for`), for example because a server's client has gone, cancel the request too. A timeout of
                 `asyncio.wait_for` is such a cancellation.
-            generate_arguments: Fields of `GenerationConfig`, as for `model.generate`.
+            generate_arguments: Fields of `GenerationConfig`, as for `model.generate`; and what a processor returns for
+                pictures, videos or sounds beside `input_ids` (`pixel_values`, `image_grid_thw`, ...), for a batch of
+                one prompt.
 
         Raises:
             ValueError: An argument is out of range, or the prompt is empty.
@@ -154,8 +158,9 @@ class GenerationManager:
             ForkedProcessError: This process was forked from one that has used CUDA, and the model is on the GPU.
         """
         tokenizer = tokenizer if tokenizer is not None else self._tokenizer
+        media, fields = split_media(generate_arguments)
         submission = self.inputs.read_submission(
-            input_ids,
+            input_ids if not media else self.media.read(input_ids, inputs_embeds, media),
             generation_config,
             seed=seed,
             logprobs=logprobs,
@@ -167,7 +172,7 @@ class GenerationManager:
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
-            **generate_arguments,
+            **fields,
         )
         handle = self.submit_request(submission.request)
         if submission.criteria:
@@ -427,15 +432,8 @@ class GenerationManager:
     def __repr__(self) -> str:
         if self.closed:
             return "GenerationManager(closed)"
-        name = type(self.model).__name__
-        if self.assembly is None:
-            return f"GenerationManager({name}, engine not running)"
-        now = self.stats()
-        return (
-            f"GenerationManager({name}, {now.running} running, {now.waiting} waiting, "
-            f"{now.tokens_per_second:,.0f} tok/s, {now.pages_in_use:,} of {now.pages_total:,} pages, "
-            f"KV cache {size_text(now.cache_bytes)})"
-        )
+        now = self.stats().in_words() if self.assembly is not None else "engine not running"
+        return f"GenerationManager({type(self.model).__name__}, {now})"
 
     def __dir__(self) -> list[str]:
         return sorted(set(super().__dir__()) - _FOR_THIS_PACKAGE)

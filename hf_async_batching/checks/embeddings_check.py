@@ -60,9 +60,14 @@ def check_takes_embeddings(model: PreTrainedModel, forward: PackedForward | Cach
         why = "it is served through its own cache class, by token ids"
     elif "inputs_embeds" in inspect.signature(view.forward).parameters:
         ids = torch.arange(3, 3 + _CHECK_TOKENS, device=forward.device)[None] % forward.vocab_size
+        given: dict[str, Any] = {"use_cache": False}
+        if forward.position_dims:
+            # Such a model would compute positions from what its last call left in its modules.
+            counted = torch.arange(_CHECK_TOKENS, device=forward.device)
+            given["position_ids"] = counted.expand(forward.position_dims, 1, -1)
         try:
-            expected = view(input_ids=ids, use_cache=False).logits.float()
-            got = view(inputs_embeds=view.get_input_embeddings()(ids), use_cache=False).logits.float()
+            expected = view(input_ids=ids, **given).logits.float()
+            got = view(inputs_embeds=view.get_input_embeddings()(ids), **given).logits.float()
         except Exception as error:
             why = repr(error)
         else:

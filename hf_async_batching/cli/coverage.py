@@ -84,6 +84,11 @@ def add_coverage_parser(commands: Any) -> None:
     coverage.add_argument(
         "--limit-minutes", type=float, metavar="M", help="start no class after M minutes (default: no limit)"
     )
+    coverage.add_argument(
+        "--media",
+        action="store_true",
+        help="check the classes that read pictures or sounds, with these, on the CPU; --out writes their own table",
+    )
     coverage.set_defaults(run=_coverage, go_on=_go_on)
 
 
@@ -125,7 +130,25 @@ def _cannot_read(paths: Iterable[Path]) -> str:
     return f"--merge: there is no file {', '.join(absent)}" if absent else ""
 
 
+def _media(arguments: argparse.Namespace) -> int:
+    from hf_async_batching.coverage.media_check import check_media_class, media_entries, media_page
+
+    out: Path | None = arguments.out
+    if mistake := _cannot_write(out):
+        print(mistake, file=sys.stderr)
+        return 2
+    verdicts = {}
+    for name in arguments.classes or media_entries():
+        verdicts[name] = verdict = check_media_class(name)
+        print(f"{name}: {' '.join(filter(None, (verdict.status, verdict.route, verdict.note)))}", flush=True)
+    if out is not None:
+        out.write_text(media_page(verdicts), encoding="utf-8")
+    return 1 if any(verdict.status == "wrong" for verdict in verdicts.values()) else 0
+
+
 def _coverage(arguments: argparse.Namespace) -> int:
+    if arguments.media:
+        return _media(arguments)
     import torch
     import transformers
 

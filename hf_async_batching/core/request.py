@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_async_batching.core.field_checks import check_integer, check_real
 from hf_async_batching.core.logits_params import LogitsParams, Stage
-from hf_async_batching.core.row_layout import MAX_PADDING, float32
+from hf_async_batching.core.row_layout import MAX_PADDING, MAX_POSITION_DIMS, float32
 
 MAX_SEED = 2**63
 
@@ -139,6 +139,11 @@ class Request:
             none. The request's tokens do not depend on it.
         lookup_ngram: Largest number of last tokens that are searched in earlier tokens; at least 1.
         prompt_embeddings: Embeddings that the device computes with in place of the prompt's tokens; opaque here.
+        position_shifts: For a model whose positions have several dimensions, how far each dimension of a new token's
+            position lies from the number of tokens before it; empty for 0 in all dimensions. At most
+            `row_layout.MAX_POSITION_DIMS`.
+        prefix_keys: Integers that identify the contents of the prompt's pages in place of its tokens; None if the
+            tokens do so, or if nothing does (a prompt of embeddings without keys shares no pages).
 
     Raises:
         TypeError: A value is not a number; the message names it.
@@ -160,10 +165,16 @@ class Request:
     lookup_tokens: int = 0
     lookup_ngram: int = DEFAULT_NGRAM
     prompt_embeddings: object | None = field(default=None, repr=False, compare=False)
+    position_shifts: tuple[int, ...] = ()
+    prefix_keys: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.padding) > MAX_PADDING:
             raise ValueError(f"`padding` holds at most {MAX_PADDING} tokens, got {len(self.padding)}")
+        if len(self.position_shifts) > MAX_POSITION_DIMS:
+            raise ValueError(f"`position_shifts` has at most {MAX_POSITION_DIMS} entries, got {self.position_shifts}")
+        if self.prefix_keys is not None and len(self.prefix_keys) != len(self.prompt):
+            raise ValueError("`prefix_keys` must have one entry per token of the prompt")
         if not self.prompt:
             raise ValueError("`input_ids` is empty: a prompt needs at least one token (for example the BOS token)")
         for name in ("max_new_tokens", "min_new_tokens"):

@@ -18,6 +18,9 @@ import numpy as np
 MAX_EOS = 16
 """Number of end-of-sequence tokens in a record; a power of two, because Triton ranges need one."""
 
+MAX_POSITION_DIMS = 5
+"""Dimensions that a token's position can have: the text's, and up to four of a picture or a video."""
+
 ROW_PARAMS = np.dtype(
     [
         ("temperature", np.float32),
@@ -43,7 +46,8 @@ ROW_PARAMS = np.dtype(
         ("typical_p", np.float32),
         ("epsilon", np.float32),
         ("eta", np.float32),
-        ("eos", np.int32, (MAX_EOS,)),
+        ("position_shifts", np.int32, (MAX_POSITION_DIMS,)),
+        ("eos", np.int32, (MAX_EOS,)),  # the last field: readers take all columns from here on
     ]
 )
 """A row's parameters. The host writes the fields; the device reads the same bytes as int32 columns."""
@@ -83,6 +87,7 @@ TOP_H = _column("top_h")
 TYPICAL_P = _column("typical_p")
 EPSILON = _column("epsilon")
 ETA = _column("eta")
+FIRST_SHIFT = _column("position_shifts")
 FIRST_EOS = _column("eos")
 PARAMS = ROW_PARAMS.itemsize // 4
 """int32 columns of a record."""

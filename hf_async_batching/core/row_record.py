@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_async_batching.core.plan import NewRow
 from hf_async_batching.core.request import Request
-from hf_async_batching.core.row_layout import MAX_EOS, MAX_INT32, NEW_ROW, float32
+from hf_async_batching.core.row_layout import MAX_EOS, MAX_INT32, MAX_POSITION_DIMS, NEW_ROW, float32
 
 # Kernels may flush smaller numbers to 0, and -inf divided by infinity is NaN.
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -72,5 +72,6 @@ def record_of(new_row: NewRow) -> tuple[Any, ...]:
         sampling.typical_p,
         sampling.epsilon_cutoff,
         sampling.eta_cutoff,
+        (*request.position_shifts, *[0] * (MAX_POSITION_DIMS - len(request.position_shifts))),
         eos + [-1] * (MAX_EOS - len(eos)),
     )

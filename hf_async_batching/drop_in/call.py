@@ -27,6 +27,7 @@ from hf_async_batching.host_decoding.batch_decoding import decode_batch
 from hf_async_batching.host_decoding.logits_handle import LogitsHandle
 from hf_async_batching.host_decoding.token_chooser import TokenChooser
 from hf_async_batching.inputs.generation_fields import check_fields
+from hf_async_batching.inputs.media_arguments import media_of, user_name
 from hf_async_batching.inputs.prompts import Prompt
 from hf_async_batching.inputs.request_builder import Seed, seeds_of_rows
 from hf_async_batching.manager import GenerationManager
@@ -68,6 +69,7 @@ class PreparedCall:
     """A call as transformers has prepared it for a callable.
 
     Attributes:
+        media_names: Names of the caller's arguments with pictures, videos or sounds, where they are known.
         submitted: Whether its requests are in the engine: then nothing else may serve it.
         spread: Whether the model is known to be sharded over ranks, so that one rank cannot compute it alone.
     """
@@ -78,6 +80,7 @@ class PreparedCall:
     criteria: StoppingCriteriaList
     config: GenerationConfig
     model_kwargs: dict[str, Any]
+    media_names: list[str] = field(default_factory=list)
     submitted: bool = field(default=False, init=False)
     spread: bool = field(default=False, init=False)
 
@@ -192,17 +195,23 @@ def _requests(
     input_ids, config = call.input_ids, call.config
     check_fields(config)
     check_ends(stops, config._pad_token_tensor)
-    mask, embeddings = check_model_inputs(call.model_kwargs, input_ids, partial(zeros_are_neutral, call.model))
+    media = media_of(call.model_kwargs)
+    mask, embeddings = check_model_inputs(
+        call.model_kwargs, input_ids, partial(zeros_are_neutral, call.model), bool(media)
+    )
     if mask is not None:
         check_mask(mask, call.model)
     # A criterion of the caller replaces the config's.
     max_length = stops.max_length if stops.max_length < math.inf else config.max_length
-    prompts = _prompts(input_ids, mask, embeddings)
     manager = settings.manager
     manager = manager if manager is not None else get_manager(call.model, settings.batching_config)
     if manager.is_here:
         call.spread = manager.spread
         raise ReentrantCallError("it was made in the engine's own thread, by a done-callback")
+    if media:
+        prompts = manager.media.encode(input_ids, call.model_kwargs, user_name(call.media_names or media))
+    else:
+        prompts = _prompts(input_ids, mask, embeddings)
     batch = manager.inputs.read_batch(
         prompts,
         config,

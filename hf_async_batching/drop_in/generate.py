@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -38,10 +38,12 @@ from hf_async_batching.drop_in.fallback import (
     raise_if_refused,
 )
 from hf_async_batching.errors import ReentrantCallError, UnsupportedArgumentError, UnsupportedModelError
+from hf_async_batching.inputs.media_arguments import MEDIA, TOKEN_TYPES, media_of, user_name
 from hf_async_batching.inputs.request_builder import Seed
 from hf_async_batching.manager import GenerationManager
 from hf_async_batching.model.view.model_view import refuse_unservable
 from hf_async_batching.model.view.unwrap import transformers_generate
+from hf_async_batching.registry import get_manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def generate(
         batching_config: Settings for the model's shared manager, if this call makes it.
         bound: Set by `GenerationManager.bind`.
         inputs_tensor: Set by transformers.
-        kwargs: All other arguments of `generate`.
+        kwargs: All other arguments of `generate`, with those that processors return for pictures, videos or sounds.
 
     Returns:
         The result of `generate`: int64 [batch * num_return_sequences, length + new], filled on the right with the pad
@@ -167,8 +169,8 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
     """Let `model.generate` prepare the call, as for any `custom_generate`, without arguments that it would lose."""
     if arguments.pop("custom_generate", None) not in (None, generate):
         raise ValueError("`custom_generate` makes no sense here: this function is the custom generate")
-    # None means "not given" only for named parameters: as a field (eos_token_id=None) it is a value.
-    named = {*inspect.signature(generate).parameters, *inspect.signature(GenerationMixin.generate).parameters}
+    # None means "not given" only for named parameters and for pictures: as a field (eos_token_id=None) it is a value.
+    named = {*inspect.signature(generate).parameters, *inspect.signature(GenerationMixin.generate).parameters, *MEDIA}
     given = {name: value for name, value in arguments.items() if value is not None or name not in named}
     if "inputs" in given and "input_ids" in given:
         raise ValueError("pass either `inputs` or `input_ids`, not both")
@@ -188,7 +190,9 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
         **model_kwargs: Any,
     ) -> GenerateOutput:
         calls.append(
-            PreparedCall(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            PreparedCall(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, media_of(given)
+            )
         )
         return serve(calls[-1], settings)
 
@@ -201,11 +205,12 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
             refuse_unservable(model)  # before its preparation runs in vain
             _refuse_token_healing(transformers_model, given)
             _take_stop_strings(transformers_model, given, settings)
+            _check_media(model, given, settings)
             out: GenerateOutput = transformers_generate(transformers_model)(custom_generate=prepared, **given)
             return out
         except (UnsupportedArgumentError, UnsupportedModelError) as error:
             if not settings.plain or any(call.submitted for call in calls):
-                raise
+                _raise_naming(error, media_of(given))
             note(model, error, settings.seed, calls[-1].config if calls else None)
         except ReentrantCallError as error:
             if calls[-1].bound_to_engine:
@@ -213,6 +218,25 @@ def _directly(model: PreTrainedModel, arguments: dict[str, Any], settings: CallS
             note(model, error, settings.seed, calls[-1].config)
         plain: GenerateOutput = transformers_generate(transformers_model)(**raw)
         return plain
+
+
+def _check_media(model: PreTrainedModel, given: dict[str, Any], settings: CallSettings) -> None:
+    """Refuse pictures that the model's engine does not serve before transformers runs the towers."""
+    media, input_ids = media_of(given), given.get("input_ids")
+    if media and isinstance(input_ids, torch.Tensor):
+        manager = settings.manager
+        manager = manager if manager is not None else get_manager(model, settings.batching_config)
+        names = ("attention_mask", "position_ids", *TOKEN_TYPES)
+        arguments = {name: given[name] for name in names if given.get(name) is not None}
+        if not manager.is_here:
+            manager.media.check(input_ids, arguments, user_name(media))
+
+
+def _raise_naming(error: UnsupportedArgumentError | UnsupportedModelError, media: list[str]) -> NoReturn:
+    """Raise a refusal; one of a model names the picture's argument too, which may be the reason why it was called."""
+    if media and isinstance(error, UnsupportedModelError):
+        raise UnsupportedModelError(f"`{user_name(media)}` is not served: {error}") from error
+    raise error
 
 
 def _refuse_token_healing(model: Any, given: dict[str, Any]) -> None:
@@ -249,6 +273,7 @@ def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.T
         settings.prompt_shown = caller.streamer is not None
         settings.streamer = caller.streamer if caller.streamer is not None else settings.streamer
         settings.tokenizer = caller.tokenizer if caller.tokenizer is not None else settings.tokenizer
+        call.media_names = media_of(caller.original or {})
         try:
             _refuse_arguments(caller.assistant_model, caller.synced_gpus)
             if settings.plain:
@@ -256,7 +281,7 @@ def _in_place(call: PreparedCall, settings: CallSettings, inputs_tensor: torch.T
             return serve(call, settings)
         except (UnsupportedArgumentError, UnsupportedModelError) as error:
             if not settings.plain or call.submitted:
-                raise
+                _raise_naming(error, call.media_names)
             note(call.model, error, settings.seed, call.config)
         except ReentrantCallError as error:
             if call.bound_to_engine:

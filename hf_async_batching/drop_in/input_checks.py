@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_async_batching.errors import UnsupportedArgumentError
+from hf_async_batching.inputs.media_arguments import CACHES, TOKEN_TYPES, is_media
 from hf_async_batching.model.small.length_thresholds import length_thresholds
 
 _PLAIN = "use plain `model.generate` for this call"
@@ -18,14 +19,12 @@ _PLAIN = "use plain `model.generate` for this call"
 # Inputs of the model's forward that do not change the outputs.
 _NEUTRAL_INPUTS = {"use_cache", "logits_to_keep", "return_dict"}
 
-_CACHES = ("cache", "past_key_values", "cache_params")
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-
 
 def check_model_inputs(
     model_kwargs: dict[str, Any],
     input_ids: torch.Tensor,
     zeros_are_neutral: Callable[[str], bool] = lambda name: False,  # noqa: ARG005
+    media: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Refuse inputs of the forward beyond token ids, their embeddings and their mask.
 
@@ -33,6 +32,7 @@ def check_model_inputs(
         model_kwargs: All inputs of the forward.
         input_ids: The prompts [batch, length].
         zeros_are_neutral: Whether an input that is all zeros changes nothing; called only for token types.
+        media: Whether pictures, videos or sounds, and what belongs to them, are looked at elsewhere.
 
     Returns:
         The mask [batch, length] or None, and the embeddings [batch, length, hidden] or None.
@@ -53,18 +53,20 @@ def check_model_inputs(
     for name, value in model_kwargs.items():
         if value is None or name in ("attention_mask", "inputs_embeds") or name in _NEUTRAL_INPUTS:
             continue
+        if media and (is_media(name) or name in TOKEN_TYPES or (name == "position_ids" and value.dim() == 3)):
+            continue
         if name == "position_ids" and (mask is None or mask.shape == shape):
             if value.shape[-1] == shape[1] and _are_default_positions(value, mask, shape[1]):
                 continue
             raise UnsupportedArgumentError(f"custom `position_ids` are not served; leave them out, or {_PLAIN}")
-        if name in _CACHES:
+        if name in CACHES:
             if _is_plain(value) and _is_empty(value):
                 continue
             raise UnsupportedArgumentError(
                 f"`{name}` is not served where it holds tokens, or where its class is not one that keeps keys and "
                 f"values as they are (got {type(value).__name__}); leave it out, or {_PLAIN}"
             )
-        if name in _TOKEN_TYPES and not bool(torch.as_tensor(value).any()) and zeros_are_neutral(name):
+        if name in TOKEN_TYPES and not bool(torch.as_tensor(value).any()) and zeros_are_neutral(name):
             continue
         if name == "mm_encoder_outputs" and not value:  # without an image
             continue

@@ -181,6 +181,7 @@ def _row_tables(forward: PackedForward | CacheForward, sizes: EngineSizes, least
         max_samples=sizes.max_samples,
         padding=sizes.padding,
         groups=sizes.groups.count,
+        position_dims=forward.position_dims,
     )
 
 

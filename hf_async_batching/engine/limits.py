@@ -19,6 +19,7 @@ from hf_async_batching.core.row_layout import MAX_EOS, RuleKind
 from hf_async_batching.core.row_record import check_encodable
 from hf_async_batching.engine.builder import EngineParts
 from hf_async_batching.errors import RequestTooLongError, UnsupportedArgumentError
+from hf_async_batching.inputs.prompts import MediaInputs
 from hf_async_batching.runtime.forking import ForkSafeLock
 
 
@@ -158,11 +159,19 @@ class EmbeddingsIntake:
         for request in requests:
             embeddings: Any = request.prompt_embeddings
             if embeddings is not None:
-                check_embeddings(embeddings, len(request.prompt), forward)
+                check_embeddings(MediaInputs.of(embeddings).embeddings, len(request.prompt), forward)
                 embeddings = embeddings.to(forward.device)
             brought.append(replace(request, prompt_embeddings=embeddings))
+        self.check(parts, model)
+        return brought
+
+    def check(self, parts: EngineParts, model: PreTrainedModel) -> None:
+        """Check once for each engine whether its model takes embeddings.
+
+        Raises:
+            UnsupportedModelError: The model takes no embeddings.
+        """
         with self._lock:
             if self._checked() is not parts:
-                check_takes_embeddings(model, forward)
+                check_takes_embeddings(model, parts.forward)
                 self._checked = weakref.ref(parts)
-        return brought

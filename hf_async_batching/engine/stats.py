@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from hf_async_batching.core.timeline import Timeline, records_after
 from hf_async_batching.engine.builder import EngineParts
+from hf_async_batching.runtime.size_text import size_text
 
 WINDOW_SECONDS = 2.0
 
@@ -63,6 +64,13 @@ class Stats:
     cache_bytes: int = 0
     graphs: int = 0
     graph_bytes: int = 0
+
+    def in_words(self) -> str:
+        """The figures that say most, for a manager's `repr`."""
+        return (
+            f"{self.running} running, {self.waiting} waiting, {self.tokens_per_second:,.0f} tok/s, "
+            f"{self.pages_in_use:,} of {self.pages_total:,} pages, KV cache {size_text(self.cache_bytes)}"
+        )
 
     def __repr__(self) -> str:
         figures = [(field.name, getattr(self, field.name)) for field in fields(self)]

@@ -157,7 +157,8 @@ ENTRIES: tuple[ArgumentEntry, ...] = (
     _honoured("custom_generate", "this library is one", "argument"),
     _honoured(
         "kwargs",
-        "fields, `attention_mask` (padding on the left), `inputs_embeds`, `tokenizer`, default `position_ids`",
+        "fields, `attention_mask` (padding on the left), `inputs_embeds`, `tokenizer`, default `position_ids`, "
+        "and what processors return for pictures, videos and sounds, by family",
         "argument",
     ),
 )

@@ -59,6 +59,24 @@ class RequestArguments(TypedDict, total=False):
     use_cache: bool | None
 
 
+class SubmitArguments(RequestArguments, total=False):
+    """`RequestArguments`, and what processors return for pictures, videos and sounds; see `media_arguments`."""
+
+    pixel_values: torch.Tensor | None
+    pixel_values_videos: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    video_grid_thw: torch.Tensor | None
+    second_per_grid_ts: torch.Tensor | None
+    image_sizes: torch.Tensor | None
+    pixel_attention_mask: torch.Tensor | None
+    pixel_mask: torch.Tensor | None
+    input_features: torch.Tensor | None
+    input_features_mask: torch.Tensor | None
+    feature_attention_mask: torch.Tensor | None
+    token_type_ids: torch.Tensor | None
+    mm_token_type_ids: torch.Tensor | None
+
+
 class DatasetArguments(RequestArguments, total=False):
     """Fields of `GenerationConfig` that `generate_dataset` serves."""
 

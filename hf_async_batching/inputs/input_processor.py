@@ -95,7 +95,7 @@ class InputProcessor:
     @cpu_by_default
     def read_submission(
         self,
-        input_ids: PromptIds | None,
+        input_ids: PromptIds | Prompt | None,
         generation_config: GenerationConfig | None,
         *,
         seed: Seed | None = None,
@@ -106,9 +106,9 @@ class InputProcessor:
         inputs_embeds: torch.Tensor | None = None,
         **arguments: Any,
     ) -> Submission:
-        """Read one prompt; see `GenerationManager.submit` for arguments and errors."""
+        """Read one prompt, or take one that was read; see `GenerationManager.submit` for arguments and errors."""
         model: Any = self._model()
-        prompt = read_prompt(input_ids, inputs_embeds, tokenizer)
+        prompt = input_ids if isinstance(input_ids, Prompt) else read_prompt(input_ids, inputs_embeds, tokenizer)
         of_processors = {name: arguments.pop(name, None) for name in _PROCESSOR_ARGUMENTS}
         config, unknown = model._prepare_generation_config(generation_config, **arguments)
         if unknown:
@@ -302,7 +302,9 @@ def _request(
 ) -> Request:
     request = build_request(prompt.tokens, config, spec, max_new_tokens=max_new_tokens, request_id=request_id)
     if prompt.embeddings is not None:
-        request = replace(request, prompt_embeddings=prompt.embeddings)
+        request = replace(
+            request, prompt_embeddings=prompt.embeddings, position_shifts=prompt.shifts, prefix_keys=prompt.keys
+        )
         if not prompt.shown:
             check_history(request)
     return request

@@ -24,18 +24,52 @@ _tokenizing = ForkSafeLock()
 
 
 @dataclass(frozen=True, slots=True)
+class MediaInputs:
+    """What the layers read of one prompt in place of its token ids.
+
+    Attributes:
+        embeddings: Floating point [length, hidden].
+        positions: int64 [dims, length], for models whose positions have several dimensions; None for the usual ones.
+        layers: One [length, hidden] for each of the first layers, which is added to the layer's output.
+        merged: Whether the model's own code has made the embeddings from token ids with placeholders; then it embeds
+            the step's other tokens too.
+    """
+
+    embeddings: torch.Tensor
+    positions: torch.Tensor | None = None
+    layers: tuple[torch.Tensor, ...] = ()
+    merged: bool = False
+
+    @classmethod
+    def of(cls, given: Any) -> MediaInputs:
+        """The value of `Request.prompt_embeddings`, which can be embeddings alone."""
+        return given if isinstance(given, cls) else cls(given)
+
+    def to(self, device: torch.device) -> MediaInputs:
+        """The same on another device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        layers = tuple(layer.to(device) for layer in self.layers)
+        return MediaInputs(self.embeddings.to(device), positions, layers, self.merged)
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The prompt of one request.
 
     Attributes:
         tokens: Token ids that the engine computes; placeholders if only embeddings are given.
         shown: Token ids as logits processors see them, padding included; empty if only embeddings are given.
-        embeddings: Floating point [length, hidden] in place of the token ids; None if the ids are looked up.
+        embeddings: Floating point [length, hidden] in place of the token ids, or `MediaInputs`; None if the ids are
+            looked up.
+        shifts: See `Request.position_shifts`.
+        keys: See `Request.prefix_keys`.
     """
 
     tokens: list[int]
     shown: list[int]
-    embeddings: torch.Tensor | None = None
+    embeddings: torch.Tensor | MediaInputs | None = None
+    shifts: tuple[int, ...] = ()
+    keys: tuple[int, ...] | None = None
 
 
 def read_prompt(input_ids: PromptIds | None, inputs_embeds: torch.Tensor | None, tokenizer: Any = None) -> Prompt:

@@ -13,7 +13,7 @@ import torch
 
 from hf_async_batching.attention.base import DecodeContext, MixedContext
 from hf_async_batching.core.plan import Features
-from hf_async_batching.core.row_layout import FIRST_EOS, MAX_LENGTH, PARAMS, START
+from hf_async_batching.core.row_layout import FIRST_EOS, FIRST_SHIFT, MAX_LENGTH, PARAMS, START
 from hf_async_batching.core.step_layout import NO_PADDING, Padding, Sections
 from hf_async_batching.model.forward.step_inputs import StepInputs
 from hf_async_batching.runtime.triton_start import runs_triton
@@ -34,6 +34,7 @@ class RowTables:
         max_samples: Tokens that a step can sample; None for `max_rows`.
         padding: The largest step with prompts that is captured.
         groups: Groups of layers with separate pages.
+        position_dims: Dimensions of a token's position; 0 if it is one number.
 
     Attributes:
         last_token: int32 [rows], the last sampled token of the row; 0 if none could be drawn.
@@ -61,6 +62,7 @@ class RowTables:
         max_samples: int | None = None,
         padding: Padding = NO_PADDING,
         groups: int = 1,
+        position_dims: int = 0,
     ) -> None:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -69,6 +71,7 @@ class RowTables:
         self.lengths = table(max_rows + 1)
         self.finished = table(max_rows + 1)
         self._groups = groups
+        self._position_dims = position_dims
         if groups == 1:
             self.page_table = table(max_rows + 1, max_pages_per_row)
         else:
@@ -131,7 +134,8 @@ class RowTables:
             positions = self.lengths[rows]
             token_ids, position_ids, context_lengths = self.last_token[rows].long(), positions.long(), positions + 1
         context = DecodeContext(self.page_table, rows, positions, context_lengths)
-        return StepInputs(token_ids, position_ids, None, context)
+        rope = self._rope_positions(rows, position_ids)
+        return StepInputs(token_ids, position_ids, None, context, rope_positions=rope)
 
     def mixed_inputs(self, staged: torch.Tensor, sections: Sections, num_decodes: int = 0) -> StepInputs:
         """Carry-over for a step with prompt pieces: the host's token if it gave one, else the row's last token.
@@ -158,7 +162,16 @@ class RowTables:
             tile_positions=self.lengths[tile_rows] + tile_offsets,
             decode_lengths=positions[:num_decodes] + 1,
         )
-        return StepInputs(token_ids.long(), positions.long(), samples, context)
+        position_ids = positions.long()
+        rope = self._rope_positions(rows, position_ids)
+        return StepInputs(token_ids.long(), position_ids, samples, context, rope_positions=rope)
+
+    def _rope_positions(self, rows: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """int64 [dims, tokens], the positions of tokens behind their rows' prompts."""
+        if not self._position_dims:
+            return None
+        shifts = self.params[rows, FIRST_SHIFT : FIRST_SHIFT + self._position_dims]
+        return position_ids + shifts.t()
 
     def keep_padded(self, staged: torch.Tensor, sections: Sections) -> None:
         """Copy the inputs of a padded step from its staged array, in which they start at different offsets."""

@@ -94,7 +94,7 @@ class PrefillPlanner:
         if copy is not None:
             self._builder.state_copies.append(copy)
             # Sequences that start in this step find the snapshot: their copies come after this one.
-            self._kv_cache.cache_full_pages(sequence.pages, sequence.tokens, sequence.num_cacheable)
+            self._kv_cache.cache_full_pages(sequence.pages, sequence.prefix_tokens, sequence.num_cacheable)
 
     def _admit(self, budget: int) -> None:
         """Start sequences in the order of the queue, and add first pieces of their prompts."""
@@ -108,7 +108,7 @@ class PrefillPlanner:
                 continue  # preempted while its chooser chooses; others need not wait for the chooser
             if sequence.placeholders:
                 break  # preempted with tokens in flight: it can be computed again only when these tokens are known
-            self._kv_cache.match_prefix(sequence.pages, sequence.tokens)
+            self._kv_cache.match_prefix(sequence.pages, sequence.prefix_tokens)
             if self._pages.prefixes.enabled and found_a_step_later(
                 sequence, self._builder.prefilled, self._pages.page_size, states=self._kv_cache.snapshots is not None
             ):

@@ -364,7 +364,7 @@ class Scheduler:
 
     def _cache_full_pages(self, sequence: Sequence) -> None:
         """Let other sequences find pages that are full of known tokens and written by already planned steps."""
-        self.kv_cache.cache_full_pages(sequence.pages, sequence.tokens, sequence.num_cacheable)
+        self.kv_cache.cache_full_pages(sequence.pages, sequence.prefix_tokens, sequence.num_cacheable)
 
     # -- choosers outside of the engine ---------------------------------------------------------------------------
 

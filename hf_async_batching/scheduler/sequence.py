@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hf_async_batching.core.logits_params import Stage
+from hf_async_batching.core.prefix_keys import shifted_key
 from hf_async_batching.core.request import Request
 from hf_async_batching.core.row_layout import RULE_WORDS
 from hf_async_batching.kv_cache.sequence_pages import SequencePages
@@ -132,6 +134,7 @@ class Sequence:
     paused: bool = False
     draft: tuple[int, ...] = ()
     restarts: bool = False
+    _prefix_keys: list[int] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
@@ -145,16 +148,30 @@ class Sequence:
         # A chooser draws and filters tokens and computes probabilities itself.
         self.candidates = sampling.candidates if sampling.do_sample and not outside else None
         self.logprobs = sampling.logprobs and not outside
-        self.pages = SequencePages(shareable=self.request.prompt_embeddings is None)
+        keys = self.request.prefix_keys
+        self._prefix_keys = None if keys is None else list(keys)
+        plain = self.request.prompt_embeddings is None
+        self.pages = SequencePages(shareable=plain or keys is not None)
         self.needs = Needs.of(self.request)
         self.lookup = None
-        if self.request.lookup_tokens and self.pages.shareable and not (self.needs and self.needs.forbids_drafts):
+        if self.request.lookup_tokens and plain and not (self.needs and self.needs.forbids_drafts):
             self.lookup = PromptLookup(self.request.lookup_tokens, self.request.lookup_ngram, self.eos)
 
     @property
     def row(self) -> int:
         """Its row on the device; 0 while it has none."""
         return self.pages.row
+
+    @property
+    def prefix_tokens(self) -> Tokens[int]:
+        """The tokens by which the prefix cache knows the sequence's pages: its own, or the keys in their place."""
+        keys = self._prefix_keys
+        if keys is None:
+            return self.tokens
+        if len(keys) < len(self.tokens):
+            shifts = self.request.position_shifts
+            keys += [shifted_key(token, shifts) for token in self.tokens[len(keys) :]]
+        return keys
 
     @property
     def placeholders(self) -> int:

@@ -136,7 +136,7 @@ def found_a_step_later(
         if (
             0 < found < len(sequence.tokens)
             and other.pages.shareable
-            and other.tokens[begun:found] == sequence.tokens[begun:found]
+            and other.prefix_tokens[begun:found] == sequence.prefix_tokens[begun:found]
             and _goes_on_behind(other, start)
         ):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,9 @@ def test_fields() -> None:
     )
     logits = LogitsParams((), 1.5, 0.75, 3, 4, 7, 1.1, True, True)
     request = Request("a", (1, 2, 3, 4), 9, 2, (7, 0), sampling, logits, padding=(0, 0, 0), output_scores=True)
+    request = replace(request, position_shifts=(0, -3, -3, -3))
     assert fields_of(request, start=32) == {
+        "position_shifts": [0, -3, -3, -3, 0],
         "row": 3,
         "temperature": 0.25,
         "top_k": 12,

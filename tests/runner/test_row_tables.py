@@ -405,3 +405,23 @@ def test_outcomes_around_token_zero(fused: bool) -> None:
     state.commit(state.decode_inputs(4), int32(*marks), None)
     assert state.last_token[1:5].tolist() == [outcomes.token_of(mark) for mark in marks] == [0, 0, 0, 0]
     assert state.finished[1:5].tolist() == [outcomes.is_undrawable(mark) for mark in marks] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("fused", WAYS)
+def test_positions_of_several_dimensions(fused: bool) -> None:
+    """Tokens behind a picture lie elsewhere in each dimension; tokens of padding and of other rows do not."""
+    cpu = torch.device("cpu")
+    state = RowTables(max_rows=6, max_pages_per_row=5, device=cpu, fused=fused, position_dims=3)
+    shifted = Request("a", (1,) * 8, 5, position_shifts=(0, -5, 2))
+    plan = Plan(0, (1, 2), new_rows=(NewRow(1, shifted, 8), NewRow(2, Request("b", (1,) * 8, 5), 3)))
+    state.apply_updates(*stage(plan, bucket=4))
+    decode = state.decode_inputs(4)
+    assert decode.position_ids.tolist() == [8, 3, 0, 0]
+    assert decode.rope_positions is not None
+    assert decode.rope_positions.dtype == torch.int64
+    assert decode.rope_positions.tolist() == [[8, 3, 0, 0], [3, 3, 0, 0], [10, 3, 0, 0]]
+    staged, sections = stage(Plan(1, (1,), (Chunk(2, (9, 9), True),)), bucket=1)
+    mixed = state.mixed_inputs(staged, sections)
+    assert mixed.rope_positions is not None
+    assert mixed.rope_positions.tolist() == [[8, 3, 4], [3, 3, 4], [10, 3, 4]]
+    assert make_state(fused).decode_inputs(2).rope_positions is None

@@ -13,7 +13,7 @@ from hf_async_batching.core import row_layout
 from hf_async_batching.core.logits_params import LogitsParams
 from hf_async_batching.core.plan import Chunk, NewPage, NewRow, Plan
 from hf_async_batching.core.request import Request, SamplingParams
-from hf_async_batching.core.row_layout import HISTORY_START, MAX_EOS, PARAMS, Rule, RuleKind
+from hf_async_batching.core.row_layout import HISTORY_START, MAX_EOS, MAX_POSITION_DIMS, PARAMS, Rule, RuleKind
 from hf_async_batching.core.step_layout import CARRY_OVER, Padding, Sections
 from hf_async_batching.runner.staging import encode
 
@@ -68,21 +68,22 @@ def double(value: float) -> tuple[int, int]:
 
 def test_sizes_add_up() -> None:
     assert Sections().total == 0
-    assert PARAMS == 25 + MAX_EOS
+    assert PARAMS == 25 + MAX_POSITION_DIMS + MAX_EOS
     assert Sections(2, 3, 5, 7, 11, 13, 17).total == 2 * (1 + PARAMS) + 3 * 3 + 17 * 3 + 5 + 7 * 3 + 11 + 13 * 4
 
 
 def test_a_new_row() -> None:
     sampling = SamplingParams(True, 0.7, 50, 0.9, 0.05, 2**62 + 2**31 + 5)
-    request = Request("a", (1, 2, 3), 9, 4, (7, 0), sampling)
+    request = Request("a", (1, 2, 3), 9, 4, (7, 0), sampling, position_shifts=(0, -5, -5))
     plain = Request("b", (1,), 9, 0, (7,))
     sections, array = encoded(Plan(0, (), new_rows=(NewRow(3, request, 48), NewRow(1, plain))))
     assert sections == Sections(new_rows=2)
     first, second = decoded(sections, array)["new_rows"]
     assert first[:11] == (3, bits(0.7), 50, bits(0.9), bits(0.05), 1, -(2**31) + 5, 2**30, 7, 48, 12)
     neutral = (0, bits(1.0), bits(1.0), 0, 0, 0, *double(1.0), 0, 0, 0, bits(1.0), 0, 0)
-    assert first[11:] == (3, *neutral, 7, 0, *[-1] * (MAX_EOS - 2))
-    assert second == (1, bits(1.0), 0, bits(1.0), 0, 0, 0, 0, 1, 0, 10, 1, *neutral, 7, *[-1] * (MAX_EOS - 1))
+    assert first[11:] == (3, *neutral, 0, -5, -5, 0, 0, 7, 0, *[-1] * (MAX_EOS - 2))
+    shifts, eos = [0] * MAX_POSITION_DIMS, [7, *[-1] * (MAX_EOS - 1)]
+    assert second == (1, bits(1.0), 0, bits(1.0), 0, 0, 0, 0, 1, 0, 10, 1, *neutral, *shifts, *eos)
 
 
 def test_more_end_of_sequence_tokens_than_the_device_knows() -> None:

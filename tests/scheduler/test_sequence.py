@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hf_async_batching.core.logits_params import LogitsParams
+from hf_async_batching.core.prefix_keys import shifted_key
 from hf_async_batching.core.request import Request, SamplingParams
 from hf_async_batching.core.row_layout import RULE_WORDS, Rule, RuleKind
 from hf_async_batching.scheduler.sequence import Needs, Sequence
@@ -100,3 +101,17 @@ def test_the_last_token_may_be_an_end_and_is_not_shared() -> None:
     for computed, known, shared in ((3, 5, 3), (5, 5, 5), (6, 6, 5), (6, 7, 6), (9, 7, 6)):
         made.num_computed, made.tokens = computed, list(range(known))
         assert made.num_cacheable == shared
+
+
+def test_prefix_tokens_follow_the_tokens() -> None:
+    """By keys, if the request has some: a completion's tokens lie behind a picture's shift."""
+    plain = sequence(3)
+    assert plain.prefix_tokens is plain.tokens
+    keyed = sequence(3, prompt_embeddings=object(), prefix_keys=(1, -9, -9), position_shifts=(0, -1))
+    assert keyed.pages.shareable
+    keyed.tokens += [4, 5]
+    assert list(keyed.prefix_tokens) == [1, -9, -9, shifted_key(4, (0, -1)), shifted_key(5, (0, -1))]
+    keyed.tokens.append(6)
+    assert keyed.prefix_tokens[5:] == [shifted_key(6, (0, -1))]
+    assert keyed.lookup is None
+    assert not sequence(3, prompt_embeddings=object()).pages.shareable

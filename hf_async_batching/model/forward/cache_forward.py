@@ -93,6 +93,7 @@ class CacheForward:
     tile_size = 1 << 30
     capturable = False
     takes_embeddings = False
+    position_dims = 0
     packed_groups: int | None = None
 
     def __init__(self, model: PreTrainedModel, batching: Batching = "single", whole_prompts: bool = True) -> None:

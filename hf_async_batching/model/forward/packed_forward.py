@@ -34,9 +34,10 @@ from hf_async_batching.linear.quantized.engine_quantized import (
 from hf_async_batching.model.compile.regions import Region, compile_regions, remove_regions
 from hf_async_batching.model.forward import attention_probe
 from hf_async_batching.model.forward.latent_probe import FoundLatents, find_latents
+from hf_async_batching.model.forward.media_inputs import merging_at_decoder, position_dims, rope_positions
 from hf_async_batching.model.forward.recurrence_probe import refuse_mixing, refuse_states
 from hf_async_batching.model.forward.state_mixers import Mixers
-from hf_async_batching.model.forward.step_inputs import StepInputs
+from hf_async_batching.model.forward.step_inputs import PromptPiece, StepInputs
 from hf_async_batching.model.view.model_view import (
     context_length,
     embedding_shape,
@@ -76,6 +77,7 @@ class PackedForward:
         logit_size: Width of the logits; it can differ from `vocab_size`.
         device: Device of the weights.
         packed_groups: Groups of projections that share a product; None if weights are not fused.
+        position_dims: Dimensions of the positions that `generate` passes to the model; 0 if they are one number.
         states: Shapes of the states that a row has besides its pages, by name.
         state_bytes: Memory of these states, in bytes per row.
         capturable: Whether its steps can be captured as graphs.
@@ -110,6 +112,7 @@ class PackedForward:
         self._mixers = Mixers(self.view)
         self.states: dict[Hashable, StateShape] = {}
         self.dtype: torch.dtype = torch.float32
+        self.position_dims = position_dims(self.view) if self._takes_positions else 0
         self._latents: list[FoundLatents] = []
         findings, seen = self._probe(latents)
         self.layers: list[LayerShape] = findings.shapes
@@ -320,7 +323,16 @@ class PackedForward:
             if self.states:
                 tables = self._cache.states(inputs.context.page_table.shape[-2], self.states)
                 stack.enter_context(recurrent.active(self._recurrent_step(inputs.context, tables)))
-            logits = self._call(inputs.token_ids, inputs.position_ids, inputs.sample_index, kwargs, inputs.embeddings)
+            if inputs.embeddings:
+                stack.enter_context(merging_at_decoder(self.view, inputs.embeddings, len(inputs.token_ids)))
+            logits = self._call(
+                inputs.token_ids,
+                inputs.position_ids,
+                inputs.sample_index,
+                kwargs,
+                inputs.embeddings,
+                inputs.rope_positions,
+            )
         if inputs.sample_index is not None and not self._takes_logits_to_keep:
             logits = logits[inputs.sample_index]
         return logits
@@ -331,19 +343,23 @@ class PackedForward:
         positions: torch.Tensor,
         keep: torch.Tensor | None,
         kwargs: dict[str, Any],
-        embeddings: tuple[tuple[int, torch.Tensor], ...] = (),
+        embeddings: tuple[PromptPiece, ...] = (),
+        rope: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self._takes_positions:
-            kwargs = {**kwargs, "position_ids": positions[None]}
+            position_ids = positions[None]
+            if self.position_dims:
+                position_ids = rope_positions(positions, rope, embeddings, self.position_dims)[:, None]
+            kwargs = {**kwargs, "position_ids": position_ids}
         if self._cache_argument is not None:
             kwargs = {**kwargs, self._cache_argument: PositionCache(positions)}
         if keep is not None and self._takes_logits_to_keep:
             kwargs = {**kwargs, "logits_to_keep": keep}
-        if embeddings:
+        if embeddings and not any(piece.merged for piece in embeddings):
             view: Any = self.view
             embedded = view.get_input_embeddings()(tokens)
-            for start, piece in embeddings:
-                embedded[start : start + len(piece)] = piece
+            for piece in embeddings:
+                embedded[piece.start : piece.start + len(piece.embeddings)] = piece.embeddings
             kwargs = {**kwargs, "inputs_embeds": embedded[None]}
         else:
             kwargs = {**kwargs, "input_ids": tokens[None]}
