@@ -308,3 +308,12 @@ def test_log_probabilities_are_returned_where_they_are_asked_for() -> None:
             assert spec is not None and spec.sampling.logprobs == wanted
         spec = read_all(do_sample=draws)
         assert spec is not None and not spec.sampling.logprobs
+
+
+@pytest.mark.parametrize("name", ["regulation_start", "regulation_factor"])
+def test_a_length_penalty_of_no_number_is_refused_by_its_name(name: str) -> None:
+    processor = ExponentialDecayLengthPenalty((2, 1.1), torch.tensor([2]), 3)
+    assert read_all(processor) is not None
+    setattr(processor, name, "4")
+    with pytest.raises(TypeError, match="`exponential_decay_length_penalty` must be a number, got '4'"):
+        read_all(processor)

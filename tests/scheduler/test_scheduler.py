@@ -985,6 +985,7 @@ def test_a_chooser_of_one_row_waits_for_no_other() -> None:
     scheduler.add(request("b"))
     step(scheduler)
     assert scheduler.plan() is None
+    assert not scheduler._unblock(), "there is nothing to plan again for"
     assert scheduler.preemptions == 0
 
 

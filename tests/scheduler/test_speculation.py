@@ -122,7 +122,10 @@ def pieces(plan: Plan) -> list[tuple[tuple[int, ...], int]]:
     return [(chunk.tokens, chunk.samples) for chunk in plan.chunks]
 
 
-def test_a_draft_is_computed_and_checked() -> None:
+def test_a_draft_is_computed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[int, ...]] = []
+    original = PromptLookup.judged
+    monkeypatch.setattr(PromptLookup, "judged", lambda self, *told: (judged.append(told), original(self, *told))[1])
     scheduler = make()
     scheduler.add(request("a", (1, 2, 3, 4, 5, 9)))
     settle(scheduler, planned(scheduler), 1)  # 1 has stood before: 2, 3, 4 may follow
@@ -134,6 +137,7 @@ def test_a_draft_is_computed_and_checked() -> None:
     assert plan.num_prompt_tokens == 0
     # Right are 2 and 3; 8 is what follows them.
     assert settle(scheduler, plan, 2, 3, 8, 77) == [(2, None), (3, None), (8, None)]
+    assert judged == [(3, 2, 10)], "7 tokens before, 2 of the draft, and the one that follows them"
     plan = planned(scheduler)
     assert pieces(plan) == [((8,), 1)], "nothing followed 8 before"
     assert plan.num_prompt_tokens == 0

@@ -7,6 +7,8 @@ import gc
 import os
 import threading
 import time
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from hf_async_batching.core.request import Request
 from hf_async_batching.errors import ReentrantCallError
 from hf_async_batching.handle import GenerationHandle, wake
 from hf_async_batching.runtime.reentrancy import serve_in_this_thread, waiting_for
-from hf_async_batching.stopping.criteria_relay import CriteriaThread
+from hf_async_batching.stopping.criteria_relay import CriteriaThread, _CriteriaRelay
 
 CONFIG = BatchingConfig(page_size=16, max_batch_tokens=64, debug=True)
 PROMPTS = ragged_prompts(5, 30, seed=3)
@@ -381,3 +383,35 @@ def test_the_thread_of_criteria_is_one_that_serves(manager: Any, tokenizer: Any)
         manager.submit(PROMPTS[0], **given).add_done_callback(back)
     assert ended.wait(60)
     assert isinstance(outcome[0], ReentrantCallError)
+
+
+def test_a_forked_process_ends_nothing_that_its_parent_goes_on_with() -> None:
+    class Part:
+        pass
+
+    part: Any = Part()
+    seen = weakref.ref(part)
+    relays = CriteriaThread()
+    relays._serving = part, part
+    del part
+    relays.renew()
+    gc.collect()
+    assert relays._serving is None and seen() is not None
+
+
+def test_nothing_is_passed_on_once_the_caller_has_left() -> None:
+    """The caller may leave while a criterion runs."""
+    relay: Any = None
+
+    class Leaves:
+        def step(self, tokens: list[int]) -> list[bool]:
+            relay._over = True
+            return [False]
+
+    inner: Any = SimpleNamespace(_threads=(), _logprobs=None)
+    stops: Any = SimpleNamespace(eos=())
+    checker: Any = Leaves()
+    relay = _CriteriaRelay(inner, Request("one", (5,), 3), checker, stops)
+    assert relay._take(7) is True
+    assert relay._count == 0 and relay.outer._tokens == []
+    assert relay._take(8) is True
