@@ -19,6 +19,9 @@ FORMS: dict[str, Form] = {
     "awq int4": word_form.Int4Words(along_inputs=False),
 }
 
+ON_CUDA = ("nf4", "fp4")
+"""Forms whose kernels were compared with the reference on a card. Layers of other forms keep their own forward there."""
+
 # By the module and the name of a layer's class: importing these packages takes seconds.
 _READERS: dict[tuple[str, str], Callable[[Any], QuantizedWeight | None]] = {
     ("bitsandbytes.nn.modules", "Linear4bit"): bitsandbytes_form.weight_of,
@@ -39,4 +42,5 @@ def recognise(module: nn.Module) -> QuantizedWeight | None:
     reader = _READERS.get((kind.__module__, kind.__name__))
     if reader is None or "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks:
         return None
-    return reader(module)
+    weight = reader(module)
+    return None if weight is not None and weight.packed.is_cuda and weight.form not in ON_CUDA else weight

@@ -1,13 +1,14 @@
 """Quantized layers of a view: which are converted, that they equal their own forward, and what compiled code calls."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_async_batching.linear.quantized import engine_quantized
+from hf_async_batching.linear.quantized import engine_quantized, forms
 from hf_async_batching.linear.quantized.engine_quantized import (
     EngineQuantized,
     convert_quantized,
@@ -15,6 +16,7 @@ from hf_async_batching.linear.quantized.engine_quantized import (
     quantized_layers,
 )
 from hf_async_batching.linear.quantized.forms import FORMS, recognise
+from hf_async_batching.linear.quantized.weight import QuantizedWeight
 from hf_async_batching.model.compile.residual_fusion import fuse_residual_sums
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -166,3 +168,16 @@ def test_an_adapter_keeps_working_on_top() -> None:
     torch.testing.assert_close(model(x), want)
     with model.disable_adapter():
         assert not torch.allclose(model(x), want)
+
+
+@pytest.mark.parametrize(
+    ("form", "on_cuda", "served"), [("nf4", True, True), ("fp8 blocks", True, False), ("fp8 blocks", False, True)]
+)
+def test_on_a_card_the_forms_that_were_compared_there(
+    form: str, on_cuda: bool, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = layer()
+    packed: Any = SimpleNamespace(is_cuda=on_cuda)
+    weight = QuantizedWeight(form, packed, (), 64, 128, 64)
+    monkeypatch.setitem(forms._READERS, (type(one).__module__, type(one).__name__), lambda module: weight)
+    assert (recognise(one) is weight) == served
