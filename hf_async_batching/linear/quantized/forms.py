@@ -20,7 +20,7 @@ FORMS: dict[str, Form] = {
 }
 
 ON_CUDA = ("nf4", "fp4")
-"""Forms whose kernels were compared with the reference on a card. Layers of other forms keep their own forward there."""
+"""Forms whose kernels were compared with the reference on a card; layers of others keep their own forward there."""
 
 # By the module and the name of a layer's class: importing these packages takes seconds.
 _READERS: dict[tuple[str, str], Callable[[Any], QuantizedWeight | None]] = {
