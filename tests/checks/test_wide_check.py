@@ -190,7 +190,7 @@ def test_wrong_kernels_are_no_rounding(kernels: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(TorchBackend, "attend", wrong)
     with pytest.raises(UnsupportedModelError):
-        _packed_forward(experts(), BatchingConfig(), CPU_KERNELS)
+        _packed_forward(PackedForward, experts(), BatchingConfig(), CPU_KERNELS)
 
 
 def test_what_is_fused_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -222,14 +223,19 @@ class PackedForward:
         if parallel_modules(self.view):
             return []
         # Nothing but the rotary part may depend on positions, and some dependences begin at high ones. The positions
-        # follow each other, because transformers takes a jump for the start of another sequence.
-        far = max(context_length(self.view) or 0, attention_probe.PROBE_TOKENS)
-        positions = torch.arange(far - attention_probe.PROBE_TOKENS, far, device=self.device)
-        try:
-            found = find_latents(self.view, findings.layers, findings.shapes, lambda: run(positions))
-        except UnsupportedModelError as error:
-            logger.info("%s keeps expanded keys and values: %s", self.name, error)
-            return []
+        # follow each other, because transformers takes a jump for the start of another sequence. A model without latents
+        # never runs at high positions: some index what they keep of a sequence by them.
+        count = attention_probe.PROBE_TOKENS
+        found: list[FoundLatents] = []
+        for end in (count, max(context_length(self.view) or 0, count)):
+            positions = torch.arange(end - count, end, device=self.device)
+            try:
+                found = find_latents(self.view, findings.layers, findings.shapes, partial(run, positions))
+            except UnsupportedModelError as error:
+                logger.info("%s keeps expanded keys and values: %s", self.name, error)
+                return []
+            if not found:
+                return []
         for one in found:
             findings.shapes[findings.layers[id(one.attention)].index] = one.shape
         return found

@@ -114,3 +114,20 @@ def test_settings_and_failures_expand(caplog: pytest.LogCaptureFixture, monkeypa
     forward = choose_route(model, BatchingConfig()).forward
     assert isinstance(forward, PackedForward) and forward.latent_layers == 0
     assert "keeps expanded keys and values" in caplog.text
+
+
+def test_models_without_latents_run_at_no_high_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some index what they keep by positions, which ends a CUDA context where nothing is kept."""
+    highest: list[int] = []
+    original = PackedForward._call
+
+    def call(self: PackedForward, tokens: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:
+        highest.append(int(positions.max()))
+        return original(self, tokens, positions, *rest)
+
+    monkeypatch.setattr(PackedForward, "_call", call)
+    PackedForward(tiny_model("LlamaForCausalLM"))
+    assert max(highest) < 64
+    model = tiny_model("DeepseekV3ForCausalLM")
+    PackedForward(model)
+    assert max(highest) == model.config.max_position_embeddings - 1, "what depends on positions is seen"
