@@ -223,8 +223,8 @@ class PackedForward:
         if parallel_modules(self.view):
             return []
         # Nothing but the rotary part may depend on positions, and some dependences begin at high ones. The positions
-        # follow each other, because transformers takes a jump for the start of another sequence. A model without latents
-        # never runs at high positions: some index what they keep of a sequence by them.
+        # follow each other, because transformers takes a jump for the start of another sequence. Models that expand no
+        # latents never run at high positions: some index by them what they keep of a sequence.
         count = attention_probe.PROBE_TOKENS
         found: list[FoundLatents] = []
         for end in (count, max(context_length(self.view) or 0, count)):
