@@ -78,6 +78,7 @@ def test_a_chooser_does_what_the_engine_would_do() -> None:
     assert (outside.has_chooser, outside.eos, outside.min_length, outside.logprobs) == (True, frozenset(), 0, False)
     assert outside.candidates is None
     assert outside.needs is not None and outside.needs.offers and not outside.needs.top_k
+    assert outside.needs.stages == 0, "its chooser changes the logits"
 
 
 def test_a_sequence_that_has_not_started_is_in_no_step() -> None:

@@ -415,3 +415,20 @@ def test_nothing_is_passed_on_once_the_caller_has_left() -> None:
     assert relay._take(7) is True
     assert relay._count == 0 and relay.outer._tokens == []
     assert relay._take(8) is True
+
+
+def test_what_is_known_when_a_request_starts_is_passed_on_once() -> None:
+    class GoesOn:
+        def step(self, tokens: list[int]) -> list[bool]:
+            return [False]
+
+    inner: Any = SimpleNamespace(_threads=(), _logprobs=None, _started=1.5, _cached=7, made=lambda name: None)
+    stops: Any = SimpleNamespace(eos=())
+    checker: Any = GoesOn()
+    relay = _CriteriaRelay(inner, Request("one", (5,), 3), checker, stops)
+    assert relay._take(7) is False
+    assert (relay.outer._started, relay.outer._cached) == (1.5, 7)
+    inner._started, inner._cached = 2.5, 9
+    assert relay._take(8) is False
+    assert (relay.outer._started, relay.outer._cached) == (1.5, 7)
+    assert list(relay.outer._tokens) == [7, 8]

@@ -25,3 +25,15 @@ def test_few_prepared_requests_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
             assert job.request.max_new_tokens == new
             kept.append(len(requests._templates))
     assert kept == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "new"),
+    [({"max_length": 12}, [10, 8]), ({"max_new_tokens": 4}, [4, 4]), ({"max_new_tokens": 4, "min_length": 6}, [4, 4])],
+)
+def test_what_counts_from_the_prompt_is_prepared_for_its_length(fields: dict[str, Any], new: list[int]) -> None:
+    with GenerationManager(tiny_model("Llama"), BatchingConfig(max_sequence_length=64)) as manager:
+        requests = RowRequests(manager, GenerationConfig(**fields), {})
+        made = [requests.jobs(PreparedRow(0, prompt, {}))[0].request for prompt in ([5, 6], [5, 6, 7, 8], [9, 9])]
+    assert [request.max_new_tokens for request in made] == [*new, new[0]]
+    assert len(requests._templates) == (1 if fields == {"max_new_tokens": 4} else 2)
