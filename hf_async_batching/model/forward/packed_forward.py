@@ -265,7 +265,11 @@ class PackedForward:
         for kind in quantized_kinds(self.view):
             if kind not in read and (self.name, kind) not in _told:
                 _told.add((self.name, kind))
-                logger.info("%s: layers of %s run their own forward: their quantization is not known", self.name, kind)
+                logger.info(
+                    "%s: layers of %s run their own forward: our kernels do not read their weights here",
+                    self.name,
+                    kind,
+                )
 
     def compile(
         self,
